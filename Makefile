@@ -1,0 +1,47 @@
+# make install   the environment in .venv (exactly pinned)     make demo    the whole path in minutes, on 2 CPU ranks
+# make test      all tests                                     make check   lint, types, fast tests
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
+RUN := $(CURDIR)/runs/demo
+
+.PHONY: install demo test check lint format constraints clean
+.DELETE_ON_ERROR:
+
+install: $(VENV)/.demo
+demo: $(VENV)/.demo
+	$(BIN)/ibq-scale demo --to $(RUN)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev lint
+	$(BIN)/python -m pytest -m "not slow and not distributed"
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# torch first: DeepSpeed asks for it while it is built, so its build runs in this environment and not in one of its own.
+$(VENV)/.base: constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch torchvision setuptools wheel ninja packaging hatchling editables
+	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
+	@touch $@
+
+$(VENV)/.demo $(VENV)/.test $(VENV)/.dev: $(VENV)/.%: $(VENV)/.base pyproject.toml
+	$(PIP) --no-build-isolation --editable ".[$*]"
+	@touch $@
+
+constraints: $(VENV)/.dev
+	{ sed -n '1,/^[^#]/{/^#/p}' constraints.txt; $(BIN)/pip freeze --exclude-editable; } > constraints.new
+	mv constraints.new constraints.txt
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""IBQ image tokenizers and autoregressive models on their codes."""

@@ -1,0 +1,47 @@
+"""``ibq-scale config show``: the resolved config, each value with the layer that set it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the family to the command line."""
+    family = commands.add_parser("config", help="show the resolved config of a run").add_subparsers(
+        title="commands", metavar="COMMAND", required=True
+    )
+    show = family.add_parser(
+        "show",
+        help="print a preset or file with overrides applied, and where each value comes from",
+        epilog="example: ibq-scale config show tokenizer/ibq-16384 train.micro_batch=8",
+    )
+    show.add_argument("source", metavar="PRESET_OR_YAML")
+    show.add_argument("overrides", nargs="*", metavar="key=value")
+    show.add_argument("--json", action="store_true", help="one JSON document: config and origins")
+    show.set_defaults(run=_show)
+    presets = family.add_parser("presets", help="list the presets", epilog="example: ibq-scale config presets")
+    presets.set_defaults(run=_presets)
+
+
+def _show(args: argparse.Namespace) -> int:
+    from ibq_scale.config.layers import flatten, resolve
+
+    resolved = resolve(args.source, args.overrides)
+    values = resolved.config.model_dump(mode="json")
+    if args.json:
+        print(json.dumps({"config": values, "origins": resolved.origins}, indent=2))
+        return 0
+    flat = {key: json.dumps(value, ensure_ascii=False) for key, value in flatten(values).items()}
+    wide = max(map(len, flat))
+    far = min(40, max(map(len, flat.values())))
+    for key, value in flat.items():
+        print(f"{key:<{wide}}  {value:<{far}}  {resolved.origins.get(key, 'default')}")
+    return 0
+
+
+def _presets(args: argparse.Namespace) -> int:
+    from ibq_scale.config.layers import preset_names
+
+    print("\n".join(preset_names()))
+    return 0

@@ -1,0 +1,70 @@
+"""Entry of ``ibq-scale``: parses, launches ranks where a command wants them, turns errors into exit codes.
+
+Exit codes: 0 done, 1 failed, 2 wrong use or bad input, 75 stopped by a signal with everything saved (run it again).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from ibq_scale.errors import UserError
+
+FAMILIES = ("data", "train", "tokenize", "sample", "evaluate", "checkpoint", "config", "report", "demo")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line. Imports nothing heavy: each command imports what it needs when it runs."""
+    parser = argparse.ArgumentParser(
+        prog="ibq-scale",
+        description="Train image tokenizers with huge codebooks, and autoregressive models on their codes.",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for family in FAMILIES:
+        importlib.import_module(f"ibq_scale.cli.{family}").add_commands(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        # The deepspeed launcher appends --local_rank; the environment already says the same.
+        args = build_parser().parse_args([w for w in words if not w.startswith("--local_rank")])
+        return _run(args, words)
+    except UserError as e:
+        _complain(str(e))
+        return 2
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        return 1
+    except BrokenPipeError:
+        # `ibq-scale … | head` closed our output: not an error. Keep the interpreter from flushing into it again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _run(args: argparse.Namespace, words: list[str]) -> int:
+    if getattr(args, "distributed", False):
+        from ibq_scale.distributed.environment import is_launched
+        from ibq_scale.distributed.launch import launch
+
+        if not is_launched():
+            if hasattr(args, "check"):
+                args.check(args)
+            return launch(words, ranks=args.ranks)
+    code: int = args.run(args)
+    return code
+
+
+def _complain(message: str) -> None:
+    # Every rank meets the same bad input: one of them says so.
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+        print(f"ibq-scale: {message}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""``ibq-scale train``: both stages."""
+
+from __future__ import annotations
+
+import argparse
+
+from ibq_scale.cli.ranks import add_ranks
+
+EXAMPLES = {
+    "tokenizer": "ibq-scale train tokenizer ibq-16384 data.train=s3://bucket/imagenet out=runs/tok",
+    "ar": "ibq-scale train ar xl data.train=s3://bucket/imagenet-codes out=runs/xl",
+}
+
+
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the family to the command line."""
+    family = commands.add_parser("train", help="train a tokenizer or an AR transformer").add_subparsers(
+        title="stages", metavar="STAGE", required=True
+    )
+    for task, about in (
+        ("tokenizer", "stage 1: the image tokenizer"),
+        ("ar", "stage 2: the transformer on its codes"),
+    ):
+        parser = family.add_parser(
+            task,
+            help=about,
+            description=f"Train {about}. Run the same command again to resume from the newest whole checkpoint.",
+            epilog=f"example: {EXAMPLES[task]}",
+        )
+        parser.add_argument("source", metavar="PRESET_OR_YAML")
+        parser.add_argument("overrides", nargs="*", metavar="key=value")
+        add_ranks(parser)
+        parser.set_defaults(run=_train, check=_check, task=task)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Wrong configs are refused before any rank is started."""
+    from ibq_scale.config.layers import require_complete, resolve
+
+    require_complete(resolve(args.source, args.overrides, args.task).config)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from ibq_scale.config.layers import resolve
+    from ibq_scale.distributed.environment import join
+    from ibq_scale.train.run import train
+
+    config = resolve(args.source, args.overrides, args.task).config
+    with join() as world:
+        return train(config, world)

@@ -1,0 +1,104 @@
+"""DeepSpeed's JSON, completed from the run: one source for batch sizes, precision and clipping.
+
+DeepSpeed ignores unknown top-level keys and lets its own batch fields disagree with the run's; both are refused
+here (facts of DeepSpeed 0.19.8: gradient_clipping defaults to 1.0, reductions to the model's dtype).
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from ibq_scale.config.batch import accumulation_steps
+from ibq_scale.config.run import AnyRun
+from ibq_scale.errors import UserError
+
+# Set from the run; in a JSON they could only repeat it or contradict it.
+DERIVED = {
+    "train_batch_size": "train.global_batch",
+    "train_micro_batch_size_per_gpu": "train.micro_batch",
+    "gradient_accumulation_steps": "train.global_batch and train.micro_batch",
+    "gradient_clipping": "optimizer.grad_clip",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "optimizer": "optimizer",
+    "scheduler": "schedule",
+}
+ALLOWED = {
+    "zero_optimization",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "data_types",
+    "comms_logger",
+    "flops_profiler",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "dump_state",
+    "aio",
+    "timers",
+    "checkpoint",
+    "compile",
+    "seq_parallel_communication_data_type",
+}
+
+
+def find_config(name: str) -> Path:
+    """A name in deepspeed_configs/ (beside the package in a checkout, inside it when installed), or a path."""
+    if name.endswith(".json"):
+        path = Path(name)
+        if not path.is_file():
+            raise UserError(f"deepspeed.config: {name} not found")
+        return path
+    package = Path(__file__).resolve().parents[1]
+    folders = [package / "deepspeed_configs", package.parent / "deepspeed_configs"]
+    for folder in folders:
+        if (folder / f"{name}.json").is_file():
+            return folder / f"{name}.json"
+    known = sorted({p.stem for f in folders for p in f.glob("*.json")})
+    raise UserError(f"deepspeed.config: no '{name}'; there are {', '.join(known)}, or give the path of a .json file")
+
+
+def deepspeed_config(run: AnyRun, world_size: int) -> dict[str, Any]:
+    """What ``deepspeed.initialize(config=…)`` gets. UserError for unknown, derived or unreadable keys."""
+    path = find_config(run.deepspeed.config)
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as e:
+        raise UserError(f"cannot read {path}: {e}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected one JSON object")
+    values = _overlay(values, run.deepspeed.overrides)
+    for key in values:
+        if key in DERIVED:
+            raise UserError(f"{path.name}: '{key}' follows from {DERIVED[key]}: set it there, not in DeepSpeed's JSON")
+        if key not in ALLOWED:
+            near = difflib.get_close_matches(key, ALLOWED, n=1)
+            raise UserError(f"{path.name}: unknown key '{key}'" + (f", did you mean '{near[0]}'?" if near else ""))
+    accumulation = accumulation_steps(run.train, world_size)
+    return values | {
+        "train_batch_size": run.train.global_batch,
+        "train_micro_batch_size_per_gpu": run.train.micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": run.optimizer.grad_clip,
+        "bf16": {"enabled": run.train.precision == "bf16"},
+        # The trainer prints one calm line of its own; DeepSpeed's would come every 10 steps.
+        "steps_per_print": 2**62,
+    }
+
+
+def zero_stage(run: AnyRun) -> int:
+    """The ZeRO stage that the run's DeepSpeed config asks for, 0 where it asks for none."""
+    values = _overlay(json.loads(find_config(run.deepspeed.config).read_text()), run.deepspeed.overrides)
+    return int(values.get("zero_optimization", {}).get("stage", 0))
+
+
+def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    out = dict(below)
+    for key, value in above.items():
+        out[key] = _overlay(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+    return out

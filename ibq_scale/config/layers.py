@@ -1,0 +1,210 @@
+"""Layers of a config: preset → file → ``key=value``, each key remembering which layer set it last."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ValidationError
+
+from ibq_scale.config.run import AnyRun, ARRun, TokenizerRun
+from ibq_scale.errors import UserError
+
+Task = Literal["tokenizer", "ar"]
+PRESETS = Path(__file__).parent / "presets"
+SCHEMAS: dict[str, type[TokenizerRun] | type[ARRun]] = {"tokenizer": TokenizerRun, "ar": ARRun}
+MISSING = "???"
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A validated config and, for each dotted key that a layer set, that layer's name."""
+
+    config: AnyRun
+    origins: dict[str, str]
+
+
+def preset_names() -> list[str]:
+    """Names as the command line takes them: ``tokenizer/ibq-16384``, ``ar/xl``."""
+    return sorted(f"{p.parent.name}/{p.stem}" for p in PRESETS.glob("*/*.yaml"))
+
+
+def resolve(source: str, overrides: Sequence[str] = (), task: Task | None = None) -> Resolved:
+    """Builds the config of a run from a preset's name or a YAML file and ``key=value`` overrides.
+
+    Raises UserError for an unknown preset, unreadable YAML, a misspelt key (naming the nearest right one),
+    a wrong value, or a config of another task than `task`.
+    """
+    layers = [*_file_layers(source, task), *_override_layers(overrides)]
+    merged: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for label, layer in layers:
+        _forget_other_length(merged, origins, layer)
+        merged = _merge(merged, layer)
+        origins.update({key: label for key in _leaves(layer)})
+    kind = merged.get("task", task)
+    if kind not in SCHEMAS:
+        raise UserError(f"{source}: 'task' must be one of {', '.join(SCHEMAS)}, got {kind!r}")
+    if task is not None and kind != task:
+        raise UserError(f"{source} is a config of task '{kind}', this command trains '{task}'")
+    return Resolved(validate(SCHEMAS[kind], merged, source), origins)
+
+
+def validate(schema: type[TokenizerRun] | type[ARRun], values: Mapping[str, Any], source: str) -> AnyRun:
+    """Checks plain values against a schema; UserError with one line a fault."""
+    try:
+        return schema.model_validate(values)
+    except ValidationError as e:
+        raise UserError("\n".join(_explain(err, schema, source) for err in e.errors())) from None
+
+
+def require_complete(config: AnyRun) -> None:
+    """A preset leaves open what only the user knows; training needs it."""
+    missing = [key for key, value in flatten(config.model_dump()).items() if value == MISSING]
+    if missing:
+        given = " ".join(f"{key}=…" for key in missing)
+        raise UserError(f"the config leaves {', '.join(missing)} open: add {given} on the command line or in the file")
+
+
+def load_resolved(path: Path) -> AnyRun:
+    """Reads a run's own ``config.yaml`` back (complete, so no layers)."""
+    values = _read_yaml(path)
+    kind = values.get("task")
+    if kind not in SCHEMAS:
+        raise UserError(f"{path}: no config of a run ('task' is {kind!r})")
+    return validate(SCHEMAS[str(kind)], values, str(path))
+
+
+def to_yaml(config: BaseModel) -> str:
+    """The config as YAML that `load_resolved` reads back."""
+    text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return text
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one level of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _file_layers(source: str, task: Task | None) -> list[tuple[str, dict[str, Any]]]:
+    """A file's own layer on top of the preset that it names under `preset`."""
+    path = _find(source, task)
+    values = _read_yaml(path)
+    base = values.pop("preset", None)
+    label = source if path.is_relative_to(PRESETS) else str(path)
+    below = _file_layers(str(base), task) if base is not None else []
+    return [*below, (label, values)]
+
+
+def _find(source: str, task: Task | None) -> Path:
+    names = preset_names()
+    candidates = [source] if task is None else [source, f"{task}/{source}"]
+    for name in candidates:
+        if name in names:
+            return PRESETS / f"{name}.yaml"
+    if source.endswith((".yaml", ".yml")):
+        if not Path(source).is_file():
+            raise UserError(f"config file {source} not found")
+        return Path(source)
+    near = difflib.get_close_matches(candidates[-1], names, n=1, cutoff=0.3)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    raise UserError(f"no preset named '{source}': {hint}Presets: {', '.join(names)}; or give a .yaml file")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except (OSError, yaml.YAMLError, OmegaConfBaseException) as e:
+        raise UserError(f"cannot read {path}: {' '.join(str(e).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected keys and values, found {type(values).__name__}")
+    return {str(key): value for key, value in values.items()}
+
+
+def _override_layers(overrides: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
+    together: dict[str, Any] = {}
+    for item in overrides:
+        key, equals, _ = item.partition("=")
+        if not equals or not key:
+            raise UserError(f"'{item}' is no override: write key=value, for example train.global_batch=64")
+        try:
+            layer = OmegaConf.to_container(OmegaConf.from_dotlist([item]))
+        except (yaml.YAMLError, OmegaConfBaseException) as e:
+            raise UserError(f"cannot read the override '{item}': {' '.join(str(e).split())}") from None
+        assert isinstance(layer, dict)
+        together = _merge(together, {str(k): v for k, v in layer.items()})
+    return [("command line", together)]
+
+
+def _forget_other_length(merged: dict[str, Any], origins: dict[str, str], layer: Mapping[str, Any]) -> None:
+    """A layer that sets train.steps replaces a lower layer's train.samples, and the other way round."""
+    above, below = layer.get("train"), merged.get("train")
+    if not isinstance(above, Mapping) or not isinstance(below, dict):
+        return
+    for mine, other in (("steps", "samples"), ("samples", "steps")):
+        if above.get(mine) is not None and other not in above:
+            below.pop(other, None)
+            origins.pop(f"train.{other}", None)
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    out = dict(below)
+    for key, value in above.items():
+        old = out.get(key)
+        out[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return out
+
+
+def _leaves(values: Mapping[str, Any]) -> list[str]:
+    return list(flatten(values))
+
+
+def _explain(error: Any, schema: type[BaseModel], source: str) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        near = _nearest(key, schema)
+        return f"{source}: unknown key '{key}'" + (f", did you mean '{near}'?" if near else "")
+    message = str(error["msg"]).removeprefix("Value error, ")
+    where = f"{key}: " if key else ""
+    given = "" if isinstance(error.get("input"), (dict, BaseModel)) else f" (got {error.get('input')!r})"
+    return f"{source}: {where}{message}{given}"
+
+
+def _nearest(key: str, schema: type[BaseModel]) -> str | None:
+    keys = schema_keys(schema)
+    keys += sorted({k.rpartition(".")[0] for k in keys} - {""})
+    found = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+    if found:
+        return found[0]
+    # A right name in the wrong section is the commonest slip: look at last names alone.
+    by_name = {k.rpartition(".")[2]: k for k in keys}
+    found = difflib.get_close_matches(key.rpartition(".")[2], by_name, n=1, cutoff=0.6)
+    return by_name[found[0]] if found else None
+
+
+def schema_keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every dotted key that a config of this schema may set."""
+    keys: list[str] = []
+    for name, field in schema.model_fields.items():
+        section = _section_of(field.annotation)
+        keys += schema_keys(section, f"{prefix}{name}.") if section else [f"{prefix}{name}"]
+    return keys
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None

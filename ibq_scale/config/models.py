@@ -1,0 +1,111 @@
+"""Config of the networks: autoencoder, quantizer, discriminator, transformer. Defaults are the published sizes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from ibq_scale.config.base import Section
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+
+
+class AutoencoderConfig(Section):
+    """The VQGAN encoder and decoder (facts: 128M parameters at the defaults)."""
+
+    channels: PositiveInt = 128
+    channel_multipliers: tuple[PositiveInt, ...] = (1, 1, 2, 2, 4)
+    res_blocks: PositiveInt = 4
+    attention_resolutions: tuple[PositiveInt, ...] = (16,)
+    resolution: PositiveInt = 256
+    z_channels: PositiveInt = 256
+    dropout: Probability = 0.0
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per code along one side."""
+        return int(2 ** (len(self.channel_multipliers) - 1))
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> AutoencoderConfig:
+        if self.resolution % self.downsampling:
+            raise ValueError(
+                f"resolution {self.resolution} is no multiple of the downsampling {self.downsampling} "
+                f"({len(self.channel_multipliers)} channel_multipliers)"
+            )
+        widths = [self.channels * m for m in self.channel_multipliers]
+        if any(w % 32 for w in widths):
+            raise ValueError(f"every level's width must be a multiple of 32 (GroupNorm), got {widths}")
+        return self
+
+
+class QuantizerConfig(Section):
+    """The quantizer between encoder and decoder.
+
+    `kind`: ``ibq`` (index backpropagation, arXiv 2412.02692) or ``vq`` (VQGAN: nearest code, straight-through).
+    `beta_on`: the term of the quantization loss that `beta` multiplies: ``codebook`` is what the published
+    models were trained with (mean‖C[i*] − sg(z)‖²), ``commitment`` is the paper's text.
+    `entropy_scope`: ``global`` takes the batch entropy over all ranks of the codebook group, ``local`` over
+    each rank's own tokens (what the published code does; the micro-batch then changes the objective).
+    `tile_bytes`: memory budget of one tile of logits, forward and backward.
+    """
+
+    kind: Literal["ibq", "vq"] = "ibq"
+    codebook_size: PositiveInt = 16384
+    dim: PositiveInt = 256
+    beta: NonNegativeFloat = 0.25
+    beta_on: Literal["codebook", "commitment"] = "codebook"
+    entropy_temperature: Annotated[float, Field(gt=0)] = 0.01
+    sample_entropy_weight: NonNegativeFloat = 1.0
+    batch_entropy_weight: NonNegativeFloat = 1.0
+    entropy_scope: Literal["global", "local"] = "global"
+    tile_bytes: PositiveInt = 64 * 2**20
+
+
+class DiscriminatorConfig(Section):
+    """PatchGAN discriminator."""
+
+    channels: PositiveInt = 64
+    layers: PositiveInt = 3
+
+
+class TransformerConfig(Section):
+    """Class-conditional Llama-like transformer with AdaLN over `tokens` codes in raster order."""
+
+    codebook_size: PositiveInt = 16384
+    classes: PositiveInt = 1000
+    tokens: PositiveInt = 256
+    depth: PositiveInt = 16
+    heads: PositiveInt = 16
+    width: PositiveInt = 1024
+    token_dropout: Probability = 0.1
+    residual_dropout: Probability = 0.1
+    ffn_dropout: Probability = 0.1
+    label_dropout: Probability = 0.1
+    attention: Literal["auto", "flash", "sdpa", "math"] = "auto"
+    activation_checkpointing: bool = False
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def grid(self) -> int:
+        """Side of the square of codes."""
+        return int(self.tokens**0.5)
+
+    @property
+    def ffn_hidden(self) -> int:
+        """SwiGLU's width: 2/3 · 4 · width, rounded up to a multiple of 256."""
+        return -(-int(2 * 4 * self.width / 3) // 256) * 256
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> TransformerConfig:
+        if self.width % self.heads or self.head_dim % 4:
+            raise ValueError(f"width {self.width} / heads {self.heads} must be a multiple of 4 (2D rotary pairs)")
+        if self.grid**2 != self.tokens:
+            raise ValueError(f"tokens must be a square (a grid of codes), got {self.tokens}")
+        return self

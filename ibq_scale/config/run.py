@@ -1,0 +1,183 @@
+"""Config of a run: data, losses, optimizer, schedule, length, parallel layout, logging.
+
+`TokenizerRun` and `ARRun` are what a YAML file describes; the trainer reads nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from ibq_scale.config.base import Section
+from ibq_scale.config.models import (
+    AutoencoderConfig,
+    DiscriminatorConfig,
+    NonNegativeFloat,
+    PositiveInt,
+    Probability,
+    QuantizerConfig,
+    TransformerConfig,
+)
+
+NonNegativeInt = Annotated[int, Field(ge=0)]
+
+
+class DataConfig(Section):
+    """Where samples come from and in which order.
+
+    `train`: a folder or ``s3://bucket/prefix`` that holds a ``manifest.json``.
+    `cache_dir`: local folder for downloaded shards (workers then hold no S3 client); ``null`` reads ranges.
+    `lanes`, `window`: shuffle geometry, part of the order's definition (see data/order.py).
+    `augment`: random crop, or centre crop; `flip`: mirror half of the images.
+    """
+
+    train: str = "???"
+    cache_dir: str | None = None
+    cache_bytes: PositiveInt = 50 * 10**9
+    workers: NonNegativeInt = 4
+    lanes: PositiveInt = 64
+    window: PositiveInt = 4
+    augment: Literal["random_crop", "center_crop"] = "random_crop"
+    flip: bool = False
+
+
+class TokenizerLossConfig(Section):
+    """Weights of the tokenizer's loss terms. Published: 1·L1 + 1·LPIPS(VGG) + 0.1·GAN + 1·quantization + 0.05·entropy."""
+
+    l1_weight: NonNegativeFloat = 1.0
+    perceptual: Literal["vgg", "alex", "random", "none"] = "vgg"
+    perceptual_weight: NonNegativeFloat = 1.0
+    adversarial_weight: NonNegativeFloat = 0.1
+    adversarial_start: NonNegativeInt = 0
+    quantization_weight: NonNegativeFloat = 1.0
+    entropy_weight: NonNegativeFloat = 0.05
+    lecam_weight: NonNegativeFloat = 0.05
+    lecam_decay: Probability = 0.999
+
+
+class OptimizerConfig(Section):
+    """Adam or AdamW. `weight_decay_end` makes the decay follow a cosine from `weight_decay` to it."""
+
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    betas: tuple[Probability, Probability] = (0.5, 0.9)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    weight_decay_end: NonNegativeFloat | None = None
+    grad_clip: NonNegativeFloat = 0.0
+
+
+class ScheduleConfig(Section):
+    """Learning rate as a factor of the optimizer's lr, by samples seen (never by epochs of a loader).
+
+    Warm-up from `warmup_factor` over `warmup_samples`, then either ``steps`` (× `decay_factor` at each of
+    `decay_at`) or ``linear`` (constant for `constant_fraction` of the rest, then linearly to `final_factor`).
+    """
+
+    kind: Literal["steps", "linear"] = "steps"
+    warmup_samples: NonNegativeInt = 0
+    warmup_factor: NonNegativeFloat = 0.005
+    decay_at: tuple[PositiveInt, ...] = ()
+    decay_factor: NonNegativeFloat = 0.1
+    constant_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
+    final_factor: NonNegativeFloat = 0.1
+
+
+class TrainConfig(Section):
+    """Length, batch and rhythm. The gradient accumulation is derived: global / (micro · world size).
+
+    Give the length as `samples` (images seen) or as `steps` (optimizer steps), not both.
+    """
+
+    samples: PositiveInt | None = None
+    steps: PositiveInt | None = None
+    global_batch: PositiveInt = 256
+    micro_batch: PositiveInt = 4
+    precision: Literal["fp32", "bf16"] = "bf16"
+    seed: NonNegativeInt = 0
+    log_every: PositiveInt = 50
+    checkpoint_every: PositiveInt = 5000
+    keep_checkpoints: PositiveInt = 2
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainConfig:
+        if (self.samples is None) == (self.steps is None):
+            raise ValueError("give the run's length as exactly one of train.samples and train.steps")
+        if self.samples is not None and self.samples < self.global_batch:
+            raise ValueError(f"samples ({self.samples}) is less than one global_batch ({self.global_batch})")
+        return self
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        if self.steps is not None:
+            return self.steps
+        assert self.samples is not None
+        return self.samples // self.global_batch
+
+    @property
+    def total_samples(self) -> int:
+        return self.total_steps * self.global_batch
+
+
+class DeepSpeedConfig(Section):
+    """`config`: a name in deepspeed_configs/ (``zero2``) or a path to a JSON file; `overrides` go on top.
+
+    Batch sizes, precision, clipping and optimizer are derived from the run and may not stand in either.
+    """
+
+    config: str = "zero1"
+    overrides: dict[str, Any] = Field(default_factory=dict)
+
+
+class WandbConfig(Section):
+    mode: Literal["off", "offline", "online"] = "off"
+    project: str = "ibq-scale"
+    entity: str | None = None
+    group: str | None = None
+
+
+class RunConfig(Section):
+    """What both stages share. `out` is the run directory."""
+
+    name: str
+    out: str | None = None
+    data: DataConfig = DataConfig()
+    train: TrainConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    wandb: WandbConfig = WandbConfig()
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @property
+    def run_dir(self) -> str:
+        return self.out or f"runs/{self.name}"
+
+
+class TokenizerRun(RunConfig):
+    """Stage 1: the image tokenizer. `codebook_group`: ranks that share one codebook, 0 for all of them."""
+
+    task: Literal["tokenizer"] = "tokenizer"
+    model: AutoencoderConfig = AutoencoderConfig()
+    quantizer: QuantizerConfig = QuantizerConfig()
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
+    loss: TokenizerLossConfig = TokenizerLossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    codebook_group: NonNegativeInt = 0
+
+
+class ARRun(RunConfig):
+    """Stage 2: the class-conditional transformer on code shards.
+
+    `tokenizer`: a tokenizer checkpoint or export whose hash the code shards must carry; ``null`` takes the
+    codes' own word.
+    """
+
+    task: Literal["ar"] = "ar"
+    model: TransformerConfig = TransformerConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(lr=3e-4, betas=(0.9, 0.95), weight_decay=0.05, grad_clip=1.0)
+    tokenizer: str | None = None
+
+
+AnyRun = TokenizerRun | ARRun

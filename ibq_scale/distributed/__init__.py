@@ -1,0 +1,1 @@
+"""Ranks: how a process finds its place among the others."""

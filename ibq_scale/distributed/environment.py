@@ -1,0 +1,90 @@
+"""Joins the process group that torchrun, srun or the deepspeed launcher describes in the environment.
+
+One rule for all launchers: whatever names a rank is mapped to torch's own variables (RANK, WORLD_SIZE,
+LOCAL_RANK, MASTER_ADDR, MASTER_PORT); a process that nobody launched is rank 0 of 1.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place: `rank` of `size`, `local_rank` on its node, and the device it computes on."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def is_launched(environ: MutableMapping[str, str] | None = None) -> bool:
+    """Whether a launcher already gave this process a rank (torchrun, deepspeed, or srun with several tasks)."""
+    env = os.environ if environ is None else environ
+    return "RANK" in env or ("SLURM_PROCID" in env and "SLURM_STEP_ID" in env)
+
+
+def map_slurm(environ: MutableMapping[str, str]) -> None:
+    """Fills torch's variables from srun's. Explicit torch variables win, so torchrun inside srun still joins.
+
+    MASTER_ADDR must come from the sbatch file (the node list's first name): one task cannot know it alone,
+    except when all tasks share one node.
+    """
+    if "RANK" in environ or "SLURM_PROCID" not in environ or "SLURM_STEP_ID" not in environ:
+        return
+    environ["RANK"] = environ["SLURM_PROCID"]
+    environ["WORLD_SIZE"] = environ["SLURM_NTASKS"]
+    environ["LOCAL_RANK"] = environ["SLURM_LOCALID"]
+    if environ.get("SLURM_NNODES", "1") == "1":
+        environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    # Jobs on one node must not meet at one port: derive it from the job id as sbatch files usually do.
+    environ.setdefault("MASTER_PORT", str(20000 + int(environ.get("SLURM_JOB_ID", "0")) % 20000))
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@contextmanager
+def join() -> Iterator[World]:
+    """Initialises torch.distributed (nccl on CUDA, else gloo) and leaves it at the end. A lone process is a world of one.
+
+    An exception on the way out skips the orderly farewell: the other ranks would wait for this one.
+    """
+    import torch
+    import torch.distributed as dist
+
+    env = os.environ
+    map_slurm(env)
+    if "RANK" not in env:
+        env |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        env["MASTER_ADDR"], env["MASTER_PORT"] = "127.0.0.1", str(_free_port())
+    local_rank = int(env.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        env.setdefault("DS_ACCELERATOR", "cpu")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    yield World(dist.get_rank(), dist.get_world_size(), local_rank, device)
+    dist.barrier()
+    dist.destroy_process_group()

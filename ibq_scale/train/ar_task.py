@@ -1,0 +1,119 @@
+"""Stage 2: the class-conditional transformer on code shards; no tokenizer is on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from ibq_scale.config.deepspeed import deepspeed_config
+from ibq_scale.config.run import ARRun
+from ibq_scale.data.manifest import CodesInfo, load_manifest
+from ibq_scale.data.stream import CodeBatch, code_stream
+from ibq_scale.distributed.environment import World
+from ibq_scale.errors import UserError
+from ibq_scale.models.loading import load_tokenizer
+from ibq_scale.models.transformer import Transformer
+from ibq_scale.train.ema import ShardedEMA
+from ibq_scale.train.engine import adamw, load_engine, make_engine, set_rates
+from ibq_scale.train.export import save_ar_weights
+from ibq_scale.train.schedule import lr_factor, weight_decay
+from ibq_scale.train.task import StepMetrics
+
+
+class ARTask:
+    """A `Task`: see there for the methods' contract."""
+
+    shown = ("loss", "grad_norm")
+
+    def __init__(self, run: ARRun, world: World) -> None:
+        self.run = run
+        self.world = world
+        self.codes = check_codes(run)
+        config = deepspeed_config(run, world.size)
+        self.accumulation = int(config["gradient_accumulation_steps"])
+        torch.manual_seed(run.train.seed)
+        model = Transformer(run.model)
+        self.engine = make_engine(model, adamw(model, run.optimizer), config, world.device)
+        torch.manual_seed(run.train.seed * 1_000_003 + world.rank + 1)
+        self.ema = ShardedEMA(self.engine.module, run.ema_decay, world)
+
+    def batches(self, start: int) -> Iterator[CodeBatch]:
+        return code_stream(
+            self.run.data,
+            seed=self.run.train.seed,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            micro_batch=self.run.train.micro_batch,
+            start=start,
+        )
+
+    def set_rates(self, samples: int) -> dict[str, float]:
+        total = self.run.train.total_samples
+        lr = self.run.optimizer.lr * lr_factor(self.run.schedule, samples, total)
+        decay = weight_decay(self.run.optimizer, samples, total)
+        set_rates(self.engine, lr, decay)
+        return {"lr": lr, "weight_decay": decay}
+
+    def train_step(self, batches: Iterator[CodeBatch]) -> StepMetrics:
+        total = torch.zeros((), device=self.world.device)
+        for _ in range(self.accumulation):
+            batch = next(batches)
+            codes_BT = batch.codes.to(self.world.device, non_blocking=True)
+            logits_BTV = self.engine(codes_BT, batch.labels.to(self.world.device, non_blocking=True))
+            loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), codes_BT.flatten())
+            self.engine.backward(loss)
+            self.engine.step()
+            total += loss.detach() / self.accumulation
+        if self.engine.was_step_applied():
+            self.ema.update()
+        norm = torch.as_tensor(self.engine.get_global_grad_norm() or 0.0, device=self.world.device)
+        return {"loss": total, "grad_norm": norm}
+
+    def log_metrics(self) -> dict[str, float]:
+        return {}
+
+    def save(self, directory: Path) -> None:
+        self.engine.save_checkpoint(str(directory), tag="transformer", save_latest=False)
+        self.ema.save(directory / "ema")
+        weights = self.ema.gather()
+        if weights is not None:
+            save_ar_weights(directory / "model", self.run, weights, self.codes)
+
+    def load(self, directory: Path) -> None:
+        load_engine(self.engine, str(directory), "transformer")
+        self.ema.load(directory / "ema")
+
+    def draw(self, directory: Path, step: int) -> None:
+        """Nothing to draw: pictures need the tokenizer, which `sample` brings."""
+
+
+def check_codes(run: ARRun) -> CodesInfo:
+    """Reads what the code shards say of themselves. UserError where they do not fit the model or the tokenizer."""
+    manifest = load_manifest(run.data.train, "codes")
+    info = manifest.codes
+    assert info is not None
+    if info.codebook_size != run.model.codebook_size:
+        raise UserError(
+            f"{run.data.train} holds codes of a codebook of {info.codebook_size}, the model expects "
+            f"{run.model.codebook_size}: set model.codebook_size={info.codebook_size}"
+        )
+    tokens = info.grid[0] * info.grid[1]
+    if tokens != run.model.tokens:
+        raise UserError(
+            f"{run.data.train} has {tokens} codes an image, the model expects {run.model.tokens}: "
+            f"set model.tokens={tokens}"
+        )
+    if len(manifest.classes) > run.model.classes:
+        raise UserError(
+            f"{run.data.train} has {len(manifest.classes)} classes, the model {run.model.classes}: "
+            f"set model.classes={len(manifest.classes)}"
+        )
+    if run.tokenizer is not None and load_tokenizer(run.tokenizer).hash != info.tokenizer:
+        raise UserError(
+            f"{run.data.train} was written by another tokenizer than {run.tokenizer}: "
+            f"run ibq-scale tokenize with this one, or set tokenizer=null"
+        )
+    return info

@@ -1,0 +1,143 @@
+"""The sharded codebook in training: rows, their Adam, their EMA, and their place on disk.
+
+It lives outside every DeepSpeed engine: a plain parameter inside one is broadcast from rank 0 and averaged, which
+silently destroys a shard (tried on DeepSpeed 0.19.8). Each rank of a codebook group owns K/W rows; groups replicate.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ibq_scale.config.run import TokenizerRun
+from ibq_scale.distributed.environment import World
+from ibq_scale.errors import UserError
+from ibq_scale.quantize.quantizer import initial_codebook, rows_of
+from ibq_scale.train.engine import adam
+
+
+class ShardedCodebook:
+    """This rank's rows of the codebook, fp32 (K/W, D), with optimizer and EMA."""
+
+    def __init__(self, run: TokenizerRun, world: World) -> None:
+        self.settings = run.quantizer
+        self.world = world
+        self.group_size = run.codebook_group or world.size
+        if world.size % self.group_size:
+            raise UserError(
+                f"codebook_group={self.group_size} does not divide the {world.size} ranks: "
+                f"take a divisor of {world.size}, or 0 for all of them"
+            )
+        self.group, self.replicas = _groups(world, self.group_size)
+        self.start, self.stop = rows_of(world.rank % self.group_size, self.group_size, self.settings.codebook_size)
+        rows = initial_codebook(self.settings, run.train.seed, self.start, self.stop)
+        self.rows = nn.Parameter(rows.to(world.device))
+        self.optimizer = adam([self.rows], run.optimizer)
+        self.grad_clip = run.optimizer.grad_clip
+        self.ema_decay = run.ema_decay
+        self.ema_rows = self.rows.detach().clone()
+
+    def step(self, lr: float) -> None:
+        """One Adam step on the gradient accumulated in `rows`, the mean over ranks of their losses' gradients.
+
+        The quantizer's backward leaves the sum over the group's ranks, so replicas add theirs and the world divides.
+        """
+        grad = self.rows.grad
+        assert grad is not None, "step() follows a backward pass through the quantizer"
+        if self.replicas is not None:
+            dist.all_reduce(grad, group=self.replicas)
+        grad.div_(self.world.size)
+        if self.grad_clip > 0:
+            grad.mul_((self.grad_clip / (self._norm(grad) + 1e-6)).clamp(max=1.0))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.ema_rows.lerp_(self.rows.detach(), 1.0 - self.ema_decay)
+
+    def drop_gradient(self) -> None:
+        """Forgets the accumulated gradient, for a step that the engine skipped."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _norm(self, grad: Tensor) -> Tensor:
+        square = grad.square().sum()
+        if self.group is not None:
+            dist.all_reduce(square, group=self.group)
+        return square.sqrt()
+
+    def save(self, directory: Path) -> None:
+        """Writes this rank's rows and moments as one safetensors file; replicas hold the same and write nothing."""
+        if self.world.rank >= self.group_size:
+            return
+        state = self.optimizer.state.get(self.rows, {})
+        tensors = {
+            "rows": self.rows.detach(),
+            "ema_rows": self.ema_rows,
+            "exp_avg": state.get("exp_avg", torch.zeros_like(self.rows)),
+            "exp_avg_sq": state.get("exp_avg_sq", torch.zeros_like(self.rows)),
+        }
+        metadata = {
+            "start": str(self.start),
+            "stop": str(self.stop),
+            "codebook_size": str(self.settings.codebook_size),
+            "steps": str(int(state.get("step", 0))),
+        }
+        directory.mkdir(parents=True, exist_ok=True)
+        name = f"rows-{self.start:08d}-{self.stop:08d}.safetensors"
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, directory / name, metadata)
+
+    def load(self, directory: Path) -> None:
+        """Reads this rank's rows from files written by any group size. UserError where rows are missing."""
+        found = torch.zeros(self.stop - self.start, dtype=torch.bool)
+        state = {name: torch.empty_like(self.rows.detach(), device="cpu") for name in _STATE}
+        steps = 0
+        for path in sorted(directory.glob("rows-*.safetensors")):
+            with safe_open(path, framework="pt") as f:
+                info = f.metadata()
+                first, last = max(self.start, int(info["start"])), min(self.stop, int(info["stop"]))
+                if first >= last:
+                    continue
+                steps = int(info["steps"])
+                offset = int(info["start"])
+                for name in _STATE:
+                    state[name][first - self.start : last - self.start] = f.get_slice(name)[
+                        first - offset : last - offset
+                    ]
+                found[first - self.start : last - self.start] = True
+        if not bool(found.all()):
+            raise UserError(f"{directory}: codebook rows {self.start}–{self.stop} are not all there")
+        self._restore(state, steps)
+
+    def _restore(self, state: dict[str, Tensor], steps: int) -> None:
+        device = self.world.device
+        with torch.no_grad():
+            self.rows.copy_(state["rows"])
+            self.ema_rows.copy_(state["ema_rows"])
+        if steps:
+            self.optimizer.state[self.rows] = {
+                "step": torch.tensor(float(steps)),
+                "exp_avg": state["exp_avg"].to(device),
+                "exp_avg_sq": state["exp_avg_sq"].to(device),
+            }
+
+
+_STATE = ("rows", "ema_rows", "exp_avg", "exp_avg_sq")
+
+
+def _groups(world: World, size: int) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+    """This rank's codebook group (consecutive ranks) and the ranks that replicate its rows; None where alone."""
+    group = replicas = None
+    if size > 1:
+        for first in range(0, world.size, size):
+            made = dist.new_group(list(range(first, first + size)))
+            group = made if first <= world.rank < first + size else group
+    if size < world.size:
+        for index in range(size):
+            made = dist.new_group(list(range(index, world.size, size)))
+            replicas = made if world.rank % size == index else replicas
+    return group, replicas

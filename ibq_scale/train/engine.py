@@ -1,0 +1,77 @@
+"""DeepSpeed engines, made one way. What is exact and what is broken in 0.19.8 decides the settings here."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ibq_scale.config.run import OptimizerConfig
+from ibq_scale.errors import UserError
+
+
+def make_engine(
+    module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], device: torch.device
+) -> Any:
+    """A DeepSpeed engine around `module` on the process group that already exists."""
+    import deepspeed
+
+    deepspeed.logger.setLevel(logging.WARNING)
+    if device.type == "cpu":
+        # A shared-memory all-reduce for CPUs would be compiled for minutes at the first start, and a killed build
+        # leaves a lock that hangs the next one; gloo's own all-reduce is what small CPU runs need.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    engine, _, _, _ = deepspeed.initialize(
+        model=module, optimizer=optimizer, config=config, dist_init_required=_comm_is_new()
+    )
+    return engine
+
+
+def _comm_is_new() -> bool:
+    """DeepSpeed wraps torch's process group once; asking again for the second engine would warn."""
+    import deepspeed.comm
+
+    return not deepspeed.comm.is_initialized()
+
+
+def discriminator_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The discriminator is small: ZeRO-1 whatever the generator uses (0 stays 0), and never clipped."""
+    stage = min(1, config.get("zero_optimization", {}).get("stage", 0))
+    return config | {"zero_optimization": {"stage": stage}, "gradient_clipping": 0.0}
+
+
+def adam(parameters: Iterable[nn.Parameter], settings: OptimizerConfig) -> torch.optim.Optimizer:
+    """Adam without decay, as the published tokenizer is trained."""
+    return torch.optim.Adam(parameters, lr=settings.lr, betas=settings.betas, eps=settings.eps)
+
+
+def adamw(module: nn.Module, settings: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW that decays matrices only: norms, biases and embeddings stay out of it, in schedules too."""
+    embeddings = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
+    for parameter in module.parameters():
+        (free if parameter.ndim < 2 or id(parameter) in embeddings else decayed).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": free, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr, betas=settings.betas, eps=settings.eps)
+
+
+def set_rates(engine: Any, lr: float, decay: float | None = None) -> None:
+    """Sets the next step's learning rate, and the decay of the groups that decay."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+        if decay is not None and group["weight_decay"] > 0:
+            group["weight_decay"] = decay
+
+
+def load_engine(engine: Any, directory: str, tag: str) -> None:
+    """Loads weights and optimizer state. DeepSpeed answers (None, None) where nothing was found: an error here."""
+    path, _ = engine.load_checkpoint(directory, tag=tag, load_module_strict=True)
+    if path is None:
+        raise UserError(f"{directory}/{tag}: DeepSpeed found no state there; the checkpoint is not whole")

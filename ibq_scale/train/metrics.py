@@ -1,0 +1,114 @@
+"""One stream of metrics: RUN/metrics.jsonl, a progress line on rank 0, and W&B where the config asks for it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ibq_scale.config.run import AnyRun
+
+log = logging.getLogger(__name__)
+
+
+class MetricsLog:
+    """Rank 0's log. Lines of metrics.jsonl from steps after `start_step` (a later, lost part of the run) are cut off."""
+
+    def __init__(self, run_dir: Path, config: AnyRun, start_step: int) -> None:
+        self.path = run_dir / "metrics.jsonl"
+        self.total_steps = config.train.total_steps
+        self.seconds_before = _keep_until(self.path, start_step)
+        self._started = time.monotonic()
+        self._file = self.path.open("a")
+        self._wandb = _open_wandb(run_dir, config)
+
+    def write(self, step: int, samples: int, values: Mapping[str, float], shown: tuple[str, ...]) -> None:
+        """Appends one line and prints the progress line with the metrics named in `shown`."""
+        elapsed = self.seconds_before + time.monotonic() - self._started
+        line = {"step": step, "samples": samples, "time": round(elapsed, 3), **values}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._tell_wandb(line, step)
+        print(self._progress(step, values, shown), file=sys.stderr, flush=True)
+
+    def _progress(self, step: int, values: Mapping[str, float], shown: tuple[str, ...]) -> str:
+        width = len(str(self.total_steps))
+        rate = values["samples_per_s"]
+        left = (self.total_steps - step) * values["step_s"]
+        parts = [f"step {step:>{width}}/{self.total_steps}"]
+        parts += [f"{name} {values[name]:.4g}" for name in shown if name in values]
+        parts += [f"{rate:.1f} img/s", f"wait {100 * values['data_wait']:.0f} %", f"ETA {duration(left)}"]
+        return "  ".join(parts)
+
+    def _tell_wandb(self, line: Mapping[str, Any], step: int) -> None:
+        try:
+            self._wandb.log(dict(line), step=step)
+        except Exception as e:  # an outage of a dashboard must not end a run
+            log.warning("W&B refused a line, going on without it: %s", e)
+
+    def close(self) -> None:
+        """Flushes everything to disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def duration(seconds: float) -> str:
+    """``3h05m``, ``12m30s`` or ``8s``."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}h{m:02d}m" if hours else f"{m}m{s:02d}s" if m else f"{s}s"
+
+
+def _keep_until(path: Path, step: int) -> float:
+    """Drops lines after `step` (a run that resumes writes them again) and a half-written end; returns the time so far."""
+    if not path.is_file():
+        return 0.0
+    kept, seconds = [], 0.0
+    for text in path.read_text().splitlines():
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError:
+            break
+        if line["step"] > step:
+            break
+        kept.append(text)
+        seconds = float(line["time"])
+    partial = path.with_suffix(".jsonl.partial")
+    partial.write_text("".join(text + "\n" for text in kept))
+    partial.replace(path)
+    return seconds
+
+
+def _open_wandb(run_dir: Path, config: AnyRun) -> Any:
+    """A W&B run under the same id after every resume, or None."""
+    if config.wandb.mode == "off":
+        return None
+    try:
+        import wandb
+
+        id_file = run_dir / "wandb_id"
+        if not id_file.is_file():
+            id_file.write_text(wandb.util.generate_id())
+        return wandb.init(
+            project=config.wandb.project,
+            entity=config.wandb.entity,
+            group=config.wandb.group,
+            name=config.name,
+            id=id_file.read_text().strip(),
+            resume="allow",
+            mode=config.wandb.mode,
+            dir=str(run_dir),
+            config=config.model_dump(mode="json"),
+        )
+    except Exception as e:  # no dashboard is no reason not to train
+        log.warning("W&B could not start, going on without it: %s", e)
+        return None

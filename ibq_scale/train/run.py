@@ -1,0 +1,159 @@
+"""A run from its config: directory, logs, task, trainer."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ibq_scale.config.batch import accumulation_steps
+from ibq_scale.config.layers import require_complete, to_yaml
+from ibq_scale.config.run import AnyRun, TokenizerRun
+from ibq_scale.distributed.environment import World
+from ibq_scale.errors import UserError
+from ibq_scale.train.checkpoint import Checkpoint, CheckpointFolder
+from ibq_scale.train.preemption import REQUEUE_EXIT_CODE
+from ibq_scale.train.task import Task
+from ibq_scale.train.trainer import Trainer
+
+# A checkpoint continues only under the same networks and the same stream of samples.
+FIXED = ("task", "model", "quantizer", "discriminator")
+FIXED_DATA = ("lanes", "window")
+PACKAGES = ("torch", "torchvision", "deepspeed", "webdataset", "s3fs", "numpy", "ibq-scale")
+
+log = logging.getLogger(__name__)
+
+
+def train(config: AnyRun, world: World) -> int:
+    """Trains `config` to its end, from the newest whole checkpoint of its run directory if there is one.
+
+    Returns the exit code: 0 done, 75 stopped by a signal with everything saved.
+    """
+    require_complete(config)
+    accumulation = accumulation_steps(config.train, world.size)
+    run_dir = Path(config.run_dir)
+    resume_from = CheckpointFolder(run_dir / "checkpoints", world, config.train.keep_checkpoints).newest()
+    if resume_from is not None:
+        check_same_run(config, resume_from, world)
+    _prepare_run_dir(run_dir, config, world)
+    if resume_from is not None and resume_from.step >= config.train.total_steps:
+        _say(world, f"{run_dir}: all {config.train.total_steps} steps are done; nothing to do")
+        return 0
+    task = _make_task(config, world)
+    _say(world, _summary(config, world, accumulation, resume_from))
+    outcome = Trainer(config, run_dir, task, world).run(resume_from)
+    if outcome.stopped:
+        _say(world, f"stopped at step {outcome.step} by a signal, saved; the same command goes on from there")
+        return REQUEUE_EXIT_CODE
+    _say(world, f"done: {outcome.step} steps; {run_dir}/checkpoints/latest, {run_dir}/metrics.jsonl")
+    return 0
+
+
+def check_same_run(config: AnyRun, checkpoint: Checkpoint, world: World) -> None:
+    """UserError where the checkpoint belongs to another model, or to a layout that cannot go on here."""
+    saved, now = checkpoint.manifest["config"], config.model_dump(mode="json")
+    for section in FIXED:
+        if saved.get(section) != now.get(section):
+            raise UserError(
+                f"{checkpoint.path} is a checkpoint of another model: '{section}' is {_difference(saved, now, section)}. "
+                f"Give another out=… or the same config"
+            )
+    for key in FIXED_DATA:
+        if saved["data"][key] != now["data"][key]:
+            raise UserError(
+                f"{checkpoint.path}: data.{key} was {saved['data'][key]}; the order of samples depends on it"
+            )
+    for key in ("seed", "global_batch"):
+        if saved["train"][key] != now["train"][key]:
+            raise UserError(
+                f"{checkpoint.path}: train.{key} was {saved['train'][key]}; the order of samples depends on it"
+            )
+    if checkpoint.manifest["world_size"] != world.size:
+        raise UserError(
+            f"{checkpoint.path} was written by {checkpoint.manifest['world_size']} ranks, this run has {world.size}: "
+            f"resume on {checkpoint.manifest['world_size']}"
+        )
+
+
+def _difference(saved: dict[str, object], now: dict[str, object], section: str) -> str:
+    before, after = saved.get(section), now.get(section)
+    if isinstance(before, dict) and isinstance(after, dict):
+        changed = [k for k in sorted({*before, *after}) if before.get(k) != after.get(k)]
+        return ", ".join(f"{k}={before.get(k)} there and {after.get(k)} here" for k in changed)
+    return f"{before} there and {after} here"
+
+
+def _make_task(config: AnyRun, world: World) -> Task:
+    if isinstance(config, TokenizerRun):
+        from ibq_scale.train.tokenizer_task import TokenizerTask
+
+        return TokenizerTask(config, world)
+    from ibq_scale.train.ar_task import ARTask
+
+    return ARTask(config, world)
+
+
+def _prepare_run_dir(run_dir: Path, config: AnyRun, world: World) -> None:
+    if world.is_main:
+        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(to_yaml(config))
+        (run_dir / "environment.json").write_text(json.dumps(environment(world), indent=2) + "\n")
+    dist.barrier()
+    handler = logging.FileHandler(run_dir / "logs" / f"rank-{world.rank:05d}.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    logging.getLogger("ibq_scale").setLevel(logging.INFO)
+
+
+def environment(world: World) -> dict[str, object]:
+    """Versions, git commit, devices: what one needs to know to believe a figure."""
+    cuda = torch.cuda.is_available()
+    return {
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "git": _git_commit(),
+        "world_size": world.size,
+        "device": torch.cuda.get_device_name(world.device) if cuda else platform.processor() or platform.machine(),
+        "cpus": os.cpu_count(),
+        "command": sys.argv,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
+
+
+def _summary(config: AnyRun, world: World, accumulation: int, resume_from: Checkpoint | None) -> str:
+    train = config.train
+    begin = f"resuming from {resume_from.path}" if resume_from else "starting"
+    return (
+        f"{config.name}: {begin}; {train.total_steps} steps of {train.global_batch} = {train.micro_batch} micro × "
+        f"{accumulation} accumulation × {world.size} ranks; {train.precision}, DeepSpeed {config.deepspeed.config}; "
+        f"data {config.data.train}; run directory {config.run_dir}"
+    )
+
+
+def _say(world: World, message: str) -> None:
+    log.info("%s", message)
+    if world.is_main:
+        print(message, file=sys.stderr, flush=True)

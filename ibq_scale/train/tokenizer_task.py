@@ -1,0 +1,193 @@
+"""Stage 1: encoder, sharded-codebook quantizer, decoder against a PatchGAN, with LPIPS and entropy.
+
+Two DeepSpeed engines in the pattern that is exact on every ZeRO stage (tried on 0.19.8): the generator's loss goes
+through the *frozen* discriminator module, then one discriminator call on (real, detached fake). Both sides see the
+other's weights of the step before, so that accumulation and rank count do not change the objective.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ibq_scale.config.deepspeed import deepspeed_config
+from ibq_scale.config.run import TokenizerRun
+from ibq_scale.data.stream import ImageBatch, image_stream, to_float
+from ibq_scale.distributed.environment import World
+from ibq_scale.losses.adversarial import LeCAM, discriminator_hinge, generator_non_saturating
+from ibq_scale.losses.perceptual import make_perceptual
+from ibq_scale.models.autoencoder import TokenizerModel
+from ibq_scale.models.discriminator import PatchDiscriminator
+from ibq_scale.quantize.types import Quantized
+from ibq_scale.quantize.usage import CodeUsage
+from ibq_scale.train.codebook import ShardedCodebook
+from ibq_scale.train.ema import ShardedEMA
+from ibq_scale.train.engine import adam, discriminator_config, load_engine, make_engine, set_rates
+from ibq_scale.train.export import save_tokenizer_shards
+from ibq_scale.train.schedule import lr_factor
+from ibq_scale.train.task import StepMetrics
+
+
+class DiscriminatorPair(nn.Module):
+    """Real and fake in one engine call, yet as two batches: BatchNorm must not mix their statistics."""
+
+    def __init__(self, discriminator: PatchDiscriminator) -> None:
+        super().__init__()
+        self.discriminator = discriminator
+
+    def forward(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+        return self.discriminator(real), self.discriminator(fake)
+
+
+class TokenizerTask:
+    """A `Task`: see there for the methods' contract."""
+
+    shown = ("loss", "l1", "usage", "perplexity")
+
+    def __init__(self, run: TokenizerRun, world: World) -> None:
+        self.run = run
+        self.world = world
+        config = deepspeed_config(run, world.size)
+        self.accumulation = int(config["gradient_accumulation_steps"])
+        # Every rank starts from the same weights; dropout then differs by rank.
+        torch.manual_seed(run.train.seed)
+        model = TokenizerModel(run.model, run.quantizer)
+        pair = DiscriminatorPair(PatchDiscriminator(run.discriminator))
+        self.generator = make_engine(model, adam(model.parameters(), run.optimizer), config, world.device)
+        self.discriminator = make_engine(
+            pair, adam(pair.parameters(), run.optimizer), discriminator_config(config), world.device
+        )
+        torch.manual_seed(run.train.seed * 1_000_003 + world.rank + 1)
+        self.codebook = ShardedCodebook(run, world)
+        self.ema = ShardedEMA(self.generator.module.autoencoder, run.ema_decay, world)
+        self.perceptual = make_perceptual(run.loss, world.device)
+        self.lecam = LeCAM(run.loss.lecam_decay, world.device)
+        self.usage = CodeUsage(run.quantizer.codebook_size, world.device)
+        self.lr = run.optimizer.lr
+        self.adversarial = False
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def batches(self, start: int) -> Iterator[ImageBatch]:
+        return image_stream(
+            self.run.data,
+            resolution=self.run.model.resolution,
+            seed=self.run.train.seed,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            micro_batch=self.run.train.micro_batch,
+            start=start,
+        )
+
+    def set_rates(self, samples: int) -> dict[str, float]:
+        self.lr = self.run.optimizer.lr * lr_factor(self.run.schedule, samples, self.run.train.total_samples)
+        self.adversarial = samples >= self.run.loss.adversarial_start and self.run.loss.adversarial_weight > 0
+        set_rates(self.generator, self.lr)
+        set_rates(self.discriminator, self.lr)
+        return {"lr": self.lr}
+
+    def train_step(self, batches: Iterator[ImageBatch]) -> StepMetrics:
+        sums: StepMetrics = {}
+        for _ in range(self.accumulation):
+            images = to_float(next(batches).images_u8.to(self.world.device, non_blocking=True))
+            metrics, reconstruction = self._generator_backward(images)
+            self.generator.step()
+            if self.adversarial:
+                metrics |= self._discriminator_backward(images, reconstruction)
+                self.discriminator.step()
+            for name, value in metrics.items():
+                sums[name] = sums.get(name, torch.zeros_like(value)) + value / self.accumulation
+        if self.generator.was_step_applied():
+            self.codebook.step(self.lr)
+            self.ema.update()
+        else:
+            self.codebook.drop_gradient()
+        if self.adversarial:
+            self._update_lecam(sums)
+        sums["grad_norm"] = torch.as_tensor(self.generator.get_global_grad_norm() or 0.0, device=self.world.device)
+        return sums
+
+    def _generator_backward(self, images: Tensor) -> tuple[StepMetrics, Tensor]:
+        loss_config = self.run.loss
+        reconstruction, quantized = self.generator(images, self.codebook.rows, self.codebook.group)
+        reconstruction = reconstruction.float()
+        terms = {
+            "l1": (loss_config.l1_weight, (reconstruction - images).abs().mean()),
+            "quantization": (loss_config.quantization_weight, quantized.quantization_loss),
+            "entropy": (loss_config.entropy_weight, quantized.entropy_loss),
+        }
+        if self.perceptual is not None:
+            terms["perceptual"] = (
+                loss_config.perceptual_weight,
+                self.perceptual(images, reconstruction).mean(),
+            )
+        if self.adversarial:
+            self.discriminator.module.requires_grad_(False)
+            logits = self.discriminator.module.discriminator(reconstruction).float()
+            terms["generator"] = (loss_config.adversarial_weight, generator_non_saturating(logits))
+        loss = torch.stack([weight * term for weight, term in terms.values()]).sum()
+        self.generator.backward(loss)
+        self.discriminator.module.requires_grad_(True)
+        self.usage.update(quantized.indices_N)
+        self._last = (images, reconstruction.detach())
+        metrics = {name: term.detach() for name, (_, term) in terms.items()}
+        return metrics | {"loss": loss.detach()} | _entropies(quantized), reconstruction.detach()
+
+    def _discriminator_backward(self, images: Tensor, reconstruction: Tensor) -> StepMetrics:
+        real, fake = self.discriminator(images, reconstruction)
+        real, fake = real.float(), fake.float()
+        hinge = discriminator_hinge(real, fake)
+        lecam = self.lecam.penalty(real, fake)
+        self.discriminator.backward(hinge + self.run.loss.lecam_weight * lecam)
+        return {
+            "discriminator": hinge.detach(),
+            "lecam": lecam.detach(),
+            "logits_real": real.detach().mean(),
+            "logits_fake": fake.detach().mean(),
+        }
+
+    def _update_lecam(self, sums: StepMetrics) -> None:
+        """The EMA follows the means over the whole global batch, the same on every rank."""
+        means = torch.stack([sums["logits_real"], sums["logits_fake"]])
+        dist.all_reduce(means)
+        means /= self.world.size
+        self.lecam.update(means[0], means[1])
+
+    def log_metrics(self) -> dict[str, float]:
+        self.usage.reduce(None)
+        values = {"usage": 100.0 * self.usage.usage, "perplexity": self.usage.perplexity}
+        self.usage.reset()
+        return values
+
+    def save(self, directory: Path) -> None:
+        self.generator.save_checkpoint(str(directory), tag="generator", save_latest=False)
+        self.discriminator.save_checkpoint(str(directory), tag="discriminator", save_latest=False)
+        self.codebook.save(directory / "codebook")
+        self.ema.save(directory / "ema")
+        if self.world.is_main:
+            save_file({k: v.cpu() for k, v in self.lecam.state_dict().items()}, directory / "lecam.safetensors")
+        save_tokenizer_shards(directory / "model", self.run, self.ema.gather(), self.codebook)
+
+    def load(self, directory: Path) -> None:
+        load_engine(self.generator, str(directory), "generator")
+        load_engine(self.discriminator, str(directory), "discriminator")
+        self.codebook.load(directory / "codebook")
+        self.ema.load(directory / "ema")
+        self.lecam.load_state_dict(load_file(directory / "lecam.safetensors"))
+
+    def draw(self, directory: Path, step: int) -> None:
+        from ibq_scale.report.pictures import save_reconstructions
+
+        if self._last is not None:
+            save_reconstructions(directory, step, *self._last)
+
+
+def _entropies(quantized: Quantized) -> StepMetrics:
+    return {
+        "sample_entropy": quantized.sample_entropy.detach(),
+        "batch_entropy": quantized.batch_entropy.detach(),
+    }

@@ -1,0 +1,174 @@
+"""The loop: rates, step, log, signals, checkpoints. It is the same for both stages."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ibq_scale.config.run import AnyRun
+from ibq_scale.distributed.environment import World
+from ibq_scale.train.checkpoint import Checkpoint, CheckpointFolder
+from ibq_scale.train.metrics import MetricsLog
+from ibq_scale.train.preemption import StopRequest
+from ibq_scale.train.task import StepMetrics, Task
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of `Trainer.run` ended."""
+
+    step: int
+    stopped: bool
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite. Nothing is saved after it."""
+
+
+class _TimedBatches:
+    """Measures how long the step waits for data."""
+
+    def __init__(self, batches: Iterator[Any]) -> None:
+        self._batches = batches
+        self.waited = 0.0
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        begin = time.perf_counter()
+        batch = next(self._batches)
+        self.waited += time.perf_counter() - begin
+        return batch
+
+
+class Trainer:
+    """Runs a task from its newest whole checkpoint to the end of the config, or to a signal."""
+
+    def __init__(self, config: AnyRun, run_dir: Path, task: Task, world: World) -> None:
+        self.config = config
+        self.run_dir = run_dir
+        self.task = task
+        self.world = world
+        self.checkpoints = CheckpointFolder(run_dir / "checkpoints", world, config.train.keep_checkpoints)
+
+    def run(self, resume_from: Checkpoint | None) -> Outcome:
+        """Trains. Collective; every rank returns the same outcome."""
+        train = self.config.train
+        start = 0
+        if resume_from is not None:
+            self.task.load(resume_from.path)
+            _load_rng(resume_from.path, self.world)
+            start = resume_from.step
+        metrics = MetricsLog(self.run_dir, self.config, start) if self.world.is_main else None
+        stop = StopRequest(self.world.device)
+        try:
+            return self._loop(start, train.total_steps, metrics, stop)
+        finally:
+            stop.close()
+            if metrics is not None:
+                metrics.close()
+
+    def _loop(self, start: int, total: int, metrics: MetricsLog | None, stop: StopRequest) -> Outcome:
+        train = self.config.train
+        batches = _TimedBatches(self.task.batches(start * train.global_batch))
+        window = _Window(batches)
+        for step in range(start + 1, total + 1):
+            rates = self.task.set_rates((step - 1) * train.global_batch)
+            window.add(self.task.train_step(batches))
+            if step % train.log_every == 0 or step == total:
+                values = window.close(self.world, train.global_batch) | rates | self.task.log_metrics()
+                _check_finite(values, step)
+                if metrics is not None:
+                    metrics.write(step, step * train.global_batch, values, self.task.shown)
+            stopping = stop.agreed()
+            if stopping or step == total or step % train.checkpoint_every == 0:
+                self._save(step, window)
+            if stopping:
+                return Outcome(step, stopped=step < total)
+        return Outcome(total, stopped=False)
+
+    def _save(self, step: int, window: _Window) -> None:
+        """A checkpoint of a diverged state would replace the last good one: the loss so far is looked at first."""
+        _check_finite(window.peek(self.world), step)
+        facts = {
+            "step": step,
+            "samples": step * self.config.train.global_batch,
+            "world_size": self.world.size,
+            "config": self.config.model_dump(mode="json"),
+        }
+
+        def write(directory: Path) -> None:
+            self.task.save(directory)
+            _save_rng(directory, self.world)
+
+        self.checkpoints.save(facts, write)
+        if self.world.is_main:
+            self.task.draw(self.run_dir / "images", step)
+
+
+class _Window:
+    """Step metrics since the last log line, kept on the device; every rank's mean is averaged when closed."""
+
+    def __init__(self, batches: _TimedBatches) -> None:
+        self._batches = batches
+        self._sums: StepMetrics = {}
+        self._steps = 0
+        self._begin = time.perf_counter()
+
+    def add(self, metrics: StepMetrics) -> None:
+        for name, value in metrics.items():
+            value = value.detach().float()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._steps += 1
+
+    def peek(self, world: World) -> dict[str, float]:
+        """Means over the window's steps and all ranks so far; empty for an empty window."""
+        if not self._steps:
+            return {}
+        names = sorted(self._sums)
+        means = torch.stack([self._sums[name] for name in names]) / self._steps
+        dist.all_reduce(means)
+        return dict(zip(names, (means / world.size).tolist(), strict=True))
+
+    def close(self, world: World, global_batch: int) -> dict[str, float]:
+        """`peek` with rates, and a new window begins."""
+        values = self.peek(world)
+        seconds = time.perf_counter() - self._begin
+        values["step_s"] = seconds / self._steps
+        values["samples_per_s"] = global_batch * self._steps / seconds
+        values["data_wait"] = self._batches.waited / seconds
+        self._sums, self._steps, self._begin, self._batches.waited = {}, 0, time.perf_counter(), 0.0
+        return values
+
+
+def _check_finite(values: dict[str, float], step: int) -> None:
+    bad = [name for name, value in values.items() if not math.isfinite(value)]
+    if bad:
+        raise NonFiniteLossError(
+            f"{', '.join(bad)} became non-finite before step {step}; nothing was saved since. The newest whole "
+            f"checkpoint stands: resume from it with a lower optimizer.lr"
+        )
+
+
+def _save_rng(directory: Path, world: World) -> None:
+    states = {"cpu": torch.get_rng_state()}
+    if world.device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(world.device)
+    folder = directory / "rng"
+    folder.mkdir(exist_ok=True)
+    torch.save(states, folder / f"rank-{world.rank:05d}.pt")
+
+
+def _load_rng(directory: Path, world: World) -> None:
+    states = torch.load(directory / "rng" / f"rank-{world.rank:05d}.pt", weights_only=True)
+    torch.set_rng_state(states["cpu"])
+    if world.device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], world.device)

@@ -1,0 +1,59 @@
+"""DeepSpeed's JSON is completed from the run and never contradicts it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ibq_scale.config.deepspeed import deepspeed_config, find_config, zero_stage
+from ibq_scale.config.layers import resolve
+from ibq_scale.errors import UserError
+
+
+def _run(*overrides: str):  # type: ignore[no-untyped-def]
+    return resolve("tiny", overrides, "tokenizer").config
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_each_shipped_config_has_its_stage_and_fp32_reduction(stage: int) -> None:
+    run = _run(f"deepspeed.config=zero{stage}")
+    config = deepspeed_config(run, 2)
+    assert zero_stage(run) == config["zero_optimization"]["stage"] == stage
+    assert config["communication_data_type"] == config["data_types"]["grad_accum_dtype"] == "fp32"
+
+
+def test_batch_fields_follow_from_the_run() -> None:
+    config = deepspeed_config(_run("train.global_batch=32", "train.micro_batch=4"), 2)
+    assert config["train_batch_size"] == 32
+    assert config["train_micro_batch_size_per_gpu"] == 4
+    assert config["gradient_accumulation_steps"] == 4
+    assert config["gradient_clipping"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"train_batch_size": 8}, "train.global_batch"),
+        ({"gradient_clipping": 1.0}, "optimizer.grad_clip"),
+        ({"zero_optimisation": {"stage": 1}}, "did you mean 'zero_optimization'"),
+        ([], "one JSON object"),
+    ],
+)
+def test_contradicting_or_unknown_keys_are_refused(content: object, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        deepspeed_config(_run(f"deepspeed.config={path}"), 1)
+
+
+def test_overrides_go_on_top_without_replacing_their_section() -> None:
+    config = deepspeed_config(_run("deepspeed.overrides.zero_optimization.reduce_bucket_size=1000"), 1)
+    assert config["zero_optimization"]["reduce_bucket_size"] == 1000
+    assert config["zero_optimization"]["stage"] == 2
+
+
+def test_an_unknown_name_lists_what_there_is() -> None:
+    with pytest.raises(UserError, match="zero1, zero2, zero3"):
+        find_config("zero9")

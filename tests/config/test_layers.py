@@ -1,0 +1,146 @@
+"""Layers, misspelt keys, presets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ibq_scale.config.batch import accumulation_steps
+from ibq_scale.config.layers import (
+    flatten,
+    load_resolved,
+    preset_names,
+    require_complete,
+    resolve,
+    schema_keys,
+    to_yaml,
+)
+from ibq_scale.config.run import ARRun, TokenizerRun
+from ibq_scale.errors import UserError
+
+IMAGENET = 1_281_167
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_is_valid_and_survives_its_own_yaml(name: str, tmp_path: Path) -> None:
+    config = resolve(name).config
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    assert load_resolved(path) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "codes", "epochs"),
+    [
+        ("ibq-1024", 1024, 330),
+        ("ibq-8192", 8192, 280),
+        ("ibq-16384", 16384, 330),
+        ("ibq-262144", 262144, 330),
+    ],
+)
+def test_tokenizer_presets_hold_the_published_numbers(name: str, codes: int, epochs: int) -> None:
+    run = resolve(name, task="tokenizer").config
+    assert isinstance(run, TokenizerRun)
+    assert (run.quantizer.codebook_size, run.quantizer.dim, run.model.downsampling) == (codes, 256, 16)
+    assert run.train.samples == epochs * IMAGENET
+    assert run.schedule.decay_at == (250 * IMAGENET, 300 * IMAGENET)
+    assert (run.optimizer.lr, run.optimizer.betas, run.ema_decay) == (1e-4, (0.5, 0.9), 0.999)
+    assert (run.loss.adversarial_weight, run.loss.entropy_weight, run.loss.lecam_weight) == (0.1, 0.05, 0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "hidden"),
+    [
+        ("b", (16, 16, 1024), 2816),
+        ("l", (20, 20, 1280), 3584),
+        ("xl", (24, 24, 1536), 4096),
+        ("xxl", (30, 30, 1920), 5120),
+    ],
+)
+def test_ar_presets_hold_the_published_sizes(name: str, size: tuple[int, int, int], hidden: int) -> None:
+    run = resolve(name, task="ar").config
+    assert isinstance(run, ARRun)
+    assert (run.model.depth, run.model.heads, run.model.width) == size
+    assert run.model.ffn_hidden == hidden
+    assert (run.train.global_batch, run.optimizer.grad_clip, run.optimizer.betas) == (768, 1.0, (0.9, 0.95))
+
+
+def test_layers_override_in_order_and_remember_who_set_what(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("preset: tokenizer/ibq-1024\noptimizer: {lr: 5.0e-5}\ntrain: {global_batch: 64}\n")
+    resolved = resolve(str(file), ["train.global_batch=32"])
+    assert isinstance(resolved.config, TokenizerRun)
+    assert resolved.config.train.global_batch == 32
+    assert resolved.config.optimizer.lr == 5e-5
+    assert resolved.config.optimizer.betas == (0.5, 0.9)
+    assert resolved.origins["train.global_batch"] == "command line"
+    assert resolved.origins["optimizer.lr"] == str(file)
+    assert resolved.origins["optimizer.betas"] == "tokenizer/ibq-1024"
+
+
+def test_steps_on_the_command_line_replace_the_presets_samples() -> None:
+    config = resolve("ibq-1024", ["train.steps=10"], "tokenizer").config
+    assert (config.train.samples, config.train.total_steps) == (None, 10)
+
+
+def test_length_given_twice_is_refused() -> None:
+    with pytest.raises(UserError, match="exactly one of"):
+        resolve("ibq-1024", ["train.steps=10", "train.samples=1000"], "tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("optimizer.learning_rat=1", None),
+        ("train.globl_batch=8", "train.global_batch"),
+        ("modle.channels=8", "model"),
+        ("codebook_size=8", "quantizer.codebook_size"),
+    ],
+)
+def test_a_misspelt_key_is_refused_with_the_nearest_right_one(override: str, nearest: str | None) -> None:
+    with pytest.raises(UserError, match="unknown key") as caught:
+        resolve("tiny", [override], "tokenizer")
+    if nearest:
+        assert f"did you mean '{nearest}'" in str(caught.value)
+
+
+@pytest.mark.parametrize("override", ["train.global_batch=0", "train.precision=fp8", "optimizer.lr=-1", "noequals"])
+def test_wrong_values_are_refused(override: str) -> None:
+    with pytest.raises(UserError):
+        resolve("tiny", [override], "tokenizer")
+
+
+def test_an_unknown_preset_names_the_nearest() -> None:
+    with pytest.raises(UserError, match="did you mean 'tokenizer/ibq-16384'"):
+        resolve("ibq-16348", task="tokenizer")
+
+
+def test_a_config_of_the_other_stage_is_refused() -> None:
+    with pytest.raises(UserError, match="task"):
+        resolve("ar/b", task="tokenizer")
+
+
+def test_a_preset_alone_leaves_the_data_open() -> None:
+    with pytest.raises(UserError, match=r"data\.train"):
+        require_complete(resolve("tiny", task="tokenizer").config)
+
+
+@pytest.mark.parametrize(("world", "expected"), [(1, 4), (2, 2), (4, 1)])
+def test_accumulation_is_what_is_left(world: int, expected: int) -> None:
+    train = resolve("tiny", ["train.global_batch=32", "train.micro_batch=8"], "tokenizer").config.train
+    assert accumulation_steps(train, world) == expected
+
+
+def test_a_world_that_the_batch_does_not_divide_is_refused_with_a_size_that_fits() -> None:
+    train = resolve("tiny", ["train.global_batch=24", "train.micro_batch=8"], "tokenizer").config.train
+    with pytest.raises(UserError, match=r"train\.micro_batch=6 would"):
+        accumulation_steps(train, 2)
+    with pytest.raises(UserError, match="multiple of 5"):
+        accumulation_steps(train, 5)
+
+
+def test_schema_keys_are_the_keys_of_a_dump() -> None:
+    config = resolve("tiny", task="tokenizer").config
+    dumped = {k for k in flatten(config.model_dump()) if not k.startswith("deepspeed.overrides.")}
+    assert dumped == set(schema_keys(TokenizerRun))
