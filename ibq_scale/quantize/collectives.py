@@ -1,0 +1,74 @@
+"""Collectives of a codebook group. A group of None is a group of one: nothing moves.
+
+All ranks of a group bring equally many tokens. None of these carries a gradient; the quantizers' own backward
+passes call them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Group = dist.ProcessGroup | None
+
+
+def size_of(group: Group) -> int:
+    """Ranks in the group."""
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def rank_in(group: Group) -> int:
+    """This rank's place in the group."""
+    return 0 if group is None else dist.get_rank(group)
+
+
+def gather_rows(x_NX: Tensor, group: Group) -> Tensor:
+    """Every rank's rows, in rank order: (W·N, …)."""
+    if group is None:
+        return x_NX
+    out = x_NX.new_empty((size_of(group) * x_NX.shape[0], *x_NX.shape[1:]))
+    dist.all_gather_into_tensor(out, x_NX.contiguous(), group=group)
+    return out
+
+
+def scatter_sum_rows(x_MX: Tensor, group: Group) -> Tensor:
+    """The sum over ranks of (W·N, …), of which each rank keeps its own N rows."""
+    if group is None:
+        return x_MX
+    out = x_MX.new_empty((x_MX.shape[0] // size_of(group), *x_MX.shape[1:]))
+    dist.reduce_scatter_tensor(out, x_MX.contiguous(), group=group)
+    return out
+
+
+def sum_over(tensors: Iterable[Tensor], group: Group) -> list[Tensor]:
+    """Sums each tensor over the ranks, all in one collective."""
+    parts = list(tensors)
+    if group is None:
+        return parts
+    flat = torch.cat([t.reshape(-1) for t in parts])
+    dist.all_reduce(flat, group=group)
+    return [piece.view_as(t) for piece, t in zip(flat.split([t.numel() for t in parts]), parts, strict=True)]
+
+
+def owned_codes(index_M: Tensor, rows_KD: Tensor, group: Group) -> Tensor:
+    """C[i*] where this rank owns the row, else zeros."""
+    if group is None:
+        return rows_KD[index_M]
+    local, owned = _local(index_M, rows_KD.shape[0], group)
+    return rows_KD[local] * owned[:, None]
+
+
+def add_at_owned(grad_rows_KD: Tensor, index_M: Tensor, g_MD: Tensor, group: Group) -> None:
+    """∂L/∂C[i*] += g for the rows that this rank owns."""
+    local, owned = _local(index_M, grad_rows_KD.shape[0], group)
+    grad_rows_KD.index_add_(0, local, g_MD * owned[:, None])
+
+
+def _local(index_M: Tensor, codes: int, group: Group) -> tuple[Tensor, Tensor]:
+    """Global indices as this rank's row numbers (0 where another owns the row), and which are its own."""
+    local = index_M - rank_in(group) * codes
+    owned = (local >= 0) & (local < codes)
+    return torch.where(owned, local, 0), owned

@@ -1,0 +1,47 @@
+"""The VQGAN baseline: nearest code by Euclidean distance, straight-through to z, whole or sharded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ibq_scale.config.models import QuantizerConfig
+from ibq_scale.quantize.collectives import Group, add_at_owned, gather_rows, owned_codes, scatter_sum_rows
+from ibq_scale.quantize.search import Score, best_rows
+from ibq_scale.quantize.terms import commitment_terms
+from ibq_scale.quantize.types import Quantized
+
+
+class LookupFunction(torch.autograd.Function):
+    """C[i] of this rank's tokens out of a sharded codebook; backward adds at the owners' rows (sum over ranks)."""
+
+    @staticmethod
+    def forward(ctx: Any, indices_N: Tensor, rows_KD: Tensor, group: Group) -> Tensor:
+        indices_M = gather_rows(indices_N, group)
+        ctx.save_for_backward(indices_M)
+        ctx.group, ctx.shape = group, rows_KD.shape
+        return scatter_sum_rows(owned_codes(indices_M, rows_KD, group), group)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (indices_M,) = ctx.saved_tensors
+        grad_rows_KD = upstream[0].new_zeros(ctx.shape)
+        add_at_owned(grad_rows_KD, indices_M, gather_rows(upstream[0], ctx.group), ctx.group)
+        return None, grad_rows_KD, None
+
+
+def vq(z_ND: Tensor, rows_KD: Tensor, settings: QuantizerConfig, group: Group) -> Quantized:
+    """Quantizes z (N, D) with this rank's rows (K/W, D) of the codebook. There is no entropy term."""
+    indices_N = best_rows(z_ND.detach(), rows_KD.detach(), Score.DISTANCE, settings.tile_bytes, group)
+    hard_ND: Tensor = LookupFunction.apply(indices_N, rows_KD, group)  # type: ignore[no-untyped-call]
+    nothing = z_ND.new_zeros(())
+    return Quantized(
+        z_q_ND=z_ND + (hard_ND - z_ND).detach(),
+        indices_N=indices_N,
+        quantization_loss=commitment_terms(hard_ND, z_ND, settings),
+        entropy_loss=nothing,
+        sample_entropy=nothing,
+        batch_entropy=nothing,
+    )
