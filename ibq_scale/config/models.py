@@ -73,7 +73,10 @@ class DiscriminatorConfig(Section):
 
 
 class TransformerConfig(Section):
-    """Class-conditional Llama-like transformer with AdaLN over `tokens` codes in raster order."""
+    """Class-conditional Llama-like transformer with AdaLN over `tokens` codes in raster order.
+
+    `adaln_gain_init` scales the initial residual gains: 1e-3 for the published B and L, 1e-4 for XL, 1e-5 for XXL.
+    """
 
     codebook_size: PositiveInt = 16384
     classes: PositiveInt = 1000
@@ -85,6 +88,7 @@ class TransformerConfig(Section):
     residual_dropout: Probability = 0.1
     ffn_dropout: Probability = 0.1
     label_dropout: Probability = 0.1
+    adaln_gain_init: Annotated[float, Field(gt=0)] = 1e-3
     attention: Literal["auto", "flash", "sdpa", "math"] = "auto"
     activation_checkpointing: bool = False
 

@@ -1,0 +1,1 @@
+"""Images out of a trained model, and codes out of images."""

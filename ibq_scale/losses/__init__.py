@@ -1,0 +1,1 @@
+"""Loss terms around the tokenizer; the quantizer brings its own."""

@@ -1,0 +1,1 @@
+"""Networks in plain torch, and how they are stored: no DeepSpeed, no training loop."""

@@ -50,7 +50,7 @@ def sum_over(tensors: Iterable[Tensor], group: Group) -> list[Tensor]:
         return parts
     flat = torch.cat([t.reshape(-1) for t in parts])
     dist.all_reduce(flat, group=group)
-    return [piece.view_as(t) for piece, t in zip(flat.split([t.numel() for t in parts]), parts, strict=True)]
+    return [piece.view_as(t) for piece, t in zip(torch.split(flat, [t.numel() for t in parts]), parts, strict=True)]
 
 
 def owned_codes(index_M: Tensor, rows_KD: Tensor, group: Group) -> Tensor:

@@ -37,7 +37,7 @@ def quantize(z_ND: Tensor, rows_KD: Tensor, settings: QuantizerConfig, group: Gr
 
 
 def _ibq(z_ND: Tensor, rows_KD: Tensor, settings: QuantizerConfig, group: Group) -> Quantized:
-    outputs: tuple[Tensor, ...] = IBQFunction.apply(z_ND, rows_KD, settings, group)  # type: ignore[no-untyped-call]
+    outputs: tuple[Tensor, ...] = IBQFunction.apply(z_ND, rows_KD, settings, group)
     z_q_ND, hard_ND, entropy_loss, indices_N, sample_entropy, batch_entropy = outputs
     return Quantized(
         z_q_ND=z_q_ND,
@@ -61,7 +61,7 @@ def encode(z_ND: Tensor, rows_KD: Tensor, settings: QuantizerConfig, group: Grou
 def lookup(indices_N: Tensor, rows_KD: Tensor, group: Group = None) -> Tensor:
     """The codes (N, D) of global indices (N,), served by the ranks that own them."""
     group = group if size_of(group) > 1 else None
-    codes_ND: Tensor = LookupFunction.apply(indices_N, rows_KD, group)  # type: ignore[no-untyped-call]
+    codes_ND: Tensor = LookupFunction.apply(indices_N, rows_KD, group)
     return codes_ND
 
 

@@ -26,7 +26,7 @@ def best_rows(z_ND: Tensor, rows_KD: Tensor, score: Score, tile_bytes: int, grou
     step = max(1, tile_bytes // (codes * z_MD.element_size()))
     offset_K = rows_KD.square().sum(dim=1) * -0.5 if score is Score.DISTANCE else None
     tops, indices = [], []
-    for z_BD in z_MD.split(step):
+    for z_BD in torch.split(z_MD, step):
         S = z_BD @ rows_KD.T if offset_K is None else torch.addmm(offset_K, z_BD, rows_KD.T)
         top, index = S.max(dim=1)
         tops.append(top)

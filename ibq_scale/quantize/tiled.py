@@ -141,7 +141,9 @@ def _forward_passes(
         parts.append((index, top, total, total_tau, S.mul_(work).sum(dim=1)))
     index, top, total, total_tau, weighted = (torch.cat(column) for column in zip(*parts, strict=True))
     if group is not None:
-        index, top, total, total_tau, weighted = _combine(index, top, total, total_tau, weighted, settings, codes, group)
+        index, top, total, total_tau, weighted = _combine(
+            index, top, total, total_tau, weighted, settings, codes, group
+        )
     log_sum_tau = total_tau.log()
     statistics = RowStatistics(index, top, total.log(), log_sum_tau, log_sum_tau - weighted / total_tau)
     if group is not None:
@@ -189,7 +191,7 @@ def _combine(
     shift_tau_WM = shift_WM / settings.entropy_temperature
     scale_tau_WM = shift_tau_WM.exp()
     # Σ e^{x}(x) with x measured from the common maximum: x = x_local + shift.
-    weighted = (scale_tau_WM * weighted_WM + torch.where(scale_tau_WM > 0, scale_tau_WM * shift_tau_WM, 0.0) * tau_WM)
+    weighted = scale_tau_WM * weighted_WM + torch.where(scale_tau_WM > 0, scale_tau_WM * shift_tau_WM, 0.0) * tau_WM
     return index, best, (shift_WM.exp() * total_WM).sum(0), (scale_tau_WM * tau_WM).sum(0), weighted.sum(0)
 
 

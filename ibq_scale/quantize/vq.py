@@ -35,7 +35,7 @@ class LookupFunction(torch.autograd.Function):
 def vq(z_ND: Tensor, rows_KD: Tensor, settings: QuantizerConfig, group: Group) -> Quantized:
     """Quantizes z (N, D) with this rank's rows (K/W, D) of the codebook. There is no entropy term."""
     indices_N = best_rows(z_ND.detach(), rows_KD.detach(), Score.DISTANCE, settings.tile_bytes, group)
-    hard_ND: Tensor = LookupFunction.apply(indices_N, rows_KD, group)  # type: ignore[no-untyped-call]
+    hard_ND: Tensor = LookupFunction.apply(indices_N, rows_KD, group)
     nothing = z_ND.new_zeros(())
     return Quantized(
         z_q_ND=z_ND + (hard_ND - z_ND).detach(),

@@ -20,7 +20,7 @@ from ibq_scale.config.run import TokenizerRun
 from ibq_scale.data.stream import ImageBatch, image_stream, to_float
 from ibq_scale.distributed.environment import World
 from ibq_scale.losses.adversarial import LeCAM, discriminator_hinge, generator_non_saturating
-from ibq_scale.losses.perceptual import make_perceptual
+from ibq_scale.losses.perceptual import Perceptual
 from ibq_scale.models.autoencoder import TokenizerModel
 from ibq_scale.models.discriminator import PatchDiscriminator
 from ibq_scale.quantize.types import Quantized
@@ -65,7 +65,8 @@ class TokenizerTask:
         torch.manual_seed(run.train.seed * 1_000_003 + world.rank + 1)
         self.codebook = ShardedCodebook(run, world)
         self.ema = ShardedEMA(self.generator.module.autoencoder, run.ema_decay, world)
-        self.perceptual = make_perceptual(run.loss, world.device)
+        net = run.loss.perceptual
+        self.perceptual = None if net == "none" else Perceptual(net, world.device)
         self.lecam = LeCAM(run.loss.lecam_decay, world.device)
         self.usage = CodeUsage(run.quantizer.codebook_size, world.device)
         self.lr = run.optimizer.lr

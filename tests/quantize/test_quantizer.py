@@ -19,7 +19,9 @@ from tests.ranks import run_ranks
 
 
 def _config(codes: int, dim: int, **changes: Any) -> QuantizerConfig:
-    return QuantizerConfig(**{"codebook_size": codes, "dim": dim, "entropy_temperature": 0.3, "tile_bytes": 900} | changes)
+    return QuantizerConfig(
+        **{"codebook_size": codes, "dim": dim, "entropy_temperature": 0.3, "tile_bytes": 900} | changes
+    )
 
 
 def _inputs(tokens: int, codes: int, dim: int, seed: int = 0, scale: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:

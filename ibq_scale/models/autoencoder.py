@@ -1,0 +1,231 @@
+"""The VQGAN encoder and decoder (convolutions, GroupNorm, single-head attention), and the tokenizer around them.
+
+Module names are the published checkpoints' names, so that an import renames nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ibq_scale.config.models import AutoencoderConfig, QuantizerConfig
+from ibq_scale.quantize.collectives import Group
+from ibq_scale.quantize.quantizer import quantize
+from ibq_scale.quantize.types import Quantized
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+def _conv3(inputs: int, outputs: int) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, padding=1)
+
+
+class ResnetBlock(nn.Module):
+    """norm → SiLU → conv, twice, with a 1×1 shortcut where the width changes."""
+
+    def __init__(self, inputs: int, outputs: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1 = _norm(inputs)
+        self.conv1 = _conv3(inputs, outputs)
+        self.norm2 = _norm(outputs)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = _conv3(outputs, outputs)
+        self.nin_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        out: Tensor = self.nin_shortcut(x) + h
+        return out
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over all positions, one head of the full width."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = _norm(channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        n = self.norm(x)
+        q, k, v = (conv(n).flatten(2).transpose(1, 2).unsqueeze(1) for conv in (self.q, self.k, self.v))
+        out = F.scaled_dot_product_attention(q, k, v)
+        projected: Tensor = self.proj_out(out.squeeze(1).transpose(1, 2).reshape(b, c, h, w))
+        return x + projected
+
+
+class Downsample(nn.Module):
+    """Halves the sides: one column and row of zeros at right and bottom, then a strided convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
+        return out
+
+
+class Upsample(nn.Module):
+    """Doubles the sides by repetition, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = _conv3(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return out
+
+
+class Level(nn.Module):
+    """The blocks of one resolution, and the step to the next; `attn` is empty where there is no attention."""
+
+    def __init__(self, inputs: int, outputs: int, blocks: int, attention: bool, dropout: float) -> None:
+        super().__init__()
+        widths = [inputs] + [outputs] * (blocks - 1)
+        self.block = nn.ModuleList(ResnetBlock(width, outputs, dropout) for width in widths)
+        self.attn = nn.ModuleList(AttentionBlock(outputs) for _ in range(blocks if attention else 0))
+        self.downsample: Downsample | None = None
+        self.upsample: Upsample | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, block in enumerate(self.block):
+            x = block(x)
+            if len(self.attn):
+                x = self.attn[i](x)
+        if self.downsample is not None:
+            x = self.downsample(x)
+        if self.upsample is not None:
+            x = self.upsample(x)
+        return x
+
+
+class Middle(nn.Module):
+    def __init__(self, channels: int, dropout: float) -> None:
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels, dropout)
+        self.attn_1 = AttentionBlock(channels)
+        self.block_2 = ResnetBlock(channels, channels, dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.block_2(self.attn_1(self.block_1(x)))
+        return out
+
+
+def _has_attention(config: AutoencoderConfig, level: int) -> bool:
+    return config.resolution // 2**level in config.attention_resolutions
+
+
+class Encoder(nn.Module):
+    """(B, 3, H, W) → (B, z_channels, H/f, W/f)."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        widths = [config.channels * m for m in config.channel_multipliers]
+        self.conv_in = _conv3(3, config.channels)
+        self.down = nn.ModuleList()
+        inputs = config.channels
+        for i, width in enumerate(widths):
+            level = Level(inputs, width, config.res_blocks, _has_attention(config, i), config.dropout)
+            if i < len(widths) - 1:
+                level.downsample = Downsample(width)
+            self.down.append(level)
+            inputs = width
+        self.mid = Middle(inputs, config.dropout)
+        self.norm_out = _norm(inputs)
+        self.conv_out = _conv3(inputs, config.z_channels)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        h = self.conv_in(x_BCHW)
+        for level in self.down:
+            h = level(h)
+        out: Tensor = self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        return out
+
+
+class Decoder(nn.Module):
+    """(B, z_channels, h, w) → (B, 3, f·h, f·w); one block a level more than the encoder."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        widths = [config.channels * m for m in config.channel_multipliers]
+        inputs = widths[-1]
+        self.conv_in = _conv3(config.z_channels, inputs)
+        self.mid = Middle(inputs, config.dropout)
+        levels: list[nn.Module] = []
+        for i in reversed(range(len(widths))):
+            level = Level(inputs, widths[i], config.res_blocks + 1, _has_attention(config, i), config.dropout)
+            if i > 0:
+                level.upsample = Upsample(widths[i])
+            levels.append(level)
+            inputs = widths[i]
+        # Numbered by resolution as in the encoder: up.0 is the largest and runs last.
+        self.up = nn.ModuleList(reversed(levels))
+        self.norm_out = _norm(inputs)
+        self.conv_out = _conv3(inputs, 3)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            h = level(h)
+        out: Tensor = self.conv_out(F.silu(self.norm_out(h)))
+        return out
+
+
+class Autoencoder(nn.Module):
+    """Encoder and decoder with the 1×1 convolutions to and from the code's width D."""
+
+    def __init__(self, config: AutoencoderConfig, code_dim: int) -> None:
+        super().__init__()
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(config.z_channels, code_dim, 1)
+        self.post_quant_conv = nn.Conv2d(code_dim, config.z_channels, 1)
+        self.to(memory_format=torch.channels_last)
+
+    def encode(self, x_BCHW: Tensor) -> Tensor:
+        """Images in [-1, 1] (B, 3, H, W) → z (B, D, H/f, W/f) in the parameters' dtype."""
+        x_BCHW = x_BCHW.to(self.quant_conv.weight.dtype, memory_format=torch.channels_last)
+        z: Tensor = self.quant_conv(self.encoder(x_BCHW))
+        return z
+
+    def decode(self, z_BDhw: Tensor) -> Tensor:
+        """Codes' vectors (B, D, h, w) → images (B, 3, f·h, f·w), about [-1, 1], not clamped."""
+        z_BDhw = z_BDhw.to(self.quant_conv.weight.dtype)
+        x: Tensor = self.decoder(self.post_quant_conv(z_BDhw))
+        return x
+
+
+class TokenizerModel(nn.Module):
+    """What a training engine wraps: the autoencoder, with the codebook passed in (it lives outside every engine)."""
+
+    def __init__(self, model: AutoencoderConfig, quantizer: QuantizerConfig) -> None:
+        super().__init__()
+        self.autoencoder = Autoencoder(model, quantizer.dim)
+        self.settings = quantizer
+
+    def forward(self, x_BCHW: Tensor, rows_KD: Tensor, group: Group) -> tuple[Tensor, Quantized]:
+        """Images (B, 3, H, W) and this rank's rows of the codebook → (reconstruction, `Quantized` of B·h·w tokens)."""
+        z_BDhw = self.autoencoder.encode(x_BCHW)
+        quantized = quantize(tokens_of(z_BDhw), rows_KD, self.settings, group)
+        return self.autoencoder.decode(image_of(quantized.z_q_ND, z_BDhw.shape)), quantized
+
+
+def tokens_of(z_BDhw: Tensor) -> Tensor:
+    """(B, D, h, w) → (B·h·w, D), raster order."""
+    return z_BDhw.permute(0, 2, 3, 1).reshape(-1, z_BDhw.shape[1])
+
+
+def image_of(z_ND: Tensor, shape_BDhw: torch.Size) -> Tensor:
+    """The inverse of `tokens_of` for a map of this shape."""
+    b, d, h, w = shape_BDhw
+    return z_ND.view(b, h, w, d).permute(0, 3, 1, 2)

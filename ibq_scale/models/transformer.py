@@ -1,0 +1,229 @@
+"""The class-conditional transformer: Llama-like blocks, AdaLN from the class, 2D rotary positions.
+
+One prefix token carries the class; the code at t is predicted from the prefix and codes 0 … t − 1. Parameter names
+are the published checkpoints' without their leading ``transformer.``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ibq_scale.config.models import TransformerConfig
+from ibq_scale.models.attention import attention
+
+ROTARY_BASE = 10_000.0
+
+
+class KVCache:
+    """Keys and values of all layers, (B, H, length, d) each, filled from the front."""
+
+    def __init__(self, config: TransformerConfig, batch: int, device: torch.device, dtype: torch.dtype) -> None:
+        shape = (config.depth, 2, batch, config.heads, config.tokens, config.head_dim)
+        self._store = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def extend(self, layer: int, k_BHTd: Tensor, v_BHTd: Tensor) -> tuple[Tensor, Tensor]:
+        """Appends to a layer; returns all of its keys and values so far."""
+        end = self.length + k_BHTd.shape[2]
+        self._store[layer, 0, :, :, self.length : end] = k_BHTd
+        self._store[layer, 1, :, :, self.length : end] = v_BHTd
+        return self._store[layer, 0, :, :, :end], self._store[layer, 1, :, :, :end]
+
+
+def rotary_table(config: TransformerConfig) -> Tensor:
+    """cos and sin (2, tokens, head_dim/2) fp32 of positions prefix, code 0, … code tokens − 2.
+
+    The first half of the pairs turns with the row, the second with the column. The prefix's cos and sin are all zero,
+    which zeroes its query and key: the published models were trained so.
+    """
+    half = config.head_dim // 4
+    frequency = ROTARY_BASE ** (-torch.arange(half, dtype=torch.float32) / half)
+    angle = torch.arange(config.grid, dtype=torch.float32)[:, None] * frequency
+    rows = angle[:, None, :].expand(-1, config.grid, -1)
+    columns = angle[None, :, :].expand(config.grid, -1, -1)
+    grid = torch.cat([rows, columns], dim=-1).flatten(0, 1)[: config.tokens - 1]
+    table = torch.stack([grid.cos(), grid.sin()])
+    return torch.cat([torch.zeros(2, 1, 2 * half), table], dim=1)
+
+
+def rotate(x_BHTd: Tensor, table_2Tp: Tensor) -> Tensor:
+    """Rotates interleaved pairs (x0, x1), (x2, x3), … in fp32; back in x's dtype."""
+    cos, sin = table_2Tp
+    even, odd = x_BHTd.float().view(*x_BHTd.shape[:-1], -1, 2).unbind(-1)
+    turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
+    return turned.flatten(-2).to(x_BHTd.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight, the mean square in fp32, eps 1e-5."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)).to(x.dtype) * self.weight
+
+
+class AdaLN(nn.Sequential):
+    """The class embedding's `vectors` modulations."""
+
+    def __init__(self, width: int, vectors: int) -> None:
+        super().__init__(nn.SiLU(), nn.Linear(width, vectors * width))
+
+
+class Attention(nn.Module):
+    def __init__(self, config: TransformerConfig, layer: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer = layer
+        self.wqkv = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.wo = nn.Linear(config.width, config.width, bias=False)
+
+    def forward(self, x_BTE: Tensor, table_2Tp: Tensor, cache: KVCache | None) -> Tensor:
+        b, t, width = x_BTE.shape
+        qkv = self.wqkv(x_BTE).view(b, t, 3, self.config.heads, self.config.head_dim)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+        q, k = rotate(q, table_2Tp), rotate(k, table_2Tp)
+        causal = t > 1
+        if cache is not None:
+            assert t == 1 or cache.length == 0, "a chunk after the first would need a mask of its own"
+            k, v = cache.extend(self.layer, k, v)
+        mixed = attention(q, k, v, causal=causal, kind=self.config.attention)
+        out: Tensor = self.wo(mixed.transpose(1, 2).reshape(b, t, width))
+        return out
+
+
+class FeedForward(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.w1 = nn.Linear(config.width, config.ffn_hidden, bias=False)
+        self.w3 = nn.Linear(config.width, config.ffn_hidden, bias=False)
+        self.w2 = nn.Linear(config.ffn_hidden, config.width, bias=False)
+        self.dropout = nn.Dropout(config.ffn_dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+        return out
+
+
+class Block(nn.Module):
+    """x + γ₁·Attn(norm(x)·(1 + s₁) + b₁), then the same with SwiGLU; the six vectors come from the class."""
+
+    def __init__(self, config: TransformerConfig, layer: int) -> None:
+        super().__init__()
+        self.attention = Attention(config, layer)
+        self.feed_forward = FeedForward(config)
+        self.attention_norm = RMSNorm(config.width)
+        self.ffn_norm = RMSNorm(config.width)
+        self.ada_lin = AdaLN(config.width, 6)
+        self.dropout = nn.Dropout(config.residual_dropout)
+
+    def forward(self, x_BTE: Tensor, condition_BE: Tensor, table_2Tp: Tensor, cache: KVCache | None) -> Tensor:
+        gain1, gain2, scale1, scale2, shift1, shift2 = self.ada_lin(condition_BE)[:, None].chunk(6, dim=-1)
+        h = self.attention(self.attention_norm(x_BTE) * (1 + scale1) + shift1, table_2Tp, cache)
+        x_BTE = x_BTE + self.dropout(h) * gain1
+        h = self.feed_forward(self.ffn_norm(x_BTE) * (1 + scale2) + shift2)
+        out: Tensor = x_BTE + h * gain2
+        return out
+
+
+class HeadNorm(nn.Module):
+    """The last AdaLN: norm, scale, shift."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.rmsnorm = RMSNorm(width)
+        self.ada_lin = AdaLN(width, 2)
+
+    def forward(self, x_BTE: Tensor, condition_BE: Tensor) -> Tensor:
+        scale, shift = self.ada_lin(condition_BE)[:, None].chunk(2, dim=-1)
+        out: Tensor = self.rmsnorm(x_BTE) * (1 + scale) + shift
+        return out
+
+
+class ClassEmbedding(nn.Module):
+    """classes + 1 rows; the last stands for "no class" and is what label dropout puts in."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.no_class = config.classes
+        self.dropout = config.label_dropout
+        self.embedding_table = nn.Embedding(config.classes + 1, config.width)
+
+    def forward(self, labels_B: Tensor) -> Tensor:
+        if self.training and self.dropout > 0:
+            dropped = torch.rand(labels_B.shape, device=labels_B.device) < self.dropout
+            labels_B = torch.where(dropped, self.no_class, labels_B)
+        out: Tensor = self.embedding_table(labels_B)
+        return out
+
+
+class Transformer(nn.Module):
+    """See the module's docstring. Untied head without bias."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tok_emb = nn.Embedding(config.codebook_size, config.width)
+        self.class_emb = ClassEmbedding(config)
+        self.tok_dropout = nn.Dropout(config.token_dropout)
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.depth))
+        self.head_nm = HeadNorm(config.width)
+        self.head = nn.Linear(config.width, config.codebook_size, bias=False)
+        # fp32 whatever the parameters are cast to: kept out of the module's buffers, moved with the inputs.
+        self._table_2Tp = rotary_table(config)
+        self._initialize()
+
+    def forward(self, codes_BT: Tensor, labels_B: Tensor) -> Tensor:
+        """Codes int64 (B, T), T ≤ tokens, and labels int64 (B,) → logits (B, T, V).
+
+        ``logits[:, t]`` is the distribution of code t given the label and the codes before t; the last code is
+        never read. Label ``classes`` means "no class".
+        """
+        condition_BE = self.class_emb(labels_B)
+        x_BTE = torch.cat([condition_BE[:, None], self.tok_emb(codes_BT[:, :-1])], dim=1)
+        return self._run(self.tok_dropout(x_BTE), condition_BE, None)
+
+    def step(self, codes_B: Tensor | None, labels_B: Tensor, cache: KVCache) -> Tensor:
+        """One step of generation: the next code's logits (B, V). `codes_B` is the last code, None at the start."""
+        condition_BE = self.class_emb(labels_B)
+        x_BE = condition_BE if codes_B is None else self.tok_emb(codes_B)
+        return self._run(x_BE[:, None], condition_BE, cache)[:, 0]
+
+    def _run(self, x_BTE: Tensor, condition_BE: Tensor, cache: KVCache | None) -> Tensor:
+        if self._table_2Tp.device != x_BTE.device:
+            self._table_2Tp = self._table_2Tp.to(x_BTE.device)
+        start = 0 if cache is None else cache.length
+        table = self._table_2Tp[:, start : start + x_BTE.shape[1]]
+        for block in self.blocks:
+            if self.config.activation_checkpointing and self.training:
+                x_BTE = checkpoint(block, x_BTE, condition_BE, table, cache, use_reentrant=False)
+            else:
+                x_BTE = block(x_BTE, condition_BE, table, cache)
+        if cache is not None:
+            cache.length += x_BTE.shape[1]
+        logits: Tensor = self.head(self.head_nm(x_BTE, condition_BE))
+        return logits
+
+    @torch.no_grad()
+    def _initialize(self) -> None:
+        """N(0, 0.02); rows of AdaLN that make γ × `adaln_gain_init`, those of scales and shifts × ½; head zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+            if isinstance(module, AdaLN):
+                module[1].weight.mul_(0.5)
+        for block in self.modules():
+            if isinstance(block, Block):
+                # γ₁ and γ₂ come first among the rows.
+                block.ada_lin[1].weight[: 2 * self.config.width].mul_(self.config.adaln_gain_init / 0.5)
+        nn.init.zeros_(self.head.weight)

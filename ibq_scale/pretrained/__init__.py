@@ -1,0 +1,1 @@
+"""Trained models on disk: our own directories and the published code's checkpoints."""

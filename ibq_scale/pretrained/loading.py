@@ -1,0 +1,234 @@
+"""Trained models on disk, and loading them in three lines of Python, without DeepSpeed.
+
+A model directory holds ``config.json``, ``model.safetensors`` and, for tokenizers, the codebook in one or several
+files by rows. `path` arguments take such a directory, a training checkpoint, or a run directory (newest checkpoint).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ibq_scale.config.models import AutoencoderConfig, QuantizerConfig, TransformerConfig
+from ibq_scale.errors import UserError
+from ibq_scale.models.sampling import SamplingSettings, generate
+from ibq_scale.models.autoencoder import Autoencoder, image_of, tokens_of
+from ibq_scale.models.transformer import Transformer
+from ibq_scale.quantize.quantizer import encode, lookup
+
+FORMAT_VERSION = 1
+Kind = Literal["tokenizer", "ar"]
+
+
+class Tokenizer(nn.Module):
+    """Images to codes and back. `codebook_KD` is a buffer, fp32."""
+
+    def __init__(self, model: AutoencoderConfig, quantizer: QuantizerConfig) -> None:
+        super().__init__()
+        self.model_config = model
+        self.quantizer_config = quantizer
+        self.autoencoder = Autoencoder(model, quantizer.dim)
+        self.codebook_KD: Tensor
+        self.register_buffer("codebook_KD", torch.zeros(quantizer.codebook_size, quantizer.dim))
+        self.eval().requires_grad_(False)
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per code along one side."""
+        return self.model_config.downsampling
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Float images (B, 3, H, W) in [-1, 1] → codes int64 (B, h, w).
+
+        Raises ValueError where H or W is no multiple of the downsampling.
+        """
+        b, _, height, width = images.shape
+        if height % self.downsampling or width % self.downsampling:
+            raise ValueError(f"image sides {height} × {width} must be multiples of {self.downsampling}")
+        z_ND = tokens_of(self.autoencoder.encode(images.to(self.codebook_KD.device)))
+        codes_N = encode(z_ND, self.codebook_KD, self.quantizer_config)
+        return codes_N.view(b, height // self.downsampling, width // self.downsampling)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes int64 (B, h, w) → float images (B, 3, H, W), about [-1, 1] and not clamped."""
+        b, h, w = codes.shape
+        flat = codes.to(self.codebook_KD.device).flatten()
+        z_BDhw = image_of(lookup(flat, self.codebook_KD), torch.Size((b, self.codebook_KD.shape[1], h, w)))
+        return self.autoencoder.decode(z_BDhw).float()
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """`decode(encode(images))`."""
+        return self.decode(self.encode(images))
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 (hex) of the sizes and all weights: what code shards are stamped with."""
+        digest = hashlib.sha256()
+        sizes = [self.model_config.model_dump(mode="json"), self.quantizer_config.kind]
+        digest.update(json.dumps(sizes, sort_keys=True).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+class ARModel(nn.Module):
+    """The transformer for use: logits and samples."""
+
+    def __init__(self, config: TransformerConfig, tokenizer: str | None) -> None:
+        super().__init__()
+        self.transformer = Transformer(config)
+        self.config = config
+        self.tokenizer_hash = tokenizer
+        """Hash of the tokenizer whose codes it was trained on, where known."""
+        self.eval().requires_grad_(False)
+
+    def forward(self, codes: Tensor, labels: Tensor) -> Tensor:
+        """Codes int64 (B, T), labels int64 (B,) → logits (B, T, V); ``logits[:, t]`` is for code t."""
+        logits: Tensor = self.transformer(codes, labels)
+        return logits
+
+    def generate(
+        self,
+        labels: Tensor,
+        guidance: float = 1.0,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        greedy: bool = False,
+        seed: int = 0,
+        ids: Tensor | None = None,
+    ) -> Tensor:
+        """Codes int64 (B, T) in raster order; see `models.sampling.generate`."""
+        settings = SamplingSettings(guidance, temperature, top_k, top_p, greedy, seed)
+        return generate(self.transformer, labels, settings, ids)
+
+
+def load_tokenizer(path: str | Path, device: torch.device | str = "cpu") -> Tokenizer:
+    """Loads a tokenizer. UserError where there is none at `path`, it is damaged, or it is another kind of model."""
+    folder, config = _read_config(Path(path), "tokenizer")
+    tokenizer = Tokenizer(AutoencoderConfig(**config["model"]), QuantizerConfig(**config["quantizer"]))
+    parts = [_read_tensors(p)["codebook"] for p in sorted(folder.glob("codebook*.safetensors"))]
+    tensors = {f"autoencoder.{k}": v for k, v in _read_tensors(folder / "model.safetensors").items()}
+    fill_strictly(tokenizer, tensors | {"codebook_KD": torch.cat(parts) if parts else torch.empty(0)}, folder)
+    return tokenizer.to(device)
+
+
+def load_ar(path: str | Path, device: torch.device | str = "cpu") -> ARModel:
+    """Loads a transformer. UserError as `load_tokenizer`."""
+    folder, config = _read_config(Path(path), "ar")
+    model = ARModel(TransformerConfig(**config["model"]), config.get("tokenizer"))
+    tensors = {f"transformer.{k}": v for k, v in _read_tensors(folder / "model.safetensors").items()}
+    fill_strictly(model, tensors, folder)
+    return model.to(device)
+
+
+def save_tokenizer(folder: Path, tokenizer: Tokenizer, source: Mapping[str, Any]) -> None:
+    """Writes a whole tokenizer; `source` says where it comes from."""
+    write_config(folder, "tokenizer", tokenizer.model_config, tokenizer.quantizer_config, source)
+    save_file(_plain(tokenizer.autoencoder.state_dict()), folder / "model.safetensors")
+    write_codebook_part(folder, tokenizer.codebook_KD, 0, 1)
+
+
+def save_ar(folder: Path, model: ARModel, source: Mapping[str, Any]) -> None:
+    """Writes a whole transformer; `source` says where it comes from."""
+    write_config(folder, "ar", model.config, None, source, model.tokenizer_hash)
+    save_file(_plain(model.transformer.state_dict()), folder / "model.safetensors")
+
+
+def write_config(
+    folder: Path,
+    kind: Kind,
+    model: AutoencoderConfig | TransformerConfig,
+    quantizer: QuantizerConfig | None,
+    source: Mapping[str, Any],
+    tokenizer: str | None = None,
+) -> None:
+    """``config.json``: what `load_tokenizer` and `load_ar` build the model from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    values: dict[str, Any] = {"format_version": FORMAT_VERSION, "kind": kind, "model": model.model_dump(mode="json")}
+    if quantizer is not None:
+        values["quantizer"] = quantizer.model_dump(mode="json")
+    if tokenizer is not None:
+        values["tokenizer"] = tokenizer
+    (folder / "config.json").write_text(json.dumps(values | {"source": dict(source)}, indent=2) + "\n")
+
+
+def write_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    """``model.safetensors`` from named tensors."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(_plain(weights), folder / "model.safetensors")
+
+
+def write_codebook_part(folder: Path, rows_KD: Tensor, part: int, parts: int) -> None:
+    """One of `parts` consecutive pieces of the codebook, by rows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = "codebook.safetensors" if parts == 1 else f"codebook-{part:05d}-of-{parts:05d}.safetensors"
+    save_file(_plain({"codebook": rows_KD}), folder / name)
+
+
+def model_directory(path: Path) -> Path:
+    """The model directory at, or under, `path`. UserError where there is none."""
+    pointer = path / "checkpoints" / "latest"
+    candidates = [path, path / "model"]
+    if pointer.is_file():
+        candidates.append(pointer.parent / pointer.read_text().strip() / "model")
+    for candidate in candidates:
+        if (candidate / "config.json").is_file():
+            return candidate
+    what = "does not exist" if not path.exists() else "holds no model (no config.json, no checkpoints/latest)"
+    raise UserError(f"{path} {what}: give an exported model, a checkpoint or a run directory")
+
+
+def _read_config(path: Path, kind: Kind) -> tuple[Path, dict[str, Any]]:
+    folder = model_directory(path)
+    try:
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    except json.JSONDecodeError as e:
+        raise UserError(f"{folder / 'config.json'} is damaged: {e}") from None
+    if config.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{folder} has model format {config.get('format_version')}, this program reads {FORMAT_VERSION}"
+        )
+    if config["kind"] != kind:
+        raise UserError(f"{path} is {_A[config['kind']]}; {_A[kind]} is needed here")
+    return folder, config
+
+
+_A = {"tokenizer": "a tokenizer", "ar": "an AR transformer"}
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"cannot read {path}: {e}") from None
+
+
+def fill_strictly(module: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Strict: a missing or misshapen tensor is an error that names it, never a randomly initialised model."""
+    wanted = module.state_dict()
+    faults = [f"{k} is missing" for k in wanted if k not in tensors]
+    faults += [f"{k} is not expected" for k in tensors if k not in wanted]
+    faults += [
+        f"{k} has shape {tuple(tensors[k].shape)} instead of {tuple(v.shape)}"
+        for k, v in wanted.items()
+        if k in tensors and tensors[k].shape != v.shape
+    ]
+    if faults:
+        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
+        raise UserError(f"{folder}: weights do not fit the model: {'; '.join(faults[:5])}{more}")
+    module.load_state_dict(dict(tensors))
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
