@@ -75,6 +75,13 @@ class AdaLN(nn.Sequential):
     def __init__(self, width: int, vectors: int) -> None:
         super().__init__(nn.SiLU(), nn.Linear(width, vectors * width))
 
+    @property
+    def linear(self) -> nn.Linear:
+        """What maps the activated embedding to the vectors, `width` rows each."""
+        linear = self[1]
+        assert isinstance(linear, nn.Linear)
+        return linear
+
 
 class Attention(nn.Module):
     def __init__(self, config: TransformerConfig, layer: int) -> None:
@@ -220,10 +227,12 @@ class Transformer(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
+        for module in self.modules():
             if isinstance(module, AdaLN):
-                module[1].weight.mul_(0.5)
-        for block in self.modules():
-            if isinstance(block, Block):
-                # γ₁ and γ₂ come first among the rows.
-                block.ada_lin[1].weight[: 2 * self.config.width].mul_(self.config.adaln_gain_init / 0.5)
+                module.linear.weight.mul_(0.5)
+        for module in self.modules():
+            if isinstance(module, Block):
+                # γ₁ and γ₂ come first among the rows, and were halved with the others.
+                gains = module.ada_lin.linear.weight[: 2 * self.config.width]
+                gains.mul_(2.0 * self.config.adaln_gain_init)
         nn.init.zeros_(self.head.weight)

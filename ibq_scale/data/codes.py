@@ -1,0 +1,119 @@
+"""Code shards: one safetensors file for each image shard, stamped with the tokenizer that wrote it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from ibq_scale.data.cache import ShardCache
+from ibq_scale.data.images import Request
+from ibq_scale.data.manifest import CodesInfo, Manifest, ShardInfo, save_manifest
+from ibq_scale.data.store import Store
+from ibq_scale.errors import UserError
+
+# safetensors: 8 bytes of length, then a JSON header whose __metadata__ carries the stamp.
+STAMP = "ibq_scale_stamp"
+
+
+@dataclass(frozen=True)
+class CodeShard:
+    """Codes int64 (n, h, w) and labels int64 (n,) of one shard."""
+
+    codes: Tensor
+    labels: Tensor
+
+
+class CodeSample(NamedTuple):
+    codes: Tensor
+    """int64 (T,), raster order."""
+    label: int
+    position: int
+
+
+def code_shard_name(image_shard: str) -> str:
+    """The code shard of an image shard."""
+    return image_shard.replace("images-", "codes-").removesuffix(".tar") + ".safetensors"
+
+
+def write_code_shard(store: Store, name: str, shard: CodeShard, info: CodesInfo) -> ShardInfo:
+    """Writes codes as uint16 (uint32 above 65,536 codes) with labels int32."""
+    dtype = torch.uint16 if info.codebook_size <= 2**16 else torch.uint32
+    tensors = {"codes": shard.codes.to(dtype).contiguous(), "labels": shard.labels.to(torch.int32).contiguous()}
+    data = save(tensors, metadata={STAMP: stamp(info)})
+    store.write(name, data)
+    return _info(name, data, len(shard.codes))
+
+
+def find_code_shard(store: Store, name: str, info: CodesInfo, samples: int) -> ShardInfo | None:
+    """The shard as an earlier, stopped run of the same tokenizer on the same images wrote it, or None."""
+    try:
+        data = store.read(name)
+    except FileNotFoundError:
+        return None
+    if stamp(info).encode() not in data[:4096]:
+        return None
+    return _info(name, data, samples)
+
+
+def stamp(info: CodesInfo) -> str:
+    """Identifies what a code shard depends on."""
+    return hashlib.sha256(info.model_dump_json().encode()).hexdigest()
+
+
+def finish_codes(store: Store, shards: list[ShardInfo], classes: tuple[str, ...], info: CodesInfo) -> Manifest:
+    """Writes the manifest, last."""
+    manifest = Manifest(kind="codes", shards=tuple(shards), classes=classes, codes=info)
+    save_manifest(store, manifest)
+    return manifest
+
+
+def read_code_shard(data: bytes, name: str) -> CodeShard:
+    """Decodes a shard's bytes. UserError where they are damaged."""
+    try:
+        tensors = load(data)
+        # uint16 and uint32 tensors support little else than widening.
+        return CodeShard(tensors["codes"].to(torch.int64), tensors["labels"].to(torch.int64))
+    except Exception as e:
+        raise UserError(f"code shard {name} is damaged: {e}") from None
+
+
+class CodeDataset(torch.utils.data.Dataset[CodeSample]):
+    """Samples by `Request`; the shards that lanes read at once stay in memory."""
+
+    def __init__(self, manifest: Manifest, store: Store, cache: ShardCache | None, *, shards_in_memory: int) -> None:
+        self.manifest = manifest
+        self.store = store
+        self.cache = cache
+        self.shards_in_memory = shards_in_memory
+        self._shards: OrderedDict[int, CodeShard] = OrderedDict()
+
+    def __getitem__(self, request: Request) -> CodeSample:
+        shard = self._shard(request.shard)
+        return CodeSample(shard.codes[request.row].flatten(), int(shard.labels[request.row]), request.position)
+
+    def fetch(self, shard: int) -> None:
+        """Brings a shard into the cache (in the process that holds the store's client)."""
+        if self.cache is not None:
+            self.cache.fetch(self.manifest.shards[shard])
+
+    def _shard(self, number: int) -> CodeShard:
+        if number not in self._shards:
+            info = self.manifest.shards[number]
+            data = self.store.read(info.name) if self.cache is None else self.cache.path(info).read_bytes()
+            if hashlib.sha256(data).hexdigest() != info.sha256:
+                raise UserError(f"{self.store.url}/{info.name} is not what the manifest says (sha256 differs)")
+            self._shards[number] = read_code_shard(data, info.name)
+            if len(self._shards) > self.shards_in_memory:
+                self._shards.popitem(last=False)
+        self._shards.move_to_end(number)
+        return self._shards[number]
+
+
+def _info(name: str, data: bytes, samples: int) -> ShardInfo:
+    return ShardInfo(name=name, samples=samples, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())

@@ -1,0 +1,96 @@
+"""``manifest.json``: what a prepared data set holds. It is written last, so that a half-written set cannot load."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cached_property
+from typing import Literal
+
+from pydantic import ValidationError
+
+from ibq_scale.config.base import Section
+from ibq_scale.config.models import PositiveInt
+from ibq_scale.data.store import Store, open_store
+from ibq_scale.errors import UserError
+
+MANIFEST_VERSION = 1
+NAME = "manifest.json"
+Kind = Literal["images", "codes"]
+
+
+class ShardInfo(Section):
+    """One shard: its file, how many samples, bytes and sha256 (hex). Image shards have an index NAME.index.json."""
+
+    name: str
+    samples: PositiveInt
+    bytes: PositiveInt
+    sha256: str
+
+
+class CodesInfo(Section):
+    """Where codes come from: the tokenizer's hash and the image manifest's."""
+
+    codebook_size: PositiveInt
+    grid: tuple[PositiveInt, PositiveInt]
+    tokenizer: str
+    source: str
+
+
+class Manifest(Section):
+    """`classes[label]` is a label's name."""
+
+    version: int = MANIFEST_VERSION
+    kind: Kind
+    shards: tuple[ShardInfo, ...]
+    classes: tuple[str, ...]
+    codes: CodesInfo | None = None
+
+    @property
+    def samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def shard_sizes(self) -> tuple[int, ...]:
+        return tuple(shard.samples for shard in self.shards)
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 (hex) of the content, independent of formatting."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def load_manifest(source: Store | str, kind: Kind) -> Manifest:
+    """Reads a data set's manifest. UserError where it is absent, of another version or kind, or damaged."""
+    store = open_store(source) if isinstance(source, str) else source
+    try:
+        values = json.loads(store.read(NAME))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"{store.url} has no {NAME}: is it the --to of a finished 'ibq-scale {_MAKER[kind]}'?"
+        ) from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise UserError(f"{store.url}/{NAME} is damaged: {e}") from None
+    version = values.get("version") if isinstance(values, dict) else None
+    if version != MANIFEST_VERSION:
+        raise UserError(
+            f"{store.url}/{NAME} has version {version}, this program reads {MANIFEST_VERSION}: "
+            f"write the data set again with 'ibq-scale {_MAKER[kind]}'"
+        )
+    try:
+        manifest = Manifest.model_validate(values)
+    except ValidationError as e:
+        where = ".".join(map(str, e.errors()[0]["loc"]))
+        raise UserError(f"{store.url}/{NAME} is damaged: {where}: {e.errors()[0]['msg']}") from None
+    if manifest.kind != kind:
+        raise UserError(f"{store.url} holds {manifest.kind}, {kind} are needed here")
+    return manifest
+
+
+def save_manifest(store: Store, manifest: Manifest) -> None:
+    """Writes the manifest; everything it names must be there already."""
+    store.write(NAME, (json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n").encode())
+
+
+_MAKER = {"images": "prepare images", "codes": "tokenize"}

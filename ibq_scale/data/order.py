@@ -1,0 +1,79 @@
+"""The order of samples, a pure function of (shard sizes, seed, lanes, window, position).
+
+Epoch e is a permutation of all samples: shards are permuted, their rows laid end to end, the line cut into `lanes`
+lanes of equal length (± 1), and rows shuffled inside windows of `window` shards' worth of a lane. Position p of an
+epoch is row p // lanes of lane p mod lanes, so consecutive positions read `lanes` places of the set at once, each of
+them mostly forwards. World size and workers do not occur here: any number of ranks reads the same stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int64s = NDArray[np.int64]
+
+
+class Location(NamedTuple):
+    """Where a position's sample is, and in which pass over the data."""
+
+    epoch: int
+    shard: int
+    row: int
+
+
+class SampleOrder:
+    """`locate` maps an absolute position, counted from the run's first sample, to a sample."""
+
+    def __init__(self, shard_sizes: Sequence[int], seed: int, lanes: int, window: int) -> None:
+        assert min(shard_sizes, default=0) > 0, "every shard holds samples"
+        self._sizes = np.asarray(shard_sizes, dtype=np.int64)
+        self._total = int(self._sizes.sum())
+        self._lanes = min(lanes, self._total)
+        self._seed = seed
+        # A window is `window` shards of mean size; a lane holds few of them, so shuffling stays local.
+        self._window_rows = max(1, window * self._total // len(self._sizes))
+        # Per object, so that a released order releases its permutations.
+        self._epoch_shards = lru_cache(maxsize=2)(self._permute_shards)
+        self._shuffled = lru_cache(maxsize=4 * self._lanes)(self._shuffle_window)
+
+    def __len__(self) -> int:
+        """Samples an epoch."""
+        return self._total
+
+    def locate(self, position: int) -> Location:
+        """The sample at an absolute position ≥ 0."""
+        epoch, within = divmod(position, self._total)
+        lane, row = within % self._lanes, within // self._lanes
+        window, offset = divmod(row, self._window_rows)
+        flat = self._lane_start(lane) + window * self._window_rows + int(self._shuffled(epoch, lane, window)[offset])
+        shards, ends = self._epoch_shards(epoch)
+        place = int(np.searchsorted(ends, flat, side="right"))
+        start = int(ends[place - 1]) if place else 0
+        return Location(epoch, int(shards[place]), flat - start)
+
+    def _lane_start(self, lane: int) -> int:
+        """The first lanes are one longer where the samples do not divide: so p mod lanes fits p // lanes."""
+        length, longer = divmod(self._total, self._lanes)
+        return lane * length + min(lane, longer)
+
+    def _permute_shards(self, epoch: int) -> tuple[Int64s, Int64s]:
+        shards = _permutation(len(self._sizes), self._seed, epoch, 0, 0)
+        return shards, np.cumsum(self._sizes[shards])
+
+    def _shuffle_window(self, epoch: int, lane: int, window: int) -> Int64s:
+        lane_rows = self._lane_start(lane + 1) - self._lane_start(lane)
+        rows = min(self._window_rows, lane_rows - window * self._window_rows)
+        return _permutation(rows, self._seed, epoch, lane + 1, window)
+
+
+def _permutation(count: int, seed: int, epoch: int, stream: int, part: int) -> Int64s:
+    """Sorts by raw Philox bits: a library's own permutation may change between its versions."""
+    key = (seed & 0xFFFFFFFFFFFFFFFF) | (epoch << 64)
+    bits = np.random.Philox(key=key, counter=(stream << 192) | (part << 128)).random_raw(count)
+    order: Int64s = np.argsort(bits, kind="stable").astype(np.int64)
+    return order

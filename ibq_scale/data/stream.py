@@ -1,0 +1,187 @@
+"""From positions to batches on a rank.
+
+Micro-batch b (counted over the whole run) holds positions [b·m, (b + 1)·m) and goes to rank b mod W. So an optimizer
+step covers one unbroken range of positions whatever the number of ranks, and a run's whole data state is one integer.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from ibq_scale.config.run import DataConfig
+from ibq_scale.data.cache import ShardCache
+from ibq_scale.data.codes import CodeDataset, CodeSample
+from ibq_scale.data.images import ImageDataset, ImageSample, Request
+from ibq_scale.data.manifest import load_manifest
+from ibq_scale.data.order import SampleOrder
+from ibq_scale.data.store import open_store
+
+# Batches whose shards are fetched ahead of use, and those that each worker has ready.
+FETCH_AHEAD = 16
+PREFETCH = 4
+
+
+class ImageBatch(NamedTuple):
+    images_u8: Tensor
+    """uint8 (B, 3, H, W)."""
+    labels: Tensor
+    """int64 (B,)."""
+    positions: Tensor
+    """int64 (B,), absolute."""
+
+
+class CodeBatch(NamedTuple):
+    codes: Tensor
+    """int64 (B, T), raster order."""
+    labels: Tensor
+    """int64 (B,)."""
+    positions: Tensor
+    """int64 (B,), absolute."""
+
+
+def to_float(images_u8: Tensor) -> Tensor:
+    """uint8 0 … 255 → float32 -1 … 1, on the tensor's device."""
+    return images_u8.float().div_(127.5).sub_(1.0)
+
+
+def rank_positions(start: int, rank: int, world_size: int, micro_batch: int) -> Iterator[range]:
+    """The positions of a rank's micro-batches, without end. `start` is a multiple of micro_batch · world_size."""
+    for step in count():
+        first = start + (step * world_size + rank) * micro_batch
+        yield range(first, first + micro_batch)
+
+
+def image_stream(
+    data: DataConfig, *, resolution: int, seed: int, rank: int, world_size: int, micro_batch: int, start: int
+) -> Iterator[ImageBatch]:
+    """This rank's micro-batches from absolute position `start` on, without end. UserError for unusable data."""
+    store = open_store(data.train)
+    manifest = load_manifest(store, "images")
+    cache = ShardCache(Path(data.cache_dir), data.cache_bytes, store) if data.cache_dir else None
+    dataset = ImageDataset(
+        manifest,
+        store,
+        cache,
+        resolution=resolution,
+        random_crop=data.augment == "random_crop",
+        flip=data.flip,
+        seed=seed,
+    )
+    order = SampleOrder(manifest.shard_sizes, seed, data.lanes, data.window)
+    requests = _requests(order, rank_positions(start, rank, world_size, micro_batch))
+    return _load(dataset, _FetchingSampler(requests, dataset.fetch), _stack_images, data.workers)
+
+
+def code_stream(
+    data: DataConfig, *, seed: int, rank: int, world_size: int, micro_batch: int, start: int
+) -> Iterator[CodeBatch]:
+    """As `image_stream`, for code shards."""
+    store = open_store(data.train)
+    manifest = load_manifest(store, "codes")
+    cache = ShardCache(Path(data.cache_dir), data.cache_bytes, store) if data.cache_dir else None
+    dataset = CodeDataset(manifest, store, cache, shards_in_memory=4 * data.lanes)
+    order = SampleOrder(manifest.shard_sizes, seed, data.lanes, data.window)
+    requests = _requests(order, rank_positions(start, rank, world_size, micro_batch))
+    return _load(dataset, _FetchingSampler(requests, dataset.fetch), _stack_codes, data.workers)
+
+
+def evaluation_images(
+    url: str, *, resolution: int, rank: int, world_size: int, batch: int, limit: int | None = None
+) -> Iterator[tuple[ImageBatch, Tensor]]:
+    """Every image once over the ranks, in natural order, centre-cropped; with weights float (B,).
+
+    All ranks get equally many batches of equal size: places beyond the end repeat a sample with weight 0.
+    """
+    store = open_store(url)
+    manifest = load_manifest(store, "images")
+    rows = [(s, r) for s, size in enumerate(manifest.shard_sizes) for r in range(size)][:limit]
+    dataset = _centre_cropped(url, resolution)
+    for first in range(0, len(rows), batch * world_size):
+        places = range(first + rank * batch, first + (rank + 1) * batch)
+        samples = [dataset[Request(p, 0, *rows[min(p, len(rows) - 1)])] for p in places]
+        yield _stack_images(samples), torch.tensor([float(p < len(rows)) for p in places])
+
+
+def shard_images(url: str, shard: int, *, resolution: int, batch: int) -> Iterator[ImageBatch]:
+    """One shard's images in its own order, centre-cropped; the last batch may be smaller."""
+    dataset = _centre_cropped(url, resolution)
+    size = dataset.manifest.shards[shard].samples
+    for first in range(0, size, batch):
+        rows = range(first, min(first + batch, size))
+        yield _stack_images([dataset[Request(row, 0, shard, row)] for row in rows])
+
+
+def _centre_cropped(url: str, resolution: int) -> ImageDataset:
+    store = open_store(url)
+    manifest = load_manifest(store, "images")
+    return ImageDataset(manifest, store, None, resolution=resolution, random_crop=False, flip=False, seed=0)
+
+
+def _requests(order: SampleOrder, batches: Iterator[range]) -> Iterator[list[Request]]:
+    for positions in batches:
+        yield [Request(p, *order.locate(p)) for p in positions]
+
+
+class _FetchingSampler(Sampler[list[Request]]):
+    """Hands out batches of requests in order, their shards fetched before and some batches ahead by a thread."""
+
+    def __init__(self, requests: Iterator[list[Request]], fetch: Callable[[int], None]) -> None:
+        self._requests = requests
+        self._fetch = fetch
+
+    def __iter__(self) -> Iterator[list[Request]]:
+        waiting: deque[tuple[list[Request], list[Future[None]]]] = deque()
+        with ThreadPoolExecutor(1) as fetcher:
+            while True:
+                while len(waiting) < FETCH_AHEAD:
+                    batch = next(self._requests)
+                    shards = dict.fromkeys(request.shard for request in batch)
+                    waiting.append((batch, [fetcher.submit(self._fetch, shard) for shard in shards]))
+                batch, futures = waiting.popleft()
+                for future in futures:
+                    future.result()
+                yield batch
+
+
+def _load(dataset: Any, sampler: _FetchingSampler, stack: Callable[[Any], Any], workers: int) -> Iterator[Any]:
+    # Not fork: threads of torch and of S3 clients do not survive it.
+    context = "forkserver" if workers else None
+    return iter(
+        DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=stack,
+            num_workers=workers,
+            multiprocessing_context=context,
+            prefetch_factor=PREFETCH if workers else None,
+            worker_init_fn=_start_worker,
+            pin_memory=torch.cuda.is_available(),
+        )
+    )
+
+
+def _start_worker(worker: int) -> None:
+    """Signals that ask a run to save reach its whole process group; a worker that obeyed them would end it."""
+    for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(name, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def _stack_images(samples: Sequence[ImageSample]) -> ImageBatch:
+    images = torch.stack([s.image_u8 for s in samples])
+    return ImageBatch(images, torch.tensor([s.label for s in samples]), torch.tensor([s.position for s in samples]))
+
+
+def _stack_codes(samples: Sequence[CodeSample]) -> CodeBatch:
+    codes = torch.stack([s.codes for s in samples])
+    return CodeBatch(codes, torch.tensor([s.label for s in samples]), torch.tensor([s.position for s in samples]))
