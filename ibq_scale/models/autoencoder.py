@@ -190,11 +190,12 @@ class Autoencoder(nn.Module):
         self.decoder = Decoder(config)
         self.quant_conv = nn.Conv2d(config.z_channels, code_dim, 1)
         self.post_quant_conv = nn.Conv2d(code_dim, config.z_channels, 1)
-        self.to(memory_format=torch.channels_last)
 
     def encode(self, x_BCHW: Tensor) -> Tensor:
         """Images in [-1, 1] (B, 3, H, W) → z (B, D, H/f, W/f) in the parameters' dtype."""
-        x_BCHW = x_BCHW.to(self.quant_conv.weight.dtype, memory_format=torch.channels_last)
+        # Convolutions of GPUs want channels last; on CPUs it brings nothing.
+        layout = torch.channels_last if x_BCHW.is_cuda else torch.contiguous_format
+        x_BCHW = x_BCHW.to(self.quant_conv.weight.dtype, memory_format=layout)
         z: Tensor = self.quant_conv(self.encoder(x_BCHW))
         return z
 

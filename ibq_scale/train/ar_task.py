@@ -14,11 +14,10 @@ from ibq_scale.data.manifest import CodesInfo, load_manifest
 from ibq_scale.data.stream import CodeBatch, code_stream
 from ibq_scale.distributed.environment import World
 from ibq_scale.errors import UserError
-from ibq_scale.pretrained.loading import load_tokenizer
+from ibq_scale.pretrained.loading import load_tokenizer, write_config, write_weights
 from ibq_scale.models.transformer import Transformer
 from ibq_scale.train.ema import ShardedEMA
 from ibq_scale.train.engine import adamw, load_engine, make_engine, set_rates
-from ibq_scale.train.export import save_ar_weights
 from ibq_scale.train.schedule import lr_factor, weight_decay
 from ibq_scale.train.task import StepMetrics
 
@@ -26,7 +25,7 @@ from ibq_scale.train.task import StepMetrics
 class ARTask:
     """A `Task`: see there for the methods' contract."""
 
-    shown = ("loss", "grad_norm")
+    shown: tuple[str, ...] = ("loss", "grad_norm")
 
     def __init__(self, run: ARRun, world: World) -> None:
         self.run = run
@@ -80,7 +79,9 @@ class ARTask:
         self.ema.save(directory / "ema")
         weights = self.ema.gather()
         if weights is not None:
-            save_ar_weights(directory / "model", self.run, weights, self.codes)
+            source = {"run": self.run.name}
+            write_config(directory / "model", "ar", self.run.model, None, source, self.codes.tokenizer)
+            write_weights(directory / "model", weights)
 
     def load(self, directory: Path) -> None:
         load_engine(self.engine, str(directory), "transformer")

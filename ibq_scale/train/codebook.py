@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from ibq_scale.config.run import TokenizerRun
 from ibq_scale.distributed.environment import World
 from ibq_scale.errors import UserError
+from ibq_scale.pretrained.loading import write_codebook_part
+from ibq_scale.quantize.collectives import Group
 from ibq_scale.quantize.quantizer import initial_codebook, rows_of
 from ibq_scale.train.engine import adam
 
@@ -91,6 +93,12 @@ class ShardedCodebook:
         name = f"rows-{self.start:08d}-{self.stop:08d}.safetensors"
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, directory / name, metadata)
 
+    def export(self, folder: Path) -> None:
+        """Writes this rank's averaged rows as its part of a model directory's codebook."""
+        if self.world.rank < self.group_size:
+            rows = self.ema_rows if self.ema_decay > 0 else self.rows
+            write_codebook_part(folder, rows, self.world.rank, self.group_size)
+
     def load(self, directory: Path) -> None:
         """Reads this rank's rows from files written by any group size. UserError where rows are missing."""
         found = torch.zeros(self.stop - self.start, dtype=torch.bool)
@@ -129,15 +137,20 @@ class ShardedCodebook:
 _STATE = ("rows", "ema_rows", "exp_avg", "exp_avg_sq")
 
 
-def _groups(world: World, size: int) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+def _groups(world: World, size: int) -> tuple[Group, Group]:
     """This rank's codebook group (consecutive ranks) and the ranks that replicate its rows; None where alone."""
-    group = replicas = None
-    if size > 1:
-        for first in range(0, world.size, size):
-            made = dist.new_group(list(range(first, first + size)))
-            group = made if first <= world.rank < first + size else group
-    if size < world.size:
-        for index in range(size):
-            made = dist.new_group(list(range(index, world.size, size)))
-            replicas = made if world.rank % size == index else replicas
+    group = _own_group(world, [list(range(first, first + size)) for first in range(0, world.size, size)])
+    replicas = _own_group(world, [list(range(index, world.size, size)) for index in range(size)])
     return group, replicas
+
+
+def _own_group(world: World, partition: list[list[int]]) -> Group:
+    """Every rank makes every group, as torch demands; each keeps its own, None where it would be alone."""
+    own: Group = None
+    for ranks in partition:
+        if len(ranks) > 1:
+            made = dist.new_group(ranks)
+            if world.rank in ranks:
+                assert isinstance(made, dist.ProcessGroup)
+                own = made
+    return own

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 import sys
 import time
 from collections.abc import Mapping
@@ -17,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class MetricsLog:
-    """Rank 0's log. Lines of metrics.jsonl from steps after `start_step` (a later, lost part of the run) are cut off."""
+    """Rank 0's log. Lines of metrics.jsonl after `start_step`, a lost part of the run, are cut off."""
 
     def __init__(self, run_dir: Path, config: AnyRun, start_step: int) -> None:
         self.path = run_dir / "metrics.jsonl"
@@ -69,7 +70,7 @@ def duration(seconds: float) -> str:
 
 
 def _keep_until(path: Path, step: int) -> float:
-    """Drops lines after `step` (a run that resumes writes them again) and a half-written end; returns the time so far."""
+    """Drops lines after `step` (a resumed run writes them again) and a half-written end; returns the time so far."""
     if not path.is_file():
         return 0.0
     kept, seconds = [], 0.0
@@ -97,7 +98,7 @@ def _open_wandb(run_dir: Path, config: AnyRun) -> Any:
 
         id_file = run_dir / "wandb_id"
         if not id_file.is_file():
-            id_file.write_text(wandb.util.generate_id())
+            id_file.write_text(secrets.token_hex(4))
         return wandb.init(
             project=config.wandb.project,
             entity=config.wandb.entity,

@@ -63,8 +63,8 @@ def check_same_run(config: AnyRun, checkpoint: Checkpoint, world: World) -> None
     for section in FIXED:
         if saved.get(section) != now.get(section):
             raise UserError(
-                f"{checkpoint.path} is a checkpoint of another model: '{section}' is {_difference(saved, now, section)}. "
-                f"Give another out=… or the same config"
+                f"{checkpoint.path} is a checkpoint of another model: '{section}' has "
+                f"{_difference(saved, now, section)}. Give another out=… or the same config"
             )
     for key in FIXED_DATA:
         if saved["data"][key] != now["data"][key]:

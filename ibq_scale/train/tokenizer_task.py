@@ -23,12 +23,13 @@ from ibq_scale.losses.adversarial import LeCAM, discriminator_hinge, generator_n
 from ibq_scale.losses.perceptual import Perceptual
 from ibq_scale.models.autoencoder import TokenizerModel
 from ibq_scale.models.discriminator import PatchDiscriminator
+from ibq_scale.pictures import reconstruction_grid, save_png
+from ibq_scale.pretrained.loading import write_config, write_weights
 from ibq_scale.quantize.types import Quantized
 from ibq_scale.quantize.usage import CodeUsage
 from ibq_scale.train.codebook import ShardedCodebook
 from ibq_scale.train.ema import ShardedEMA
 from ibq_scale.train.engine import adam, discriminator_config, load_engine, make_engine, set_rates
-from ibq_scale.train.export import save_tokenizer_shards
 from ibq_scale.train.schedule import lr_factor
 from ibq_scale.train.task import StepMetrics
 
@@ -47,7 +48,7 @@ class DiscriminatorPair(nn.Module):
 class TokenizerTask:
     """A `Task`: see there for the methods' contract."""
 
-    shown = ("loss", "l1", "usage", "perplexity")
+    shown: tuple[str, ...] = ("loss", "l1", "usage", "perplexity")
 
     def __init__(self, run: TokenizerRun, world: World) -> None:
         self.run = run
@@ -171,7 +172,15 @@ class TokenizerTask:
         self.ema.save(directory / "ema")
         if self.world.is_main:
             save_file({k: v.cpu() for k, v in self.lecam.state_dict().items()}, directory / "lecam.safetensors")
-        save_tokenizer_shards(directory / "model", self.run, self.ema.gather(), self.codebook)
+        self._export(directory / "model")
+
+    def _export(self, folder: Path) -> None:
+        """The averaged weights, as `load_tokenizer` reads them; the codebook by this group's rows."""
+        weights = self.ema.gather()
+        if weights is not None:
+            write_config(folder, "tokenizer", self.run.model, self.run.quantizer, {"run": self.run.name})
+            write_weights(folder, weights)
+        self.codebook.export(folder)
 
     def load(self, directory: Path) -> None:
         load_engine(self.generator, str(directory), "generator")
@@ -181,10 +190,8 @@ class TokenizerTask:
         self.lecam.load_state_dict(load_file(directory / "lecam.safetensors"))
 
     def draw(self, directory: Path, step: int) -> None:
-        from ibq_scale.report.pictures import save_reconstructions
-
         if self._last is not None:
-            save_reconstructions(directory, step, *self._last)
+            save_png(directory / f"step-{step:08d}.png", reconstruction_grid(*self._last))
 
 
 def _entropies(quantized: Quantized) -> StepMetrics:
