@@ -1,2 +1,111 @@
-def add_commands(c):
-    pass
+"""``ibq-scale checkpoint``: list, check, export, import."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the family to the command line."""
+    family = commands.add_parser("checkpoint", help="list, verify, export and import checkpoints").add_subparsers(
+        title="commands", metavar="COMMAND", required=True
+    )
+    ls = family.add_parser(
+        "ls", help="whole checkpoints of a run", epilog="example: ibq-scale checkpoint ls runs/ibq-16384"
+    )
+    ls.add_argument("run_dir", type=Path, metavar="RUN")
+    ls.add_argument("--json", action="store_true", help="print one JSON document")
+    ls.set_defaults(run=_ls)
+    verify = family.add_parser(
+        "verify",
+        help="hash every file again",
+        epilog="example: ibq-scale checkpoint verify runs/tok/checkpoints/step-00001000",
+    )
+    verify.add_argument("path", type=Path, metavar="CKPT_OR_RUN", help="a run means its newest whole checkpoint")
+    verify.set_defaults(run=_verify)
+    export = family.add_parser(
+        "export",
+        help="the model alone, as safetensors with a config",
+        epilog="example: ibq-scale checkpoint export runs/tok --to models/tok",
+    )
+    export.add_argument("path", type=Path, metavar="CKPT_OR_RUN")
+    export.add_argument("--to", required=True, type=Path, metavar="DIR")
+    export.set_defaults(run=_export)
+    imported = family.add_parser(
+        "import",
+        help="a checkpoint of the published code → a model of ours",
+        epilog="example: ibq-scale checkpoint import IBQ_16384.ckpt --to models/ibq-16384 --ema",
+    )
+    imported.add_argument("file", type=Path, metavar="FILE")
+    imported.add_argument("--to", required=True, type=Path, metavar="DIR")
+    imported.add_argument("--ema", action="store_true", help="a tokenizer's averaged weights")
+    imported.add_argument("--heads", type=int, metavar="N", help="an AR model's heads (default: width / 64)")
+    imported.add_argument("--tokens", type=int, default=256, metavar="N", help="its codes an image (default 256)")
+    imported.set_defaults(run=_import)
+
+
+def _ls(args: argparse.Namespace) -> int:
+    from ibq_scale.errors import UserError
+    from ibq_scale.train.checkpoint import whole_checkpoints
+
+    if not args.run_dir.is_dir():
+        raise UserError(f"{args.run_dir} does not exist: give a run directory")
+    found = whole_checkpoints(args.run_dir / "checkpoints")
+    rows = [
+        {
+            "step": c.step,
+            "samples": c.samples,
+            "world_size": c.manifest["world_size"],
+            "bytes": c.bytes,
+            "path": str(c.path),
+        }
+        for c in found
+    ]
+    if args.json:
+        print(json.dumps(rows))
+        return 0
+    if not rows:
+        print(f"{args.run_dir}: no whole checkpoint")
+    for row in rows:
+        size, ranks = f"{row['bytes'] / 2**20:.1f} MiB", f"{row['world_size']} ranks"
+        print(f"step {row['step']:>8}  {row['samples']:>12} samples  {ranks:>10}  {size:>12}  {row['path']}")
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from ibq_scale.train.checkpoint import newest_or_this, verify
+
+    checkpoint = newest_or_this(args.path)
+    faults = verify(checkpoint)
+    for fault in faults:
+        print(f"{checkpoint.path}: {fault}", file=sys.stderr)
+    if not faults:
+        print(f"{checkpoint.path}: {len(checkpoint.manifest['files'])} files are what its manifest says")
+    return 1 if faults else 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from ibq_scale.pretrained.loading import export
+
+    kind, path = export(args.path, args.to)
+    print(f"{path}: {kind}")
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    from ibq_scale.pretrained.loading import Tokenizer, refuse_overwrite, save_ar, save_tokenizer
+    from ibq_scale.pretrained.published import import_published
+
+    refuse_overwrite(args.to)
+    imported = import_published(args.file, ema=args.ema, heads=args.heads, tokens=args.tokens)
+    source = {"imported_from": args.file.name, "ema": args.ema}
+    if isinstance(imported.model, Tokenizer):
+        save_tokenizer(args.to, imported.model, source)
+    else:
+        save_ar(args.to, imported.model, source)
+    left = ", ".join(f"{name} ({count})" for name, count in sorted(imported.ignored.items()))
+    print(f"{args.to}: imported; " + (f"left aside: {left}" if left else "every tensor used"))
+    return 0

@@ -47,7 +47,7 @@ def resolve(source: str, overrides: Sequence[str] = (), task: Task | None = None
     for label, layer in layers:
         _forget_other_length(merged, origins, layer)
         merged = _merge(merged, layer)
-        origins.update({key: label for key in _leaves(layer)})
+        origins.update(dict.fromkeys(_leaves(layer), label))
     kind = merged.get("task", task)
     if kind not in SCHEMAS:
         raise UserError(f"{source}: 'task' must be one of {', '.join(SCHEMAS)}, got {kind!r}")

@@ -43,7 +43,10 @@ class DataConfig(Section):
 
 
 class TokenizerLossConfig(Section):
-    """Weights of the tokenizer's loss terms. Published: 1·L1 + 1·LPIPS(VGG) + 0.1·GAN + 1·quantization + 0.05·entropy."""
+    """Weights of the tokenizer's loss terms.
+
+    Published: 1·L1 + 1·LPIPS(VGG) + 0.1·GAN + 1·quantization + 0.05·entropy.
+    """
 
     l1_weight: NonNegativeFloat = 1.0
     perceptual: Literal["vgg", "alex", "random", "none"] = "vgg"

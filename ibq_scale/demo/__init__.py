@@ -1,0 +1,1 @@
+"""The whole path on one small machine: real photographs, a real S3 endpoint, two ranks, one report."""

@@ -65,7 +65,7 @@ def _free_port() -> int:
 
 @contextmanager
 def join() -> Iterator[World]:
-    """Initialises torch.distributed (nccl on CUDA, else gloo) and leaves it at the end. A lone process is a world of one.
+    """Initialises torch.distributed (nccl on CUDA, else gloo) and leaves it at the end; a lone process is a world of 1.
 
     An exception on the way out skips the orderly farewell: the other ranks would wait for this one.
     """

@@ -1,1 +1,1 @@
-"""Images out of a trained model, and codes out of images."""
+"""What trained models write: code shards of images, and images of sampled codes."""

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from ibq_scale.config.models import AutoencoderConfig, QuantizerConfig, TransformerConfig
 from ibq_scale.errors import UserError
-from ibq_scale.models.sampling import SamplingSettings, generate
 from ibq_scale.models.autoencoder import Autoencoder, image_of, tokens_of
+from ibq_scale.models.sampling import SamplingSettings, generate
 from ibq_scale.models.transformer import Transformer
 from ibq_scale.quantize.quantizer import encode, lookup
 
@@ -145,6 +145,28 @@ def save_ar(folder: Path, model: ARModel, source: Mapping[str, Any]) -> None:
     save_file(_plain(model.transformer.state_dict()), folder / "model.safetensors")
 
 
+def export(path: Path, to: Path) -> tuple[Kind, Path]:
+    """Writes the model at `path` (as the loaders take it) as a model directory of its own, the codebook in one file.
+
+    Returns its kind and `to`. UserError where it cannot be loaded whole, or `to` is taken.
+    """
+    refuse_overwrite(to)
+    folder = model_directory(path)
+    config = _config_of(folder)
+    source = config.get("source", {}) | {"exported_from": str(path)}
+    if config["kind"] == "tokenizer":
+        save_tokenizer(to, load_tokenizer(folder), source)
+    else:
+        save_ar(to, load_ar(folder), source)
+    return config["kind"], to
+
+
+def refuse_overwrite(folder: Path) -> None:
+    """UserError where a new model directory would replace something."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is there already and not empty: give another --to, or remove it")
+
+
 def write_config(
     folder: Path,
     kind: Kind,
@@ -191,6 +213,13 @@ def model_directory(path: Path) -> Path:
 
 def _read_config(path: Path, kind: Kind) -> tuple[Path, dict[str, Any]]:
     folder = model_directory(path)
+    config = _config_of(folder)
+    if config["kind"] != kind:
+        raise UserError(f"{path} is {_A[config['kind']]}; {_A[kind]} is needed here")
+    return folder, config
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text())
     except json.JSONDecodeError as e:
@@ -199,9 +228,7 @@ def _read_config(path: Path, kind: Kind) -> tuple[Path, dict[str, Any]]:
         raise UserError(
             f"{folder} has model format {config.get('format_version')}, this program reads {FORMAT_VERSION}"
         )
-    if config["kind"] != kind:
-        raise UserError(f"{path} is {_A[config['kind']]}; {_A[kind]} is needed here")
-    return folder, config
+    return config
 
 
 _A = {"tokenizer": "a tokenizer", "ar": "an AR transformer"}

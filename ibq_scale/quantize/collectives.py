@@ -6,13 +6,17 @@ passes call them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 Group = dist.ProcessGroup | None
+
+# torch 2.14 renamed both and warns of the old names, which 2.11 to 2.13 need.
+_all_gather: Callable[..., object] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Callable[..., object] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def size_of(group: Group) -> int:
@@ -30,7 +34,7 @@ def gather_rows(x_NX: Tensor, group: Group) -> Tensor:
     if group is None:
         return x_NX
     out = x_NX.new_empty((size_of(group) * x_NX.shape[0], *x_NX.shape[1:]))
-    dist.all_gather_into_tensor(out, x_NX.contiguous(), group=group)
+    _all_gather(out, x_NX.contiguous(), group=group)
     return out
 
 
@@ -39,7 +43,7 @@ def scatter_sum_rows(x_MX: Tensor, group: Group) -> Tensor:
     if group is None:
         return x_MX
     out = x_MX.new_empty((x_MX.shape[0] // size_of(group), *x_MX.shape[1:]))
-    dist.reduce_scatter_tensor(out, x_MX.contiguous(), group=group)
+    _reduce_scatter(out, x_MX.contiguous(), group=group)
     return out
 
 

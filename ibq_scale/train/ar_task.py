@@ -14,8 +14,8 @@ from ibq_scale.data.manifest import CodesInfo, load_manifest
 from ibq_scale.data.stream import CodeBatch, code_stream
 from ibq_scale.distributed.environment import World
 from ibq_scale.errors import UserError
-from ibq_scale.pretrained.loading import load_tokenizer, write_config, write_weights
 from ibq_scale.models.transformer import Transformer
+from ibq_scale.pretrained.loading import load_tokenizer, write_config, write_weights
 from ibq_scale.train.ema import ShardedEMA
 from ibq_scale.train.engine import adamw, load_engine, make_engine, set_rates
 from ibq_scale.train.schedule import lr_factor, weight_decay

@@ -77,6 +77,18 @@ def whole_checkpoints(folder: Path) -> list[Checkpoint]:
     return found
 
 
+def newest_or_this(path: Path) -> Checkpoint:
+    """The checkpoint at `path`, or the newest whole one of the run at `path`. UserError where there is none."""
+    if (path / "checkpoints").is_dir():
+        whole = whole_checkpoints(path / "checkpoints")
+        if not whole:
+            raise UserError(f"{path} has no whole checkpoint")
+        return whole[-1]
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist: give a checkpoint or a run directory")
+    return read_checkpoint(path)
+
+
 def verify(checkpoint: Checkpoint) -> list[str]:
     """Re-hashes every file; returns one line a fault, none when all is well."""
     faults = []

@@ -161,7 +161,7 @@ class TokenizerTask:
 
     def log_metrics(self) -> dict[str, float]:
         self.usage.reduce(None)
-        values = {"usage": 100.0 * self.usage.usage, "perplexity": self.usage.perplexity}
+        values = {"usage": self.usage.usage, "perplexity": self.usage.perplexity}
         self.usage.reset()
         return values
 

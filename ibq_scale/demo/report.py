@@ -1,0 +1,171 @@
+"""The demo's ``report.json`` and ``report.html``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ibq_scale.data.manifest import load_manifest
+from ibq_scale.data.stream import evaluation_images, to_float
+from ibq_scale.demo.photographs import PHOTOGRAPHS
+from ibq_scale.demo.run import IMAGES, Demo
+from ibq_scale.generate.images import SAMPLES
+from ibq_scale.pictures import image_grid, to_png, to_uint8
+from ibq_scale.pretrained.loading import load_tokenizer
+from ibq_scale.report.page import Bars, Gallery, Picture, Section, Table, Tiles, write
+from ibq_scale.report.runs import RunLog, curves, environments, load_run
+
+TOKENIZER_CURVES = ("loss", "l1", "quantization", "entropy", "generator", "discriminator", "samples_per_s")
+AR_CURVES = ("loss", "grad_norm", "lr", "samples_per_s")
+# Side of the small copies that decide which photograph a sample looks like most.
+THUMBNAIL = 8
+
+
+def write_demo_report(demo: Demo) -> dict[str, Any]:
+    """Writes both files; returns the content of ``report.json``."""
+    ibq, vq, ar = (load_run(demo.run_dir(key), name) for key, name in (("ibq", "IBQ"), ("vq", "VQ"), ("ar", "AR")))
+    photographs = _Photographs(int(ibq.config["model"]["resolution"]))
+    samples = _samples(demo.to / "samples" / SAMPLES)
+    facts = _facts(demo, ar) | {"samples_recognised": photographs.recognised(*samples)}
+    (demo.to / "report.json").write_text(json.dumps(facts, indent=1) + "\n")
+    sections = [
+        _summary(facts),
+        _collapse(demo, ibq, vq),
+        _reconstructions(demo, photographs),
+        Section("Samples by class", _SAMPLES_TEXT, [_sample_gallery(photographs, *samples)]),
+        Section("The tokenizers' training", "", curves([ibq, vq], TOKENIZER_CURVES)),
+        Section("The transformer's training", "", curves([ar], AR_CURVES)),
+        Section("Time", "Every stage is one command.", [_stage_bars(demo), _stage_table(demo)]),
+        Section("Environment", "", [environments([ar])]),
+    ]
+    subtitle = f"Photographs → shards in S3 → tokenizer → codes → transformer → samples, on {demo.plan.ranks} ranks"
+    write(demo.to / "report.html", "ibq-scale: the whole path", subtitle, sections)
+    return facts
+
+
+_SAMPLES_TEXT = (
+    "Left of each strip one real crop of the class, then what the transformer makes of its label: codes sampled one by "
+    "one with classifier-free guidance, decoded by the IBQ tokenizer. Minutes of training on a CPU: they show that the "
+    "label steers the picture, not what the method can do."
+)
+
+
+def _facts(demo: Demo, ar: RunLog) -> dict[str, Any]:
+    ibq, vq = demo.results["evaluate IBQ"], demo.results["evaluate VQ"]
+    losses = [point.value for point in ar.points("loss")]
+    speeds = [point.value for point in ar.points("samples_per_s")]
+    tokens = int(ar.config["model"]["tokens"])
+    return {
+        "usage_ibq": ibq["usage"],
+        "usage_vq": vq["usage"],
+        "perplexity_ibq": ibq["perplexity"],
+        "perplexity_vq": vq["perplexity"],
+        "codebook_size": ibq["codebook_size"],
+        "psnr": ibq["psnr"],
+        "psnr_vq": vq["psnr"],
+        "ssim": ibq["ssim"],
+        "ssim_vq": vq["ssim"],
+        "ar_loss_start": losses[0],
+        "ar_loss_end": losses[-1],
+        "ar_train_tokens_per_s": float(np.median(speeds)) * tokens,
+        "sample_tokens_per_s": demo.results["sample"]["tokens_per_s"],
+        "tokenize_images_per_s": demo.results["tokenize"]["images_per_s"],
+        "images": demo.results["prepare"]["samples"],
+        "world_size": int(ar.environment["world_size"]),
+        "tokenizer_steps": demo.plan.tokenizer_steps,
+        "ar_steps": demo.plan.ar_steps,
+        "seconds": {stage.name: round(stage.seconds, 2) for stage in demo.stages},
+        "seconds_total": round(demo.seconds, 2),
+    }
+
+
+def _summary(facts: dict[str, Any]) -> Section:
+    size = facts["codebook_size"]
+    chance = 100 / len(PHOTOGRAPHS)
+    minutes, seconds = divmod(round(facts["seconds_total"]), 60)
+    items = [
+        ("Codebook usage, IBQ", f"{100 * facts['usage_ibq']:.1f} %", f"of {size} codes, all images"),
+        ("Codebook usage, VQ", f"{100 * facts['usage_vq']:.1f} %", "same data, same steps"),
+        ("PSNR", f"{facts['psnr']:.2f} dB", f"VQ: {facts['psnr_vq']:.2f} dB"),
+        ("SSIM", f"{facts['ssim']:.3f}", f"VQ: {facts['ssim_vq']:.3f}"),
+        ("AR loss", f"{facts['ar_loss_start']:.2f} → {facts['ar_loss_end']:.2f}", "nats a code"),
+        ("AR training", f"{facts['ar_train_tokens_per_s']:,.0f}", "tokens/s, all ranks"),
+        ("Sampling", f"{facts['sample_tokens_per_s']:,.0f}", "tokens/s, all ranks"),
+        ("Samples that look like their class", f"{100 * facts['samples_recognised']:.0f} %", f"chance: {chance:.0f} %"),
+        ("Whole path", f"{minutes} min {seconds} s", f"{facts['world_size']} ranks"),
+    ]
+    return Section("At a glance", "", [Tiles(items)])
+
+
+def _collapse(demo: Demo, ibq: RunLog, vq: RunLog) -> Section:
+    text = (
+        f"The same encoder, decoder, data and {demo.plan.tokenizer_steps} steps; only the quantizer differs. "
+        "Plain VQ moves just the codes that win, so few ever do. Index backpropagation gives every code a gradient."
+    )
+    return Section("The codebook: IBQ beside VQ", text, curves([ibq, vq], ("usage", "perplexity")))
+
+
+def _reconstructions(demo: Demo, photographs: _Photographs) -> Section:
+    originals = photographs.one_a_class()
+    rows = [originals, *(_reconstructed(demo.run_dir(name), originals) for name in ("ibq", "vq"))]
+    picture = image_grid(torch.cat(rows), columns=len(originals))
+    caption = "First row: photographs, centre crops. Second row: IBQ. Third row: VQ, same steps."
+    return Section("Originals and reconstructions", "", [Picture(to_png(picture), caption, caption)])
+
+
+@torch.inference_mode()
+def _reconstructed(run: Path, originals_u8: Tensor) -> Tensor:
+    return to_uint8(load_tokenizer(run).reconstruct(to_float(originals_u8)))
+
+
+def _samples(path: Path) -> tuple[Tensor, Tensor]:
+    """Images uint8 (N, 3, H, W) and labels (N,)."""
+    with np.load(path) as content:
+        return torch.from_numpy(content["arr_0"]).permute(0, 3, 1, 2), torch.from_numpy(content["arr_1"])
+
+
+def _sample_gallery(photographs: _Photographs, images_u8: Tensor, labels: Tensor) -> Gallery:
+    real = photographs.one_a_class()
+    rows = []
+    for label, name in enumerate(photographs.classes):
+        strip = torch.cat([real[label][None], images_u8[labels == label]])
+        rows.append((name, to_png(image_grid(strip, columns=len(strip)))))
+    return Gallery(rows, "One class a strip; the first picture of each is real.")
+
+
+class _Photographs:
+    """The demo's own images, centre-cropped, as they are in the bucket: uint8 (N, 3, H, W) and labels (N,)."""
+
+    def __init__(self, resolution: int) -> None:
+        self.classes = load_manifest(IMAGES, "images").classes
+        stream = evaluation_images(IMAGES, resolution=resolution, rank=0, world_size=1, batch=50)
+        parts = [(batch.images_u8[weights > 0], batch.labels[weights > 0]) for batch, weights in stream]
+        self.images_u8 = torch.cat([images for images, _ in parts])
+        self.labels = torch.cat([labels for _, labels in parts])
+
+    def one_a_class(self) -> Tensor:
+        """uint8 (classes, 3, H, W)."""
+        first = [int((self.labels == label).nonzero()[0]) for label in range(len(self.classes))]
+        return self.images_u8[first]
+
+    def recognised(self, images_u8: Tensor, labels: Tensor) -> float:
+        """Share (0 to 1) of images whose nearest photograph, compared as tiny thumbnails, is of their class."""
+        distances = torch.cdist(_thumbnails(images_u8), _thumbnails(self.images_u8))
+        return float((self.labels[distances.argmin(dim=1)] == labels).double().mean())
+
+
+def _thumbnails(images_u8: Tensor) -> Tensor:
+    return torch.nn.functional.adaptive_avg_pool2d(images_u8.float(), THUMBNAIL).flatten(1)
+
+
+def _stage_bars(demo: Demo) -> Bars:
+    return Bars("Seconds a stage", [(stage.name, stage.seconds) for stage in demo.stages])
+
+
+def _stage_table(demo: Demo) -> Table:
+    return Table(["stage", "command"], [(stage.name, stage.command) for stage in demo.stages])

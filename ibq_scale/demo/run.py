@@ -1,0 +1,142 @@
+"""The demo's stages, each the very command that a user would type, one after the other."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ibq_scale.demo.photographs import PHOTOGRAPHS, write_crops
+from ibq_scale.demo.server import BUCKET, object_storage
+from ibq_scale.errors import UserError
+
+MARKER = ".ibq-scale-demo"
+IMAGES, CODES = f"s3://{BUCKET}/photographs", f"s3://{BUCKET}/codes"
+TRAIN_IBQ, TRAIN_VQ, TRAIN_AR = "train the IBQ tokenizer", "train the VQ baseline", "train the AR transformer"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much the demo does. The defaults take minutes on two CPU cores."""
+
+    crops: int = 80
+    tokenizer_steps: int = 300
+    ar_steps: int = 300
+    per_class: int = 8
+    guidance: float = 2.0
+    ranks: int = 2
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command as it was run, and how long it took."""
+
+    name: str
+    command: str
+    seconds: float
+
+
+@dataclass
+class Demo:
+    """What the stages leave for the report."""
+
+    to: Path
+    plan: Plan
+    stages: list[Stage] = field(default_factory=list)
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def photographs(self) -> Path:
+        return self.to / "photographs"
+
+    def run_dir(self, name: str) -> Path:
+        """``ibq``, ``vq`` or ``ar``."""
+        return self.to / name
+
+    @property
+    def seconds(self) -> float:
+        return sum(stage.seconds for stage in self.stages)
+
+
+class StageFailedError(RuntimeError):
+    """One of the demo's commands did not succeed; what it printed stands above."""
+
+
+def run_demo(to: Path, plan: Plan) -> dict[str, Any]:
+    """Runs every stage and writes ``report.html`` and ``report.json`` into `to`; returns the latter's content.
+
+    An earlier demo in `to` is replaced. UserError where `to` holds something else.
+    """
+    from ibq_scale.demo.report import write_demo_report
+
+    _clear(to)
+    demo = Demo(to, plan)
+    with object_storage():
+        _run_stages(demo)
+        return write_demo_report(demo)
+
+
+def _clear(to: Path) -> None:
+    if to.exists() and not to.is_dir():
+        raise UserError(f"{to} is a file: give a folder with --to")
+    if to.is_dir() and any(to.iterdir()):
+        if not (to / MARKER).is_file():
+            raise UserError(f"{to} holds something else than an earlier demo: give another folder with --to")
+        shutil.rmtree(to)
+    to.mkdir(parents=True, exist_ok=True)
+    (to / MARKER).touch()
+
+
+def _run_stages(demo: Demo) -> None:
+    plan, ranks = demo.plan, str(demo.plan.ranks)
+    ibq, vq, ar = (str(demo.run_dir(name)) for name in ("ibq", "vq", "ar"))
+    cache = f"data.cache_dir={demo.to / 'cache'}"
+
+    def step(name: str, *words: str) -> None:
+        _command(demo, name, list(words))
+
+    def train(name: str, *words: str) -> None:
+        step(name, "train", *words, cache, "--ranks", ranks)
+
+    with _timed(demo, "crop the photographs", "(crops of the pictures that scikit-image and scikit-learn ship)"):
+        write_crops(demo.photographs, plan.crops)
+    step("prepare", "prepare", "images", str(demo.photographs), "--to", IMAGES, "--shard-mb", "1", "--json")
+    tokenizer = ("tokenizer", "tiny", f"data.train={IMAGES}", f"train.steps={plan.tokenizer_steps}")
+    train(TRAIN_IBQ, *tokenizer, f"out={ibq}")
+    train(TRAIN_VQ, *tokenizer, f"out={vq}", "quantizer.kind=vq")
+    step("tokenize", "tokenize", ibq, IMAGES, "--to", CODES, "--ranks", ranks, "--json")
+    classes = f"model.classes={len(PHOTOGRAPHS)}"
+    train(TRAIN_AR, "ar", "tiny", f"data.train={CODES}", f"train.steps={plan.ar_steps}", f"out={ar}", classes)
+    options = ["--guidance", str(plan.guidance), "--per-class", str(plan.per_class), "--to", str(demo.to / "samples")]
+    step("sample", "sample", ar, "--tokenizer", ibq, *options, "--ranks", ranks, "--json")
+    for name, run in (("evaluate IBQ", ibq), ("evaluate VQ", vq)):
+        step(name, "evaluate", "reconstruction", run, IMAGES, "--ranks", ranks, "--json")
+
+
+def _command(demo: Demo, name: str, words: list[str]) -> None:
+    """Runs one command; where it prints a JSON document, that becomes the stage's result."""
+    shown = shlex.join(["ibq-scale", *words])
+    with _timed(demo, name, shown):
+        print(f"\n$ {shown}", file=sys.stderr, flush=True)
+        process = subprocess.run(
+            [sys.executable, "-m", "ibq_scale", *words], stdout=subprocess.PIPE, text=True, check=False
+        )
+        if process.returncode:
+            raise StageFailedError(f"'{shown}' ended with exit code {process.returncode}")
+        if "--json" in words:
+            demo.results[name] = json.loads(process.stdout)
+
+
+@contextmanager
+def _timed(demo: Demo, name: str, command: str) -> Iterator[None]:
+    begin = time.perf_counter()
+    yield
+    demo.stages.append(Stage(name, command, time.perf_counter() - begin))

@@ -1,0 +1,217 @@
+"""The page: sections of tiles, charts, pictures and tables, rendered to one self-contained HTML file."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import NamedTuple
+
+# A chart of more points than it has pixels only costs bytes.
+MOST_POINTS = 800
+
+
+class Point(NamedTuple):
+    """One logged value, and where it was on each of the axes that a reader may choose."""
+
+    step: int
+    samples: int
+    seconds: float
+    value: float
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a chart. `slot` fixes its colour, so that a run looks the same in every chart."""
+
+    name: str
+    points: Sequence[Point]
+    slot: int = 0
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Lines over steps, images or minutes. `unit` stands at the axis; `top` fixes the upper end (for shares)."""
+
+    title: str
+    series: Sequence[Series]
+    unit: str = ""
+    note: str = ""
+    top: float | None = None
+
+    def html(self) -> str:
+        data = {
+            "unit": self.unit,
+            "top": self.top,
+            "series": [{"name": s.name, "slot": s.slot, "points": thin(s.points)} for s in self.series],
+        }
+        return (
+            f'<figure class="chart"><figcaption><b>{escape(self.title)}</b>{_note(self.note)}</figcaption>'
+            f'<div class="plot" role="img" aria-label="{escape(self.title, quote=True)}"></div>'
+            f'<script type="application/json">{_json(data)}</script></figure>'
+        )
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A PNG, embedded. Pixels stay sharp squares when it is shown larger."""
+
+    png: bytes
+    caption: str
+    alt: str
+
+    def html(self) -> str:
+        caption = f"<figcaption>{escape(self.caption)}</figcaption>"
+        return f'<figure class="picture">{_image(self.png, self.alt)}{caption}</figure>'
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Labelled strips of pictures: one row a label."""
+
+    rows: Sequence[tuple[str, bytes]]
+    caption: str
+
+    def html(self) -> str:
+        body = "".join(
+            f'<div class="strip"><span>{escape(label)}</span>{_image(png, label)}</div>' for label, png in self.rows
+        )
+        return f'<figure class="gallery">{body}<figcaption>{escape(self.caption)}</figcaption></figure>'
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Figures at a glance: (label, value, note)."""
+
+    items: Sequence[tuple[str, str, str]]
+
+    def html(self) -> str:
+        body = "".join(
+            f'<div class="tile"><span>{escape(label)}</span><b>{escape(value)}</b><small>{escape(note)}</small></div>'
+            for label, value, note in self.items
+        )
+        return f'<div class="tiles">{body}</div>'
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text; columns of numbers are set right."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str = ""
+
+    def html(self) -> str:
+        head = "".join(f"<th>{escape(cell)}</th>" for cell in self.head)
+        body = "".join(
+            "<tr>" + "".join(f"<td{_numeric(cell)}>{escape(cell)}</td>" for cell in row) + "</tr>" for row in self.rows
+        )
+        caption = f"<caption>{escape(self.caption)}</caption>" if self.caption else ""
+        return f'<div class="scroll"><table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Horizontal bars of durations in seconds, in their order."""
+
+    title: str
+    items: Sequence[tuple[str, float]]
+
+    def html(self) -> str:
+        longest = max((seconds for _, seconds in self.items), default=0.0) or 1.0
+        body = "".join(
+            f'<div class="bar"><span>{escape(name)}</span><i style="--share:{seconds / longest:.4f}"></i>'
+            f"<b>{seconds:.1f} s</b></div>"
+            for name, seconds in self.items
+        )
+        return f'<figure class="bars"><figcaption><b>{escape(self.title)}</b></figcaption>{body}</figure>'
+
+
+Block = Chart | Picture | Gallery | Tiles | Table | Bars
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, a sentence or two, and what belongs under them. Charts of one section stand side by side."""
+
+    title: str
+    text: str = ""
+    blocks: Sequence[Block] = field(default_factory=tuple)
+
+    def html(self) -> str:
+        text = f"<p>{escape(self.text)}</p>" if self.text else ""
+        parts: list[str] = []
+        row: list[str] = []
+        for block in self.blocks:
+            if isinstance(block, Chart):
+                row.append(block.html())
+                continue
+            parts += _row(row)
+            row = []
+            parts.append(block.html())
+        parts += _row(row)
+        return f"<section><h2>{escape(self.title)}</h2>{text}{''.join(parts)}</section>"
+
+
+def render(title: str, subtitle: str, sections: Sequence[Section]) -> str:
+    """The whole page as HTML."""
+    assets = files("ibq_scale.report") / "assets"
+    style = (assets / "style.css").read_text()
+    script = (assets / "charts.js").read_text()
+    body = "".join(section.html() for section in sections)
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{style}</style></head><body><main>"
+        f"<header><div><h1>{escape(title)}</h1><p>{escape(subtitle)}</p></div>"
+        '<nav><span class="choice" id="axis"></span><button id="theme" type="button">dark</button></nav></header>'
+        f"{body}</main><script>{script}</script></body></html>\n"
+    )
+
+
+def write(path: Path, title: str, subtitle: str, sections: Sequence[Section]) -> Path:
+    """Renders to a file that appears whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(render(title, subtitle, sections))
+    partial.replace(path)
+    return path
+
+
+def thin(points: Sequence[Point]) -> list[list[float]]:
+    """At most about `MOST_POINTS` points: of each stretch the lowest and the highest stay, so no spike is lost."""
+    chosen = list(points)
+    if len(chosen) > MOST_POINTS:
+        stretch = -(-len(chosen) * 2 // MOST_POINTS)
+        kept = []
+        for first in range(0, len(chosen), stretch):
+            part = chosen[first : first + stretch]
+            kept += sorted({min(part, key=lambda p: p.value), max(part, key=lambda p: p.value)})
+        chosen = kept
+    return [[p.step, p.samples, round(p.seconds, 2), float(f"{p.value:.5g}")] for p in chosen]
+
+
+def _image(png: bytes, alt: str) -> str:
+    source = base64.b64encode(png).decode()
+    return f'<img alt="{escape(alt, quote=True)}" src="data:image/png;base64,{source}">'
+
+
+def _row(charts: list[str]) -> list[str]:
+    return [f'<div class="charts">{"".join(charts)}</div>'] if charts else []
+
+
+def _note(note: str) -> str:
+    return f"<span>{escape(note)}</span>" if note else ""
+
+
+def _numeric(cell: str) -> str:
+    return ' class="number"' if cell[:1].isdigit() or cell[:1] in "-–" else ""
+
+
+def _json(data: object) -> str:
+    """JSON that cannot end the script element it stands in."""
+    return json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
