@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+CLASSES = ("apples", "birds", "cars")
+PICTURES_A_CLASS = 8
 
 
 def _shared(name: str, what: str) -> Path:
@@ -26,3 +34,96 @@ def parity_dir() -> Path:
 def imagenet_mini_dir() -> Path:
     """800 photographs in ImageFolder layout, kept outside the repository (research use only)."""
     return _shared("data/imagenet-mini", "the 800 photographs are")
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An ImageFolder of 3 classes × 8 small smooth pictures of several sizes, JPEG and PNG."""
+    root = tmp_path_factory.mktemp("pictures")
+    random = np.random.default_rng(0)
+    for label, name in enumerate(CLASSES):
+        (root / name).mkdir()
+        for i in range(PICTURES_A_CLASS):
+            coarse = random.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+            coarse[..., label] = 230
+            size = (40 + 4 * i, 48)
+            picture = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+            picture.save(root / name / f"{i}.{'png' if i % 4 == 3 else 'jpg'}")
+    return root
+
+
+@pytest.fixture(scope="session")
+def dataset(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """`pictures`, prepared: 24 samples in several shards. Read only."""
+    from ibq_scale.data.prepare import prepare_images
+
+    to = str(tmp_path_factory.mktemp("dataset"))
+    prepare_images(pictures, to, shard_bytes=8_000)
+    return to
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[None]:
+    """A real HTTP S3 endpoint; the environment of this process and its children points at it."""
+    from ibq_scale.demo.server import object_storage
+
+    with object_storage():
+        yield
+
+
+@pytest.fixture(scope="session")
+def new_prefix(s3_server: None) -> Callable[[], str]:
+    """Makes a fresh ``s3://bucket/prefix`` a call."""
+    from ibq_scale.demo.server import BUCKET
+
+    numbers = count()
+    return lambda: f"s3://{BUCKET}/test-{os.getpid()}-{next(numbers)}"
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained small tokenizer: 32×32 images, 8×8 codes of 64."""
+    from ibq_scale.pretrained.loading import Tokenizer, save_tokenizer
+
+    return _save(tmp_path_factory, "tokenizer", lambda: Tokenizer(*tiny_tokenizer_sizes()), save_tokenizer)
+
+
+@pytest.fixture(scope="session")
+def ar_dir(tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained small transformer of the codes of `tokenizer_dir`, its head not zero."""
+    from ibq_scale.config.models import TransformerConfig
+    from ibq_scale.pretrained.loading import ARModel, load_tokenizer, save_ar
+
+    def make() -> ARModel:
+        config = TransformerConfig(codebook_size=64, classes=3, tokens=64, depth=2, heads=2, width=32)
+        model = ARModel(config, load_tokenizer(tokenizer_dir).hash)
+        torch.nn.init.normal_(model.transformer.head.weight, std=0.5)
+        return model
+
+    return _save(tmp_path_factory, "ar", make, save_ar)
+
+
+def tiny_tokenizer_sizes() -> tuple:
+    """Configs of `tokenizer_dir`'s model."""
+    from ibq_scale.config.models import AutoencoderConfig, QuantizerConfig
+
+    model = AutoencoderConfig(
+        channels=32,
+        channel_multipliers=(1, 1, 1),
+        res_blocks=1,
+        attention_resolutions=(8,),
+        resolution=32,
+        z_channels=16,
+    )
+    return model, QuantizerConfig(codebook_size=64, dim=16)
+
+
+def _save(factory: pytest.TempPathFactory, name: str, make: Callable, save: Callable) -> Path:
+    folder = factory.mktemp(name)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = make()
+        if hasattr(model, "codebook_KD"):
+            model.codebook_KD.normal_()
+        save(folder, model, {})
+    return folder

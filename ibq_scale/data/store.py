@@ -101,8 +101,8 @@ class S3Store(Store):
     """A prefix in a bucket. Endpoint, region and credentials come from the environment (AWS_ENDPOINT_URL, …)."""
 
     def __init__(self, url: str) -> None:
-        self.url = url.rstrip("/")
-        self.prefix = self.url.removeprefix("s3://")
+        self.prefix = url.removeprefix("s3://").strip("/")
+        self.url = f"s3://{self.prefix}"
         self.bucket = self.prefix.partition("/")[0]
         if not self.bucket:
             raise UserError(f"'{url}' names no bucket: write s3://bucket/prefix")

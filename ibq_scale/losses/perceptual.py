@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Literal
 
 import torch
@@ -21,7 +22,9 @@ class Perceptual(nn.Module):
         import lpips
 
         path = None if net == "random" else weight_file(BACKBONES[net])
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            # lpips 0.1.4 calls torchvision by an argument that it has renamed.
+            warnings.simplefilter("ignore", UserWarning)
             torch.manual_seed(0)
             # pnet_rand keeps lpips from downloading the backbone; its own five linear layers come in its wheel.
             self.metric = lpips.LPIPS(net="vgg" if net == "random" else net, pnet_rand=True, verbose=False)

@@ -52,8 +52,8 @@ def _read(file: Path) -> dict[str, Tensor]:
         raise UserError(f"{file} not found") from None
     except pickle.UnpicklingError:
         raise UserError(f"{file} holds more than tensors, and running code from a checkpoint is refused") from None
-    except (RuntimeError, EOFError, OSError) as e:
-        raise UserError(f"cannot read {file}: {str(e).splitlines()[0]}") from None
+    except Exception as e:  # the unpickler meets foreign bytes with errors of any type
+        raise UserError(f"cannot read {file}: {(str(e).splitlines() or [''])[0]} ({type(e).__name__})") from None
     state = content.get("state_dict", content) if isinstance(content, dict) else {}
     return {k: v for k, v in state.items() if isinstance(v, Tensor)}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,6 +21,8 @@ def make_engine(
     import deepspeed
 
     deepspeed.logger.setLevel(logging.WARNING)
+    # 0.19.8 calls collectives by the names that torch 2.14 renamed; the user can do nothing about it.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     if device.type == "cpu":
         # A shared-memory all-reduce for CPUs would be compiled for minutes at the first start, and a killed build
         # leaves a lock that hangs the next one; gloo's own all-reduce is what small CPU runs need.

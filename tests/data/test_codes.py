@@ -1,0 +1,81 @@
+"""Code shards: small on disk, whole when read, stamped with what made them."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from ibq_scale.config.run import DataConfig
+from ibq_scale.data.codes import CodeShard, find_code_shard, finish_codes, read_code_shard, write_code_shard
+from ibq_scale.data.manifest import CodesInfo
+from ibq_scale.data.store import open_store
+from ibq_scale.data.stream import code_stream
+from ibq_scale.errors import UserError
+
+
+def _info(size: int = 1024) -> CodesInfo:
+    return CodesInfo(codebook_size=size, grid=(4, 4), tokenizer="t" * 64, source="s" * 64)
+
+
+def _shard(seed: int, size: int = 1024, samples: int = 6) -> CodeShard:
+    g = torch.Generator().manual_seed(seed)
+    return CodeShard(torch.randint(size, (samples, 4, 4), generator=g), torch.randint(3, (samples,), generator=g))
+
+
+@pytest.mark.parametrize(("size", "bytes_a_code"), [(1024, 2), (65_536, 2), (262_144, 4)])
+def test_codes_come_back_whole_and_small(tmp_path: Path, size: int, bytes_a_code: int) -> None:
+    store = open_store(str(tmp_path))
+    shard = _shard(0, size, samples=200)
+    shard.codes[0, 0, 0] = size - 1
+    info = write_code_shard(store, "codes-000000.safetensors", shard, _info(size))
+    assert info.bytes < shard.codes.numel() * bytes_a_code + 200 * 4 + 1024
+    back = read_code_shard(store.read(info.name), info.name)
+    assert torch.equal(back.codes, shard.codes)
+    assert torch.equal(back.labels, shard.labels)
+
+
+def test_only_a_shard_of_the_same_tokenizer_and_images_is_taken_over(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    written = write_code_shard(store, "codes.safetensors", _shard(0), _info())
+    assert find_code_shard(store, "codes.safetensors", _info(), 6) == written
+    assert find_code_shard(store, "absent.safetensors", _info(), 6) is None
+    other = _info().model_copy(update={"tokenizer": "u" * 64})
+    assert find_code_shard(store, "codes.safetensors", other, 6) is None
+
+
+def test_the_stream_of_codes_is_one_sequence_for_any_ranks(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    shards = [write_code_shard(store, f"codes-{n}.safetensors", _shard(n), _info()) for n in range(4)]
+    finish_codes(store, shards, ("a", "b", "c"), _info())
+    config = DataConfig(train=str(tmp_path), workers=0, lanes=2, window=2)
+
+    def sequence(world: int) -> torch.Tensor:
+        rows = {}
+        for rank in range(world):
+            stream = code_stream(config, seed=1, rank=rank, world_size=world, micro_batch=2, start=0)
+            for batch in islice(stream, 24 // (2 * world)):
+                rows |= dict(zip(batch.positions.tolist(), batch.codes, strict=True))
+        return torch.stack([rows[p] for p in range(24)])
+
+    whole = sequence(1)
+    assert whole.shape == (24, 16)
+    assert torch.equal(whole, sequence(3))
+    expected = torch.cat([_shard(n).codes.flatten(1) for n in range(4)])
+    assert torch.equal(whole.unique(dim=0), expected.unique(dim=0))
+
+
+def test_damage_is_found(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    shards = [write_code_shard(store, "codes-0.safetensors", _shard(0), _info())]
+    finish_codes(store, shards, ("a",), _info())
+    content = bytearray(store.read("codes-0.safetensors"))
+    content[-1] ^= 1
+    store.write("codes-0.safetensors", bytes(content))
+    config = DataConfig(train=str(tmp_path), workers=0)
+    with pytest.raises(UserError, match="is not what the manifest says"):
+        next(code_stream(config, seed=0, rank=0, world_size=1, micro_batch=2, start=0))
+    with pytest.raises(UserError, match="is damaged"):
+        read_code_shard(b"short", "name")

@@ -1,0 +1,35 @@
+"""Every launcher's variables lead to the same place."""
+
+from __future__ import annotations
+
+from ibq_scale.distributed.environment import is_launched, map_slurm
+
+SRUN = {
+    "SLURM_JOB_ID": "123",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "5",
+    "SLURM_NTASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_NNODES": "2",
+}
+
+
+def test_srun_is_mapped_to_torchs_variables() -> None:
+    environment = SRUN | {"MASTER_ADDR": "node1"}
+    map_slurm(environment)
+    assert (environment["RANK"], environment["WORLD_SIZE"], environment["LOCAL_RANK"]) == ("5", "8", "1")
+    assert environment["MASTER_ADDR"] == "node1"
+    assert environment["MASTER_PORT"] == "20123"
+
+
+def test_torchrun_inside_srun_keeps_its_own() -> None:
+    environment = SRUN | {"RANK": "3", "WORLD_SIZE": "4"}
+    map_slurm(environment)
+    assert (environment["RANK"], environment["WORLD_SIZE"]) == ("3", "4")
+
+
+def test_a_batch_script_alone_is_no_rank() -> None:
+    assert not is_launched({"SLURM_JOB_ID": "1", "SLURM_PROCID": "0"})
+    assert not is_launched({})
+    assert is_launched(dict(SRUN))
+    assert is_launched({"RANK": "0"})

@@ -1,0 +1,84 @@
+"""The launcher: exit codes come back as they are, signals reach every rank, nobody is left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+# Stands in for the command line: the launcher starts ``python -m ibq_scale WORDS`` and this package shadows it.
+RANK_PROGRAM = """
+import os, pathlib, signal, sys, time
+what, folder = sys.argv[1], pathlib.Path(sys.argv[2])
+rank = os.environ["RANK"]
+(folder / f"started-{rank}").write_text(f"{os.getpid()} {os.environ['WORLD_SIZE']} {os.environ['OMP_NUM_THREADS']}")
+if what == "codes":
+    sys.exit(7 if rank == "1" else 0)
+if what == "signal":
+    signal.signal(signal.SIGTERM, lambda *a: ((folder / f"asked-{rank}").touch(), sys.exit(75)))
+    signal.signal(signal.SIGUSR1, lambda *a: ((folder / f"asked-{rank}").touch(), sys.exit(75)))
+time.sleep(60)
+"""
+LAUNCHER = """
+import sys
+import ibq_scale.distributed.launch as launch
+launch.GRACE_SECONDS = 1.0
+real = launch.subprocess.Popen
+def popen(command, **kwargs):
+    return real([sys.executable, sys.argv[1], *command[3:]], **kwargs)
+launch.subprocess.Popen = popen
+sys.exit(launch.launch(sys.argv[2:], ranks=2))
+"""
+
+
+def _launch(tmp_path: Path, what: str) -> subprocess.Popen[bytes]:
+    program = tmp_path / "rank.py"
+    program.write_text(RANK_PROGRAM)
+    return subprocess.Popen([sys.executable, "-c", LAUNCHER, str(program), what, str(tmp_path)])
+
+
+def _wait_for(tmp_path: Path, name: str) -> None:
+    deadline = time.monotonic() + 30
+    while len(list(tmp_path.glob(f"{name}-*"))) < 2:
+        assert time.monotonic() < deadline, f"no {name}"
+        time.sleep(0.02)
+    time.sleep(0.2)
+
+
+def test_the_first_failures_code_is_returned_and_the_others_ended(tmp_path: Path) -> None:
+    launcher = _launch(tmp_path, "codes")
+    assert launcher.wait(30) == 7
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_signals_reach_every_rank_and_their_answer_comes_back(tmp_path: Path, signum: int) -> None:
+    launcher = _launch(tmp_path, "signal")
+    _wait_for(tmp_path, "started")
+    launcher.send_signal(signum)
+    assert launcher.wait(30) == 75
+    assert len(list(tmp_path.glob("asked-*"))) == 2
+
+
+def test_ranks_die_with_their_launcher(tmp_path: Path) -> None:
+    launcher = _launch(tmp_path, "sleep")
+    _wait_for(tmp_path, "started")
+    pids = [int(p.read_text().split()[0]) for p in tmp_path.glob("started-*")]
+    launcher.kill()
+    launcher.wait(30)
+    deadline = time.monotonic() + 10
+    while any(_runs(pid) for pid in pids):
+        assert time.monotonic() < deadline, "a rank outlived its launcher"
+        time.sleep(0.05)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False

@@ -1,0 +1,94 @@
+"""The Fréchet distance from sums equals that from all features at once, and torch-fidelity's whole calculation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ibq_scale.errors import UserError
+from ibq_scale.evaluate.fid import INCEPTION, FeatureStatistics, Inception, frechet_distance
+
+
+def _statistics(features: torch.Tensor, batch: int) -> FeatureStatistics:
+    statistics = FeatureStatistics(features.shape[1])
+    for part in features.split(batch):
+        statistics.update(part, torch.ones(len(part)))
+    return statistics
+
+
+def test_mean_and_covariance_are_numpys_and_padding_counts_nothing() -> None:
+    features = torch.randn(50, 7, generator=torch.Generator().manual_seed(0)) + 3.0
+    statistics = _statistics(features, 8)
+    statistics.update(torch.full((4, 7), 99.0), torch.zeros(4))
+    found = statistics.mean_and_covariance()
+    np.testing.assert_allclose(found["mu"], features.double().mean(0).numpy(), rtol=1e-12)
+    np.testing.assert_allclose(found["sigma"], np.cov(features.double().numpy(), rowvar=False), rtol=1e-9, atol=1e-12)
+
+
+def test_the_distance_of_shifted_sets_is_the_shift() -> None:
+    features = torch.randn(200, 5, generator=torch.Generator().manual_seed(1))
+    shift = torch.tensor([1.0, -2.0, 0.0, 0.5, 3.0])
+    a, b = _statistics(features, 64), _statistics(features + shift, 50)
+    assert frechet_distance(a, b) == pytest.approx(float(shift.square().sum()), rel=1e-6)
+
+
+def test_absent_weights_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IBQ_SCALE_WEIGHTS", str(tmp_path))
+    with pytest.raises(UserError, match=f"{INCEPTION} is not in {tmp_path}"):
+        Inception(torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stand-in for the published network: right layout, random numbers. Tests the loading, not the figure."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    folder = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    empty = torch.nn.Module.load_state_dict
+    try:
+        torch.nn.Module.load_state_dict = lambda self, *a, **k: None  # type: ignore[method-assign]
+        torch.save({}, folder / "none.pth")
+        network = FeatureExtractorInceptionV3(
+            "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(folder / "none.pth")
+        )
+    finally:
+        torch.nn.Module.load_state_dict = empty  # type: ignore[method-assign]
+    torch.save(network.state_dict(), folder / INCEPTION)
+    return folder
+
+
+@pytest.mark.slow
+def test_the_whole_calculation_is_torch_fidelitys(inception_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch_fidelity
+
+    monkeypatch.setenv("IBQ_SCALE_WEIGHTS", str(inception_weights))
+    g = torch.Generator().manual_seed(2)
+    real, fake = (torch.randint(256, (12, 3, 64, 64), dtype=torch.uint8, generator=g) for _ in range(2))
+    fake = fake // 2
+    network = Inception(torch.device("cpu"))
+    distance = frechet_distance(*(_statistics(network(images), 12) for images in (real, fake)))
+    theirs = torch_fidelity.calculate_metrics(
+        input1=_Images(real),
+        input2=_Images(fake),
+        fid=True,
+        cuda=False,
+        verbose=False,
+        batch_size=12,
+        feature_extractor_weights_path=str(inception_weights / INCEPTION),
+    )
+    assert distance == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
+
+
+class _Images(torch.utils.data.Dataset):
+    def __init__(self, images: torch.Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> torch.Tensor:
+        return self.images[i]

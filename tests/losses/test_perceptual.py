@@ -1,0 +1,46 @@
+"""LPIPS with local weights: the backbone's numbers arrive, and its absence is said in a line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ibq_scale.errors import UserError
+from ibq_scale.losses.perceptual import BACKBONES, Perceptual
+
+
+def test_an_absent_backbone_names_file_and_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IBQ_SCALE_WEIGHTS", str(tmp_path))
+    with pytest.raises(UserError, match=rf"vgg16-397923af\.pth is not in {tmp_path}"):
+        Perceptual("vgg", torch.device("cpu"))
+
+
+@pytest.mark.slow
+def test_torchvisions_weights_are_those_that_lpips_would_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in backbone in torchvision's layout: the metric must equal the package's own on the same network."""
+    import lpips
+    import torchvision
+
+    monkeypatch.setenv("IBQ_SCALE_WEIGHTS", str(tmp_path))
+    torch.manual_seed(3)
+    backbone = torchvision.models.alexnet(weights=None)
+    torch.save(backbone.state_dict(), tmp_path / BACKBONES["alex"])
+    ours = Perceptual("alex", torch.device("cpu"))
+    theirs = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
+    own = dict(backbone.features.named_children())
+    for part in theirs.net.children():
+        for number, layer in part.named_children():
+            if isinstance(layer, torch.nn.Conv2d):
+                layer.load_state_dict(own[number].state_dict())
+    a, b = torch.rand(2, 3, 64, 64) * 2 - 1, torch.rand(2, 3, 64, 64) * 2 - 1
+    torch.testing.assert_close(ours(a, b), theirs(a, b).flatten())
+    assert torch.equal(ours(a, a), torch.zeros(2))
+
+
+def test_the_random_network_is_the_same_every_time() -> None:
+    a, b = torch.zeros(1, 3, 32, 32), torch.ones(1, 3, 32, 32)
+    first, second = (Perceptual("random", torch.device("cpu"))(a, b) for _ in range(2))
+    assert torch.equal(first, second)
+    assert float(first) > 0

@@ -1,0 +1,58 @@
+"""The tokenizer's step in plain torch on one process, no engine, the whole codebook: what ZeRO must equal."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ibq_scale.config.run import TokenizerRun
+from ibq_scale.losses.adversarial import LeCAM, discriminator_hinge, generator_non_saturating
+from ibq_scale.models.autoencoder import TokenizerModel
+from ibq_scale.models.discriminator import PatchDiscriminator
+from ibq_scale.quantize.quantizer import initial_codebook
+
+
+class PlainTokenizerTraining:
+    """One process. Micro-batches decide BatchNorm's statistics; calls of the model, the tokens of one entropy."""
+
+    def __init__(self, run: TokenizerRun) -> None:
+        self.run = run
+        torch.manual_seed(run.train.seed)
+        self.model = TokenizerModel(run.model, run.quantizer)
+        self.discriminator = PatchDiscriminator(run.discriminator)
+        codes = initial_codebook(run.quantizer, run.train.seed, 0, run.quantizer.codebook_size)
+        self.codebook_KD = torch.nn.Parameter(codes)
+        o = run.optimizer
+        self.g_optimizer = torch.optim.Adam([*self.model.parameters(), self.codebook_KD], o.lr, o.betas, o.eps)
+        self.d_optimizer = torch.optim.Adam(self.discriminator.parameters(), o.lr, o.betas, o.eps)
+        self.lecam = LeCAM(run.loss.lecam_decay)
+
+    def step(self, images_BCHW: Tensor, micro_batches: int, calls: int) -> None:
+        """Trains on a global batch: `calls` rounds of all ranks, or of each rank alone where it has its own entropy."""
+        loss = self.run.loss
+        generator = torch.zeros(())
+        pairs = []
+        for images in images_BCHW.chunk(calls):
+            reconstruction, quantized = self.model(images, self.codebook_KD, None)
+            terms = (
+                loss.quantization_weight * quantized.quantization_loss + loss.entropy_weight * quantized.entropy_loss
+            )
+            parts = micro_batches // calls
+            pairs += list(zip(images.chunk(parts), reconstruction.chunk(parts), strict=True))
+            generator = generator + terms / calls
+        for image, fake in pairs:
+            terms = loss.l1_weight * (fake - image).abs().mean()
+            terms = terms + loss.adversarial_weight * generator_non_saturating(self.discriminator(fake))
+            generator = generator + terms / micro_batches
+        self.g_optimizer.zero_grad()
+        generator.backward()
+        self.d_optimizer.zero_grad()
+        logits = [(self.discriminator(image), self.discriminator(fake.detach())) for image, fake in pairs]
+        total = torch.stack(
+            [discriminator_hinge(r, f) + loss.lecam_weight * self.lecam.penalty(r, f) for r, f in logits]
+        ).mean()
+        total.backward()
+        self.g_optimizer.step()
+        self.d_optimizer.step()
+        means = [torch.stack([pair[i].detach().mean() for pair in logits]).mean() for i in (0, 1)]
+        self.lecam.update(means[0], means[1])

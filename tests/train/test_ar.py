@@ -1,0 +1,111 @@
+"""Stage 2 from codes on disk: ZeRO-1 on two ranks equals plain torch, and codes that do not fit are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ibq_scale.config.layers import resolve
+from ibq_scale.config.run import ARRun
+from ibq_scale.data.codes import CodeShard, finish_codes, write_code_shard
+from ibq_scale.data.manifest import CodesInfo
+from ibq_scale.data.store import open_store
+from ibq_scale.data.stream import code_stream
+from ibq_scale.distributed.environment import World
+from ibq_scale.errors import UserError
+from ibq_scale.models.transformer import Transformer
+from ibq_scale.train.ar_task import check_codes
+from tests.ranks import run_ranks
+
+STEPS = 4
+NO_DROPOUT = [f"model.{name}=0" for name in ("token_dropout", "residual_dropout", "ffn_dropout", "label_dropout")]
+SMALL = [
+    "model.codebook_size=40",
+    "model.tokens=16",
+    "model.classes=3",
+    "model.depth=2",
+    "model.width=32",
+    "model.heads=2",
+]
+
+
+@pytest.fixture(scope="module")
+def codes(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("codes")
+    store = open_store(str(folder))
+    info = CodesInfo(codebook_size=40, grid=(4, 4), tokenizer="t" * 64, source="s" * 64)
+    g = torch.Generator().manual_seed(0)
+    shards = []
+    for n in range(3):
+        labels = torch.randint(3, (20,), generator=g)
+        content = (labels[:, None, None] * 10 + torch.randint(4, (20, 4, 4), generator=g)) % 40
+        shards.append(write_code_shard(store, f"codes-{n}.safetensors", CodeShard(content, labels), info))
+    finish_codes(store, shards, ("a", "b", "c"), info)
+    return str(folder)
+
+
+def _run(codes: str, *overrides: str) -> ARRun:
+    """Adam's eps is large, so that its step is smooth in the gradient."""
+    words = [f"data.train={codes}", "train.global_batch=8", "train.micro_batch=2", "optimizer.eps=0.01"]
+    run = resolve("ar/tiny", [*words, *SMALL, *NO_DROPOUT, "schedule.warmup_samples=0", *overrides]).config
+    assert isinstance(run, ARRun)
+    return run
+
+
+def _train(rank: int, world_size: int, run: ARRun) -> tuple[dict[str, Any], list[float]]:
+    from ibq_scale.train.ar_task import ARTask
+
+    task = ARTask(run, World(rank, world_size, rank, torch.device("cpu")))
+    batches = task.batches(0)
+    losses = []
+    for step in range(STEPS):
+        task.set_rates(step * 8)
+        losses.append(float(task.train_step(batches)["loss"]))
+    return {k: v.detach().numpy() for k, v in task.engine.module.named_parameters()}, losses
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_zero1_with_accumulation_clipping_and_decay_equals_plain_torch(codes: str) -> None:
+    run = _run(codes)
+    found = run_ranks(_train, 2, run)
+    torch.manual_seed(run.train.seed)
+    model = Transformer(run.model)
+    decayed = [p for n, p in model.named_parameters() if p.ndim > 1 and "emb" not in n]
+    free = [p for n, p in model.named_parameters() if p.ndim <= 1 or "emb" in n]
+    o = run.optimizer
+    groups = [{"params": decayed, "weight_decay": o.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, o.lr, o.betas, o.eps)
+    stream = code_stream(run.data, seed=0, rank=0, world_size=1, micro_batch=8, start=0)
+    losses = []
+    for _ in range(STEPS):
+        batch = next(stream)
+        loss = F.cross_entropy(model(batch.codes, batch.labels).flatten(0, 1), batch.codes.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip)
+        optimizer.step()
+        losses.append(float(loss))
+    for weights, _ in found:
+        for name, value in model.named_parameters():
+            torch.testing.assert_close(torch.from_numpy(weights[name]), value.detach(), rtol=2e-4, atol=2e-5)
+    mean = [sum(pair) / 2 for pair in zip(*(part for _, part in found), strict=True)]
+    assert mean == pytest.approx(losses, rel=1e-4)
+    assert losses[-1] < losses[0]
+
+
+def test_codes_that_do_not_fit_are_refused(codes: str, tokenizer_dir: Path) -> None:
+    assert check_codes(_run(codes)).grid == (4, 4)
+    cases = {
+        "set model.codebook_size=40": "model.codebook_size=64",
+        "set model.tokens=16": "model.tokens=64",
+        "set model.classes=3": "model.classes=2",
+        "was written by another tokenizer": f"tokenizer={tokenizer_dir}",
+    }
+    for said, override in cases.items():
+        with pytest.raises(UserError, match=said):
+            check_codes(_run(codes, override))

@@ -1,0 +1,61 @@
+"""metrics.jsonl holds each step once, also over resumes and crashes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ibq_scale.config.layers import resolve
+from ibq_scale.train.metrics import MetricsLog, duration
+
+VALUES = {"loss": 1.0, "samples_per_s": 10.0, "step_s": 0.5, "data_wait": 0.01}
+
+
+def _steps(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_resumed_run_drops_what_it_will_write_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = resolve("tokenizer/tiny", ["data.train=x", "train.steps=100"]).config
+    log = MetricsLog(tmp_path, config, 0)
+    for step in (10, 20, 30):
+        log.write(step, 16 * step, VALUES, ("loss",))
+    log.close()
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "step  10/100  loss 1  10.0 img/s  wait 1 %  ETA 45s"
+    with (tmp_path / "metrics.jsonl").open("a") as f:
+        f.write('{"step": 40, "los')
+    log = MetricsLog(tmp_path, config, 20)
+    assert _steps(tmp_path) == [10, 20]
+    log.write(30, 480, VALUES, ("loss",))
+    log.close()
+    assert _steps(tmp_path) == [10, 20, 30]
+    times = [json.loads(line)["time"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert times == sorted(times), "a resumed run's clock goes on"
+
+
+def test_durations() -> None:
+    assert [duration(s) for s in (8, 750, 11_100)] == ["8s", "12m30s", "3h05m"]
+
+
+@pytest.mark.slow
+def test_wandb_offline_and_an_outage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    config = resolve("tokenizer/tiny", ["data.train=x", "wandb.mode=offline"]).config
+    log = MetricsLog(tmp_path, config, 0)
+    log.write(10, 160, VALUES, ("loss",))
+    log.close()
+    assert list((tmp_path / "wandb").glob("offline-run-*"))
+
+    def broken(*args: object, **kwargs: object) -> None:
+        raise ConnectionError("no dashboard today")
+
+    monkeypatch.setattr(wandb, "init", broken)
+    log = MetricsLog(tmp_path, config, 10)
+    log.write(20, 320, VALUES, ("loss",))
+    log.close()
+    assert _steps(tmp_path) == [10, 20]

@@ -1,0 +1,36 @@
+"""Learning rate and weight decay at the published schedules' corners."""
+
+from __future__ import annotations
+
+import pytest
+
+from ibq_scale.config.layers import resolve
+from ibq_scale.config.run import OptimizerConfig, ScheduleConfig
+from ibq_scale.train.schedule import lr_factor, weight_decay
+
+IMAGENET = 1_281_167
+
+
+def test_the_published_tokenizers_steps() -> None:
+    run = resolve("tokenizer/ibq-16384").config
+    factors = [
+        lr_factor(run.schedule, epoch * IMAGENET + 1000, run.train.total_samples) for epoch in (0, 249, 250, 300)
+    ]
+    assert factors == pytest.approx([1.0, 1.0, 0.1, 0.01])
+
+
+def test_the_published_transformers_warm_up_and_line() -> None:
+    schedule = ScheduleConfig(kind="linear", warmup_samples=100, constant_fraction=0.05, final_factor=0.01)
+    total = 1100
+    assert lr_factor(schedule, 0, total) == pytest.approx(0.005)
+    assert lr_factor(schedule, 50, total) == pytest.approx(0.5025)
+    assert lr_factor(schedule, 150, total) == 1.0
+    assert lr_factor(schedule, 100 + 525, total) == pytest.approx(1 - 0.99 * 0.5)
+    assert lr_factor(schedule, total, total) == pytest.approx(0.01)
+    assert lr_factor(schedule, 5 * total, total) == pytest.approx(0.01)
+
+
+def test_the_largest_models_weight_decay_rises_on_a_cosine() -> None:
+    optimizer = OptimizerConfig(weight_decay=0.05, weight_decay_end=0.08)
+    assert [weight_decay(optimizer, s, 100) for s in (0, 50, 100)] == pytest.approx([0.05, 0.065, 0.08])
+    assert weight_decay(OptimizerConfig(weight_decay=0.05), 70, 100) == 0.05

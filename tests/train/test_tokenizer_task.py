@@ -1,0 +1,125 @@
+"""Two engines, a codebook spread over ranks, any ZeRO stage: each step equals the plain one on one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ibq_scale.config.layers import resolve
+from ibq_scale.config.run import TokenizerRun
+from ibq_scale.data.stream import ImageBatch
+from ibq_scale.distributed.environment import World
+from tests.ranks import run_ranks
+from tests.train.reference import PlainTokenizerTraining
+
+STEPS, MICRO = 3, 2
+
+
+def _run(stage: int, *overrides: str) -> TokenizerRun:
+    """Adam's eps is large: its step is then smooth in the gradient, and a wrong gradient's size shows."""
+    run = resolve(
+        "tokenizer/tiny",
+        [
+            "data.train=none",
+            "model.channel_multipliers=[1,1]",
+            "model.resolution=16",
+            "model.attention_resolutions=[8]",
+            "model.z_channels=8",
+            "quantizer.dim=8",
+            "quantizer.codebook_size=32",
+            "quantizer.entropy_temperature=1.0",
+            f"train.micro_batch={MICRO}",
+            "optimizer.lr=0.01",
+            "optimizer.eps=0.01",
+            f"deepspeed.config=zero{stage}",
+            *overrides,
+        ],
+    ).config
+    assert isinstance(run, TokenizerRun)
+    return run
+
+
+def _images(step: int, count: int) -> torch.Tensor:
+    return torch.randint(256, (count, 3, 16, 16), generator=torch.Generator().manual_seed(step), dtype=torch.uint8)
+
+
+def _train(rank: int, world_size: int, runs: dict[str, TokenizerRun]) -> dict[str, dict[str, torch.Tensor]]:
+    """Trains each run; returns rank 0's weights by name, the codebook put together."""
+    from ibq_scale.train.tokenizer_task import TokenizerTask
+
+    world = World(rank, world_size, rank, torch.device("cpu"))
+    results = {}
+    for name, run in runs.items():
+        task = TokenizerTask(run, world)
+        for step in range(STEPS):
+            task.set_rates(step * run.train.global_batch)
+            images = _images(step, run.train.global_batch)
+            task.train_step(iter(_batches(images, rank, world_size)))
+        rows = [torch.empty_like(task.codebook.rows.detach()) for _ in range(world_size)]
+        dist.all_gather(rows, task.codebook.rows.detach())
+        results[name] = (
+            {f"model.{k}": v.detach().clone() for k, v in task.generator.module.named_parameters()}
+            | {f"discriminator.{k}": v.detach().clone() for k, v in _discriminator(task).named_parameters()}
+            | {"codebook": torch.cat(rows[: task.codebook.group_size]), "ema_fake": task.lecam.fake.clone()}
+        )
+    return {name: {k: v.numpy() for k, v in tensors.items()} for name, tensors in results.items()}
+
+
+def _discriminator(task: Any) -> torch.nn.Module:
+    return task.discriminator.module.discriminator
+
+
+def _batches(images: torch.Tensor, rank: int, world_size: int) -> list[ImageBatch]:
+    none = torch.zeros(MICRO, dtype=torch.int64)
+    return [ImageBatch(part, none, none) for part in images.split(MICRO)[rank::world_size]]
+
+
+def _plain(run: TokenizerRun, calls: int = 1) -> dict[str, torch.Tensor]:
+    reference = PlainTokenizerTraining(run)
+    for step in range(STEPS):
+        images = _images(step, run.train.global_batch).float().div(127.5).sub(1.0)
+        reference.step(images, run.train.global_batch // MICRO, calls)
+    return (
+        {f"model.{k}": v for k, v in reference.model.named_parameters()}
+        | {f"discriminator.{k}": v for k, v in reference.discriminator.named_parameters()}
+        | {"codebook": reference.codebook_KD, "ema_fake": reference.lecam.fake}
+    )
+
+
+def _assert_same(found: dict[str, Any], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        value = value.detach()
+        got = torch.from_numpy(found[name]).view_as(value)
+        torch.testing.assert_close(got, value, rtol=2e-4, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_every_zero_stage_on_two_ranks_equals_plain_torch() -> None:
+    runs = {f"zero{stage}": _run(stage, "train.global_batch=4") for stage in (0, 1, 2)}
+    expected = _plain(runs["zero0"])
+    moved = PlainTokenizerTraining(runs["zero0"])
+    assert not torch.allclose(expected["codebook"], moved.codebook_KD, atol=1e-3), "nothing was trained"
+    found = run_ranks(_train, 2, runs)
+    for rank in (0, 1):
+        for stage in runs:
+            _assert_same(found[rank][stage], expected)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_replicas_vq_and_accumulation_too() -> None:
+    runs = {
+        "replicas": _run(1, "train.global_batch=4", "codebook_group=1"),
+        "local entropy": _run(2, "train.global_batch=4", "quantizer.entropy_scope=local"),
+        "vq": _run(2, "train.global_batch=4", "quantizer.kind=vq"),
+        "accumulation": _run(2, "train.global_batch=8"),
+    }
+    calls = {"replicas": 2, "local entropy": 2, "vq": 1, "accumulation": 2}
+    found = run_ranks(_train, 2, runs)[0]
+    for name, run in runs.items():
+        _assert_same(found[name], _plain(run, calls[name]))

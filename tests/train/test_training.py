@@ -1,0 +1,138 @@
+"""Runs from the command line, as users and Slurm start them: they finish, stop at a signal, go on, or are refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from ibq_scale.config.layers import resolve
+from ibq_scale.distributed.environment import World
+from ibq_scale.errors import UserError
+from ibq_scale.train.checkpoint import Checkpoint, newest_or_this
+from ibq_scale.train.run import check_same_run
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+SMALL = (
+    "model.channel_multipliers=[1,1]",
+    "model.resolution=16",
+    "model.attention_resolutions=[8]",
+    "model.z_channels=8",
+    "quantizer.dim=8",
+    "quantizer.codebook_size=64",
+    "model.dropout=0.1",
+    "train.global_batch=8",
+    "train.micro_batch=4",
+    "train.log_every=1",
+    "data.workers=0",
+)
+
+
+def _command(data: str, out: Path, *more: str) -> list[str]:
+    words = ["train", "tokenizer", "tiny", f"data.train={data}", f"out={out}", *SMALL, *more, "--ranks", "2"]
+    return [sys.executable, "-m", "ibq_scale", *words]
+
+
+def _train(data: str, out: Path, *more: str) -> str:
+    done = subprocess.run(_command(data, out, *more), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def _losses(run: Path) -> dict[int, tuple[float, float, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: (line["loss"], line["discriminator"], line["grad_norm"]) for line in lines}
+
+
+@pytest.fixture(scope="module")
+def whole(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six steps, in one go."""
+    run = tmp_path_factory.mktemp("whole")
+    _train(dataset, run, "train.steps=6", "train.checkpoint_every=100")
+    return run
+
+
+def test_a_run_leaves_what_is_promised(whole: Path) -> None:
+    assert list(_losses(whole)) == [1, 2, 3, 4, 5, 6]
+    for name in ("config.yaml", "environment.json", "logs/rank-00000.log", "logs/rank-00001.log"):
+        assert (whole / name).is_file(), name
+    assert list((whole / "images").glob("*.png"))
+    newest = newest_or_this(whole)
+    assert (newest.step, newest.samples, newest.manifest["world_size"]) == (6, 48, 2)
+    parts = sorted(p.name for p in (newest.path / "codebook").iterdir())
+    assert parts == ["rows-00000000-00000032.safetensors", "rows-00000032-00000064.safetensors"]
+
+
+def test_a_stopped_and_resumed_run_ends_in_the_same_bits(whole: Path, dataset: str, tmp_path: Path) -> None:
+    """Stopped by SIGUSR1 somewhere, then the same command again: losses, weights and optimizer states are equal."""
+    run = tmp_path / "run"
+    more = ("train.steps=6", "train.checkpoint_every=100")
+    process = subprocess.Popen(_command(dataset, run, *more), stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").is_file() or not _losses(run):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGUSR1)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 75, said
+    assert "saved; the same command goes on from there" in said
+    stopped_at = newest_or_this(run).step
+    assert 1 <= stopped_at < 6, "the signal came too late to show anything"
+    assert f"resuming from {run}/checkpoints/step-{stopped_at:08d}" in _train(dataset, run, *more)
+    assert _losses(run) == _losses(whole)
+    one, two = newest_or_this(whole).path, newest_or_this(run).path
+    for name in ("model/model.safetensors", "codebook/rows-00000000-00000032.safetensors", "lecam.safetensors"):
+        a, b = load_file(one / name), load_file(two / name)
+        assert all(bool((a[key] == b[key]).all()) for key in a), name
+    assert "nothing to do" in _train(dataset, run, *more)
+
+
+def test_sigterm_of_one_rank_alone_stops_all_of_them(dataset: str, tmp_path: Path) -> None:
+    """Slurm's signals do not reach all ranks at the same step: they agree first."""
+    run = tmp_path / "run"
+    process = subprocess.Popen(_command(dataset, run, "train.steps=100000"), stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").is_file() or not _losses(run):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    ranks = _children(process.pid)
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGTERM)
+    assert process.wait(timeout=60) == 75
+    newest = newest_or_this(run)
+    assert newest.step == max(_losses(run))
+
+
+def _children(pid: int) -> list[int]:
+    return [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def test_a_run_that_does_not_fit_its_checkpoint_is_refused(whole: Path, dataset: str) -> None:
+    checkpoint: Checkpoint = newest_or_this(whole)
+
+    def check(world_size: int, *overrides: str) -> None:
+        words = [f"data.train={dataset}", *SMALL, "train.steps=6", *overrides]
+        config: Any = resolve("tokenizer/tiny", words).config
+        check_same_run(config, checkpoint, World(0, world_size, 0, None))  # type: ignore[arg-type]
+
+    check(2, "optimizer.lr=0.5", "train.micro_batch=2", "train.log_every=3")
+    cases = {
+        "is a checkpoint of another model": (2, "quantizer.codebook_size=128"),
+        "data.lanes was 8": (2, "data.lanes=4"),
+        "train.seed was 0": (2, "train.seed=1"),
+        "was written by 2 ranks, this run has 4": (4,),
+    }
+    for said, (world_size, *overrides) in cases.items():
+        with pytest.raises(UserError, match=said):
+            check(world_size, *overrides)
