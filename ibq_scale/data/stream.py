@@ -165,6 +165,8 @@ def _load(dataset: Any, sampler: _FetchingSampler, stack: Callable[[Any], Any], 
             multiprocessing_context=context,
             prefetch_factor=PREFETCH if workers else None,
             worker_init_fn=_start_worker,
+            # Without one of its own it would draw from the model's generator, and a resumed run's dropout would differ.
+            generator=torch.Generator(),
             pin_memory=torch.cuda.is_available(),
         )
     )

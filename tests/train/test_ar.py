@@ -89,7 +89,7 @@ def test_zero1_with_accumulation_clipping_and_decay_equals_plain_torch(codes: st
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip)
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     for weights, _ in found:
         for name, value in model.named_parameters():
             torch.testing.assert_close(torch.from_numpy(weights[name]), value.detach(), rtol=2e-4, atol=2e-5)
