@@ -28,7 +28,7 @@ class Plan:
     """How much the demo does. The defaults take minutes on two CPU cores."""
 
     crops: int = 80
-    tokenizer_steps: int = 300
+    tokenizer_steps: int = 250
     ar_steps: int = 300
     per_class: int = 8
     guidance: float = 2.0

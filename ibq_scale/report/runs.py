@@ -24,7 +24,7 @@ METRICS: dict[str, tuple[str, str, str, float | None]] = {
     "quantization": ("Quantization loss", "", "", None),
     "entropy": ("Entropy loss", "nats", "sample entropy − batch entropy", None),
     "generator": ("Generator against the discriminator", "", "", None),
-    "discriminator": ("Discriminator, hinge", "", "2 = it cannot tell", None),
+    "discriminator": ("Discriminator, hinge", "", "1 = it cannot tell", None),
     "lecam": ("LeCAM regularisation", "", "", None),
     "grad_norm": ("Gradient norm", "", "before clipping", None),
     "lr": ("Learning rate", "", "", None),
