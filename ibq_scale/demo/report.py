@@ -115,7 +115,7 @@ def _reconstructions(demo: Demo, photographs: _Photographs) -> Section:
     rows = [originals, *(_reconstructed(demo.run_dir(name), originals) for name in ("ibq", "vq"))]
     picture = image_grid(torch.cat(rows), columns=len(originals))
     text = (
-        "After minutes of training, the fewer codes that VQ uses are the quicker ones to learn, so its pictures may well "
+        "After minutes of training, the few codes that VQ uses are the quicker ones to learn, so its pictures may well "
         "be sharper here. What unused codes cost shows later: published rFID at 1,024 codes is 2.24 (IBQ), 7.94 (VQ)."
     )
     caption = "First row: photographs, centre crops. Second row: IBQ. Third row: VQ, same steps."
