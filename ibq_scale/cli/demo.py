@@ -20,7 +20,8 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from ibq_scale.demo.run import Plan, StageFailedError, run_demo
+    from ibq_scale.demo.plan import Plan
+    from ibq_scale.demo.run import StageFailedError, run_demo
 
     try:
         facts = run_demo(args.to, Plan())

@@ -26,6 +26,8 @@ DERIVED = {
     "optimizer": "optimizer",
     "scheduler": "schedule",
 }
+# Stage 3 spreads the parameters themselves; averages and exports do not gather them yet.
+STAGES = (0, 1, 2)
 ALLOWED = {
     "zero_optimization",
     "zero_allow_untested_optimizer",
@@ -79,6 +81,9 @@ def deepspeed_config(run: AnyRun, world_size: int) -> dict[str, Any]:
         if key not in ALLOWED:
             near = difflib.get_close_matches(key, ALLOWED, n=1)
             raise UserError(f"{path.name}: unknown key '{key}'" + (f", did you mean '{near[0]}'?" if near else ""))
+    stage = values.get("zero_optimization", {}).get("stage", 0)
+    if stage not in STAGES:
+        raise UserError(f"{path.name}: ZeRO stage {stage!r} is not supported: take zero0, zero1 or zero2")
     accumulation = accumulation_steps(run.train, world_size)
     return values | {
         "train_batch_size": run.train.global_batch,
@@ -89,12 +94,6 @@ def deepspeed_config(run: AnyRun, world_size: int) -> dict[str, Any]:
         # The trainer prints one calm line of its own; DeepSpeed's would come every 10 steps.
         "steps_per_print": 2**62,
     }
-
-
-def zero_stage(run: AnyRun) -> int:
-    """The ZeRO stage that the run's DeepSpeed config asks for, 0 where it asks for none."""
-    values = _overlay(json.loads(find_config(run.deepspeed.config).read_text()), run.deepspeed.overrides)
-    return int(values.get("zero_optimization", {}).get("stage", 0))
 
 
 def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

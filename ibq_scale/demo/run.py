@@ -10,60 +10,16 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ibq_scale.demo.photographs import PHOTOGRAPHS, write_crops
-from ibq_scale.demo.server import BUCKET, object_storage
+from ibq_scale.demo.plan import CODES, IMAGES, Demo, Plan, Stage
+from ibq_scale.demo.report import write_demo_report
+from ibq_scale.demo.server import object_storage
 from ibq_scale.errors import UserError
 
 MARKER = ".ibq-scale-demo"
-IMAGES, CODES = f"s3://{BUCKET}/photographs", f"s3://{BUCKET}/codes"
-TRAIN_IBQ, TRAIN_VQ, TRAIN_AR = "train the IBQ tokenizer", "train the VQ baseline", "train the AR transformer"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How much the demo does. The defaults take minutes on two CPU cores."""
-
-    crops: int = 80
-    tokenizer_steps: int = 250
-    ar_steps: int = 300
-    per_class: int = 8
-    guidance: float = 2.0
-    ranks: int = 2
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A command as it was run, and how long it took."""
-
-    name: str
-    command: str
-    seconds: float
-
-
-@dataclass
-class Demo:
-    """What the stages leave for the report."""
-
-    to: Path
-    plan: Plan
-    stages: list[Stage] = field(default_factory=list)
-    results: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    @property
-    def photographs(self) -> Path:
-        return self.to / "photographs"
-
-    def run_dir(self, name: str) -> Path:
-        """``ibq``, ``vq`` or ``ar``."""
-        return self.to / name
-
-    @property
-    def seconds(self) -> float:
-        return sum(stage.seconds for stage in self.stages)
 
 
 class StageFailedError(RuntimeError):
@@ -75,8 +31,6 @@ def run_demo(to: Path, plan: Plan) -> dict[str, Any]:
 
     An earlier demo in `to` is replaced. UserError where `to` holds something else.
     """
-    from ibq_scale.demo.report import write_demo_report
-
     _clear(to)
     demo = Demo(to, plan)
     with object_storage():
@@ -110,11 +64,19 @@ def _run_stages(demo: Demo) -> None:
         write_crops(demo.photographs, plan.crops)
     step("prepare", "prepare", "images", str(demo.photographs), "--to", IMAGES, "--shard-mb", "1", "--json")
     tokenizer = ("tokenizer", "tiny", f"data.train={IMAGES}", f"train.steps={plan.tokenizer_steps}")
-    train(TRAIN_IBQ, *tokenizer, f"out={ibq}")
-    train(TRAIN_VQ, *tokenizer, f"out={vq}", "quantizer.kind=vq")
+    train("train the IBQ tokenizer", *tokenizer, f"out={ibq}")
+    train("train the VQ baseline", *tokenizer, f"out={vq}", "quantizer.kind=vq")
     step("tokenize", "tokenize", ibq, IMAGES, "--to", CODES, "--ranks", ranks, "--json")
     classes = f"model.classes={len(PHOTOGRAPHS)}"
-    train(TRAIN_AR, "ar", "tiny", f"data.train={CODES}", f"train.steps={plan.ar_steps}", f"out={ar}", classes)
+    train(
+        "train the AR transformer",
+        "ar",
+        "tiny",
+        f"data.train={CODES}",
+        f"train.steps={plan.ar_steps}",
+        f"out={ar}",
+        classes,
+    )
     options = ["--guidance", str(plan.guidance), "--per-class", str(plan.per_class), "--to", str(demo.to / "samples")]
     step("sample", "sample", ar, "--tokenizer", ibq, *options, "--ranks", ranks, "--json")
     for name, run in (("evaluate IBQ", ibq), ("evaluate VQ", vq)):

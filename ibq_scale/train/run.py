@@ -19,6 +19,7 @@ from ibq_scale.config.layers import require_complete, to_yaml
 from ibq_scale.config.run import AnyRun, TokenizerRun
 from ibq_scale.distributed.environment import World
 from ibq_scale.errors import UserError
+from ibq_scale.report.runs import write_report
 from ibq_scale.train.checkpoint import Checkpoint, CheckpointFolder
 from ibq_scale.train.preemption import REQUEUE_EXIT_CODE
 from ibq_scale.train.task import Task
@@ -50,6 +51,8 @@ def train(config: AnyRun, world: World) -> int:
     task = _make_task(config, world)
     _say(world, _summary(config, world, accumulation, resume_from))
     outcome = Trainer(config, run_dir, task, world).run(resume_from)
+    if world.is_main:
+        write_report([run_dir], run_dir / "report.html")
     if outcome.stopped:
         _say(world, f"stopped at step {outcome.step} by a signal, saved; the same command goes on from there")
         return REQUEUE_EXIT_CODE

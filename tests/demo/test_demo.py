@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ibq_scale.demo.run import Plan, run_demo
+from ibq_scale.demo.plan import Plan
+from ibq_scale.demo.run import run_demo
 from ibq_scale.errors import UserError
 from ibq_scale.train.checkpoint import newest_or_this, verify
 

@@ -62,7 +62,7 @@ def whole(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_leaves_what_is_promised(whole: Path) -> None:
     assert list(_losses(whole)) == [1, 2, 3, 4, 5, 6]
-    for name in ("config.yaml", "environment.json", "logs/rank-00000.log", "logs/rank-00001.log"):
+    for name in ("config.yaml", "environment.json", "report.html", "logs/rank-00000.log", "logs/rank-00001.log"):
         assert (whole / name).is_file(), name
     assert list((whole / "images").glob("*.png"))
     newest = newest_or_this(whole)

@@ -1,0 +1,54 @@
+"""What a demo is: how much it does, where it puts things, and what its stages have left."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ibq_scale.demo.server import BUCKET
+
+IMAGES, CODES = f"s3://{BUCKET}/photographs", f"s3://{BUCKET}/codes"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much the demo does. The defaults take minutes on two CPU cores."""
+
+    crops: int = 80
+    tokenizer_steps: int = 250
+    ar_steps: int = 300
+    per_class: int = 8
+    guidance: float = 2.0
+    ranks: int = 2
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command as it was run, and how long it took."""
+
+    name: str
+    command: str
+    seconds: float
+
+
+@dataclass
+class Demo:
+    """What the stages leave for the report."""
+
+    to: Path
+    plan: Plan
+    stages: list[Stage] = field(default_factory=list)
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def photographs(self) -> Path:
+        return self.to / "photographs"
+
+    def run_dir(self, name: str) -> Path:
+        """``ibq``, ``vq`` or ``ar``."""
+        return self.to / name
+
+    @property
+    def seconds(self) -> float:
+        return sum(stage.seconds for stage in self.stages)
