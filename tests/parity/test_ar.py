@@ -14,7 +14,7 @@ pytestmark = pytest.mark.parity
 
 
 def test_imported_transformer_reproduces_logits_loss_and_greedy_codes(parity_dir: Path) -> None:
-    expected = torch.load(parity_dir / "ar_small.expected.pt", weights_only=False)
+    expected = torch.load(parity_dir / "ar_small.expected.pt", weights_only=True)
     config = expected["config"]
     file = parity_dir / "ar_small.ckpt"
     model = import_published(file, heads=config["n_head"], tokens=config["block_size"]).model

@@ -24,7 +24,7 @@ def _tokens(x_BDHW: Tensor) -> Tensor:
 
 
 def _load(parity_dir: Path, case: str) -> tuple[dict[str, Any], QuantizerConfig, float]:
-    everything = torch.load(parity_dir / "quantizer.expected.pt", weights_only=False)
+    everything = torch.load(parity_dir / "quantizer.expected.pt", weights_only=True)
     values = everything["cases"][case]
     codes, dim = values["codebook"].shape
     settings = QuantizerConfig(

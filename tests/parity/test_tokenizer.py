@@ -17,7 +17,7 @@ pytestmark = pytest.mark.parity
 
 @pytest.mark.parametrize("weights", ["live", "ema"])
 def test_imported_tokenizer_reproduces_indices_and_reconstruction(parity_dir: Path, weights: str) -> None:
-    expected = torch.load(parity_dir / "tokenizer_small.expected.pt", weights_only=False)
+    expected = torch.load(parity_dir / "tokenizer_small.expected.pt", weights_only=True)
     imported = import_published(parity_dir / "tokenizer_small.ckpt", ema=weights == "ema")
     tokenizer = imported.model
     codes = tokenizer.encode(expected["x"])
@@ -27,7 +27,7 @@ def test_imported_tokenizer_reproduces_indices_and_reconstruction(parity_dir: Pa
 
 
 def test_discriminator_and_its_losses_equal_the_published_ones(parity_dir: Path) -> None:
-    expected = torch.load(parity_dir / "discriminator.expected.pt", weights_only=False)
+    expected = torch.load(parity_dir / "discriminator.expected.pt", weights_only=True)
     model = PatchDiscriminator(DiscriminatorConfig(channels=expected["ndf"], layers=expected["n_layers"]))
     model.load_state_dict(expected["state_dict"], strict=True)
     real, fake = model(expected["real"]), model(expected["fake"])
