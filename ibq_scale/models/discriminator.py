@@ -7,6 +7,27 @@ from torch import Tensor, nn
 from ibq_scale.config.models import DiscriminatorConfig
 
 
+class BatchNorm(nn.BatchNorm2d):
+    """BatchNorm2d in fp32 whatever its input and parameters are kept in.
+
+    DeepSpeed casts parameters and leaves buffers in fp32; torch refuses that mixture on CPUs, and statistics of a few
+    images in bf16 would be coarse.
+    """
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        normed: Tensor = nn.functional.batch_norm(
+            x_BCHW.float(),
+            self.running_mean,
+            self.running_var,
+            self.weight.float(),
+            self.bias.float(),
+            self.training,
+            self.momentum or 0.0,
+            self.eps,
+        )
+        return normed.to(x_BCHW.dtype)
+
+
 class PatchDiscriminator(nn.Module):
     """4×4 convolutions, `layers` of them with stride 2, BatchNorm and LeakyReLU(0.2) between."""
 
@@ -18,7 +39,7 @@ class PatchDiscriminator(nn.Module):
             wider = config.channels * min(2**i, 8)
             stride = 2 if i < config.layers else 1
             # BatchNorm brings its own shift, so the convolution before it has none.
-            stack += [nn.Conv2d(width, wider, 4, stride=stride, padding=1, bias=False), nn.BatchNorm2d(wider)]
+            stack += [nn.Conv2d(width, wider, 4, stride=stride, padding=1, bias=False), BatchNorm(wider)]
             stack += [nn.LeakyReLU(0.2)]
             width = wider
         stack.append(nn.Conv2d(width, 1, 4, stride=1, padding=1))

@@ -109,3 +109,44 @@ def test_codes_that_do_not_fit_are_refused(codes: str, tokenizer_dir: Path) -> N
     for said, override in cases.items():
         with pytest.raises(UserError, match=said):
             check_codes(_run(codes, override))
+
+
+def _resume(rank: int, world_size: int, run: ARRun, folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Weights and averages after four steps in one go, and after two, a checkpoint, and two more."""
+    from ibq_scale.train.ar_task import ARTask
+
+    world = World(rank, world_size, rank, torch.device("cpu"))
+    directory = Path(folder)
+
+    def steps(task: ARTask, first: int, last: int) -> None:
+        batches = task.batches(8 * first)
+        for step in range(first, last):
+            task.set_rates(8 * step)
+            task.train_step(batches)
+
+    def state(task: ARTask) -> dict[str, Any]:
+        weights = {k: v.detach().float().numpy() for k, v in task.engine.module.named_parameters()}
+        averages = {f"ema.{k}": v.numpy() for k, v in task.ema.shadow.state_dict().items()}
+        return weights | averages
+
+    whole = ARTask(run, world)
+    steps(whole, 0, 4)
+    before = ARTask(run, world)
+    steps(before, 0, 2)
+    before.save(directory)
+    torch.distributed.barrier()
+    after = ARTask(run, world)
+    after.load(directory)
+    steps(after, 2, 4)
+    return state(whole), state(after)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_bf16_with_averages_resumes_in_the_same_bits(codes: str, tmp_path: Path) -> None:
+    run = _run(codes, "train.precision=bf16", "ema_decay=0.9")
+    for whole, resumed in run_ranks(_resume, 2, run, str(tmp_path)):
+        assert whole.keys() == resumed.keys()
+        assert any(name.startswith("ema.") for name in whole)
+        for name, value in whole.items():
+            assert (value == resumed[name]).all(), name
