@@ -15,6 +15,8 @@ from PIL import Image
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 CLASSES = ("apples", "birds", "cars")
 PICTURES_A_CLASS = 8
+# Not the demo's own, which a test of the demo makes in this same process.
+TEST_BUCKET = "ibq-tests"
 
 
 def _shared(name: str, what: str) -> Path:
@@ -67,17 +69,15 @@ def s3_server() -> Iterator[None]:
     """A real HTTP S3 endpoint; the environment of this process and its children points at it."""
     from ibq_scale.demo.server import object_storage
 
-    with object_storage():
+    with object_storage(TEST_BUCKET):
         yield
 
 
 @pytest.fixture(scope="session")
 def new_prefix(s3_server: None) -> Callable[[], str]:
     """Makes a fresh ``s3://bucket/prefix`` a call."""
-    from ibq_scale.demo.server import BUCKET
-
     numbers = count()
-    return lambda: f"s3://{BUCKET}/test-{os.getpid()}-{next(numbers)}"
+    return lambda: f"s3://{TEST_BUCKET}/test-{os.getpid()}-{next(numbers)}"
 
 
 @pytest.fixture(scope="session")

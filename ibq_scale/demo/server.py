@@ -32,6 +32,7 @@ def object_storage(bucket: str = BUCKET) -> Iterator[None]:
         os.environ |= CREDENTIALS | {"AWS_ENDPOINT_URL": f"http://{host}:{port}"} | _no_proxy()
         _make_bucket(bucket)
         yield
+        _drop_bucket(bucket)
     finally:
         os.environ.clear()
         os.environ |= before
@@ -42,6 +43,13 @@ def _make_bucket(bucket: str) -> None:
     import s3fs
 
     s3fs.S3FileSystem(skip_instance_cache=True).mkdir(bucket)
+
+
+def _drop_bucket(bucket: str) -> None:
+    """moto keeps buckets as long as the process lives, whichever server they were made through."""
+    import s3fs
+
+    s3fs.S3FileSystem(skip_instance_cache=True).rm(bucket, recursive=True)
 
 
 def _no_proxy() -> dict[str, str]:

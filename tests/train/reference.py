@@ -26,6 +26,14 @@ class PlainTokenizerTraining:
         self.g_optimizer = torch.optim.Adam([*self.model.parameters(), self.codebook_KD], o.lr, o.betas, o.eps)
         self.d_optimizer = torch.optim.Adam(self.discriminator.parameters(), o.lr, o.betas, o.eps)
         self.lecam = LeCAM(run.loss.lecam_decay)
+        self.kink_distance = float("inf")
+        """How near the run has come to a point where a gradient jumps: |x| before a LeakyReLU, |fake − image| in L1."""
+        for module in self.discriminator.modules():
+            if isinstance(module, torch.nn.LeakyReLU):
+                module.register_forward_pre_hook(lambda _, inputs: self._note_kink(inputs[0]))
+
+    def _note_kink(self, x: Tensor) -> None:
+        self.kink_distance = min(self.kink_distance, float(x.detach().abs().min()))
 
     def step(self, images_BCHW: Tensor, micro_batches: int, calls: int) -> None:
         """Trains on a global batch: `calls` rounds of all ranks, or of each rank alone where it has its own entropy."""
@@ -41,6 +49,7 @@ class PlainTokenizerTraining:
             pairs += list(zip(images.chunk(parts), reconstruction.chunk(parts), strict=True))
             generator = generator + terms / calls
         for image, fake in pairs:
+            self._note_kink(fake - image)
             terms = loss.l1_weight * (fake - image).abs().mean()
             terms = terms + loss.adversarial_weight * generator_non_saturating(self.discriminator(fake))
             generator = generator + terms / micro_batches
