@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import socket
 import traceback
 from collections.abc import Callable
@@ -33,7 +34,8 @@ def _entry(rank: int, world_size: int, port: int, fn: Callable[..., Any], args: 
     torch.set_num_threads(1)
     try:
         dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=120))
-        results.put((rank, fn(rank, world_size, *args), None))
+        # As bytes: a queue would send tensors by file handles, which end with this process.
+        results.put((rank, pickle.dumps(fn(rank, world_size, *args)), None))
         dist.barrier()
         dist.destroy_process_group()
     except BaseException:
@@ -60,7 +62,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
         while len(got) < world_size:
             rank, value, error = queue.get(timeout=timeout)
             assert error is None, f"rank {rank} failed:\n{error}"
-            got[rank] = value
+            got[rank] = pickle.loads(value)
         for w in workers:
             w.join(timeout=60)
     finally:

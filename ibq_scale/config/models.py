@@ -45,24 +45,49 @@ class AutoencoderConfig(Section):
 class QuantizerConfig(Section):
     """The quantizer between encoder and decoder.
 
-    `kind`: ``ibq`` (index backpropagation, arXiv 2412.02692) or ``vq`` (VQGAN: nearest code, straight-through).
+    `kind`: ``ibq`` (index backpropagation, arXiv 2412.02692), ``vq`` (VQGAN: nearest code, straight-through),
+    ``simvq`` (frozen basis × one linear layer, arXiv 2411.02038) or ``lfq`` (sign bits, arXiv 2310.05737; then
+    codebook_size = 2^dim).
     `beta_on`: the term of the quantization loss that `beta` multiplies: ``codebook`` is what the published
     models were trained with (mean‖C[i*] − sg(z)‖²), ``commitment`` is the paper's text.
+    `straight_through`, `double_quantization`: the paper's ablations. Without the first, the decoder's gradient ends at
+    the selected codes; without the second, the loss lacks mean‖z_q − z‖².
     `entropy_scope`: ``global`` takes the batch entropy over all ranks of the codebook group, ``local`` over
     each rank's own tokens (what the published code does; the micro-batch then changes the objective).
-    `tile_bytes`: memory budget of one tile of logits, forward and backward.
+    `backend`: ``auto`` is Triton on a CUDA device and plain torch elsewhere.
+    `logit_precision`: of the products in training on a CUDA device (sums and softmaxes are fp32 always; CPUs compute
+    products in fp32 always). `search`: of the coarse product of `encode` and of VQ; the answer is exact either way.
+    `tile_bytes`: memory budget of one tile of logits in plain torch, forward and backward; null chooses by device.
+    `revive_after`: VQ only: steps after which an unused code is replaced by a token of the batch; 0 is never.
     """
 
-    kind: Literal["ibq", "vq"] = "ibq"
+    kind: Literal["ibq", "vq", "simvq", "lfq"] = "ibq"
     codebook_size: PositiveInt = 16384
     dim: PositiveInt = 256
     beta: NonNegativeFloat = 0.25
     beta_on: Literal["codebook", "commitment"] = "codebook"
+    straight_through: bool = True
+    double_quantization: bool = True
     entropy_temperature: Annotated[float, Field(gt=0)] = 0.01
     sample_entropy_weight: NonNegativeFloat = 1.0
     batch_entropy_weight: NonNegativeFloat = 1.0
     entropy_scope: Literal["global", "local"] = "global"
-    tile_bytes: PositiveInt = 64 * 2**20
+    backend: Literal["auto", "tiled", "triton"] = "auto"
+    logit_precision: Literal["fp32", "tf32", "bf16"] = "tf32"
+    search: Literal["fp32", "bf16"] = "bf16"
+    tile_bytes: PositiveInt | None = None
+    revive_after: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _kind_fits(self) -> QuantizerConfig:
+        if self.kind == "lfq" and self.codebook_size != 2**self.dim:
+            raise ValueError(
+                f"lfq has one code a pattern of bits: codebook_size must be 2^dim = {2**self.dim}, "
+                f"got {self.codebook_size}"
+            )
+        if self.revive_after and self.kind != "vq":
+            raise ValueError(f"revive_after is for kind=vq, whose unused codes stay where they are; got {self.kind}")
+        return self
 
 
 class DiscriminatorConfig(Section):

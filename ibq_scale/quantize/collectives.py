@@ -1,12 +1,11 @@
 """Collectives of a codebook group. A group of None is a group of one: nothing moves.
 
-All ranks of a group bring equally many tokens. None of these carries a gradient; the quantizers' own backward
-passes call them.
+None of these carries a gradient; the quantizers' own backward passes call them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -45,6 +44,35 @@ def scatter_sum_rows(x_MX: Tensor, group: Group) -> Tensor:
     out = x_MX.new_empty((x_MX.shape[0] // size_of(group), *x_MX.shape[1:]))
     _reduce_scatter(out, x_MX.contiguous(), group=group)
     return out
+
+
+def gather_uneven(x_NX: Tensor, sizes: Sequence[int], group: Group) -> Tensor:
+    """`gather_rows` where rank r brings sizes[r] rows: all are padded to the most, as collectives want equal parts."""
+    if group is None or len(set(sizes)) == 1:
+        return gather_rows(x_NX, group)
+    most = max(sizes)
+    padded = torch.cat([x_NX, x_NX.new_zeros((most - x_NX.shape[0], *x_NX.shape[1:]))])
+    parts = torch.split(gather_rows(padded, group), most)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def scatter_sum_uneven(x_MX: Tensor, sizes: Sequence[int], group: Group) -> Tensor:
+    """`scatter_sum_rows` where rank r keeps sizes[r] rows."""
+    if group is None or len(set(sizes)) == 1:
+        return scatter_sum_rows(x_MX, group)
+    most = max(sizes)
+    padded = x_MX.new_zeros((len(sizes) * most, *x_MX.shape[1:]))
+    for rank, part in enumerate(torch.split(x_MX, list(sizes))):
+        padded[rank * most : rank * most + len(part)] = part
+    return scatter_sum_rows(padded, group)[: sizes[rank_in(group)]]
+
+
+def sizes_in(tokens: int, group: Group, device: torch.device) -> list[int]:
+    """Every rank's number of tokens. On a GPU it waits for the device: for callers whose ranks' numbers differ."""
+    if group is None:
+        return [tokens]
+    mine = torch.tensor([tokens], device=device)
+    return [int(size) for size in gather_rows(mine, group).tolist()]
 
 
 def sum_over(tensors: Iterable[Tensor], group: Group) -> list[Tensor]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ibq_scale.config.models import QuantizerConfig
-from ibq_scale.quantize.terms import batch_entropy_of, commitment_terms
+from ibq_scale.quantize.terms import batch_entropy_of, quantization_loss
 from ibq_scale.quantize.types import Quantized
 
 
@@ -22,8 +22,8 @@ def ibq_dense(z_ND: Tensor, codebook_KD: Tensor, settings: QuantizerConfig) -> Q
     p_NK = S_NK.softmax(dim=1)
     indices_N = S_NK.argmax(dim=1)
     one_hot_NK = F.one_hot(indices_N, codebook_KD.shape[0]).to(p_NK.dtype)
-    z_q_ND = (one_hot_NK + p_NK - p_NK.detach()) @ codebook_KD
-    commitment = commitment_terms(codebook_KD[indices_N], z_ND, settings)
+    hard_ND = codebook_KD[indices_N]
+    z_q_ND = (one_hot_NK + p_NK - p_NK.detach()) @ codebook_KD if settings.straight_through else hard_ND
     q_log_NK = (S_NK / settings.entropy_temperature).log_softmax(dim=1)
     q_NK = q_log_NK.exp()
     sample_entropy = -(q_NK * q_log_NK).sum(dim=1).mean()
@@ -31,7 +31,7 @@ def ibq_dense(z_ND: Tensor, codebook_KD: Tensor, settings: QuantizerConfig) -> Q
     return Quantized(
         z_q_ND=z_q_ND,
         indices_N=indices_N,
-        quantization_loss=(z_q_ND - z_ND).square().mean() + commitment,
+        quantization_loss=quantization_loss(z_q_ND, hard_ND, z_ND, settings),
         entropy_loss=settings.sample_entropy_weight * sample_entropy - settings.batch_entropy_weight * batch_entropy,
         sample_entropy=sample_entropy.detach(),
         batch_entropy=batch_entropy.detach(),

@@ -8,9 +8,10 @@ from torch import Tensor
 from ibq_scale.config.models import QuantizerConfig
 from ibq_scale.errors import UserError
 from ibq_scale.quantize.collectives import Group, size_of
-from ibq_scale.quantize.search import Score, best_rows
-from ibq_scale.quantize.terms import commitment_terms
-from ibq_scale.quantize.tiled import IBQFunction
+from ibq_scale.quantize.function import Settings, group_name, ibq_function
+from ibq_scale.quantize.lfq import corners, lfq, sign_index
+from ibq_scale.quantize.search import Found, Score, best_rows
+from ibq_scale.quantize.terms import quantization_loss
 from ibq_scale.quantize.types import Quantized
 from ibq_scale.quantize.vq import LookupFunction, vq
 
@@ -18,50 +19,86 @@ from ibq_scale.quantize.vq import LookupFunction, vq
 INIT_BLOCK = 1024
 
 
-def quantize(z_ND: Tensor, rows_KD: Tensor, settings: QuantizerConfig, group: Group = None) -> Quantized:
+def quantize(
+    z_ND: Tensor, rows_KD: Tensor, settings: QuantizerConfig, group: Group = None, sizes: list[int] | None = None
+) -> Quantized:
     """Quantizes this rank's tokens z (N, D), any float dtype, with gradient.
 
-    `rows_KD` is the codebook, or with a `group` this rank's K/W consecutive rows of it; every rank of the group
-    brings equally many tokens. Backward then gives the gradient of the *sum* over the group's ranks of their losses:
-    divide by the world size for the mean. Statistics are fp32 (fp64 for fp64 input).
+    `rows_KD` is the codebook, or with a `group` this rank's K/W consecutive rows of it. `sizes` are the ranks' numbers
+    of tokens where they differ (`collectives.sizes_in` asks for them). Backward gives the gradient of the *sum* over
+    the group's ranks of their losses: divide by the world size for the mean. Statistics are fp32 (fp64 for fp64).
 
     Raises ValueError on CPU when z or the codebook is not finite.
     """
     group = group if size_of(group) > 1 else None
+    counts = sizes or [z_ND.shape[0]] * size_of(group)
     z_wide_ND = z_ND.to(rows_KD.dtype)
-    if settings.kind == "vq":
-        quantized = vq(z_wide_ND, rows_KD, settings, group)
+    if settings.kind == "ibq":
+        quantized = _ibq(z_wide_ND, rows_KD, settings, group, counts)
+    elif settings.kind == "lfq":
+        quantized = lfq(z_wide_ND, settings, group, counts)
     else:
-        quantized = _ibq(z_wide_ND, rows_KD, settings, group)
+        quantized = vq(z_wide_ND, rows_KD, settings, group, counts)
     return quantized._replace(z_q_ND=quantized.z_q_ND.to(z_ND.dtype))
 
 
-def _ibq(z_ND: Tensor, rows_KD: Tensor, settings: QuantizerConfig, group: Group) -> Quantized:
-    outputs: tuple[Tensor, ...] = IBQFunction.apply(z_ND, rows_KD, settings, group)
-    z_q_ND, hard_ND, entropy_loss, indices_N, sample_entropy, batch_entropy = outputs
+def _ibq(z_ND: Tensor, rows_KD: Tensor, settings: QuantizerConfig, group: Group, sizes: list[int]) -> Quantized:
+    out = ibq_function(
+        z_ND,
+        rows_KD,
+        Settings(
+            sizes=[] if group is None else sizes,
+            group=group_name(group),
+            temperature=settings.entropy_temperature,
+            sample_weight=settings.sample_entropy_weight,
+            batch_weight=settings.batch_entropy_weight,
+            global_entropy=settings.entropy_scope == "global",
+            precision=settings.logit_precision,
+            backend=settings.backend,
+            tile_bytes=settings.tile_bytes or 0,
+        ),
+    )
+    z_q_ND = out.z_q_ND if settings.straight_through else out.hard_ND
     return Quantized(
         z_q_ND=z_q_ND,
-        indices_N=indices_N,
-        quantization_loss=(z_q_ND - z_ND).square().mean() + commitment_terms(hard_ND, z_ND, settings),
-        entropy_loss=entropy_loss,
-        sample_entropy=sample_entropy,
-        batch_entropy=batch_entropy,
+        indices_N=out.indices_N,
+        quantization_loss=quantization_loss(z_q_ND, out.hard_ND, z_ND, settings),
+        entropy_loss=out.entropy_loss,
+        sample_entropy=out.sample_entropy,
+        batch_entropy=out.batch_entropy,
     )
 
 
 @torch.no_grad()
-def encode(z_ND: Tensor, rows_KD: Tensor, settings: QuantizerConfig, group: Group = None) -> Tensor:
-    """The code (N,) int64 of each token, decided in fp32 whatever z's dtype."""
+def find(
+    z_ND: Tensor, rows_KD: Tensor, settings: QuantizerConfig, group: Group = None, sizes: list[int] | None = None
+) -> Found:
+    """The code of each token, and how many were decided in fp64. Exact for the values given: see search.py."""
     group = group if size_of(group) > 1 else None
-    score = Score.DISTANCE if settings.kind == "vq" else Score.DOT
-    return best_rows(z_ND.to(rows_KD.dtype), rows_KD, score, settings.tile_bytes, group)
+    if settings.kind == "lfq":
+        return Found(sign_index(z_ND), torch.zeros((), dtype=torch.int64, device=z_ND.device))
+    return best_rows(
+        z_ND.to(rows_KD.dtype),
+        rows_KD,
+        Score.DOT if settings.kind == "ibq" else Score.DISTANCE,
+        coarse=settings.search,
+        backend=settings.backend,
+        tile_bytes=settings.tile_bytes,
+        group=group,
+        sizes=sizes,
+    )
+
+
+def encode(z_ND: Tensor, rows_KD: Tensor, settings: QuantizerConfig, group: Group = None) -> Tensor:
+    """The code (N,) int64 of each token: the same on any device, in any batch, for any number of shards."""
+    return find(z_ND, rows_KD, settings, group).index_N
 
 
 @torch.no_grad()
 def lookup(indices_N: Tensor, rows_KD: Tensor, group: Group = None) -> Tensor:
     """The codes (N, D) of global indices (N,), served by the ranks that own them."""
     group = group if size_of(group) > 1 else None
-    codes_ND: Tensor = LookupFunction.apply(indices_N, rows_KD, group)
+    codes_ND: Tensor = LookupFunction.apply(indices_N, rows_KD, [len(indices_N)] * size_of(group), group)
     return codes_ND
 
 
@@ -79,8 +116,11 @@ def rows_of(rank: int, ranks: int, codebook_size: int) -> tuple[int, int]:
 def initial_codebook(settings: QuantizerConfig, seed: int, start: int, stop: int) -> Tensor:
     """Rows start..stop of a fresh codebook, fp32 (stop − start, D), the same for every split of it.
 
-    IBQ starts from N(0, 1) (published), VQ from U(−1/K, 1/K) (VQGAN).
+    IBQ starts from N(0, 1) (published), VQ from U(−1/K, 1/K) (VQGAN), SimVQ's basis from N(0, 1/D) (published);
+    LFQ's are the corners of the cube, for good.
     """
+    if settings.kind == "lfq":
+        return corners(settings.dim, start, stop)
     drawn = []
     first = start // INIT_BLOCK * INIT_BLOCK
     for block in range(first, stop, INIT_BLOCK):
@@ -90,5 +130,6 @@ def initial_codebook(settings: QuantizerConfig, seed: int, start: int, stop: int
             bound = 1.0 / settings.codebook_size
             drawn.append(values.uniform_(-bound, bound, generator=generator))
         else:
-            drawn.append(values.normal_(generator=generator))
+            std = settings.dim**-0.5 if settings.kind == "simvq" else 1.0
+            drawn.append(values.normal_(std=std, generator=generator))
     return torch.cat(drawn)[start - first : stop - first].clone()

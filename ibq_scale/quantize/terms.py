@@ -22,6 +22,14 @@ def commitment_terms(hard_ND: Tensor, z_ND: Tensor, settings: QuantizerConfig) -
     return on_commitment * commitment + on_codebook * (hard_ND - z_ND.detach()).square().mean()
 
 
+def quantization_loss(z_q_ND: Tensor, hard_ND: Tensor, z_ND: Tensor, settings: QuantizerConfig) -> Tensor:
+    """IBQ's double quantization loss, or without its first term, mean‖z_q − z‖², plain VQ's."""
+    loss = commitment_terms(hard_ND, z_ND, settings)
+    if settings.double_quantization:
+        loss = loss + (z_q_ND - z_ND).square().mean()
+    return loss
+
+
 def batch_entropy_of(mean_K: Tensor) -> Tensor:
     """−Σ q̄ log(q̄ + ε) over the rows given (a shard's part of the sum when they are a shard's)."""
     return -(mean_K * (mean_K + ENTROPY_EPS).log()).sum(dim=-1)

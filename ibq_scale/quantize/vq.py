@@ -1,4 +1,8 @@
-"""The VQGAN baseline: nearest code by Euclidean distance, straight-through to z, whole or sharded."""
+"""Nearest code by Euclidean distance, straight-through to z, whole or sharded: VQGAN's quantizer, and SimVQ's.
+
+SimVQ (arXiv 2411.02038) differs in where the codes come from: a frozen basis times one learned linear layer. The
+training's codebook makes them (train/codebook.py); to this function they are rows like any other.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ibq_scale.config.models import QuantizerConfig
-from ibq_scale.quantize.collectives import Group, add_at_owned, gather_rows, owned_codes, scatter_sum_rows
+from ibq_scale.quantize.collectives import Group, add_at_owned, gather_uneven, owned_codes, scatter_sum_uneven
 from ibq_scale.quantize.search import Score, best_rows
 from ibq_scale.quantize.terms import commitment_terms
 from ibq_scale.quantize.types import Quantized
@@ -18,27 +22,36 @@ class LookupFunction(torch.autograd.Function):
     """C[i] of this rank's tokens out of a sharded codebook; backward adds at the owners' rows (sum over ranks)."""
 
     @staticmethod
-    def forward(ctx: Any, indices_N: Tensor, rows_KD: Tensor, group: Group) -> Tensor:
-        indices_M = gather_rows(indices_N, group)
+    def forward(ctx: Any, indices_N: Tensor, rows_KD: Tensor, sizes: list[int], group: Group) -> Tensor:
+        indices_M = gather_uneven(indices_N, sizes, group)
         ctx.save_for_backward(indices_M)
-        ctx.group, ctx.shape = group, rows_KD.shape
-        return scatter_sum_rows(owned_codes(indices_M, rows_KD, group), group)
+        ctx.group, ctx.sizes, ctx.shape = group, sizes, rows_KD.shape
+        return scatter_sum_uneven(owned_codes(indices_M, rows_KD, group), sizes, group)
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         (indices_M,) = ctx.saved_tensors
         grad_rows_KD = upstream[0].new_zeros(ctx.shape)
-        add_at_owned(grad_rows_KD, indices_M, gather_rows(upstream[0], ctx.group), ctx.group)
-        return None, grad_rows_KD, None
+        add_at_owned(grad_rows_KD, indices_M, gather_uneven(upstream[0], ctx.sizes, ctx.group), ctx.group)
+        return None, grad_rows_KD, None, None
 
 
-def vq(z_ND: Tensor, rows_KD: Tensor, settings: QuantizerConfig, group: Group) -> Quantized:
+def vq(z_ND: Tensor, rows_KD: Tensor, settings: QuantizerConfig, group: Group, sizes: list[int]) -> Quantized:
     """Quantizes z (N, D) with this rank's rows (K/W, D) of the codebook. There is no entropy term."""
-    indices_N = best_rows(z_ND.detach(), rows_KD.detach(), Score.DISTANCE, settings.tile_bytes, group)
-    hard_ND: Tensor = LookupFunction.apply(indices_N, rows_KD, group)
+    indices_N = best_rows(
+        z_ND.detach(),
+        rows_KD.detach(),
+        Score.DISTANCE,
+        coarse=settings.search,
+        backend=settings.backend,
+        tile_bytes=settings.tile_bytes,
+        group=group,
+        sizes=sizes,
+    ).index_N
+    hard_ND: Tensor = LookupFunction.apply(indices_N, rows_KD, sizes, group)
     nothing = z_ND.new_zeros(())
     return Quantized(
-        z_q_ND=z_ND + (hard_ND - z_ND).detach(),
+        z_q_ND=z_ND + (hard_ND - z_ND).detach() if settings.straight_through else hard_ND,
         indices_N=indices_N,
         quantization_loss=commitment_terms(hard_ND, z_ND, settings),
         entropy_loss=nothing,

@@ -1,0 +1,83 @@
+"""Lookup-free quantization (MAGVIT-v2, arXiv 2310.05737; Open-MAGVIT2, arXiv 2409.04410): a code is D sign bits.
+
+The codebook is the corners {−1, 1}^D in binary order, bit 0 the most significant, K = 2^D. Scores z·c are sums over
+bits, so softmax over all K corners factorizes: a token's entropy is the exact sum of its bits' entropies. The batch
+entropy does not factorize; it is taken over groups of bits, as Open-MAGVIT2 does, and is then an upper bound.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ibq_scale.config.models import QuantizerConfig
+from ibq_scale.quantize.collectives import Group, gather_uneven, rank_in
+from ibq_scale.quantize.terms import ENTROPY_EPS, commitment_terms
+from ibq_scale.quantize.types import Quantized
+
+# Bits whose joint distribution the batch entropy looks at: Open-MAGVIT2 cuts 18 bits into two nines.
+GROUP_BITS = 9
+
+
+def corners(dim: int, start: int, stop: int) -> Tensor:
+    """Codes start … stop − 1, fp32 (stop − start, D)."""
+    index_K = torch.arange(start, stop)
+    bits_KD = (index_K[:, None] >> _shifts(dim)) & 1
+    return bits_KD.float() * 2.0 - 1.0
+
+
+def sign_index(z_ND: Tensor) -> Tensor:
+    """The corner nearest to each token, int64 (N,). A zero counts as −1, the lower index."""
+    return ((z_ND > 0).long() << _shifts(z_ND.shape[1]).to(z_ND.device)).sum(dim=1)
+
+
+def lfq(z_ND: Tensor, settings: QuantizerConfig, group: Group, sizes: list[int]) -> Quantized:
+    """Quantizes z (N, D). The batch entropy runs over the group's tokens where `settings.entropy_scope` says so."""
+    hard_ND = torch.where(z_ND > 0, 1.0, -1.0).to(z_ND.dtype)
+    log_bit_ND2 = _bit_log_probabilities(z_ND, settings.entropy_temperature)
+    sample_entropy = -(log_bit_ND2.exp() * log_bit_ND2).sum(dim=(1, 2)).mean()
+    batch_entropy = _batch_entropy(log_bit_ND2, group if settings.entropy_scope == "global" else None, sizes)
+    return Quantized(
+        z_q_ND=z_ND + (hard_ND - z_ND).detach() if settings.straight_through else hard_ND,
+        indices_N=sign_index(z_ND),
+        quantization_loss=commitment_terms(hard_ND, z_ND, settings),
+        entropy_loss=settings.sample_entropy_weight * sample_entropy - settings.batch_entropy_weight * batch_entropy,
+        sample_entropy=sample_entropy.detach(),
+        batch_entropy=batch_entropy.detach(),
+    )
+
+
+def _bit_log_probabilities(z_ND: Tensor, temperature: float) -> Tensor:
+    """log q of bit = 0 and 1, (N, D, 2): softmax of (−z, z)/τ, which is softmax(z·c/τ) over the corners, bit by bit."""
+    logit_ND = 2.0 * z_ND / temperature
+    return torch.stack([F.logsigmoid(-logit_ND), F.logsigmoid(logit_ND)], dim=2)
+
+
+def _batch_entropy(log_bit_ND2: Tensor, group: Group, sizes: list[int]) -> Tensor:
+    """Σ over groups of bits of −Σ q̄ log(q̄ + ε)."""
+    total = log_bit_ND2.new_zeros(())
+    for part in torch.split(log_bit_ND2, GROUP_BITS, dim=1):
+        log_q_NJ = part[:, 0]
+        for bit in range(1, part.shape[1]):
+            log_q_NJ = (log_q_NJ[:, :, None] + part[:, bit, None, :]).flatten(1)
+        mean_J = _group_mean(log_q_NJ.exp(), group, sizes)
+        total = total - (mean_J * (mean_J + ENTROPY_EPS).log()).sum()
+    return total
+
+
+def _group_mean(q_NJ: Tensor, group: Group, sizes: list[int]) -> Tensor:
+    """The mean over the group's tokens, with this rank's tokens' gradient of the *sum* over ranks of their losses."""
+    if group is None:
+        return q_NJ.mean(dim=0)
+    tokens = sum(sizes)
+    sums_WJ = gather_uneven(q_NJ.detach().sum(dim=0)[None], [1] * len(sizes), group)
+    others_J = sums_WJ.sum(dim=0) - sums_WJ[rank_in(group)]
+    # Every rank's loss holds the same H_b, and so pulls on these tokens too: W times this rank's own pull.
+    mine_J = q_NJ.sum(dim=0)
+    scaled_J = mine_J.detach() + len(sizes) * (mine_J - mine_J.detach())
+    return (others_J + scaled_J) / tokens
+
+
+def _shifts(dim: int) -> Tensor:
+    return torch.arange(dim - 1, -1, -1)

@@ -1,0 +1,160 @@
+"""What a backend of the IBQ function computes: passes over S = z Cᵀ, none of which keeps an N×K tensor.
+
+Per token i, in fp32 (fp64 for fp64 input): m = max_k S_ik, l = Σ exp(S − m), l_τ = Σ exp((S − m)/τ), H = entropy of
+q = softmax(S/τ). With g = ∂L/∂z_q, p = softmax(S) and b r = the batch entropy's pull on q̄ (design: "The quantizer,
+exactly"):
+
+    ∂L/∂S = p ⊙ (g Cᵀ − δ) + q/τ ⊙ (−a (log q + H) + b r − π)
+    δ_i = rowsum(p ⊙ g Cᵀ) = g·(p C),   π_i = rowsum(q ⊙ b r)
+    ∂L/∂z = ∂L/∂S · C,   ∂L/∂C = ∂L/∂Sᵀ · z
+
+δ is a dot product with p C, which the forward pass can bring along; π needs the finished q̄ and so a pass of its own,
+unless whole rows of S are at hand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ibq_scale.quantize.collectives import Group, gather_rows, rank_in, size_of
+
+Segments = tuple[slice, ...]
+"""Consecutive ranges of tokens, each with a q̄ of its own: one for all, or one a rank."""
+
+
+@dataclass(frozen=True)
+class PartSums:
+    """Sums of M tokens over a part of the codebook, measured from the part's own maximum `top`.
+
+    `index` counts within the part. `weighted` is Σ e^x x with x = (S − top)/τ; `mixed_MD` is Σ exp(S − top) C, or
+    None where nobody needs it.
+    """
+
+    index: Tensor
+    top: Tensor
+    total: Tensor
+    total_tau: Tensor
+    weighted: Tensor
+    mixed_MD: Tensor | None
+
+
+@dataclass(frozen=True)
+class RowStatistics:
+    """Per token: index and max of S, log Σ exp(S − m), log Σ exp((S − m)/τ), entropy of softmax(S/τ). Each (M,)."""
+
+    index: Tensor
+    top: Tensor
+    log_sum: Tensor
+    log_sum_tau: Tensor
+    entropy: Tensor
+
+    @staticmethod
+    def of(sums: PartSums) -> RowStatistics:
+        log_sum_tau = sums.total_tau.log()
+        entropy = log_sum_tau - sums.weighted / sums.total_tau
+        return RowStatistics(sums.index, sums.top, sums.total.log(), log_sum_tau, entropy)
+
+    def rows(self, block: slice) -> RowStatistics:
+        """The statistics of some tokens."""
+        return RowStatistics(*(getattr(self, f.name)[block] for f in fields(self)))
+
+
+class Pull(NamedTuple):
+    """What the entropy loss does to S: `sample_M` is a, `batch_GK` is b·r by segment, None without batch entropy."""
+
+    sample_M: Tensor
+    batch_GK: Tensor | None
+
+
+class Backward(NamedTuple):
+    """Everything that the backward pass of one shard of the codebook starts from. δ and π None: from whole rows."""
+
+    z_MD: Tensor
+    rows_KD: Tensor
+    g_MD: Tensor
+    statistics: RowStatistics
+    pull: Pull
+    delta_M: Tensor | None
+    pulled_M: Tensor | None
+    segments: Segments
+
+
+class Passes(Protocol):
+    """A backend. `temperature` is τ. z and the rows have one dtype, the statistics' own."""
+
+    whole_rows: bool
+    """Whether unsharded passes have whole rows of S at hand, so that they need no p C, δ and π."""
+
+    def sums(self, z_MD: Tensor, rows_KD: Tensor, *, mixed: bool) -> PartSums:
+        """Sums over this shard."""
+        ...
+
+    def means(self, z_MD: Tensor, rows_KD: Tensor, statistics: RowStatistics, segments: Segments) -> Tensor:
+        """Σ_i q_ik (G, K) of each segment's tokens over this shard's codes."""
+        ...
+
+    def sums_and_means(self, z_MD: Tensor, rows_KD: Tensor, segments: Segments) -> tuple[PartSums, Tensor]:
+        """Both, of an unsharded codebook."""
+        ...
+
+    def pulled(self, job: Backward) -> Tensor:
+        """π over this shard, (M,)."""
+        ...
+
+    def gradients(self, job: Backward) -> tuple[Tensor, Tensor]:
+        """∂L/∂z (M, D), this shard's part of the sum, and ∂L/∂C (K, D) without the selected rows' own gradient."""
+        ...
+
+
+def combine(parts: list[PartSums], first_codes: list[int], temperature: float) -> PartSums:
+    """Sums of parts rescaled to the common maximum, indices counted over all; the lowest index wins a tie.
+
+    `first_codes` are the parts' first codes, ascending.
+    """
+    top_PM = torch.stack([p.top for p in parts])
+    index_PM = torch.stack([p.index + first for p, first in zip(parts, first_codes, strict=True)])
+    best = top_PM.amax(dim=0)
+    beyond = torch.iinfo(torch.int64).max
+    index = torch.where(top_PM == best, index_PM, beyond).amin(dim=0)
+    shift_PM = top_PM - best
+    scale_PM = shift_PM.exp()
+    shift_tau_PM = shift_PM / temperature
+    scale_tau_PM = shift_tau_PM.exp()
+    total_tau_PM = torch.stack([p.total_tau for p in parts])
+    # Σ e^x x with x measured from the common maximum is e^s (Σ e^x x + s Σ e^x) of the part, which is 0 for s = −∞.
+    moved_PM = torch.where(scale_tau_PM > 0, scale_tau_PM * shift_tau_PM, 0.0)
+    weighted_PM = scale_tau_PM * torch.stack([p.weighted for p in parts]) + moved_PM * total_tau_PM
+    mixed_MD = None
+    if parts[0].mixed_MD is not None:
+        mixed_MD = torch.zeros_like(parts[0].mixed_MD)
+        for part, scale in zip(parts, scale_PM, strict=True):
+            assert part.mixed_MD is not None
+            mixed_MD.addcmul_(part.mixed_MD, scale[:, None])
+    return PartSums(
+        index,
+        best,
+        (scale_PM * torch.stack([p.total for p in parts])).sum(0),
+        (scale_tau_PM * total_tau_PM).sum(0),
+        weighted_PM.sum(0),
+        mixed_MD,
+    )
+
+
+def combine_shards(sums: PartSums, codes: int, temperature: float, group: Group) -> PartSums:
+    """`combine` over the shards of a group. `mixed_MD` stays this shard's part of the sum, rescaled."""
+    floats_W4M = gather_rows(torch.stack([sums.top, sums.total, sums.total_tau, sums.weighted])[None], group)
+    index_WM = gather_rows(sums.index[None], group)
+    ranks = size_of(group)
+    parts = [
+        PartSums(index, top, total, total_tau, weighted, None)
+        for index, (top, total, total_tau, weighted) in zip(index_WM, floats_W4M, strict=True)
+    ]
+    whole = combine(parts, [rank * codes for rank in range(ranks)], temperature)
+    mixed_MD = sums.mixed_MD
+    if mixed_MD is not None:
+        mixed_MD = mixed_MD * (floats_W4M[rank_in(group), 0] - whole.top).exp()[:, None]
+    return PartSums(whole.index, whole.top, whole.total, whole.total_tau, whole.weighted, mixed_MD)
