@@ -19,6 +19,8 @@ METRICS: dict[str, tuple[str, str, str, float | None]] = {
     "loss": ("Loss", "", "what the optimizer minimises", None),
     "usage": ("Codebook usage", "share of codes", "codes chosen at least once since the line before", 1.0),
     "perplexity": ("Perplexity of the codes", "codes", "1 = one code for everything, K = all equally often", None),
+    "dead": ("Dead codes", "share of codes", "not chosen in the last 1,000 steps", 1.0),
+    "code_age": ("Age of the oldest code", "steps", "since it was last chosen", None),
     "l1": ("Reconstruction, L1", "", "images in [-1, 1]", None),
     "perceptual": ("Reconstruction, LPIPS", "", "", None),
     "quantization": ("Quantization loss", "", "", None),

@@ -21,10 +21,14 @@ from ibq_scale.pretrained.loading import write_codebook_part
 from ibq_scale.quantize.collectives import Group
 from ibq_scale.quantize.quantizer import initial_codebook, rows_of
 from ibq_scale.train.engine import adam
+from ibq_scale.train.projection import Projection
 
 
 class ShardedCodebook:
-    """This rank's rows of the codebook, fp32 (K/W, D), with optimizer and EMA."""
+    """This rank's rows of the codebook, fp32 (K/W, D), with optimizer and EMA.
+
+    Of SimVQ the rows are the frozen basis and `projection` learns; of LFQ nothing does.
+    """
 
     def __init__(self, run: TokenizerRun, world: World) -> None:
         self.settings = run.quantizer
@@ -38,17 +42,27 @@ class ShardedCodebook:
         self.group, self.replicas = _groups(world, self.group_size)
         self.start, self.stop = rows_of(world.rank % self.group_size, self.group_size, self.settings.codebook_size)
         rows = initial_codebook(self.settings, run.train.seed, self.start, self.stop)
-        self.rows = nn.Parameter(rows.to(world.device))
+        self.projection = Projection(run, world) if self.settings.kind == "simvq" else None
+        self.learns = self.settings.kind in ("ibq", "vq")
+        self.rows = nn.Parameter(rows.to(world.device), requires_grad=self.learns)
         self.optimizer = adam([self.rows], run.optimizer)
         self.grad_clip = run.optimizer.grad_clip
         self.ema_decay = run.ema_decay
         self.ema_rows = self.rows.detach().clone()
+
+    def codes(self) -> Tensor:
+        """This rank's codes (K/W, D) for one micro-batch, with gradient to whatever learns."""
+        return self.rows if self.projection is None else self.projection.codes(self.rows)
 
     def step(self, lr: float) -> None:
         """One Adam step on the gradient accumulated in `rows`, the mean over ranks of their losses' gradients.
 
         The quantizer's backward leaves the sum over the group's ranks, so replicas add theirs and the world divides.
         """
+        if self.projection is not None:
+            self.projection.step(lr)
+        if not self.learns:
+            return
         grad = self.rows.grad
         assert grad is not None, "step() follows a backward pass through the quantizer"
         if self.replicas is not None:
@@ -65,6 +79,28 @@ class ShardedCodebook:
     def drop_gradient(self) -> None:
         """Forgets the accumulated gradient, for a step that the engine skipped."""
         self.optimizer.zero_grad(set_to_none=True)
+        if self.projection is not None:
+            self.projection.drop_gradient()
+
+    @torch.no_grad()
+    def revive(self, dead_K: Tensor, tokens_ND: Tensor, seed: int) -> int:
+        """Puts tokens of this rank's batch in the place of unused codes, with fresh moments; returns how many here.
+
+        `dead_K` bool over the whole codebook, the same on every rank; `tokens_ND` the encoder's outputs. Replicas take
+        the tokens of the first of them.
+        """
+        places = dead_K[self.start : self.stop].nonzero().flatten()
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + self.start)
+        drawn = torch.randint(len(tokens_ND), (len(places),), generator=generator).to(tokens_ND.device)
+        fresh = tokens_ND[drawn].to(self.rows.dtype).contiguous()
+        if self.replicas is not None:
+            dist.broadcast(fresh, src=dist.get_global_rank(self.replicas, 0), group=self.replicas)
+        self.rows[places] = fresh
+        self.ema_rows[places] = fresh
+        for moment in ("exp_avg", "exp_avg_sq"):
+            if moment in self.optimizer.state.get(self.rows, {}):
+                self.optimizer.state[self.rows][moment][places] = 0
+        return len(places)
 
     def _norm(self, grad: Tensor) -> Tensor:
         square = grad.square().sum()
@@ -76,6 +112,9 @@ class ShardedCodebook:
         """Writes this rank's rows and moments as one safetensors file; replicas hold the same and write nothing."""
         if self.world.rank >= self.group_size:
             return
+        directory.mkdir(parents=True, exist_ok=True)
+        if self.projection is not None:
+            self.projection.save(directory)
         state = self.optimizer.state.get(self.rows, {})
         tensors = {
             "rows": self.rows.detach(),
@@ -89,14 +128,15 @@ class ShardedCodebook:
             "codebook_size": str(self.settings.codebook_size),
             "steps": str(int(state.get("step", 0))),
         }
-        directory.mkdir(parents=True, exist_ok=True)
         name = f"rows-{self.start:08d}-{self.stop:08d}.safetensors"
         save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, directory / name, metadata)
 
     def export(self, folder: Path) -> None:
         """Writes this rank's averaged rows as its part of a model directory's codebook."""
         if self.world.rank < self.group_size:
-            rows = self.ema_rows if self.ema_decay > 0 else self.rows
+            rows = self.ema_rows if self.ema_decay > 0 and self.learns else self.rows
+            if self.projection is not None:
+                rows = self.projection.averaged_codes(self.rows)
             write_codebook_part(folder, rows, self.world.rank, self.group_size)
 
     def load(self, directory: Path) -> None:
@@ -120,6 +160,8 @@ class ShardedCodebook:
         if not bool(found.all()):
             raise UserError(f"{directory}: codebook rows {self.start}–{self.stop} are not all there")
         self._restore(state, steps)
+        if self.projection is not None:
+            self.projection.load(directory)
 
     def _restore(self, state: dict[str, Tensor], steps: int) -> None:
         device = self.world.device

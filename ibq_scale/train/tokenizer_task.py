@@ -21,17 +21,17 @@ from ibq_scale.data.stream import ImageBatch, image_stream, to_float
 from ibq_scale.distributed.environment import World
 from ibq_scale.losses.adversarial import LeCAM, discriminator_hinge, generator_non_saturating
 from ibq_scale.losses.perceptual import Perceptual
-from ibq_scale.models.autoencoder import TokenizerModel
+from ibq_scale.models.autoencoder import TokenizerModel, tokens_of
 from ibq_scale.models.discriminator import PatchDiscriminator
 from ibq_scale.pictures import reconstruction_grid, save_png
 from ibq_scale.pretrained.loading import write_config, write_weights
 from ibq_scale.quantize.types import Quantized
-from ibq_scale.quantize.usage import CodeUsage
 from ibq_scale.train.codebook import ShardedCodebook
 from ibq_scale.train.ema import ShardedEMA
 from ibq_scale.train.engine import adam, discriminator_config, load_engine, make_engine, set_rates
 from ibq_scale.train.schedule import lr_factor
 from ibq_scale.train.task import StepMetrics
+from ibq_scale.train.usage import UsageTracker
 
 
 class DiscriminatorPair(nn.Module):
@@ -69,8 +69,9 @@ class TokenizerTask:
         net = run.loss.perceptual
         self.perceptual = None if net == "none" else Perceptual(net, world.device)
         self.lecam = LeCAM(run.loss.lecam_decay, world.device)
-        self.usage = CodeUsage(run.quantizer.codebook_size, world.device)
+        self.usage = UsageTracker(run.quantizer.codebook_size, run.quantizer.revive_after, world)
         self.lr = run.optimizer.lr
+        self.step = 0
         self.adversarial = False
         self._last: tuple[Tensor, Tensor] | None = None
 
@@ -86,6 +87,7 @@ class TokenizerTask:
         )
 
     def set_rates(self, samples: int) -> dict[str, float]:
+        self.step = samples // self.run.train.global_batch + 1
         self.lr = self.run.optimizer.lr * lr_factor(self.run.schedule, samples, self.run.train.total_samples)
         self.adversarial = samples >= self.run.loss.adversarial_start and self.run.loss.adversarial_weight > 0
         set_rates(self.generator, self.lr)
@@ -108,6 +110,8 @@ class TokenizerTask:
             self.ema.update()
         else:
             self.codebook.drop_gradient()
+        self.usage.end_step()
+        self._revive(images)
         if self.adversarial:
             self._update_lecam(sums)
         sums["grad_norm"] = torch.as_tensor(self.generator.get_global_grad_norm() or 0.0, device=self.world.device)
@@ -115,7 +119,7 @@ class TokenizerTask:
 
     def _generator_backward(self, images: Tensor) -> tuple[StepMetrics, Tensor]:
         loss_config = self.run.loss
-        reconstruction, quantized = self.generator(images, self.codebook.rows, self.codebook.group)
+        reconstruction, quantized = self.generator(images, self.codebook.codes(), self.codebook.group)
         reconstruction = reconstruction.float()
         terms = {
             "l1": (loss_config.l1_weight, (reconstruction - images).abs().mean()),
@@ -159,17 +163,23 @@ class TokenizerTask:
         means /= self.world.size
         self.lecam.update(means[0], means[1])
 
+    @torch.no_grad()
+    def _revive(self, images: Tensor) -> None:
+        """Replaces codes that nobody uses, where the config asks for it (VQ): with tokens of the newest images."""
+        dead_K = self.usage.due_for_revival(self.step)
+        if dead_K is not None:
+            tokens_ND = tokens_of(self.generator.module.autoencoder.encode(images))
+            self.codebook.revive(dead_K, tokens_ND, self.run.train.seed + self.step)
+
     def log_metrics(self) -> dict[str, float]:
-        self.usage.reduce(None)
-        values = {"usage": self.usage.usage, "perplexity": self.usage.perplexity}
-        self.usage.reset()
-        return values
+        return self.usage.log()
 
     def save(self, directory: Path) -> None:
         self.generator.save_checkpoint(str(directory), tag="generator", save_latest=False)
         self.discriminator.save_checkpoint(str(directory), tag="discriminator", save_latest=False)
         self.codebook.save(directory / "codebook")
         self.ema.save(directory / "ema")
+        self.usage.save(directory)
         if self.world.is_main:
             save_file({k: v.cpu() for k, v in self.lecam.state_dict().items()}, directory / "lecam.safetensors")
         self._export(directory / "model")
@@ -187,6 +197,7 @@ class TokenizerTask:
         load_engine(self.discriminator, str(directory), "discriminator")
         self.codebook.load(directory / "codebook")
         self.ema.load(directory / "ema")
+        self.usage.load(directory)
         self.lecam.load_state_dict(load_file(directory / "lecam.safetensors"))
 
     def draw(self, directory: Path, step: int) -> None:

@@ -1,0 +1,92 @@
+"""SimVQ's one linear layer in training: codes = frozen basis × weightᵀ + bias (arXiv 2411.02038).
+
+Every rank holds the whole layer, D·(D + 1) numbers, and makes its own codes from its rows of the basis.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ibq_scale.config.run import TokenizerRun
+from ibq_scale.distributed.environment import World
+from ibq_scale.models.ema import EMA
+from ibq_scale.train.engine import adam
+
+FILE = "projection.safetensors"
+
+
+class Projection:
+    """The layer, its optimizer and its average. All ranks start from, and stay at, the same numbers."""
+
+    def __init__(self, run: TokenizerRun, world: World) -> None:
+        self.world = world
+        dim = run.quantizer.dim
+        generator = torch.Generator().manual_seed(run.train.seed)
+        bound = dim**-0.5
+        self.parameters = {
+            name: nn.Parameter(torch.empty(shape).uniform_(-bound, bound, generator=generator).to(world.device))
+            for name, shape in (("weight", (dim, dim)), ("bias", (dim,)))
+        }
+        self.optimizer = adam(self.parameters.values(), run.optimizer)
+        self.grad_clip = run.optimizer.grad_clip
+        self.ema = EMA(self.parameters, run.ema_decay)
+
+    def codes(self, basis_KD: Tensor) -> Tensor:
+        """Codes (K, D) of rows of the basis, with gradient to the layer."""
+        return F.linear(basis_KD, **self.parameters)
+
+    def averaged_codes(self, basis_KD: Tensor) -> Tensor:
+        """As `codes`, from the averaged layer."""
+        return F.linear(basis_KD, **self.ema.state_dict())
+
+    def step(self, lr: float) -> None:
+        """One Adam step. Each rank's gradient came through its own shard: the world's sum is the losses' sum."""
+        grads = [parameter.grad for parameter in self.parameters.values()]
+        flat = torch.cat([grad.flatten() for grad in grads if grad is not None])
+        dist.all_reduce(flat)
+        flat /= self.world.size
+        if self.grad_clip > 0:
+            flat *= (self.grad_clip / (flat.norm() + 1e-6)).clamp(max=1.0)
+        pieces = torch.split(flat, [parameter.numel() for parameter in self.parameters.values()])
+        for parameter, piece in zip(self.parameters.values(), pieces, strict=True):
+            parameter.grad = piece.view_as(parameter)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.drop_gradient()
+        self.ema.update(self.parameters)
+
+    def drop_gradient(self) -> None:
+        """Forgets the accumulated gradient."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def save(self, directory: Path) -> None:
+        """Rank 0 writes the layer, its average and its moments."""
+        if not self.world.is_main:
+            return
+        tensors = {}
+        for name, parameter in self.parameters.items():
+            state = self.optimizer.state.get(parameter, {})
+            tensors[name] = parameter.detach()
+            tensors[f"ema_{name}"] = self.ema.state_dict()[name]
+            for moment in ("exp_avg", "exp_avg_sq"):
+                tensors[f"{moment}_{name}"] = state.get(moment, torch.zeros_like(parameter))
+            tensors[f"step_{name}"] = torch.as_tensor(float(state.get("step", 0)))
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, directory / FILE)
+
+    @torch.no_grad()
+    def load(self, directory: Path) -> None:
+        """Restores what `save` wrote, on any number of ranks."""
+        tensors = load_file(directory / FILE)
+        self.ema.load_state_dict({name: tensors[f"ema_{name}"] for name in self.parameters})
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tensors[name])
+            if float(tensors[f"step_{name}"]):
+                moments = {m: tensors[f"{m}_{name}"].to(parameter.device) for m in ("exp_avg", "exp_avg_sq")}
+                self.optimizer.state[parameter] = {"step": tensors[f"step_{name}"], **moments}

@@ -1,0 +1,89 @@
+"""The codebook's use over a run: histogram by window, steps since each code was chosen, codes due for revival."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ibq_scale.distributed.environment import World
+from ibq_scale.quantize.usage import CodeUsage
+
+FILE = "usage.safetensors"
+DEAD_AFTER = 1000
+"""Steps without a token after which a code counts as dead in the metrics."""
+
+
+class UsageTracker:
+    """Each rank counts its own indices on the device; counts are summed when a line is logged, and then only."""
+
+    def __init__(self, codebook_size: int, revive_after: int, world: World) -> None:
+        self.world = world
+        self.revive_after = revive_after
+        self.window = CodeUsage(codebook_size, world.device)
+        self.since_revival = CodeUsage(codebook_size, world.device) if revive_after else None
+        self.age_K = torch.zeros(codebook_size, dtype=torch.int32, device=world.device)
+        """Steps since a code was last chosen, exact to the logged window in which that was."""
+        self.steps = 0
+
+    def update(self, indices_N: Tensor) -> None:
+        """Counts one micro-batch."""
+        self.window.update(indices_N)
+        if self.since_revival is not None:
+            self.since_revival.update(indices_N)
+
+    def end_step(self) -> None:
+        """An optimizer step is over."""
+        self.steps += 1
+
+    def due_for_revival(self, step: int) -> Tensor | None:
+        """Every `revive_after` steps: which codes (K,) no rank has chosen since the last time. Collective."""
+        if self.since_revival is None or step % self.revive_after:
+            return None
+        self.since_revival.reduce()
+        dead_K = self.since_revival.counts_K == 0
+        self.since_revival.reset()
+        return dead_K
+
+    def log(self) -> dict[str, float]:
+        """Metrics of the window, and a new one begins. Collective.
+
+        `usage` and `dead` are shares of the codes, `code_age` is the oldest code's age in steps.
+        """
+        self.window.reduce()
+        self.age_K = torch.where(self.window.counts_K > 0, 0, self.age_K + self.steps).int()
+        values = {
+            "usage": self.window.usage,
+            "perplexity": self.window.perplexity,
+            "dead": float((self.age_K >= DEAD_AFTER).double().mean()),
+            "code_age": float(self.age_K.max()),
+        }
+        self.window.reset()
+        self.steps = 0
+        return values
+
+    def save(self, directory: Path) -> None:
+        """Rank 0 writes the sums over ranks. Collective."""
+        tensors = {"age": self.age_K, "steps": torch.tensor(self.steps)}
+        for name, usage in self._counters().items():
+            tensors[name] = usage.counts_K.clone()
+            dist.all_reduce(tensors[name])
+        if self.world.is_main:
+            save_file({k: v.cpu() for k, v in tensors.items()}, directory / FILE)
+
+    def load(self, directory: Path) -> None:
+        """Restores what `save` wrote on any number of ranks: rank 0 holds the sums."""
+        tensors = load_file(directory / FILE)
+        self.age_K.copy_(tensors["age"])
+        self.steps = int(tensors["steps"])
+        for name, usage in self._counters().items():
+            # Another run's revival may have been off until now.
+            if self.world.is_main and name in tensors:
+                usage.counts_K.copy_(tensors[name])
+
+    def _counters(self) -> dict[str, CodeUsage]:
+        revival = {} if self.since_revival is None else {"since_revival": self.since_revival}
+        return {"window": self.window} | revival
