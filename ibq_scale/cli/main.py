@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from ibq_scale.errors import UserError
 
-FAMILIES = ("data", "train", "tokenize", "sample", "evaluate", "checkpoint", "config", "report", "demo")
+FAMILIES = ("data", "train", "tokenize", "sample", "evaluate", "checkpoint", "config", "report", "demo", "bench")
 
 
 def build_parser() -> argparse.ArgumentParser:

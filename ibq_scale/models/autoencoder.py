@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ibq_scale.config.models import AutoencoderConfig, QuantizerConfig
-from ibq_scale.quantize.collectives import Group
+from ibq_scale.quantize.collectives import WHOLE, Shards
 from ibq_scale.quantize.quantizer import quantize
 from ibq_scale.quantize.types import Quantized
 
@@ -214,10 +214,10 @@ class TokenizerModel(nn.Module):
         self.autoencoder = Autoencoder(model, quantizer.dim)
         self.settings = quantizer
 
-    def forward(self, x_BCHW: Tensor, rows_KD: Tensor, group: Group) -> tuple[Tensor, Quantized]:
+    def forward(self, x_BCHW: Tensor, rows_KD: Tensor, shards: Shards = WHOLE) -> tuple[Tensor, Quantized]:
         """Images (B, 3, H, W) and this rank's rows of the codebook → (reconstruction, `Quantized` of B·h·w tokens)."""
         z_BDhw = self.autoencoder.encode(x_BCHW)
-        quantized = quantize(tokens_of(z_BDhw), rows_KD, self.settings, group)
+        quantized = quantize(tokens_of(z_BDhw), rows_KD, self.settings, shards)
         return self.autoencoder.decode(image_of(quantized.z_q_ND, z_BDhw.shape)), quantized
 
 

@@ -14,7 +14,7 @@ from ibq_scale.quantize.passes import Passes
 from ibq_scale.quantize.product import Precision
 from ibq_scale.quantize.tiled import TiledPasses
 
-Backend = Literal["auto", "tiled", "triton"]
+Backend = Literal["tiled", "triton"]
 # A program keeps two tiles of this width in shared memory and one in registers.
 WIDEST = 256
 

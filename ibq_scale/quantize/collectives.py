@@ -6,6 +6,7 @@ None of these carries a gradient; the quantizers' own backward passes call them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,6 +17,22 @@ Group = dist.ProcessGroup | None
 # torch 2.14 renamed both and warns of the old names, which 2.11 to 2.13 need.
 _all_gather: Callable[..., object] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter: Callable[..., object] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class Shards(NamedTuple):
+    """How a codebook lies over ranks.
+
+    The ranks of `group` hold its rows, K/W consecutive ones each; those of `replicas` hold the same rows as this one.
+    `sizes` are the group's ranks' numbers of tokens where they differ (`sizes_in` asks for them).
+    """
+
+    group: Group = None
+    replicas: Group = None
+    sizes: list[int] | None = None
+
+
+WHOLE = Shards()
+"""The whole codebook on this rank, alone."""
 
 
 def size_of(group: Group) -> int:

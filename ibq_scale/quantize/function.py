@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ibq_scale.quantize.backend import passes_for
+from ibq_scale.quantize.checks import not_finite
 from ibq_scale.quantize.collectives import (
     Group,
     add_at_owned,
@@ -32,11 +33,12 @@ from ibq_scale.quantize.terms import batch_entropy_of, batch_entropy_slope
 class Settings(NamedTuple):
     """What the operator takes beside tensors: plain values, as an operator's schema wants them.
 
-    `sizes` are the group's ranks' numbers of tokens (empty for a group of one); `group` is its name.
+    `sizes` are the group's ranks' numbers of tokens (empty for a group of one); `group` and `replicas` are names.
     """
 
     sizes: list[int]
     group: str
+    replicas: str
     temperature: float
     sample_weight: float
     batch_weight: float
@@ -50,7 +52,8 @@ class Forward(NamedTuple):
     """The operator's outputs: the first two and the entropy loss with gradient, the rest without.
 
     What stands below `batch_entropy` is kept for the backward pass: all the group's tokens (empty for a group of one),
-    their q̄ over this shard, their statistics, and p·C of this rank's own tokens (empty where whole rows are at hand).
+    each segment's q̄ over this shard and the number of tokens it is a mean of, the tokens' statistics, and p·C of this
+    rank's own tokens (empty where whole rows are at hand).
     """
 
     z_q_ND: Tensor
@@ -61,6 +64,7 @@ class Forward(NamedTuple):
     batch_entropy: Tensor
     all_z_MD: Tensor
     mean_GK: Tensor
+    count_G: Tensor
     index_M: Tensor
     top_M: Tensor
     log_sum_M: Tensor
@@ -71,8 +75,8 @@ class Forward(NamedTuple):
 
 WITH_GRADIENT = 3
 _SETTINGS = (
-    "int[] sizes, str group, float temperature, float sample_weight, float batch_weight, bool global_entropy, "
-    "str precision, str backend, int tile_bytes"
+    "int[] sizes, str group, str replicas, float temperature, float sample_weight, float batch_weight, "
+    "bool global_entropy, str precision, str backend, int tile_bytes"
 )
 _library: Any = torch.library.Library("ibq_scale", "DEF")  # type: ignore[no-untyped-call]
 _library.define(f"ibq_forward(Tensor z, Tensor rows, {_SETTINGS}) -> ({', '.join(['Tensor'] * len(Forward._fields))})")
@@ -85,8 +89,8 @@ _library.define(
 def ibq_function(z_ND: Tensor, rows_KD: Tensor, settings: Settings) -> Forward:
     """z (N, D) and this rank's rows (K, D) of the codebook → outputs; see `Forward`.
 
-    With a group, backward gives the gradient of the *sum* over its ranks of their losses: ∂/∂z for this rank's
-    tokens, ∂/∂C complete for this rank's rows.
+    Backward gives the gradient of the *sum* over all ranks of their losses: ∂/∂z for this rank's tokens, ∂/∂C for
+    this rank's rows from its group's tokens (replicas have other tokens: their gradients are to be added).
     """
     return Forward(*torch.ops.ibq_scale.ibq_forward(z_ND, rows_KD, *settings))
 
@@ -95,9 +99,13 @@ _resolve: Callable[[str], dist.ProcessGroup] = vars(dist.distributed_c10d)["_res
 
 
 class _Layout(NamedTuple):
-    """Where this rank's tokens are among the group's, and which tokens share a q̄."""
+    """Where this rank's tokens are among the group's, and which tokens share a q̄.
+
+    `replicas` are None where q̄ is each rank's own matter.
+    """
 
     group: Group
+    replicas: Group
     sizes: tuple[int, ...]
     mine: slice
     segments: Segments
@@ -105,18 +113,15 @@ class _Layout(NamedTuple):
 
     @staticmethod
     def of(tokens: int, settings: Settings) -> _Layout:
-        group = _resolve(settings.group) if settings.sizes else None
+        group = _resolve(settings.group) if settings.group else None
+        replicas = _resolve(settings.replicas) if settings.replicas and settings.global_entropy else None
         sizes = tuple(settings.sizes) or (tokens,)
         starts = [sum(sizes[:rank]) for rank in range(len(sizes))]
         ranges = tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
         rank = rank_in(group)
         if settings.global_entropy:
-            return _Layout(group, sizes, ranges[rank], (slice(0, sum(sizes)),), 0)
-        return _Layout(group, sizes, ranges[rank], ranges, rank)
-
-    @property
-    def tokens(self) -> int:
-        return sum(self.sizes)
+            return _Layout(group, replicas, sizes, ranges[rank], (slice(0, sum(sizes)),), 0)
+        return _Layout(group, replicas, sizes, ranges[rank], ranges, rank)
 
 
 def _forward(z_ND: Tensor, rows_KD: Tensor, *values: Any) -> Forward:
@@ -125,9 +130,12 @@ def _forward(z_ND: Tensor, rows_KD: Tensor, *values: Any) -> Forward:
     passes = _passes(z_ND, settings)
     z_MD = gather_uneven(z_ND, layout.sizes, layout.group)
     statistics, mean_GK, mixed_ND = _statistics(z_MD, rows_KD, passes, layout, settings.temperature)
-    _check_finite(statistics, z_MD, rows_KD)
-    for number, segment in enumerate(layout.segments):
-        mean_GK[number] /= segment.stop - segment.start
+    # On a GPU looking would wait for the device; there the trainer's look at the loss finds it.
+    if not z_MD.is_cuda and not bool(statistics.log_sum_tau.isfinite().all()):
+        raise not_finite(z_MD, rows_KD)
+    count_G = mean_GK.new_tensor([segment.stop - segment.start for segment in layout.segments])
+    mean_GK, count_G = sum_over([mean_GK, count_G], layout.replicas)
+    mean_GK = mean_GK / count_G[:, None]
     hard_ND = scatter_sum_uneven(owned_codes(statistics.index, rows_KD, layout.group), layout.sizes, layout.group)
     sample_entropy = statistics.entropy[layout.mine].mean()
     (batch_entropy_G,) = sum_over([batch_entropy_of(mean_GK)], layout.group)
@@ -141,6 +149,7 @@ def _forward(z_ND: Tensor, rows_KD: Tensor, *values: Any) -> Forward:
         batch_entropy,
         z_MD if layout.group is not None else z_MD.new_empty((0, z_MD.shape[1])),
         mean_GK,
+        count_G,
         statistics.index,
         statistics.top,
         statistics.log_sum,
@@ -166,6 +175,7 @@ def _fake_forward(z_ND: Tensor, rows_KD: Tensor, *values: Any) -> Forward:
         z_ND.new_empty(()),
         z_ND.new_empty((everything if settings.sizes else 0, dim)),
         z_ND.new_empty((segments, rows_KD.shape[0])),
+        z_ND.new_empty(segments),
         index_M,
         row_M,
         torch.empty_like(row_M),
@@ -202,7 +212,7 @@ def _backward(
     *values: Any,
 ) -> tuple[Tensor, Tensor]:
     settings = Settings(*values)
-    all_z_MD, mean_GK, index_M, *rest, mixed_ND = saved
+    all_z_MD, mean_GK, count_G, index_M, *rest, mixed_ND = saved
     statistics = RowStatistics(index_M, *rest)
     layout = _Layout.of(z_ND.shape[0], settings)
     passes = _passes(z_ND, settings)
@@ -213,7 +223,7 @@ def _backward(
         rows_KD=rows_KD,
         g_MD=g_MD,
         statistics=statistics,
-        pull=_pull(grad_entropy, mean_GK, settings, layout),
+        pull=_pull(grad_entropy, mean_GK, count_G, settings, layout),
         delta_M=None,
         pulled_M=None,
         segments=layout.segments,
@@ -234,7 +244,7 @@ def _fake_backward(*inputs: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(z_ND), torch.empty_like(rows_KD)
 
 
-def _pull(grad_entropy: Tensor, mean_GK: Tensor, settings: Settings, layout: _Layout) -> Pull:
+def _pull(grad_entropy: Tensor, mean_GK: Tensor, count_G: Tensor, settings: Settings, layout: _Layout) -> Pull:
     """The sample entropies are means over a rank's own tokens, q̄ over its segment's; every rank has its own slope."""
     grads = gather_rows(grad_entropy.reshape(1), layout.group).unbind()
     sample_M = torch.cat(
@@ -242,12 +252,11 @@ def _pull(grad_entropy: Tensor, mean_GK: Tensor, settings: Settings, layout: _La
     )
     if settings.batch_weight == 0:
         return Pull(sample_M, None)
+    # A q̄ that many ranks share is pulled by all their losses.
+    grad_G = torch.stack([torch.stack(grads).sum()]) if settings.global_entropy else torch.stack(grads)
+    (grad_G,) = sum_over([grad_G], layout.replicas)
     slope_GK = batch_entropy_slope(mean_GK).mul_(settings.batch_weight)
-    # A q̄ that all ranks share is pulled by all their losses.
-    of_segment = [sum(grads[1:], grads[0])] if settings.global_entropy else list(grads)
-    for number, (segment, grad) in enumerate(zip(layout.segments, of_segment, strict=True)):
-        slope_GK[number] *= grad / (segment.stop - segment.start)
-    return Pull(sample_M, slope_GK)
+    return Pull(sample_M, slope_GK.mul_((grad_G / count_G)[:, None]))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -268,16 +277,6 @@ def _call_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
 
 def _passes(z_ND: Tensor, settings: Settings) -> Passes:
     return passes_for(z_ND, settings.backend, settings.precision, settings.temperature, settings.tile_bytes or None)
-
-
-def _check_finite(statistics: RowStatistics, z_MD: Tensor, rows_KD: Tensor) -> None:
-    """On a GPU looking would wait for the device; there the trainer's look at the loss finds it."""
-    if z_MD.device.type != "cpu" or bool(statistics.log_sum_tau.isfinite().all()):
-        return
-    guilty = "z" if not bool(z_MD.isfinite().all()) else "the codebook"
-    if guilty == "the codebook" and bool(rows_KD.isfinite().all()):
-        guilty = "z·codebook (overflow)"
-    raise ValueError(f"quantizer input is not finite: {guilty} holds NaN or infinity")
 
 
 def group_name(group: Group) -> str:

@@ -7,12 +7,14 @@ entropy does not factorize; it is taken over groups of bits, as Open-MAGVIT2 doe
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ibq_scale.config.models import QuantizerConfig
-from ibq_scale.quantize.collectives import Group, gather_uneven, rank_in
+from ibq_scale.quantize.collectives import Group, sum_over
 from ibq_scale.quantize.terms import ENTROPY_EPS, commitment_terms
 from ibq_scale.quantize.types import Quantized
 
@@ -32,12 +34,13 @@ def sign_index(z_ND: Tensor) -> Tensor:
     return ((z_ND > 0).long() << _shifts(z_ND.shape[1]).to(z_ND.device)).sum(dim=1)
 
 
-def lfq(z_ND: Tensor, settings: QuantizerConfig, group: Group, sizes: list[int]) -> Quantized:
-    """Quantizes z (N, D). The batch entropy runs over the group's tokens where `settings.entropy_scope` says so."""
+def lfq(z_ND: Tensor, settings: QuantizerConfig, group: Group, replicas: Group) -> Quantized:
+    """Quantizes z (N, D). The batch entropy runs over all ranks' tokens where `settings.entropy_scope` says so."""
     hard_ND = torch.where(z_ND > 0, 1.0, -1.0).to(z_ND.dtype)
     log_bit_ND2 = _bit_log_probabilities(z_ND, settings.entropy_temperature)
     sample_entropy = -(log_bit_ND2.exp() * log_bit_ND2).sum(dim=(1, 2)).mean()
-    batch_entropy = _batch_entropy(log_bit_ND2, group if settings.entropy_scope == "global" else None, sizes)
+    others = (group, replicas) if settings.entropy_scope == "global" else ()
+    batch_entropy = _batch_entropy(log_bit_ND2, others)
     return Quantized(
         z_q_ND=z_ND + (hard_ND - z_ND).detach() if settings.straight_through else hard_ND,
         indices_N=sign_index(z_ND),
@@ -54,29 +57,37 @@ def _bit_log_probabilities(z_ND: Tensor, temperature: float) -> Tensor:
     return torch.stack([F.logsigmoid(-logit_ND), F.logsigmoid(logit_ND)], dim=2)
 
 
-def _batch_entropy(log_bit_ND2: Tensor, group: Group, sizes: list[int]) -> Tensor:
-    """Σ over groups of bits of −Σ q̄ log(q̄ + ε)."""
+def _batch_entropy(log_bit_ND2: Tensor, others: tuple[Group, ...]) -> Tensor:
+    """Σ over groups of bits of −Σ q̄ log(q̄ + ε), q̄ over the tokens of this rank and of the `others`."""
     total = log_bit_ND2.new_zeros(())
+    tokens = _over_all(log_bit_ND2.new_tensor(float(len(log_bit_ND2))), others)
     for part in torch.split(log_bit_ND2, GROUP_BITS, dim=1):
         log_q_NJ = part[:, 0]
         for bit in range(1, part.shape[1]):
             log_q_NJ = (log_q_NJ[:, :, None] + part[:, bit, None, :]).flatten(1)
-        mean_J = _group_mean(log_q_NJ.exp(), group, sizes)
+        mean_J = _over_all(log_q_NJ.exp().sum(dim=0), others) / tokens
         total = total - (mean_J * (mean_J + ENTROPY_EPS).log()).sum()
     return total
 
 
-def _group_mean(q_NJ: Tensor, group: Group, sizes: list[int]) -> Tensor:
-    """The mean over the group's tokens, with this rank's tokens' gradient of the *sum* over ranks of their losses."""
-    if group is None:
-        return q_NJ.mean(dim=0)
-    tokens = sum(sizes)
-    sums_WJ = gather_uneven(q_NJ.detach().sum(dim=0)[None], [1] * len(sizes), group)
-    others_J = sums_WJ.sum(dim=0) - sums_WJ[rank_in(group)]
-    # Every rank's loss holds the same H_b, and so pulls on these tokens too: W times this rank's own pull.
-    mine_J = q_NJ.sum(dim=0)
-    scaled_J = mine_J.detach() + len(sizes) * (mine_J - mine_J.detach())
-    return (others_J + scaled_J) / tokens
+def _over_all(x: Tensor, groups: tuple[Group, ...]) -> Tensor:
+    for group in groups:
+        if group is not None:
+            x = _SumOver.apply(x, group)
+    return x
+
+
+class _SumOver(torch.autograd.Function):
+    """The sum over a group's ranks; each rank's part is pulled by the losses of all."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return sum_over([x], group)[0]
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        return sum_over([upstream[0]], ctx.group)[0], None
 
 
 def _shifts(dim: int) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ibq_scale.config.models import QuantizerConfig
 from ibq_scale.errors import UserError
-from ibq_scale.quantize.collectives import Group, size_of
+from ibq_scale.quantize.collectives import WHOLE, Group, Shards, size_of
 from ibq_scale.quantize.function import Settings, group_name, ibq_function
 from ibq_scale.quantize.lfq import corners, lfq, sign_index
 from ibq_scale.quantize.search import Found, Score, best_rows
@@ -19,36 +19,36 @@ from ibq_scale.quantize.vq import LookupFunction, vq
 INIT_BLOCK = 1024
 
 
-def quantize(
-    z_ND: Tensor, rows_KD: Tensor, settings: QuantizerConfig, group: Group = None, sizes: list[int] | None = None
-) -> Quantized:
+def quantize(z_ND: Tensor, rows_KD: Tensor, settings: QuantizerConfig, shards: Shards = WHOLE) -> Quantized:
     """Quantizes this rank's tokens z (N, D), any float dtype, with gradient.
 
-    `rows_KD` is the codebook, or with a `group` this rank's K/W consecutive rows of it. `sizes` are the ranks' numbers
-    of tokens where they differ (`collectives.sizes_in` asks for them). Backward gives the gradient of the *sum* over
-    the group's ranks of their losses: divide by the world size for the mean. Statistics are fp32 (fp64 for fp64).
+    `rows_KD` are this rank's rows of the codebook: all of them, or its share as `shards` says. Backward gives the
+    gradient of the *sum* over all ranks of their losses, ∂/∂C from the tokens of this rank's group: add the replicas'
+    and divide by the world size for the mean. The batch entropy is over all ranks' tokens (`entropy_scope`).
+    Statistics are fp32 (fp64 for fp64 input).
 
     Raises ValueError on CPU when z or the codebook is not finite.
     """
-    group = group if size_of(group) > 1 else None
-    counts = sizes or [z_ND.shape[0]] * size_of(group)
+    group, replicas = (g if size_of(g) > 1 else None for g in (shards.group, shards.replicas))
+    counts = shards.sizes or [z_ND.shape[0]] * size_of(group)
     z_wide_ND = z_ND.to(rows_KD.dtype)
     if settings.kind == "ibq":
-        quantized = _ibq(z_wide_ND, rows_KD, settings, group, counts)
+        quantized = _ibq(z_wide_ND, rows_KD, settings, Shards(group, replicas, counts))
     elif settings.kind == "lfq":
-        quantized = lfq(z_wide_ND, settings, group, counts)
+        quantized = lfq(z_wide_ND, settings, group, replicas)
     else:
         quantized = vq(z_wide_ND, rows_KD, settings, group, counts)
     return quantized._replace(z_q_ND=quantized.z_q_ND.to(z_ND.dtype))
 
 
-def _ibq(z_ND: Tensor, rows_KD: Tensor, settings: QuantizerConfig, group: Group, sizes: list[int]) -> Quantized:
+def _ibq(z_ND: Tensor, rows_KD: Tensor, settings: QuantizerConfig, shards: Shards) -> Quantized:
     out = ibq_function(
         z_ND,
         rows_KD,
         Settings(
-            sizes=[] if group is None else sizes,
-            group=group_name(group),
+            sizes=[] if shards.group is None else shards.sizes or [],
+            group=group_name(shards.group),
+            replicas=group_name(shards.replicas),
             temperature=settings.entropy_temperature,
             sample_weight=settings.sample_entropy_weight,
             batch_weight=settings.batch_entropy_weight,

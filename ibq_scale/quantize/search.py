@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ibq_scale.quantize.backend import choose
+from ibq_scale.quantize.checks import not_finite
 from ibq_scale.quantize.collectives import Group, gather_rows, gather_uneven, rank_in, size_of
 from ibq_scale.quantize.product import Precision, product_into
 from ibq_scale.quantize.tiled import best_codes, tile_tokens
@@ -86,7 +87,7 @@ def _search_by_kernel(judge: _Judge, tile_bytes: int | None) -> tuple[Tensor, Te
     from ibq_scale.quantize.kernels import best_and_second
 
     precision: Precision = "bf16" if judge.in_bf16 else "fp32"
-    index_PM, top_PM, second_PM = best_and_second(judge.z_MD, judge.rows_KD, judge.narrow_offset_K, precision)
+    index_PM, top_PM, second_PM = best_and_second(judge.z_MD, judge.rows_KD, judge.offset_K, precision)
     top_M, part_M = top_PM.max(dim=0)
     index_M = index_PM.gather(0, part_M[None])[0]
     least_M = top_M - judge.slack_M
@@ -165,27 +166,24 @@ class _Judge:
         self.z_MD = z_MD
         self.rows_KD = rows_KD
         self.in_bf16 = in_bf16
-        norm_K = torch.linalg.vector_norm(rows_KD, dim=1, dtype=torch.float64)
-        self.offset_K = norm_K.square() * -0.5 if score is Score.DISTANCE else None
-        self.narrow_offset_K = None if self.offset_K is None else self.offset_K.to(rows_KD.dtype)
+        self.score = score
+        norm_K = torch.linalg.vector_norm(rows_KD, dim=1)
+        self.offset_K = rows_KD.square().sum(dim=1).mul_(-0.5) if score is Score.DISTANCE else None
         self._narrow_rows_KD = rows_KD.bfloat16() if in_bf16 and rows_KD.is_cuda else None
-        # Two more operations than the sum has: rounding the offset, adding it. eps is 2 u.
-        rounding = (rows_KD.shape[1] + 2) * torch.finfo(rows_KD.dtype).eps
+        # The offset is a sum of D like the product, halved exactly; adding it is one operation more. eps is 2 u.
+        rounding = (rows_KD.shape[1] + 1) * torch.finfo(rows_KD.dtype).eps
         gamma = rounding / (1 - rounding)
         operands = 2 * UNIT_BF16 + UNIT_BF16**2 if in_bf16 else 0.0
-        product = torch.linalg.vector_norm(z_MD, dim=1, dtype=torch.float64) * norm_K.max()
+        product = torch.linalg.vector_norm(z_MD, dim=1) * norm_K.max()
         size = product if self.offset_K is None else product - self.offset_K.min()
-        # Twice the bound: the winner may be too low and the other too high. Rounded up to the scores' dtype.
-        slack_M = 2 * (gamma * size + operands * (1 + gamma) * product)
-        self.slack_M = (slack_M * (1 + 1e-6)).to(rows_KD.dtype)
+        # Twice the bound: the winner may be too low and the other too high. The norms are rounded too: a little more.
+        self.slack_M = 2 * (gamma * size + operands * (1 + gamma) * product) * (1 + 2 * rounding)
         if not self.slack_M.is_cuda and not bool(self.slack_M.isfinite().all()):
-            guilty = "the codebook" if bool(z_MD.isfinite().all()) else "z"
-            raise ValueError(f"quantizer input is not finite: {guilty} holds NaN or infinity")
+            raise not_finite(z_MD, rows_KD)
 
     def of(self, tokens: Tensor) -> _Judge:
         """The same for some of the tokens, by fp32 products: what is near in bf16 mostly parts there."""
-        score = Score.DOT if self.offset_K is None else Score.DISTANCE
-        return _Judge(self.z_MD[tokens], self.rows_KD, score, in_bf16=False)
+        return _Judge(self.z_MD[tokens], self.rows_KD, self.score, in_bf16=False)
 
     def scores_into(self, S_KB: Tensor, block: slice) -> None:
         """Coarse scores of a block of tokens."""
@@ -194,15 +192,15 @@ class _Judge:
             S_KB.copy_(torch.mm(self._narrow_rows_KD, z_BD.bfloat16().T, out_dtype=torch.float32))
         else:
             product_into(S_KB, self.rows_KD, z_BD.T, "fp32")
-        if self.narrow_offset_K is not None:
-            S_KB.add_(self.narrow_offset_K[:, None])
+        if self.offset_K is not None:
+            S_KB.add_(self.offset_K[:, None])
 
     def exact(self, token_P: Tensor, code_P: Tensor) -> Tensor:
         """fp64 scores of pairs (token, code), the same wherever and beside whichever others they are computed."""
         parts = []
         for token, code in zip(torch.split(token_P, WHOLE_CHUNK), torch.split(code_P, WHOLE_CHUNK), strict=True):
-            scores = (self.z_MD[token].double() * self.rows_KD[code].double()).sum(dim=1)
-            parts.append(scores if self.offset_K is None else scores + self.offset_K[code])
+            z, c = self.z_MD[token].double(), self.rows_KD[code].double()
+            parts.append((z * c if self.score is Score.DOT else z * c - c * c / 2).sum(dim=1))
         return torch.cat(parts) if parts else self.z_MD.new_empty(0, dtype=torch.float64)
 
     def whole_rows(self, rows: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from ibq_scale.config.run import TokenizerRun
 from ibq_scale.distributed.environment import World
 from ibq_scale.errors import UserError
 from ibq_scale.pretrained.loading import write_codebook_part
-from ibq_scale.quantize.collectives import Group
+from ibq_scale.quantize.collectives import Group, Shards
 from ibq_scale.quantize.quantizer import initial_codebook, rows_of
 from ibq_scale.train.engine import adam
 from ibq_scale.train.projection import Projection
@@ -49,6 +49,11 @@ class ShardedCodebook:
         self.grad_clip = run.optimizer.grad_clip
         self.ema_decay = run.ema_decay
         self.ema_rows = self.rows.detach().clone()
+
+    @property
+    def shards(self) -> Shards:
+        """How the codebook lies over the ranks, for the quantizer."""
+        return Shards(self.group, self.replicas)
 
     def codes(self) -> Tensor:
         """This rank's codes (K/W, D) for one micro-batch, with gradient to whatever learns."""

@@ -119,7 +119,7 @@ class TokenizerTask:
 
     def _generator_backward(self, images: Tensor) -> tuple[StepMetrics, Tensor]:
         loss_config = self.run.loss
-        reconstruction, quantized = self.generator(images, self.codebook.codes(), self.codebook.group)
+        reconstruction, quantized = self.generator(images, self.codebook.codes(), self.codebook.shards)
         reconstruction = reconstruction.float()
         terms = {
             "l1": (loss_config.l1_weight, (reconstruction - images).abs().mean()),

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ibq_scale.config.models import QuantizerConfig
+from ibq_scale.quantize.collectives import Shards
 from ibq_scale.quantize.ibq import ibq_dense
 from ibq_scale.quantize.quantizer import quantize
 from tests.ranks import run_ranks
@@ -68,7 +69,7 @@ def _sharded(rank: int, world: int, parity_dir: Path, case: str) -> tuple[Any, .
     mine = slice(rank * share, (rank + 1) * share)
     z = z_all[mine].clone().requires_grad_()
     codebook = values["codebook"][rank * rows : (rank + 1) * rows].clone().requires_grad_()
-    out = quantize(z, codebook, settings, dist.group.WORLD)
+    out = quantize(z, codebook, settings, Shards(dist.group.WORLD))
     # The published objective over the whole batch is the mean of the ranks' losses; its upstream term is a sum.
     loss = world * (out.z_q_ND * upstream_all[mine]).sum() + out.quantization_loss + entropy_weight * out.entropy_loss
     loss.backward()

@@ -41,7 +41,7 @@ class PlainTokenizerTraining:
         generator = torch.zeros(())
         pairs = []
         for images in images_BCHW.chunk(calls):
-            reconstruction, quantized = self.model(images, self.codebook_KD, None)
+            reconstruction, quantized = self.model(images, self.codebook_KD)
             terms = (
                 loss.quantization_weight * quantized.quantization_loss + loss.entropy_weight * quantized.entropy_loss
             )

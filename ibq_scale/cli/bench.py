@@ -1,0 +1,89 @@
+"""``ibq-scale bench``: measurements that anyone can repeat."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from ibq_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from ibq_scale.bench.quantizer import Measured, QuantizerReport
+
+
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the family to the command line."""
+    family = commands.add_parser("bench", help="measure this machine").add_subparsers(
+        title="what", metavar="WHAT", required=True
+    )
+    parser = family.add_parser(
+        "quantizer",
+        help="step time and memory beside the dense form and bare matrix products",
+        description="Time the IBQ quantizer's training step and encoding; several sizes make a table over each.",
+        epilog="example: ibq-scale bench quantizer --tokens 1024 --codes 262144 --dim 256",
+    )
+    parser.add_argument("--tokens", default="1024", metavar="N[,N…]", help="tokens of a micro-batch (default 1024)")
+    parser.add_argument("--codes", default="16384", metavar="K[,K…]", help="codebook sizes (default 16384)")
+    parser.add_argument("--dim", type=int, default=256, metavar="D", help="code dimension (default 256)")
+    parser.add_argument("--backend", choices=("auto", "tiled", "triton"), default="auto")
+    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="tf32", help="products on a GPU")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--repeats", type=int, default=5, metavar="N", help="measured turns (default 5)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.set_defaults(run=_quantizer)
+
+
+def _sizes(option: str, text: str) -> list[int]:
+    """``4096,65536`` → numbers. UserError where it cannot be read."""
+    items = text.split(",")
+    if not all(item.strip().isdigit() and int(item) > 0 for item in items):
+        raise UserError(f"{option} {text}: write one or several positive numbers, for example 4096,65536")
+    return [int(item) for item in items]
+
+
+def _quantizer(args: argparse.Namespace) -> int:
+    from ibq_scale.bench.quantizer import Size, bench_quantizer
+    from ibq_scale.cli.ranks import at_least_one
+
+    at_least_one(args, "dim", "repeats")
+    reports = []
+    for tokens in _sizes("--tokens", args.tokens):
+        for codes in _sizes("--codes", args.codes):
+            report = bench_quantizer(
+                Size(tokens, codes, args.dim),
+                backend=args.backend,
+                precision=args.precision,
+                device=args.device,
+                repeats=args.repeats,
+            )
+            reports.append(report)
+            if not args.json:
+                _print(report)
+    if args.json:
+        print(json.dumps([asdict(report) for report in reports]))
+    return 0
+
+
+def _print(report: QuantizerReport) -> None:
+    threads = f", {report.threads} threads" if report.device == "CPU" else ""
+    print(
+        f"N = {report.tokens:,}  K = {report.codes:,}  D = {report.dim}   "
+        f"{report.device}{threads}, products in {report.precision}"
+    )
+    print(f"  {'':<13}{'seconds':>10}{'GFLOP/s':>10}{'× dense':>9}{'of products':>13}{'peak':>11}{'before':>10}")
+    for row in report.rows:
+        print(f"  {row.name:<13}{_cells(row)}")
+    print(f"  encode decided {100 * report.rescored:.2f} % of the tokens in fp64\n", flush=True)
+    sys.stdout.flush()
+
+
+def _cells(row: Measured) -> str:
+    if row.seconds is None or row.flops_per_s is None or row.peak_bytes is None or row.base_bytes is None:
+        return f"  {row.note}"
+    times = f"{row.times_dense:.2f}" if row.times_dense is not None else "–"
+    share = f"{100 * row.share_of_products:.0f} %" if row.share_of_products is not None else "–"
+    memory = f"{row.peak_bytes / 1e9:>8.2f} GB{row.base_bytes / 1e9:>7.2f} GB"
+    return f"{row.seconds:>10.4f}{row.flops_per_s / 1e9:>10.0f}{times:>9}{share:>13}{memory}"
