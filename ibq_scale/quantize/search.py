@@ -21,7 +21,7 @@ from ibq_scale.quantize.backend import choose
 from ibq_scale.quantize.checks import not_finite
 from ibq_scale.quantize.collectives import Group, gather_rows, gather_uneven, rank_in, size_of
 from ibq_scale.quantize.product import Precision, product_into
-from ibq_scale.quantize.tiled import best_codes, tile_tokens
+from ibq_scale.quantize.tiled import best_codes, scratch, tile_tokens
 
 UNIT_BF16 = 2.0**-8
 # Rows with more possible winners than this are scored whole in fp64: a token of zeros ties with every code.
@@ -109,20 +109,20 @@ def _search_by_tile(judge: _Judge, tile_bytes: int | None) -> tuple[Tensor, Tens
     """Index within the shard, and which tokens more than the coarse product decided."""
     tokens, codes = len(judge.z_MD), len(judge.rows_KD)
     step = tile_tokens(codes, tile_bytes, judge.z_MD)
-    scratch = judge.z_MD.new_empty(codes * min(step, tokens))
     indices, ambiguous = [], []
-    for start in range(0, tokens, step):
-        block = slice(start, min(start + step, tokens))
-        width = block.stop - block.start
-        S_KB = scratch[: codes * width].view(codes, width)
-        judge.scores_into(S_KB, block)
-        index_B, ambiguous_B = _coarse(S_KB, judge.slack_M[block])
-        # The one place that waits for a GPU: how many tokens need more is not known before.
-        places = ambiguous_B.nonzero().flatten()
-        if len(places):
-            index_B[places] = _decide(judge, S_KB[:, places].T, places + start)
-        indices.append(index_B)
-        ambiguous.append(ambiguous_B)
+    with scratch(codes * min(step, tokens), judge.z_MD) as flat:
+        for start in range(0, tokens, step):
+            block = slice(start, min(start + step, tokens))
+            width = block.stop - block.start
+            S_KB = flat[: codes * width].view(codes, width)
+            judge.scores_into(S_KB, block)
+            index_B, ambiguous_B = _coarse(S_KB, judge.slack_M[block])
+            # The one place that waits for a GPU: how many tokens need more is not known before.
+            places = ambiguous_B.nonzero().flatten()
+            if len(places):
+                index_B[places] = _decide(judge, S_KB[:, places].T, places + start)
+            indices.append(index_B)
+            ambiguous.append(ambiguous_B)
     return torch.cat(indices), torch.cat(ambiguous)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -65,6 +66,26 @@ def best_codes(S_KR: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(later, rest_top, top), torch.where(later, rest + whole, index)
 
 
+_kept: dict[torch.dtype, Tensor] = {}
+
+
+@contextmanager
+def scratch(size: int, like: Tensor) -> Iterator[Tensor]:
+    """Uninitialised (size,), of like's dtype and device.
+
+    On CPUs the last one is kept for the next call: pages that the system has to make anew and to clear cost a tenth of
+    a step. On GPUs torch's allocator does so itself.
+    """
+    flat = None if like.is_cuda else _kept.pop(like.dtype, None)
+    if flat is None or flat.numel() < size:
+        flat = like.new_empty(size)
+    try:
+        yield flat[:size]
+    finally:
+        if not like.is_cuda:
+            _kept[like.dtype] = flat
+
+
 class TiledPasses:
     """See `passes.Passes`."""
 
@@ -85,43 +106,43 @@ class TiledPasses:
     def _forward(
         self, z_MD: Tensor, rows_KD: Tensor, segments: Segments, mean_GK: Tensor | None, mixed: bool
     ) -> PartSums:
-        tile = self._tile(z_MD, rows_KD)
         mixed_MD = torch.zeros_like(z_MD) if mixed else None
         parts: list[tuple[Tensor, ...]] = []
-        for number, block in blocks(segments, tile.step):
-            S = tile.products(rows_KD, z_MD[block])
-            top, index = best_codes(S)
-            total, total_tau, weighted = top.new_zeros((3, len(top))).unbind()
-            for piece, work in tile.pieces(S):
-                x = S[piece].sub_(top)
-                total += torch.mul(x, LOG2_E, out=work).exp2_().sum(dim=0)
-                if mixed_MD is not None:
-                    product_into(mixed_MD[block], work.T, rows_KD[piece], self.precision, accumulate=True)
-                x.mul_(LOG2_E / self.temperature)
-                total_tau += torch.exp2(x, out=work).sum(dim=0)
-                weighted += x.mul_(work).sum(dim=0)
-                x.copy_(work)
-            if mean_GK is not None:
-                mean_GK[number].addmv_(S, total_tau.reciprocal())
-            parts.append((index, top, total, total_tau, weighted / LOG2_E))
+        with self._tile(z_MD, rows_KD) as tile:
+            for number, block in blocks(segments, tile.step):
+                S = tile.products(rows_KD, z_MD[block])
+                top, index = best_codes(S)
+                total, total_tau, weighted = top.new_zeros((3, len(top))).unbind()
+                for piece, work in tile.pieces(S):
+                    x = S[piece].sub_(top)
+                    total += torch.mul(x, LOG2_E, out=work).exp2_().sum(dim=0)
+                    if mixed_MD is not None:
+                        product_into(mixed_MD[block], work.T, rows_KD[piece], self.precision, accumulate=True)
+                    x.mul_(LOG2_E / self.temperature)
+                    total_tau += torch.exp2(x, out=work).sum(dim=0)
+                    weighted += x.mul_(work).sum(dim=0)
+                    x.copy_(work)
+                if mean_GK is not None:
+                    mean_GK[number].addmv_(S, total_tau.reciprocal())
+                parts.append((index, top, total, total_tau, weighted / LOG2_E))
         index, top, total, total_tau, weighted = (torch.cat(column) for column in zip(*parts, strict=True))
         return PartSums(index, top, total, total_tau, weighted, mixed_MD)
 
     def means(self, z_MD: Tensor, rows_KD: Tensor, statistics: RowStatistics, segments: Segments) -> Tensor:
         mean_GK = z_MD.new_zeros((len(segments), rows_KD.shape[0]))
-        tile = self._tile(z_MD, rows_KD)
-        for number, block in blocks(segments, tile.step):
-            for piece, q in self._q(tile, z_MD, rows_KD, statistics, block):
-                mean_GK[number, piece] += q.sum(dim=1)
+        with self._tile(z_MD, rows_KD) as tile:
+            for number, block in blocks(segments, tile.step):
+                for piece, q in self._q(tile, z_MD, rows_KD, statistics, block):
+                    mean_GK[number, piece] += q.sum(dim=1)
         return mean_GK
 
     def pulled(self, job: Backward) -> Tensor:
         pulled_M = torch.zeros_like(job.statistics.top)
         assert job.pull.batch_GK is not None
-        tile = self._tile(job.z_MD, job.rows_KD)
-        for number, block in blocks(job.segments, tile.step):
-            for piece, q in self._q(tile, job.z_MD, job.rows_KD, job.statistics, block):
-                pulled_M[block] += job.pull.batch_GK[number, piece] @ q
+        with self._tile(job.z_MD, job.rows_KD) as tile:
+            for number, block in blocks(job.segments, tile.step):
+                for piece, q in self._q(tile, job.z_MD, job.rows_KD, job.statistics, block):
+                    pulled_M[block] += job.pull.batch_GK[number, piece] @ q
         return pulled_M
 
     def _q(
@@ -135,64 +156,72 @@ class TiledPasses:
             yield piece, torch.mul(log_q, LOG2_E, out=work).exp2_()
 
     def gradients(self, job: Backward) -> tuple[Tensor, Tensor]:
-        grad_z_MD, grad_rows_KD = torch.empty_like(job.z_MD), torch.zeros_like(job.rows_KD)
-        tile = self._tile(job.z_MD, job.rows_KD, LIVE_BUFFERS)
-        for number, block in blocks(job.segments, tile.step):
-            dS_KR = self._grad_scores(tile, job, number, block)
-            product_into(grad_z_MD[block], dS_KR.T, job.rows_KD, self.precision)
-            product_into(grad_rows_KD, dS_KR, job.z_MD[block], self.precision, accumulate=True)
+        grad_z_MD, grad_rows_KD = torch.empty_like(job.z_MD), torch.empty_like(job.rows_KD)
+        with self._tile(job.z_MD, job.rows_KD, LIVE_BUFFERS) as tile:
+            for number, block in blocks(job.segments, tile.step):
+                dS_KR = self._grad_scores(tile, job, number, block)
+                product_into(grad_z_MD[block], dS_KR.T, job.rows_KD, self.precision)
+                later = block.start > 0
+                product_into(grad_rows_KD, dS_KR, job.z_MD[block], self.precision, accumulate=later)
         return grad_z_MD, grad_rows_KD
 
     def _grad_scores(self, tile: _Tile, job: Backward, number: int, block: slice) -> Tensor:
         """∂L/∂S of a block of tokens, (K, R). The first walk over the pieces makes the row sums, the second uses them.
 
-        First S becomes log q and G = g Cᵀ becomes p ⊙ G, then G becomes ∂L/∂S.
+        Few walks over memory: softmaxes stay unnormalised, e = p L and e_τ = q L_τ with L = exp(l), and 1/L and 1/L_τ
+        go into vectors, that of p into g before its product. So G = g Cᵀ / L becomes e ⊙ G, then ∂L/∂S; S becomes
+        x = (S − m) log₂e / τ, of which e_τ is a power of two.
         """
         R = block.stop - block.start
-        both_K2R = tile.products(job.rows_KD, torch.cat([job.z_MD[block], job.g_MD[block]]))
-        S, G = both_K2R[:, :R], both_K2R[:, R:]
         rows, sample = job.statistics.rows(block), job.pull.sample_M[block]
+        per_sum, per_sum_tau = (-rows.log_sum).exp(), (-rows.log_sum_tau).exp()
+        both_K2R = tile.products(job.rows_KD, torch.cat([job.z_MD[block], job.g_MD[block] * per_sum[:, None]]))
+        S, G = both_K2R[:, :R], both_K2R[:, R:]
         r_K = None if job.pull.batch_GK is None else job.pull.batch_GK[number]
         delta, pulled = rows.top.new_zeros((2, R)).unbind()
         for piece, work in tile.pieces(S):
             x = S[piece].sub_(rows.top)
-            G[piece].mul_(torch.sub(x, rows.log_sum, out=work).mul_(LOG2_E).exp2_())
+            G[piece].mul_(torch.mul(x, LOG2_E, out=work).exp2_())
             if job.delta_M is None:
                 delta += G[piece].sum(dim=0)
-            x.mul_(1.0 / self.temperature).sub_(rows.log_sum_tau)
+            x.mul_(LOG2_E / self.temperature)
             if r_K is not None and job.pulled_M is None:
-                pulled += r_K[piece] @ torch.mul(x, LOG2_E, out=work).exp2_()
+                pulled += r_K[piece] @ torch.exp2(x, out=work)
         delta = delta if job.delta_M is None else job.delta_M[block]
-        pulled = pulled if job.pulled_M is None else job.pulled_M[block]
+        pulled = pulled * per_sum_tau if job.pulled_M is None else job.pulled_M[block]
+        # q/τ (−a (log q + H) + b r − π), log q = x/log₂e − l_τ, as e_τ (x·slope + shift + r·scale).
+        scale = per_sum_tau / self.temperature
+        slope = sample * scale / -LOG2_E
+        shift = (sample * (rows.log_sum_tau - rows.entropy) - pulled) * scale
         for piece, work in tile.pieces(S):
-            log_q, dS = S[piece], G[piece]
-            # log p = τ (log q + log l_τ) − log l: S itself is gone.
-            p = torch.add(log_q, rows.log_sum_tau, out=work).mul_(self.temperature).sub_(rows.log_sum)
-            dS.addcmul_(p.mul_(LOG2_E).exp2_(), delta, value=-1.0)
-            q = torch.mul(log_q, LOG2_E, out=work).exp2_()
-            inner = log_q.mul_(-sample).sub_(sample * rows.entropy + pulled)
+            x, dS = S[piece], G[piece]
+            dS.addcmul_(torch.mul(x, self.temperature, out=work).exp2_(), delta * per_sum, value=-1.0)
+            e_tau = torch.exp2(x, out=work)
+            inner = x.mul_(slope).add_(shift)
             if r_K is not None:
-                inner.add_(r_K[piece, None])
-            dS.addcmul_(inner, q, value=1.0 / self.temperature)
+                inner.addcmul_(r_K[piece, None], scale)
+            dS.addcmul_(inner, e_tau)
         return G
 
-    def _tile(self, z_MD: Tensor, rows_KD: Tensor, products: int = 1) -> _Tile:
+    @contextmanager
+    def _tile(self, z_MD: Tensor, rows_KD: Tensor, products: int = 1) -> Iterator[_Tile]:
         codes = len(rows_KD)
         step = min(tile_tokens(codes, self.tile_bytes, z_MD), len(z_MD))
-        return _Tile(step, products, codes, z_MD, self.precision)
+        with scratch(codes * products * step, z_MD) as flat:
+            yield _Tile(step, codes, flat, self.precision)
 
 
 class _Tile:
-    """Scratch, allocated once a pass: a fresh tensor a block would cost more than the arithmetic on it."""
+    """S, and g Cᵀ, of a block of tokens, and scratch for pieces of them."""
 
-    def __init__(self, step: int, products: int, codes: int, like: Tensor, precision: Precision) -> None:
+    def __init__(self, step: int, codes: int, flat: Tensor, precision: Precision) -> None:
         self.step = step
         self._codes = codes
+        self._flat = flat
         self._precision = precision
-        piece = (GPU_PIECE if like.is_cuda else CPU_PIECE) // (step * like.element_size())
+        piece = (GPU_PIECE if flat.is_cuda else CPU_PIECE) // (step * flat.element_size())
         self._piece = max(1, min(piece, codes))
-        self._work = like.new_empty(self._piece * step)
-        self._flat = like.new_empty(codes * products * step)
+        self._work = flat.new_empty(self._piece * step)
 
     def products(self, rows_KD: Tensor, x_RD: Tensor) -> Tensor:
         """C xᵀ (K, R) into the scratch."""
