@@ -34,6 +34,20 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="measured turns (default 5)")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.set_defaults(run=_quantizer)
+    data = family.add_parser(
+        "data",
+        help="images/s of the stream beside plain webdataset",
+        description="Read a prepared data set of images as training does, and as plain webdataset does, by turns.",
+        epilog="example: ibq-scale bench data s3://bucket/imagenet --cache /local/cache --workers 4",
+    )
+    data.add_argument("url", metavar="URL")
+    data.add_argument("--resolution", type=int, default=256, metavar="PIXELS", help="default 256")
+    data.add_argument("--workers", type=int, default=1, metavar="N", help="processes that decode (default 1; 0: none)")
+    data.add_argument("--batch", type=int, default=64, metavar="N", help="default 64")
+    data.add_argument("--seconds", type=float, default=5.0, metavar="S", help="a turn's length (default 5)")
+    data.add_argument("--cache", metavar="DIR", help="local folder for shards (default: ranges from the store)")
+    data.add_argument("--json", action="store_true", help="print one JSON document")
+    data.set_defaults(run=_data)
 
 
 def _sizes(option: str, text: str) -> list[int]:
@@ -64,6 +78,38 @@ def _quantizer(args: argparse.Namespace) -> int:
                 _print(report)
     if args.json:
         print(json.dumps([asdict(report) for report in reports]))
+    return 0
+
+
+def _data(args: argparse.Namespace) -> int:
+    from ibq_scale.bench.data import bench_data
+    from ibq_scale.cli.ranks import at_least_one
+
+    at_least_one(args, "resolution", "batch")
+    if args.workers < 0 or args.seconds <= 0:
+        raise UserError("--workers must be at least 0 and --seconds above 0")
+    report = bench_data(
+        args.url,
+        resolution=args.resolution,
+        workers=args.workers,
+        batch=args.batch,
+        seconds=args.seconds,
+        cache_dir=args.cache,
+    )
+    if args.json:
+        print(json.dumps(asdict(report)))
+        return 0
+    where = "from the cache" if report.cached else "by ranges"
+    print(f"{report.url}: {report.images:,} images, {report.resolution}² crops, {report.workers} workers, {where}")
+    for rate in report.rates:
+        print(
+            f"  {rate.name:<18}{rate.images_per_s:>9.0f} images/s{rate.mb_per_s:>9.1f} MB/s"
+            f"{rate.per_core:>9.0f} images a CPU second"
+        )
+    print(
+        f"  {report.of_plain:.2f} × plain webdataset ({report.of_plain_per_core:.2f} × a CPU second); "
+        f"first batch after {report.first_batch_s:.2f} s"
+    )
     return 0
 
 

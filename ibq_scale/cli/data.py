@@ -7,6 +7,8 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from ibq_scale.cli import trace
+
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the families to the command line."""
@@ -38,6 +40,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     stats.add_argument("url", metavar="URL")
     stats.add_argument("--json", action="store_true", help="print one JSON document")
     stats.set_defaults(run=_stats)
+    trace.add_command(family)
 
 
 def _prepare(args: argparse.Namespace) -> int:

@@ -26,13 +26,17 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 class DataConfig(Section):
     """Where samples come from and in which order.
 
-    `train`: a folder or ``s3://bucket/prefix`` that holds a ``manifest.json``.
+    `train`: a folder or ``s3://bucket/prefix`` that holds a ``manifest.json``, or several: ``[a, b]``.
+    `weights`: shares of the stream that several sources get, by position (rounded to 1/4096); without them the sources
+    are one data set, every sample once an epoch.
     `cache_dir`: local folder for downloaded shards (workers then hold no S3 client); ``null`` reads ranges.
     `lanes`, `window`: shuffle geometry, part of the order's definition (see data/order.py).
     `augment`: random crop, or centre crop; `flip`: mirror half of the images.
+    `bad_samples`: damaged samples, each replaced by a neighbour and logged, that a run puts up with before it stops.
     """
 
-    train: str = "???"
+    train: str | tuple[str, ...] = "???"
+    weights: tuple[Annotated[float, Field(gt=0)], ...] = ()
     cache_dir: str | None = None
     cache_bytes: PositiveInt = 50 * 10**9
     workers: NonNegativeInt = 4
@@ -40,6 +44,18 @@ class DataConfig(Section):
     window: PositiveInt = 4
     augment: Literal["random_crop", "center_crop"] = "random_crop"
     flip: bool = False
+    bad_samples: NonNegativeInt = 100
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """`train` as a tuple."""
+        return (self.train,) if isinstance(self.train, str) else self.train
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> DataConfig:
+        if not self.sources or (self.weights and len(self.weights) != len(self.sources)):
+            raise ValueError(f"weights: {len(self.weights)} of them for {len(self.sources)} sources: one each, or none")
+        return self
 
 
 class TokenizerLossConfig(Section):

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ibq_scale.data.cache import ShardCache
 from ibq_scale.data.images import Request
 from ibq_scale.data.manifest import CodesInfo, Manifest, ShardInfo, save_manifest
+from ibq_scale.data.sets import DataSets
 from ibq_scale.data.store import Store
 from ibq_scale.errors import UserError
 
@@ -86,33 +86,34 @@ def read_code_shard(data: bytes, name: str) -> CodeShard:
 class CodeDataset(torch.utils.data.Dataset[CodeSample]):
     """Samples by `Request`; the shards that lanes read at once stay in memory."""
 
-    def __init__(self, manifest: Manifest, store: Store, cache: ShardCache | None, *, shards_in_memory: int) -> None:
-        self.manifest = manifest
-        self.store = store
-        self.cache = cache
+    def __init__(self, sets: DataSets, *, shards_in_memory: int) -> None:
+        self.sets = sets
         self.shards_in_memory = shards_in_memory
-        self._shards: OrderedDict[int, CodeShard] = OrderedDict()
+        self._shards: OrderedDict[tuple[int, int], CodeShard] = OrderedDict()
 
     def __getitem__(self, request: Request) -> CodeSample:
-        shard = self._shard(request.shard)
+        shard = self._shard(request.source, request.shard)
         return CodeSample(shard.codes[request.row].flatten(), int(shard.labels[request.row]), request.position)
 
-    def fetch(self, shard: int) -> None:
+    def fetch(self, source: int, shard: int) -> None:
         """Brings a shard into the cache (in the process that holds the store's client)."""
-        if self.cache is not None:
-            self.cache.fetch(self.manifest.shards[shard])
+        part = self.sets.parts[source]
+        if part.cache is not None:
+            part.cache.fetch(part.manifest.shards[shard])
 
-    def _shard(self, number: int) -> CodeShard:
-        if number not in self._shards:
-            info = self.manifest.shards[number]
-            data = self.store.read(info.name) if self.cache is None else self.cache.path(info).read_bytes()
+    def _shard(self, source: int, number: int) -> CodeShard:
+        key = (source, number)
+        if key not in self._shards:
+            part = self.sets.parts[source]
+            info = part.manifest.shards[number]
+            data = part.store.read(info.name) if part.cache is None else part.cache.path(info).read_bytes()
             if hashlib.sha256(data).hexdigest() != info.sha256:
-                raise UserError(f"{self.store.url}/{info.name} is not what the manifest says (sha256 differs)")
-            self._shards[number] = read_code_shard(data, info.name)
+                raise UserError(f"{part.store.url}/{info.name} is not what the manifest says (sha256 differs)")
+            self._shards[key] = read_code_shard(data, info.name)
             if len(self._shards) > self.shards_in_memory:
                 self._shards.popitem(last=False)
-        self._shards.move_to_end(number)
-        return self._shards[number]
+        self._shards.move_to_end(key)
+        return self._shards[key]
 
 
 def _info(name: str, data: bytes, samples: int) -> ShardInfo:

@@ -6,26 +6,32 @@ import io
 import json
 import os
 import zlib
+from collections import OrderedDict
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import simplejpeg
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from ibq_scale.data.cache import ShardCache
-from ibq_scale.data.manifest import Manifest
 from ibq_scale.data.prepare import ShardIndex, index_name
-from ibq_scale.data.store import Store
+from ibq_scale.data.sets import DataSet, DataSets
 from ibq_scale.errors import UserError
+
+Pixels = NDArray[np.uint8]
 
 
 class Request(NamedTuple):
     """A sample, and what augments it."""
 
     position: int
+    source: int
     epoch: int
     shard: int
     row: int
@@ -36,102 +42,173 @@ class ImageSample(NamedTuple):
     """uint8 (3, H, W)."""
     label: int
     position: int
+    fault: str
+    """What was wrong with the sample that this one stands in for; empty as a rule."""
 
 
-class CorruptSampleError(RuntimeError):
-    """A sample's bytes are not those that were prepared."""
+class BadSampleError(RuntimeError):
+    """A sample's bytes are not those that were prepared, or are no picture."""
+
+
+@dataclass(frozen=True)
+class PictureIndex:
+    """Where a shard's pictures are, by row: 20 bytes a sample, since a worker holds hundreds of shards'."""
+
+    offset_R: NDArray[np.int64]
+    size_R: NDArray[np.int32]
+    crc_R: NDArray[np.uint32]
+    label_R: NDArray[np.int32]
+
+    @staticmethod
+    def of(index: ShardIndex) -> PictureIndex:
+        members = index.members
+        return PictureIndex(
+            np.array([m.offset for m in members], dtype=np.int64),
+            np.array([m.size for m in members], dtype=np.int32),
+            np.array([m.crc for m in members], dtype=np.uint32),
+            np.array([m.label for m in members], dtype=np.int32),
+        )
 
 
 class ImageDataset(torch.utils.data.Dataset[ImageSample]):
-    """Samples by `Request`. With a cache it reads local files only and never makes a store's client."""
+    """Samples by `Request`. With caches it reads local files only and never makes a store's client.
+
+    In `training` a damaged sample is replaced by the next good one of its shard, the same on every run, and says so;
+    and a large JPEG is decoded at the least fraction of its size that covers the crop.
+    """
 
     def __init__(
         self,
-        manifest: Manifest,
-        store: Store,
-        cache: ShardCache | None,
+        sets: DataSets,
         *,
         resolution: int,
         random_crop: bool,
         flip: bool,
         seed: int,
+        training: bool,
+        indices_in_memory: int = 256,
     ) -> None:
-        self.manifest = manifest
-        self.store = store
-        self.cache = cache
+        self.sets = sets
         self.resolution = resolution
         self.random_crop = random_crop
         self.flip = flip
         self.seed = seed
-        self._indices: dict[int, ShardIndex] = {}
+        self.training = training
+        self.indices_in_memory = indices_in_memory
+        self._indices: OrderedDict[tuple[int, int], PictureIndex] = OrderedDict()
 
     def __getitem__(self, request: Request) -> ImageSample:
-        member = self._index(request.shard).members[request.row]
-        data = self._bytes(request.shard, member.offset, member.size)
-        if zlib.crc32(data) != member.crc:
-            name = self.manifest.shards[request.shard].name
-            raise CorruptSampleError(f"{self.store.url}/{name}: sample {member.key} is not what was prepared (crc)")
-        with Image.open(io.BytesIO(data)) as image:
-            # Decodes a JPEG at a fraction of its size where that still covers the crop.
-            image.draft("RGB", (self.resolution, self.resolution))
-            pixels = self._crop(image.convert("RGB"), request)
-        return ImageSample(torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), member.label, request.position)
+        part = self.sets.parts[request.source]
+        index = self._index(request.source, request.shard)
+        rows = len(index.offset_R)
+        fault = ""
+        for step in range(rows):
+            row = (request.row + step) % rows
+            try:
+                pixels = self._pixels(part, request._replace(row=row), index)
+            except BadSampleError as e:
+                if not self.training:
+                    raise
+                fault = fault or str(e)
+                continue
+            return ImageSample(torch.from_numpy(pixels), int(index.label_R[row]), request.position, fault)
+        raise BadSampleError(f"no sample of the shard is good; the first: {fault}")
 
-    def _crop(self, image: Image.Image, request: Request) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    def _pixels(self, part: DataSet, request: Request, index: PictureIndex) -> Pixels:
+        """The cropped picture, (3, H, W); read twice before it counts as damaged, since a cable may be at fault."""
+        name = f"{part.store.url}/{part.manifest.shards[request.shard].name}, sample {request.row}"
+        offset, size = int(index.offset_R[request.row]), int(index.size_R[request.row])
+        for attempt in (1, 2):
+            data = _bytes(part, request.shard, offset, size)
+            if zlib.crc32(data) == index.crc_R[request.row]:
+                break
+            if attempt == 2:
+                raise BadSampleError(f"{name} is not what was prepared (crc)")
+        try:
+            pixels = decode(data, self.resolution if self.training else None)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+            raise BadSampleError(f"{name} is no picture: {e}") from None
+        return np.ascontiguousarray(self._crop(pixels, request).transpose(2, 0, 1))
+
+    def _crop(self, pixels: Pixels, request: Request) -> Pixels:
         """Shortest side to the resolution, then a square: random and seeded by (seed, epoch, sample), or the centre."""
         side = self.resolution
-        scale = side / min(image.size)
-        size = (max(side, round(image.width * scale)), max(side, round(image.height * scale)))
-        if size != image.size:
-            image = image.resize(size, Image.Resampling.BICUBIC)
-        free = (image.width - side, image.height - side)
+        height, width = pixels.shape[:2]
+        scale = side / min(height, width)
+        size = (max(side, round(width * scale)), max(side, round(height * scale)))
+        if size != (width, height):
+            pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+        free = (size[0] - side, size[1] - side)
         left, top, mirror = free[0] // 2, free[1] // 2, False
         if self.random_crop or self.flip:
             draws = _draws(self.seed, request)
             if self.random_crop:
                 left, top = (int(draws[i] % np.uint64(free[i] + 1)) for i in (0, 1))
             mirror = self.flip and bool(draws[2] >> np.uint64(63))
-        square = image.crop((left, top, left + side, top + side))
-        if mirror:
-            square = square.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return np.array(square)
+        square = pixels[top : top + side, left : left + side]
+        return square[:, ::-1] if mirror else square
 
-    def _bytes(self, shard: int, offset: int, size: int) -> bytes:
-        info = self.manifest.shards[shard]
-        if self.cache is None:
-            return self.store.read_range(info.name, offset, offset + size)
-        return _pread(self.cache.path(info), offset, size)
+    def _index(self, source: int, shard: int) -> PictureIndex:
+        key = (source, shard)
+        if key not in self._indices:
+            self._indices[key] = PictureIndex.of(shard_index(self.sets.parts[source], shard))
+            if len(self._indices) > self.indices_in_memory:
+                self._indices.popitem(last=False)
+        self._indices.move_to_end(key)
+        return self._indices[key]
 
-    def _index(self, shard: int) -> ShardIndex:
-        if shard not in self._indices:
-            self._indices[shard] = self.index(shard)
-        return self._indices[shard]
-
-    def index(self, shard: int) -> ShardIndex:
-        """The shard's index: beside the cached shard where there is a cache. UserError where it does not fit."""
-        info = self.manifest.shards[shard]
-        try:
-            if self.cache is None:
-                index = ShardIndex.from_json(self.store.read(index_name(info.name)).decode())
-            else:
-                index = ShardIndex.from_json(_index_path(self.cache, info.sha256).read_text())
-        except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
-            raise UserError(f"{self.store.url}/{index_name(info.name)} is missing or damaged: prepare again") from None
-        if index.sha256 != info.sha256 or len(index.members) != info.samples:
-            raise UserError(f"{self.store.url}/{index_name(info.name)} belongs to another shard than the manifest's")
-        return index
-
-    def fetch(self, shard: int) -> None:
+    def fetch(self, source: int, shard: int) -> None:
         """Brings a shard and its index into the cache (in the process that holds the store's client)."""
-        if self.cache is None:
+        part = self.sets.parts[source]
+        if part.cache is None:
             return
-        info = self.manifest.shards[shard]
-        self.cache.fetch(info)
-        path = _index_path(self.cache, info.sha256)
+        info = part.manifest.shards[shard]
+        part.cache.fetch(info)
+        path = _index_path(part.cache, info.sha256)
         if not path.is_file():
-            partial = path.with_suffix(".partial")
-            partial.write_bytes(self.store.read(index_name(info.name)))
+            partial = path.with_suffix(f".{os.getpid()}.partial")
+            partial.write_bytes(part.store.read(index_name(info.name)))
             partial.replace(path)
+
+
+def decode(data: bytes, least: int | None) -> Pixels:
+    """A picture's bytes → uint8 (H, W, 3), a JPEG perhaps at a fraction of its size with no side below `least`.
+
+    JPEGs by simplejpeg, 1.4 times as fast as Pillow here; what it does not know (CMYK, say) and all else by Pillow.
+    Raises OSError, ValueError or SyntaxError for what is no picture.
+    """
+    if data[:2] == b"\xff\xd8":
+        try:
+            pixels: Pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=least or 0, min_width=least or 0)
+            return pixels
+        except ValueError:
+            pass
+    with Image.open(io.BytesIO(data)) as image:
+        if least is not None:
+            image.draft("RGB", (least, least))
+        return np.asarray(image.convert("RGB"))
+
+
+def shard_index(part: DataSet, shard: int) -> ShardIndex:
+    """The shard's index: beside the cached shard where there is a cache. UserError where it does not fit."""
+    info = part.manifest.shards[shard]
+    try:
+        if part.cache is None:
+            index = ShardIndex.from_json(part.store.read(index_name(info.name)).decode())
+        else:
+            index = ShardIndex.from_json(_index_path(part.cache, info.sha256).read_text())
+    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+        raise UserError(f"{part.store.url}/{index_name(info.name)} is missing or damaged: prepare again") from None
+    if index.sha256 != info.sha256 or len(index.members) != info.samples:
+        raise UserError(f"{part.store.url}/{index_name(info.name)} belongs to another shard than the manifest's")
+    return index
+
+
+def _bytes(part: DataSet, shard: int, offset: int, size: int) -> bytes:
+    info = part.manifest.shards[shard]
+    if part.cache is None:
+        return part.store.read_range(info.name, offset, offset + size)
+    return _pread(part.cache.path(info), offset, size)
 
 
 def _index_path(cache: ShardCache, sha256: str) -> Path:
@@ -150,9 +227,9 @@ def _pread(path: Path, offset: int, size: int) -> bytes:
         raise UserError(f"{path} was evicted before it was read: raise data.cache_bytes") from None
 
 
-def _draws(seed: int, request: Request) -> np.ndarray[tuple[int, ...], np.dtype[np.uint64]]:
+def _draws(seed: int, request: Request) -> NDArray[np.uint64]:
     """Three raw 64-bit numbers of this sample in this epoch."""
-    key = (seed & 0xFFFFFFFFFFFFFFFF) | (1 << 127)
+    key = (seed & 0xFFFFFFFFFFFFFFFF) | (1 << 127) | (request.source << 64)
     counter = (request.epoch << 192) | (request.shard << 128) | (request.row << 64)
-    draws: np.ndarray[tuple[int, ...], np.dtype[np.uint64]] = np.random.Philox(key=key, counter=counter).random_raw(3)
+    draws: NDArray[np.uint64] = np.random.Philox(key=key, counter=counter).random_raw(3)
     return draws

@@ -18,9 +18,24 @@ from numpy.typing import NDArray
 Int64s = NDArray[np.int64]
 
 
+# Positions a block of the mixture: each source has its share of every block, in an order of the block's own.
+BLOCK = 4096
+# Streams of random bits beside those of the lanes (which count up from 1) and of the shards (0).
+MIXTURE_STREAM = (1 << 64) - 1
+
+
 class Location(NamedTuple):
     """Where a position's sample is, and in which pass over the data."""
 
+    epoch: int
+    shard: int
+    row: int
+
+
+class Place(NamedTuple):
+    """A `Location` in one of several sources."""
+
+    source: int
     epoch: int
     shard: int
     row: int
@@ -69,6 +84,58 @@ class SampleOrder:
         lane_rows = self._lane_start(lane + 1) - self._lane_start(lane)
         rows = min(self._window_rows, lane_rows - window * self._window_rows)
         return _permutation(rows, self._seed, epoch, lane + 1, window)
+
+
+class Mixture:
+    """The order of several sources: one data set of all their shards, or each with a share of the positions.
+
+    With weights, a block of `BLOCK` positions holds round(weight · BLOCK) of each source, shuffled; a source's own
+    positions count up over the blocks, so its order and its epochs are those it would have alone (with a seed of its
+    own). Still a pure function of the position.
+    """
+
+    def __init__(
+        self, sizes: Sequence[Sequence[int]], weights: Sequence[float], seed: int, lanes: int, window: int
+    ) -> None:
+        self._seed = seed
+        self._ends = np.cumsum([len(part) for part in sizes])
+        if not weights:
+            self._union = SampleOrder([size for part in sizes for size in part], seed, lanes, window)
+            self.quotas: tuple[int, ...] = ()
+            return
+        self.quotas = quotas(weights)
+        self._orders = [SampleOrder(part, seed + number, lanes, window) for number, part in enumerate(sizes)]
+        self._block = lru_cache(maxsize=4)(self._mix_block)
+
+    def locate(self, position: int) -> Place:
+        """The sample at an absolute position ≥ 0."""
+        if not self.quotas:
+            epoch, shard, row = self._union.locate(position)
+            source = int(np.searchsorted(self._ends, shard, side="right"))
+            return Place(source, epoch, shard - (int(self._ends[source - 1]) if source else 0), row)
+        block, within = divmod(position, BLOCK)
+        sources, ranks = self._block(block)
+        source = int(sources[within])
+        return Place(source, *self._orders[source].locate(block * self.quotas[source] + int(ranks[within])))
+
+    def _mix_block(self, block: int) -> tuple[Int64s, Int64s]:
+        """Each position's source, and how many positions of the block before it have the same."""
+        sources = np.repeat(np.arange(len(self.quotas)), self.quotas)
+        sources = sources[_permutation(BLOCK, self._seed, block, MIXTURE_STREAM, 0)]
+        ranks = np.empty(BLOCK, dtype=np.int64)
+        for source, quota in enumerate(self.quotas):
+            ranks[sources == source] = np.arange(quota)
+        return sources, ranks
+
+
+def quotas(weights: Sequence[float]) -> tuple[int, ...]:
+    """Positions of a block for each weight: nearest to its share, together exactly `BLOCK`; 0 for very small ones."""
+    shares = np.asarray(weights, dtype=np.float64) / sum(weights) * BLOCK
+    floors = np.floor(shares).astype(int)
+    # The largest remainders get what is left; a stable sort, so that equal ones go by their place.
+    for source in np.argsort(floors - shares, kind="stable")[: BLOCK - int(floors.sum())]:
+        floors[source] += 1
+    return tuple(int(quota) for quota in floors)
 
 
 def _permutation(count: int, seed: int, epoch: int, stream: int, part: int) -> Int64s:

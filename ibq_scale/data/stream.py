@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,12 +18,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from ibq_scale.config.run import DataConfig
-from ibq_scale.data.cache import ShardCache
 from ibq_scale.data.codes import CodeDataset, CodeSample
 from ibq_scale.data.images import ImageDataset, ImageSample, Request
-from ibq_scale.data.manifest import load_manifest
-from ibq_scale.data.order import SampleOrder
-from ibq_scale.data.store import open_store
+from ibq_scale.data.order import Mixture
+from ibq_scale.data.sets import open_sets
 
 # Batches whose shards are fetched ahead of use, and those that each worker has ready.
 FETCH_AHEAD = 16
@@ -38,6 +35,8 @@ class ImageBatch(NamedTuple):
     """int64 (B,)."""
     positions: Tensor
     """int64 (B,), absolute."""
+    faults: tuple[str, ...] = ()
+    """What was wrong with samples that others stand in for."""
 
 
 class CodeBatch(NamedTuple):
@@ -65,20 +64,17 @@ def image_stream(
     data: DataConfig, *, resolution: int, seed: int, rank: int, world_size: int, micro_batch: int, start: int
 ) -> Iterator[ImageBatch]:
     """This rank's micro-batches from absolute position `start` on, without end. UserError for unusable data."""
-    store = open_store(data.train)
-    manifest = load_manifest(store, "images")
-    cache = ShardCache(Path(data.cache_dir), data.cache_bytes, store) if data.cache_dir else None
+    sets = open_sets(data, "images")
     dataset = ImageDataset(
-        manifest,
-        store,
-        cache,
+        sets,
         resolution=resolution,
         random_crop=data.augment == "random_crop",
         flip=data.flip,
         seed=seed,
+        training=True,
+        indices_in_memory=4 * data.lanes * len(sets.parts),
     )
-    order = SampleOrder(manifest.shard_sizes, seed, data.lanes, data.window)
-    requests = _requests(order, rank_positions(start, rank, world_size, micro_batch))
+    requests = _requests(sets.order(data, seed), rank_positions(start, rank, world_size, micro_batch))
     return _load(dataset, _FetchingSampler(requests, dataset.fetch), _stack_images, data.workers)
 
 
@@ -86,12 +82,9 @@ def code_stream(
     data: DataConfig, *, seed: int, rank: int, world_size: int, micro_batch: int, start: int
 ) -> Iterator[CodeBatch]:
     """As `image_stream`, for code shards."""
-    store = open_store(data.train)
-    manifest = load_manifest(store, "codes")
-    cache = ShardCache(Path(data.cache_dir), data.cache_bytes, store) if data.cache_dir else None
-    dataset = CodeDataset(manifest, store, cache, shards_in_memory=4 * data.lanes)
-    order = SampleOrder(manifest.shard_sizes, seed, data.lanes, data.window)
-    requests = _requests(order, rank_positions(start, rank, world_size, micro_batch))
+    sets = open_sets(data, "codes")
+    dataset = CodeDataset(sets, shards_in_memory=4 * data.lanes * len(sets.parts))
+    requests = _requests(sets.order(data, seed), rank_positions(start, rank, world_size, micro_batch))
     return _load(dataset, _FetchingSampler(requests, dataset.fetch), _stack_codes, data.workers)
 
 
@@ -102,32 +95,30 @@ def evaluation_images(
 
     All ranks get equally many batches of equal size: places beyond the end repeat a sample with weight 0.
     """
-    store = open_store(url)
-    manifest = load_manifest(store, "images")
-    rows = [(s, r) for s, size in enumerate(manifest.shard_sizes) for r in range(size)][:limit]
     dataset = _centre_cropped(url, resolution)
+    sizes = dataset.sets.parts[0].manifest.shard_sizes
+    rows = [(s, r) for s, size in enumerate(sizes) for r in range(size)][:limit]
     for first in range(0, len(rows), batch * world_size):
         places = range(first + rank * batch, first + (rank + 1) * batch)
-        samples = [dataset[Request(p, 0, *rows[min(p, len(rows) - 1)])] for p in places]
+        samples = [dataset[Request(p, 0, 0, *rows[min(p, len(rows) - 1)])] for p in places]
         yield _stack_images(samples), torch.tensor([float(p < len(rows)) for p in places])
 
 
 def shard_images(url: str, shard: int, *, resolution: int, batch: int) -> Iterator[ImageBatch]:
     """One shard's images in its own order, centre-cropped; the last batch may be smaller."""
     dataset = _centre_cropped(url, resolution)
-    size = dataset.manifest.shards[shard].samples
+    size = dataset.sets.parts[0].manifest.shards[shard].samples
     for first in range(0, size, batch):
         rows = range(first, min(first + batch, size))
-        yield _stack_images([dataset[Request(row, 0, shard, row)] for row in rows])
+        yield _stack_images([dataset[Request(row, 0, 0, shard, row)] for row in rows])
 
 
 def _centre_cropped(url: str, resolution: int) -> ImageDataset:
-    store = open_store(url)
-    manifest = load_manifest(store, "images")
-    return ImageDataset(manifest, store, None, resolution=resolution, random_crop=False, flip=False, seed=0)
+    sets = open_sets(DataConfig(train=url), "images")
+    return ImageDataset(sets, resolution=resolution, random_crop=False, flip=False, seed=0, training=False)
 
 
-def _requests(order: SampleOrder, batches: Iterator[range]) -> Iterator[list[Request]]:
+def _requests(order: Mixture, batches: Iterator[range]) -> Iterator[list[Request]]:
     for positions in batches:
         yield [Request(p, *order.locate(p)) for p in positions]
 
@@ -135,7 +126,7 @@ def _requests(order: SampleOrder, batches: Iterator[range]) -> Iterator[list[Req
 class _FetchingSampler(Sampler[list[Request]]):
     """Hands out batches of requests in order, their shards fetched before and some batches ahead by a thread."""
 
-    def __init__(self, requests: Iterator[list[Request]], fetch: Callable[[int], None]) -> None:
+    def __init__(self, requests: Iterator[list[Request]], fetch: Callable[[int, int], None]) -> None:
         self._requests = requests
         self._fetch = fetch
 
@@ -145,8 +136,8 @@ class _FetchingSampler(Sampler[list[Request]]):
             while True:
                 while len(waiting) < FETCH_AHEAD:
                     batch = next(self._requests)
-                    shards = dict.fromkeys(request.shard for request in batch)
-                    waiting.append((batch, [fetcher.submit(self._fetch, shard) for shard in shards]))
+                    shards = dict.fromkeys((request.source, request.shard) for request in batch)
+                    waiting.append((batch, [fetcher.submit(self._fetch, *shard) for shard in shards]))
                 batch, futures = waiting.popleft()
                 for future in futures:
                     future.result()
@@ -180,8 +171,12 @@ def _start_worker(worker: int) -> None:
 
 
 def _stack_images(samples: Sequence[ImageSample]) -> ImageBatch:
-    images = torch.stack([s.image_u8 for s in samples])
-    return ImageBatch(images, torch.tensor([s.label for s in samples]), torch.tensor([s.position for s in samples]))
+    return ImageBatch(
+        torch.stack([s.image_u8 for s in samples]),
+        torch.tensor([s.label for s in samples]),
+        torch.tensor([s.position for s in samples]),
+        tuple(s.fault for s in samples if s.fault),
+    )
 
 
 def _stack_codes(samples: Sequence[CodeSample]) -> CodeBatch:

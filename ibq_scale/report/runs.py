@@ -31,6 +31,7 @@ METRICS: dict[str, tuple[str, str, str, float | None]] = {
     "grad_norm": ("Gradient norm", "", "before clipping", None),
     "lr": ("Learning rate", "", "", None),
     "samples_per_s": ("Speed", "images/s", "whole world, data and logging included", None),
+    "bad_samples": ("Damaged samples", "so far", "each replaced by a neighbour", None),
     "data_wait": ("Waiting for data", "share of time", "", None),
 }
 

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from ibq_scale.config.deepspeed import deepspeed_config
 from ibq_scale.config.run import ARRun
-from ibq_scale.data.manifest import CodesInfo, load_manifest
+from ibq_scale.data.manifest import CodesInfo, Manifest
+from ibq_scale.data.sets import open_sets
 from ibq_scale.data.stream import CodeBatch, code_stream
 from ibq_scale.distributed.environment import World
 from ibq_scale.errors import UserError
@@ -93,28 +94,45 @@ class ARTask:
 
 def check_codes(run: ARRun) -> CodesInfo:
     """Reads what the code shards say of themselves. UserError where they do not fit the model or the tokenizer."""
-    manifest = load_manifest(run.data.train, "codes")
-    info = manifest.codes
-    assert info is not None
+    parts = open_sets(run.data, "codes").parts
+    for url, part in zip(run.data.sources, parts, strict=True):
+        _check_part(run, url, part.manifest)
+        if (part.manifest.classes, _codes(part.manifest).tokenizer) != (
+            parts[0].manifest.classes,
+            _codes(parts[0].manifest).tokenizer,
+        ):
+            raise UserError(
+                f"{url} has other classes or another tokenizer than {run.data.sources[0]}: labels and codes of several "
+                f"sources must mean the same"
+            )
+    info = _codes(parts[0].manifest)
+    if run.tokenizer is not None and load_tokenizer(run.tokenizer).hash != info.tokenizer:
+        raise UserError(
+            f"{run.data.sources[0]} was written by another tokenizer than {run.tokenizer}: "
+            f"run ibq-scale tokenize with this one, or set tokenizer=null"
+        )
+    return info
+
+
+def _check_part(run: ARRun, url: str, manifest: Manifest) -> None:
+    info = _codes(manifest)
     if info.codebook_size != run.model.codebook_size:
         raise UserError(
-            f"{run.data.train} holds codes of a codebook of {info.codebook_size}, the model expects "
+            f"{url} holds codes of a codebook of {info.codebook_size}, the model expects "
             f"{run.model.codebook_size}: set model.codebook_size={info.codebook_size}"
         )
     tokens = info.grid[0] * info.grid[1]
     if tokens != run.model.tokens:
         raise UserError(
-            f"{run.data.train} has {tokens} codes an image, the model expects {run.model.tokens}: "
-            f"set model.tokens={tokens}"
+            f"{url} has {tokens} codes an image, the model expects {run.model.tokens}: set model.tokens={tokens}"
         )
     if len(manifest.classes) > run.model.classes:
         raise UserError(
-            f"{run.data.train} has {len(manifest.classes)} classes, the model {run.model.classes}: "
+            f"{url} has {len(manifest.classes)} classes, the model {run.model.classes}: "
             f"set model.classes={len(manifest.classes)}"
         )
-    if run.tokenizer is not None and load_tokenizer(run.tokenizer).hash != info.tokenizer:
-        raise UserError(
-            f"{run.data.train} was written by another tokenizer than {run.tokenizer}: "
-            f"run ibq-scale tokenize with this one, or set tokenizer=null"
-        )
-    return info
+
+
+def _codes(manifest: Manifest) -> CodesInfo:
+    assert manifest.codes is not None
+    return manifest.codes

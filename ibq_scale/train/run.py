@@ -17,6 +17,7 @@ import torch.distributed as dist
 from ibq_scale.config.batch import accumulation_steps
 from ibq_scale.config.layers import require_complete, to_yaml
 from ibq_scale.config.run import AnyRun, TokenizerRun
+from ibq_scale.data.sets import open_sets
 from ibq_scale.distributed.environment import World
 from ibq_scale.errors import UserError
 from ibq_scale.report.runs import write_report
@@ -27,7 +28,9 @@ from ibq_scale.train.trainer import Trainer
 
 # A checkpoint continues only under the same networks and the same stream of samples.
 FIXED = ("task", "model", "quantizer", "discriminator")
-FIXED_DATA = ("lanes", "window")
+# How a network is computed and not what it is: may change between one part of a run and the next.
+FREE = {"backend", "logit_precision", "search", "tile_bytes", "revive_after", "attention", "activation_checkpointing"}
+FIXED_DATA = ("lanes", "window", "weights")
 PACKAGES = ("torch", "torchvision", "deepspeed", "webdataset", "s3fs", "numpy", "ibq-scale")
 
 log = logging.getLogger(__name__)
@@ -48,9 +51,12 @@ def train(config: AnyRun, world: World) -> int:
     if resume_from is not None and resume_from.step >= config.train.total_steps:
         _say(world, f"{run_dir}: all {config.train.total_steps} steps are done; nothing to do")
         return 0
+    data_hash = open_sets(config.data, "images" if isinstance(config, TokenizerRun) else "codes").hash
+    if resume_from is not None:
+        check_same_data(config, resume_from, data_hash)
     task = _make_task(config, world)
     _say(world, _summary(config, world, accumulation, resume_from))
-    outcome = Trainer(config, run_dir, task, world).run(resume_from)
+    outcome = Trainer(config, run_dir, task, world, data_hash).run(resume_from)
     if world.is_main:
         write_report([run_dir], run_dir / "report.html")
     if outcome.stopped:
@@ -64,7 +70,7 @@ def check_same_run(config: AnyRun, checkpoint: Checkpoint, world: World) -> None
     """UserError where the checkpoint belongs to another model, or to a layout that cannot go on here."""
     saved, now = checkpoint.manifest["config"], config.model_dump(mode="json")
     for section in FIXED:
-        if saved.get(section) != now.get(section):
+        if _what(saved.get(section)) != _what(now.get(section)):
             raise UserError(
                 f"{checkpoint.path} is a checkpoint of another model: '{section}' has "
                 f"{_difference(saved, now, section)}. Give another out=… or the same config"
@@ -84,6 +90,19 @@ def check_same_run(config: AnyRun, checkpoint: Checkpoint, world: World) -> None
             f"{checkpoint.path} was written by {checkpoint.manifest['world_size']} ranks, this run has {world.size}: "
             f"resume on {checkpoint.manifest['world_size']}"
         )
+
+
+def check_same_data(config: AnyRun, checkpoint: Checkpoint, data_hash: str) -> None:
+    """UserError where a position would mean another sample than before."""
+    if checkpoint.manifest["data_hash"] != data_hash:
+        raise UserError(
+            f"{checkpoint.path}: {', '.join(config.data.sources)} holds other data than before (the manifests "
+            f"differ), so the order of samples would not go on. Give the same data, or another out=…"
+        )
+
+
+def _what(section: object) -> object:
+    return {k: v for k, v in section.items() if k not in FREE} if isinstance(section, dict) else section
 
 
 def _difference(saved: dict[str, object], now: dict[str, object], section: str) -> str:
@@ -152,7 +171,7 @@ def _summary(config: AnyRun, world: World, accumulation: int, resume_from: Check
     return (
         f"{config.name}: {begin}; {train.total_steps} steps of {train.global_batch} = {train.micro_batch} micro × "
         f"{accumulation} accumulation × {world.size} ranks; {train.precision}, DeepSpeed {config.deepspeed.config}; "
-        f"data {config.data.train}; run directory {config.run_dir}"
+        f"data {', '.join(config.data.sources)}; run directory {config.run_dir}"
     )
 
 

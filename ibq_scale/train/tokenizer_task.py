@@ -29,6 +29,7 @@ from ibq_scale.quantize.types import Quantized
 from ibq_scale.train.codebook import ShardedCodebook
 from ibq_scale.train.ema import ShardedEMA
 from ibq_scale.train.engine import adam, discriminator_config, load_engine, make_engine, set_rates
+from ibq_scale.train.guards import BadSamples
 from ibq_scale.train.schedule import lr_factor
 from ibq_scale.train.task import StepMetrics
 from ibq_scale.train.usage import UsageTracker
@@ -70,6 +71,7 @@ class TokenizerTask:
         self.perceptual = None if net == "none" else Perceptual(net, world.device)
         self.lecam = LeCAM(run.loss.lecam_decay, world.device)
         self.usage = UsageTracker(run.quantizer.codebook_size, run.quantizer.revive_after, world)
+        self.bad_samples = BadSamples(run.data.bad_samples, world)
         self.lr = run.optimizer.lr
         self.step = 0
         self.adversarial = False
@@ -97,7 +99,9 @@ class TokenizerTask:
     def train_step(self, batches: Iterator[ImageBatch]) -> StepMetrics:
         sums: StepMetrics = {}
         for _ in range(self.accumulation):
-            images = to_float(next(batches).images_u8.to(self.world.device, non_blocking=True))
+            batch = next(batches)
+            self.bad_samples.note(batch.faults)
+            images = to_float(batch.images_u8.to(self.world.device, non_blocking=True))
             metrics, reconstruction = self._generator_backward(images)
             self.generator.step()
             if self.adversarial:
@@ -172,7 +176,7 @@ class TokenizerTask:
             self.codebook.revive(dead_K, tokens_ND, self.run.train.seed + self.step)
 
     def log_metrics(self) -> dict[str, float]:
-        return self.usage.log()
+        return self.usage.log() | self.bad_samples.log()
 
     def save(self, directory: Path) -> None:
         self.generator.save_checkpoint(str(directory), tag="generator", save_latest=False)
@@ -180,6 +184,7 @@ class TokenizerTask:
         self.codebook.save(directory / "codebook")
         self.ema.save(directory / "ema")
         self.usage.save(directory)
+        self.bad_samples.save(directory)
         if self.world.is_main:
             save_file({k: v.cpu() for k, v in self.lecam.state_dict().items()}, directory / "lecam.safetensors")
         self._export(directory / "model")
@@ -198,6 +203,7 @@ class TokenizerTask:
         self.codebook.load(directory / "codebook")
         self.ema.load(directory / "ema")
         self.usage.load(directory)
+        self.bad_samples.load(directory)
         self.lecam.load_state_dict(load_file(directory / "lecam.safetensors"))
 
     def draw(self, directory: Path, step: int) -> None:

@@ -52,11 +52,12 @@ class _TimedBatches:
 class Trainer:
     """Runs a task from its newest whole checkpoint to the end of the config, or to a signal."""
 
-    def __init__(self, config: AnyRun, run_dir: Path, task: Task, world: World) -> None:
+    def __init__(self, config: AnyRun, run_dir: Path, task: Task, world: World, data_hash: str) -> None:
         self.config = config
         self.run_dir = run_dir
         self.task = task
         self.world = world
+        self.data_hash = data_hash
         self.checkpoints = CheckpointFolder(run_dir / "checkpoints", world, config.train.keep_checkpoints)
 
     def run(self, resume_from: Checkpoint | None) -> Outcome:
@@ -102,6 +103,7 @@ class Trainer:
             "step": step,
             "samples": step * self.config.train.global_batch,
             "world_size": self.world.size,
+            "data_hash": self.data_hash,
             "config": self.config.model_dump(mode="json"),
         }
 

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from collections import Counter
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
+import psutil
 import pytest
 import torch
+from PIL import Image
 
 from ibq_scale.config.run import DataConfig
 from ibq_scale.data.cache import ShardCache
-from ibq_scale.data.images import CorruptSampleError
+from ibq_scale.data.images import BadSampleError, ImageDataset, Request, decode
 from ibq_scale.data.manifest import load_manifest
 from ibq_scale.data.prepare import ShardIndex
+from ibq_scale.data.sets import open_sets
 from ibq_scale.data.store import open_store
 from ibq_scale.data.stream import ImageBatch, evaluation_images, image_stream, shard_images
 from ibq_scale.errors import UserError
@@ -73,13 +78,10 @@ def test_workers_with_a_cache_read_no_store_and_give_the_same(config: DataConfig
     cached = config.model_copy(
         update={"train": str(tmp_path / "store"), "cache_dir": str(tmp_path / "cache"), "workers": 2}
     )
-    cache = ShardCache(tmp_path / "cache", 10**9, open_store(str(tmp_path / "store")))
-    from ibq_scale.data.images import ImageDataset
-
-    manifest = load_manifest(str(tmp_path / "store"), "images")
-    images = ImageDataset(manifest, cache.store, cache, resolution=32, random_crop=True, flip=True, seed=5)
-    for shard in range(len(manifest.shards)):
-        images.fetch(shard)
+    sets = open_sets(cached, "images")
+    images = ImageDataset(sets, resolution=32, random_crop=True, flip=True, seed=5, training=True)
+    for shard in range(len(sets.parts[0].manifest.shards)):
+        images.fetch(0, shard)
     for tar in (tmp_path / "store").glob("*.tar*"):
         tar.unlink()
     got, labels = _global(cached, 1)
@@ -119,17 +121,108 @@ def test_s3_gives_the_same_stream_as_a_folder(
     assert torch.equal(images, _global(config, 2)[0])
 
 
-def test_changed_bytes_are_never_trained_on(dataset: str, config: DataConfig, tmp_path: Path) -> None:
-    shutil.copytree(dataset, tmp_path / "store")
-    tar = tmp_path / "store/images-000000.tar"
+def _damaged(dataset: str, folder: Path, rows: list[int]) -> Path:
+    """A copy whose first shard has a wrong byte inside these samples."""
+    shutil.copytree(dataset, folder)
+    tar = folder / "images-000000.tar"
     content = bytearray(tar.read_bytes())
-    content[load_index(tmp_path / "store").members[2].offset + 20] ^= 1
+    for row in rows:
+        content[load_index(folder).members[row].offset + 20] ^= 1
     tar.write_bytes(content)
-    damaged = config.model_copy(update={"train": str(tmp_path / "store")})
-    with pytest.raises(CorruptSampleError, match="is not what was prepared"):
+    return folder
+
+
+def test_a_damaged_sample_is_replaced_by_its_neighbour_on_any_number_of_ranks(
+    dataset: str, config: DataConfig, tmp_path: Path
+) -> None:
+    plain = config.model_copy(update={"augment": "center_crop", "flip": False})
+    damaged = plain.model_copy(update={"train": str(_damaged(dataset, tmp_path / "store", [1]))})
+    order = open_sets(plain, "images").order(plain, 5)
+    bad, neighbour = (next(p for p in range(24) if order.locate(p)[2:] == (0, row)) for row in (1, 2))
+    streams = {world: [batch for rank in range(world) for batch in _stream(damaged, rank, world)] for world in (1, 2)}
+    assert streams[1][0].images_u8.shape == (MICRO, 3, 32, 32)
+    for batches in streams.values():
+        images = {int(p): i for b in batches for p, i in zip(b.positions, b.images_u8, strict=True)}
+        assert torch.equal(images[bad], images[neighbour])
+        faults = [fault for b in batches for fault in b.faults]
+        # Position 0 … 39 is more than one epoch of 24.
+        assert len(faults) == sum(order.locate(p)[2:] == (0, 1) for p in range(5 * GLOBAL))
+        assert "images-000000.tar, sample 1 is not what was prepared" in faults[0]
+    with pytest.raises(BadSampleError, match="is not what was prepared"):
+        list(evaluation_images(damaged.sources[0], resolution=32, rank=0, world_size=1, batch=8))
+
+
+def test_a_shard_without_one_good_sample_stops(dataset: str, config: DataConfig, tmp_path: Path) -> None:
+    rows = list(range(len(load_index(Path(dataset)).members)))
+    damaged = config.model_copy(update={"train": str(_damaged(dataset, tmp_path / "store", rows))})
+    with pytest.raises(BadSampleError, match="no sample of the shard is good"):
         _global(damaged, 1)
+
+
+def test_a_cache_takes_no_shard_that_has_changed(dataset: str, config: DataConfig, tmp_path: Path) -> None:
+    damaged = config.model_copy(update={"train": str(_damaged(dataset, tmp_path / "store", [2]))})
     with pytest.raises(UserError, match="is not what the manifest says"):
         _global(damaged.model_copy(update={"cache_dir": str(tmp_path / "cache")}), 1)
+
+
+def test_sources_are_mixed_by_weight_or_make_one_set(dataset: str, config: DataConfig, tmp_path: Path) -> None:
+    shutil.copytree(dataset, tmp_path / "second")
+    both = {"train": (dataset, str(tmp_path / "second"))}
+    union = config.model_copy(update=both)
+    first = next(image_stream(union, resolution=32, seed=5, rank=0, world_size=1, micro_batch=48, start=0))
+    assert Counter(first.labels.tolist()) == {0: 16, 1: 16, 2: 16}, "each sample of both once"
+    weighted = config.model_copy(update=both | {"weights": (3.0, 1.0)})
+    assert torch.equal(_global(weighted, 1)[0], _global(weighted, 4)[0])
+    tiny = config.model_copy(update=both | {"weights": (1.0, 1e-5)})
+    with pytest.raises(UserError, match="would never come up"):
+        _global(tiny, 1)
+
+
+def test_the_index_of_many_shards_stays_small(dataset: str, config: DataConfig) -> None:
+    sets = open_sets(config, "images")
+    images = ImageDataset(
+        sets, resolution=32, random_crop=False, flip=False, seed=0, training=True, indices_in_memory=2
+    )
+    for shard, info in enumerate(sets.parts[0].manifest.shards):
+        images[Request(0, 0, 0, shard, info.samples - 1)]
+        assert len(images._indices) <= 2
+
+
+@pytest.mark.slow
+def test_a_killed_worker_ends_the_stream_and_does_not_hang(config: DataConfig) -> None:
+    stream = image_stream(
+        config.model_copy(update={"workers": 1}), resolution=32, seed=5, rank=0, world_size=1, micro_batch=2, start=0
+    )
+    next(stream)
+    workers = [
+        child
+        for child in psutil.Process().children(recursive=True)
+        if "forkserver" in " ".join(child.cmdline()) and child.children() == []
+    ]
+    assert workers
+    for worker in workers:
+        worker.kill()
+    # Which of the two depends on what the worker was doing; both come at once.
+    with pytest.raises((RuntimeError, OSError)):
+        list(islice(stream, 100))
+
+
+@pytest.mark.parametrize("least", [None, 20])
+def test_decoders_agree(least: int | None) -> None:
+    """simplejpeg decodes what Pillow does; a scaled picture still covers what was asked for."""
+    smooth = np.linspace(0, 255, 48 * 64 * 3).reshape(48, 64, 3).astype(np.uint8)
+    for mode in ("RGB", "L", "CMYK"):
+        data = io.BytesIO()
+        Image.fromarray(smooth).convert(mode).save(data, "JPEG", quality=95)
+        pixels = decode(data.getvalue(), least)
+        assert pixels.dtype == np.uint8
+        assert min(pixels.shape[:2]) >= (least or 48)
+        if least is None:
+            expected = np.asarray(Image.open(data).convert("RGB"))
+            assert pixels.shape == expected.shape
+            assert int(np.abs(pixels.astype(int) - expected).max()) <= 2, mode
+    with pytest.raises((OSError, ValueError)):
+        decode(b"\xff\xd8 no picture", least)
 
 
 def test_the_cache_evicts_the_oldest_but_never_what_was_just_used(dataset: str, tmp_path: Path) -> None:

@@ -1,0 +1,36 @@
+"""Damaged samples: counted over ranks and restarts, and a run stops on all ranks together past its budget."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ibq_scale.distributed.environment import World
+from ibq_scale.train.guards import BadSamples, TooManyBadSamplesError
+from tests.ranks import run_ranks
+
+
+def _two_ranks(rank: int, size: int, folder: Path) -> list[float]:
+    world = World(rank, size, rank, torch.device("cpu"))
+    bad = BadSamples(3, world)
+    counts = [bad.log()["bad_samples"]]
+    bad.note(("shard 1, sample 5: crc",) if rank else ("a", "b"))
+    counts.append(bad.log()["bad_samples"])
+    bad.save(folder)
+    dist.barrier()
+    resumed = BadSamples(3, world)
+    resumed.load(folder)
+    counts.append(resumed.log()["bad_samples"])
+    if rank == 0:
+        resumed.note(("one more",))
+    with pytest.raises(TooManyBadSamplesError, match=r"4 damaged samples so far, data.bad_samples allows 3"):
+        resumed.log()
+    return counts
+
+
+@pytest.mark.distributed
+def test_the_budget_is_the_runs_and_not_a_ranks(tmp_path: Path) -> None:
+    assert run_ranks(_two_ranks, 2, tmp_path) == [[0.0, 3.0, 3.0]] * 2
