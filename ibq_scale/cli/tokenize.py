@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict
 
 from ibq_scale.cli.ranks import add_ranks
+from ibq_scale.errors import UserError
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -21,19 +22,40 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("data", metavar="DATA", help="folder or s3:// prefix that 'prepare images' wrote")
     parser.add_argument("--to", required=True, metavar="URL", help="folder or s3://bucket/prefix for the codes")
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="images at once on a rank (default 32)")
+    parser.add_argument(
+        "--crops", choices=("center", "ten"), default="center", help="ten: corners, centre, and mirrored (LlamaGen)"
+    )
+    parser.add_argument(
+        "--part", default="0/1", metavar="I/N", help="only every N-th shard from I on: for an array of jobs"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     add_ranks(parser)
-    parser.set_defaults(run=_tokenize)
+    parser.set_defaults(run=_tokenize, check=_check)
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """``3/16`` → (3, 16). UserError where it cannot be read."""
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise UserError(f"--part {text}: write I/N with 0 ≤ I < N, for example 0/16 to 15/16")
+    return int(index), int(count)
+
+
+def _check(args: argparse.Namespace) -> None:
+    from ibq_scale.cli.ranks import at_least_one
+
+    at_least_one(args, "batch")
+    parse_part(args.part)
 
 
 def _tokenize(args: argparse.Namespace) -> int:
-    from ibq_scale.cli.ranks import at_least_one
     from ibq_scale.distributed.environment import join
     from ibq_scale.generate.codes import tokenize
 
-    at_least_one(args, "batch")
+    _check(args)
+    part = parse_part(args.part)
     with join() as world:
-        report = tokenize(args.checkpoint, args.data, args.to, world, batch=args.batch)
+        report = tokenize(args.checkpoint, args.data, args.to, world, batch=args.batch, crops=args.crops, part=part)
         if not world.is_main:
             return 0
     if args.json:
@@ -41,8 +63,11 @@ def _tokenize(args: argparse.Namespace) -> int:
         return 0
     reused = f" ({report.reused_shards} shards from an earlier run)" if report.reused_shards else ""
     h, w = report.grid
+    each = f" of {report.crops} crops each" if report.crops > 1 else ""
     print(
-        f"{report.url}: {report.images} images as {h}×{w} codes in {report.shards} shards{reused}, "
+        f"{report.url}: {report.images} images{each} as {h}×{w} codes in {report.shards} shards{reused}, "
         f"{report.images_per_s:.1f} img/s; usage {100 * report.usage:.1f} % of {report.codebook_size}"
     )
+    if not report.complete:
+        print(f"other parts are missing: the last one to end writes {report.url}/manifest.json")
     return 0

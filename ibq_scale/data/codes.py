@@ -7,11 +7,12 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ibq_scale.data.images import Request
+from ibq_scale.data.images import Request, draws
 from ibq_scale.data.manifest import CodesInfo, Manifest, ShardInfo, save_manifest
 from ibq_scale.data.sets import DataSets
 from ibq_scale.data.store import Store
@@ -23,7 +24,7 @@ STAMP = "ibq_scale_stamp"
 
 @dataclass(frozen=True)
 class CodeShard:
-    """Codes int64 (n, h, w) and labels int64 (n,) of one shard."""
+    """Codes int64 (n, crops, h, w) and labels int64 (n,) of one shard."""
 
     codes: Tensor
     labels: Tensor
@@ -84,16 +85,22 @@ def read_code_shard(data: bytes, name: str) -> CodeShard:
 
 
 class CodeDataset(torch.utils.data.Dataset[CodeSample]):
-    """Samples by `Request`; the shards that lanes read at once stay in memory."""
+    """Samples by `Request`; the shards that lanes read at once stay in memory.
 
-    def __init__(self, sets: DataSets, *, shards_in_memory: int) -> None:
+    Of an image with several crops one is drawn by (seed, epoch, sample).
+    """
+
+    def __init__(self, sets: DataSets, *, seed: int, shards_in_memory: int) -> None:
         self.sets = sets
+        self.seed = seed
         self.shards_in_memory = shards_in_memory
         self._shards: OrderedDict[tuple[int, int], CodeShard] = OrderedDict()
 
     def __getitem__(self, request: Request) -> CodeSample:
         shard = self._shard(request.source, request.shard)
-        return CodeSample(shard.codes[request.row].flatten(), int(shard.labels[request.row]), request.position)
+        crops = shard.codes.shape[1]
+        crop = int(draws(self.seed, request)[0] % np.uint64(crops)) if crops > 1 else 0
+        return CodeSample(shard.codes[request.row, crop].flatten(), int(shard.labels[request.row]), request.position)
 
     def fetch(self, source: int, shard: int) -> None:
         """Brings a shard into the cache (in the process that holds the store's client)."""

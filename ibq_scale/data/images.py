@@ -141,10 +141,10 @@ class ImageDataset(torch.utils.data.Dataset[ImageSample]):
         free = (size[0] - side, size[1] - side)
         left, top, mirror = free[0] // 2, free[1] // 2, False
         if self.random_crop or self.flip:
-            draws = _draws(self.seed, request)
+            bits = draws(self.seed, request)
             if self.random_crop:
-                left, top = (int(draws[i] % np.uint64(free[i] + 1)) for i in (0, 1))
-            mirror = self.flip and bool(draws[2] >> np.uint64(63))
+                left, top = (int(bits[i] % np.uint64(free[i] + 1)) for i in (0, 1))
+            mirror = self.flip and bool(bits[2] >> np.uint64(63))
         square = pixels[top : top + side, left : left + side]
         return square[:, ::-1] if mirror else square
 
@@ -227,9 +227,9 @@ def _pread(path: Path, offset: int, size: int) -> bytes:
         raise UserError(f"{path} was evicted before it was read: raise data.cache_bytes") from None
 
 
-def _draws(seed: int, request: Request) -> NDArray[np.uint64]:
+def draws(seed: int, request: Request) -> NDArray[np.uint64]:
     """Three raw 64-bit numbers of this sample in this epoch."""
     key = (seed & 0xFFFFFFFFFFFFFFFF) | (1 << 127) | (request.source << 64)
     counter = (request.epoch << 192) | (request.shard << 128) | (request.row << 64)
-    draws: NDArray[np.uint64] = np.random.Philox(key=key, counter=counter).random_raw(3)
-    return draws
+    bits: NDArray[np.uint64] = np.random.Philox(key=key, counter=counter).random_raw(3)
+    return bits

@@ -29,10 +29,11 @@ class ShardInfo(Section):
 
 
 class CodesInfo(Section):
-    """Where codes come from: the tokenizer's hash and the image manifest's."""
+    """Where codes come from: the tokenizer's hash and the image manifest's. `crops` of each image were encoded."""
 
     codebook_size: PositiveInt
     grid: tuple[PositiveInt, PositiveInt]
+    crops: PositiveInt = 1
     tokenizer: str
     source: str
 

@@ -83,7 +83,7 @@ def code_stream(
 ) -> Iterator[CodeBatch]:
     """As `image_stream`, for code shards."""
     sets = open_sets(data, "codes")
-    dataset = CodeDataset(sets, shards_in_memory=4 * data.lanes * len(sets.parts))
+    dataset = CodeDataset(sets, seed=seed, shards_in_memory=4 * data.lanes * len(sets.parts))
     requests = _requests(sets.order(data, seed), rank_positions(start, rank, world_size, micro_batch))
     return _load(dataset, _FetchingSampler(requests, dataset.fetch), _stack_codes, data.workers)
 

@@ -5,27 +5,39 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ibq_scale.data.codes import CodeShard, code_shard_name, find_code_shard, finish_codes, write_code_shard
-from ibq_scale.data.manifest import CodesInfo, ShardInfo, load_manifest
-from ibq_scale.data.store import open_store
+from ibq_scale.data.manifest import CodesInfo, Manifest, ShardInfo, load_manifest
+from ibq_scale.data.store import Store, open_store
 from ibq_scale.data.stream import shard_images, to_float
 from ibq_scale.distributed.environment import World
 from ibq_scale.errors import UserError
 from ibq_scale.pretrained.loading import Tokenizer, load_tokenizer
 from ibq_scale.quantize.usage import CodeUsage
 
+# LlamaGen's ten crops are cut from a centre square of this many times the resolution.
+TEN_CROP_RANGE = 1.1
+Crops = Literal["center", "ten"]
+Part = tuple[int, int]
+"""Task i of n of an array of jobs: shards i, i + n, …"""
+
 
 @dataclass(frozen=True)
 class TokenizeReport:
-    """What was written. `usage` (0 to 1) and `perplexity` are over the images of the shards written now."""
+    """What was written. `usage` (0 to 1) and `perplexity` are over the images of the shards written now.
+
+    `complete`: every shard is there, and the manifest written. Else other parts of the array have still to run.
+    """
 
     url: str
+    complete: bool
     images: int
+    crops: int
     shards: int
     reused_shards: int
     grid: tuple[int, int]
@@ -37,20 +49,30 @@ class TokenizeReport:
     images_per_s: float
 
 
-def tokenize(checkpoint: str | Path, data: str, to: str, world: World, *, batch: int) -> TokenizeReport:
-    """Encodes every image (centre crop at the tokenizer's resolution) and writes shards, then the manifest. Collective.
+def tokenize(
+    checkpoint: str | Path,
+    data: str,
+    to: str,
+    world: World,
+    *,
+    batch: int,
+    crops: Crops = "center",
+    part: Part = (0, 1),
+) -> TokenizeReport:
+    """Encodes every image at the tokenizer's resolution and writes shards, then the manifest. Collective.
 
-    Rank r takes shards r, r + W, …; a shard that an earlier run of the same tokenizer on the same images has left
-    is kept. UserError where the checkpoint or the data cannot be used.
+    Of the part's shards, rank r takes every W-th; a shard that an earlier run of the same tokenizer on the same images
+    has left is kept. Whichever part finds all shards there writes the manifest. UserError where the checkpoint or the
+    data cannot be used.
     """
     begin = time.perf_counter()
     manifest = load_manifest(data, "images")
     tokenizer = load_tokenizer(checkpoint, world.device)
-    resolution = tokenizer.model_config.resolution
-    side = resolution // tokenizer.downsampling
+    side = tokenizer.model_config.resolution // tokenizer.downsampling
     info = CodesInfo(
         codebook_size=tokenizer.quantizer_config.codebook_size,
         grid=(side, side),
+        crops=10 if crops == "ten" else 1,
         tokenizer=tokenizer.hash,
         source=manifest.hash,
     )
@@ -59,26 +81,32 @@ def tokenize(checkpoint: str | Path, data: str, to: str, world: World, *, batch:
         raise UserError(f"--to {to} is the folder of the images: give the codes one of their own")
     usage = CodeUsage(info.codebook_size, world.device)
     mine: dict[int, ShardInfo] = {}
-    reused = 0
-    for number in range(world.rank, len(manifest.shards), world.size):
-        name = code_shard_name(manifest.shards[number].name)
-        found = find_code_shard(store, name, info, manifest.shards[number].samples)
+    encoded = reused = 0
+    for number in range(len(manifest.shards))[part[0] :: part[1]][world.rank :: world.size]:
+        image_shard = manifest.shards[number]
+        name = code_shard_name(image_shard.name)
+        found = find_code_shard(store, name, info, image_shard.samples)
         reused += found is not None
-        mine[number] = found or write_code_shard(store, name, _encode(tokenizer, data, number, batch, usage), info)
+        if found is None:
+            encoded += image_shard.samples
+            found = write_code_shard(store, name, _encode(tokenizer, data, number, batch, crops, usage), info)
+        mine[number] = found
     gathered: list[Any] = [None] * world.size
-    dist.all_gather_object(gathered, (mine, reused))
-    shards = dict(sorted((k, v) for part, _ in gathered for k, v in part.items()))
-    reused = sum(count for _, count in gathered)
-    if world.is_main:
-        finish_codes(store, list(shards.values()), manifest.classes, info)
+    dist.all_gather_object(gathered, (mine, encoded, reused))
+    done = dict(sorted((k, v) for shards, _, _ in gathered for k, v in shards.items()))
+    complete: list[Any] = [_finish(store, manifest, done, info) if world.is_main else None]
+    dist.broadcast_object_list(complete, src=0, device=world.device)
     usage.reduce()
     seconds = time.perf_counter() - begin
-    encoded = sum(manifest.shards[n].samples for part, _ in gathered for n in part)
+    images = sum(manifest.shards[number].samples for number in done)
+    encoded = sum(count for _, count, _ in gathered)
     return TokenizeReport(
         url=store.url,
-        images=manifest.samples,
-        shards=len(shards),
-        reused_shards=reused,
+        complete=complete[0],
+        images=images,
+        crops=info.crops,
+        shards=len(done),
+        reused_shards=sum(count for *_, count in gathered),
         grid=info.grid,
         codebook_size=info.codebook_size,
         tokenizer=info.tokenizer,
@@ -89,12 +117,38 @@ def tokenize(checkpoint: str | Path, data: str, to: str, world: World, *, batch:
     )
 
 
+def _finish(store: Store, manifest: Manifest, done: dict[int, ShardInfo], info: CodesInfo) -> bool:
+    """Writes the manifest if other parts have left all that this one has not made."""
+    shards = []
+    for number, image_shard in enumerate(manifest.shards):
+        name = code_shard_name(image_shard.name)
+        found = done.get(number) or find_code_shard(store, name, info, image_shard.samples)
+        if found is None:
+            return False
+        shards.append(found)
+    finish_codes(store, shards, manifest.classes, info)
+    return True
+
+
 @torch.inference_mode()
-def _encode(tokenizer: Tokenizer, data: str, shard: int, batch: int, usage: CodeUsage) -> CodeShard:
+def _encode(tokenizer: Tokenizer, data: str, shard: int, batch: int, crops: Crops, usage: CodeUsage) -> CodeShard:
+    resolution = tokenizer.model_config.resolution
+    square = round(TEN_CROP_RANGE * resolution) if crops == "ten" else resolution
     codes, labels = [], []
-    for images in shard_images(data, shard, resolution=tokenizer.model_config.resolution, batch=batch):
-        found_Bhw = tokenizer.encode(to_float(images.images_u8.to(tokenizer.codebook_KD.device)))
-        usage.update(found_Bhw)
-        codes.append(found_Bhw.cpu())
+    for images in shard_images(data, shard, resolution=square, batch=batch):
+        parts = ten_crops(images.images_u8, resolution) if crops == "ten" else [images.images_u8]
+        found = [tokenizer.encode(to_float(part.to(tokenizer.codebook_KD.device))) for part in parts]
+        codes_BChw = torch.stack(found, dim=1)
+        usage.update(codes_BChw)
+        codes.append(codes_BChw.cpu())
         labels.append(images.labels)
     return CodeShard(torch.cat(codes), torch.cat(labels))
+
+
+def ten_crops(images_BCHW: Tensor, side: int) -> list[Tensor]:
+    """The four corners and the centre, then the same mirrored: 10 × (B, C, side, side)."""
+    height, width = images_BCHW.shape[2:]
+    far_y, far_x = height - side, width - side
+    corners = [(0, 0), (0, far_x), (far_y, 0), (far_y, far_x), (far_y // 2, far_x // 2)]
+    five = [images_BCHW[:, :, y : y + side, x : x + side] for y, x in corners]
+    return five + [crop.flip(3) for crop in five]

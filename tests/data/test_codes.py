@@ -20,16 +20,18 @@ def _info(size: int = 1024) -> CodesInfo:
     return CodesInfo(codebook_size=size, grid=(4, 4), tokenizer="t" * 64, source="s" * 64)
 
 
-def _shard(seed: int, size: int = 1024, samples: int = 6) -> CodeShard:
+def _shard(seed: int, size: int = 1024, samples: int = 6, crops: int = 1) -> CodeShard:
     g = torch.Generator().manual_seed(seed)
-    return CodeShard(torch.randint(size, (samples, 4, 4), generator=g), torch.randint(3, (samples,), generator=g))
+    return CodeShard(
+        torch.randint(size, (samples, crops, 4, 4), generator=g), torch.randint(3, (samples,), generator=g)
+    )
 
 
 @pytest.mark.parametrize(("size", "bytes_a_code"), [(1024, 2), (65_536, 2), (262_144, 4)])
 def test_codes_come_back_whole_and_small(tmp_path: Path, size: int, bytes_a_code: int) -> None:
     store = open_store(str(tmp_path))
     shard = _shard(0, size, samples=200)
-    shard.codes[0, 0, 0] = size - 1
+    shard.codes[0, 0, 0, 0] = size - 1
     info = write_code_shard(store, "codes-000000.safetensors", shard, _info(size))
     assert info.bytes < shard.codes.numel() * bytes_a_code + 200 * 4 + 1024
     back = read_code_shard(store.read(info.name), info.name)
@@ -79,3 +81,26 @@ def test_damage_is_found(tmp_path: Path) -> None:
         next(code_stream(config, seed=0, rank=0, world_size=1, micro_batch=2, start=0))
     with pytest.raises(UserError, match="is damaged"):
         read_code_shard(b"short", "name")
+
+
+def test_of_several_crops_each_epoch_draws_one_the_same_for_any_ranks(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    shard = _shard(0, samples=8, crops=10)
+    finish_codes(store, [write_code_shard(store, "codes-0.safetensors", shard, _info())], ("a", "b", "c"), _info())
+    config = DataConfig(train=str(tmp_path), workers=0, lanes=2, window=2)
+
+    def epochs(world: int) -> torch.Tensor:
+        rows = {}
+        for rank in range(world):
+            stream = code_stream(config, seed=1, rank=rank, world_size=world, micro_batch=2, start=0)
+            for batch in islice(stream, 80 // (2 * world)):
+                rows |= dict(zip(batch.positions.tolist(), batch.codes, strict=True))
+        return torch.stack([rows[p] for p in range(80)])
+
+    seen = epochs(1)
+    assert torch.equal(seen, epochs(2))
+    crops = shard.codes.flatten(2)
+    drawn = {tuple(match) for codes in seen for match in (crops == codes).all(dim=2).nonzero().tolist()}
+    assert {image for image, _ in drawn} == set(range(8))
+    # Ten draws of ten crops for each of eight images: about 52 different ones.
+    assert 35 < len(drawn) <= 80

@@ -43,7 +43,7 @@ def codes(tmp_path_factory: pytest.TempPathFactory) -> str:
     for n in range(3):
         labels = torch.randint(3, (20,), generator=g)
         content = (labels[:, None, None] * 10 + torch.randint(4, (20, 4, 4), generator=g)) % 40
-        shards.append(write_code_shard(store, f"codes-{n}.safetensors", CodeShard(content, labels), info))
+        shards.append(write_code_shard(store, f"codes-{n}.safetensors", CodeShard(content[:, None], labels), info))
     finish_codes(store, shards, ("a", "b", "c"), info)
     return str(folder)
 
