@@ -78,7 +78,9 @@ def scratch(size: int, like: Tensor) -> Iterator[Tensor]:
     """
     flat = None if like.is_cuda else _kept.pop(like.dtype, None)
     if flat is None or flat.numel() < size:
-        flat = like.new_empty(size)
+        # A tensor made in inference mode, by an evaluation between two training steps, could not be written later.
+        with torch.inference_mode(False):
+            flat = torch.empty(size, dtype=like.dtype, device=like.device)
     try:
         yield flat[:size]
     finally:

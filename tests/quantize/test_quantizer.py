@@ -80,6 +80,19 @@ def test_entropy_gradient_is_the_derivative_of_the_entropy() -> None:
     assert torch.autograd.gradcheck(lambda a, b: quantize(a, b, config).entropy_loss, (z, codebook))
 
 
+def test_training_goes_on_after_an_evaluation_in_inference_mode() -> None:
+    """Both share scratch, and the evaluation's is the larger one here."""
+    config = _config(64, 3, tile_bytes=None)
+    with torch.inference_mode():
+        encode(torch.randn(5000, 3, dtype=torch.float16).to(torch.float32), torch.randn(64, 3), config)
+        quantize(torch.randn(5000, 3), torch.randn(64, 3), config)
+    z, codebook = torch.randn(6, 3, requires_grad=True), torch.randn(64, 3, requires_grad=True)
+    out = quantize(z, codebook, config)
+    (out.z_q_ND.sum() + out.entropy_loss).backward()
+    assert z.grad is not None
+    assert bool(z.grad.isfinite().all())
+
+
 def test_the_lowest_index_wins_a_tie() -> None:
     codebook = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0]])
     z = torch.tensor([[2.0, 0.5]])
