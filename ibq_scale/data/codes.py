@@ -105,7 +105,7 @@ class CodeDataset(torch.utils.data.Dataset[CodeSample]):
     def _shard(self, number: int) -> CodeShard:
         if number not in self._shards:
             info = self.manifest.shards[number]
-            data = self.store.read(info.name) if self.cache is None else self.cache.path(info).read_bytes()
+            data = self.store.read(info.name) if self.cache is None else self.cache.read(info)
             if hashlib.sha256(data).hexdigest() != info.sha256:
                 raise UserError(f"{self.store.url}/{info.name} is not what the manifest says (sha256 differs)")
             self._shards[number] = read_code_shard(data, info.name)

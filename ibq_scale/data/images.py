@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import zlib
-from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -43,7 +40,7 @@ class CorruptSampleError(RuntimeError):
 
 
 class ImageDataset(torch.utils.data.Dataset[ImageSample]):
-    """Samples by `Request`. With a cache it reads local files only and never makes a store's client."""
+    """Samples by `Request`. With a cache it reads local files; only what was evicted too soon comes from the store."""
 
     def __init__(
         self,
@@ -100,7 +97,7 @@ class ImageDataset(torch.utils.data.Dataset[ImageSample]):
         info = self.manifest.shards[shard]
         if self.cache is None:
             return self.store.read_range(info.name, offset, offset + size)
-        return _pread(self.cache.path(info), offset, size)
+        return self.cache.read_range(info, offset, offset + size)
 
     def _index(self, shard: int) -> ShardIndex:
         if shard not in self._indices:
@@ -112,9 +109,10 @@ class ImageDataset(torch.utils.data.Dataset[ImageSample]):
         info = self.manifest.shards[shard]
         try:
             if self.cache is None:
-                index = ShardIndex.from_json(self.store.read(index_name(info.name)).decode())
+                data = self.store.read(index_name(info.name))
             else:
-                index = ShardIndex.from_json(_index_path(self.cache, info.sha256).read_text())
+                data = self.cache.read_index(info, index_name(info.name))
+            index = ShardIndex.from_json(data.decode())
         except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
             raise UserError(f"{self.store.url}/{index_name(info.name)} is missing or damaged: prepare again") from None
         if index.sha256 != info.sha256 or len(index.members) != info.samples:
@@ -126,28 +124,7 @@ class ImageDataset(torch.utils.data.Dataset[ImageSample]):
         if self.cache is None:
             return
         info = self.manifest.shards[shard]
-        self.cache.fetch(info)
-        path = _index_path(self.cache, info.sha256)
-        if not path.is_file():
-            partial = path.with_suffix(".partial")
-            partial.write_bytes(self.store.read(index_name(info.name)))
-            partial.replace(path)
-
-
-def _index_path(cache: ShardCache, sha256: str) -> Path:
-    return cache.folder / f"{sha256}.index"
-
-
-@lru_cache(maxsize=64)
-def _open(path: Path) -> io.BufferedReader:
-    return path.open("rb")
-
-
-def _pread(path: Path, offset: int, size: int) -> bytes:
-    try:
-        return os.pread(_open(path).fileno(), size, offset)
-    except FileNotFoundError:
-        raise UserError(f"{path} was evicted before it was read: raise data.cache_bytes") from None
+        self.cache.fetch(info, index_name(info.name))
 
 
 def _draws(seed: int, request: Request) -> np.ndarray[tuple[int, ...], np.dtype[np.uint64]]:
