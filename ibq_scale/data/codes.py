@@ -113,7 +113,7 @@ class CodeDataset(torch.utils.data.Dataset[CodeSample]):
         if key not in self._shards:
             part = self.sets.parts[source]
             info = part.manifest.shards[number]
-            data = part.store.read(info.name) if part.cache is None else part.cache.path(info).read_bytes()
+            data = part.store.read(info.name) if part.cache is None else part.cache.read(info)
             if hashlib.sha256(data).hexdigest() != info.sha256:
                 raise UserError(f"{part.store.url}/{info.name} is not what the manifest says (sha256 differs)")
             self._shards[key] = read_code_shard(data, info.name)

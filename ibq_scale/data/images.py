@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +16,6 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from ibq_scale.data.cache import ShardCache
 from ibq_scale.data.prepare import ShardIndex, index_name
 from ibq_scale.data.sets import DataSet, DataSets
 from ibq_scale.errors import UserError
@@ -71,7 +67,7 @@ class PictureIndex:
 
 
 class ImageDataset(torch.utils.data.Dataset[ImageSample]):
-    """Samples by `Request`. With caches it reads local files only and never makes a store's client.
+    """Samples by `Request`. With caches it reads local files; only what was evicted too soon comes from the store.
 
     In `training` a damaged sample is replaced by the next good one of its shard, the same on every run, and says so;
     and a large JPEG is decoded at the least fraction of its size that covers the crop.
@@ -163,12 +159,7 @@ class ImageDataset(torch.utils.data.Dataset[ImageSample]):
         if part.cache is None:
             return
         info = part.manifest.shards[shard]
-        part.cache.fetch(info)
-        path = _index_path(part.cache, info.sha256)
-        if not path.is_file():
-            partial = path.with_suffix(f".{os.getpid()}.partial")
-            partial.write_bytes(part.store.read(index_name(info.name)))
-            partial.replace(path)
+        part.cache.fetch(info, index_name(info.name))
 
 
 def decode(data: bytes, least: int | None) -> Pixels:
@@ -193,10 +184,9 @@ def shard_index(part: DataSet, shard: int) -> ShardIndex:
     """The shard's index: beside the cached shard where there is a cache. UserError where it does not fit."""
     info = part.manifest.shards[shard]
     try:
-        if part.cache is None:
-            index = ShardIndex.from_json(part.store.read(index_name(info.name)).decode())
-        else:
-            index = ShardIndex.from_json(_index_path(part.cache, info.sha256).read_text())
+        name = index_name(info.name)
+        data = part.store.read(name) if part.cache is None else part.cache.read_index(info, name)
+        index = ShardIndex.from_json(data.decode())
     except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
         raise UserError(f"{part.store.url}/{index_name(info.name)} is missing or damaged: prepare again") from None
     if index.sha256 != info.sha256 or len(index.members) != info.samples:
@@ -208,23 +198,7 @@ def _bytes(part: DataSet, shard: int, offset: int, size: int) -> bytes:
     info = part.manifest.shards[shard]
     if part.cache is None:
         return part.store.read_range(info.name, offset, offset + size)
-    return _pread(part.cache.path(info), offset, size)
-
-
-def _index_path(cache: ShardCache, sha256: str) -> Path:
-    return cache.folder / f"{sha256}.index"
-
-
-@lru_cache(maxsize=64)
-def _open(path: Path) -> io.BufferedReader:
-    return path.open("rb")
-
-
-def _pread(path: Path, offset: int, size: int) -> bytes:
-    try:
-        return os.pread(_open(path).fileno(), size, offset)
-    except FileNotFoundError:
-        raise UserError(f"{path} was evicted before it was read: raise data.cache_bytes") from None
+    return part.cache.read_range(info, offset, offset + size)
 
 
 def draws(seed: int, request: Request) -> NDArray[np.uint64]:
