@@ -38,16 +38,11 @@ def _obstacle(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
         return f"computes in fp32, not {dtype}"
     if dim > WIDEST:
         return f"takes codes of at most {WIDEST} dimensions, not {dim}"
+    from ibq_scale.quantize.kernels import interpreted
+
     if device.type != "cuda" and not interpreted():
         return "needs a CUDA device (or TRITON_INTERPRET=1, for tests)"
     return None
-
-
-def interpreted() -> bool:
-    """Whether Triton's kernels run in its interpreter, on any device and slowly."""
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
 
 
 def passes_for(z_ND: Tensor, backend: str, precision: str, temperature: float, tile_bytes: int | None) -> Passes:

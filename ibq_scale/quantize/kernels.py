@@ -17,9 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ibq_scale.quantize.backend import interpreted
 from ibq_scale.quantize.passes import Backward, PartSums, RowStatistics, Segments, combine
 from ibq_scale.quantize.product import Precision
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on any device and slowly. Decided when this module is imported."""
+    return bool(triton.knobs.runtime.interpret)
+
 
 # A split of the codes is a multiple of this many, so that any tile of the autotuner divides it.
 SPLIT_UNIT = 128
