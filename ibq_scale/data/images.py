@@ -14,7 +14,6 @@ import simplejpeg
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from ibq_scale.data.prepare import ShardIndex, index_name
 from ibq_scale.data.sets import DataSet, DataSets
@@ -34,8 +33,8 @@ class Request(NamedTuple):
 
 
 class ImageSample(NamedTuple):
-    image_u8: Tensor
-    """uint8 (3, H, W)."""
+    pixels: Pixels
+    """uint8 (H, W, 3), a view of the decoded picture."""
     label: int
     position: int
     fault: str
@@ -107,11 +106,11 @@ class ImageDataset(torch.utils.data.Dataset[ImageSample]):
                     raise
                 fault = fault or str(e)
                 continue
-            return ImageSample(torch.from_numpy(pixels), int(index.label_R[row]), request.position, fault)
+            return ImageSample(pixels, int(index.label_R[row]), request.position, fault)
         raise BadSampleError(f"no sample of the shard is good; the first: {fault}")
 
     def _pixels(self, part: DataSet, request: Request, index: PictureIndex) -> Pixels:
-        """The cropped picture, (3, H, W); read twice before it counts as damaged, since a cable may be at fault."""
+        """The cropped picture; read twice before it counts as damaged, since a cable may be at fault."""
         name = f"{part.store.url}/{part.manifest.shards[request.shard].name}, sample {request.row}"
         offset, size = int(index.offset_R[request.row]), int(index.size_R[request.row])
         for attempt in (1, 2):
@@ -124,7 +123,7 @@ class ImageDataset(torch.utils.data.Dataset[ImageSample]):
             pixels = decode(data, self.resolution if self.training else None)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
             raise BadSampleError(f"{name} is no picture: {e}") from None
-        return np.ascontiguousarray(self._crop(pixels, request).transpose(2, 0, 1))
+        return self._crop(pixels, request)
 
     def _crop(self, pixels: Pixels, request: Request) -> Pixels:
         """Shortest side to the resolution, then a square: random and seeded by (seed, epoch, sample), or the centre."""

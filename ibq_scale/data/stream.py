@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
@@ -30,7 +31,7 @@ PREFETCH = 4
 
 class ImageBatch(NamedTuple):
     images_u8: Tensor
-    """uint8 (B, 3, H, W)."""
+    """uint8 (B, 3, H, W), channels last in memory, as pictures come."""
     labels: Tensor
     """int64 (B,)."""
     positions: Tensor
@@ -49,8 +50,9 @@ class CodeBatch(NamedTuple):
 
 
 def to_float(images_u8: Tensor) -> Tensor:
-    """uint8 0 … 255 → float32 -1 … 1, on the tensor's device."""
-    return images_u8.float().div_(127.5).sub_(1.0)
+    """uint8 0 … 255 → float32 -1 … 1, on the tensor's device; channels stay last on a GPU, whose convolutions want it."""
+    layout = torch.preserve_format if images_u8.is_cuda else torch.contiguous_format
+    return images_u8.to(torch.float32, memory_format=layout).div_(127.5).sub_(1.0)
 
 
 def rank_positions(start: int, rank: int, world_size: int, micro_batch: int) -> Iterator[range]:
@@ -171,8 +173,10 @@ def _start_worker(worker: int) -> None:
 
 
 def _stack_images(samples: Sequence[ImageSample]) -> ImageBatch:
+    # One copy: out of the decoded pictures, crop and all, into the batch.
+    pixels_BHW3 = np.stack([s.pixels for s in samples])
     return ImageBatch(
-        torch.stack([s.image_u8 for s in samples]),
+        torch.from_numpy(pixels_BHW3).permute(0, 3, 1, 2),
         torch.tensor([s.label for s in samples]),
         torch.tensor([s.position for s in samples]),
         tuple(s.fault for s in samples if s.fault),
