@@ -121,7 +121,7 @@ class FaultProxy:
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
     def inject(self, fault: Fault, name: str = "", *, method: str = "GET", skip: int = 0, times: int = 10**9) -> None:
-        """Meets `times` requests with `fault`, after `skip` that pass, of those whose path the expression `name` is in."""
+        """`fault` for requests in whose path the expression `name` is found: `times` of them, after `skip` others."""
         self._plans.append((fault, method, re.compile(name), [-skip, times]))
 
     def clear(self) -> None:

@@ -143,18 +143,20 @@ class ShardCache:
             raise UserError(f"data.cache_bytes={self.limit} does not hold {name} of {shard.bytes} bytes: raise it")
         with self._lock():
             self._sweep()
-            files = []
-            for path, _ in self._files():
+            held: dict[str, list[tuple[Path, os.stat_result]]] = {}
+            for path, sha256 in self._files():
                 with suppress(FileNotFoundError):  # A partial that has just become its shard.
-                    status = path.stat()
-                    files.append((status.st_mtime, status.st_size, path))
-            total = sum(size for _, size, _ in files) + shard.bytes
-            for used, size, path in sorted(f for f in files if not f[2].suffix):
+                    held.setdefault(sha256, []).append((path, path.stat()))
+            total = shard.bytes + sum(status.st_size for files in held.values() for _, status in files)
+            whole = [(path.name, status) for files in held.values() for path, status in files if not path.suffix]
+            for sha256, used in sorted(whole, key=lambda file: file[1].st_mtime):
                 if total <= self.limit:
                     break
-                self._warn_where_recent(used)
-                path.unlink(missing_ok=True)
-                total -= size
+                self._warn_where_recent(used.st_mtime)
+                for path, status in held[sha256]:
+                    if path.suffix != ".partial":
+                        path.unlink(missing_ok=True)
+                        total -= status.st_size
             os.ftruncate(claimed.fileno(), shard.bytes)
 
     def _warn_where_recent(self, used: float) -> None:

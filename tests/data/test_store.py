@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from random import Random
+from types import SimpleNamespace
 
 import pytest
+from botocore.exceptions import EndpointConnectionError
 
 from ibq_scale.data import store as store_module
 from ibq_scale.data.store import S3Store, Store, open_store
 from ibq_scale.errors import UserError
+from tests.faults import Exchange, FaultProxy, expired, slow_down
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -40,19 +45,45 @@ def test_a_missing_file_is_a_missing_file(store: Store) -> None:
         store.size("absent")
 
 
-def test_a_range_beyond_the_end_is_an_error_and_not_fewer_bytes(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "DEADLINE_SECONDS", 0.0)
+def test_a_range_beyond_the_end_is_an_error_and_not_fewer_bytes(store: Store) -> None:
     store.write("short", b"abc")
-    with pytest.raises((OSError, UserError)):
-        store.read_range("short", 1, 9)
+    for start in (1, 5):
+        with pytest.raises(UserError, match="short ends before byte 9"):
+            store.read_range("short", start, 9)
 
 
-def test_large_files_come_in_ranges(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("size", [0, 7, 50])
+def test_large_files_come_in_ranges(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     monkeypatch.setattr(store_module, "DOWNLOAD_CHUNK", 7)
-    content = bytes(range(50))
+    content = bytes(range(size))
     store.write("large", content)
+    (tmp_path / "copy").write_bytes(b"something longer that was there before, and of which nothing may stay")
     store.download("large", tmp_path / "copy")
-    assert (tmp_path / "copy").read_bytes() == content
+    assert (tmp_path / "copy").read_bytes() == content == store.read("large")
+
+
+def test_large_files_go_in_parts_each_retried_alone(
+    new_prefix: Callable[[], str], proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "UPLOAD_PART", 5 << 20)
+    (tmp_path / "large").write_bytes(Random(0).randbytes(11 << 20))
+    proxy.inject(slow_down, "large", method="PUT", skip=1, times=2)
+    store = open_store(new_prefix())
+    store.upload(tmp_path / "large", "large")
+    assert sum(line.startswith("PUT") for line in proxy.log) == 3 + 2
+    assert store.read("large") == (tmp_path / "large").read_bytes()
+
+
+def test_an_upload_that_fails_leaves_no_parts(
+    new_prefix: Callable[[], str], proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "UPLOAD_PART", 5 << 20)
+    proxy.inject(lambda exchange: exchange.refuse(501, "NotImplemented"), "large", method="PUT")
+    store = open_store(new_prefix())
+    with pytest.raises(UserError, match=r"refused \(NotImplemented.*AWS_REQUEST_CHECKSUM_CALCULATION=when_required"):
+        store.write("large", bytes(6 << 20))
+    assert [line for line in proxy.log if line.startswith("DELETE") and "uploadId" in line]
+    assert not store.exists("large")
 
 
 def test_a_missing_bucket_is_named(s3_server: None) -> None:
@@ -83,6 +114,176 @@ def test_transient_failures_are_retried(new_prefix: Callable[[], str], monkeypat
 
     assert store._call(action) == "done"
     assert not left
+
+
+def test_one_loop_retries_and_none_inside_it(
+    new_prefix: Callable[[], str], proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """botocore tries five times and s3fs five times that."""
+    store = open_store(new_prefix())
+    store.write("file", b"x")
+    proxy.inject(slow_down)
+    monkeypatch.setattr(store_module, "DEADLINE_SECONDS", 0.0)
+    with pytest.raises(UserError, match=r"gave up after 0 s: .*SlowDown"):
+        store.read("file")
+    assert len(proxy.log) == 2, proxy.log
+
+
+def test_pauses_grow_and_are_jittered_until_the_deadline(
+    new_prefix: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, pauses = [0.0], []
+
+    def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        now[0] += seconds
+
+    monkeypatch.setattr(store_module, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+
+    def action(fs: object) -> None:
+        raise ConnectionResetError("reset")
+
+    with pytest.raises(UserError, match="gave up after 120 s: reset"):
+        S3Store(new_prefix())._call(action)
+    assert 80 < now[0] < 120 + 1.5 * store_module.LONGEST_PAUSE_SECONDS
+    assert all(0.5 * 0.2 * 2**i <= pause <= 1.5 * 0.2 * 2**i for i, pause in enumerate(pauses[:7]))
+    assert max(pauses) <= 1.5 * store_module.LONGEST_PAUSE_SECONDS
+    assert len({round(pause / (0.2 * 2**i), 6) for i, pause in enumerate(pauses[:7])}) > 1, "no jitter"
+
+
+def test_an_endpoint_that_has_answered_may_come_back(
+    new_prefix: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "PAUSE_SECONDS", 0.0)
+    store = S3Store(new_prefix())
+    store.write("file", b"x")
+    left = [EndpointConnectionError(endpoint_url="http://there", error="refused")]
+
+    def action(fs: object) -> str:
+        if left:
+            raise left.pop()
+        return "done"
+
+    assert store._call(action) == "done"
+
+
+def test_an_object_overwritten_during_a_download_is_an_error(
+    new_prefix: Callable[[], str], tmp_path: Path, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "DOWNLOAD_CHUNK", 4)
+    store = open_store(new_prefix())
+    store.write("file", b"0123456789")
+    writer = open_store(store.url)
+
+    def overwrite(exchange: Exchange) -> None:
+        writer.write("file", b"9876543210")
+
+    proxy.inject(overwrite, "file", times=1)
+    with pytest.raises(UserError, match="file changed while it was read"):
+        store.download("file", tmp_path / "copy")
+
+
+class Credentials:
+    """A credentials file, named by the environment, and a server that takes one key only."""
+
+    def __init__(self, folder: Path, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.file = folder / "credentials"
+        self.good = "old"
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION"):
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(self.file))
+        (folder / "config").write_text("[profile cluster]\nregion = eu-west-3\n")
+        monkeypatch.setenv("AWS_CONFIG_FILE", str(folder / "config"))
+        monkeypatch.setenv("AWS_PROFILE", "cluster")
+        self.write("old")
+        for method in ("GET", "HEAD", "PUT"):
+            proxy.inject(self.check, method=method)
+
+    def write(self, key: str) -> None:
+        self.file.write_text(f"[cluster]\naws_access_key_id = {key}\naws_secret_access_key = secret\n")
+
+    def check(self, exchange: Exchange) -> None:
+        if f"Credential={self.good}/" not in exchange.headers["Authorization"]:
+            expired(exchange)
+
+
+@pytest.fixture
+def credentials(tmp_path: Path, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> Credentials:
+    return Credentials(tmp_path, proxy, monkeypatch)
+
+
+@pytest.mark.parametrize("method", ["read", "size"])
+def test_credentials_that_expire_are_read_again(
+    new_prefix: Callable[[], str], credentials: Credentials, method: str
+) -> None:
+    store = open_store(new_prefix())
+    store.write("file", b"x")
+    credentials.good = "new"
+    with pytest.raises(UserError, match="credentials"):
+        getattr(store, method)("file")
+    credentials.write("new")
+    assert getattr(store, method)("file") in (b"x", 1)
+
+
+def _request(store: Store, proxy: FaultProxy, method: str) -> Exchange:
+    """What the store sends for a GET or a PUT, as the server sees it."""
+    seen: list[Exchange] = []
+    proxy.inject(seen.append, method=method)
+    if method == "PUT":
+        store.write("file", b"x")
+    else:
+        with suppress(FileNotFoundError):
+            store.read("file")
+    return seen[0]
+
+
+def test_profile_and_region_are_the_environments(
+    new_prefix: Callable[[], str], credentials: Credentials, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = new_prefix()
+    signature = _request(open_store(url), proxy, "GET").headers["Authorization"]
+    assert "Credential=old/" in signature
+    assert "/eu-west-3/s3/" in signature
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-west-2")
+    assert "/us-west-2/s3/" in _request(open_store(url), proxy, "GET").headers["Authorization"]
+    monkeypatch.setenv("AWS_PROFILE", "absent")
+    with pytest.raises(UserError, match=r"profile.*absent"):
+        open_store(url).read("file")
+
+
+def test_anonymous_requests_are_unsigned(
+    new_prefix: Callable[[], str], proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = new_prefix()
+    assert "Authorization" in _request(open_store(url), proxy, "GET").headers
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("IBQ_SCALE_S3_ANONYMOUS", "1")
+    assert "Authorization" not in _request(open_store(url), proxy, "GET").headers
+    monkeypatch.setenv("IBQ_SCALE_S3_ANONYMOUS", "yes")
+    with pytest.raises(UserError, match="IBQ_SCALE_S3_ANONYMOUS=yes: write 1"):
+        open_store(url).read("file")
+
+
+@pytest.mark.parametrize(
+    ("setting", "method", "header"),
+    [
+        ("AWS_REQUEST_CHECKSUM_CALCULATION", "PUT", "x-amz-checksum-crc32"),
+        ("AWS_RESPONSE_CHECKSUM_VALIDATION", "GET", "x-amz-checksum-mode"),
+    ],
+)
+def test_checksums_are_left_out_where_not_required(
+    new_prefix: Callable[[], str],
+    proxy: FaultProxy,
+    monkeypatch: pytest.MonkeyPatch,
+    setting: str,
+    method: str,
+    header: str,
+) -> None:
+    url = new_prefix()
+    assert header in map(str.lower, _request(open_store(url), proxy, method).headers)
+    monkeypatch.setenv(setting, "when_required")
+    assert header not in map(str.lower, _request(open_store(url), proxy, method).headers)
 
 
 def test_a_store_travels_to_a_worker_without_its_client(new_prefix: Callable[[], str]) -> None:
