@@ -50,7 +50,7 @@ class CodeBatch(NamedTuple):
 
 
 def to_float(images_u8: Tensor) -> Tensor:
-    """uint8 0 … 255 → float32 -1 … 1, on the tensor's device; channels stay last on a GPU, whose convolutions want it."""
+    """uint8 0 … 255 → float32 -1 … 1, on the tensor's device; on a GPU channels stay last (for convolutions)."""
     layout = torch.preserve_format if images_u8.is_cuda else torch.contiguous_format
     return images_u8.to(torch.float32, memory_format=layout).div_(127.5).sub_(1.0)
 
