@@ -1,12 +1,15 @@
 # make install   the environment in .venv (exactly pinned)     make demo    the whole path in minutes, on 2 CPU ranks
 # make test      all tests                                     make check   lint, types, fast tests
+# make services  the Debian packages of tests/services, where this is root with apt-get
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 RUN := $(CURDIR)/runs/demo
 
-.PHONY: install demo test check lint format constraints clean
+PACKAGES = $(shell $(PYTHON) -c 'from tests.services import radosgw; print(*radosgw.missing_packages())')
+
+.PHONY: install demo test services check lint format constraints clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.demo
@@ -15,6 +18,11 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
+
+services:
+	@if [ -n "$(PACKAGES)" ] && [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+	    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq --yes --no-install-recommends $(PACKAGES); \
+	fi
 
 check: $(VENV)/.dev lint
 	$(BIN)/python -m pytest -m "not slow and not distributed"

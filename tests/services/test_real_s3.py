@@ -1,0 +1,174 @@
+"""A real S3 server, which checks signatures, keeps parts and has ETags of its own: Ceph's RADOS gateway."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from itertools import count, islice
+from pathlib import Path
+from random import Random
+
+import pytest
+import s3fs
+import torch
+
+from ibq_scale.config.run import DataConfig
+from ibq_scale.data import store as store_module
+from ibq_scale.data.prepare import prepare_images
+from ibq_scale.data.store import open_store
+from ibq_scale.data.stream import ImageBatch, image_stream
+from ibq_scale.errors import UserError
+from tests.faults import Exchange, cut, fault_proxy, slow_down
+from tests.services.radosgw import missing_packages, radosgw
+
+pytestmark = [pytest.mark.slow, pytest.mark.services]
+BUCKET = "services"
+SETTINGS = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION")
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment that leads to a running server with one bucket."""
+    if missing_packages():
+        pytest.skip(f"no S3 server: apt-get install --no-install-recommends {' '.join(missing_packages())}")
+    with radosgw(tmp_path_factory.mktemp("radosgw") / "ceph") as environment, pytest.MonkeyPatch.context() as patch:
+        _lead_to(patch, environment)
+        s3fs.S3FileSystem(skip_instance_cache=True).mkdir(BUCKET)
+        patch.undo()
+        yield environment
+
+
+def _lead_to(patch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
+    for name in SETTINGS:
+        patch.delenv(name, raising=False)
+    for name, value in environment.items():
+        patch.setenv(name, value)
+
+
+@pytest.fixture(autouse=True)
+def _environment(server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    _lead_to(monkeypatch, server)
+
+
+@pytest.fixture(scope="module")
+def new_url() -> Callable[[], str]:
+    numbers = count()
+    return lambda: f"s3://{BUCKET}/{next(numbers)}"
+
+
+def _epoch(data: DataConfig, world: int) -> ImageBatch:
+    """24 samples of `world` ranks, by position."""
+    streams = [
+        image_stream(data, resolution=32, seed=5, rank=rank, world_size=world, micro_batch=4, start=0)
+        for rank in range(world)
+    ]
+    batches = [batch for stream in streams for batch in islice(stream, 24 // 4 // world)]
+    order = torch.cat([batch.positions for batch in batches]).argsort()
+    return ImageBatch(*(torch.cat([getattr(b, name) for b in batches])[order] for name in ImageBatch._fields[:3]))
+
+
+def test_prepared_there_and_streamed_from_there_each_sample_comes_once(
+    new_url: Callable[[], str], pictures: Path, dataset: str, tmp_path: Path
+) -> None:
+    url = new_url()
+    prepare_images(pictures, url, shard_bytes=8_000)
+    local = DataConfig(train=dataset, workers=0, lanes=3, window=2)
+    expected = _epoch(local, 1)
+    for world, update in ((1, {}), (2, {"cache_dir": str(tmp_path)})):
+        batch = _epoch(local.model_copy(update={"train": url, **update}), world)
+        assert batch.positions.tolist() == list(range(24))
+        assert torch.equal(batch.images_u8, expected.images_u8)
+        assert torch.equal(batch.labels, expected.labels)
+
+
+@pytest.mark.parametrize("checksums", ["when_supported", "when_required"])
+def test_large_objects_go_in_parts_and_come_in_ranges(
+    new_url: Callable[[], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checksums: str
+) -> None:
+    monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", checksums)
+    monkeypatch.setenv("AWS_RESPONSE_CHECKSUM_VALIDATION", checksums)
+    monkeypatch.setattr(store_module, "UPLOAD_PART", 5 << 20)
+    monkeypatch.setattr(store_module, "DOWNLOAD_CHUNK", 3 << 20)
+    store, content = open_store(new_url()), Random(0).randbytes((11 << 20) + 7)
+    store.write("large", content)
+    assert store.size("large") == len(content)
+    assert store.read("large") == content
+    store.download("large", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == content
+    for start, stop in ((0, 1), ((5 << 20) - 3, (5 << 20) + 3), (len(content) - 1, len(content))):
+        assert store.read_range("large", start, stop) == content[start:stop]
+    with pytest.raises(UserError, match="large ends before byte"):
+        store.read_range("large", len(content) - 1, len(content) + 1)
+    with pytest.raises(UserError, match="large ends before byte"):
+        store.read_range("large", len(content), len(content) + 1)
+
+
+def test_objects_are_replaced_missing_and_empty_as_files_are(new_url: Callable[[], str], tmp_path: Path) -> None:
+    store = open_store(new_url())
+    assert not store.exists("file")
+    with pytest.raises(FileNotFoundError):
+        store.read("file")
+    store.write("file", b"old")
+    store.write("file", b"newer")
+    assert store.read("file") == b"newer"
+    store.write("file", b"")
+    assert store.read("file") == b""
+    store.download("file", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == b""
+
+
+def test_faults_before_it_are_got_over_and_an_overwritten_object_is_seen(
+    new_url: Callable[[], str], server: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(store_module, "DOWNLOAD_CHUNK", 1 << 20)
+    writer, content = open_store(new_url()), Random(0).randbytes(5 << 20)
+    writer.write("file", content)
+    with fault_proxy(server["AWS_ENDPOINT_URL"]) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        store = open_store(writer.url)
+        proxy.inject(slow_down, times=2)
+        proxy.inject(cut, skip=3, times=3)
+        assert store.read("file") == content
+
+        def overwrite(exchange: Exchange) -> None:
+            writer.write("file", content[::-1])
+
+        proxy.clear()
+        proxy.inject(overwrite, times=1)
+        with pytest.raises(UserError, match="file changed while it was read"):
+            store.download("file", tmp_path / "copy")
+
+
+def test_a_missing_bucket_is_named() -> None:
+    store = open_store("s3://no-such-bucket/prefix")
+    with pytest.raises(UserError, match="bucket 'no-such-bucket' does not exist"):
+        store.write("file", b"x")
+    with pytest.raises(UserError, match="bucket 'no-such-bucket' does not exist"):
+        store.read("file")
+
+
+@pytest.mark.parametrize("name", ["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])
+def test_wrong_credentials_are_an_error(new_url: Callable[[], str], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    store = open_store(new_url())
+    store.write("file", b"x")
+    monkeypatch.setenv(name, os.environ[name] + "-wrong")
+    for use in (lambda s: s.read("file"), lambda s: s.size("file"), lambda s: s.write("file", b"y")):
+        with pytest.raises(UserError, match=r"access denied .*: check the credentials"):
+            use(open_store(store.url))
+
+
+def test_anonymous_readers_see_what_is_public_and_nothing_else(
+    new_url: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(new_url())
+    store.write("public", b"x")
+    store.write("private", b"y")
+    s3fs.S3FileSystem(skip_instance_cache=True).chmod(f"{store.url}/public", acl="public-read")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("IBQ_SCALE_S3_ANONYMOUS", "1")
+    anyone = open_store(store.url)
+    assert anyone.read("public") == b"x"
+    with pytest.raises(UserError, match="access denied"):
+        anyone.read("private")
