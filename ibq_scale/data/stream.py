@@ -134,7 +134,8 @@ class _FetchingSampler(Sampler[list[Request]]):
 
     def __iter__(self) -> Iterator[list[Request]]:
         waiting: deque[tuple[list[Request], list[Future[None]]]] = deque()
-        with ThreadPoolExecutor(1) as fetcher:
+        fetcher = ThreadPoolExecutor(1)
+        try:
             while True:
                 while len(waiting) < FETCH_AHEAD:
                     batch = next(self._requests)
@@ -144,6 +145,9 @@ class _FetchingSampler(Sampler[list[Request]]):
                 for future in futures:
                     future.result()
                 yield batch
+        finally:
+            # Whoever stops here, for a dead store perhaps, does not wait for what nobody will read.
+            fetcher.shutdown(wait=False, cancel_futures=True)
 
 
 def _load(dataset: Any, sampler: _FetchingSampler, stack: Callable[[Any], Any], workers: int) -> Iterator[Any]:

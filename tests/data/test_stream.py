@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable
 from itertools import islice
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 
 from ibq_scale.config.run import DataConfig
+from ibq_scale.data import stream as stream_module
 from ibq_scale.data.cache import ShardCache
 from ibq_scale.data.images import BadSampleError, ImageDataset, Request, decode
 from ibq_scale.data.manifest import load_manifest
@@ -186,6 +188,19 @@ def test_the_index_of_many_shards_stays_small(dataset: str, config: DataConfig) 
     for shard, info in enumerate(sets.parts[0].manifest.shards):
         images[Request(0, 0, 0, shard, info.samples - 1)]
         assert len(images._indices) <= 2
+
+
+def test_a_failed_fetch_is_told_at_once_and_not_after_those_behind_it() -> None:
+    def fetch(source: int, shard: int) -> None:
+        if shard == 0:
+            raise UserError("the store is dead")
+        time.sleep(0.5)
+
+    requests = iter([[Request(shard, 0, 0, shard, 0)] for shard in range(100)])
+    begin = time.perf_counter()
+    with pytest.raises(UserError, match="the store is dead"):
+        list(stream_module._FetchingSampler(requests, fetch))
+    assert time.perf_counter() - begin < 0.4
 
 
 @pytest.mark.slow
