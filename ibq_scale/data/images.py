@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from ibq_scale.data.cache import ShardCache
+from ibq_scale.data.index import ShardIndex, index_name
 from ibq_scale.data.manifest import Manifest
-from ibq_scale.data.prepare import ShardIndex, index_name
 from ibq_scale.data.store import Store
 from ibq_scale.errors import UserError
 

@@ -49,6 +49,10 @@ class Store(ABC):
             return False
         return True
 
+    @abstractmethod
+    def files(self) -> dict[str, int]:
+        """The bytes of every file under here, by path, sorted. FileNotFoundError where a local folder is missing."""
+
     def download(self, path: str, local: Path) -> None:
         """Copies a file to `local` by ranges, so that a broken connection costs one range."""
         total = self.size(path)
@@ -96,6 +100,13 @@ class LocalStore(Store):
     def size(self, path: str) -> int:
         return (self.root / path).stat().st_size
 
+    def files(self) -> dict[str, int]:
+        if not self.root.is_dir():
+            raise FileNotFoundError(self.root)
+        # Class folders are often links. Dangling ones, and sockets, are no files.
+        paths = (Path(base, name) for base, _, names in os.walk(self.root, followlinks=True) for name in names)
+        return dict(sorted((p.relative_to(self.root).as_posix(), p.stat().st_size) for p in paths if p.is_file()))
+
 
 class S3Store(Store):
     """A prefix in a bucket. Endpoint, region and credentials come from the environment (AWS_ENDPOINT_URL, …)."""
@@ -140,6 +151,12 @@ class S3Store(Store):
 
     def size(self, path: str) -> int:
         return int(self._call(lambda fs: fs.info(f"{self.prefix}/{path}"))["size"])
+
+    def files(self) -> dict[str, int]:
+        found = self._call(lambda fs: fs.find(self.prefix, detail=True))
+        # An object of the prefix's own name is no file under it.
+        names = ((name.removeprefix(f"{self.prefix}/"), int(info["size"])) for name, info in found.items())
+        return dict(sorted((name, size) for name, size in names if name != self.prefix))
 
     def _call(self, action: Callable[[Any], T], *, writing: bool = False) -> T:
         """Runs one request, again and again through transient failures until the deadline."""

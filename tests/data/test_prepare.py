@@ -86,7 +86,7 @@ def test_unusable_sources_are_refused(tmp_path: Path) -> None:
         prepare_images(tmp_path / "empty", str(tmp_path / "to"))
     (tmp_path / "text/a").mkdir(parents=True)
     (tmp_path / "text/a/x.jpg").write_text("text")
-    with pytest.raises(UserError, match="none of the 1 files is an image"):
+    with pytest.raises(UserError, match="no picture is left: 1 are unusable"):
         prepare_images(tmp_path / "text", str(tmp_path / "to"))
     assert not (tmp_path / "to/manifest.json").exists()
 

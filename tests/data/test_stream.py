@@ -14,8 +14,8 @@ import torch
 from ibq_scale.config.run import DataConfig
 from ibq_scale.data.cache import ShardCache
 from ibq_scale.data.images import CorruptSampleError
+from ibq_scale.data.index import ShardIndex
 from ibq_scale.data.manifest import load_manifest
-from ibq_scale.data.prepare import ShardIndex
 from ibq_scale.data.store import open_store
 from ibq_scale.data.stream import ImageBatch, evaluation_images, image_stream, shard_images
 from ibq_scale.errors import UserError
