@@ -105,6 +105,8 @@ def prepare_images(
     UserError where the source is missing or unusable, or nothing is left of it.
     """
     conditions = parse_conditions(where)
+    if f"{_plain(to)}/".startswith(f"{_plain(str(source))}/"):
+        raise UserError(f"{to} lies inside the source: a second run would read what the first one wrote")
     opened, units = open_source(str(source), [c.name for c in conditions if not c.of_picture])
     first = first_sample(opened, units)
     if first is None:
@@ -120,6 +122,13 @@ def prepare_images(
     store.write(REJECTS, b"")
     progress = Progress("prepare", sum(unit.bytes for unit in units))
     return finish(store, run_jobs(_write_job, jobs, workers=workers, progress=progress), labels, str(source))
+
+
+def _plain(url: str) -> str:
+    """One spelling of a URL or path."""
+    if url.startswith("s3://"):
+        return url.rstrip("/")
+    return str(Path(url.removeprefix("file://")).resolve())
 
 
 def finish(store: Store, jobs: Iterable[JobDone], labels: Labels, source: str) -> PrepareReport:

@@ -27,14 +27,14 @@ def save_sheet(path: Path, picked: Sequence[Picked], classes: Sequence[str]) -> 
     for i, sample in enumerate(picked):
         left, top = i % columns * step[0] + GAP, i // columns * step[1] + GAP
         with Image.open(io.BytesIO(sample.picture)) as image:
-            size = f"{image.width} × {image.height}"
             image.draft("RGB", (CELL, CELL))
             small = image.convert("RGB")
         small.thumbnail((CELL, CELL))
-        sheet.paste(small, (left + (CELL - small.width) // 2, top + (CELL - small.height) // 2))
+        sheet.paste(small, (left, top + CELL - small.height))
         name = _fitting(classes[sample.member.label], font, draw)
         draw.text((left, top + CELL + 1), name, INK, font)
-        draw.text((left, top + CELL + 1 + LINE), size, FAINT, font)
+        # Pillow's own font has no × and no ….
+        draw.text((left, top + CELL + 1 + LINE), f"{sample.size[0]} x {sample.size[1]}", FAINT, font)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(path, "PNG")
@@ -46,6 +46,6 @@ def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, draw
     """The text, or as much of it as a cell is wide."""
     if draw.textlength(text, font) <= CELL:
         return text
-    while text and draw.textlength(f"{text}…", font) > CELL:
+    while text and draw.textlength(f"{text}...", font) > CELL:
         text = text[:-1]
-    return f"{text}…"
+    return f"{text}..."
