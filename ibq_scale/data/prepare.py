@@ -300,20 +300,19 @@ def _fill(job: _Job, start: tuple[int, int], meter: Meter) -> tuple[list[_Encode
         if isinstance(item, Reject):
             rejects.append(item)
             continue
-        meter.add(len(item.picture))
         try:
             sample = _encode(item, job.options)
         except BadSampleError as e:
             rejects.append(Reject(item.name, str(e)))
-            continue
         except FilteredError:
             filtered += 1
-            continue
-        total += len(sample.picture)
-        if samples and total > job.options.shard_bytes:
-            after = position
-            break
-        samples.append(sample)
+        else:
+            total += len(sample.picture)
+            if samples and total > job.options.shard_bytes:
+                after = position
+                break
+            samples.append(sample)
+        meter.add(len(item.picture))
     return samples, ShardIndex(INDEX_VERSION, "", 0, "", (), tuple(rejects), filtered, after)
 
 
