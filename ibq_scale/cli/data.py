@@ -1,4 +1,4 @@
-"""``ibq-scale prepare`` and ``ibq-scale data``: data sets made and looked at."""
+"""``ibq-scale prepare`` and ``ibq-scale data``: data sets made, adopted, checked and looked at."""
 
 from __future__ import annotations
 
@@ -6,8 +6,14 @@ import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ibq_scale.cli import trace
+
+if TYPE_CHECKING:
+    from ibq_scale.data.prepare import PrepareReport
+
+WHERE = "keep samples with, e.g., 'width>=256', 'aspect<=2' or a column's 'aesthetic>=5.5'; may be repeated"
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -17,68 +23,132 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     images = prepare.add_parser(
         "images",
-        help="an ImageFolder (one folder a class) → shards",
+        help="an ImageFolder, webdataset tars or parquet → shards",
         epilog="example: ibq-scale prepare images imagenet/train --to s3://bucket/imagenet --workers 16",
     )
-    images.add_argument("source", type=Path, metavar="SRC")
+    images.add_argument(
+        "source", metavar="SRC", help="ImageFolder, .tar or .parquet files: a folder, file or 'pattern', local or s3://"
+    )
     images.add_argument("--to", required=True, metavar="URL", help="folder or s3://bucket/prefix")
-    images.add_argument("--shard-mb", type=int, default=256, metavar="MB", help="size of a shard (default 256)")
+    images.add_argument("--shard-mb", type=int, default=256, metavar="MB", help="most of a shard's input (default 256)")
     images.add_argument("--size", type=int, metavar="PIXELS", help="resize the shortest side and re-encode")
+    images.add_argument("--where", action="append", default=[], metavar="CONDITION", help=WHERE)
     images.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default 1)")
     images.add_argument("--seed", type=int, default=0, help="of the shuffle (default 0)")
     images.add_argument("--json", action="store_true", help="print one JSON document")
     images.set_defaults(run=_prepare)
-    family = commands.add_parser("data", help="check and describe a prepared data set").add_subparsers(
+    family = commands.add_parser("data", help="adopt, check and describe data sets").add_subparsers(
         title="commands", metavar="COMMAND", required=True
     )
+    _add_data_commands(family)
+
+
+def _add_data_commands(family: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    index = family.add_parser(
+        "index",
+        help="make others' webdataset tars a data set, without rewriting them",
+        epilog="example: ibq-scale data index s3://bucket/laion --where 'aesthetic>=5.5' --workers 16",
+    )
+    index.add_argument("url", metavar="URL", help="their folder: indices and manifest are written there")
+    index.add_argument("--where", action="append", default=[], metavar="CONDITION", help=WHERE)
+    index.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default 1)")
+    index.add_argument("--json", action="store_true", help="print one JSON document")
+    index.set_defaults(run=_index)
     verify = family.add_parser(
-        "verify", help="hash every shard again", epilog="example: ibq-scale data verify s3://bucket/imagenet"
+        "verify",
+        help="read every shard and every sample again",
+        epilog="example: ibq-scale data verify s3://bucket/imagenet",
     )
     verify.add_argument("url", metavar="URL")
+    verify.add_argument("--workers", type=int, default=4, metavar="N", help="threads (default 4)")
+    verify.add_argument("--json", action="store_true", help="print one JSON document")
     verify.set_defaults(run=_verify)
-    stats = family.add_parser("stats", help="counts", epilog="example: ibq-scale data stats s3://bucket/imagenet")
+    stats = family.add_parser(
+        "stats",
+        help="counts, picture sizes, labels, a contact sheet",
+        epilog="example: ibq-scale data stats s3://bucket/imagenet --sheet imagenet.png",
+    )
     stats.add_argument("url", metavar="URL")
+    stats.add_argument("--sheet", type=Path, metavar="FILE.png", help="draw random samples")
+    stats.add_argument("--images", type=int, default=64, metavar="N", help="on the sheet (default 64)")
+    stats.add_argument("--seed", type=int, default=0, help="of the choice (default 0)")
     stats.add_argument("--json", action="store_true", help="print one JSON document")
     stats.set_defaults(run=_stats)
     trace.add_command(family)
 
 
 def _prepare(args: argparse.Namespace) -> int:
-    from ibq_scale.data.prepare import REJECTS, prepare_images
-    from ibq_scale.errors import UserError
+    from ibq_scale.data.prepare import prepare_images
 
-    if min(args.shard_mb, args.workers, args.size or 1) < 1:
-        raise UserError("--shard-mb, --workers and --size must be at least 1")
+    _at_least_one(args, "shard_mb", "workers", "size")
     report = prepare_images(
-        args.source, args.to, shard_bytes=args.shard_mb << 20, workers=args.workers, size=args.size, seed=args.seed
+        args.source,
+        args.to,
+        shard_bytes=args.shard_mb << 20,
+        workers=args.workers,
+        size=args.size,
+        where=args.where,
+        seed=args.seed,
     )
-    if args.json:
+    return _print_report(report, args.json)
+
+
+def _index(args: argparse.Namespace) -> int:
+    from ibq_scale.data.adopt import adopt_tars
+
+    _at_least_one(args, "workers")
+    return _print_report(adopt_tars(args.url, workers=args.workers, where=args.where), args.json)
+
+
+def _print_report(report: PrepareReport, as_json: bool) -> int:
+    from ibq_scale.data.prepare import REJECTS
+
+    if as_json:
         print(json.dumps(asdict(report)))
         return 0
     reused = f" ({report.reused_shards} from an earlier run)" if report.reused_shards else ""
     print(
-        f"{report.url}: {report.samples} images of {report.classes} classes in {report.shards} shards{reused}, "
-        f"{report.bytes / 2**20:.1f} MiB"
+        f"{report.url}: {report.samples:,} images of {report.classes:,} classes in {report.shards:,} shards{reused}, "
+        f"{report.bytes / 2**20:,.1f} MiB"
     )
+    if report.filtered:
+        print(f"{report.filtered:,} images failed a condition")
     if report.rejected:
-        print(f"{report.rejected} files are no images: {report.url}/{REJECTS}")
+        print(f"{report.rejected:,} files are no images: {report.url}/{REJECTS}")
     return 0
 
 
 def _verify(args: argparse.Namespace) -> int:
     from ibq_scale.data.verify import verify
 
-    faults = verify(args.url)
-    print("\n".join(faults) if faults else f"{args.url}: every shard is what the manifest says")
-    return 1 if faults else 0
+    _at_least_one(args, "workers")
+    verified = verify(args.url, workers=args.workers)
+    if args.json:
+        print(json.dumps(asdict(verified)))
+    else:
+        read = f"{verified.shards:,} shards, {verified.samples:,} samples, {verified.bytes / 2**20:,.1f} MiB"
+        end = f"{len(verified.faults)} faults" if verified.faults else "every byte is what was prepared"
+        print("\n".join([*verified.faults, f"{verified.url}: {read}: {end}"]))
+    return 1 if verified.faults else 0
 
 
 def _stats(args: argparse.Namespace) -> int:
-    from ibq_scale.data.verify import describe
+    from ibq_scale.data.describe import as_text, describe
 
-    facts = describe(args.url)
-    if args.json:
-        print(json.dumps(facts))
-    else:
-        print("\n".join(f"{name:<10} {value}" for name, value in facts.items()))
+    _at_least_one(args, "images")
+    described = describe(args.url, pick=args.images if args.sheet else 0, seed=args.seed)
+    print(json.dumps(described.facts) if args.json else as_text(described))
+    if args.sheet:
+        from ibq_scale.data.sheet import save_sheet
+
+        save_sheet(args.sheet, described.picked, described.classes)
     return 0
+
+
+def _at_least_one(args: argparse.Namespace, *names: str) -> None:
+    from ibq_scale.errors import UserError
+
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1")

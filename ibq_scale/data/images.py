@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from ibq_scale.data.prepare import ShardIndex, index_name
+from ibq_scale.data.index import ShardIndex, index_name
 from ibq_scale.data.sets import DataSet, DataSets
 from ibq_scale.errors import UserError
 

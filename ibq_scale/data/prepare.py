@@ -1,7 +1,11 @@
-"""A folder of pictures → webdataset shards, an index each, ``rejects.jsonl`` and, last, the manifest.
+"""Pictures → webdataset shards, an index each, ``rejects.jsonl`` and, last, the manifest.
 
-Which file goes into which shard is decided before any is opened, so shards can be written in parallel, a second run
-takes up where a first one stopped, and every run writes the same bytes.
+Which units of the source go into which job is decided before any picture is opened. So jobs run in parallel, a second
+run takes up where a first one stopped, and every run writes the same bytes, for any number of processes. A job fills
+shards one after the other; nearly always it fills one.
+
+The shuffle is what needs no more memory than a shard: units are shuffled (single pictures of a folder, whole tars, row
+groups of parquet), and the samples inside each shard. The order of training mixes shards again.
 """
 
 from __future__ import annotations
@@ -10,201 +14,221 @@ import hashlib
 import io
 import json
 import tarfile
+import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from ibq_scale.data.encode import BadSampleError, FilteredError, encode_picture
+from ibq_scale.data.filters import Condition, all_hold, check_columns, parse_conditions
+from ibq_scale.data.index import INDEX_VERSION, Member, Reject, ShardIndex, index_name
+from ibq_scale.data.jobs import Report, run_jobs
+from ibq_scale.data.labels import Labels, label_of, look_at_labels
 from ibq_scale.data.manifest import Manifest, ShardInfo, save_manifest
+from ibq_scale.data.progress import Progress
+from ibq_scale.data.sources import Sample, Source, Unit, open_source
 from ibq_scale.data.store import Store, open_store
 from ibq_scale.errors import UserError
 
-INDEX_VERSION = 1
+# Part of every plan: shards of another way of making them are not taken over.
+PLAN_VERSION = 2
 REJECTS = "rejects.jsonl"
-JPEG_QUALITY = 95
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """One file of the ImageFolder, relative to it, and its class."""
-
-    path: str
-    label: int
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Reject:
-    """A file that is no image, and why."""
-
-    path: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class Member:
-    """One sample of a shard: where its picture's bytes are in the tar."""
-
-    key: str
-    offset: int
-    size: int
-    crc: int
-    label: int
-    source: str
-
-
-@dataclass(frozen=True)
-class ShardIndex:
-    """NAME.index.json. `plan` tells which inputs and options made the shard, so that a re-run can trust it."""
-
-    version: int
-    plan: str
-    bytes: int
-    sha256: str
-    members: tuple[Member, ...]
-    rejects: tuple[Reject, ...]
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), separators=(",", ":")) + "\n"
-
-    @staticmethod
-    def from_json(text: str) -> ShardIndex:
-        values = json.loads(text)
-        if values.get("version") != INDEX_VERSION:
-            raise UserError(f"a shard index has version {values.get('version')}, this program reads {INDEX_VERSION}")
-        values["members"] = tuple(Member(**m) for m in values["members"])
-        values["rejects"] = tuple(Reject(**r) for r in values["rejects"])
-        return ShardIndex(**values)
+REPORT_EVERY = 32
 
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """What `prepare_images` did."""
+    """What `prepare_images` or `adopt_tars` did."""
 
     url: str
     samples: int
     shards: int
     reused_shards: int
     classes: int
+    filtered: int
     rejected: int
     bytes: int
     manifest: str
 
 
 @dataclass(frozen=True)
-class _Job:
-    """One shard to write, with everything its process needs."""
+class Options:
+    """What decides a shard's bytes, beside its pictures."""
 
-    source: Path
-    url: str
-    number: int
-    files: tuple[SourceFile, ...]
+    shard_bytes: int
     size: int | None
+    conditions: tuple[Condition, ...]
+    seed: int
+    labels: Labels
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A few units of a source, with everything that a process needs to write their shards."""
+
+    source: Source
+    units: tuple[Unit, ...]
+    to: str
+    number: int
+    options: Options
+
+
+@dataclass(frozen=True)
+class JobDone:
+    """What the manifest and the report need of a job's shards; their samples stay in their indices."""
+
+    shards: tuple[ShardInfo, ...]
+    reused_shards: int
+    filtered: int
+    rejects: tuple[Reject, ...]
+    largest_label: int
 
 
 def prepare_images(
-    source: Path, to: str, *, shard_bytes: int = 256 << 20, workers: int = 1, size: int | None = None, seed: int = 0
+    source: Path | str,
+    to: str,
+    *,
+    shard_bytes: int = 256 << 20,
+    workers: int = 1,
+    size: int | None = None,
+    where: Sequence[str] = (),
+    seed: int = 0,
 ) -> PrepareReport:
-    """Writes an ImageFolder (one folder a class) as a data set at `to`.
+    """Writes the pictures of an ImageFolder, of webdataset tars or of parquet files as a data set at `to`.
 
-    Pictures keep their bytes unless `size` asks for a shortest side of that many pixels (JPEG, quality 95). Samples
-    are shuffled by `seed`. UserError where the folder is missing or holds no image.
+    Pictures keep their bytes unless `size` asks for a shortest side of that many pixels (JPEG, quality 95). `where`
+    are conditions on the picture's width, height and aspect and on columns: what fails one is counted and left out.
+    Without labels all are of one class. A shard holds at most `shard_bytes` of pictures, and of input.
+    UserError where the source is missing or unusable, or nothing is left of it.
     """
-    classes, files = _scan(source)
-    order = np.argsort(np.random.Philox(key=seed).random_raw(len(files)), kind="stable")
+    conditions = parse_conditions(where)
+    if f"{_plain(to)}/".startswith(f"{_plain(str(source))}/"):
+        raise UserError(f"{to} lies inside the source: a second run would read what the first one wrote")
+    opened, units = open_source(str(source), [c.name for c in conditions if not c.of_picture])
+    first = first_sample(opened, units)
+    if first is None:
+        raise UserError(f"{source} holds no pictures: not one sample with a picture was found")
+    check_columns(conditions, first.columns)
+    labels = look_at_labels(first.label, opened.classes)
+    options = Options(shard_bytes, size, conditions, seed, labels)
+    order = np.argsort(np.random.Philox(key=seed).random_raw(len(units)), kind="stable")
+    parts = _cut([units[i] for i in order], shard_bytes)
+    jobs = (_Job(opened, part, to, number, options) for number, part in enumerate(parts))
     store = open_store(to)
-    shuffled = [files[i] for i in order]
-    jobs = [_Job(source, to, n, part, size) for n, part in enumerate(_cut(shuffled, shard_bytes))]
     # The first upload finds out about a missing bucket before hours of work.
     store.write(REJECTS, b"")
-    done: list[tuple[ShardIndex, bool]]
-    if workers > 1:
-        with ProcessPoolExecutor(workers, mp_context=get_context("forkserver")) as pool:
-            done = list(pool.map(_write_shard, jobs))
-    else:
-        done = [_write_shard(job) for job in jobs]
-    rejects = [r for index, _ in done for r in index.rejects]
-    store.write(REJECTS, "".join(json.dumps(asdict(r)) + "\n" for r in rejects).encode())
-    shards = tuple(
-        ShardInfo(name=_name(job.number), samples=len(index.members), bytes=index.bytes, sha256=index.sha256)
-        for job, (index, _) in zip(jobs, done, strict=True)
-        if index.members
-    )
+    progress = Progress("prepare", sum(unit.bytes for unit in units))
+    return finish(store, run_jobs(_write_job, jobs, workers=workers, progress=progress), labels, str(source))
+
+
+def _plain(url: str) -> str:
+    """One spelling of a URL or path."""
+    if url.startswith("s3://"):
+        return url.rstrip("/")
+    return str(Path(url.removeprefix("file://")).resolve())
+
+
+def finish(store: Store, jobs: Iterable[JobDone], labels: Labels, source: str) -> PrepareReport:
+    """Waits for all jobs, then writes the rejects and, last, the manifest. UserError where no sample is left."""
+    shards: list[ShardInfo] = []
+    reused = filtered = rejected = 0
+    largest_label = 0
+    with tempfile.NamedTemporaryFile("w", suffix=f"-{REJECTS}") as rejects:
+        for done in jobs:
+            shards += done.shards
+            reused += done.reused_shards
+            filtered += done.filtered
+            rejected += len(done.rejects)
+            largest_label = max(largest_label, done.largest_label)
+            rejects.writelines(json.dumps(asdict(reject)) + "\n" for reject in done.rejects)
+        rejects.flush()
+        store.upload(Path(rejects.name), REJECTS)
     if not shards:
-        raise UserError(f"{source}: none of the {len(files)} files is an image: see {to}/{REJECTS}")
-    manifest = Manifest(kind="images", shards=shards, classes=tuple(classes))
+        raise UserError(
+            f"{source}: no picture is left: {rejected} are unusable (see {store.url}/{REJECTS}), "
+            f"{filtered} fail a condition"
+        )
+    manifest = Manifest(kind="images", shards=tuple(shards), classes=labels.class_names(largest_label))
     save_manifest(store, manifest)
     return PrepareReport(
-        url=to,
+        url=store.url,
         samples=manifest.samples,
         shards=len(shards),
-        reused_shards=sum(reused for _, reused in done),
-        classes=len(classes),
-        rejected=len(rejects),
-        bytes=sum(s.bytes for s in shards),
+        reused_shards=reused,
+        classes=len(manifest.classes),
+        filtered=filtered,
+        rejected=rejected,
+        bytes=sum(shard.bytes for shard in shards),
         manifest=manifest.hash,
     )
 
 
-def _scan(source: Path) -> tuple[list[str], list[SourceFile]]:
-    if not source.is_dir():
-        raise UserError(f"{source} is no folder: give an ImageFolder (one sub-folder a class)")
-    classes = sorted(p.name for p in source.iterdir() if p.is_dir() and not p.name.startswith("."))
-    files = [
-        SourceFile(str(path.relative_to(source)), label, path.stat().st_size)
-        for label, name in enumerate(classes)
-        for path in sorted((source / name).rglob("*"))
-        if path.is_file() and not path.name.startswith(".")
-    ]
-    if not files:
-        raise UserError(f"{source} holds no pictures: expected {source}/CLASS/picture.jpg")
-    return classes, files
+def first_sample(source: Source, units: Sequence[Unit]) -> Sample | None:
+    """The first that is not rejected: by it labels and columns are judged."""
+    samples = (item for unit in units for _, item in source.read(unit, 0))
+    return next((item for item in samples if isinstance(item, Sample)), None)
 
 
-def _cut(files: Sequence[SourceFile], shard_bytes: int) -> Iterator[tuple[SourceFile, ...]]:
-    part: list[SourceFile] = []
+def _cut(units: Sequence[Unit], shard_bytes: int) -> Iterator[tuple[Unit, ...]]:
+    """Neighbours together, up to a shard's bytes; a larger unit alone."""
+    part: list[Unit] = []
     total = 0
-    for file in files:
-        if part and total + file.bytes > shard_bytes:
+    for unit in units:
+        if part and total + unit.bytes > shard_bytes:
             yield tuple(part)
             part, total = [], 0
-        part.append(file)
-        total += file.bytes
+        part.append(unit)
+        total += unit.bytes
     yield tuple(part)
 
 
-def _name(number: int) -> str:
-    return f"images-{number:06d}.tar"
+def _write_job(job: _Job, report: Report) -> JobDone:
+    """Writes a job's shards and their indices, or finds them there from an earlier run."""
+    store = open_store(job.to)
+    meter = Meter(report)
+    indices: list[ShardInfo] = []
+    rejects: list[Reject] = []
+    reused = filtered = largest_label = 0
+    start: tuple[int, int] | None = (0, 0)
+    number = 0
+    while start is not None:
+        name = _name(job.number, number)
+        plan = _plan(job, number, start)
+        index = find_index(store, name, plan)
+        if index is None:
+            index = _write_shard(store, name, job, number, start, meter)
+        elif index.members:
+            reused += 1
+        if index.members:
+            indices.append(shard_info(name, index))
+            largest_label = max(largest_label, *(member.label for member in index.members))
+        rejects += index.rejects
+        filtered += index.filtered
+        start, number = index.after, number + 1
+    meter.close(sum(unit.bytes for unit in job.units))
+    return JobDone(tuple(indices), reused, filtered, tuple(rejects), largest_label)
 
 
-def index_name(shard: str) -> str:
-    """The index file of a shard."""
-    return f"{shard}.index.json"
+def shard_info(name: str, index: ShardIndex) -> ShardInfo:
+    """The manifest's entry of an indexed shard."""
+    return ShardInfo(name=name, samples=len(index.members), bytes=index.bytes, sha256=index.sha256)
 
 
-def _write_shard(job: _Job) -> tuple[ShardIndex, bool]:
-    """Writes one shard and its index, or finds both there from an earlier run (second value True)."""
-    store, name = open_store(job.url), _name(job.number)
-    plan = hashlib.sha256(repr((INDEX_VERSION, job.files, job.size)).encode()).hexdigest()
-    old = _reusable(store, name, plan)
-    if old is not None:
-        return old, True
-    data, members, rejects = _pack(job)
-    digest = hashlib.sha256(data).hexdigest()
-    index = ShardIndex(INDEX_VERSION, plan, len(data), digest, tuple(members), tuple(rejects))
-    if members:
-        store.write(name, data)
-    store.write(index_name(name), index.to_json().encode())
-    return index, False
+def _name(job: int, number: int) -> str:
+    """Of a job's shard; the first has the job's own name."""
+    return f"images-{job:06d}-{number:03d}.tar" if number else f"images-{job:06d}.tar"
 
 
-def _reusable(store: Store, name: str, plan: str) -> ShardIndex | None:
-    """The index is written after its shard, so with the same plan both are whole."""
+def _plan(job: _Job, number: int, start: tuple[int, int]) -> str:
+    values = (PLAN_VERSION, [tuple(unit) for unit in job.units], number, start, job.options)
+    return hashlib.sha256(repr(values).encode()).hexdigest()
+
+
+def find_index(store: Store, name: str, plan: str) -> ShardIndex | None:
+    """The index of an earlier run. It is written after its shard, so with the same plan both are whole."""
     try:
         index = ShardIndex.from_json(store.read(index_name(name)).decode())
         if index.plan == plan and (not index.members or store.size(name) == index.bytes):
@@ -214,51 +238,120 @@ def _reusable(store: Store, name: str, plan: str) -> ShardIndex | None:
     return None
 
 
-def _pack(job: _Job) -> tuple[bytes, list[Member], list[Reject]]:
-    import webdataset as wds
+class Meter:
+    """Tells of a job's progress now and then, and at its end of the bytes that it did not have to read."""
 
-    buffer = io.BytesIO()
-    sources: dict[str, SourceFile] = {}
+    def __init__(self, report: Report) -> None:
+        self._report = report
+        self._images = self._bytes = self._told = 0
+
+    def add(self, size: int) -> None:
+        self._images += 1
+        self._bytes += size
+        if self._images == REPORT_EVERY:
+            self._tell()
+
+    def close(self, total: int) -> None:
+        self._tell()
+        # Headers and captions count as work done; a job that opened no picture had been done before.
+        rest = max(total - self._told, 0)
+        self._report(0, rest if self._told else 0, 0 if self._told else rest)
+
+    def _tell(self) -> None:
+        self._report(self._images, self._bytes, 0)
+        self._told += self._bytes
+        self._images = self._bytes = 0
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    picture: bytes
+    extension: str
+    label: int
+    source: str
+
+
+def _write_shard(store: Store, name: str, job: _Job, number: int, start: tuple[int, int], meter: Meter) -> ShardIndex:
+    samples, index = _fill(job, start, meter)
+    draws = np.random.Philox(key=job.options.seed, counter=(job.number << 64) | (number + 1)).random_raw(len(samples))
+    shuffled = [samples[i] for i in np.argsort(draws, kind="stable")]
+    samples.clear()
+    data, members = _pack(shuffled, name.removeprefix("images-").removesuffix(".tar"))
+    index = replace(
+        index,
+        plan=_plan(job, number, start),
+        bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        members=tuple(members),
+    )
+    if members:
+        store.write(name, data)
+    store.write(index_name(name), index.to_json().encode())
+    return index
+
+
+def _fill(job: _Job, start: tuple[int, int], meter: Meter) -> tuple[list[_Encoded], ShardIndex]:
+    """A shard's worth of samples from (unit, position) on, and what the index tells of those left out."""
+    samples: list[_Encoded] = []
     rejects: list[Reject] = []
-    with wds.TarWriter(buffer, encoder=False, mtime=0.0, user="root", group="root") as tar:
-        for file in job.files:
-            try:
-                picture, extension = _picture(job.source / file.path, job.size)
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-                rejects.append(Reject(file.path, str(e).replace(str(job.source) + "/", "") or type(e).__name__))
-                continue
-            key = f"{job.number:06d}-{len(sources):06d}"
-            sources[key] = file
-            tar.write({"__key__": key, extension: picture, "cls": str(file.label).encode()})
-    data = buffer.getvalue()
-    return data, list(_members(data, sources)), rejects
+    total = filtered = 0
+    after = None
+    for position, item in _items(job, start):
+        if isinstance(item, Reject):
+            rejects.append(item)
+            continue
+        try:
+            sample = _encode(item, job.options)
+        except BadSampleError as e:
+            rejects.append(Reject(item.name, str(e)))
+        except FilteredError:
+            filtered += 1
+        else:
+            total += len(sample.picture)
+            if samples and total > job.options.shard_bytes:
+                after = position
+                break
+            samples.append(sample)
+        meter.add(len(item.picture))
+    return samples, ShardIndex(INDEX_VERSION, "", 0, "", (), tuple(rejects), filtered, after)
 
 
-def _members(data: bytes, sources: dict[str, SourceFile]) -> Iterator[Member]:
-    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-        for info in tar:
-            key, _, extension = info.name.partition(".")
-            if extension == "cls":
-                continue
-            picture = data[info.offset_data : info.offset_data + info.size]
-            source = sources[key]
-            yield Member(key, info.offset_data, info.size, zlib.crc32(picture), source.label, source.path)
+def _items(job: _Job, start: tuple[int, int]) -> Iterator[tuple[tuple[int, int], Sample | Reject]]:
+    """The job's samples from `start` on, each with (unit, position)."""
+    first, begin = start
+    for number in range(first, len(job.units)):
+        for position, item in job.source.read(job.units[number], begin if number == first else 0):
+            yield (number, position), item
 
 
-def _picture(path: Path, size: int | None) -> tuple[bytes, str]:
-    """A picture's bytes and extension, after decoding it whole: a cut file opens well and fails only at its end."""
-    data = path.read_bytes()
-    with Image.open(io.BytesIO(data)) as image:
-        kind = image.format
-        image.load()
-        if size is None and kind in ("JPEG", "PNG", "WEBP"):
-            return data, {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}[kind]
-        rgb = image.convert("RGB")
-    if size is not None:
-        scale = size / min(rgb.size)
-        rgb = rgb.resize(
-            (max(size, round(rgb.width * scale)), max(size, round(rgb.height * scale))), Image.Resampling.BICUBIC
-        )
-    out = io.BytesIO()
-    rgb.save(out, "JPEG", quality=JPEG_QUALITY)
-    return out.getvalue(), "jpg"
+def _encode(sample: Sample, options: Options) -> _Encoded:
+    if not all_hold(options.conditions, sample.columns):
+        raise FilteredError
+    label = label_of(sample.label, options.labels)
+    picture, extension = encode_picture(sample.picture, options.size, options.conditions)
+    return _Encoded(picture, extension, label, sample.name)
+
+
+def _pack(samples: list[_Encoded], prefix: str) -> tuple[bytes, list[Member]]:
+    """A tar's bytes. Takes the samples out of the list, so that the shard is in memory about once."""
+    buffer = io.BytesIO()
+    members = []
+    samples.reverse()
+    with tarfile.open(fileobj=buffer, mode="w:", format=tarfile.USTAR_FORMAT) as tar:
+        for row in range(len(samples)):
+            sample = samples.pop()
+            key = f"{prefix}-{row:06d}"
+            _add(tar, f"{key}.cls", str(sample.label).encode())
+            # A header of one block, then the content.
+            offset = tar.offset + tarfile.BLOCKSIZE
+            _add(tar, f"{key}.{sample.extension}", sample.picture)
+            crc = zlib.crc32(sample.picture)
+            members.append(Member(key, offset, len(sample.picture), crc, sample.label, sample.source))
+    return buffer.getvalue(), members
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """TarInfo's defaults name no time and no user, so a re-run writes the same bytes."""
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))

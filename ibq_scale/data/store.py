@@ -85,6 +85,10 @@ class Store(ABC):
             return False
         return True
 
+    @abstractmethod
+    def files(self) -> dict[str, int]:
+        """The bytes of every file under here, by path, sorted. FileNotFoundError where a local folder is missing."""
+
 
 class LocalStore(Store):
     """A folder on a file system."""
@@ -130,6 +134,13 @@ class LocalStore(Store):
 
     def upload(self, local: Path, path: str) -> None:
         self.write(path, local.read_bytes())
+
+    def files(self) -> dict[str, int]:
+        if not self.root.is_dir():
+            raise FileNotFoundError(self.root)
+        # Class folders are often links. Dangling ones, and sockets, are no files.
+        paths = (Path(base, name) for base, _, names in os.walk(self.root, followlinks=True) for name in names)
+        return dict(sorted((p.relative_to(self.root).as_posix(), p.stat().st_size) for p in paths if p.is_file()))
 
 
 class _Part(NamedTuple):
@@ -270,6 +281,12 @@ class S3Store(Store):
             with suppress(Exception):
                 call("abort_multipart_upload", UploadId=upload)
             raise
+
+    def files(self) -> dict[str, int]:
+        found = self._call(lambda fs: fs.find(self.prefix, detail=True))
+        # An object of the prefix's own name is no file under it.
+        names = ((name.removeprefix(f"{self.prefix}/"), int(info["size"])) for name, info in found.items())
+        return dict(sorted((name, size) for name, size in names if name != self.prefix))
 
     def _call(self, action: Callable[[Any], T], *, writing: bool = False) -> T:
         """Runs one request, again and again through transient failures until the deadline."""

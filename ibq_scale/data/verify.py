@@ -1,51 +1,112 @@
-"""Looks at a prepared data set: every shard hashed again, or counted."""
+"""Reads a data set whole and compares every shard with the manifest, and every sample with its index."""
 
 from __future__ import annotations
 
-import hashlib
 import json
+import zlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from threading import Lock
 
-from ibq_scale.data.manifest import NAME, Kind, Manifest, load_manifest
+from ibq_scale.data.index import ShardIndex, index_name
+from ibq_scale.data.manifest import NAME, Kind, Manifest, ShardInfo, load_manifest
+from ibq_scale.data.progress import Progress
+from ibq_scale.data.ranges import HashingReader
 from ibq_scale.data.store import Store, open_store
 from ibq_scale.errors import UserError
 
 
-def verify(url: str) -> list[str]:
-    """One line a shard that is missing or whose bytes differ from the manifest's sha256; none when all is well."""
+@dataclass(frozen=True)
+class Verified:
+    """What was read, and one line for each fault: none when all is well."""
+
+    url: str
+    shards: int
+    samples: int
+    bytes: int
+    faults: tuple[str, ...]
+
+
+def verify(url: str, *, workers: int = 4) -> Verified:
+    """Hashes every shard, and sums every indexed sample, on `workers` threads. UserError where there is no data set."""
     store = open_store(url)
-    faults = []
-    for shard in _manifest(store).shards:
-        try:
-            digest = hashlib.sha256(store.read(shard.name)).hexdigest()
-        except FileNotFoundError:
-            faults.append(f"{shard.name}: missing")
-            continue
-        if digest != shard.sha256:
-            faults.append(f"{shard.name}: content changed (sha256 differs)")
+    manifest = load_any_manifest(store)
+    progress = Progress("verify", sum(shard.bytes for shard in manifest.shards))
+    totals = [0, 0]
+    lock = Lock()
+
+    def count(samples: int, size: int) -> None:
+        with lock:
+            totals[0] += samples
+            totals[1] += size
+            progress.show(totals[0], totals[1], 0)
+
+    check = _check_images if manifest.kind == "images" else _check_codes
+    # Threads: sha256, crc32 and requests all let go of the interpreter's lock.
+    with ThreadPoolExecutor(workers) as pool:
+        faults = [f for found in pool.map(lambda shard: check(store, shard, count), manifest.shards) for f in found]
+    progress.close()
+    return Verified(store.url, len(manifest.shards), totals[0], totals[1], tuple(faults))
+
+
+def load_any_manifest(store: Store) -> Manifest:
+    """A data set's manifest, of either kind. UserError as `load_manifest`."""
+    try:
+        kind: Kind = "codes" if json.loads(store.read(NAME)).get("kind") == "codes" else "images"
+    except (FileNotFoundError, NotADirectoryError, UserError, ValueError, AttributeError):
+        kind = "images"
+    return load_manifest(store, kind)
+
+
+def load_index(store: Store, shard: ShardInfo) -> ShardIndex:
+    """A shard's index. UserError where it is missing, damaged or another shard's."""
+    name = index_name(shard.name)
+    try:
+        index = ShardIndex.from_json(store.read(name).decode())
+    except FileNotFoundError:
+        raise UserError(f"{name}: missing") from None
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{name}: damaged ({e})") from None
+    if index.sha256 != shard.sha256 or len(index.members) != shard.samples:
+        raise UserError(f"{name}: belongs to another shard than the manifest's")
+    return index
+
+
+def _check_codes(store: Store, shard: ShardInfo, count: Callable[[int, int], None]) -> list[str]:
+    faults = _check(store, shard, None)
+    count(shard.samples, shard.bytes)
     return faults
 
 
-def describe(url: str) -> dict[str, object]:
-    """Counts and sizes from the manifest."""
-    manifest = _manifest(open_store(url))
-    facts: dict[str, object] = {
-        "kind": manifest.kind,
-        "samples": manifest.samples,
-        "shards": len(manifest.shards),
-        "classes": len(manifest.classes),
-        "bytes": sum(shard.bytes for shard in manifest.shards),
-        "hash": manifest.hash,
-    }
-    if manifest.codes is not None:
-        facts |= {"codebook": manifest.codes.codebook_size, "grid": list(manifest.codes.grid)}
-        facts |= {"tokenizer": manifest.codes.tokenizer}
-    return facts
-
-
-def _manifest(store: Store) -> Manifest:
-    """Of either kind."""
+def _check_images(store: Store, shard: ShardInfo, count: Callable[[int, int], None]) -> list[str]:
     try:
-        kind: Kind = "codes" if json.loads(store.read(NAME)).get("kind") == "codes" else "images"
-    except (FileNotFoundError, UserError, json.JSONDecodeError, AttributeError):
-        kind = "images"
-    return load_manifest(store, kind)
+        index = load_index(store, shard)
+        faults = _check(store, shard, index)
+    except UserError as e:
+        faults = [str(e), *_check(store, shard, None)]
+    count(shard.samples, shard.bytes)
+    return faults
+
+
+def _check(store: Store, shard: ShardInfo, index: ShardIndex | None) -> list[str]:
+    """One pass over the shard."""
+    try:
+        size = store.size(shard.name)
+    except FileNotFoundError:
+        return [f"{shard.name}: missing"]
+    if size != shard.bytes:
+        return [f"{shard.name}: {size} bytes instead of {shard.bytes}"]
+    reader = HashingReader(store, shard.name, size)
+    faults = []
+    members = sorted(index.members, key=lambda member: member.offset) if index else []
+    for before, after in pairwise(members):
+        if before.offset + before.size > after.offset:
+            faults.append(f"{index_name(shard.name)}: samples {before.key} and {after.key} overlap")
+    for member in members:
+        if zlib.crc32(reader.read_at(member.offset, member.size)) != member.crc:
+            faults.append(f"{shard.name}: sample {member.key} changed (crc differs)")
+    if reader.sha256() != shard.sha256:
+        faults.insert(0, f"{shard.name}: content changed (sha256 differs)")
+    return faults

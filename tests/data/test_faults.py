@@ -160,7 +160,8 @@ def test_a_changed_shard_never_enters_the_cache(
     data = DataConfig(train=shared_url, cache_dir=str(tmp_path / "cache"), workers=0, lanes=3, window=2)
     with pytest.raises(UserError, match="is not what the manifest says"):
         _epoch(data)
-    assert {path.name for path in (tmp_path / "cache").iterdir()} == {"lock"}
+    # The fetch behind the failed one may be under way still.
+    assert {path.name for path in (tmp_path / "cache").iterdir() if path.suffix != ".partial"} == {"lock"}
 
 
 @pytest.mark.parametrize("size", [10, 100_000], ids=["shorter", "longer"])

@@ -12,7 +12,7 @@ import webdataset as wds
 
 from ibq_scale.data.manifest import Manifest, load_manifest
 from ibq_scale.data.prepare import prepare_images
-from ibq_scale.data.verify import describe, verify
+from ibq_scale.data.verify import verify
 from ibq_scale.errors import UserError
 from tests.conftest import CLASSES, PICTURES_A_CLASS
 
@@ -86,27 +86,48 @@ def test_unusable_sources_are_refused(tmp_path: Path) -> None:
         prepare_images(tmp_path / "empty", str(tmp_path / "to"))
     (tmp_path / "text/a").mkdir(parents=True)
     (tmp_path / "text/a/x.jpg").write_text("text")
-    with pytest.raises(UserError, match="none of the 1 files is an image"):
+    with pytest.raises(UserError, match="no picture is left: 1 are unusable"):
         prepare_images(tmp_path / "text", str(tmp_path / "to"))
     assert not (tmp_path / "to/manifest.json").exists()
 
 
 def test_verify_names_what_changed(dataset: str, tmp_path: Path) -> None:
-    assert verify(dataset) == []
+    whole = verify(dataset)
+    manifest = load_manifest(dataset, "images")
+    assert (whole.shards, whole.samples, whole.faults) == (len(manifest.shards), 24, ())
+    assert whole.bytes == sum(shard.bytes for shard in manifest.shards)
     shutil.copytree(dataset, tmp_path, dirs_exist_ok=True)
-    with (tmp_path / "images-000000.tar").open("r+b") as f:
-        f.seek(600)
-        f.write(b"?")
+    index = json.loads((tmp_path / "images-000000.tar.index.json").read_text())
+    for name, offset in (("images-000000.tar", index["members"][1]["offset"]), ("images-000003.tar", 600)):
+        with (tmp_path / name).open("r+b") as f:
+            f.seek(offset)
+            f.write(b"?")
     (tmp_path / "images-000001.tar").unlink()
-    assert verify(str(tmp_path)) == [
+    (tmp_path / "images-000002.tar.index.json").write_text("{}")
+    faults = verify(str(tmp_path), workers=1).faults
+    assert verify(str(tmp_path), workers=8).faults == faults
+    assert faults[:2] == (
         "images-000000.tar: content changed (sha256 differs)",
-        "images-000001.tar: missing",
+        f"images-000000.tar: sample {index['members'][1]['key']} changed (crc differs)",
+    )
+    assert [fault.partition(":")[0] for fault in faults[2:]] == [
+        "images-000001.tar",
+        "images-000002.tar.index.json",
+        "images-000003.tar",
     ]
 
 
-def test_describe_counts(dataset: str) -> None:
-    facts = describe(dataset)
-    assert (facts["kind"], facts["samples"], facts["classes"]) == ("images", 24, 3)
+def test_verify_distrusts_the_index_too(dataset: str, tmp_path: Path) -> None:
+    shutil.copytree(dataset, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "images-000000.tar.index.json"
+    index = json.loads(path.read_text())
+    index["members"][0]["size"] += 4096
+    path.write_text(json.dumps(index))
+    first, second = (member["key"] for member in index["members"][:2])
+    assert verify(str(tmp_path)).faults == (
+        f"images-000000.tar.index.json: samples {first} and {second} overlap",
+        f"images-000000.tar: sample {first} changed (crc differs)",
+    )
 
 
 def test_the_manifest_is_checked(dataset: str, tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from ibq_scale.config.run import DataConfig
 from ibq_scale.data import stream as stream_module
 from ibq_scale.data.cache import ShardCache
 from ibq_scale.data.images import BadSampleError, ImageDataset, Request, decode
+from ibq_scale.data.index import ShardIndex
 from ibq_scale.data.manifest import load_manifest
-from ibq_scale.data.prepare import ShardIndex
 from ibq_scale.data.sets import open_sets
 from ibq_scale.data.store import open_store
 from ibq_scale.data.stream import ImageBatch, evaluation_images, image_stream, shard_images

@@ -1,0 +1,160 @@
+"""Foreign webdataset tars as a data set, without a byte of them rewritten: an index beside each, the manifest last.
+
+The stream reads by index only, so what is no whole picture, or fails a condition, is left out by leaving it out there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ibq_scale.data.encode import BadSampleError, FilteredError, encode_picture
+from ibq_scale.data.filters import Condition, all_hold, check_columns, parse_conditions
+from ibq_scale.data.index import INDEX_VERSION, Member, Reject, ShardIndex, index_name
+from ibq_scale.data.jobs import Report, run_jobs
+from ibq_scale.data.labels import Labels, label_of, look_at_labels
+from ibq_scale.data.manifest import NAME
+from ibq_scale.data.prepare import JobDone, Meter, PrepareReport, find_index, finish, first_sample, shard_info
+from ibq_scale.data.progress import Progress
+from ibq_scale.data.ranges import HashingReader
+from ibq_scale.data.sources import Sample, Unit, open_source
+from ibq_scale.data.store import Store
+from ibq_scale.data.tars import CutTarError, TarSample, TarSource, read_sample, tar_samples
+from ibq_scale.errors import UserError
+
+# What a plan of ours begins with, so that prepared shards are told from adopted ones.
+ADOPTED = "adopted-1-"
+
+Keys = NDArray[np.uint64]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One tar to index."""
+
+    store: Store
+    tar: Unit
+    conditions: tuple[Condition, ...]
+    labels: Labels
+
+
+def adopt_tars(url: str, *, workers: int = 1, where: Sequence[str] = ()) -> PrepareReport:
+    """Indexes the tars at `url`, whose folder becomes a data set; `where` as for `prepare_images`.
+
+    Every picture is decoded once. A re-run takes over the indices that are there. UserError where a key occurs twice, a
+    tar is cut, or the folder is a prepared data set already.
+    """
+    conditions = parse_conditions(where)
+    source, tars = open_source(url)
+    if not isinstance(source, TarSource):
+        raise UserError(f"{url} holds no .tar files: 'ibq-scale prepare images' takes folders and parquet")
+    store = source.store
+    _refuse_prepared(store, tars)
+    first = first_sample(source, tars)
+    if first is None:
+        raise UserError(f"{url}: not one sample of the tars has a picture")
+    check_columns(conditions, first.columns)
+    labels = look_at_labels(first.label, ())
+    jobs = [_Job(store, tar, conditions, labels) for tar in tars]
+    progress = Progress("index", sum(tar.bytes for tar in tars))
+    hashes: list[Keys] = []
+
+    def done() -> Iterator[JobDone]:
+        for result, keys in run_jobs(_index_tar, jobs, workers=workers, progress=progress):
+            hashes.append(keys)
+            yield result
+        _refuse_repeated(store, [tar.file for tar in tars], hashes)
+
+    return finish(store, done(), labels, url)
+
+
+def _refuse_prepared(store: Store, tars: Sequence[Unit]) -> None:
+    """An adopted set may be adopted again; a prepared one would lose its classes' names."""
+    if not store.exists(NAME):
+        return
+    try:
+        index = ShardIndex.from_json(store.read(index_name(tars[0].file)).decode())
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return
+    if not index.plan.startswith(ADOPTED):
+        raise UserError(f"{store.url} is a prepared data set already: use it as it is")
+
+
+def _index_tar(job: _Job, report: Report) -> tuple[JobDone, Keys]:
+    """Writes the index of one tar, or finds it there from an earlier run."""
+    meter = Meter(report)
+    values = (job.tar.file, job.tar.bytes, job.conditions, job.labels)
+    plan = ADOPTED + hashlib.sha256(repr(values).encode()).hexdigest()
+    index = find_index(job.store, job.tar.file, plan)
+    reused = index is not None
+    if index is None:
+        index = _walk(job, plan, meter)
+        job.store.write(index_name(job.tar.file), index.to_json().encode())
+    meter.close(job.tar.bytes)
+    largest = max((member.label for member in index.members), default=0)
+    shards = (shard_info(job.tar.file, index),) if index.members else ()
+    done = JobDone(shards, int(reused and bool(shards)), index.filtered, index.rejects, largest)
+    return done, np.array([_hash(member.key) for member in index.members], dtype=np.uint64)
+
+
+def _walk(job: _Job, plan: str, meter: Meter) -> ShardIndex:
+    """One pass over a tar. UserError where it is cut: its missing samples cannot be told from those it never had."""
+    reader = HashingReader(job.store, job.tar.file, job.tar.bytes)
+    members: list[Member] = []
+    rejects: list[Reject] = []
+    filtered = 0
+    try:
+        for sample in tar_samples(reader):
+            found = read_sample(reader, sample, job.tar.file)
+            if isinstance(found, Reject):
+                rejects.append(found)
+                continue
+            meter.add(len(found.picture))
+            try:
+                members.append(_member(sample, found, job))
+            except BadSampleError as e:
+                rejects.append(Reject(found.name, str(e)))
+            except FilteredError:
+                filtered += 1
+    except CutTarError as e:
+        raise UserError(f"{job.store.url}/{job.tar.file} {e}: fetch it again, or take it away") from None
+    return ShardIndex(INDEX_VERSION, plan, job.tar.bytes, reader.sha256(), tuple(members), tuple(rejects), filtered)
+
+
+def _member(sample: TarSample, found: Sample, job: _Job) -> Member:
+    if not all_hold(job.conditions, found.columns):
+        raise FilteredError
+    label = label_of(found.label, job.labels)
+    encode_picture(found.picture, None, job.conditions)
+    assert sample.picture is not None, "read_sample gave its bytes"
+    offset, size = sample.picture.offset, sample.picture.size
+    return Member(sample.key, offset, size, zlib.crc32(found.picture), label, found.name)
+
+
+def _hash(key: str) -> int:
+    """64 bits: a set of keys may have hundreds of millions."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
+
+
+def _refuse_repeated(store: Store, files: Sequence[str], hashes: Sequence[Keys]) -> None:
+    """UserError where a key occurs twice in the set. Equal hashes are looked up before anything is said."""
+    values, counts = np.unique(np.concatenate(hashes), return_counts=True)
+    for value in values[counts > 1]:
+        places: dict[str, str] = {}
+        for file, keys in zip(files, hashes, strict=True):
+            if not (keys == value).any():
+                continue
+            for member in ShardIndex.from_json(store.read(index_name(file)).decode()).members:
+                if member.key in places:
+                    where = "twice" if places[member.key] == file else f"in {places[member.key]} and"
+                    raise UserError(
+                        f"{store.url}: the key '{member.key}' occurs {where} in {file}: "
+                        f"samples could not be told apart; 'ibq-scale prepare images' gives them new keys"
+                    )
+                if _hash(member.key) == value:
+                    places[member.key] = file

@@ -1,0 +1,71 @@
+"""``NAME.index.json``: where a shard's samples are. Whatever reads a shard of pictures reads it by its index."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+from ibq_scale.errors import UserError
+
+INDEX_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Reject:
+    """What is no usable picture, and why."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Member:
+    """One sample of a shard: where its picture's bytes are in the tar."""
+
+    key: str
+    offset: int
+    size: int
+    crc: int
+    label: int
+    source: str
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """`plan` tells which inputs and options made the shard, so that a re-run can trust it."""
+
+    version: int
+    plan: str
+    bytes: int
+    sha256: str
+    members: tuple[Member, ...]
+    rejects: tuple[Reject, ...]
+    filtered: int = 0
+    """Samples that a condition left out."""
+    after: tuple[int, int] | None = None
+    """(unit, position) where the job's next shard begins; None in its last."""
+
+    def to_json(self) -> str:
+        values = asdict(self)
+        # Both are newer than version 1: what says nothing is not written, and most indices stay as they were.
+        if not self.filtered:
+            del values["filtered"]
+        if self.after is None:
+            del values["after"]
+        return json.dumps(values, separators=(",", ":")) + "\n"
+
+    @staticmethod
+    def from_json(text: str) -> ShardIndex:
+        values = json.loads(text)
+        if values.get("version") != INDEX_VERSION:
+            raise UserError(f"a shard index has version {values.get('version')}, this program reads {INDEX_VERSION}")
+        values["members"] = tuple(Member(**m) for m in values["members"])
+        values["rejects"] = tuple(Reject(**r) for r in values["rejects"])
+        if values.get("after") is not None:
+            values["after"] = tuple(values["after"])
+        return ShardIndex(**values)
+
+
+def index_name(shard: str) -> str:
+    """The index file of a shard."""
+    return f"{shard}.index.json"

@@ -1,0 +1,141 @@
+"""Hugging Face parquet: a column of encoded pictures, and perhaps one of labels. The only module that knows pyarrow."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from ibq_scale.data.index import Reject
+from ibq_scale.data.ranges import RangeReader
+from ibq_scale.data.sources import Sample, Unit
+from ibq_scale.data.store import Store
+from ibq_scale.errors import UserError
+
+PICTURES = ("image", "jpg", "jpeg", "png", "webp", "img")
+LABELS = ("label", "cls")
+# Rows decoded at once: some megabytes of pictures.
+ROWS = 16
+FOOTERS_AT_ONCE = 16
+_SPLIT = re.compile(r"(?:.*/)?([^/]+?)-\d+-of-\d+[^/]*\.parquet")
+
+
+@dataclass(frozen=True)
+class ParquetSource:
+    """Parquet files, a unit each row group; positions are rows of it."""
+
+    store: Store
+    picture: str
+    label: str | None
+    columns: tuple[str, ...]
+    """Those that conditions name, and that the files have."""
+    classes: tuple[str, ...]
+
+    def units(self, files: Mapping[str, int]) -> list[Unit]:
+        def of_file(file: tuple[str, int]) -> list[Unit]:
+            opened = _open(self.store, *file)
+            if self.picture not in opened.schema_arrow.names:
+                raise UserError(f"{self.store.url}/{file[0]} has no column '{self.picture}', as the first file has")
+            footer = opened.metadata
+            return [Unit(file[0], i, _group_bytes(footer.row_group(i))) for i in range(footer.num_row_groups)]
+
+        with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
+            return [unit for units in pool.map(of_file, files.items()) for unit in units]
+
+    def read(self, unit: Unit, start: int) -> Iterator[tuple[int, Sample | Reject]]:
+        file = _open(self.store, unit.file, self.store.size(unit.file))
+        names = list(dict.fromkeys([self.picture, *([self.label] if self.label else []), *self.columns]))
+        row = 0
+        try:
+            for batch in file.iter_batches(batch_size=ROWS, row_groups=[unit.part], columns=names, use_threads=False):
+                if row + batch.num_rows > start:
+                    for i, values in enumerate(batch.to_pylist(), row):
+                        if i >= start:
+                            yield i, self._sample(f"{unit.file}/{unit.part}/{i}", values)
+                row += batch.num_rows
+        except (OSError, ValueError) as e:
+            # Arrow's own words for damaged pages; the system's errors have a number.
+            if isinstance(e, UserError) or getattr(e, "errno", None) is not None:
+                raise
+            yield max(row, start), Reject(f"{unit.file}/{unit.part}", f"unreadable from row {row} on: {_first_line(e)}")
+
+    def _sample(self, name: str, values: Mapping[str, Any]) -> Sample | Reject:
+        picture = values[self.picture]
+        data = picture.get("bytes") if isinstance(picture, dict) else picture
+        if not data:
+            return Reject(name, "no picture's bytes in its row")
+        columns = {name: values[name] for name in self.columns}
+        return Sample(name, data, values.get(self.label or ""), columns)
+
+
+def open_parquet(store: Store, files: Mapping[str, int], columns: Collection[str]) -> ParquetSource:
+    """The source whose columns are those of the first file.
+
+    UserError without pyarrow, without a column of pictures, or where several splits lie together.
+    """
+    splits = sorted({match[1] for name in files if (match := _SPLIT.fullmatch(name))})
+    if len(splits) > 1:
+        raise UserError(f"{store.url} holds the splits {', '.join(splits)}: name one, like '{splits[0]}-*.parquet'")
+    first = next(iter(files.items()))
+    schema = _open(store, *first).schema_arrow
+    picture = _picture_column(schema)
+    if picture is None:
+        raise UserError(
+            f"{store.url}/{first[0]} has no column of pictures' bytes, only {', '.join(schema.names)}: "
+            f"one must be binary, or a struct with 'bytes'"
+        )
+    label = next(
+        (n for n in LABELS if n in schema.names and str(schema.field(n).type).startswith(("int", "uint"))), None
+    )
+    wanted = tuple(n for n in dict.fromkeys(c.partition(".")[0] for c in columns) if n in schema.names)
+    # A misspelt condition is answered with all columns that there are.
+    missing = {c.partition(".")[0] for c in columns} - set(wanted)
+    if missing:
+        wanted = tuple(n for n in schema.names if n != picture)
+    return ParquetSource(store, picture, label, wanted, _class_names(schema, label))
+
+
+def _open(store: Store, name: str, size: int) -> Any:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError("parquet files need pyarrow: pip install 'ibq-scale[parquet]'") from None
+    try:
+        # Page by page: a row group may be as large as the file.
+        return parquet.ParquetFile(RangeReader(store, name, size), buffer_size=1 << 20, pre_buffer=False)
+    except pyarrow.ArrowInvalid as e:
+        raise UserError(f"{store.url}/{name} is no whole parquet file: {_first_line(e)}") from None
+
+
+def _picture_column(schema: Any) -> str | None:
+    def holds_bytes(name: str) -> bool:
+        kind = schema.field(name).type
+        names = [field.name for field in kind] if str(kind).startswith("struct") else []
+        kinds = str(kind.field("bytes").type) if "bytes" in names else str(kind)
+        return kinds in ("binary", "large_binary")
+
+    usable = [name for name in schema.names if holds_bytes(name)]
+    named = [name for name in PICTURES if name in usable]
+    return (named or usable or [None])[0]
+
+
+def _class_names(schema: Any, label: str | None) -> tuple[str, ...]:
+    """What the data set's writer left about a ClassLabel column."""
+    try:
+        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+        return tuple(str(name) for name in features[label]["names"])
+    except (TypeError, KeyError, ValueError):
+        return ()
+
+
+def _group_bytes(group: Any) -> int:
+    """On disk: `total_byte_size` is that of the decompressed pages."""
+    return sum(group.column(i).total_compressed_size for i in range(group.num_columns))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

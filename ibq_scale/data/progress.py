@@ -1,0 +1,57 @@
+"""One line about how far a long job is, for whoever waits."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TextIO
+
+TERMINAL_SECONDS, LOG_SECONDS = 0.2, 30.0
+
+
+class Progress:
+    """Images done, their rate, the share of the bytes and the time left: rewritten on a terminal, rarely in a log."""
+
+    def __init__(self, what: str, total_bytes: int, out: TextIO | None = None) -> None:
+        self._what = what
+        self._total = max(total_bytes, 1)
+        self._out = sys.stderr if out is None else out
+        self._terminal = self._out.isatty()
+        self._begin = self._shown = time.monotonic()
+        self._images = self._worked = self._skipped = 0
+
+    def show(self, images: int, worked: int, skipped: int) -> None:
+        """Takes totals so far: images, bytes read and bytes that an earlier run had done; prints when it is time."""
+        self._images, self._worked, self._skipped = images, worked, skipped
+        now = time.monotonic()
+        if now - self._shown >= (TERMINAL_SECONDS if self._terminal else LOG_SECONDS):
+            self._shown = now
+            self._print(now)
+
+    def close(self) -> None:
+        """Ends the line on a terminal."""
+        if self._terminal:
+            self._print(time.monotonic())
+            print(file=self._out, flush=True)
+
+    def _print(self, now: float) -> None:
+        seconds = max(now - self._begin, 1e-9)
+        share = min((self._worked + self._skipped) / self._total, 1.0)
+        text = f"{self._what}: {self._images:,} images, {self._images / seconds:,.0f}/s, {share:.0%}"
+        if self._worked and share < 1.0:
+            text += f", {_duration((self._total - self._worked - self._skipped) * seconds / self._worked)} left"
+        # Clears what a longer line left behind.
+        print(
+            f"\r{text}\x1b[K" if self._terminal else text,
+            end="" if self._terminal else "\n",
+            file=self._out,
+            flush=True,
+        )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
