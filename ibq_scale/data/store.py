@@ -27,6 +27,10 @@ class Store(ABC):
     url: str
 
     @abstractmethod
+    def files(self) -> dict[str, int]:
+        """The bytes of every file under here, by path, sorted. FileNotFoundError where a local folder is missing."""
+
+    @abstractmethod
     def read(self, path: str) -> bytes:
         """The whole file. FileNotFoundError where there is none."""
 
@@ -49,10 +53,6 @@ class Store(ABC):
             return False
         return True
 
-    @abstractmethod
-    def files(self) -> dict[str, int]:
-        """The bytes of every file under here, by path, sorted. FileNotFoundError where a local folder is missing."""
-
     def download(self, path: str, local: Path) -> None:
         """Copies a file to `local` by ranges, so that a broken connection costs one range."""
         total = self.size(path)
@@ -73,6 +73,13 @@ class LocalStore(Store):
     def __init__(self, root: Path) -> None:
         self.root = root
         self.url = str(root)
+
+    def files(self) -> dict[str, int]:
+        if not self.root.is_dir():
+            raise FileNotFoundError(self.root)
+        # Class folders are often links. Dangling ones, and sockets, are no files.
+        paths = (Path(base, name) for base, _, names in os.walk(self.root, followlinks=True) for name in names)
+        return dict(sorted((p.relative_to(self.root).as_posix(), p.stat().st_size) for p in paths if p.is_file()))
 
     def read(self, path: str) -> bytes:
         return (self.root / path).read_bytes()
@@ -99,13 +106,6 @@ class LocalStore(Store):
 
     def size(self, path: str) -> int:
         return (self.root / path).stat().st_size
-
-    def files(self) -> dict[str, int]:
-        if not self.root.is_dir():
-            raise FileNotFoundError(self.root)
-        # Class folders are often links. Dangling ones, and sockets, are no files.
-        paths = (Path(base, name) for base, _, names in os.walk(self.root, followlinks=True) for name in names)
-        return dict(sorted((p.relative_to(self.root).as_posix(), p.stat().st_size) for p in paths if p.is_file()))
 
 
 class S3Store(Store):
@@ -134,6 +134,12 @@ class S3Store(Store):
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_client": None, "_client_pid": -1}
 
+    def files(self) -> dict[str, int]:
+        found = self._call(lambda fs: fs.find(self.prefix, detail=True))
+        # An object of the prefix's own name is no file under it.
+        names = ((name.removeprefix(f"{self.prefix}/"), int(info["size"])) for name, info in found.items())
+        return dict(sorted((name, size) for name, size in names if name != self.prefix))
+
     def read(self, path: str) -> bytes:
         data: bytes = self._call(lambda fs: fs.cat_file(f"{self.prefix}/{path}"))
         return data
@@ -151,12 +157,6 @@ class S3Store(Store):
 
     def size(self, path: str) -> int:
         return int(self._call(lambda fs: fs.info(f"{self.prefix}/{path}"))["size"])
-
-    def files(self) -> dict[str, int]:
-        found = self._call(lambda fs: fs.find(self.prefix, detail=True))
-        # An object of the prefix's own name is no file under it.
-        names = ((name.removeprefix(f"{self.prefix}/"), int(info["size"])) for name, info in found.items())
-        return dict(sorted((name, size) for name, size in names if name != self.prefix))
 
     def _call(self, action: Callable[[Any], T], *, writing: bool = False) -> T:
         """Runs one request, again and again through transient failures until the deadline."""
