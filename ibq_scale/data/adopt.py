@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ibq_scale.data.encode import BadSampleError, FilteredError, encode_picture
+from ibq_scale.data.encode import UnusableError, UnwantedError, encode_picture
 from ibq_scale.data.filters import Condition, all_hold, check_columns, parse_conditions
 from ibq_scale.data.index import INDEX_VERSION, Member, Reject, ShardIndex, index_name
 from ibq_scale.data.jobs import Report, run_jobs
@@ -117,9 +117,9 @@ def _walk(job: _Job, plan: str, meter: Meter) -> ShardIndex:
             meter.add(len(found.picture))
             try:
                 members.append(_member(sample, found, job))
-            except BadSampleError as e:
+            except UnusableError as e:
                 rejects.append(Reject(found.name, str(e)))
-            except FilteredError:
+            except UnwantedError:
                 filtered += 1
     except CutTarError as e:
         raise UserError(f"{job.store.url}/{job.tar.file} {e}: fetch it again, or take it away") from None
@@ -128,7 +128,7 @@ def _walk(job: _Job, plan: str, meter: Meter) -> ShardIndex:
 
 def _member(sample: TarSample, found: Sample, job: _Job) -> Member:
     if not all_hold(job.conditions, found.columns):
-        raise FilteredError
+        raise UnwantedError
     label = label_of(found.label, job.labels)
     encode_picture(found.picture, None, job.conditions)
     assert sample.picture is not None, "read_sample gave its bytes"

@@ -15,36 +15,36 @@ JPEG_QUALITY = 95
 KEPT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
-class BadSampleError(Exception):
+class UnusableError(Exception):
     """What is no whole picture, or has no usable label; the message is the same in every run."""
 
 
-class FilteredError(Exception):
+class UnwantedError(Exception):
     """What the conditions leave out."""
 
 
 def encode_picture(data: bytes, size: int | None, conditions: Sequence[Condition]) -> tuple[bytes, str]:
     """The bytes to write and their extension: the same bytes, or JPEG where `size` (pixels) or the format asks for it.
 
-    BadSampleError where they do not decode to the end; FilteredError where a condition on the picture fails.
+    UnusableError where they do not decode to the end; UnwantedError where a condition on the picture fails.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
             if not picture_holds(conditions, image.width, image.height):
-                raise FilteredError
+                raise UnwantedError
             kind = image.format or ""
             # A cut file opens well and fails only at its end.
             image.load()
             if size is None and kind in KEPT:
                 return data, KEPT[kind]
             rgb = image.convert("RGB")
-    except FilteredError:
+    except UnwantedError:
         raise
     except UnidentifiedImageError:
-        raise BadSampleError("no picture in a known format") from None
+        raise UnusableError("no picture in a known format") from None
     except Exception as e:
         # Decoders meet arbitrary bytes here, and raise what they like.
-        raise BadSampleError(_reason(e)) from None
+        raise UnusableError(_reason(e)) from None
     return _jpeg(rgb if size is None else _resize(rgb, size)), "jpg"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ibq_scale.data.encode import BadSampleError
+from ibq_scale.data.encode import UnusableError
 
 UNLABELLED = "unlabelled"
 # Above this a number is an identifier and no class; the manifest names every class.
@@ -32,12 +32,12 @@ def look_at_labels(first: int | None, names: tuple[str, ...]) -> Labels:
 
 
 def label_of(found: int | None, labels: Labels) -> int:
-    """A sample's label: 0 where none has one. BadSampleError for one without, or beyond the classes, among others."""
+    """A sample's label: 0 where none has one. UnusableError for one without, or beyond the classes, among others."""
     if not labels.labelled:
         return 0
     if found is None:
-        raise BadSampleError("has no label, unlike the first sample")
+        raise UnusableError("has no label, unlike the first sample")
     classes = len(labels.names) or MOST_CLASSES
     if not 0 <= found < classes:
-        raise BadSampleError(f"label {found} is not one of {classes} classes")
+        raise UnusableError(f"label {found} is not one of {classes} classes")
     return found

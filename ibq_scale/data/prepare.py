@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ibq_scale.data.encode import BadSampleError, FilteredError, encode_picture
+from ibq_scale.data.encode import UnusableError, UnwantedError, encode_picture
 from ibq_scale.data.filters import Condition, all_hold, check_columns, parse_conditions
 from ibq_scale.data.index import INDEX_VERSION, Member, Reject, ShardIndex, index_name
 from ibq_scale.data.jobs import Report, run_jobs
@@ -302,9 +302,9 @@ def _fill(job: _Job, start: tuple[int, int], meter: Meter) -> tuple[list[_Encode
             continue
         try:
             sample = _encode(item, job.options)
-        except BadSampleError as e:
+        except UnusableError as e:
             rejects.append(Reject(item.name, str(e)))
-        except FilteredError:
+        except UnwantedError:
             filtered += 1
         else:
             total += len(sample.picture)
@@ -326,7 +326,7 @@ def _items(job: _Job, start: tuple[int, int]) -> Iterator[tuple[tuple[int, int],
 
 def _encode(sample: Sample, options: Options) -> _Encoded:
     if not all_hold(options.conditions, sample.columns):
-        raise FilteredError
+        raise UnwantedError
     label = label_of(sample.label, options.labels)
     picture, extension = encode_picture(sample.picture, options.size, options.conditions)
     return _Encoded(picture, extension, label, sample.name)
