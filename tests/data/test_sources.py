@@ -228,6 +228,8 @@ def test_patterns_files_and_folders(originals: list[Picture], tmp_path: Path) ->
             names(absent)
     with pytest.raises(UserError, match="is no folder"):
         names("absent/*.tar")
+    with pytest.raises(UserError, match="is no pattern"):
+        names("source/{00000..00001.tar")
 
 
 def test_sources_in_s3(originals: list[Picture], new_prefix: Callable[[], str], pictures: Path, tmp_path: Path) -> None:
