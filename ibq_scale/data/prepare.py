@@ -18,6 +18,7 @@ import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,9 @@ from ibq_scale.errors import UserError
 PLAN_VERSION = 2
 REJECTS = "rejects.jsonl"
 REPORT_EVERY = 32
+
+_Item = tuple[tuple[int, int], Sample | Reject]
+"""(unit, position) and what is there."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +192,7 @@ def _cut(units: Sequence[Unit], shard_bytes: int) -> Iterator[tuple[Unit, ...]]:
 def _write_job(job: _Job, report: Report) -> JobDone:
     """Writes a job's shards and their indices, or finds them there from an earlier run."""
     store = open_store(job.to)
-    meter = Meter(report)
+    reader, meter = _Reader(job), Meter(report)
     indices: list[ShardInfo] = []
     rejects: list[Reject] = []
     reused = filtered = largest_label = 0
@@ -199,7 +203,7 @@ def _write_job(job: _Job, report: Report) -> JobDone:
         plan = _plan(job, number, start)
         index = find_index(store, name, plan)
         if index is None:
-            index = _write_shard(store, name, job, number, start, meter)
+            index = _write_shard(store, name, job, number, start, reader, meter)
         elif index.members:
             reused += 1
         if index.members:
@@ -271,8 +275,10 @@ class _Encoded:
     source: str
 
 
-def _write_shard(store: Store, name: str, job: _Job, number: int, start: tuple[int, int], meter: Meter) -> ShardIndex:
-    samples, index = _fill(job, start, meter)
+def _write_shard(
+    store: Store, name: str, job: _Job, number: int, start: tuple[int, int], reader: _Reader, meter: Meter
+) -> ShardIndex:
+    samples, index = _fill(job.options, reader, start, meter)
     draws = np.random.Philox(key=job.options.seed, counter=(job.number << 64) | (number + 1)).random_raw(len(samples))
     shuffled = [samples[i] for i in np.argsort(draws, kind="stable")]
     samples.clear()
@@ -290,25 +296,25 @@ def _write_shard(store: Store, name: str, job: _Job, number: int, start: tuple[i
     return index
 
 
-def _fill(job: _Job, start: tuple[int, int], meter: Meter) -> tuple[list[_Encoded], ShardIndex]:
+def _fill(options: Options, reader: _Reader, start: tuple[int, int], meter: Meter) -> tuple[list[_Encoded], ShardIndex]:
     """A shard's worth of samples from (unit, position) on, and what the index tells of those left out."""
     samples: list[_Encoded] = []
     rejects: list[Reject] = []
     total = filtered = 0
     after = None
-    for position, item in _items(job, start):
+    for position, item in reader.items(start):
         if isinstance(item, Reject):
             rejects.append(item)
             continue
         try:
-            sample = _encode(item, job.options)
+            sample = _encode(item, options)
         except UnusableError as e:
             rejects.append(Reject(item.name, str(e)))
         except UnwantedError:
             filtered += 1
         else:
             total += len(sample.picture)
-            if samples and total > job.options.shard_bytes:
+            if samples and total > options.shard_bytes:
                 after = position
                 break
             samples.append(sample)
@@ -316,12 +322,29 @@ def _fill(job: _Job, start: tuple[int, int], meter: Meter) -> tuple[list[_Encode
     return samples, ShardIndex(INDEX_VERSION, "", 0, "", (), tuple(rejects), filtered, after)
 
 
-def _items(job: _Job, start: tuple[int, int]) -> Iterator[tuple[tuple[int, int], Sample | Reject]]:
-    """The job's samples from `start` on, each with (unit, position)."""
-    first, begin = start
-    for number in range(first, len(job.units)):
-        for position, item in job.source.read(job.units[number], begin if number == first else 0):
-            yield (number, position), item
+class _Reader:
+    """A job's samples in order. Shard after shard goes on in the open file; only a resumed job begins in its middle."""
+
+    def __init__(self, job: _Job) -> None:
+        self._job = job
+        self._open: Iterator[_Item] = iter(())
+        self._last: _Item | None = None
+
+    def items(self, start: tuple[int, int]) -> Iterator[_Item]:
+        """From `start` on: the beginning, or where an earlier call was left."""
+        if self._last is not None and self._last[0] == start:
+            self._open = chain([self._last], self._open)
+        else:
+            self._open = self._read(start)
+        for item in self._open:
+            self._last = item
+            yield item
+
+    def _read(self, start: tuple[int, int]) -> Iterator[_Item]:
+        first, begin = start
+        for number in range(first, len(self._job.units)):
+            for position, item in self._job.source.read(self._job.units[number], begin if number == first else 0):
+                yield (number, position), item
 
 
 def _encode(sample: Sample, options: Options) -> _Encoded:

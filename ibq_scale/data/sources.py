@@ -105,7 +105,10 @@ def find_files(url: str) -> tuple[Store, dict[str, int]]:
         return store, files
     found: dict[str, int] = {}
     for name in _expand(pattern):
-        matched = {f: b for f, b in files.items() if _matches(f, name)}
+        # Braces give thousands of plain names: those are looked up.
+        matched = {
+            f: files[f] for f in (files if _PATTERN.search(name) else {name} & files.keys()) if _matches(f, name)
+        }
         if not matched:
             raise UserError(f"{root}/{name} does not exist")
         found |= matched
@@ -125,9 +128,14 @@ def _split(url: str) -> tuple[str, str]:
 
 
 def _expand(pattern: str) -> list[str]:
+    if "{" not in pattern:
+        return [pattern]
     from webdataset.shardlists import expand_urls
 
-    names: list[str] = expand_urls(pattern)
+    try:
+        names: list[str] = expand_urls(pattern)
+    except ValueError as e:
+        raise UserError(f"'{pattern}' is no pattern ({e}): write, e.g., '{{00000..00099}}.tar' or '*.tar'") from None
     return names
 
 

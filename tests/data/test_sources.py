@@ -15,6 +15,7 @@ import webdataset as wds
 from ibq_scale.data import ranges
 from ibq_scale.data.index import ShardIndex, index_name
 from ibq_scale.data.manifest import load_manifest
+from ibq_scale.data.parquet import ParquetSource
 from ibq_scale.data.prepare import PrepareReport, prepare_images
 from ibq_scale.data.sources import find_files, open_source
 from ibq_scale.data.store import open_store
@@ -119,6 +120,25 @@ def test_a_second_run_more_workers_and_a_resumed_run_write_the_same_bytes(
         assert 0 < resumed.reused_shards < resumed.shards
         assert _counts(resumed) == _counts(report)
         assert _hashes(more) == _hashes(first)
+
+
+def test_a_unit_of_many_shards_is_read_once(
+    originals: list[Picture], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_parquet(tmp_path / "source", originals)
+    reads: list[tuple[Any, int]] = []
+    read = ParquetSource.read
+
+    def counted(self: ParquetSource, unit: Any, start: int) -> Any:
+        reads.append((unit, start))
+        return read(self, unit, start)
+
+    monkeypatch.setattr(ParquetSource, "read", counted)
+    report = prepare_images(tmp_path / "source", str(tmp_path / "to"), shard_bytes=2_000)
+    # Besides the look at the first sample.
+    assert len(reads[1:]) == len({unit for unit, _ in reads[1:]}) == 6
+    assert report.shards > 6
+    assert all(start == 0 for _, start in reads)
 
 
 def test_another_seed_is_another_order_of_the_same_samples(originals: list[Picture], tmp_path: Path) -> None:
@@ -228,6 +248,8 @@ def test_patterns_files_and_folders(originals: list[Picture], tmp_path: Path) ->
             names(absent)
     with pytest.raises(UserError, match="is no folder"):
         names("absent/*.tar")
+    with pytest.raises(UserError, match="is no pattern"):
+        names("source/{00000..00001.tar")
 
 
 def test_sources_in_s3(originals: list[Picture], new_prefix: Callable[[], str], pictures: Path, tmp_path: Path) -> None:
