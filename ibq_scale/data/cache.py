@@ -2,7 +2,7 @@
 
 ```
 SHA256                  a whole, verified shard; its time is that of its last promise to a reader
-SHA256.NAME.index       its index as one data set has it (NAME: hash of the index's URL); goes when the shard goes
+SHA256.NAME.index       its index as one data set has it (NAME: hash of URL and content); goes when the shard goes
 ….partial               being written by whoever holds its lock, and is as large as it will be; unlocked, a leftover
 lock                    held while room is made
 ```
@@ -98,8 +98,8 @@ class ShardCache:
                     return data
 
     def _index_path(self, shard: ShardInfo, index: str) -> Path:
-        url = hashlib.sha256(f"{self.store.url}/{index}".encode()).hexdigest()
-        return self.folder / f"{shard.sha256}.{url[:16]}.index"
+        what = hashlib.sha256(f"{self.store.url}/{index} {shard.index_sha256}".encode()).hexdigest()
+        return self.folder / f"{shard.sha256}.{what[:16]}.index"
 
     def _open(self, shard: ShardInfo) -> BinaryIO:
         """An open file outlives its eviction, so a reader that has one cannot lose the race against others' room."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import zlib
@@ -188,7 +189,8 @@ def shard_index(part: DataSet, shard: int) -> ShardIndex:
         index = ShardIndex.from_json(data.decode())
     except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
         raise UserError(f"{part.store.url}/{index_name(info.name)} is missing or damaged: prepare again") from None
-    if index.sha256 != info.sha256 or len(index.members) != info.samples:
+    same = info.index_sha256 in (None, hashlib.sha256(data).hexdigest())
+    if not same or index.sha256 != info.sha256 or len(index.members) != info.samples:
         raise UserError(f"{part.store.url}/{index_name(info.name)} belongs to another shard than the manifest's")
     return index
 

@@ -20,12 +20,16 @@ Kind = Literal["images", "codes"]
 
 
 class ShardInfo(Section):
-    """One shard: its file, how many samples, bytes and sha256 (hex). Image shards have an index NAME.index.json."""
+    """One shard: its file, how many samples, bytes and sha256 (hex). Image shards have an index NAME.index.json.
+
+    Adopted shards may be indexed anew with other labels or samples while their bytes stay: hence the index's own hash.
+    """
 
     name: str
     samples: PositiveInt
     bytes: PositiveInt
     sha256: str
+    index_sha256: str | None = None
 
 
 class CodesInfo(Section):

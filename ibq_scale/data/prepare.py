@@ -218,7 +218,13 @@ def _write_job(job: _Job, report: Report) -> JobDone:
 
 def shard_info(name: str, index: ShardIndex) -> ShardInfo:
     """The manifest's entry of an indexed shard."""
-    return ShardInfo(name=name, samples=len(index.members), bytes=index.bytes, sha256=index.sha256)
+    return ShardInfo(
+        name=name,
+        samples=len(index.members),
+        bytes=index.bytes,
+        sha256=index.sha256,
+        index_sha256=hashlib.sha256(index.to_json().encode()).hexdigest(),
+    )
 
 
 def _name(job: int, number: int) -> str:

@@ -6,10 +6,14 @@ step covers one unbroken range of positions whatever the number of ranks, and a 
 
 from __future__ import annotations
 
+import os
+import select
 import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -161,7 +165,7 @@ def _load(dataset: Any, sampler: _FetchingSampler, stack: Callable[[Any], Any], 
             num_workers=workers,
             multiprocessing_context=context,
             prefetch_factor=PREFETCH if workers else None,
-            worker_init_fn=_start_worker,
+            worker_init_fn=partial(_start_worker, os.getpid()),
             # Without one of its own it would draw from the model's generator, and a resumed run's dropout would differ.
             generator=torch.Generator(),
             pin_memory=torch.cuda.is_available(),
@@ -169,11 +173,24 @@ def _load(dataset: Any, sampler: _FetchingSampler, stack: Callable[[Any], Any], 
     )
 
 
-def _start_worker(worker: int) -> None:
-    """Signals that ask a run to save reach its whole process group; a worker that obeyed them would end it."""
+def _start_worker(trainer: int, worker: int) -> None:
+    """Signals that ask a run to save reach its whole process group; a worker that obeyed them would end it.
+
+    A trainer that was killed is followed: torch's own watch looks at the parent, which is the fork server here, and
+    that one lives as long as a worker does.
+    """
+    threading.Thread(target=_follow, args=(trainer,), daemon=True).start()
     for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(name, signal.SIG_IGN)
     torch.set_num_threads(1)
+
+
+def _follow(trainer: int) -> None:
+    """Ends this process when the other one has ended."""
+    try:
+        select.select([os.pidfd_open(trainer)], [], [])
+    finally:
+        os._exit(1)
 
 
 def _stack_images(samples: Sequence[ImageSample]) -> ImageBatch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import shutil
 import time
@@ -21,7 +22,8 @@ from ibq_scale.data import stream as stream_module
 from ibq_scale.data.cache import ShardCache
 from ibq_scale.data.images import BadSampleError, ImageDataset, Request, decode
 from ibq_scale.data.index import ShardIndex
-from ibq_scale.data.manifest import load_manifest
+from ibq_scale.data.manifest import load_manifest, save_manifest
+from ibq_scale.data.prepare import shard_info
 from ibq_scale.data.sets import open_sets
 from ibq_scale.data.store import open_store
 from ibq_scale.data.stream import ImageBatch, evaluation_images, image_stream, shard_images
@@ -165,6 +167,27 @@ def test_a_cache_takes_no_shard_that_has_changed(dataset: str, config: DataConfi
     damaged = config.model_copy(update={"train": str(_damaged(dataset, tmp_path / "store", [2]))})
     with pytest.raises(UserError, match="is not what the manifest says"):
         _global(damaged.model_copy(update={"cache_dir": str(tmp_path / "cache")}), 1)
+
+
+def test_shards_indexed_anew_are_read_by_the_new_index_through_an_old_cache(
+    dataset: str, config: DataConfig, tmp_path: Path
+) -> None:
+    """The tar stays, its index gets other labels: what lies in the cache belongs to the old one."""
+    shutil.copytree(dataset, tmp_path / "store")
+    cached = config.model_copy(update={"train": str(tmp_path / "store"), "cache_dir": str(tmp_path / "cache")})
+    before = _global(cached, 1)[1]
+    manifest = load_manifest(str(tmp_path / "store"), "images")
+    shards = []
+    for info in manifest.shards:
+        path = tmp_path / "store" / f"{info.name}.index.json"
+        index = ShardIndex.from_json(path.read_text())
+        members = tuple(dataclasses.replace(m, label=(m.label + 1) % 3) for m in index.members)
+        path.write_text(dataclasses.replace(index, members=members).to_json())
+        shards.append(shard_info(info.name, dataclasses.replace(index, members=members)))
+    with pytest.raises(UserError, match="belongs to another shard"):
+        _global(cached.model_copy(update={"cache_dir": None}), 1)
+    save_manifest(open_store(str(tmp_path / "store")), manifest.model_copy(update={"shards": tuple(shards)}))
+    assert torch.equal(_global(cached, 1)[1], (before + 1) % 3)
 
 
 def test_sources_are_mixed_by_weight_or_make_one_set(dataset: str, config: DataConfig, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
@@ -69,6 +70,28 @@ def test_a_run_leaves_what_is_promised(whole: Path) -> None:
     assert (newest.step, newest.samples, newest.manifest["world_size"]) == (6, 48, 2)
     parts = sorted(p.name for p in (newest.path / "codebook").iterdir())
     assert parts == ["rows-00000000-00000032.safetensors", "rows-00000032-00000064.safetensors"]
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint_with_the_same_samples(
+    whole: Path, dataset: str, tmp_path: Path
+) -> None:
+    """kill -9 of the launcher: ranks and workers die with it, and nothing half-made is used."""
+    more = ("train.steps=6", "train.checkpoint_every=2", "data.workers=1", f"data.cache_dir={tmp_path / 'cache'}")
+    run = tmp_path / "run"
+    started = subprocess.Popen(_command(dataset, run, *more), stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (run / "checkpoints" / "latest").is_file():
+        assert started.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    children = psutil.Process(started.pid).children(recursive=True)
+    started.kill()
+    started.wait()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive
+    _train(dataset, run, *more)
+    assert _losses(run) == _losses(whole)
+    assert newest_or_this(run).step == 6
 
 
 def test_a_stopped_and_resumed_run_ends_in_the_same_bits(whole: Path, dataset: str, tmp_path: Path) -> None:
