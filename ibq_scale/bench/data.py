@@ -160,7 +160,8 @@ def _know_s3() -> None:
 def _open_s3(url: str, mode: str, bufsize: int, **_: Any) -> Any:
     import fsspec
 
-    return fsspec.open(url, mode, block_size=8 << 20).open()
+    files, path = fsspec.url_to_fs(url)
+    return files.open(path, mode, block_size=8 << 20)
 
 
 class _CentreCrop:

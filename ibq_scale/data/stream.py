@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import count
+from multiprocessing import forkserver, resource_tracker
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -157,6 +158,8 @@ class _FetchingSampler(Sampler[list[Request]]):
 def _load(dataset: Any, sampler: _FetchingSampler, stack: Callable[[Any], Any], workers: int) -> Iterator[Any]:
     # Not fork: threads of torch and of S3 clients do not survive it.
     context = "forkserver" if workers else None
+    if workers:
+        _start_fork_server()
     return iter(
         DataLoader(
             dataset,
@@ -173,22 +176,41 @@ def _load(dataset: Any, sampler: _FetchingSampler, stack: Callable[[Any], Any], 
     )
 
 
-def _start_worker(trainer: int, worker: int) -> None:
-    """Signals that ask a run to save reach its whole process group; a worker that obeyed them would end it.
+# Signals that ask a run to save reach its whole process group. Whoever of the helpers obeyed them would end the run.
+ASKING = {signal.SIGTERM, signal.SIGUSR1}
 
-    A trainer that was killed is followed: torch's own watch looks at the parent, which is the fork server here, and
-    that one lives as long as a worker does.
+
+def _start_fork_server() -> None:
+    """Starts the fork server, where there is none yet, with the asking signals blocked; its workers inherit that."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
+    try:
+        # The server needs it, and starting it lets SIGTERM through again (which it ignores itself).
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_worker(trainer: int, worker: int) -> None:
+    """A worker ends with its trainer and by its word: by the SIGTERM that the trainer's exit sends to whoever is left.
+
+    A killed trainer is followed. torch's own watch looks at the parent, which is the fork server here, and that one
+    lives as long as a worker does.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_follow, args=(trainer,), daemon=True).start()
-    for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(name, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
 def _follow(trainer: int) -> None:
-    """Ends this process when the other one has ended."""
+    """Ends this process when the trainer has ended, or says so."""
     try:
-        select.select([os.pidfd_open(trainer)], [], [])
+        handle = os.pidfd_open(trainer)
+        while not select.select([handle], [], [], 0.0)[0]:
+            told = signal.sigtimedwait({signal.SIGTERM}, 0.5)
+            if told is not None and told.si_pid == trainer:
+                break
     finally:
         os._exit(1)
 

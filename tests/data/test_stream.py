@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import io
 import shutil
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -243,6 +245,25 @@ def test_a_killed_worker_ends_the_stream_and_does_not_hang(config: DataConfig) -
     # Which of the two depends on what the worker was doing; both come at once.
     with pytest.raises((RuntimeError, OSError)):
         list(islice(stream, 100))
+
+
+@pytest.mark.slow
+def test_workers_outlive_a_signal_to_their_group_but_not_their_trainers_exit(dataset: str) -> None:
+    """The program keeps its iterator to the end, as a traceback would: its exit must not wait for ever."""
+    program = (
+        "import os, signal, subprocess; from ibq_scale.config.run import DataConfig;"
+        "from ibq_scale.data.stream import image_stream;"
+        f"data = DataConfig(train={dataset!r}, workers=1);"
+        "s = image_stream(data, resolution=32, seed=0, rank=0, world_size=1, micro_batch=2, start=0); next(s);"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN); signal.signal(signal.SIGUSR1, signal.SIG_IGN);"
+        # Sent by another process, as Slurm does.
+        "[subprocess.run(['kill', '-' + s, '--', f'-{os.getpgid(0)}']) for s in ('TERM', 'USR1')];"
+        "[next(s) for _ in range(500)]; print('alive', flush=True); keep = [s]; raise SystemExit(3)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], start_new_session=True, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (3, "alive\n"), done.stderr
 
 
 @pytest.mark.parametrize("least", [None, 20])
