@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -123,7 +122,6 @@ def _print(report: QuantizerReport) -> None:
     for row in report.rows:
         print(f"  {row.name:<13}{_cells(row)}")
     print(f"  encode decided {100 * report.rescored:.2f} % of the tokens in fp64\n", flush=True)
-    sys.stdout.flush()
 
 
 def _cells(row: Measured) -> str:

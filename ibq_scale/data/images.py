@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import zlib
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from ibq_scale.data.index import ShardIndex, index_name
+from ibq_scale.data.index import ShardIndex, UnfitIndexError, index_name, index_of
 from ibq_scale.data.sets import DataSet, DataSets
 from ibq_scale.errors import UserError
 
@@ -183,16 +182,16 @@ def decode(data: bytes, least: int | None) -> Pixels:
 def shard_index(part: DataSet, shard: int) -> ShardIndex:
     """The shard's index: beside the cached shard where there is a cache. UserError where it does not fit."""
     info = part.manifest.shards[shard]
+    name = index_name(info.name)
     try:
-        name = index_name(info.name)
         data = part.store.read(name) if part.cache is None else part.cache.read_index(info, name)
-        index = ShardIndex.from_json(data.decode())
-    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
-        raise UserError(f"{part.store.url}/{index_name(info.name)} is missing or damaged: prepare again") from None
-    same = info.index_sha256 in (None, hashlib.sha256(data).hexdigest())
-    if not same or index.sha256 != info.sha256 or len(index.members) != info.samples:
-        raise UserError(f"{part.store.url}/{index_name(info.name)} belongs to another shard than the manifest's")
-    return index
+        if info.index_sha256 not in (None, hashlib.sha256(data).hexdigest()):
+            raise UnfitIndexError("belongs to another shard than the manifest's")
+        return index_of(data, info)
+    except FileNotFoundError:
+        raise UserError(f"{part.store.url}/{name} is missing: prepare again") from None
+    except UnfitIndexError as e:
+        raise UserError(f"{part.store.url}/{name}: {e}: prepare again") from None
 
 
 def _bytes(part: DataSet, shard: int, offset: int, size: int) -> bytes:

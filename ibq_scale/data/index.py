@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
+from ibq_scale.data.manifest import ShardInfo
 from ibq_scale.errors import UserError
 
 INDEX_VERSION = 1
@@ -69,3 +70,18 @@ class ShardIndex:
 def index_name(shard: str) -> str:
     """The index file of a shard."""
     return f"{shard}.index.json"
+
+
+class UnfitIndexError(ValueError):
+    """An index that cannot be read, or is not the one that the manifest means."""
+
+
+def index_of(data: bytes, shard: ShardInfo) -> ShardIndex:
+    """The index of a shard from its file's bytes. UnfitIndexError says why not, in a few words."""
+    try:
+        index = ShardIndex.from_json(data.decode())
+    except (ValueError, KeyError, TypeError) as e:
+        raise UnfitIndexError(f"damaged ({e})") from None
+    if index.sha256 != shard.sha256 or len(index.members) != shard.samples:
+        raise UnfitIndexError("belongs to another shard than the manifest's")
+    return index

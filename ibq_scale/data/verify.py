@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from threading import Lock
 
-from ibq_scale.data.index import ShardIndex, index_name
+from ibq_scale.data.index import ShardIndex, UnfitIndexError, index_name, index_of
 from ibq_scale.data.manifest import NAME, Kind, Manifest, ShardInfo, load_manifest
 from ibq_scale.data.progress import Progress
 from ibq_scale.data.ranges import HashingReader
@@ -64,14 +64,11 @@ def load_index(store: Store, shard: ShardInfo) -> ShardIndex:
     """A shard's index. UserError where it is missing, damaged or another shard's."""
     name = index_name(shard.name)
     try:
-        index = ShardIndex.from_json(store.read(name).decode())
+        return index_of(store.read(name), shard)
     except FileNotFoundError:
         raise UserError(f"{name}: missing") from None
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{name}: damaged ({e})") from None
-    if index.sha256 != shard.sha256 or len(index.members) != shard.samples:
-        raise UserError(f"{name}: belongs to another shard than the manifest's")
-    return index
+    except UnfitIndexError as e:
+        raise UserError(f"{name}: {e}") from None
 
 
 def _check_codes(store: Store, shard: ShardInfo, count: Callable[[int, int], None]) -> list[str]:

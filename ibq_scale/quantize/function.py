@@ -26,7 +26,7 @@ from ibq_scale.quantize.collectives import (
     size_of,
     sum_over,
 )
-from ibq_scale.quantize.passes import Backward, Passes, Pull, RowStatistics, Segments, combine_shards
+from ibq_scale.quantize.passes import Backward, Passes, Pull, RowStatistics, Segments, WholeRowPasses, combine_shards
 from ibq_scale.quantize.terms import batch_entropy_of, batch_entropy_slope
 
 
@@ -164,7 +164,7 @@ def _fake_forward(z_ND: Tensor, rows_KD: Tensor, *values: Any) -> Forward:
     tokens, dim = z_ND.shape
     everything = sum(settings.sizes) or tokens
     segments = 1 if settings.global_entropy or not settings.sizes else len(settings.sizes)
-    whole = not settings.sizes and _passes(z_ND, settings).whole_rows
+    whole = not settings.sizes and isinstance(_passes(z_ND, settings), WholeRowPasses)
     index_M, row_M = z_ND.new_empty(everything, dtype=torch.int64), z_ND.new_empty(everything)
     return Forward(
         torch.empty_like(z_ND),
@@ -189,10 +189,10 @@ def _statistics(
     z_MD: Tensor, rows_KD: Tensor, passes: Passes, layout: _Layout, temperature: float
 ) -> tuple[RowStatistics, Tensor, Tensor]:
     """Statistics of all tokens over the whole codebook, Σ q (G, K) over this shard, p·C of this rank's tokens."""
-    if layout.group is None and passes.whole_rows:
+    if layout.group is None and isinstance(passes, WholeRowPasses):
         sums, mean_GK = passes.sums_and_means(z_MD, rows_KD, layout.segments)
         return RowStatistics.of(sums), mean_GK, z_MD.new_empty((0, z_MD.shape[1]))
-    sums = passes.sums(z_MD, rows_KD, mixed=True)
+    sums = passes.sums(z_MD, rows_KD)
     if layout.group is not None:
         sums = combine_shards(sums, rows_KD.shape[0], temperature, layout.group)
     statistics = RowStatistics.of(sums)
@@ -228,7 +228,7 @@ def _backward(
         pulled_M=None,
         segments=layout.segments,
     )
-    if layout.group is not None or not passes.whole_rows:
+    if layout.group is not None or not isinstance(passes, WholeRowPasses):
         delta_N = torch.linalg.vecdot(grad_z_q_ND, mixed_ND)
         job = job._replace(delta_M=gather_uneven(delta_N, layout.sizes, layout.group))
         if job.pull.batch_GK is not None:

@@ -313,13 +313,11 @@ class _Split(NamedTuple):
 class TritonPasses:
     """See `passes.Passes`."""
 
-    whole_rows = False
-
     def __init__(self, temperature: float, precision: Precision) -> None:
         self.temperature = temperature
         self.precision = precision
 
-    def sums(self, z_MD: Tensor, rows_KD: Tensor, *, mixed: bool) -> PartSums:
+    def sums(self, z_MD: Tensor, rows_KD: Tensor) -> PartSums:
         M, (K, D) = len(z_MD), rows_KD.shape
         split = _code_split(M, K, z_MD.device)
         index = z_MD.new_empty((split.parts, M), dtype=torch.int32)
@@ -335,10 +333,6 @@ class TritonPasses:
             PartSums(*columns) for columns in zip(index.long(), top, total, total_tau, weighted, parts_SMD, strict=True)
         ]
         return parts[0] if split.parts == 1 else combine(parts, [0] * split.parts, self.temperature)
-
-    def sums_and_means(self, z_MD: Tensor, rows_KD: Tensor, segments: Segments) -> tuple[PartSums, Tensor]:
-        sums = self.sums(z_MD, rows_KD, mixed=True)
-        return sums, self.means(z_MD, rows_KD, RowStatistics.of(sums), segments)
 
     def means(self, z_MD: Tensor, rows_KD: Tensor, statistics: RowStatistics, segments: Segments) -> Tensor:
         K, D = rows_KD.shape

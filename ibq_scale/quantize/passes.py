@@ -15,7 +15,7 @@ unless whole rows of S are at hand.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -86,19 +86,12 @@ class Backward(NamedTuple):
 class Passes(Protocol):
     """A backend. `temperature` is τ. z and the rows have one dtype, the statistics' own."""
 
-    whole_rows: bool
-    """Whether unsharded passes have whole rows of S at hand, so that they need no p C, δ and π."""
-
-    def sums(self, z_MD: Tensor, rows_KD: Tensor, *, mixed: bool) -> PartSums:
-        """Sums over this shard."""
+    def sums(self, z_MD: Tensor, rows_KD: Tensor) -> PartSums:
+        """Sums over this shard, `mixed_MD` among them."""
         ...
 
     def means(self, z_MD: Tensor, rows_KD: Tensor, statistics: RowStatistics, segments: Segments) -> Tensor:
         """Σ_i q_ik (G, K) of each segment's tokens over this shard's codes."""
-        ...
-
-    def sums_and_means(self, z_MD: Tensor, rows_KD: Tensor, segments: Segments) -> tuple[PartSums, Tensor]:
-        """Both, of an unsharded codebook."""
         ...
 
     def pulled(self, job: Backward) -> Tensor:
@@ -107,6 +100,15 @@ class Passes(Protocol):
 
     def gradients(self, job: Backward) -> tuple[Tensor, Tensor]:
         """∂L/∂z (M, D), this shard's part of the sum, and ∂L/∂C (K, D) without the selected rows' own gradient."""
+        ...
+
+
+@runtime_checkable
+class WholeRowPasses(Passes, Protocol):
+    """A backend that has whole rows of an unsharded S at hand, and then needs no p C, δ and π."""
+
+    def sums_and_means(self, z_MD: Tensor, rows_KD: Tensor, segments: Segments) -> tuple[PartSums, Tensor]:
+        """Both in one pass, `mixed_MD` None."""
         ...
 
 

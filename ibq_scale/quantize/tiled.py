@@ -89,26 +89,23 @@ def scratch(size: int, like: Tensor) -> Iterator[Tensor]:
 
 
 class TiledPasses:
-    """See `passes.Passes`."""
-
-    whole_rows = True
+    """See `passes.WholeRowPasses`."""
 
     def __init__(self, temperature: float, precision: Precision, tile_bytes: int | None) -> None:
         self.temperature = temperature
         self.precision = precision
         self.tile_bytes = tile_bytes
 
-    def sums(self, z_MD: Tensor, rows_KD: Tensor, *, mixed: bool) -> PartSums:
-        return self._forward(z_MD, rows_KD, (slice(0, z_MD.shape[0]),), None, mixed)
+    def sums(self, z_MD: Tensor, rows_KD: Tensor) -> PartSums:
+        return self._forward(z_MD, rows_KD, (slice(0, z_MD.shape[0]),), None)
 
     def sums_and_means(self, z_MD: Tensor, rows_KD: Tensor, segments: Segments) -> tuple[PartSums, Tensor]:
         mean_GK = z_MD.new_zeros((len(segments), rows_KD.shape[0]))
-        return self._forward(z_MD, rows_KD, segments, mean_GK, False), mean_GK
+        return self._forward(z_MD, rows_KD, segments, mean_GK), mean_GK
 
-    def _forward(
-        self, z_MD: Tensor, rows_KD: Tensor, segments: Segments, mean_GK: Tensor | None, mixed: bool
-    ) -> PartSums:
-        mixed_MD = torch.zeros_like(z_MD) if mixed else None
+    def _forward(self, z_MD: Tensor, rows_KD: Tensor, segments: Segments, mean_GK: Tensor | None) -> PartSums:
+        """Adds to q̄ where it is asked for, and so whole rows are at hand; else brings p C."""
+        mixed_MD = torch.zeros_like(z_MD) if mean_GK is None else None
         parts: list[tuple[Tensor, ...]] = []
         with self._tile(z_MD, rows_KD) as tile:
             for number, block in blocks(segments, tile.step):
