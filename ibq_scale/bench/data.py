@@ -64,7 +64,7 @@ def bench_data(
     sets = open_sets(config, "images")
     image_bytes = sum(shard.bytes for part in sets.parts for shard in part.manifest.shards) / sets.samples
     begin = time.perf_counter()
-    ours = image_stream(config, resolution=resolution, seed=0, rank=0, world_size=1, micro_batch=batch, start=0)
+    ours = image_stream(sets, resolution=resolution, seed=0, rank=0, world_size=1, micro_batch=batch, start=0)
     next(ours)
     first_batch = time.perf_counter() - begin
     plain = _plain(sets, url, resolution, workers, batch)

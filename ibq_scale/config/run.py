@@ -29,7 +29,9 @@ class DataConfig(Section):
     `train`: a folder or ``s3://bucket/prefix`` that holds a ``manifest.json``, or several: ``[a, b]``.
     `weights`: shares of the stream that several sources get, by position (rounded to 1/4096); without them the sources
     are one data set, every sample once an epoch.
-    `cache_dir`: local folder for downloaded shards (workers then hold no S3 client); ``null`` reads ranges.
+    `cache_dir`: local folder for downloaded shards, of at most `cache_bytes` (workers then hold no S3 client). ``auto``
+    takes one in the temporary folder (SLURM_TMPDIR, TMPDIR) for ``s3://`` sources, none for folders; ``null`` reads
+    each sample by a request of its own.
     `lanes`, `window`: shuffle geometry, part of the order's definition (see data/order.py).
     `augment`: random crop, or centre crop; `flip`: mirror half of the images.
     `bad_samples`: damaged samples, each replaced by a neighbour and logged, that a run puts up with before it stops.
@@ -37,7 +39,7 @@ class DataConfig(Section):
 
     train: str | tuple[str, ...] = "???"
     weights: tuple[Annotated[float, Field(gt=0)], ...] = ()
-    cache_dir: str | None = None
+    cache_dir: str | None = "auto"
     cache_bytes: PositiveInt = 50 * 10**9
     workers: NonNegativeInt = 4
     lanes: PositiveInt = 64

@@ -220,6 +220,16 @@ class ShardCache:
             yield
 
 
+def bytes_held(folder: Path) -> int:
+    """Bytes of the cache files in a folder, or 0 where there is none."""
+    total = 0
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if _NAME.fullmatch(path.name):
+            with suppress(FileNotFoundError):
+                total += path.stat().st_size
+    return total
+
+
 def _partial(path: Path) -> Path:
     return path.with_name(f"{path.name}.partial")
 

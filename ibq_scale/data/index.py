@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 
@@ -84,4 +85,6 @@ def index_of(data: bytes, shard: ShardInfo) -> ShardIndex:
         raise UnfitIndexError(f"damaged ({e})") from None
     if index.sha256 != shard.sha256 or len(index.members) != shard.samples:
         raise UnfitIndexError("belongs to another shard than the manifest's")
+    if shard.index_sha256 not in (None, hashlib.sha256(data).hexdigest()):
+        raise UnfitIndexError("is not the one that the manifest means (sha256 differs)")
     return index

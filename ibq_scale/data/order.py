@@ -41,6 +41,14 @@ class Place(NamedTuple):
     row: int
 
 
+class Pass(NamedTuple):
+    """Sources that make one data set, the samples of its epoch, and how many have been read since the run's start."""
+
+    sources: tuple[int, ...]
+    samples: int
+    read: int
+
+
 class SampleOrder:
     """`locate` maps an absolute position, counted from the run's first sample, to a sample."""
 
@@ -117,6 +125,18 @@ class Mixture:
         sources, ranks = self._block(block)
         source = int(sources[within])
         return Place(source, *self._orders[source].locate(block * self.quotas[source] + int(ranks[within])))
+
+    def passes(self, position: int) -> list[Pass]:
+        """How far each data set that has epochs of its own is read when `position` samples are."""
+        if not self.quotas:
+            sources = tuple(range(len(self._ends)))
+            return [Pass(sources, len(self._union), position)]
+        block, within = divmod(position, BLOCK)
+        begun = np.bincount(self._block(block)[0][:within], minlength=len(self.quotas))
+        return [
+            Pass((source,), len(self._orders[source]), block * quota + int(begun[source]))
+            for source, quota in enumerate(self.quotas)
+        ]
 
     def _mix_block(self, block: int) -> tuple[Int64s, Int64s]:
         """Each position's source, and how many positions of the block before it have the same."""

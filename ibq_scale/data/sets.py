@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
+import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from ibq_scale.config.run import DataConfig
-from ibq_scale.data.cache import ShardCache
+from ibq_scale.data.cache import ShardCache, bytes_held
 from ibq_scale.data.manifest import Kind, Manifest, load_manifest
 from ibq_scale.data.order import Mixture, quotas
 from ibq_scale.data.store import Store, open_store
@@ -26,9 +29,10 @@ class DataSet:
 
 @dataclass(frozen=True)
 class DataSets:
-    """All sources of a run, in the config's order."""
+    """All sources of a run, in the config's order, and the config that they were opened by."""
 
     parts: tuple[DataSet, ...]
+    config: DataConfig
 
     @property
     def samples(self) -> int:
@@ -39,10 +43,10 @@ class DataSets:
         """sha256 (hex) over the manifests' hashes: what a position means depends on it."""
         return hashlib.sha256(" ".join(part.manifest.hash for part in self.parts).encode()).hexdigest()
 
-    def order(self, data: DataConfig, seed: int) -> Mixture:
-        """Positions of this run to samples."""
+    def order(self, seed: int) -> Mixture:
+        """Positions of a run with this seed to samples."""
         sizes = [part.manifest.shard_sizes for part in self.parts]
-        return Mixture(sizes, data.weights, seed, data.lanes, data.window)
+        return Mixture(sizes, self.config.weights, seed, self.config.lanes, self.config.window)
 
 
 def open_sets(data: DataConfig, kind: Kind) -> DataSets:
@@ -50,9 +54,32 @@ def open_sets(data: DataConfig, kind: Kind) -> DataSets:
     parts = []
     for url in data.sources:
         store = open_store(url)
-        cache = ShardCache(Path(data.cache_dir), data.cache_bytes, store) if data.cache_dir else None
-        parts.append(DataSet(load_manifest(store, kind), store, cache))
+        manifest = load_manifest(store, kind)
+        parts.append(DataSet(manifest, store, _cache(data, store)))
     for url, quota in zip(data.sources, quotas(data.weights) if data.weights else (), strict=False):
         if not quota:
             raise UserError(f"data.weights: the weight of {url} is below 1/8192 of their sum and would never come up")
-    return DataSets(tuple(parts))
+    return DataSets(tuple(parts), data)
+
+
+def _cache(data: DataConfig, store: Store) -> ShardCache | None:
+    if data.cache_dir is None or (data.cache_dir == "auto" and store.local):
+        return None
+    if data.cache_dir != "auto":
+        return ShardCache(Path(data.cache_dir), data.cache_bytes, store)
+    # Slurm's own temporary folder, where a site makes one, is on the node's disk and goes with the job.
+    base = Path(os.environ.get("SLURM_TMPDIR") or tempfile.gettempdir())
+    folder = base / f"ibq_scale-cache-{os.getuid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        mine = folder.stat().st_uid == os.getuid()
+        # Nobody asked for this folder, so it leaves room for what else the disk is for.
+        limit = min(data.cache_bytes, (shutil.disk_usage(folder).free + bytes_held(folder)) * 4 // 5)
+    except OSError as e:
+        raise UserError(
+            f"cannot keep shards in {folder} ({e.strerror}): set data.cache_dir to a local folder"
+        ) from None
+    if not mine:
+        # Whoever owns it could put other shards there.
+        raise UserError(f"{folder} belongs to another user: set data.cache_dir to a local folder of your own")
+    return ShardCache(folder, limit, store)

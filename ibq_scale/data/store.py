@@ -46,6 +46,8 @@ class Store(ABC):
     """A folder of files named by relative paths with ``/``."""
 
     url: str
+    local = False
+    """Whether this is a file system's folder, where a read costs no request."""
 
     @abstractmethod
     def read(self, path: str) -> bytes:
@@ -92,6 +94,8 @@ class Store(ABC):
 
 class LocalStore(Store):
     """A folder on a file system."""
+
+    local = True
 
     def __init__(self, root: Path) -> None:
         self.root = root

@@ -27,7 +27,7 @@ from ibq_scale.config.run import DataConfig
 from ibq_scale.data.codes import CodeDataset, CodeSample
 from ibq_scale.data.images import ImageDataset, ImageSample, Request
 from ibq_scale.data.order import Mixture
-from ibq_scale.data.sets import open_sets
+from ibq_scale.data.sets import DataSets, open_sets
 
 # Batches whose shards are fetched ahead of use, and those that each worker has ready.
 FETCH_AHEAD = 16
@@ -39,8 +39,8 @@ class ImageBatch(NamedTuple):
     """uint8 (B, 3, H, W), channels last in memory, as pictures come."""
     labels: Tensor
     """int64 (B,)."""
-    positions: Tensor
-    """int64 (B,), absolute."""
+    requests: Tensor
+    """int64 (B, 5), a `Request` each: position, source, epoch, shard, row."""
     faults: tuple[str, ...] = ()
     """What was wrong with samples that others stand in for."""
 
@@ -50,8 +50,8 @@ class CodeBatch(NamedTuple):
     """int64 (B, T), raster order."""
     labels: Tensor
     """int64 (B,)."""
-    positions: Tensor
-    """int64 (B,), absolute."""
+    requests: Tensor
+    """int64 (B, 5), a `Request` each: position, source, epoch, shard, row."""
 
 
 def to_float(images_u8: Tensor) -> Tensor:
@@ -68,10 +68,10 @@ def rank_positions(start: int, rank: int, world_size: int, micro_batch: int) -> 
 
 
 def image_stream(
-    data: DataConfig, *, resolution: int, seed: int, rank: int, world_size: int, micro_batch: int, start: int
+    sets: DataSets, *, resolution: int, seed: int, rank: int, world_size: int, micro_batch: int, start: int
 ) -> Iterator[ImageBatch]:
     """This rank's micro-batches from absolute position `start` on, without end. UserError for unusable data."""
-    sets = open_sets(data, "images")
+    data = sets.config
     dataset = ImageDataset(
         sets,
         resolution=resolution,
@@ -81,17 +81,17 @@ def image_stream(
         training=True,
         indices_in_memory=4 * data.lanes * len(sets.parts),
     )
-    requests = _requests(sets.order(data, seed), rank_positions(start, rank, world_size, micro_batch))
+    requests = _requests(sets.order(seed), rank_positions(start, rank, world_size, micro_batch))
     return _load(dataset, _FetchingSampler(requests, dataset.fetch), _stack_images, data.workers)
 
 
 def code_stream(
-    data: DataConfig, *, seed: int, rank: int, world_size: int, micro_batch: int, start: int
+    sets: DataSets, *, seed: int, rank: int, world_size: int, micro_batch: int, start: int
 ) -> Iterator[CodeBatch]:
     """As `image_stream`, for code shards."""
-    sets = open_sets(data, "codes")
+    data = sets.config
     dataset = CodeDataset(sets, seed=seed, shards_in_memory=4 * data.lanes * len(sets.parts))
-    requests = _requests(sets.order(data, seed), rank_positions(start, rank, world_size, micro_batch))
+    requests = _requests(sets.order(seed), rank_positions(start, rank, world_size, micro_batch))
     return _load(dataset, _FetchingSampler(requests, dataset.fetch), _stack_codes, data.workers)
 
 
@@ -107,7 +107,7 @@ def evaluation_images(
     rows = [(s, r) for s, size in enumerate(sizes) for r in range(size)][:limit]
     for first in range(0, len(rows), batch * world_size):
         places = range(first + rank * batch, first + (rank + 1) * batch)
-        samples = [dataset[Request(p, 0, 0, *rows[min(p, len(rows) - 1)])] for p in places]
+        samples = dataset.__getitems__([Request(p, 0, 0, *rows[min(p, len(rows) - 1)]) for p in places])
         yield _stack_images(samples), torch.tensor([float(p < len(rows)) for p in places])
 
 
@@ -117,7 +117,7 @@ def shard_images(url: str, shard: int, *, resolution: int, batch: int) -> Iterat
     size = dataset.sets.parts[0].manifest.shards[shard].samples
     for first in range(0, size, batch):
         rows = range(first, min(first + batch, size))
-        yield _stack_images([dataset[Request(row, 0, 0, shard, row)] for row in rows])
+        yield _stack_images(dataset.__getitems__([Request(row, 0, 0, shard, row) for row in rows]))
 
 
 def _centre_cropped(url: str, resolution: int) -> ImageDataset:
@@ -221,11 +221,11 @@ def _stack_images(samples: Sequence[ImageSample]) -> ImageBatch:
     return ImageBatch(
         torch.from_numpy(pixels_BHW3).permute(0, 3, 1, 2),
         torch.tensor([s.label for s in samples]),
-        torch.tensor([s.position for s in samples]),
+        torch.tensor([s.request for s in samples]),
         tuple(s.fault for s in samples if s.fault),
     )
 
 
 def _stack_codes(samples: Sequence[CodeSample]) -> CodeBatch:
     codes = torch.stack([s.codes for s in samples])
-    return CodeBatch(codes, torch.tensor([s.label for s in samples]), torch.tensor([s.position for s in samples]))
+    return CodeBatch(codes, torch.tensor([s.label for s in samples]), torch.tensor([s.request for s in samples]))

@@ -50,7 +50,7 @@ def _trace(config: AnyRun, step: int, ranks: int) -> list[Traced]:
     # Without the cache: it belongs to the machine that trains.
     data = config.data.model_copy(update={"cache_dir": None})
     sets = open_sets(data, "images" if images else "codes")
-    order = sets.order(data, config.train.seed)
+    order = sets.order(config.train.seed)
     index_of = lru_cache(maxsize=None)(lambda source, shard: shard_index(sets.parts[source], shard))
     found = []
     first = (step - 1) * config.train.global_batch

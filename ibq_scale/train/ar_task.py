@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from ibq_scale.config.deepspeed import deepspeed_config
 from ibq_scale.config.run import ARRun
 from ibq_scale.data.manifest import CodesInfo, Manifest
-from ibq_scale.data.sets import open_sets
+from ibq_scale.data.sets import DataSets
 from ibq_scale.data.stream import CodeBatch, code_stream
 from ibq_scale.distributed.environment import World
 from ibq_scale.errors import UserError
@@ -28,10 +28,11 @@ class ARTask:
 
     shown: tuple[str, ...] = ("loss", "grad_norm")
 
-    def __init__(self, run: ARRun, world: World) -> None:
+    def __init__(self, run: ARRun, world: World, sets: DataSets) -> None:
         self.run = run
         self.world = world
-        self.codes = check_codes(run)
+        self.sets = sets
+        self.codes = check_codes(run, sets)
         config = deepspeed_config(run, world.size)
         self.accumulation = int(config["gradient_accumulation_steps"])
         torch.manual_seed(run.train.seed)
@@ -42,7 +43,7 @@ class ARTask:
 
     def batches(self, start: int) -> Iterator[CodeBatch]:
         return code_stream(
-            self.run.data,
+            self.sets,
             seed=self.run.train.seed,
             rank=self.world.rank,
             world_size=self.world.size,
@@ -92,9 +93,9 @@ class ARTask:
         """Nothing to draw: pictures need the tokenizer, which `sample` brings."""
 
 
-def check_codes(run: ARRun) -> CodesInfo:
+def check_codes(run: ARRun, sets: DataSets) -> CodesInfo:
     """Reads what the code shards say of themselves. UserError where they do not fit the model or the tokenizer."""
-    parts = open_sets(run.data, "codes").parts
+    parts = sets.parts
     for url, part in zip(run.data.sources, parts, strict=True):
         _check_part(run, url, part.manifest)
         if (part.manifest.classes, _codes(part.manifest).tokenizer) != (

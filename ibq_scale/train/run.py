@@ -10,6 +10,7 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from ibq_scale.config.batch import accumulation_steps
 from ibq_scale.config.layers import require_complete, to_yaml
 from ibq_scale.config.run import AnyRun, TokenizerRun
-from ibq_scale.data.sets import open_sets
+from ibq_scale.data.sets import DataSets, open_sets
 from ibq_scale.distributed.environment import World
 from ibq_scale.errors import UserError
 from ibq_scale.report.runs import write_report
@@ -51,12 +52,13 @@ def train(config: AnyRun, world: World) -> int:
     if resume_from is not None and resume_from.step >= config.train.total_steps:
         _say(world, f"{run_dir}: all {config.train.total_steps} steps are done; nothing to do")
         return 0
-    data_hash = open_sets(config.data, "images" if isinstance(config, TokenizerRun) else "codes").hash
+    sets = open_sets(config.data, "images" if isinstance(config, TokenizerRun) else "codes")
+    _check_ranks_agree(config, sets, world)
     if resume_from is not None:
-        check_same_data(config, resume_from, data_hash)
-    task = _make_task(config, world)
+        check_same_data(config, resume_from, sets.hash)
+    task = _make_task(config, world, sets)
     _say(world, _summary(config, world, accumulation, resume_from))
-    outcome = Trainer(config, run_dir, task, world, data_hash).run(resume_from)
+    outcome = Trainer(config, run_dir, task, world, sets).run(resume_from)
     if world.is_main:
         write_report([run_dir], run_dir / "report.html")
     if outcome.stopped:
@@ -101,6 +103,18 @@ def check_same_data(config: AnyRun, checkpoint: Checkpoint, data_hash: str) -> N
         )
 
 
+def _check_ranks_agree(config: AnyRun, sets: DataSets, world: World) -> None:
+    """UserError, on every rank, where a node's own copy of the data is another than rank 0's."""
+    hashes: list[Any] = [None] * world.size
+    dist.all_gather_object(hashes, sets.hash)
+    others = [rank for rank, found in enumerate(hashes) if found != hashes[0]]
+    if others:
+        raise UserError(
+            f"rank {others[0]} sees other data in {', '.join(config.data.sources)} than rank 0 does (the manifests "
+            f"differ): give all nodes the same"
+        )
+
+
 def _what(section: object) -> object:
     return {k: v for k, v in section.items() if k not in FREE} if isinstance(section, dict) else section
 
@@ -113,14 +127,14 @@ def _difference(saved: dict[str, object], now: dict[str, object], section: str) 
     return f"{before} there and {after} here"
 
 
-def _make_task(config: AnyRun, world: World) -> Task:
+def _make_task(config: AnyRun, world: World, sets: DataSets) -> Task:
     if isinstance(config, TokenizerRun):
         from ibq_scale.train.tokenizer_task import TokenizerTask
 
-        return TokenizerTask(config, world)
+        return TokenizerTask(config, world, sets)
     from ibq_scale.train.ar_task import ARTask
 
-    return ARTask(config, world)
+    return ARTask(config, world, sets)
 
 
 def _prepare_run_dir(run_dir: Path, config: AnyRun, world: World) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ibq_scale.config.deepspeed import deepspeed_config
 from ibq_scale.config.run import TokenizerRun
+from ibq_scale.data.sets import DataSets
 from ibq_scale.data.stream import ImageBatch, image_stream, to_float
 from ibq_scale.distributed.environment import World
 from ibq_scale.losses.adversarial import LeCAM, discriminator_hinge, generator_non_saturating
@@ -51,9 +52,10 @@ class TokenizerTask:
 
     shown: tuple[str, ...] = ("loss", "l1", "usage", "perplexity")
 
-    def __init__(self, run: TokenizerRun, world: World) -> None:
+    def __init__(self, run: TokenizerRun, world: World, sets: DataSets) -> None:
         self.run = run
         self.world = world
+        self.sets = sets
         config = deepspeed_config(run, world.size)
         self.accumulation = int(config["gradient_accumulation_steps"])
         # Every rank starts from the same weights; dropout then differs by rank.
@@ -79,7 +81,7 @@ class TokenizerTask:
 
     def batches(self, start: int) -> Iterator[ImageBatch]:
         return image_stream(
-            self.run.data,
+            self.sets,
             resolution=self.run.model.resolution,
             seed=self.run.train.seed,
             rank=self.world.rank,

@@ -13,9 +13,11 @@ import torch
 import torch.distributed as dist
 
 from ibq_scale.config.run import AnyRun
+from ibq_scale.data.sets import DataSets
 from ibq_scale.distributed.environment import World
 from ibq_scale.train.checkpoint import Checkpoint, CheckpointFolder
 from ibq_scale.train.metrics import MetricsLog
+from ibq_scale.train.once import SeenOnce
 from ibq_scale.train.preemption import StopRequest
 from ibq_scale.train.task import StepMetrics, Task
 
@@ -32,11 +34,12 @@ class NonFiniteLossError(RuntimeError):
     """The loss became NaN or infinite. Nothing is saved after it."""
 
 
-class _TimedBatches:
-    """Measures how long the step waits for data."""
+class _CountedBatches:
+    """Measures how long the step waits for data, and notes which samples it got."""
 
-    def __init__(self, batches: Iterator[Any]) -> None:
+    def __init__(self, batches: Iterator[Any], once: SeenOnce) -> None:
         self._batches = batches
+        self._once = once
         self.waited = 0.0
 
     def __iter__(self) -> Iterator[Any]:
@@ -46,18 +49,20 @@ class _TimedBatches:
         begin = time.perf_counter()
         batch = next(self._batches)
         self.waited += time.perf_counter() - begin
+        self._once.note(batch.requests)
         return batch
 
 
 class Trainer:
     """Runs a task from its newest whole checkpoint to the end of the config, or to a signal."""
 
-    def __init__(self, config: AnyRun, run_dir: Path, task: Task, world: World, data_hash: str) -> None:
+    def __init__(self, config: AnyRun, run_dir: Path, task: Task, world: World, sets: DataSets) -> None:
         self.config = config
         self.run_dir = run_dir
         self.task = task
         self.world = world
-        self.data_hash = data_hash
+        self.data_hash = sets.hash
+        self.once = SeenOnce(sets, config.train.seed, world)
         self.checkpoints = CheckpointFolder(run_dir / "checkpoints", world, config.train.keep_checkpoints)
 
     def run(self, resume_from: Checkpoint | None) -> Outcome:
@@ -66,6 +71,7 @@ class Trainer:
         start = 0
         if resume_from is not None:
             self.task.load(resume_from.path)
+            self.once.load(resume_from.path)
             _load_rng(resume_from.path, self.world)
             start = resume_from.step
         metrics = MetricsLog(self.run_dir, self.config, start) if self.world.is_main else None
@@ -79,7 +85,7 @@ class Trainer:
 
     def _loop(self, start: int, total: int, metrics: MetricsLog | None, stop: StopRequest) -> Outcome:
         train = self.config.train
-        batches = _TimedBatches(self.task.batches(start * train.global_batch))
+        batches = _CountedBatches(self.task.batches(start * train.global_batch), self.once)
         window = _Window(batches)
         for step in range(start + 1, total + 1):
             rates = self.task.set_rates((step - 1) * train.global_batch)
@@ -87,6 +93,7 @@ class Trainer:
             if step % train.log_every == 0 or step == total:
                 values = window.close(self.world, train.global_batch) | rates | self.task.log_metrics()
                 _check_finite(values, step)
+                self.once.check(step * train.global_batch)
                 if metrics is not None:
                     metrics.write(step, step * train.global_batch, values, self.task.shown)
             stopping = stop.agreed()
@@ -99,6 +106,7 @@ class Trainer:
     def _save(self, step: int, window: _Window) -> None:
         """A checkpoint of a diverged state would replace the last good one: the loss so far is looked at first."""
         _check_finite(window.peek(self.world), step)
+        self.once.check(step * self.config.train.global_batch)
         facts = {
             "step": step,
             "samples": step * self.config.train.global_batch,
@@ -109,6 +117,7 @@ class Trainer:
 
         def write(directory: Path) -> None:
             self.task.save(directory)
+            self.once.save(directory)
             _save_rng(directory, self.world)
 
         self.checkpoints.save(facts, write)
@@ -119,7 +128,7 @@ class Trainer:
 class _Window:
     """Step metrics since the last log line, kept on the device; every rank's mean is averaged when closed."""
 
-    def __init__(self, batches: _TimedBatches) -> None:
+    def __init__(self, batches: _CountedBatches) -> None:
         self._batches = batches
         self._sums: StepMetrics = {}
         self._steps = 0

@@ -20,6 +20,7 @@ from ibq_scale.data.adopt import adopt_tars
 from ibq_scale.data.index import ShardIndex, index_name
 from ibq_scale.data.manifest import load_manifest
 from ibq_scale.data.prepare import prepare_images
+from ibq_scale.data.sets import open_sets
 from ibq_scale.data.store import open_store
 from ibq_scale.data.stream import image_stream, shard_images
 from ibq_scale.data.verify import verify
@@ -77,7 +78,11 @@ def test_the_stream_reads_an_adopted_set_from_s3(
 
     def epoch(train: str) -> list[tuple[int, bytes]]:
         config = DataConfig(train=train, workers=0, lanes=2, window=2, augment="center_crop", flip=False)
-        batch = next(image_stream(config, resolution=32, seed=0, rank=0, world_size=1, micro_batch=24, start=0))
+        batch = next(
+            image_stream(
+                open_sets(config, "images"), resolution=32, seed=0, rank=0, world_size=1, micro_batch=24, start=0
+            )
+        )
         images = [image.numpy().tobytes() for image in batch.images_u8]
         return sorted(zip(batch.labels.tolist(), images, strict=True))
 

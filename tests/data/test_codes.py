@@ -11,6 +11,7 @@ import torch
 from ibq_scale.config.run import DataConfig
 from ibq_scale.data.codes import CodeShard, find_code_shard, finish_codes, read_code_shard, write_code_shard
 from ibq_scale.data.manifest import CodesInfo
+from ibq_scale.data.sets import open_sets
 from ibq_scale.data.store import open_store
 from ibq_scale.data.stream import code_stream
 from ibq_scale.errors import UserError
@@ -57,9 +58,11 @@ def test_the_stream_of_codes_is_one_sequence_for_any_ranks(tmp_path: Path) -> No
     def sequence(world: int) -> torch.Tensor:
         rows = {}
         for rank in range(world):
-            stream = code_stream(config, seed=1, rank=rank, world_size=world, micro_batch=2, start=0)
+            stream = code_stream(
+                open_sets(config, "codes"), seed=1, rank=rank, world_size=world, micro_batch=2, start=0
+            )
             for batch in islice(stream, 24 // (2 * world)):
-                rows |= dict(zip(batch.positions.tolist(), batch.codes, strict=True))
+                rows |= dict(zip(batch.requests[:, 0].tolist(), batch.codes, strict=True))
         return torch.stack([rows[p] for p in range(24)])
 
     whole = sequence(1)
@@ -78,7 +81,7 @@ def test_damage_is_found(tmp_path: Path) -> None:
     store.write("codes-0.safetensors", bytes(content))
     config = DataConfig(train=str(tmp_path), workers=0)
     with pytest.raises(UserError, match="is not what the manifest says"):
-        next(code_stream(config, seed=0, rank=0, world_size=1, micro_batch=2, start=0))
+        next(code_stream(open_sets(config, "codes"), seed=0, rank=0, world_size=1, micro_batch=2, start=0))
     with pytest.raises(UserError, match="is damaged"):
         read_code_shard(b"short", "name")
 
@@ -92,9 +95,11 @@ def test_of_several_crops_each_epoch_draws_one_the_same_for_any_ranks(tmp_path: 
     def epochs(world: int) -> torch.Tensor:
         rows = {}
         for rank in range(world):
-            stream = code_stream(config, seed=1, rank=rank, world_size=world, micro_batch=2, start=0)
+            stream = code_stream(
+                open_sets(config, "codes"), seed=1, rank=rank, world_size=world, micro_batch=2, start=0
+            )
             for batch in islice(stream, 80 // (2 * world)):
-                rows |= dict(zip(batch.positions.tolist(), batch.codes, strict=True))
+                rows |= dict(zip(batch.requests[:, 0].tolist(), batch.codes, strict=True))
         return torch.stack([rows[p] for p in range(80)])
 
     seen = epochs(1)

@@ -12,6 +12,7 @@ import torch
 from ibq_scale.config.run import DataConfig
 from ibq_scale.data import store as store_module
 from ibq_scale.data import stream as stream_module
+from ibq_scale.data.sets import open_sets
 from ibq_scale.data.store import open_store
 from ibq_scale.data.stream import ImageBatch, image_stream
 from ibq_scale.errors import UserError
@@ -65,7 +66,9 @@ def data(request: pytest.FixtureRequest, shared_url: str, tmp_path: Path, proxy:
 
 
 def _epoch(data: DataConfig) -> ImageBatch:
-    return next(image_stream(data, resolution=32, seed=5, rank=0, world_size=1, micro_batch=24, start=0))
+    return next(
+        image_stream(open_sets(data, "images"), resolution=32, seed=5, rank=0, world_size=1, micro_batch=24, start=0)
+    )
 
 
 @pytest.fixture
@@ -78,7 +81,7 @@ def _same(batch: ImageBatch, expected: ImageBatch) -> bool:
     return (
         torch.equal(batch.images_u8, expected.images_u8)
         and torch.equal(batch.labels, expected.labels)
-        and torch.equal(batch.positions, expected.positions)
+        and torch.equal(batch.requests[:, 0], expected.requests[:, 0])
     )
 
 

@@ -123,6 +123,13 @@ def test_verify_distrusts_the_index_too(dataset: str, tmp_path: Path) -> None:
     index = json.loads(path.read_text())
     index["members"][0]["size"] += 4096
     path.write_text(json.dumps(index))
+    assert verify(str(tmp_path)).faults == (
+        "images-000000.tar.index.json: is not the one that the manifest means (sha256 differs)",
+    )
+    # As if whoever wrote it had meant it.
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["shards"][0]["index_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     first, second = (member["key"] for member in index["members"][:2])
     assert verify(str(tmp_path)).faults == (
         f"images-000000.tar.index.json: samples {first} and {second} overlap",

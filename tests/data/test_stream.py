@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
+import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -17,17 +20,19 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from ibq_scale.config.run import DataConfig
 from ibq_scale.data import stream as stream_module
 from ibq_scale.data.cache import ShardCache
-from ibq_scale.data.images import BadSampleError, ImageDataset, Request, decode
+from ibq_scale.data.images import BadSampleError, ImageDataset, Request, decode, shard_index
 from ibq_scale.data.index import ShardIndex
 from ibq_scale.data.manifest import load_manifest, save_manifest
 from ibq_scale.data.prepare import shard_info
 from ibq_scale.data.sets import open_sets
-from ibq_scale.data.store import open_store
+from ibq_scale.data.store import S3Store, open_store
 from ibq_scale.data.stream import ImageBatch, evaluation_images, image_stream, shard_images
 from ibq_scale.errors import UserError
 
@@ -40,14 +45,16 @@ def load_index(store: Path) -> ShardIndex:
 
 def _stream(config: DataConfig, rank: int, world: int, start: int = 0) -> list[ImageBatch]:
     """A rank's micro-batches of five optimizer steps."""
-    stream = image_stream(config, resolution=32, seed=5, rank=rank, world_size=world, micro_batch=MICRO, start=start)
+    stream = image_stream(
+        open_sets(config, "images"), resolution=32, seed=5, rank=rank, world_size=world, micro_batch=MICRO, start=start
+    )
     return list(islice(stream, 5 * GLOBAL // (MICRO * world)))
 
 
 def _global(config: DataConfig, world: int, start: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Images and labels of all ranks, by position."""
     batches = [batch for rank in range(world) for batch in _stream(config, rank, world, start)]
-    order = torch.cat([b.positions for b in batches]).argsort()
+    order = torch.cat([b.requests[:, 0] for b in batches]).argsort()
     return torch.cat([b.images_u8 for b in batches])[order], torch.cat([b.labels for b in batches])[order]
 
 
@@ -71,8 +78,12 @@ def test_a_restart_takes_up_the_sequence(config: DataConfig) -> None:
 
 
 def test_an_epoch_holds_every_sample_once_and_the_next_crops_otherwise(config: DataConfig) -> None:
-    first = next(image_stream(config, resolution=32, seed=5, rank=0, world_size=1, micro_batch=24, start=0))
-    second = next(image_stream(config, resolution=32, seed=5, rank=0, world_size=1, micro_batch=24, start=24))
+    first = next(
+        image_stream(open_sets(config, "images"), resolution=32, seed=5, rank=0, world_size=1, micro_batch=24, start=0)
+    )
+    second = next(
+        image_stream(open_sets(config, "images"), resolution=32, seed=5, rank=0, world_size=1, micro_batch=24, start=24)
+    )
     assert Counter(first.labels.tolist()) == Counter(second.labels.tolist()) == {0: 8, 1: 8, 2: 8}
     assert not torch.equal(first.images_u8, second.images_u8)
 
@@ -96,6 +107,53 @@ def test_workers_with_a_cache_read_no_store_and_give_the_same(config: DataConfig
     assert torch.equal(labels, same)
 
 
+@pytest.mark.slow
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    parts=st.lists(
+        st.tuples(
+            st.sampled_from([1, 2, 3, 4, 8, 16]), st.integers(0, 4), st.sampled_from([1, 2, 3]), st.integers(1, 2)
+        ),
+        min_size=1,
+        max_size=2,
+    ),
+    lanes=st.integers(1, 5),
+    seed=st.integers(0, 3),
+)
+def test_a_run_killed_and_resumed_with_other_ranks_and_workers_gets_what_the_pure_order_says(
+    config: DataConfig, parts: list[tuple[int, int, int, int]], lanes: int, seed: int
+) -> None:
+    """Each part has its world, workers, micro-batch and steps; then its streams go, with what they had prefetched."""
+    done, seen = 0, {}
+    batch = math.lcm(*(world * micro for world, _, micro, _ in parts))
+    for world, workers, micro, steps in parts:
+        # Workers of a few ranks are enough for one machine: the others read alone.
+        sets = [
+            open_sets(config.model_copy(update={"workers": workers if rank < 2 else 0, "lanes": lanes}), "images")
+            for rank in range(world)
+        ]
+        streams = [
+            image_stream(s, resolution=8, seed=seed, rank=rank, world_size=world, micro_batch=micro, start=done)
+            for rank, s in enumerate(sets)
+        ]
+        for _ in range(steps * batch // (world * micro)):
+            for stream in streams:
+                got = next(stream)
+                for request, label in zip(got.requests.tolist(), got.labels.tolist(), strict=True):
+                    assert request[0] not in seen
+                    seen[request[0]] = (tuple(request[1:]), label)
+        del streams
+        done += steps * batch
+    order = sets[0].order(seed)
+    assert sorted(seen) == list(range(done))
+    index = {shard: shard_index(sets[0].parts[0], shard) for shard in range(len(sets[0].parts[0].manifest.shards))}
+    for position, (place, label) in seen.items():
+        assert place == tuple(order.locate(position))
+        assert label == index[place[2]].members[place[3]].label
+    for epoch in range(done // 24):
+        assert len({seen[p][0][2:] for p in range(24 * epoch, 24 * epoch + 24)}) == 24
+
+
 @pytest.mark.parametrize("world", [1, 3])
 def test_evaluation_sees_every_image_once(dataset: str, world: int) -> None:
     seen: Counter[int] = Counter()
@@ -105,7 +163,7 @@ def test_evaluation_sees_every_image_once(dataset: str, world: int) -> None:
         batches.append(len(stream))
         for batch, weights in stream:
             assert len(weights) == 5
-            seen.update(batch.positions[weights > 0].tolist())
+            seen.update(batch.requests[:, 0][weights > 0].tolist())
     assert len(set(batches)) == 1, "ranks with fewer batches would hang the others' collectives"
     assert seen == dict.fromkeys(range(24), 1)
 
@@ -127,6 +185,54 @@ def test_s3_gives_the_same_stream_as_a_folder(
     assert torch.equal(images, _global(config, 2)[0])
 
 
+def test_s3_is_read_through_a_cache_unless_one_asks_for_ranges(
+    config: DataConfig, pictures: Path, new_prefix: Callable[[], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ibq_scale.data.prepare import prepare_images
+
+    url = new_prefix()
+    prepare_images(pictures, url, shard_bytes=8_000)
+    monkeypatch.setenv("SLURM_TMPDIR", str(tmp_path / "job"))
+    remote = config.model_copy(update={"train": url})
+    assert open_sets(config, "images").parts[0].cache is None, "a folder needs no copy"
+    assert open_sets(remote.model_copy(update={"cache_dir": None}), "images").parts[0].cache is None
+    cache = open_sets(remote, "images").parts[0].cache
+    assert cache is not None
+    assert cache.folder == tmp_path / "job" / f"ibq_scale-cache-{os.getuid()}"
+    assert cache.folder.stat().st_mode & 0o777 == 0o700
+    assert 0 < cache.limit < shutil.disk_usage(tmp_path).free
+    images, _ = _global(remote, 1)
+    assert torch.equal(images, _global(config, 1)[0])
+    manifest = load_manifest(url, "images")
+    assert {shard.sha256 for shard in manifest.shards} <= {path.name for path in cache.folder.iterdir()}
+    os.chown(cache.folder, 12345, -1)
+    with pytest.raises(UserError, match="belongs to another user"):
+        open_sets(remote, "images")
+
+
+def test_requests_of_a_batch_wait_together(
+    config: DataConfig, pictures: Path, new_prefix: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a cache every sample is a request; as many at once as the batch has, so one's wait is all the wait."""
+    from ibq_scale.data.prepare import prepare_images
+
+    url = new_prefix()
+    prepare_images(pictures, url, shard_bytes=8_000)
+    together = threading.Barrier(24)
+    read_range = S3Store.read_range
+
+    def slow(self: S3Store, path: str, start: int, stop: int) -> bytes:
+        together.wait(timeout=10)
+        return read_range(self, path, start, stop)
+
+    monkeypatch.setattr(S3Store, "read_range", slow)
+    sets = open_sets(config.model_copy(update={"train": url, "cache_dir": None}), "images")
+    batch = next(image_stream(sets, resolution=32, seed=5, rank=0, world_size=1, micro_batch=24, start=0))
+    whole = open_sets(config, "images")
+    expected = next(image_stream(whole, resolution=32, seed=5, rank=0, world_size=1, micro_batch=24, start=0))
+    assert torch.equal(batch.images_u8, expected.images_u8)
+
+
 def _damaged(dataset: str, folder: Path, rows: list[int]) -> Path:
     """A copy whose first shard has a wrong byte inside these samples."""
     shutil.copytree(dataset, folder)
@@ -143,12 +249,12 @@ def test_a_damaged_sample_is_replaced_by_its_neighbour_on_any_number_of_ranks(
 ) -> None:
     plain = config.model_copy(update={"augment": "center_crop", "flip": False})
     damaged = plain.model_copy(update={"train": str(_damaged(dataset, tmp_path / "store", [1]))})
-    order = open_sets(plain, "images").order(plain, 5)
+    order = open_sets(plain, "images").order(5)
     bad, neighbour = (next(p for p in range(24) if order.locate(p)[2:] == (0, row)) for row in (1, 2))
     streams = {world: [batch for rank in range(world) for batch in _stream(damaged, rank, world)] for world in (1, 2)}
     assert streams[1][0].images_u8.shape == (MICRO, 3, 32, 32)
     for batches in streams.values():
-        images = {int(p): i for b in batches for p, i in zip(b.positions, b.images_u8, strict=True)}
+        images = {int(p): i for b in batches for p, i in zip(b.requests[:, 0], b.images_u8, strict=True)}
         assert torch.equal(images[bad], images[neighbour])
         faults = [fault for b in batches for fault in b.faults]
         # Position 0 … 39 is more than one epoch of 24.
@@ -186,7 +292,7 @@ def test_shards_indexed_anew_are_read_by_the_new_index_through_an_old_cache(
         members = tuple(dataclasses.replace(m, label=(m.label + 1) % 3) for m in index.members)
         path.write_text(dataclasses.replace(index, members=members).to_json())
         shards.append(shard_info(info.name, dataclasses.replace(index, members=members)))
-    with pytest.raises(UserError, match="belongs to another shard"):
+    with pytest.raises(UserError, match="is not the one that the manifest means"):
         _global(cached.model_copy(update={"cache_dir": None}), 1)
     save_manifest(open_store(str(tmp_path / "store")), manifest.model_copy(update={"shards": tuple(shards)}))
     assert torch.equal(_global(cached, 1)[1], (before + 1) % 3)
@@ -196,7 +302,9 @@ def test_sources_are_mixed_by_weight_or_make_one_set(dataset: str, config: DataC
     shutil.copytree(dataset, tmp_path / "second")
     both = {"train": (dataset, str(tmp_path / "second"))}
     union = config.model_copy(update=both)
-    first = next(image_stream(union, resolution=32, seed=5, rank=0, world_size=1, micro_batch=48, start=0))
+    first = next(
+        image_stream(open_sets(union, "images"), resolution=32, seed=5, rank=0, world_size=1, micro_batch=48, start=0)
+    )
     assert Counter(first.labels.tolist()) == {0: 16, 1: 16, 2: 16}, "each sample of both once"
     weighted = config.model_copy(update=both | {"weights": (3.0, 1.0)})
     assert torch.equal(_global(weighted, 1)[0], _global(weighted, 4)[0])
@@ -230,9 +338,8 @@ def test_a_failed_fetch_is_told_at_once_and_not_after_those_behind_it() -> None:
 
 @pytest.mark.slow
 def test_a_killed_worker_ends_the_stream_and_does_not_hang(config: DataConfig) -> None:
-    stream = image_stream(
-        config.model_copy(update={"workers": 1}), resolution=32, seed=5, rank=0, world_size=1, micro_batch=2, start=0
-    )
+    sets = open_sets(config.model_copy(update={"workers": 1}), "images")
+    stream = image_stream(sets, resolution=32, seed=5, rank=0, world_size=1, micro_batch=2, start=0)
     next(stream)
     workers = [
         child
@@ -252,9 +359,11 @@ def test_workers_outlive_a_signal_to_their_group_but_not_their_trainers_exit(dat
     """The program keeps its iterator to the end, as a traceback would: its exit must not wait for ever."""
     program = (
         "import os, signal, subprocess; from ibq_scale.config.run import DataConfig;"
-        "from ibq_scale.data.stream import image_stream;"
+        "from ibq_scale.data.sets import open_sets; from ibq_scale.data.stream import image_stream;"
         f"data = DataConfig(train={dataset!r}, workers=1);"
-        "s = image_stream(data, resolution=32, seed=0, rank=0, world_size=1, micro_batch=2, start=0); next(s);"
+        "sets = open_sets(data, 'images');"
+        "s = image_stream(sets, resolution=32, seed=0, rank=0, world_size=1, micro_batch=2, start=0);"
+        "next(s);"
         "signal.signal(signal.SIGTERM, signal.SIG_IGN); signal.signal(signal.SIGUSR1, signal.SIG_IGN);"
         # Sent by another process, as Slurm does.
         "[subprocess.run(['kill', '-' + s, '--', f'-{os.getpgid(0)}']) for s in ('TERM', 'USR1')];"

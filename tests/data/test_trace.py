@@ -10,6 +10,7 @@ import pytest
 
 from ibq_scale.cli.main import main
 from ibq_scale.config.layers import resolve, to_yaml
+from ibq_scale.data.sets import open_sets
 from ibq_scale.data.stream import image_stream
 from ibq_scale.data.trace import trace
 from ibq_scale.errors import UserError
@@ -30,11 +31,13 @@ def test_the_samples_of_a_step_are_those_of_the_stream(run_dir: Path) -> None:
     found = trace(run_dir, 7, ranks=2)
     assert [sample.position for sample in found] == list(range(48, 56))
     for rank in (0, 1):
-        stream = image_stream(config.data, resolution=32, seed=0, rank=rank, world_size=2, micro_batch=2, start=48)
+        stream = image_stream(
+            open_sets(config.data, "images"), resolution=32, seed=0, rank=rank, world_size=2, micro_batch=2, start=48
+        )
         seen = [
             (int(position), int(label))
             for batch in islice(stream, 2)
-            for position, label in zip(batch.positions, batch.labels, strict=True)
+            for position, label in zip(batch.requests[:, 0], batch.labels, strict=True)
         ]
         assert seen == [(s.position, s.label) for s in found if s.rank == rank]
     # 24 samples an epoch: position 48 begins the third, and files are named as they were prepared.

@@ -15,6 +15,7 @@ import torch
 from ibq_scale.config.run import DataConfig
 from ibq_scale.data import store as store_module
 from ibq_scale.data.prepare import prepare_images
+from ibq_scale.data.sets import open_sets
 from ibq_scale.data.store import open_store
 from ibq_scale.data.stream import ImageBatch, image_stream
 from ibq_scale.errors import UserError
@@ -59,11 +60,13 @@ def new_url() -> Callable[[], str]:
 def _epoch(data: DataConfig, world: int) -> ImageBatch:
     """24 samples of `world` ranks, by position."""
     streams = [
-        image_stream(data, resolution=32, seed=5, rank=rank, world_size=world, micro_batch=4, start=0)
+        image_stream(
+            open_sets(data, "images"), resolution=32, seed=5, rank=rank, world_size=world, micro_batch=4, start=0
+        )
         for rank in range(world)
     ]
     batches = [batch for stream in streams for batch in islice(stream, 24 // 4 // world)]
-    order = torch.cat([batch.positions for batch in batches]).argsort()
+    order = torch.cat([batch.requests[:, 0] for batch in batches]).argsort()
     return ImageBatch(*(torch.cat([getattr(b, name) for b in batches])[order] for name in ImageBatch._fields[:3]))
 
 
@@ -76,7 +79,7 @@ def test_prepared_there_and_streamed_from_there_each_sample_comes_once(
     expected = _epoch(local, 1)
     for world, update in ((1, {}), (2, {"cache_dir": str(tmp_path)})):
         batch = _epoch(local.model_copy(update={"train": url, **update}), world)
-        assert batch.positions.tolist() == list(range(24))
+        assert batch.requests[:, 0].tolist() == list(range(24))
         assert torch.equal(batch.images_u8, expected.images_u8)
         assert torch.equal(batch.labels, expected.labels)
 

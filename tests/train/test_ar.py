@@ -13,6 +13,7 @@ from ibq_scale.config.layers import resolve
 from ibq_scale.config.run import ARRun
 from ibq_scale.data.codes import CodeShard, finish_codes, write_code_shard
 from ibq_scale.data.manifest import CodesInfo
+from ibq_scale.data.sets import open_sets
 from ibq_scale.data.store import open_store
 from ibq_scale.data.stream import code_stream
 from ibq_scale.distributed.environment import World
@@ -59,7 +60,7 @@ def _run(codes: str, *overrides: str) -> ARRun:
 def _train(rank: int, world_size: int, run: ARRun) -> tuple[dict[str, Any], list[float]]:
     from ibq_scale.train.ar_task import ARTask
 
-    task = ARTask(run, World(rank, world_size, rank, torch.device("cpu")))
+    task = ARTask(run, World(rank, world_size, rank, torch.device("cpu")), open_sets(run.data, "codes"))
     batches = task.batches(0)
     losses = []
     for step in range(STEPS):
@@ -80,7 +81,7 @@ def test_zero1_with_accumulation_clipping_and_decay_equals_plain_torch(codes: st
     o = run.optimizer
     groups = [{"params": decayed, "weight_decay": o.weight_decay}, {"params": free, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, o.lr, o.betas, o.eps)
-    stream = code_stream(run.data, seed=0, rank=0, world_size=1, micro_batch=8, start=0)
+    stream = code_stream(open_sets(run.data, "codes"), seed=0, rank=0, world_size=1, micro_batch=8, start=0)
     losses = []
     for _ in range(STEPS):
         batch = next(stream)
@@ -99,7 +100,8 @@ def test_zero1_with_accumulation_clipping_and_decay_equals_plain_torch(codes: st
 
 
 def test_codes_that_do_not_fit_are_refused(codes: str, tokenizer_dir: Path) -> None:
-    assert check_codes(_run(codes)).grid == (4, 4)
+    run = _run(codes)
+    assert check_codes(run, open_sets(run.data, "codes")).grid == (4, 4)
     cases = {
         "set model.codebook_size=40": "model.codebook_size=64",
         "set model.tokens=16": "model.tokens=64",
@@ -107,8 +109,9 @@ def test_codes_that_do_not_fit_are_refused(codes: str, tokenizer_dir: Path) -> N
         "was written by another tokenizer": f"tokenizer={tokenizer_dir}",
     }
     for said, override in cases.items():
+        run = _run(codes, override)
         with pytest.raises(UserError, match=said):
-            check_codes(_run(codes, override))
+            check_codes(run, open_sets(run.data, "codes"))
 
 
 def _resume(rank: int, world_size: int, run: ARRun, folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -129,13 +132,13 @@ def _resume(rank: int, world_size: int, run: ARRun, folder: str) -> tuple[dict[s
         averages = {f"ema.{k}": v.numpy() for k, v in task.ema.shadow.state_dict().items()}
         return weights | averages
 
-    whole = ARTask(run, world)
+    whole = ARTask(run, world, open_sets(run.data, "codes"))
     steps(whole, 0, 4)
-    before = ARTask(run, world)
+    before = ARTask(run, world, open_sets(run.data, "codes"))
     steps(before, 0, 2)
     before.save(directory)
     torch.distributed.barrier()
-    after = ARTask(run, world)
+    after = ARTask(run, world, open_sets(run.data, "codes"))
     after.load(directory)
     steps(after, 2, 4)
     return state(whole), state(after)

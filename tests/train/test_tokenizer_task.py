@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from ibq_scale.config.layers import resolve
 from ibq_scale.config.run import TokenizerRun
+from ibq_scale.data.sets import DataSets
 from ibq_scale.data.stream import ImageBatch
 from ibq_scale.distributed.environment import World
 from tests.ranks import run_ranks
@@ -59,7 +60,7 @@ def _train(
     world = World(rank, world_size, rank, torch.device("cpu"))
     results = {}
     for name, run in runs.items():
-        task = TokenizerTask(run, world)
+        task = TokenizerTask(run, world, DataSets((), run.data))
         for step in range(STEPS):
             task.set_rates(step * run.train.global_batch)
             images = _images(draws[name], step, run.train.global_batch)
