@@ -81,7 +81,7 @@ def bench_data(
         sets.samples,
         resolution,
         workers,
-        cache_dir is not None,
+        any(part.cache is not None for part in sets.parts),
         first_batch,
         rates,
         rates[0].images_per_s / rates[1].images_per_s,

@@ -44,7 +44,12 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     data.add_argument("--workers", type=int, default=1, metavar="N", help="processes that decode (default 1; 0: none)")
     data.add_argument("--batch", type=int, default=64, metavar="N", help="default 64")
     data.add_argument("--seconds", type=float, default=5.0, metavar="S", help="a turn's length (default 5)")
-    data.add_argument("--cache", metavar="DIR", help="local folder for shards (default: ranges from the store)")
+    data.add_argument(
+        "--cache",
+        default="auto",
+        metavar="DIR",
+        help="local folder for shards, as data.cache_dir (default auto; none: a request for each sample)",
+    )
     data.add_argument("--json", action="store_true", help="print one JSON document")
     data.set_defaults(run=_data)
 
@@ -93,7 +98,7 @@ def _data(args: argparse.Namespace) -> int:
         workers=args.workers,
         batch=args.batch,
         seconds=args.seconds,
-        cache_dir=args.cache,
+        cache_dir=None if args.cache == "none" else args.cache,
     )
     if args.json:
         print(json.dumps(asdict(report)))

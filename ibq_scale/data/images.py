@@ -101,6 +101,8 @@ class ImageDataset(torch.utils.data.Dataset[ImageSample]):
         if not self._waits:
             return [self[request] for request in requests]
         with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+            # The indices first, each by one thread: samples of one shard would all read it.
+            list(pool.map(lambda shard: self._index(*shard), {(r.source, r.shard) for r in requests}))
             return list(pool.map(self.__getitem__, requests))
 
     def __getitem__(self, request: Request) -> ImageSample:
