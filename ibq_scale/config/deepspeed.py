@@ -26,8 +26,7 @@ DERIVED = {
     "optimizer": "optimizer",
     "scheduler": "schedule",
 }
-# Stage 3 spreads the parameters themselves; averages and exports do not gather them yet.
-STAGES = (0, 1, 2)
+STAGES = (0, 1, 2, 3)
 ALLOWED = {
     "zero_optimization",
     "zero_allow_untested_optimizer",
@@ -83,7 +82,7 @@ def deepspeed_config(run: AnyRun, world_size: int) -> dict[str, Any]:
             raise UserError(f"{path.name}: unknown key '{key}'" + (f", did you mean '{near[0]}'?" if near else ""))
     stage = values.get("zero_optimization", {}).get("stage", 0)
     if stage not in STAGES:
-        raise UserError(f"{path.name}: ZeRO stage {stage!r} is not supported: take zero0, zero1 or zero2")
+        raise UserError(f"{path.name}: ZeRO stage {stage!r} does not exist: take one of {STAGES}")
     accumulation = accumulation_steps(run.train, world_size)
     return values | {
         "train_batch_size": run.train.global_batch,

@@ -18,8 +18,10 @@ class EMA:
     @torch.no_grad()
     def update(self, weights: Mapping[str, Tensor]) -> None:
         """One step towards `weights` (the same names)."""
-        for name, shadow in self._shadow.items():
-            shadow.lerp_(weights[name].detach().float(), 1.0 - self.decay)
+        if self._shadow:
+            values = [weights[name].detach().float() for name in self._shadow]
+            # One kernel for many tensors: hundreds of small ones would wait for their launches.
+            torch._foreach_lerp_(list(self._shadow.values()), values, 1.0 - self.decay)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The shadow itself (fp32), not a copy."""

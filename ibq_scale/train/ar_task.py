@@ -39,7 +39,7 @@ class ARTask:
         model = Transformer(run.model)
         self.engine = make_engine(model, adamw(model, run.optimizer), config, world.device)
         torch.manual_seed(run.train.seed * 1_000_003 + world.rank + 1)
-        self.ema = ShardedEMA(self.engine.module, run.ema_decay, world)
+        self.ema = ShardedEMA(self.engine, run.ema_decay, world)
 
     def batches(self, start: int) -> Iterator[CodeBatch]:
         return code_stream(

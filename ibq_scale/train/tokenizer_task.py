@@ -68,7 +68,7 @@ class TokenizerTask:
         )
         torch.manual_seed(run.train.seed * 1_000_003 + world.rank + 1)
         self.codebook = ShardedCodebook(run, world)
-        self.ema = ShardedEMA(self.generator.module.autoencoder, run.ema_decay, world)
+        self.ema = ShardedEMA(self.generator, run.ema_decay, world)
         net = run.loss.perceptual
         self.perceptual = None if net == "none" else Perceptual(net, world.device)
         self.lecam = LeCAM(run.loss.lecam_decay, world.device)
@@ -196,7 +196,7 @@ class TokenizerTask:
         weights = self.ema.gather()
         if weights is not None:
             write_config(folder, "tokenizer", self.run.model, self.run.quantizer, {"run": self.run.name})
-            write_weights(folder, weights)
+            write_weights(folder, {name.removeprefix("autoencoder."): value for name, value in weights.items()})
         self.codebook.export(folder)
 
     def load(self, directory: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ibq_scale.config.run import TokenizerRun
@@ -10,6 +11,11 @@ from ibq_scale.losses.adversarial import LeCAM, discriminator_hinge, generator_n
 from ibq_scale.models.autoencoder import TokenizerModel
 from ibq_scale.models.discriminator import PatchDiscriminator
 from ibq_scale.quantize.quantizer import initial_codebook
+
+
+def smooth_leaky_relu(self: torch.nn.LeakyReLU, x: Tensor) -> Tensor:
+    """A LeakyReLU without its kink, for `forward`: two runs that differ in the last bit part visibly at a kink."""
+    return self.negative_slope * x + (1.0 - self.negative_slope) * F.softplus(4.0 * x) / 4.0
 
 
 class PlainTokenizerTraining:
@@ -26,11 +32,9 @@ class PlainTokenizerTraining:
         self.g_optimizer = torch.optim.Adam([*self.model.parameters(), self.codebook_KD], o.lr, o.betas, o.eps)
         self.d_optimizer = torch.optim.Adam(self.discriminator.parameters(), o.lr, o.betas, o.eps)
         self.lecam = LeCAM(run.loss.lecam_decay)
+        self.averages = {name: p.detach().clone() for name, p in self.model.named_parameters()}
         self.kink_distance = float("inf")
-        """How near the run has come to a point where a gradient jumps: |x| before a LeakyReLU, |fake − image| in L1."""
-        for module in self.discriminator.modules():
-            if isinstance(module, torch.nn.LeakyReLU):
-                module.register_forward_pre_hook(lambda _, inputs: self._note_kink(inputs[0]))
+        """How near the run has come to a point where a gradient jumps: |fake − image| in L1."""
 
     def _note_kink(self, x: Tensor) -> None:
         self.kink_distance = min(self.kink_distance, float(x.detach().abs().min()))
@@ -63,5 +67,7 @@ class PlainTokenizerTraining:
         total.backward()
         self.g_optimizer.step()
         self.d_optimizer.step()
+        for name, parameter in self.model.named_parameters():
+            self.averages[name].lerp_(parameter.detach(), 1.0 - self.run.ema_decay)
         means = [torch.stack([pair[i].detach().mean() for pair in logits]).mean() for i in (0, 1)]
         self.lecam.update(means[0], means[1])
