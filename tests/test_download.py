@@ -163,6 +163,16 @@ def test_a_stalled_server_is_given_up(web_server: WebServer, tmp_path: Path, mon
     end.set()
 
 
+def test_an_interrupted_download_leaves_nothing(web_server: WebServer, tmp_path: Path) -> None:
+    def interrupt(have: int, whole: int | None) -> None:
+        assert len(list(tmp_path.iterdir())) == 1
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        download(web_server.url, tmp_path / "weights.pth", SHA256[:8], interrupt)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "*")
     with socket.socket() as unused:

@@ -163,7 +163,7 @@ def _tokenizer(content: _Content, ema: bool) -> Imported:
         dotted = {_averaged(name): name for name in wanted}
         weights = {dotted.get(k, k): v for k, v in state.items() if _of_average(k)}
         require_fit(wanted, weights, f"{file}, its average (model_ema.*)")
-        used = {k for k in state if k.startswith("model_ema.")}
+        used = {*dotted, "model_ema.decay", "model_ema.num_updates"}
     else:
         weights = {k: v for k, v in state.items() if _of_tokenizer(k)}
         require_fit(wanted, weights, str(file))

@@ -16,7 +16,7 @@ from torch import Tensor
 from ibq_scale.cli.main import main
 from ibq_scale.config.layers import resolve
 from ibq_scale.errors import UserError
-from ibq_scale.pretrained.loading import Tokenizer, load_ar, load_model, load_tokenizer, save_tokenizer
+from ibq_scale.pretrained.loading import Tokenizer, load_ar, load_model, load_tokenizer, save_ar, save_tokenizer
 from ibq_scale.pretrained.published import (
     CODEBOOK,
     SIZES,
@@ -98,6 +98,7 @@ def test_everything_else_in_the_file_is_told(
     state: dict[str, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     losses = {
+        "model_ema.lossdiscriminatormain0weight": torch.zeros(1),
         "loss.discriminator.main.0.weight": torch.zeros(1),
         "loss.discriminator.main.0.bias": torch.zeros(1),
         "loss.perceptual_loss.lin0.model.1.weight": torch.zeros(1),
@@ -107,10 +108,11 @@ def test_everything_else_in_the_file_is_told(
     assert import_published(file).left_aside == {
         "loss.discriminator": 2,
         "loss.perceptual_loss": 1,
-        "model_ema": len([k for k in state if k.startswith("model_ema.")]),
+        "model_ema": 1 + len([k for k in state if k.startswith("model_ema.")]),
         "optimizer_states": 2,
         "epoch": 0,
     }
+    assert import_published(file, ema=True).left_aside["model_ema"] == 1
     assert main(["checkpoint", "import", str(file), "--to", str(tmp_path / "to")]) == 0
     said = capsys.readouterr().out
     assert "loss.discriminator (2 tensors), loss.perceptual_loss (1 tensors)" in said
@@ -205,6 +207,16 @@ def test_a_transformer_comes_back_bit_for_bit_with_heads_and_tokens(ar_dir: Path
     for name, tensor in original.state_dict().items():
         assert name.startswith("transformer.")
         assert torch.equal(again.state_dict()[name], tensor)
+
+
+@pytest.mark.parity
+def test_a_published_transformer_is_written_back_as_it_was(parity_dir: Path, tmp_path: Path) -> None:
+    file = parity_dir / "ar_small.ckpt"
+    save_ar(tmp_path / "ar", import_published(file, heads=4, tokens=16).model, {})
+    export_published(tmp_path / "ar", tmp_path / "back.ckpt")
+    original, back = (torch.load(f, weights_only=True)["state_dict"] for f in (file, tmp_path / "back.ckpt"))
+    assert back.keys() == original.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in original.items())
 
 
 def test_a_transformer_whose_heads_cannot_be_guessed(ar_dir: Path, tmp_path: Path) -> None:
