@@ -1,17 +1,80 @@
-"""Pretrained weights that metrics and losses need, from a local folder: nothing downloads inside a job."""
+"""Pretrained weights that metrics and losses need, from a local folder: nothing downloads inside a job.
+
+``ibq-scale fetch-weights`` fills the folder where there is internet, or from files that somebody already has.
+"""
 
 from __future__ import annotations
 
 import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from ibq_scale.download import NoNetworkError, Watch, download, sha256_of
 from ibq_scale.errors import UserError
 
+State = Literal["there", "missing", "damaged"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """`file`: the published name, which ends in the first digits of its sha256. `url` asks the package it is from."""
+
+    file: str
+    what: str
+    needed_for: str
+    url: Callable[[], str]
+
+    @property
+    def sha256_prefix(self) -> str:
+        return Path(self.file).stem.rpartition("-")[2]
+
+
+def _vgg_url() -> str:
+    from torchvision.models import VGG16_Weights
+
+    return str(VGG16_Weights.IMAGENET1K_V1.url)
+
+
+def _alex_url() -> str:
+    from torchvision.models import AlexNet_Weights
+
+    return str(AlexNet_Weights.IMAGENET1K_V1.url)
+
+
+def _inception_url() -> str:
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+    return str(URL_INCEPTION_V3)
+
+
 SOURCES = {
-    "vgg16-397923af.pth": "torchvision's VGG16 (ImageNet)",
-    "alexnet-owt-7be5be79.pth": "torchvision's AlexNet (ImageNet)",
-    "weights-inception-2015-12-05-6726825d.pth": "torch-fidelity's Inception v3 (FID)",
+    "vgg": Source(
+        "vgg16-397923af.pth", "torchvision's VGG16 (ImageNet)", "LPIPS, as loss (perceptual=vgg) and metric", _vgg_url
+    ),
+    "alex": Source(
+        "alexnet-owt-7be5be79.pth", "torchvision's AlexNet (ImageNet)", "LPIPS, as loss (perceptual=alex)", _alex_url
+    ),
+    "inception": Source(
+        "weights-inception-2015-12-05-6726825d.pth", "torch-fidelity's Inception v3", "FID", _inception_url
+    ),
 }
+
+
+@dataclass(frozen=True)
+class Status:
+    """One file of the folder. `state` ``damaged``: it is there, but its sha256 is not the published one."""
+
+    name: str
+    path: str
+    state: State
+    bytes: int
+    what: str
+    needed_for: str
 
 
 def weights_folder() -> Path:
@@ -19,17 +82,113 @@ def weights_folder() -> Path:
     return Path(os.environ.get("IBQ_SCALE_WEIGHTS") or Path.home() / ".cache/ibq-scale/weights")
 
 
-def missing(name: str) -> str | None:
+def missing(file: str) -> str | None:
     """What to do about an absent file, in one line; None where it is there."""
-    path = weights_folder() / name
+    path = weights_folder() / file
     if path.is_file():
         return None
-    return f"{name} is not in {path.parent}: put {SOURCES[name]} there (or set IBQ_SCALE_WEIGHTS to its folder)"
+    name = next(name for name, source in SOURCES.items() if source.file == file)
+    return f"{file} is not in {path.parent}: run 'ibq-scale fetch-weights {name}' on a node with internet"
 
 
-def weight_file(name: str) -> Path:
-    """The path of a weight file. UserError that names the file, its source and its place when it is absent."""
-    fault = missing(name)
+def weight_file(file: str) -> Path:
+    """The path of a weight file. UserError that says how it gets to where it is looked for, when absent."""
+    fault = missing(file)
     if fault is not None:
-        raise UserError(fault)
-    return weights_folder() / name
+        raise UserError(f"{fault},\nor set IBQ_SCALE_WEIGHTS to the folder that holds it (jobs download nothing)")
+    return weights_folder() / file
+
+
+def damaged(path: Path) -> UserError:
+    """For a weight file that does not hold what it should."""
+    return UserError(f"{path} is damaged or another network's: 'ibq-scale fetch-weights' replaces it")
+
+
+def status(names: Sequence[str]) -> list[Status]:
+    """What is in the folder; every file that is there is read and hashed."""
+    return [_status(name) for name in names]
+
+
+def fetch(names: Sequence[str], given: Path | None, say: Callable[[str], None]) -> list[Status]:
+    """Makes sure that these files are in the folder, whole: from `given` (a folder, or one file) or by HTTP.
+
+    What is there already stays. UserError where a file cannot be had; those before it are then in place.
+    """
+    folder = weights_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot make {folder} ({e.strerror}): set IBQ_SCALE_WEIGHTS to another folder") from None
+    if given is not None and not given.exists():
+        raise UserError(f"{given} does not exist: give --from a folder or a file")
+    for name in names:
+        if _status(name).state == "there":
+            say(f"{SOURCES[name].file} is there")
+        elif given is not None:
+            _take(SOURCES[name], given, folder)
+            say(f"{SOURCES[name].file} taken from {given}")
+        else:
+            _download(SOURCES[name], folder, say)
+    return status(names)
+
+
+def _status(name: str) -> Status:
+    source = SOURCES[name]
+    path = weights_folder() / source.file
+    state: State = "missing"
+    if path.is_file():
+        state = "there" if _is(source, path) else "damaged"
+    size = path.stat().st_size if state != "missing" else 0
+    return Status(name, str(path), state, size, source.what, source.needed_for)
+
+
+def _is(source: Source, path: Path) -> bool:
+    try:
+        with path.open("rb") as f:
+            return sha256_of(f).startswith(source.sha256_prefix)
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from None
+
+
+def _take(source: Source, given: Path, folder: Path) -> None:
+    path = given / source.file if given.is_dir() else given
+    if not path.is_file():
+        raise UserError(f"{given} does not hold {source.file} ({source.what})")
+    if not _is(source, path):
+        raise UserError(f"{path} is not {source.file}: its sha256 does not begin with {source.sha256_prefix}")
+    partial = folder / f".{source.file}.{os.getpid()}.partial"
+    try:
+        shutil.copyfile(path, partial)
+        partial.replace(folder / source.file)
+    except OSError as e:
+        raise UserError(f"cannot write {folder / source.file}: {e.strerror}") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _download(source: Source, folder: Path, say: Callable[[str], None]) -> None:
+    url = source.url()
+    say(f"{source.file} ← {url}")
+    try:
+        download(url, folder / source.file, source.sha256_prefix, _watch())
+    except NoNetworkError as e:
+        raise UserError(
+            f"{e}\nrun this on a node with internet, or give a folder that holds {source.file} with --from"
+        ) from None
+
+
+def _watch() -> Watch:
+    """Rewrites one line on a terminal; keeps quiet in a log."""
+    if not sys.stderr.isatty():
+        return lambda have, whole: None
+    shown = 0.0
+
+    def show(have: int, whole: int | None) -> None:
+        nonlocal shown
+        if have == whole or time.monotonic() - shown > 0.2:
+            shown = time.monotonic()
+            of = f" of {whole / 1e6:,.0f}" if whole else ""
+            end = "\n" if have == whole else ""
+            print(f"\r{have / 1e6:,.0f}{of} MB\x1b[K", end=end, file=sys.stderr, flush=True)
+
+    return show

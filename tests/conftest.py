@@ -12,6 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.web import WebServer
+
 if not torch.cuda.is_available():
     # Triton decides when a kernel is defined: before anything imports them.
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -82,6 +84,16 @@ def new_prefix(s3_server: None) -> Callable[[], str]:
     """Makes a fresh ``s3://bucket/prefix`` a call."""
     numbers = count()
     return lambda: f"s3://{TEST_BUCKET}/test-{os.getpid()}-{next(numbers)}"
+
+
+@pytest.fixture
+def web_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WebServer]:
+    """HTTP on loopback, past any proxy; downloads from it do not pause between attempts."""
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr("ibq_scale.download.FIRST_PAUSE_S", 0.0)
+    server = WebServer()
+    yield server
+    server.close()
 
 
 @pytest.fixture(scope="session")

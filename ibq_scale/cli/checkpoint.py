@@ -28,11 +28,17 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     verify.set_defaults(run=_verify)
     export = family.add_parser(
         "export",
-        help="the model alone, as safetensors with a config",
+        help="the model alone, as safetensors with a config, or in the published code's layout",
         epilog="example: ibq-scale checkpoint export runs/tok --to models/tok",
     )
     export.add_argument("path", type=Path, metavar="CKPT_OR_RUN")
-    export.add_argument("--to", required=True, type=Path, metavar="DIR")
+    export.add_argument("--to", required=True, type=Path, metavar="PATH", help="new folder, or new file if published")
+    export.add_argument(
+        "--layout",
+        choices=("safetensors", "published"),
+        default="safetensors",
+        help="safetensors and config in a folder (default), or one .ckpt file that the published code loads",
+    )
     export.set_defaults(run=_export)
     imported = family.add_parser(
         "import",
@@ -43,7 +49,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     imported.add_argument("--to", required=True, type=Path, metavar="DIR")
     imported.add_argument("--ema", action="store_true", help="a tokenizer's averaged weights")
     imported.add_argument("--heads", type=int, metavar="N", help="an AR model's heads (default: width / 64)")
-    imported.add_argument("--tokens", type=int, default=256, metavar="N", help="its codes an image (default 256)")
+    imported.add_argument("--tokens", type=int, metavar="N", help="its codes an image (default 256)")
     imported.set_defaults(run=_import)
 
 
@@ -88,17 +94,24 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from ibq_scale.pretrained.loading import export
+    if args.layout == "published":
+        from ibq_scale.pretrained.published import export_published
 
-    kind, path = export(args.path, args.to)
-    print(f"{path}: {kind}")
+        kind = export_published(args.path, args.to)
+    else:
+        from ibq_scale.pretrained.loading import export
+
+        kind = export(args.path, args.to)
+    print(f"{args.to}: {kind}")
     return 0
 
 
 def _import(args: argparse.Namespace) -> int:
+    from ibq_scale.cli.ranks import at_least_one
     from ibq_scale.pretrained.loading import Tokenizer, refuse_overwrite, save_ar, save_tokenizer
     from ibq_scale.pretrained.published import import_published
 
+    at_least_one(args, "heads", "tokens")
     refuse_overwrite(args.to)
     imported = import_published(args.file, ema=args.ema, heads=args.heads, tokens=args.tokens)
     source = {"imported_from": args.file.name, "ema": args.ema}
@@ -106,6 +119,8 @@ def _import(args: argparse.Namespace) -> int:
         save_tokenizer(args.to, imported.model, source)
     else:
         save_ar(args.to, imported.model, source)
-    left = ", ".join(f"{name} ({count})" for name, count in sorted(imported.ignored.items()))
+    left = ", ".join(f"{name} ({count} tensors)" if count else name for name, count in imported.left_aside.items())
     print(f"{args.to}: imported; " + (f"left aside: {left}" if left else "every tensor used"))
+    if "model_ema" in imported.left_aside and not args.ema:
+        print("these are the live weights; the published figures are of the averaged ones (--ema)")
     return 0

@@ -9,22 +9,31 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ibq_scale.weights import weight_file
+from ibq_scale.weights import damaged, weight_file
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 FEATURES = 2048
 
 
 class Inception:
-    """torch-fidelity's port of the Inception v3 that FID is defined with. UserError where its weights are absent."""
+    """torch-fidelity's port of the Inception v3 that FID is defined with.
+
+    UserError where its weights are absent, damaged or would run code.
+    """
 
     def __init__(self, device: torch.device) -> None:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-        path = str(weight_file(INCEPTION))
-        self._network: Any = FeatureExtractorInceptionV3(
-            "inception-v3-compat", [str(FEATURES)], feature_extractor_weights_path=path
-        ).to(device)
+        path = weight_file(INCEPTION)
+        try:
+            # torch-fidelity unpickles without care, so only what can be read with care gets there.
+            torch.load(path, map_location="cpu", weights_only=True)
+            network: Any = FeatureExtractorInceptionV3(
+                "inception-v3-compat", [str(FEATURES)], feature_extractor_weights_path=str(path)
+            )
+        except Exception:  # foreign bytes give errors of any type
+            raise damaged(path) from None
+        self._network = network.to(device)
 
     @torch.inference_mode()
     def __call__(self, images_u8: Tensor) -> Tensor:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from ibq_scale.weights import weight_file
+from ibq_scale.weights import SOURCES, damaged, weight_file
 
 Net = Literal["vgg", "alex", "random"]
-BACKBONES = {"vgg": "vgg16-397923af.pth", "alex": "alexnet-owt-7be5be79.pth"}
+BACKBONES = {net: SOURCES[net].file for net in ("vgg", "alex")}
 
 
 class Perceptual(nn.Module):
-    """Frozen LPIPS. `net` ``random`` is a VGG with seeded random weights: for tests and dry runs, no metric."""
+    """Frozen LPIPS. `net` ``random`` is a VGG with seeded random weights: for tests and dry runs, no metric.
+
+    UserError where the backbone's file is absent or damaged.
+    """
 
     def __init__(self, net: Net, device: torch.device) -> None:
         super().__init__()
@@ -29,7 +33,7 @@ class Perceptual(nn.Module):
             # pnet_rand keeps lpips from downloading the backbone; its own five linear layers come in its wheel.
             self.metric = lpips.LPIPS(net="vgg" if net == "random" else net, pnet_rand=True, verbose=False)
         if path is not None:
-            _fill(self.metric.net, torch.load(path, map_location="cpu", weights_only=True))
+            _fill(self.metric.net, path)
         self.requires_grad_(False).eval().to(device)
 
     def forward(self, a_BCHW: Tensor, b_BCHW: Tensor) -> Tensor:
@@ -38,8 +42,11 @@ class Perceptual(nn.Module):
         return distance.flatten()
 
 
-def _fill(slices: nn.Module, weights: dict[str, Tensor]) -> None:
+def _fill(slices: nn.Module, path: Path) -> None:
     """torchvision's ``features.N.*`` into lpips' ``sliceM.N.*`` (the same numbers N)."""
-    wanted = slices.state_dict()
-    found = {name: weights["features." + name.split(".", 1)[1]] for name in wanted if name.startswith("slice")}
-    slices.load_state_dict(found, strict=True)
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        wanted = [name for name in slices.state_dict() if name.startswith("slice")]
+        slices.load_state_dict({name: weights["features." + name.split(".", 1)[1]] for name in wanted}, strict=True)
+    except Exception:  # foreign bytes give errors of any type
+        raise damaged(path) from None

@@ -23,6 +23,7 @@ from ibq_scale.errors import UserError
 from ibq_scale.models.autoencoder import Autoencoder, image_of, tokens_of
 from ibq_scale.models.sampling import SamplingSettings, generate
 from ibq_scale.models.transformer import Transformer
+from ibq_scale.pretrained.strict import fill_strictly
 from ibq_scale.quantize.quantizer import encode, lookup
 
 FORMAT_VERSION = 1
@@ -49,17 +50,24 @@ class Tokenizer(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """Float images (B, 3, H, W) in [-1, 1] → codes int64 (B, h, w).
 
-        Raises ValueError where H or W is no multiple of the downsampling.
+        H and W are any multiples of the downsampling; raises ValueError for others, and for other shapes.
         """
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
         b, _, height, width = images.shape
-        if height % self.downsampling or width % self.downsampling:
+        if height % self.downsampling or width % self.downsampling or not height or not width:
             raise ValueError(f"image sides {height} × {width} must be multiples of {self.downsampling}")
         z_ND = tokens_of(self.autoencoder.encode(images.to(self.codebook_KD.device)))
         codes_N = encode(z_ND, self.codebook_KD, self.quantizer_config)
         return codes_N.view(b, height // self.downsampling, width // self.downsampling)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes int64 (B, h, w) → float images (B, 3, H, W), about [-1, 1] and not clamped."""
+        """Codes int64 (B, h, w) of any h and w → float images (B, 3, H, W), about [-1, 1] and not clamped.
+
+        Raises ValueError for other shapes.
+        """
+        if codes.ndim != 3:
+            raise ValueError(f"codes must be (B, h, w), got {tuple(codes.shape)}")
         b, h, w = codes.shape
         flat = codes.to(self.codebook_KD.device).flatten()
         z_BDhw = image_of(lookup(flat, self.codebook_KD), torch.Size((b, self.codebook_KD.shape[1], h, w)))
@@ -132,6 +140,12 @@ def load_ar(path: str | Path, device: torch.device | str = "cpu") -> ARModel:
     return model.to(device)
 
 
+def load_model(path: str | Path) -> Tokenizer | ARModel:
+    """Loads whichever kind of model is at `path`. UserError as `load_tokenizer`."""
+    folder = model_directory(Path(path))
+    return load_tokenizer(folder) if _config_of(folder)["kind"] == "tokenizer" else load_ar(folder)
+
+
 def save_tokenizer(folder: Path, tokenizer: Tokenizer, source: Mapping[str, Any]) -> None:
     """Writes a whole tokenizer; `source` says where it comes from."""
     write_config(folder, "tokenizer", tokenizer.model_config, tokenizer.quantizer_config, source)
@@ -145,20 +159,19 @@ def save_ar(folder: Path, model: ARModel, source: Mapping[str, Any]) -> None:
     save_file(_plain(model.transformer.state_dict()), folder / "model.safetensors")
 
 
-def export(path: Path, to: Path) -> tuple[Kind, Path]:
+def export(path: Path, to: Path) -> Kind:
     """Writes the model at `path` (as the loaders take it) as a model directory of its own, the codebook in one file.
 
-    Returns its kind and `to`. UserError where it cannot be loaded whole, or `to` is taken.
+    Returns its kind. UserError where it cannot be loaded whole, or `to` is taken.
     """
     refuse_overwrite(to)
-    folder = model_directory(path)
-    config = _config_of(folder)
-    source = config.get("source", {}) | {"exported_from": str(path)}
-    if config["kind"] == "tokenizer":
-        save_tokenizer(to, load_tokenizer(folder), source)
-    else:
-        save_ar(to, load_ar(folder), source)
-    return config["kind"], to
+    model = load_model(path)
+    source = _config_of(model_directory(path)).get("source", {}) | {"exported_from": str(path)}
+    if isinstance(model, Tokenizer):
+        save_tokenizer(to, model, source)
+        return "tokenizer"
+    save_ar(to, model, source)
+    return "ar"
 
 
 def refuse_overwrite(folder: Path) -> None:
@@ -239,22 +252,6 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as e:
         raise UserError(f"cannot read {path}: {e}") from None
-
-
-def fill_strictly(module: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Strict: a missing or misshapen tensor is an error that names it, never a randomly initialised model."""
-    wanted = module.state_dict()
-    faults = [f"{k} is missing" for k in wanted if k not in tensors]
-    faults += [f"{k} is not expected" for k in tensors if k not in wanted]
-    faults += [
-        f"{k} has shape {tuple(tensors[k].shape)} instead of {tuple(v.shape)}"
-        for k, v in wanted.items()
-        if k in tensors and tensors[k].shape != v.shape
-    ]
-    if faults:
-        more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise UserError(f"{folder}: weights do not fit the model: {'; '.join(faults[:5])}{more}")
-    module.load_state_dict(dict(tensors))
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,124 +1,279 @@
-"""Checkpoints of the published code: sizes read off the tensors, every tensor accounted for, no pickled code run."""
+"""Checkpoints of the published code, read and written: every tensor accounted for, no pickled code run.
+
+A tokenizer's tensors stand there twice: live under the names of its modules, averaged as ``model_ema.`` with the dots
+taken out of the rest. Files that we write hold the sizes too (``ibq_scale``), as not all of them show in the tensors.
+"""
 
 from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Mapping
+import warnings
+import zipfile
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from ibq_scale.config.models import AutoencoderConfig, QuantizerConfig, TransformerConfig
 from ibq_scale.errors import UserError
-from ibq_scale.pretrained.loading import ARModel, Tokenizer, fill_strictly
+from ibq_scale.pretrained.loading import ARModel, Kind, Tokenizer, load_model
+from ibq_scale.pretrained.strict import fill_strictly, require_fit
 
-AUTOENCODER = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+MODULES = ("encoder", "decoder", "quant_conv", "post_quant_conv")
 CODEBOOK = "quantize.embedding.weight"
+TOKEN_TABLE = "transformer.tok_emb.weight"
+CLASS_TABLE = "transformer.class_emb.embedding_table.weight"
+SIZES = "ibq_scale"
+# What the published code keeps beside its average: a constant decay, no count of updates.
+EMA_DECAY, EMA_UPDATES = 0.999, -1
 
 
 @dataclass(frozen=True)
 class Imported:
-    """The model, and the checkpoint's other top-level names with how many tensors each had."""
+    """The model, and what else the checkpoint held: names (their first parts) with how many tensors each had."""
 
     model: Tokenizer | ARModel
-    ignored: dict[str, int]
+    left_aside: dict[str, int]
 
 
-def import_published(file: Path, *, ema: bool = False, heads: int | None = None, tokens: int = 256) -> Imported:
+@dataclass(frozen=True)
+class _Content:
+    file: Path
+    state: dict[str, Tensor]
+    sizes: dict[str, Any]
+    others: dict[str, int]
+
+
+def import_published(file: Path, *, ema: bool = False, heads: int | None = None, tokens: int | None = None) -> Imported:
     """Reads a tokenizer or AR checkpoint.
 
     `ema` takes a tokenizer's averaged weights. An AR model's number of heads (default width / 64) and of codes an
-    image (`tokens`) stand in no tensor; the defaults are the published models'.
+    image (default 256) stand in no tensor; the defaults are the published models', or what the file says of itself.
 
     Raises UserError for a file that is neither, holds pickled code, or lacks tensors (named).
     """
-    state = _read(file)
-    if CODEBOOK in state:
-        return _tokenizer(state, ema, file)
-    if "transformer.tok_emb.weight" in state:
+    content = _read(file)
+    if TOKEN_TABLE in content.state:
         if ema:
             raise UserError(f"{file} is an AR checkpoint; its average (ema) is not stored there")
-        return _transformer(state, heads, tokens, file)
-    raise UserError(f"{file} is neither a tokenizer ('{CODEBOOK}') nor an AR checkpoint ('transformer.tok_emb.weight')")
+        return _transformer(content, heads, tokens)
+    if any(_of_tokenizer(name) for name in content.state):
+        return _tokenizer(content, ema)
+    raise UserError(f"{file} is neither a tokenizer ('{CODEBOOK}') nor an AR checkpoint ('{TOKEN_TABLE}')")
 
 
-def _read(file: Path) -> dict[str, Tensor]:
+def export_published(path: Path, to: Path) -> Kind:
+    """Writes the model at `path` (as the loaders take it) as one file `to` that the published code reads.
+
+    Only one set of a tokenizer's weights is kept in a model directory, so live and averaged ones are the same there.
+    UserError where the model cannot be loaded, `to` is there already, or that code has no such quantizer.
+    """
+    if to.exists():
+        raise UserError(f"{to} is there already: give another --to, or remove it")
+    model = load_model(path)
+    if isinstance(model, Tokenizer):
+        content = {"state_dict": published_tokenizer(model), SIZES: _sizes_of_tokenizer(model)}
+    else:
+        sizes = {"model": model.config.model_dump(mode="json"), "tokenizer": model.tokenizer_hash}
+        content = {"state_dict": dict(model.state_dict()), SIZES: sizes}
+    to.parent.mkdir(parents=True, exist_ok=True)
+    partial = to.with_name(f".{to.name}.partial")
+    torch.save(content, partial)
+    partial.rename(to)
+    return "tokenizer" if isinstance(model, Tokenizer) else "ar"
+
+
+def published_tokenizer(model: Tokenizer) -> dict[str, Tensor]:
+    """The published ``state_dict``, live tensors first: its loader meets an average only after the live name."""
+    kind = model.quantizer_config.kind
+    if kind not in ("ibq", "vq"):
+        raise UserError(f"the published layout has no '{kind}' quantizer: only ibq and vq models can be written in it")
+    live = {_published(name): tensor for name, tensor in model.state_dict().items()}
+    average = {
+        "model_ema.decay": torch.tensor(EMA_DECAY),
+        "model_ema.num_updates": torch.tensor(EMA_UPDATES, dtype=torch.int32),
+    }
+    return live | average | {_averaged(name): tensor for name, tensor in live.items()}
+
+
+def _read(file: Path) -> _Content:
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # About pickles of protocols that torch does not write.
+            warnings.simplefilter("ignore", UserWarning)
+            # Mapped, so that optimizer states, which are most of a file, are never read. Old formats cannot be.
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except FileNotFoundError:
         raise UserError(f"{file} not found") from None
-    except pickle.UnpicklingError:
-        raise UserError(f"{file} holds more than tensors, and running code from a checkpoint is refused") from None
+    except OSError as e:
+        raise UserError(f"cannot read {file}: {e.strerror or e}") from None
+    except pickle.UnpicklingError as e:
+        code = re.search(r"GLOBAL ([\w.]+)", str(e))
+        if code is None:
+            raise UserError(f"cannot read {file}: it is damaged, or no checkpoint") from None
+        raise UserError(
+            f"{file} holds more than tensors ({code[1]}), and running code from a checkpoint is refused: "
+            "ask where it comes from for its state_dict alone"
+        ) from None
     except Exception as e:  # the unpickler meets foreign bytes with errors of any type
-        raise UserError(f"cannot read {file}: {(str(e).splitlines() or [''])[0]} ({type(e).__name__})") from None
-    state = content.get("state_dict", content) if isinstance(content, dict) else {}
-    return {k: v for k, v in state.items() if isinstance(v, Tensor)}
+        raise UserError(f"cannot read {file}: it is cut short, damaged or no checkpoint ({type(e).__name__})") from None
+    top = content if isinstance(content, dict) else {}
+    state = top.get("state_dict", top)
+    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
+    sizes = top.get(SIZES)
+    others = {k: _tensors_in(v) for k, v in top.items() if k not in ("state_dict", SIZES)} if state is not top else {}
+    return _Content(file, tensors, sizes if isinstance(sizes, dict) else {}, others)
 
 
-def _tokenizer(state: Mapping[str, Tensor], ema: bool, file: Path) -> Imported:
-    names = [k for k in state if k.startswith(AUTOENCODER) or k == CODEBOOK]
-    weights = {k: state[k] for k in names}
+def _tensors_in(value: object) -> int:
+    if isinstance(value, dict):
+        return sum(_tensors_in(v) for v in value.values())
+    if isinstance(value, list | tuple):
+        return sum(_tensors_in(v) for v in value)
+    return int(isinstance(value, Tensor))
+
+
+def _published(name: str) -> str:
+    """The published name of one of `Tokenizer`'s tensors."""
+    return CODEBOOK if name == "codebook_KD" else name.removeprefix("autoencoder.")
+
+
+def _averaged(name: str) -> str:
+    return "model_ema." + name.replace(".", "")
+
+
+def _of_tokenizer(name: str) -> bool:
+    return name == CODEBOOK or name.partition(".")[0] in MODULES
+
+
+def _of_average(name: str) -> bool:
+    return name == _averaged(CODEBOOK) or name.startswith(tuple(f"model_ema.{module}" for module in MODULES))
+
+
+def _tokenizer(content: _Content, ema: bool) -> Imported:
+    state, file = content.state, content.file
+    model = Tokenizer(*_tokenizer_sizes(content))
+    wanted = {_published(name): tensor for name, tensor in model.state_dict().items()}
     if ema:
-        averaged = {k: "model_ema." + k.replace(".", "") for k in names}
-        absent = [k for k in averaged.values() if k not in state]
-        if absent:
-            raise UserError(f"{file} has no whole average: {absent[0]} is missing")
-        weights = {k: state[a] for k, a in averaged.items()}
-    codes, dim = state[CODEBOOK].shape
-    model = Tokenizer(_autoencoder_sizes(state, file), QuantizerConfig(codebook_size=codes, dim=dim))
-    tensors = {f"autoencoder.{k}": v for k, v in weights.items() if k != CODEBOOK}
-    fill_strictly(model, tensors | {"codebook_KD": weights[CODEBOOK]}, file)
-    return Imported(model, _others(state, {*names}))
+        dotted = {_averaged(name): name for name in wanted}
+        weights = {dotted.get(k, k): v for k, v in state.items() if _of_average(k)}
+        require_fit(wanted, weights, f"{file}, its average (model_ema.*)")
+        used = {*dotted, "model_ema.decay", "model_ema.num_updates"}
+    else:
+        weights = {k: v for k, v in state.items() if _of_tokenizer(k)}
+        require_fit(wanted, weights, str(file))
+        used = {*weights}
+    model.load_state_dict({name: weights[_published(name)] for name in model.state_dict()})
+    return Imported(model, _left_aside(content, used))
 
 
-def _autoencoder_sizes(state: Mapping[str, Tensor], file: Path) -> AutoencoderConfig:
-    """Widths, depths and where attention sits. The nominal resolution is set so that the deepest level is 16 wide."""
+def _sizes_of_tokenizer(model: Tokenizer) -> dict[str, Any]:
+    return {
+        "model": model.model_config.model_dump(mode="json"),
+        "quantizer": model.quantizer_config.model_dump(mode="json"),
+    }
+
+
+def _tokenizer_sizes(content: _Content) -> tuple[AutoencoderConfig, QuantizerConfig]:
+    if content.sizes:
+        try:
+            return AutoencoderConfig(**content.sizes["model"]), QuantizerConfig(**content.sizes["quantizer"])
+        except (KeyError, TypeError, ValidationError) as e:
+            raise _foreign_sizes(content.file, e) from None
+    state, file = content.state, content.file
+    levels = _count(state, r"encoder\.down\.(\d+)\.")
+    first = [f"encoder.down.{i}.block.0.conv1.weight" for i in range(max(levels, 1))]
+    _require([CODEBOOK, "encoder.conv_in.weight", "encoder.conv_out.weight", *first], state, file)
+    codes, dim = _sides(state[CODEBOOK], file)
     try:
-        channels = state["encoder.conv_in.weight"].shape[0]
-        levels = 1 + max(int(m[1]) for k in state if (m := re.match(r"encoder\.down\.(\d+)\.", k)))
-        blocks = 1 + max(int(m[1]) for k in state if (m := re.match(r"encoder\.down\.0\.block\.(\d+)\.", k)))
-        widths = [state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]
-        z_channels = state["encoder.conv_out.weight"].shape[0]
-    except (KeyError, ValueError) as e:
-        raise UserError(f"{file}: not the published autoencoder: {e} is missing") from None
-    resolution = 16 * 2 ** (levels - 1)
-    attention = [resolution // 2**i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in state]
+        quantizer = QuantizerConfig(codebook_size=codes, dim=dim)
+        return _autoencoder_sizes(state, [state[name].shape[0] for name in first]), quantizer
+    except ValidationError as e:
+        raise UserError(f"{file}: not the published autoencoder: {_line(e)}") from None
+
+
+def _autoencoder_sizes(state: Mapping[str, Tensor], widths: list[int]) -> AutoencoderConfig:
+    """Widths, depths and where attention sits. The nominal resolution is set so that the deepest level is 16 wide."""
+    channels = state["encoder.conv_in.weight"].shape[0]
+    resolution = 16 * 2 ** (len(widths) - 1)
+    attention = [resolution // 2**i for i in range(len(widths)) if _count(state, rf"encoder\.down\.{i}\.attn\.(\d+)\.")]
     return AutoencoderConfig(
         channels=channels,
-        channel_multipliers=tuple(w // channels for w in widths),
-        res_blocks=blocks,
+        channel_multipliers=tuple(width // channels for width in widths),
+        res_blocks=_count(state, r"encoder\.down\.0\.block\.(\d+)\."),
         attention_resolutions=tuple(attention),
         resolution=resolution,
-        z_channels=z_channels,
+        z_channels=state["encoder.conv_out.weight"].shape[0],
     )
 
 
-def _transformer(state: Mapping[str, Tensor], heads: int | None, tokens: int, file: Path) -> Imported:
-    weights = {k: v for k, v in state.items() if k.startswith("transformer.")}
-    codes, width = state["transformer.tok_emb.weight"].shape
-    table = "transformer.class_emb.embedding_table.weight"
-    if table not in state:
-        raise UserError(f"{file}: {table} is missing")
-    depth = 1 + max(int(m[1]) for k in weights if (m := re.match(r"transformer\.blocks\.(\d+)\.", k)))
-    config = TransformerConfig(
-        codebook_size=codes,
-        classes=state[table].shape[0] - 1,
-        tokens=tokens,
-        depth=depth,
-        heads=heads or width // 64,
-        width=width,
-    )
-    model = ARModel(config, tokenizer=None)
-    fill_strictly(model, weights, file)
-    return Imported(model, _others(state, {*weights}))
+def _count(names: Collection[str], numbered: str) -> int:
+    """1 + the highest number in names of this pattern, 0 without one."""
+    return 1 + max((int(m[1]) for name in names if (m := re.match(numbered, name))), default=-1)
 
 
-def _others(state: Mapping[str, Tensor], used: set[str]) -> dict[str, int]:
+def _require(names: Collection[str], state: Mapping[str, Tensor], file: Path) -> None:
+    absent = [name for name in names if name not in state]
+    if absent:
+        raise UserError(f"{file}: its sizes cannot be told without {', '.join(absent)}")
+
+
+def _sides(table: Tensor, file: Path) -> tuple[int, int]:
+    if table.ndim != 2:
+        raise UserError(f"{file}: a table of shape {tuple(table.shape)} instead of (rows, width)")
+    return table.shape[0], table.shape[1]
+
+
+def _transformer(content: _Content, heads: int | None, tokens: int | None) -> Imported:
+    weights = {k: v for k, v in content.state.items() if k.startswith("transformer.")}
+    try:
+        config = _transformer_sizes(content, heads, tokens)
+    except ValidationError as e:
+        raise UserError(f"{content.file}: {_line(e)}: give --heads and --tokens as it was trained") from None
+    tokenizer = content.sizes.get("tokenizer")
+    model = ARModel(config, tokenizer if isinstance(tokenizer, str) else None)
+    fill_strictly(model, weights, content.file)
+    return Imported(model, _left_aside(content, {*weights}))
+
+
+def _transformer_sizes(content: _Content, heads: int | None, tokens: int | None) -> TransformerConfig:
+    given = {name: value for name, value in (("heads", heads), ("tokens", tokens)) if value is not None}
+    if content.sizes:
+        try:
+            return TransformerConfig(**(content.sizes["model"] | given))
+        except (KeyError, TypeError, ValidationError) as e:
+            raise _foreign_sizes(content.file, e) from None
+    _require([TOKEN_TABLE, CLASS_TABLE, "transformer.blocks.0.attention.wqkv.weight"], content.state, content.file)
+    codes, width = _sides(content.state[TOKEN_TABLE], content.file)
+    sizes = {
+        "codebook_size": codes,
+        "classes": content.state[CLASS_TABLE].shape[0] - 1,
+        "depth": _count(content.state, r"transformer\.blocks\.(\d+)\."),
+        "heads": max(width // 64, 1),
+        "width": width,
+    }
+    return TransformerConfig(**(sizes | given))
+
+
+def _left_aside(content: _Content, used: set[str]) -> dict[str, int]:
     counts: dict[str, int] = {}
-    for key in state.keys() - used:
-        top = key.partition(".")[0]
+    for key in content.state.keys() - used:
+        # The losses' networks are of different use: the discriminator, LPIPS.
+        top = ".".join(key.split(".")[: 2 if key.startswith("loss.") else 1])
         counts[top] = counts.get(top, 0) + 1
-    return counts
+    return dict(sorted(counts.items())) | content.others
+
+
+def _foreign_sizes(file: Path, e: Exception) -> UserError:
+    return UserError(f"{file}: its '{SIZES}' is of another version, or damaged: {_line(e)}")
+
+
+def _line(e: Exception) -> str:
+    if isinstance(e, ValidationError):
+        return str(e.errors()[0]["msg"])
+    return f"{type(e).__name__} {e}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,26 @@ def test_absent_weights_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("IBQ_SCALE_WEIGHTS", str(tmp_path))
     with pytest.raises(UserError, match=f"{INCEPTION} is not in {tmp_path}"):
         Inception(torch.device("cpu"))
+
+
+class _Evil:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return (os.system, (f"touch {self.mark}",))
+
+
+def test_weights_that_would_run_code_or_are_anothers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch-fidelity would unpickle anything."""
+    monkeypatch.setenv("IBQ_SCALE_WEIGHTS", str(tmp_path))
+    for content in (_Evil(tmp_path / "mark"), {"fc.weight": torch.zeros(1)}):
+        torch.save(content, tmp_path / INCEPTION)
+        with pytest.raises(UserError, match=f"{INCEPTION} is damaged or another network's: 'ibq-scale fetch-weights'"):
+            Inception(torch.device("cpu"))
+    assert not (tmp_path / "mark").exists()
 
 
 @pytest.fixture(scope="module")

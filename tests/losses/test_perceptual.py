@@ -17,6 +17,17 @@ def test_an_absent_backbone_names_file_and_place(tmp_path: Path, monkeypatch: py
         Perceptual("vgg", torch.device("cpu"))
 
 
+@pytest.mark.parametrize("content", ["text", "cut", "another"])
+def test_a_damaged_backbone_is_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
+    monkeypatch.setenv("IBQ_SCALE_WEIGHTS", str(tmp_path))
+    file = tmp_path / BACKBONES["alex"]
+    torch.save({"features.0.weight": torch.zeros(64, 3, 11, 11)}, file)
+    if content != "another":
+        file.write_bytes(b"text" if content == "text" else file.read_bytes()[:-500])
+    with pytest.raises(UserError, match=f"{file} is damaged or another network's: 'ibq-scale fetch-weights'"):
+        Perceptual("alex", torch.device("cpu"))
+
+
 @pytest.mark.slow
 def test_torchvisions_weights_are_those_that_lpips_would_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in backbone in torchvision's layout: the metric must equal the package's own on the same network."""

@@ -1,0 +1,51 @@
+"""``ibq-scale fetch-weights``: pretrained weights for losses and metrics, before a job needs them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+NAMES = ("vgg", "alex", "inception")
+
+
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command to the command line."""
+    parser = commands.add_parser(
+        "fetch-weights",
+        help="get the pretrained weights of losses and metrics, on a node with internet",
+        description="Download VGG16 and AlexNet (LPIPS) and Inception (FID) to $IBQ_SCALE_WEIGHTS or "
+        "~/.cache/ibq-scale/weights, verified by their published hashes. What is there stays.",
+        epilog="example: ibq-scale fetch-weights vgg inception",
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)} (default: all)")
+    parser.add_argument(
+        "--from", dest="given", type=Path, metavar="PATH", help="take them from a folder or file instead"
+    )
+    parser.add_argument("--list", action="store_true", help="only tell what is there and where it is looked for")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.set_defaults(run=_fetch)
+
+
+def _fetch(args: argparse.Namespace) -> int:
+    from ibq_scale.errors import UserError
+    from ibq_scale.weights import fetch, status
+
+    names = args.names or NAMES
+    for name in names:
+        if name not in NAMES:
+            raise UserError(f"there are no weights '{name}': choose from {', '.join(NAMES)}")
+    found = status(names) if args.list else fetch(names, args.given, _say)
+    if args.json:
+        print(json.dumps([asdict(f) for f in found]))
+        return 0
+    for f in found:
+        size = f"{f.bytes / 1e6:,.0f} MB" if f.bytes else ""
+        print(f"{f.name:<10} {f.state:<8} {size:>7}  {f.path}  ({f.needed_for})")
+    return 0
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

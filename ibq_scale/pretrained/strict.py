@@ -1,0 +1,53 @@
+"""Weights into a module, all of them or none: a missing tensor is an error, never a randomly initialised model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ibq_scale.errors import UserError
+
+
+def fill_strictly(module: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Copies `tensors` into the module. UserError that names every tensor that is missing, misshapen or too many."""
+    require_fit(module.state_dict(), tensors, str(folder))
+    module.load_state_dict(dict(tensors))
+
+
+def require_fit(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str) -> None:
+    """UserError where the names or shapes in `found` are not those of `wanted`: all of them, in one line.
+
+    What is missing (misshapen, …) as a whole is named as a whole: ``decoder.* (248) missing``.
+    """
+    missing = wanted.keys() - found.keys()
+    misshapen = {k for k in wanted.keys() & found.keys() if found[k].shape != wanted[k].shape}
+    faults = [f"{label} missing" for label, _ in _together(missing, wanted)]
+    for label, k in _together(misshapen, wanted):
+        example = "" if label == k else f"of {k} "
+        faults.append(f"{label} misshapen ({example}{tuple(found[k].shape)} instead of {tuple(wanted[k].shape)})")
+    faults += [f"{label} not expected" for label, _ in _together(found.keys() - wanted.keys(), found)]
+    if faults:
+        raise UserError(f"{where}: weights do not fit the model: {'; '.join(faults)}")
+
+
+def _together(names: Collection[str], universe: Collection[str]) -> list[tuple[str, str]]:
+    """Labels of `names` in the universe's order, each with the first name that it stands for."""
+    total, named = Counter[str](), Counter[str]()
+    for name in universe:
+        total.update(_prefixes(name))
+        named.update(_prefixes(name) if name in names else [])
+    labels: dict[str, str] = {}
+    for name in universe:
+        if name in names:
+            # From the shortest prefix to the longest: the widest that is named as a whole.
+            whole = next((p for p in _prefixes(name) if named[p] == total[p] > 1), None)
+            labels.setdefault(f"{whole}.* ({total[whole]})" if whole else name, name)
+    return list(labels.items())
+
+
+def _prefixes(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
