@@ -253,8 +253,12 @@ class TokenizerModel(nn.Module):
     def forward(self, x_BCHW: Tensor, rows_KD: Tensor, shards: Shards = WHOLE) -> tuple[Tensor, Quantized]:
         """Images (B, 3, H, W) and this rank's rows of the codebook → (reconstruction, `Quantized` of B·h·w tokens)."""
         z_BDhw = self.autoencoder.encode(x_BCHW)
-        quantized = quantize(tokens_of(z_BDhw), rows_KD, self.settings, shards)
+        quantized = self.quantize(z_BDhw, rows_KD, shards)
         return self.autoencoder.decode(image_of(quantized.z_q_ND, z_BDhw.shape)), quantized
+
+    def quantize(self, z_BDhw: Tensor, rows_KD: Tensor, shards: Shards) -> Quantized:
+        """The encoder's output (B, D, h, w) → `Quantized` of its B·h·w tokens."""
+        return quantize(tokens_of(z_BDhw), rows_KD, self.settings, shards)
 
 
 def tokens_of(z_BDhw: Tensor) -> Tensor:
