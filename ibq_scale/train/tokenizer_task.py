@@ -76,7 +76,8 @@ class TokenizerTask:
         self.codebook = ShardedCodebook(run, world)
         self.ema = ShardedEMA(self.generator.module.autoencoder, run.ema_decay, world)
         net = run.loss.perceptual
-        self.perceptual = None if net == "none" else Perceptual(net, world.device)
+        dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
+        self.perceptual = None if net == "none" else Perceptual(net, world.device, dtype)
         adaptive = run.loss.adversarial == "adaptive"
         self.last_layer = LastLayer(model.autoencoder.decoder.conv_out) if adaptive else None
         self.lecam = LeCAM(run.loss.lecam_decay, world.device)
