@@ -11,13 +11,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Literal
 
 import psutil
 import torch
 from torch import Tensor
 
+from ibq_scale.bench.device import peak_bytes, wait
 from ibq_scale.config.models import QuantizerConfig
 from ibq_scale.errors import UserError
 from ibq_scale.quantize.backend import choose
@@ -163,18 +163,13 @@ def _by_turns(work: dict[Name, Callable[[], object]], device: torch.device, repe
     times: dict[Name, list[float]] = {name: [] for name in work}
     for turn in range(repeats + 1):
         for name, call in work.items():
-            _wait(device)
+            wait(device)
             begin = time.perf_counter()
             call()
-            _wait(device)
+            wait(device)
             if turn:
                 times[name].append(time.perf_counter() - begin)
     return {name: statistics.median(found) for name, found in times.items()}
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def memory_alone(name: Name, size: Size, settings: QuantizerConfig, device: torch.device) -> tuple[int, int]:
@@ -186,18 +181,10 @@ def memory_alone(name: Name, size: Size, settings: QuantizerConfig, device: torc
 
 def one_step(name: Name, size: Size, settings: QuantizerConfig, device_name: str) -> tuple[int, int]:
     device = torch.device(device_name)
-    base = _peak_bytes(device)
+    base = peak_bytes(device)
     _work(name, size, settings, device)()
-    _wait(device)
-    return _peak_bytes(device), base
-
-
-def _peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    # Not ru_maxrss: that one survives exec and would tell of the parent.
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    wait(device)
+    return peak_bytes(device), base
 
 
 def _fits(name: Name, size: Size, device: torch.device) -> bool:

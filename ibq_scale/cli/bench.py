@@ -7,10 +7,13 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from ibq_scale.cli.ranks import add_ranks, at_least_one
 from ibq_scale.errors import UserError
 
 if TYPE_CHECKING:
     from ibq_scale.bench.quantizer import Measured, QuantizerReport
+    from ibq_scale.bench.tokenizer import TokenizerReport
+    from ibq_scale.config.run import TokenizerRun
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -52,6 +55,20 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     data.add_argument("--json", action="store_true", help="print one JSON document")
     data.set_defaults(run=_data)
+    tokenizer = family.add_parser(
+        "tokenizer",
+        help="images/s, MFU, memory and where the time goes in stage 1's step",
+        description="Train the tokenizer for a few steps from its start and time their parts. Without data.train=… on "
+        "noise; loss.perceptual=random costs what vgg does and needs no weights. Nothing is saved.",
+        epilog="example: ibq-scale bench tokenizer ibq-262144 train.global_batch=32 train.micro_batch=32 "
+        "model.compile=true",
+    )
+    tokenizer.add_argument("source", metavar="PRESET_OR_YAML")
+    tokenizer.add_argument("overrides", nargs="*", metavar="key=value")
+    tokenizer.add_argument("--steps", type=int, default=5, metavar="N", help="measured optimizer steps (default 5)")
+    tokenizer.add_argument("--json", action="store_true", help="print one JSON document")
+    add_ranks(tokenizer)
+    tokenizer.set_defaults(run=_tokenizer, check=_tokenizer_run)
 
 
 def _sizes(option: str, text: str) -> list[int]:
@@ -64,7 +81,6 @@ def _sizes(option: str, text: str) -> list[int]:
 
 def _quantizer(args: argparse.Namespace) -> int:
     from ibq_scale.bench.quantizer import Size, bench_quantizer
-    from ibq_scale.cli.ranks import at_least_one
 
     at_least_one(args, "dim", "repeats")
     reports = []
@@ -87,7 +103,6 @@ def _quantizer(args: argparse.Namespace) -> int:
 
 def _data(args: argparse.Namespace) -> int:
     from ibq_scale.bench.data import bench_data
-    from ibq_scale.cli.ranks import at_least_one
 
     at_least_one(args, "resolution", "batch")
     if args.workers < 0 or args.seconds <= 0:
@@ -115,6 +130,53 @@ def _data(args: argparse.Namespace) -> int:
         f"first batch after {report.first_batch_s:.2f} s"
     )
     return 0
+
+
+def _tokenizer_run(args: argparse.Namespace) -> TokenizerRun:
+    """Wrong configs are refused before any rank is started."""
+    from ibq_scale.config.layers import resolve
+    from ibq_scale.config.run import TokenizerRun
+
+    at_least_one(args, "steps", "ranks")
+    config = resolve(args.source, args.overrides, "tokenizer").config
+    assert isinstance(config, TokenizerRun)
+    return config
+
+
+def _tokenizer(args: argparse.Namespace) -> int:
+    from ibq_scale.bench.tokenizer import bench_tokenizer
+    from ibq_scale.distributed.environment import join
+
+    run = _tokenizer_run(args)
+    with join() as world:
+        report = bench_tokenizer(run, world, steps=args.steps)
+        if world.is_main and args.json:
+            print(json.dumps(asdict(report)))
+        elif world.is_main:
+            _print_tokenizer(report)
+    return 0
+
+
+def _print_tokenizer(report: TokenizerReport) -> None:
+    chosen = [word for word in ("compile", "activation_checkpointing") if getattr(report, word)]
+    threads = f" of {report.threads} threads" if report.device == "CPU" else ""
+    print(
+        f"{report.name}: {report.resolution}², K = {report.codebook_size:,}, {report.precision}"
+        f"{''.join(', ' + word for word in chosen)}; batch {report.global_batch} in {report.micro_batch}s; "
+        f"{report.ranks} × {report.device}{threads}; data {report.data}"
+    )
+    print(
+        f"  {report.images_per_s:.4g} images/s, {report.step_s:.4g} s a step (median of {report.steps}); peak memory "
+        f"{report.peak_bytes / 1e9:.2f} GB, {report.base_bytes / 1e9:.2f} GB of it before the first step"
+    )
+    print(
+        f"  MFU {100 * report.mfu:.1f} %: {report.flops_per_image / 1e9:,.0f} GFLOP an image, "
+        f"{report.peak_flops / 1e12:.4g} TFLOP/s a device ({report.peak_source})"
+    )
+    print(f"  {'':<32}{'seconds':>10}{'share':>8}{'GFLOP':>12}{'GFLOP/s':>12}")
+    for part in report.parts:
+        work = f"{part.flops / 1e9:>12,.0f}{part.flops / part.seconds / 1e9:>12,.0f}" if part.flops else ""
+        print(f"  {part.name:<32}{part.seconds:>10.4f}{100 * part.share:>6.1f} %{work}")
 
 
 def _print(report: QuantizerReport) -> None:

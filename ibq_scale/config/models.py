@@ -14,7 +14,12 @@ Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
 class AutoencoderConfig(Section):
-    """The VQGAN encoder and decoder (facts: 128M parameters at the defaults)."""
+    """The VQGAN encoder and decoder (128M parameters at the defaults).
+
+    `activation_checkpointing` computes each block again in the backward pass instead of keeping its activations.
+    `compile` gives each block to torch.compile in training: for GPUs; on CPUs it is slower (docs/benchmarks.md).
+    Neither changes what the network is.
+    """
 
     channels: PositiveInt = 128
     channel_multipliers: tuple[PositiveInt, ...] = (1, 1, 2, 2, 4)
@@ -23,11 +28,17 @@ class AutoencoderConfig(Section):
     resolution: PositiveInt = 256
     z_channels: PositiveInt = 256
     dropout: Probability = 0.0
+    activation_checkpointing: bool = False
+    compile: bool = False
 
     @property
     def downsampling(self) -> int:
         """Pixels per code along one side."""
         return int(2 ** (len(self.channel_multipliers) - 1))
+
+    def architecture(self) -> AutoencoderConfig:
+        """The same network without a word on how it is computed: what an exported model says of itself."""
+        return self.model_copy(update={"activation_checkpointing": False, "compile": False})
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> AutoencoderConfig:

@@ -64,11 +64,15 @@ class TokenizerLossConfig(Section):
     """Weights of the tokenizer's loss terms.
 
     Published: 1·L1 + 1·LPIPS(VGG) + 0.1·GAN + 1·quantization + 0.05·entropy.
+    `adversarial`: ``constant`` takes `adversarial_weight` as it is (published); ``adaptive`` multiplies it, for each
+    micro-batch of all ranks, by the ratio of the gradients of L1 + LPIPS and of the GAN at the decoder's last layer
+    (VQGAN).
     """
 
     l1_weight: NonNegativeFloat = 1.0
     perceptual: Literal["vgg", "alex", "random", "none"] = "vgg"
     perceptual_weight: NonNegativeFloat = 1.0
+    adversarial: Literal["constant", "adaptive"] = "constant"
     adversarial_weight: NonNegativeFloat = 0.1
     adversarial_start: NonNegativeInt = 0
     quantization_weight: NonNegativeFloat = 1.0

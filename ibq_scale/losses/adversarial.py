@@ -6,7 +6,12 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
+
+# Of VQGAN's code: keeps the quotient finite while the discriminator has no opinion, and then bounds it.
+ADAPTIVE_EPS = 1e-4
+ADAPTIVE_LIMIT = 1e4
 
 
 def discriminator_hinge(real: Tensor, fake: Tensor) -> Tensor:
@@ -17,6 +22,47 @@ def discriminator_hinge(real: Tensor, fake: Tensor) -> Tensor:
 def generator_non_saturating(fake: Tensor) -> Tensor:
     """mean softplus(−x̄) with x̄ an image's mean logit; `fake` is (B, …)."""
     return F.softplus(-fake.flatten(1).mean(dim=1)).mean()
+
+
+class LastLayer:
+    """The gradient at the weight of a convolution, outside of any engine that owns it (VQGAN, arXiv 2012.09841, eq. 7).
+
+    `torch.autograd.grad` towards the weight itself would go through the engine's hooks: silently wrong on ZeRO-1, an
+    error on 2 and 3. It is a function of the layer's input, which is kept here, and of the output's gradient.
+    """
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        assert isinstance(layer.padding, tuple)
+        self.layer = layer
+        self.padding = layer.padding
+        self.input: Tensor | None = None
+        layer.register_forward_pre_hook(self._keep)
+
+    def _keep(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self.input = inputs[0].detach()
+
+    def weight_gradient(self, output_gradient: Tensor) -> Tensor:
+        """∂L/∂weight in fp32, of the last forward call, from ∂L/∂output of the same shape as the output."""
+        assert self.input is not None, "the layer has not run yet"
+        layer = self.layer
+        # Not weight.shape: ZeRO-3 keeps weights empty outside of their forward pass.
+        shape = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
+        gradient: Tensor = conv2d_weight(  # type: ignore[no-untyped-call]
+            self.input.float(),
+            shape,
+            output_gradient.float(),
+            stride=layer.stride,
+            padding=self.padding,
+            dilation=layer.dilation,
+            groups=layer.groups,
+        )
+        return gradient
+
+
+def adaptive_weight(reconstruction_gradient: Tensor, generator_gradient: Tensor) -> Tensor:
+    """How many times stronger the reconstruction pulls at the last layer than the discriminator, 0 to 1e4."""
+    ratio = reconstruction_gradient.norm() / (generator_gradient.norm() + ADAPTIVE_EPS)
+    return torch.clamp(ratio, max=ADAPTIVE_LIMIT)
 
 
 class LeCAM:

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ibq_scale.models.layout import convolution_layout
 from ibq_scale.weights import SOURCES, damaged, weight_file
 
 Net = Literal["vgg", "alex", "random"]
@@ -18,10 +19,11 @@ BACKBONES = {net: SOURCES[net].file for net in ("vgg", "alex")}
 class Perceptual(nn.Module):
     """Frozen LPIPS. `net` ``random`` is a VGG with seeded random weights: for tests and dry runs, no metric.
 
-    UserError where the backbone's file is absent or damaged.
+    The backbone computes in `dtype`, bf16 in training under bf16 as autocast would do (a figure to report wants fp32);
+    distances between its features are fp32 always. UserError where the backbone's file is absent or damaged.
     """
 
-    def __init__(self, net: Net, device: torch.device) -> None:
+    def __init__(self, net: Net, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         import lpips
 
@@ -35,11 +37,26 @@ class Perceptual(nn.Module):
         if path is not None:
             _fill(self.metric.net, path)
         self.requires_grad_(False).eval().to(device)
+        # Frozen weights can lie as GPUs want them, once and for all.
+        layout = torch.channels_last if device.type == "cuda" else torch.preserve_format
+        self.metric.net.to(dtype=dtype, memory_format=layout)
+        self.dtype = dtype
 
     def forward(self, a_BCHW: Tensor, b_BCHW: Tensor) -> Tensor:
         """Distance (B,) fp32 of images in [-1, 1]."""
-        distance: Tensor = self.metric(a_BCHW.float(), b_BCHW.float())
-        return distance.flatten()
+        import lpips
+
+        distance = a_BCHW.new_zeros(len(a_BCHW), dtype=torch.float32)
+        for layer, a, b in zip(self.metric.lins, self._features(a_BCHW), self._features(b_BCHW), strict=True):
+            apart = lpips.normalize_tensor(a.float()) - lpips.normalize_tensor(b.float())
+            distance = distance + layer(apart.square()).mean(dim=(1, 2, 3))
+        return distance
+
+    def _features(self, x_BCHW: Tensor) -> tuple[Tensor, ...]:
+        """The backbone's activations at five depths."""
+        scaled = self.metric.scaling_layer(x_BCHW.float())
+        features: tuple[Tensor, ...] = self.metric.net(convolution_layout(scaled, self.dtype))
+        return features
 
 
 def _fill(slices: nn.Module, path: Path) -> None:

@@ -8,15 +8,32 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ibq_scale.config.models import AutoencoderConfig, QuantizerConfig
+from ibq_scale.models.layout import convolution_layout
 from ibq_scale.quantize.collectives import WHOLE, Shards
 from ibq_scale.quantize.quantizer import quantize
 from ibq_scale.quantize.types import Quantized
 
+# Graphs of one piece of code that torch.compile keeps: blocks times widths and resolutions, with and without gradient.
+COMPILED_GRAPHS = 64
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6)
+
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm in fp32 (at least) whatever its input and parameters are kept in, as under torch's autocast.
+
+    torch's own keeps the mean and 1/σ of bf16 input in bf16: the rounding of a large mean is an error of all outputs.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        normed = F.group_norm(x.to(wide), self.num_groups, self.weight.to(wide), self.bias.to(wide), self.eps)
+        return normed.to(x.dtype)
+
+
+def _norm(channels: int) -> GroupNorm:
+    return GroupNorm(32, channels, eps=1e-6)
 
 
 def _conv3(inputs: int, outputs: int) -> nn.Conv2d:
@@ -86,22 +103,34 @@ class Upsample(nn.Module):
         return out
 
 
+def _run(block: nn.Module, x: Tensor, checkpointing: bool) -> Tensor:
+    """The block's output; its activations are kept, or computed again in the backward pass."""
+    if not (checkpointing and torch.is_grad_enabled()):
+        out: Tensor = block(x)
+        return out
+    again: Tensor = checkpoint(block, x, use_reentrant=False)
+    return again
+
+
 class Level(nn.Module):
     """The blocks of one resolution, and the step to the next; `attn` is empty where there is no attention."""
 
-    def __init__(self, inputs: int, outputs: int, blocks: int, attention: bool, dropout: float) -> None:
+    def __init__(self, config: AutoencoderConfig, level: int, inputs: int, blocks: int) -> None:
         super().__init__()
+        outputs = config.channels * config.channel_multipliers[level]
+        attention = config.resolution // 2**level in config.attention_resolutions
         widths = [inputs] + [outputs] * (blocks - 1)
-        self.block = nn.ModuleList(ResnetBlock(width, outputs, dropout) for width in widths)
+        self.block = nn.ModuleList(ResnetBlock(width, outputs, config.dropout) for width in widths)
         self.attn = nn.ModuleList(AttentionBlock(outputs) for _ in range(blocks if attention else 0))
+        self.checkpointing = config.activation_checkpointing
         self.downsample: Downsample | None = None
         self.upsample: Upsample | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         for i, block in enumerate(self.block):
-            x = block(x)
+            x = _run(block, x, self.checkpointing)
             if len(self.attn):
-                x = self.attn[i](x)
+                x = _run(self.attn[i], x, self.checkpointing)
         if self.downsample is not None:
             x = self.downsample(x)
         if self.upsample is not None:
@@ -110,19 +139,17 @@ class Level(nn.Module):
 
 
 class Middle(nn.Module):
-    def __init__(self, channels: int, dropout: float) -> None:
+    def __init__(self, channels: int, config: AutoencoderConfig) -> None:
         super().__init__()
-        self.block_1 = ResnetBlock(channels, channels, dropout)
+        self.block_1 = ResnetBlock(channels, channels, config.dropout)
         self.attn_1 = AttentionBlock(channels)
-        self.block_2 = ResnetBlock(channels, channels, dropout)
+        self.block_2 = ResnetBlock(channels, channels, config.dropout)
+        self.checkpointing = config.activation_checkpointing
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.block_2(self.attn_1(self.block_1(x)))
-        return out
-
-
-def _has_attention(config: AutoencoderConfig, level: int) -> bool:
-    return config.resolution // 2**level in config.attention_resolutions
+        for block in (self.block_1, self.attn_1, self.block_2):
+            x = _run(block, x, self.checkpointing)
+        return x
 
 
 class Encoder(nn.Module):
@@ -135,12 +162,12 @@ class Encoder(nn.Module):
         self.down = nn.ModuleList()
         inputs = config.channels
         for i, width in enumerate(widths):
-            level = Level(inputs, width, config.res_blocks, _has_attention(config, i), config.dropout)
+            level = Level(config, i, inputs, config.res_blocks)
             if i < len(widths) - 1:
                 level.downsample = Downsample(width)
             self.down.append(level)
             inputs = width
-        self.mid = Middle(inputs, config.dropout)
+        self.mid = Middle(inputs, config)
         self.norm_out = _norm(inputs)
         self.conv_out = _conv3(inputs, config.z_channels)
 
@@ -160,10 +187,10 @@ class Decoder(nn.Module):
         widths = [config.channels * m for m in config.channel_multipliers]
         inputs = widths[-1]
         self.conv_in = _conv3(config.z_channels, inputs)
-        self.mid = Middle(inputs, config.dropout)
+        self.mid = Middle(inputs, config)
         levels: list[nn.Module] = []
         for i in reversed(range(len(widths))):
-            level = Level(inputs, widths[i], config.res_blocks + 1, _has_attention(config, i), config.dropout)
+            level = Level(config, i, inputs, config.res_blocks + 1)
             if i > 0:
                 level.upsample = Upsample(widths[i])
             levels.append(level)
@@ -193,17 +220,26 @@ class Autoencoder(nn.Module):
 
     def encode(self, x_BCHW: Tensor) -> Tensor:
         """Images in [-1, 1] (B, 3, H, W) → z (B, D, H/f, W/f) in the parameters' dtype."""
-        # Convolutions of GPUs want channels last; on CPUs it brings nothing.
-        layout = torch.channels_last if x_BCHW.is_cuda else torch.contiguous_format
-        x_BCHW = x_BCHW.to(self.quant_conv.weight.dtype, memory_format=layout)
-        z: Tensor = self.quant_conv(self.encoder(x_BCHW))
+        z: Tensor = self.quant_conv(self.encoder(convolution_layout(x_BCHW, self.quant_conv.weight.dtype)))
         return z
 
     def decode(self, z_BDhw: Tensor) -> Tensor:
         """Codes' vectors (B, D, h, w) → images (B, 3, f·h, f·w), about [-1, 1], not clamped."""
-        z_BDhw = z_BDhw.to(self.quant_conv.weight.dtype)
+        z_BDhw = convolution_layout(z_BDhw, self.quant_conv.weight.dtype)
         x: Tensor = self.decoder(self.post_quant_conv(z_BDhw))
         return x
+
+    def compile_regions(self) -> None:
+        """Gives every residual and attention block to torch.compile, in place: parameters keep their names.
+
+        Blocks of equal sizes share a graph. Each size of input has its own graphs, and so has a pass without gradient.
+        """
+        import torch._dynamo
+
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_GRAPHS)
+        for module in self.modules():
+            if isinstance(module, ResnetBlock | AttentionBlock):
+                module.compile(fullgraph=True, dynamic=False)
 
 
 class TokenizerModel(nn.Module):
@@ -217,8 +253,12 @@ class TokenizerModel(nn.Module):
     def forward(self, x_BCHW: Tensor, rows_KD: Tensor, shards: Shards = WHOLE) -> tuple[Tensor, Quantized]:
         """Images (B, 3, H, W) and this rank's rows of the codebook → (reconstruction, `Quantized` of B·h·w tokens)."""
         z_BDhw = self.autoencoder.encode(x_BCHW)
-        quantized = quantize(tokens_of(z_BDhw), rows_KD, self.settings, shards)
+        quantized = self.quantize(z_BDhw, rows_KD, shards)
         return self.autoencoder.decode(image_of(quantized.z_q_ND, z_BDhw.shape)), quantized
+
+    def quantize(self, z_BDhw: Tensor, rows_KD: Tensor, shards: Shards) -> Quantized:
+        """The encoder's output (B, D, h, w) → `Quantized` of its B·h·w tokens."""
+        return quantize(tokens_of(z_BDhw), rows_KD, self.settings, shards)
 
 
 def tokens_of(z_BDhw: Tensor) -> Tensor:

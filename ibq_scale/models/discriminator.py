@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ibq_scale.config.models import DiscriminatorConfig
+from ibq_scale.models.layout import convolution_layout
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -48,7 +49,7 @@ class PatchDiscriminator(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Images in [-1, 1] → logits (B, 1, h, w) in the parameters' dtype."""
-        logits: Tensor = self.main(x_BCHW.to(next(self.parameters()).dtype))
+        logits: Tensor = self.main(convolution_layout(x_BCHW, next(self.parameters()).dtype))
         return logits
 
 

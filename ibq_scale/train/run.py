@@ -30,7 +30,8 @@ from ibq_scale.train.trainer import Trainer
 # A checkpoint continues only under the same networks and the same stream of samples.
 FIXED = ("task", "model", "quantizer", "discriminator")
 # How a network is computed and not what it is: may change between one part of a run and the next.
-FREE = {"backend", "logit_precision", "search", "tile_bytes", "revive_after", "attention", "activation_checkpointing"}
+FREE = {"backend", "logit_precision", "search", "tile_bytes", "revive_after", "attention"}
+FREE |= {"activation_checkpointing", "compile"}
 FIXED_DATA = ("lanes", "window", "weights")
 PACKAGES = ("torch", "torchvision", "deepspeed", "webdataset", "s3fs", "numpy", "ibq-scale")
 

@@ -20,7 +20,13 @@ from ibq_scale.config.run import TokenizerRun
 from ibq_scale.data.sets import DataSets
 from ibq_scale.data.stream import ImageBatch, image_stream, to_float
 from ibq_scale.distributed.environment import World
-from ibq_scale.losses.adversarial import LeCAM, discriminator_hinge, generator_non_saturating
+from ibq_scale.losses.adversarial import (
+    LastLayer,
+    LeCAM,
+    adaptive_weight,
+    discriminator_hinge,
+    generator_non_saturating,
+)
 from ibq_scale.losses.perceptual import Perceptual
 from ibq_scale.models.autoencoder import TokenizerModel, tokens_of
 from ibq_scale.models.discriminator import PatchDiscriminator
@@ -61,6 +67,8 @@ class TokenizerTask:
         # Every rank starts from the same weights; dropout then differs by rank.
         torch.manual_seed(run.train.seed)
         model = TokenizerModel(run.model, run.quantizer)
+        if run.model.compile:
+            model.autoencoder.compile_regions()
         pair = DiscriminatorPair(PatchDiscriminator(run.discriminator))
         self.generator = make_engine(model, adam(model.parameters(), run.optimizer), config, world.device)
         self.discriminator = make_engine(
@@ -70,7 +78,10 @@ class TokenizerTask:
         self.codebook = ShardedCodebook(run, world)
         self.ema = ShardedEMA(self.generator, run.ema_decay, world)
         net = run.loss.perceptual
-        self.perceptual = None if net == "none" else Perceptual(net, world.device)
+        dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
+        self.perceptual = None if net == "none" else Perceptual(net, world.device, dtype)
+        adaptive = run.loss.adversarial == "adaptive"
+        self.last_layer = LastLayer(model.autoencoder.decoder.conv_out) if adaptive else None
         self.lecam = LeCAM(run.loss.lecam_decay, world.device)
         self.usage = UsageTracker(run.quantizer.codebook_size, run.quantizer.revive_after, world)
         self.bad_samples = BadSamples(run.data.bad_samples, world)
@@ -120,34 +131,64 @@ class TokenizerTask:
         self._revive(images)
         if self.adversarial:
             self._update_lecam(sums)
-        sums["grad_norm"] = torch.as_tensor(self.generator.get_global_grad_norm() or 0.0, device=self.world.device)
+        norm = self.generator.get_global_grad_norm()
+        # Not `norm or 0.0`: its truth would wait for the device.
+        sums["grad_norm"] = torch.as_tensor(0.0 if norm is None else norm, device=self.world.device)
         return sums
 
     def _generator_backward(self, images: Tensor) -> tuple[StepMetrics, Tensor]:
         loss_config = self.run.loss
         reconstruction, quantized = self.generator(images, self.codebook.codes(), self.codebook.shards)
-        reconstruction = reconstruction.float()
-        terms = {
-            "l1": (loss_config.l1_weight, (reconstruction - images).abs().mean()),
-            "quantization": (loss_config.quantization_weight, quantized.quantization_loss),
-            "entropy": (loss_config.entropy_weight, quantized.entropy_loss),
+        shown = reconstruction.detach().float()
+        metrics, loss, gradient = self._image_loss(images, shown)
+        rest = (
+            loss_config.quantization_weight * quantized.quantization_loss
+            + loss_config.entropy_weight * quantized.entropy_loss
+        )
+        # The scalar whose gradient at the reconstruction is the one already computed.
+        self.generator.backward((reconstruction * gradient).sum() + rest)
+        self.usage.update(quantized.indices_N)
+        self._last = (images, shown)
+        metrics |= {
+            "quantization": quantized.quantization_loss.detach(),
+            "entropy": quantized.entropy_loss.detach(),
+            "loss": loss + rest.detach(),
         }
+        return metrics | _entropies(quantized), shown
+
+    def _image_loss(self, images: Tensor, reconstruction: Tensor) -> tuple[StepMetrics, Tensor, Tensor]:
+        """Terms, weighted sum and its gradient at the reconstruction (fp32), of the losses that look at pictures.
+
+        Outside the engines: LPIPS' activations are gone before the discriminator's and the decoder's turn, and an
+        adaptive weight sees both gradients.
+        """
+        loss_config = self.run.loss
+        fake = reconstruction.detach().requires_grad_()
+        terms = {"l1": (fake - images).abs().mean()}
+        loss = loss_config.l1_weight * terms["l1"]
         if self.perceptual is not None:
-            terms["perceptual"] = (
-                loss_config.perceptual_weight,
-                self.perceptual(images, reconstruction).mean(),
-            )
+            terms["perceptual"] = self.perceptual(images, fake).mean()
+            loss = loss + loss_config.perceptual_weight * terms["perceptual"]
+        (gradient,) = torch.autograd.grad(loss, fake)
+        loss = loss.detach()
         if self.adversarial:
             self.discriminator.module.requires_grad_(False)
-            logits = self.discriminator.module.discriminator(reconstruction).float()
-            terms["generator"] = (loss_config.adversarial_weight, generator_non_saturating(logits))
-        loss = torch.stack([weight * term for weight, term in terms.values()]).sum()
-        self.generator.backward(loss)
-        self.discriminator.module.requires_grad_(True)
-        self.usage.update(quantized.indices_N)
-        self._last = (images, reconstruction.detach())
-        metrics = {name: term.detach() for name, (_, term) in terms.items()}
-        return metrics | {"loss": loss.detach()} | _entropies(quantized), reconstruction.detach()
+            terms["generator"] = generator_non_saturating(self.discriminator.module.discriminator(fake).float())
+            (generator_gradient,) = torch.autograd.grad(terms["generator"], fake)
+            self.discriminator.module.requires_grad_(True)
+            weight = torch.as_tensor(loss_config.adversarial_weight, device=fake.device)
+            if self.last_layer is not None:
+                weight = weight * self._adaptive_weight(self.last_layer, gradient, generator_gradient)
+                terms["adversarial_weight"] = weight
+            gradient = gradient.addcmul(generator_gradient, weight)
+            loss = loss + weight * terms["generator"].detach()
+        return {name: term.detach() for name, term in terms.items()}, loss, gradient
+
+    def _adaptive_weight(self, layer: LastLayer, *gradients: Tensor) -> Tensor:
+        """Of the gradients' means over ranks: every rank finds the same."""
+        means = torch.stack([layer.weight_gradient(gradient) for gradient in gradients])
+        dist.all_reduce(means)
+        return adaptive_weight(*(means / self.world.size))
 
     def _discriminator_backward(self, images: Tensor, reconstruction: Tensor) -> StepMetrics:
         real, fake = self.discriminator(images, reconstruction)
@@ -195,7 +236,7 @@ class TokenizerTask:
         """The averaged weights, as `load_tokenizer` reads them; the codebook by this group's rows."""
         weights = self.ema.gather()
         if weights is not None:
-            write_config(folder, "tokenizer", self.run.model, self.run.quantizer, {"run": self.run.name})
+            write_config(folder, "tokenizer", self.run.model.architecture(), self.run.quantizer, {"run": self.run.name})
             write_weights(folder, {name.removeprefix("autoencoder."): value for name, value in weights.items()})
         self.codebook.export(folder)
 

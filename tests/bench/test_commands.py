@@ -40,3 +40,54 @@ def test_data(dataset: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert report["of_plain"] == pytest.approx(ours["images_per_s"] / plain["images_per_s"])
     assert main(words) == 0
     assert "× plain webdataset" in capsys.readouterr().out
+
+
+SMALL = (
+    "model.resolution=16",
+    "train.global_batch=4",
+    "train.micro_batch=2",
+    "loss.perceptual=random",
+    "data.workers=0",
+)
+
+
+@pytest.mark.slow
+def test_tokenizer_on_noise(capfd: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "bench",
+        "tokenizer",
+        "tiny",
+        *SMALL,
+        "model.activation_checkpointing=true",
+        "--steps",
+        "1",
+        "--ranks",
+        "1",
+    ]
+    assert main([*words, "--ranks", "1", "--json"]) == 0
+    report = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert (report["data"], report["device"], report["ranks"]) == ("synthetic", "CPU", 1)
+    parts = {part["name"]: part for part in report["parts"]}
+    assert {"data", "generator", "quantizer", "discriminator", "LPIPS"} < set(parts)
+    assert all(part["seconds"] > 0 for part in parts.values())
+    assert sum(part["share"] for part in parts.values()) == pytest.approx(1.0)
+    needed = sum(part["flops"] or 0.0 for part in parts.values())
+    assert needed == pytest.approx(4 * report["flops_per_image"])
+    assert report["mfu"] == pytest.approx(needed / report["step_s"] / report["peak_flops"])
+    assert report["images_per_s"] == pytest.approx(4 / report["step_s"])
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_tokenizer_on_data_and_two_ranks(dataset: str, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["bench", "tokenizer", "tiny", *SMALL, f"data.train={dataset}", "--steps", "1", "--ranks", "2"]
+    assert main(words) == 0
+    out = capfd.readouterr().out
+    assert f"2 × CPU of 1 threads; data {dataset}" in out
+    assert "measured: a product of 2048² in float32" in out
+
+
+def test_tokenizer_refuses_a_wrong_config_before_it_starts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "tokenizer", "tiny", "model.compil=true"]) == 2
+    assert "did you mean 'model.compile'?" in capsys.readouterr().err
+    assert main(["bench", "tokenizer", "tiny", "--steps", "0"]) == 2

@@ -7,7 +7,13 @@ import math
 import pytest
 import torch
 
-from ibq_scale.losses.adversarial import LeCAM, discriminator_hinge, generator_non_saturating
+from ibq_scale.losses.adversarial import (
+    LastLayer,
+    LeCAM,
+    adaptive_weight,
+    discriminator_hinge,
+    generator_non_saturating,
+)
 
 
 def test_hinge() -> None:
@@ -30,3 +36,25 @@ def test_lecam_pulls_logits_to_the_other_sides_average_and_keeps_its_state() -> 
     other = LeCAM(0.9)
     other.load_state_dict(lecam.state_dict())
     assert float(other.penalty(real, fake)) == float(lecam.penalty(real, fake))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_last_layers_gradient_is_autograds(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Conv2d(8, 3, 3, padding=1).to(dtype)
+    last = LastLayer(layer)
+    out = layer(torch.randn(2, 8, 6, 6, dtype=dtype))
+    fake = out.detach().float().requires_grad_()
+    (output_gradient,) = torch.autograd.grad(fake.sin().square().mean(), fake)
+    found = last.weight_gradient(output_gradient)
+    (expected,) = torch.autograd.grad(out.float().sin().square().mean(), layer.weight)
+    assert found.dtype == torch.float32
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-2
+    assert float((found - expected.float()).norm()) < tolerance * float(expected.float().norm())
+
+
+def test_the_adaptive_weight_is_a_quotient_with_a_limit() -> None:
+    reconstruction, nothing = torch.tensor([3.0, 4.0]), torch.zeros(2)
+    assert float(adaptive_weight(reconstruction, torch.tensor([0.0, 2.0]))) == pytest.approx(5.0 / 2.0001)
+    assert float(adaptive_weight(reconstruction, nothing)) == 1e4
+    assert float(adaptive_weight(nothing, reconstruction)) == 0.0

@@ -55,3 +55,20 @@ def test_the_random_network_is_the_same_every_time() -> None:
     first, second = (Perceptual("random", torch.device("cpu"))(a, b) for _ in range(2))
     assert torch.equal(first, second)
     assert float(first) > 0
+
+
+def test_a_backbone_in_bf16_stays_near_fp32() -> None:
+    """8 bits in 13 convolutions: the distance within 1 %, its gradient within 11° of fp32's, and both in fp32."""
+    g = torch.Generator().manual_seed(0)
+    a = torch.rand(2, 3, 32, 32, generator=g) * 2 - 1
+    b = a + 0.3 * torch.randn(a.shape, generator=g)
+    distances, gradients = [], []
+    for dtype in (torch.float32, torch.bfloat16):
+        fake = b.clone().requires_grad_()
+        distance = Perceptual("random", torch.device("cpu"), dtype)(a, fake)
+        assert distance.dtype == torch.float32
+        (gradient,) = torch.autograd.grad(distance.sum(), fake)
+        distances.append(distance.detach())
+        gradients.append(gradient.flatten())
+    torch.testing.assert_close(distances[1], distances[0], rtol=0.01, atol=0)
+    assert float(torch.nn.functional.cosine_similarity(gradients[0], gradients[1], dim=0)) > 0.98

@@ -39,6 +39,15 @@ class PlainTokenizerTraining:
     def _note_kink(self, x: Tensor) -> None:
         self.kink_distance = min(self.kink_distance, float(x.detach().abs().min()))
 
+    def _adversarial_weight(self, pixels: Tensor, gan: Tensor) -> Tensor | float:
+        """VQGAN's formula as its authors wrote it."""
+        loss = self.run.loss
+        if loss.adversarial == "constant":
+            return loss.adversarial_weight
+        last = self.model.autoencoder.decoder.conv_out.weight
+        norms = [torch.autograd.grad(x, last, retain_graph=True)[0].norm() for x in (pixels, gan)]
+        return loss.adversarial_weight * (norms[0] / (norms[1] + 1e-4)).clamp(0, 1e4).detach()
+
     def step(self, images_BCHW: Tensor, micro_batches: int, calls: int) -> None:
         """Trains on a global batch: `calls` rounds of all ranks, or of each rank alone where it has its own entropy."""
         loss = self.run.loss
@@ -50,13 +59,13 @@ class PlainTokenizerTraining:
                 loss.quantization_weight * quantized.quantization_loss + loss.entropy_weight * quantized.entropy_loss
             )
             parts = micro_batches // calls
-            pairs += list(zip(images.chunk(parts), reconstruction.chunk(parts), strict=True))
-            generator = generator + terms / calls
-        for image, fake in pairs:
-            self._note_kink(fake - image)
-            terms = loss.l1_weight * (fake - image).abs().mean()
-            terms = terms + loss.adversarial_weight * generator_non_saturating(self.discriminator(fake))
-            generator = generator + terms / micro_batches
+            here = list(zip(images.chunk(parts), reconstruction.chunk(parts), strict=True))
+            for image, fake in here:
+                self._note_kink(fake - image)
+            pixels = loss.l1_weight * torch.stack([(fake - image).abs().mean() for image, fake in here]).mean()
+            gan = torch.stack([generator_non_saturating(self.discriminator(fake)) for _, fake in here]).mean()
+            generator = generator + (terms + pixels + self._adversarial_weight(pixels, gan) * gan) / calls
+            pairs += here
         self.g_optimizer.zero_grad()
         generator.backward()
         self.d_optimizer.zero_grad()
