@@ -18,6 +18,7 @@ from ibq_scale.bench.device import peak_bytes, peak_flops
 from ibq_scale.bench.flops import step_flops
 from ibq_scale.config.layers import MISSING
 from ibq_scale.config.run import TokenizerRun
+from ibq_scale.data.sets import DataSets, open_sets
 from ibq_scale.data.stream import ImageBatch
 from ibq_scale.distributed.environment import World
 from ibq_scale.quantize.backend import choose
@@ -74,8 +75,8 @@ class TokenizerReport:
 
 def bench_tokenizer(run: TokenizerRun, world: World, *, steps: int) -> TokenizerReport:
     """Trains for some steps from the start and measures them. Collective. UserError for what training refuses too."""
-    task = TokenizerTask(run, world)
     synthetic = run.data.train == MISSING
+    task = TokenizerTask(run, world, DataSets((), run.data) if synthetic else open_sets(run.data, "images"))
     clock = Clock(world.device)
     batches = _timed_batches(_synthetic(run) if synthetic else task.batches(0), clock)
     base = peak_bytes(world.device)

@@ -83,6 +83,11 @@ def deepspeed_config(run: AnyRun, world_size: int) -> dict[str, Any]:
     stage = values.get("zero_optimization", {}).get("stage", 0)
     if stage not in STAGES:
         raise UserError(f"{path.name}: ZeRO stage {stage!r} does not exist: take one of {STAGES}")
+    if stage == 0 and run.train.precision == "bf16":
+        # DeepSpeed 0.19.8 has no fp32 accumulation there, and bf16 sums lose small gradients.
+        raise UserError(
+            f"{path.name}: without ZeRO there are no fp32 weights under bf16: take zero1, or train.precision=fp32"
+        )
     accumulation = accumulation_steps(run.train, world_size)
     return values | {
         "train_batch_size": run.train.global_batch,

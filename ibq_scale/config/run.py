@@ -112,6 +112,8 @@ class TrainConfig(Section):
     """Length, batch and rhythm. The gradient accumulation is derived: global / (micro · world size).
 
     Give the length as `samples` (images seen) or as `steps` (optimizer steps), not both.
+    `skipped_steps`: steps with a loss or gradient that is not finite, each skipped on all ranks and logged, that any
+    1,000 steps may have before the run stops.
     """
 
     samples: PositiveInt | None = None
@@ -123,6 +125,7 @@ class TrainConfig(Section):
     log_every: PositiveInt = 50
     checkpoint_every: PositiveInt = 5000
     keep_checkpoints: PositiveInt = 2
+    skipped_steps: NonNegativeInt = 10
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:

@@ -124,7 +124,7 @@ class ImageDataset(torch.utils.data.Dataset[ImageSample]):
 
     def _pixels(self, part: DataSet, request: Request, index: PictureIndex) -> Pixels:
         """The cropped picture; read twice before it counts as damaged, since a cable may be at fault."""
-        name = f"{part.store.url}/{part.manifest.shards[request.shard].name}, sample {request.row}"
+        name = self.sets.name(request.source, request.shard, request.row)
         offset, size = int(index.offset_R[request.row]), int(index.size_R[request.row])
         for attempt in (1, 2):
             data = _bytes(part, request.shard, offset, size)

@@ -43,6 +43,11 @@ class DataSets:
         """sha256 (hex) over the manifests' hashes: what a position means depends on it."""
         return hashlib.sha256(" ".join(part.manifest.hash for part in self.parts).encode()).hexdigest()
 
+    def name(self, source: int, shard: int, row: int) -> str:
+        """Tells a sample to a person: its shard's address and the row in it."""
+        part = self.parts[source]
+        return f"{part.store.url}/{part.manifest.shards[shard].name}, sample {row}"
+
     def order(self, seed: int) -> Mixture:
         """Positions of a run with this seed to samples."""
         sizes = [part.manifest.shard_sizes for part in self.parts]

@@ -251,10 +251,16 @@ class TokenizerModel(nn.Module):
         self.settings = quantizer
 
     def forward(self, x_BCHW: Tensor, rows_KD: Tensor, shards: Shards = WHOLE) -> tuple[Tensor, Quantized]:
-        """Images (B, 3, H, W) and this rank's rows of the codebook → (reconstruction, `Quantized` of B·h·w tokens)."""
+        """Images (B, 3, H, W) and this rank's rows of the codebook → (reconstruction, `Quantized` of B·h·w tokens).
+
+        Where the encoder's output is not finite the reconstruction is NaN, and so are its gradients: the other ranks of
+        the codebook go on, and the engine skips the step on all ranks together.
+        """
         z_BDhw = self.autoencoder.encode(x_BCHW)
-        quantized = self.quantize(z_BDhw, rows_KD, shards)
-        return self.autoencoder.decode(image_of(quantized.z_q_ND, z_BDhw.shape)), quantized
+        finite = z_BDhw.detach().isfinite().all()
+        quantized = self.quantize(torch.where(finite, z_BDhw, 0.0), rows_KD, shards)
+        reconstruction = self.autoencoder.decode(image_of(quantized.z_q_ND, z_BDhw.shape))
+        return reconstruction * torch.where(finite, 1.0, torch.nan), quantized
 
     def quantize(self, z_BDhw: Tensor, rows_KD: Tensor, shards: Shards) -> Quantized:
         """The encoder's output (B, D, h, w) → `Quantized` of its B·h·w tokens."""

@@ -27,8 +27,12 @@ METRICS: dict[str, tuple[str, str, str, float | None]] = {
     "entropy": ("Entropy loss", "nats", "sample entropy − batch entropy", None),
     "generator": ("Generator against the discriminator", "", "", None),
     "discriminator": ("Discriminator, hinge", "", "1 = it cannot tell", None),
+    "logit_gap": ("Discriminator, logits of real − fake", "", "0 = it cannot tell", None),
+    "discriminator_accuracy": ("Discriminator, accuracy", "share", "0.5 = it cannot tell", 1.0),
+    "adversarial_weight": ("Weight of the generator's loss", "", "", None),
     "lecam": ("LeCAM regularisation", "", "", None),
     "grad_norm": ("Gradient norm", "", "before clipping", None),
+    "skipped": ("Skipped steps", "since the line before", "a loss or gradient was not finite", None),
     "lr": ("Learning rate", "", "", None),
     "samples_per_s": ("Speed", "images/s", "whole world, data and logging included", None),
     "bad_samples": ("Damaged samples", "so far", "each replaced by a neighbour", None),
@@ -44,7 +48,7 @@ class RunLog:
     name: str
     config: dict[str, Any]
     environment: dict[str, Any]
-    lines: list[dict[str, float]]
+    lines: list[dict[str, Any]]
 
     def points(self, metric: str) -> list[Point]:
         """The metric's logged values; none where it was never logged."""
@@ -103,6 +107,11 @@ def write_report(paths: Sequence[Path], out: Path) -> Path:
     runs = [load_run(path) for path in paths]
     title = runs[0].config.get("name", str(paths[0])) if len(runs) == 1 else f"{len(runs)} runs"
     sections = [Section("Where they stand", "", [_standing(runs)]), Section("Curves", "", curves(runs))]
+    alarms = [
+        [run.name, str(line["step"]), text] for run in runs for line in run.lines for text in line.get("alarms", ())
+    ]
+    if alarms:
+        sections.insert(1, Section("Alarms", "", [Table(["run", "step", "what was seen"], alarms)]))
     pictures = [
         Picture(found.read_bytes(), f"{run.name}, {found.stem}: originals above, reconstructions below", run.name)
         for run in runs

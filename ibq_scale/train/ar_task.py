@@ -17,16 +17,18 @@ from ibq_scale.distributed.environment import World
 from ibq_scale.errors import UserError
 from ibq_scale.models.transformer import Transformer
 from ibq_scale.pretrained.loading import load_tokenizer, write_config, write_weights
+from ibq_scale.train.alarms import Rule, Spike
 from ibq_scale.train.ema import ShardedEMA
-from ibq_scale.train.engine import adamw, load_engine, make_engine, set_rates
+from ibq_scale.train.engine import adamw, load_engine, make_engine, set_rates, step
 from ibq_scale.train.schedule import lr_factor, weight_decay
-from ibq_scale.train.task import StepMetrics
+from ibq_scale.train.task import Step
 
 
 class ARTask:
     """A `Task`: see there for the methods' contract."""
 
     shown: tuple[str, ...] = ("loss", "grad_norm")
+    alarms: tuple[Rule, ...] = (Spike("loss"), Spike("grad_norm"))
 
     def __init__(self, run: ARRun, world: World, sets: DataSets) -> None:
         self.run = run
@@ -58,7 +60,7 @@ class ARTask:
         set_rates(self.engine, lr, decay)
         return {"lr": lr, "weight_decay": decay}
 
-    def train_step(self, batches: Iterator[CodeBatch]) -> StepMetrics:
+    def train_step(self, batches: Iterator[CodeBatch]) -> Step:
         total = torch.zeros((), device=self.world.device)
         for _ in range(self.accumulation):
             batch = next(batches)
@@ -66,12 +68,12 @@ class ARTask:
             logits_BTV = self.engine(codes_BT, batch.labels.to(self.world.device, non_blocking=True))
             loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), codes_BT.flatten())
             self.engine.backward(loss)
-            self.engine.step()
+            applied = step(self.engine)
             total += loss.detach() / self.accumulation
-        if self.engine.was_step_applied():
+        if applied:
             self.ema.update()
         norm = torch.as_tensor(self.engine.get_global_grad_norm() or 0.0, device=self.world.device)
-        return {"loss": total, "grad_norm": norm}
+        return Step({"loss": total, "grad_norm": norm}, applied, total.isfinite())
 
     def log_metrics(self) -> dict[str, float]:
         return {}

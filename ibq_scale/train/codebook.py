@@ -59,27 +59,33 @@ class ShardedCodebook:
         """This rank's codes (K/W, D) for one micro-batch, with gradient to whatever learns."""
         return self.rows if self.projection is None else self.projection.codes(self.rows)
 
-    def step(self, lr: float) -> None:
+    def step(self, lr: float) -> bool:
         """One Adam step on the gradient accumulated in `rows`, the mean over ranks of their losses' gradients.
 
         The quantizer's backward leaves the sum over the group's ranks, so replicas add theirs and the world divides.
+        False, on every rank, where the gradient was not finite: nothing is changed then.
         """
         if self.projection is not None:
-            self.projection.step(lr)
+            return self.projection.step(lr)
         if not self.learns:
-            return
+            return True
         grad = self.rows.grad
         assert grad is not None, "step() follows a backward pass through the quantizer"
         if self.replicas is not None:
             dist.all_reduce(grad, group=self.replicas)
         grad.div_(self.world.size)
+        norm = self._norm(grad)
+        if not bool(norm.isfinite()):
+            self.drop_gradient()
+            return False
         if self.grad_clip > 0:
-            grad.mul_((self.grad_clip / (self._norm(grad) + 1e-6)).clamp(max=1.0))
+            grad.mul_((self.grad_clip / (norm + 1e-6)).clamp(max=1.0))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.ema_rows.lerp_(self.rows.detach(), 1.0 - self.ema_decay)
+        return True
 
     def drop_gradient(self) -> None:
         """Forgets the accumulated gradient, for a step that the engine skipped."""

@@ -65,6 +65,24 @@ def adamw(module: nn.Module, settings: OptimizerConfig) -> torch.optim.Optimizer
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr, betas=settings.betas, eps=settings.eps)
 
 
+def step(engine: Any) -> bool:
+    """Applies the accumulated gradient where the accumulation is complete.
+
+    False where it was not finite on some rank: then no rank applies it. Collective.
+    """
+    if engine.is_gradient_accumulation_boundary() and not hasattr(engine.optimizer, "overflow"):
+        # ZeRO and bf16 optimizers look for themselves (DeepSpeed 0.19.8); a plain one, stage 0 in fp32, does not.
+        # Gradients are averages over the ranks by now, so every rank finds the same.
+        grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        if not bool(torch.nn.utils.get_total_norm(grads).isfinite()):
+            for parameter in engine.module.parameters():
+                parameter.grad = None
+            engine.step()
+            return False
+    engine.step()
+    return bool(engine.was_step_applied())
+
+
 def set_rates(engine: Any, lr: float, decay: float | None = None) -> None:
     """Sets the next step's learning rate, and the decay of the groups that decay."""
     for group in engine.optimizer.param_groups:

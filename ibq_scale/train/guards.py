@@ -11,7 +11,10 @@ import torch.distributed as dist
 
 from ibq_scale.distributed.environment import World
 
-FILE = "bad_samples.json"
+BAD_SAMPLES = "bad_samples.json"
+SKIPPED = "skipped_steps.json"
+# Steps that the budget of skipped ones is for, and samples named in a line about one of them.
+PERIOD, NAMED = 1000, 8
 
 log = logging.getLogger(__name__)
 
@@ -49,14 +52,57 @@ class BadSamples:
         """Rank 0 writes the run's count. Collective."""
         total = self._total()
         if self.world.is_main:
-            (directory / FILE).write_text(json.dumps({"bad_samples": total}) + "\n")
+            (directory / BAD_SAMPLES).write_text(json.dumps({"bad_samples": total}) + "\n")
 
     def load(self, directory: Path) -> None:
         """Takes up the count that `save` wrote."""
-        self._before = int(json.loads((directory / FILE).read_text())["bad_samples"])
+        self._before = int(json.loads((directory / BAD_SAMPLES).read_text())["bad_samples"])
         self._here = 0
 
     def _total(self) -> int:
         here = torch.tensor([self._here], device=self.world.device)
         dist.all_reduce(here)
         return self._before + int(here.item())
+
+
+class TooManySkippedStepsError(RuntimeError):
+    """Losses or gradients were not finite too often: the run has diverged."""
+
+
+class SkippedSteps:
+    """The run's steps that no rank applied, since a loss or gradient was not finite on some rank."""
+
+    def __init__(self, budget: int, world: World) -> None:
+        self.budget = budget
+        self.world = world
+        self.steps: list[int] = []
+
+    def note(self, step: int, samples: list[str]) -> None:
+        """Logs a skipped step with the samples, by rank, that had losses not finite. Collective.
+
+        `samples` are this rank's, empty where its losses were finite. Raises on all ranks together past the budget.
+        """
+        everyone: list[list[str]] = [[]] * self.world.size
+        dist.all_gather_object(everyone, samples[:NAMED])
+        self.steps.append(step)
+        named = [f"rank {rank}: {', '.join(names)}" for rank, names in enumerate(everyone) if names]
+        where = f"losses of {'; '.join(named)}" if named else "a gradient, while every loss was finite"
+        text = f"step {step} was skipped on all ranks: not finite: {where}"
+        if self.world.is_main:
+            log.warning("%s", text)
+        recent = sum(skipped > step - PERIOD for skipped in self.steps)
+        if recent > self.budget:
+            raise TooManySkippedStepsError(
+                f"{text}. That makes {recent} of the last {PERIOD} steps, train.skipped_steps allows {self.budget}: go "
+                f"on from the newest checkpoint with a lower optimizer.lr; 'ibq-scale data trace RUN --step {step}' "
+                f"names all samples"
+            )
+
+    def save(self, directory: Path) -> None:
+        """Rank 0 writes the list."""
+        if self.world.is_main:
+            (directory / SKIPPED).write_text(json.dumps({"steps": self.steps}) + "\n")
+
+    def load(self, directory: Path) -> None:
+        """Takes up the list that `save` wrote."""
+        self.steps = list(json.loads((directory / SKIPPED).read_text())["steps"])

@@ -8,7 +8,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +28,22 @@ class MetricsLog:
         self._file = self.path.open("a")
         self._wandb = _open_wandb(run_dir, config)
 
-    def write(self, step: int, samples: int, values: Mapping[str, float], shown: tuple[str, ...]) -> None:
-        """Appends one line and prints the progress line with the metrics named in `shown`."""
+    def write(
+        self, step: int, samples: int, values: Mapping[str, float], shown: tuple[str, ...], alarms: Sequence[str] = ()
+    ) -> None:
+        """Appends one line and prints the progress line with the metrics named in `shown`, and each of the `alarms`."""
         elapsed = self.seconds_before + time.monotonic() - self._started
-        line = {"step": step, "samples": samples, "time": round(elapsed, 3), **values}
+        line: dict[str, Any] = {"step": step, "samples": samples, "time": round(elapsed, 3), **values}
+        if alarms:
+            line["alarms"] = list(alarms)
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         if self._wandb is not None:
             self._tell_wandb(line, step)
         print(self._progress(step, values, shown), file=sys.stderr, flush=True)
+        for alarm in alarms:
+            log.warning("step %d: %s", step, alarm)
+            print(f"ALARM at step {step}: {alarm}", file=sys.stderr, flush=True)
 
     def _progress(self, step: int, values: Mapping[str, float], shown: tuple[str, ...]) -> str:
         width = len(str(self.total_steps))

@@ -45,14 +45,21 @@ class Projection:
         """As `codes`, from the averaged layer."""
         return F.linear(basis_KD, **self.ema.state_dict())
 
-    def step(self, lr: float) -> None:
-        """One Adam step. Each rank's gradient came through its own shard: the world's sum is the losses' sum."""
+    def step(self, lr: float) -> bool:
+        """One Adam step. Each rank's gradient came through its own shard: the world's sum is the losses' sum.
+
+        False, on every rank, where the gradient was not finite: nothing is changed then.
+        """
         grads = [parameter.grad for parameter in self.parameters.values()]
         flat = torch.cat([grad.flatten() for grad in grads if grad is not None])
         dist.all_reduce(flat)
         flat /= self.world.size
+        norm = flat.norm()
+        if not bool(norm.isfinite()):
+            self.drop_gradient()
+            return False
         if self.grad_clip > 0:
-            flat *= (self.grad_clip / (flat.norm() + 1e-6)).clamp(max=1.0)
+            flat *= (self.grad_clip / (norm + 1e-6)).clamp(max=1.0)
         pieces = torch.split(flat, [parameter.numel() for parameter in self.parameters.values()])
         for parameter, piece in zip(self.parameters.values(), pieces, strict=True):
             parameter.grad = piece.view_as(parameter)
@@ -61,6 +68,7 @@ class Projection:
         self.optimizer.step()
         self.drop_gradient()
         self.ema.update(self.parameters)
+        return True
 
     def drop_gradient(self) -> None:
         """Forgets the accumulated gradient."""

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from ibq_scale.train.alarms import Rule
+
 # Metric tensors stay on the device until a line is logged: reading them earlier would wait for the device.
 StepMetrics = dict[str, Tensor]
+
+
+class Step(NamedTuple):
+    """What came of an optimizer step: scalar `metrics`, this rank's means.
+
+    `applied`: whether every part of the state took it; the same on every rank. `finite`: whether this rank's losses
+    were (bool, on the device), which tells where to look when the step was not applied.
+    """
+
+    metrics: StepMetrics
+    applied: bool
+    finite: Tensor
 
 
 class Task(Protocol):
@@ -17,6 +31,8 @@ class Task(Protocol):
 
     shown: tuple[str, ...]
     """Metrics for the progress line."""
+    alarms: tuple[Rule, ...]
+    """What to watch in the logged metrics."""
 
     def batches(self, start: int) -> Iterator[Any]:
         """Micro-batches of this rank from the absolute sample position `start` on, without end."""
@@ -26,8 +42,11 @@ class Task(Protocol):
         """Sets learning rates for the step that starts after `samples`; returns them for the log."""
         ...
 
-    def train_step(self, batches: Iterator[Any]) -> StepMetrics:
-        """One optimizer step over as many micro-batches as the accumulation needs. Scalars, this rank's means."""
+    def train_step(self, batches: Iterator[Any]) -> Step:
+        """One optimizer step over as many micro-batches as the accumulation needs.
+
+        A gradient that is not finite on any rank is applied on none, to no part of the state.
+        """
         ...
 
     def log_metrics(self) -> dict[str, float]:

@@ -33,12 +33,13 @@ from ibq_scale.models.discriminator import PatchDiscriminator
 from ibq_scale.pictures import reconstruction_grid, save_png
 from ibq_scale.pretrained.loading import write_config, write_weights
 from ibq_scale.quantize.types import Quantized
+from ibq_scale.train.alarms import Above, Drop, Rule, Spike
 from ibq_scale.train.codebook import ShardedCodebook
 from ibq_scale.train.ema import ShardedEMA
-from ibq_scale.train.engine import adam, discriminator_config, load_engine, make_engine, set_rates
+from ibq_scale.train.engine import adam, discriminator_config, load_engine, make_engine, set_rates, step
 from ibq_scale.train.guards import BadSamples
 from ibq_scale.train.schedule import lr_factor
-from ibq_scale.train.task import StepMetrics
+from ibq_scale.train.task import Step, StepMetrics
 from ibq_scale.train.usage import UsageTracker
 
 
@@ -57,6 +58,15 @@ class TokenizerTask:
     """A `Task`: see there for the methods' contract."""
 
     shown: tuple[str, ...] = ("loss", "l1", "usage", "perplexity")
+    alarms: tuple[Rule, ...] = (
+        Spike("loss"),
+        Spike("l1"),
+        Spike("grad_norm"),
+        Drop("usage"),
+        # Beyond ±1 on both sides the hinge is silent, and the generator hears nothing either.
+        Above("logit_gap", 4.0, "the discriminator has won: lower loss.adversarial_weight or its rate"),
+        Above("discriminator_accuracy", 0.98, "the discriminator has won: lower loss.adversarial_weight or its rate"),
+    )
 
     def __init__(self, run: TokenizerRun, world: World, sets: DataSets) -> None:
         self.run = run
@@ -86,7 +96,7 @@ class TokenizerTask:
         self.usage = UsageTracker(run.quantizer.codebook_size, run.quantizer.revive_after, world)
         self.bad_samples = BadSamples(run.data.bad_samples, world)
         self.lr = run.optimizer.lr
-        self.step = 0
+        self.number = 0
         self.adversarial = False
         self._last: tuple[Tensor, Tensor] | None = None
 
@@ -102,39 +112,47 @@ class TokenizerTask:
         )
 
     def set_rates(self, samples: int) -> dict[str, float]:
-        self.step = samples // self.run.train.global_batch + 1
+        self.number = samples // self.run.train.global_batch + 1
         self.lr = self.run.optimizer.lr * lr_factor(self.run.schedule, samples, self.run.train.total_samples)
         self.adversarial = samples >= self.run.loss.adversarial_start and self.run.loss.adversarial_weight > 0
         set_rates(self.generator, self.lr)
         set_rates(self.discriminator, self.lr)
         return {"lr": self.lr}
 
-    def train_step(self, batches: Iterator[ImageBatch]) -> StepMetrics:
+    def train_step(self, batches: Iterator[ImageBatch]) -> Step:
         sums: StepMetrics = {}
+        finite = torch.ones((), dtype=torch.bool, device=self.world.device)
+        statistics = [buffer.clone() for buffer in self.discriminator.module.buffers()]
+        taught = True
         for _ in range(self.accumulation):
             batch = next(batches)
             self.bad_samples.note(batch.faults)
             images = to_float(batch.images_u8.to(self.world.device, non_blocking=True))
             metrics, reconstruction = self._generator_backward(images)
-            self.generator.step()
+            applied = step(self.generator)
             if self.adversarial:
                 metrics |= self._discriminator_backward(images, reconstruction)
-                self.discriminator.step()
+                taught = step(self.discriminator)
             for name, value in metrics.items():
+                finite &= value.isfinite()
                 sums[name] = sums.get(name, torch.zeros_like(value)) + value / self.accumulation
-        if self.generator.was_step_applied():
-            self.codebook.step(self.lr)
+        if applied:
+            applied = self.codebook.step(self.lr)
             self.ema.update()
         else:
             self.codebook.drop_gradient()
         self.usage.end_step()
         self._revive(images)
-        if self.adversarial:
+        if not taught:
+            # Their running means have seen the pictures that were not finite.
+            for buffer, before in zip(self.discriminator.module.buffers(), statistics, strict=True):
+                buffer.copy_(before)
+        elif self.adversarial:
             self._update_lecam(sums)
         norm = self.generator.get_global_grad_norm()
         # Not `norm or 0.0`: its truth would wait for the device.
         sums["grad_norm"] = torch.as_tensor(0.0 if norm is None else norm, device=self.world.device)
-        return sums
+        return Step(sums, applied and taught, finite)
 
     def _generator_backward(self, images: Tensor) -> tuple[StepMetrics, Tensor]:
         loss_config = self.run.loss
@@ -201,6 +219,8 @@ class TokenizerTask:
             "lecam": lecam.detach(),
             "logits_real": real.detach().mean(),
             "logits_fake": fake.detach().mean(),
+            "logit_gap": real.detach().mean() - fake.detach().mean(),
+            "discriminator_accuracy": ((real.detach() > 0).float().mean() + (fake.detach() < 0).float().mean()) / 2,
         }
 
     def _update_lecam(self, sums: StepMetrics) -> None:
@@ -213,10 +233,10 @@ class TokenizerTask:
     @torch.no_grad()
     def _revive(self, images: Tensor) -> None:
         """Replaces codes that nobody uses, where the config asks for it (VQ): with tokens of the newest images."""
-        dead_K = self.usage.due_for_revival(self.step)
+        dead_K = self.usage.due_for_revival(self.number)
         if dead_K is not None:
             tokens_ND = tokens_of(self.generator.module.autoencoder.encode(images))
-            self.codebook.revive(dead_K, tokens_ND, self.run.train.seed + self.step)
+            self.codebook.revive(dead_K, tokens_ND, self.run.train.seed + self.number)
 
     def log_metrics(self) -> dict[str, float]:
         return self.usage.log() | self.bad_samples.log()

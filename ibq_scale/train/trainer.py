@@ -11,11 +11,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from ibq_scale.config.run import AnyRun
 from ibq_scale.data.sets import DataSets
 from ibq_scale.distributed.environment import World
+from ibq_scale.train.alarms import Alarms
 from ibq_scale.train.checkpoint import Checkpoint, CheckpointFolder
+from ibq_scale.train.guards import SkippedSteps
 from ibq_scale.train.metrics import MetricsLog
 from ibq_scale.train.once import SeenOnce
 from ibq_scale.train.preemption import StopRequest
@@ -35,11 +38,12 @@ class NonFiniteLossError(RuntimeError):
 
 
 class _CountedBatches:
-    """Measures how long the step waits for data, and notes which samples it got."""
+    """Measures how long the step waits for data, and notes which samples it got; `requests` since last asked."""
 
     def __init__(self, batches: Iterator[Any], once: SeenOnce) -> None:
         self._batches = batches
         self._once = once
+        self._requests: list[Tensor] = []
         self.waited = 0.0
 
     def __iter__(self) -> Iterator[Any]:
@@ -50,7 +54,14 @@ class _CountedBatches:
         batch = next(self._batches)
         self.waited += time.perf_counter() - begin
         self._once.note(batch.requests)
+        self._requests.append(batch.requests)
         return batch
+
+    def requests(self) -> list[list[int]]:
+        """(position, source, epoch, shard, row) of every sample since the last call."""
+        rows = [row for part in self._requests for row in part.tolist()]
+        self._requests.clear()
+        return rows
 
 
 class Trainer:
@@ -61,8 +72,10 @@ class Trainer:
         self.run_dir = run_dir
         self.task = task
         self.world = world
-        self.data_hash = sets.hash
+        self.sets = sets
         self.once = SeenOnce(sets, config.train.seed, world)
+        self.skipped = SkippedSteps(config.train.skipped_steps, world)
+        self.alarms = Alarms(task.alarms)
         self.checkpoints = CheckpointFolder(run_dir / "checkpoints", world, config.train.keep_checkpoints)
 
     def run(self, resume_from: Checkpoint | None) -> Outcome:
@@ -72,6 +85,7 @@ class Trainer:
         if resume_from is not None:
             self.task.load(resume_from.path)
             self.once.load(resume_from.path)
+            self.skipped.load(resume_from.path)
             _load_rng(resume_from.path, self.world)
             start = resume_from.step
         metrics = MetricsLog(self.run_dir, self.config, start) if self.world.is_main else None
@@ -89,19 +103,29 @@ class Trainer:
         window = _Window(batches)
         for step in range(start + 1, total + 1):
             rates = self.task.set_rates((step - 1) * train.global_batch)
-            window.add(self.task.train_step(batches))
+            self._train(step, batches, window)
             if step % train.log_every == 0 or step == total:
                 values = window.close(self.world, train.global_batch) | rates | self.task.log_metrics()
                 _check_finite(values, step)
                 self.once.check(step * train.global_batch)
                 if metrics is not None:
-                    metrics.write(step, step * train.global_batch, values, self.task.shown)
+                    alarms = self.alarms.look(values)
+                    metrics.write(step, step * train.global_batch, values, self.task.shown, alarms)
             stopping = stop.agreed()
             if stopping or step == total or step % train.checkpoint_every == 0:
                 self._save(step, window)
             if stopping:
                 return Outcome(step, stopped=step < total)
         return Outcome(total, stopped=False)
+
+    def _train(self, number: int, batches: _CountedBatches, window: _Window) -> None:
+        """One step; one that was skipped is no part of the metrics' means."""
+        step = self.task.train_step(batches)
+        requests = batches.requests()
+        window.add(step.metrics if step.applied else {})
+        if not step.applied:
+            samples = [] if bool(step.finite) else [self.sets.name(*row[1:2], *row[3:]) for row in requests]
+            self.skipped.note(number, samples)
 
     def _save(self, step: int, window: _Window) -> None:
         """A checkpoint of a diverged state would replace the last good one: the loss so far is looked at first."""
@@ -111,13 +135,14 @@ class Trainer:
             "step": step,
             "samples": step * self.config.train.global_batch,
             "world_size": self.world.size,
-            "data_hash": self.data_hash,
+            "data_hash": self.sets.hash,
             "config": self.config.model_dump(mode="json"),
         }
 
         def write(directory: Path) -> None:
             self.task.save(directory)
             self.once.save(directory)
+            self.skipped.save(directory)
             _save_rng(directory, self.world)
 
         self.checkpoints.save(facts, write)
@@ -131,21 +156,23 @@ class _Window:
     def __init__(self, batches: _CountedBatches) -> None:
         self._batches = batches
         self._sums: StepMetrics = {}
-        self._steps = 0
+        self._steps = self._applied = 0
         self._begin = time.perf_counter()
 
     def add(self, metrics: StepMetrics) -> None:
+        """A step's metrics, empty for one that was skipped."""
         for name, value in metrics.items():
             value = value.detach().float()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._steps += 1
+        self._applied += bool(metrics)
 
     def peek(self, world: World) -> dict[str, float]:
-        """Means over the window's steps and all ranks so far; empty for an empty window."""
-        if not self._steps:
+        """Means over the window's applied steps and all ranks so far; empty where there are none."""
+        if not self._applied:
             return {}
         names = sorted(self._sums)
-        means = torch.stack([self._sums[name] for name in names]) / self._steps
+        means = torch.stack([self._sums[name] for name in names]) / self._applied
         dist.all_reduce(means)
         return dict(zip(names, (means / world.size).tolist(), strict=True))
 
@@ -153,10 +180,12 @@ class _Window:
         """`peek` with rates, and a new window begins."""
         values = self.peek(world)
         seconds = time.perf_counter() - self._begin
+        values["skipped"] = float(self._steps - self._applied)
         values["step_s"] = seconds / self._steps
         values["samples_per_s"] = global_batch * self._steps / seconds
         values["data_wait"] = self._batches.waited / seconds
-        self._sums, self._steps, self._begin, self._batches.waited = {}, 0, time.perf_counter(), 0.0
+        self._sums, self._steps, self._applied = {}, 0, 0
+        self._begin, self._batches.waited = time.perf_counter(), 0.0
         return values
 
 

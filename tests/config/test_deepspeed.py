@@ -59,6 +59,11 @@ def test_an_unknown_name_lists_what_there_is() -> None:
         find_config("zero9")
 
 
+def test_bf16_wants_a_stage_that_keeps_fp32_weights() -> None:
+    with pytest.raises(UserError, match="take zero1"):
+        deepspeed_config(_run("deepspeed.config=zero0", "train.precision=bf16"), 2)
+
+
 def test_a_stage_that_does_not_exist_is_refused() -> None:
     with pytest.raises(UserError, match="ZeRO stage 4 does not exist"):
         deepspeed_config(_run("deepspeed.overrides={zero_optimization: {stage: 4}}"), 2)

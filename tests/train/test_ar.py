@@ -65,7 +65,7 @@ def _train(rank: int, world_size: int, run: ARRun) -> tuple[dict[str, Any], list
     losses = []
     for step in range(STEPS):
         task.set_rates(step * 8)
-        losses.append(float(task.train_step(batches)["loss"]))
+        losses.append(float(task.train_step(batches).metrics["loss"]))
     return {k: v.detach().numpy() for k, v in task.engine.module.named_parameters()}, losses
 
 

@@ -182,3 +182,60 @@ def test_local_entropy_and_vq_with_accumulation_too() -> None:
         assert _alignment(found.pop(name), plain[name][1], runs[name]) > 0.5
     for name, weights in found.items():
         _assert_same(weights, plain[name][1], name)
+
+
+def _poison(rank: int, world_size: int, runs: dict[str, TokenizerRun]) -> dict[str, list[bool]]:
+    """A step with NaN in rank 1's encoder, between two good ones: what was applied, and that it changed nothing."""
+    from ibq_scale.train.tokenizer_task import TokenizerTask
+
+    world = World(rank, world_size, rank, torch.device("cpu"))
+    applied = {}
+    for name, run in runs.items():
+        task = TokenizerTask(run, world, DataSets((), run.data))
+        bad = [False]
+        conv: Any = task.generator.module.autoencoder.quant_conv
+        conv.register_forward_hook(lambda _, __, out, bad=bad: out * (float("nan") if bad[0] else 1.0))
+        steps = []
+        for step in range(3):
+            bad[0] = step == 1 and rank == 1
+            task.set_rates(step * run.train.global_batch)
+            before = _state(task, world)
+            steps.append(task.train_step(iter(_batches(_images(0, step, run.train.global_batch), rank, world_size))))
+            unchanged = all(torch.equal(value, before[key]) for key, value in _state(task, world).items())
+            assert unchanged == (step == 1), (name, step)
+        assert bool(steps[1].finite) == (rank == 0), name
+        applied[name] = [step.applied for step in steps]
+    return applied
+
+
+def _state(task: Any, world: World) -> dict[str, torch.Tensor]:
+    """All that a step changes, this rank's part."""
+    tensors = {f"g.{f.name}": f.values for f in fragments(task.generator, world)}
+    tensors |= {f"d.{f.name}": f.values for f in fragments(task.discriminator, world)}
+    tensors |= {f"ema.{k}": v for k, v in task.ema.shadow.state_dict().items()}
+    tensors |= {f"buffer.{k}": v for k, v in task.discriminator.module.named_buffers()}
+    tensors |= {"codebook": task.codebook.rows, "ema_rows": task.codebook.ema_rows, "lecam": task.lecam.fake}
+    moments = task.codebook.optimizer.state.get(task.codebook.rows, {})
+    return {k: v.detach().clone() for k, v in (tensors | moments).items()}
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_nan_on_one_rank_is_applied_on_none_and_to_nothing() -> None:
+    runs = {
+        f"{config} {precision}, group {group}": _run(
+            config, "train.global_batch=8", f"codebook_group={group}", f"train.precision={precision}"
+        )
+        for config, precision, group in [
+            ("zero0", "fp32", 0),
+            ("zero1", "fp32", 1),
+            ("zero1", "bf16", 1),
+            ("zero2", "bf16", 0),
+            ("zero3", "fp32", 0),
+            ("zero3", "bf16", 1),
+            ("zero2_offload", "fp32", 0),
+            ("zero3_offload", "bf16", 0),
+        ]
+    }
+    expected = {name: [True, False, True] for name in runs}
+    assert run_ranks(_poison, 2, runs) == [expected, expected]
