@@ -166,10 +166,14 @@ class WandbConfig(Section):
 
 
 class RunConfig(Section):
-    """What both stages share. `out` is the run directory."""
+    """What both stages share. `out` is the run directory.
+
+    `init`: a model of the same sizes (an import, an export, a checkpoint, a run) whose weights a new run starts from.
+    """
 
     name: str
     out: str | None = None
+    init: str | None = None
     data: DataConfig = DataConfig()
     train: TrainConfig
     schedule: ScheduleConfig = ScheduleConfig()

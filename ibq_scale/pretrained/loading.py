@@ -125,9 +125,8 @@ def load_tokenizer(path: str | Path, device: torch.device | str = "cpu") -> Toke
     """Loads a tokenizer. UserError where there is none at `path`, it is damaged, or it is another kind of model."""
     folder, config = _read_config(Path(path), "tokenizer")
     tokenizer = Tokenizer(AutoencoderConfig(**config["model"]), QuantizerConfig(**config["quantizer"]))
-    parts = [_read_tensors(p)["codebook"] for p in sorted(folder.glob("codebook*.safetensors"))]
     tensors = {f"autoencoder.{k}": v for k, v in _read_tensors(folder / "model.safetensors").items()}
-    fill_strictly(tokenizer, tensors | {"codebook_KD": torch.cat(parts) if parts else torch.empty(0)}, folder)
+    fill_strictly(tokenizer, tensors | {"codebook_KD": _codebook(folder)}, folder)
     return tokenizer.to(device)
 
 
@@ -138,6 +137,27 @@ def load_ar(path: str | Path, device: torch.device | str = "cpu") -> ARModel:
     tensors = {f"transformer.{k}": v for k, v in _read_tensors(folder / "model.safetensors").items()}
     fill_strictly(model, tensors, folder)
     return model.to(device)
+
+
+def start_from(path: str, network: Autoencoder | Transformer) -> None:
+    """Fills a network that is to be trained on with the weights at `path`. UserError where they have other sizes."""
+    folder, _ = _read_config(Path(path), "tokenizer" if isinstance(network, Autoencoder) else "ar")
+    fill_strictly(network, _read_tensors(folder / "model.safetensors"), folder)
+
+
+def codebook_to_start_from(path: str, quantizer: QuantizerConfig) -> Tensor:
+    """The codes (K, D), fp32, of the tokenizer at `path`. UserError where they are others than `quantizer` learns."""
+    folder, config = _read_config(Path(path), "tokenizer")
+    there = QuantizerConfig(**config["quantizer"])
+    if there.kind == "simvq":
+        raise UserError(f"init={path}: of SimVQ it holds the finished codes, and not the layer that makes them")
+    for key in ("kind", "codebook_size", "dim"):
+        found, wanted = getattr(there, key), getattr(quantizer, key)
+        if found != wanted:
+            raise UserError(
+                f"init={path} has quantizer.{key}={found}, this run {wanted}: set it, or start from another"
+            )
+    return _codebook(folder)
 
 
 def load_model(path: str | Path) -> Tokenizer | ARModel:
@@ -242,6 +262,11 @@ def _config_of(folder: Path) -> dict[str, Any]:
             f"{folder} has model format {config.get('format_version')}, this program reads {FORMAT_VERSION}"
         )
     return config
+
+
+def _codebook(folder: Path) -> Tensor:
+    parts = [_read_tensors(p)["codebook"] for p in sorted(folder.glob("codebook*.safetensors"))]
+    return torch.cat(parts) if parts else torch.empty(0)
 
 
 _A = {"tokenizer": "a tokenizer", "ar": "an AR transformer"}

@@ -23,6 +23,7 @@ METRICS: dict[str, tuple[str, str, str, float | None]] = {
     "code_age": ("Age of the oldest code", "steps", "since it was last chosen", None),
     "l1": ("Reconstruction, L1", "", "images in [-1, 1]", None),
     "perceptual": ("Reconstruction, LPIPS", "", "", None),
+    "perceptual_random": ("Distance of random features", "", "no LPIPS: its backbone has random weights", None),
     "quantization": ("Quantization loss", "", "", None),
     "entropy": ("Entropy loss", "nats", "sample entropy − batch entropy", None),
     "generator": ("Generator against the discriminator", "", "", None),

@@ -16,7 +16,7 @@ from ibq_scale.data.stream import CodeBatch, code_stream
 from ibq_scale.distributed.environment import World
 from ibq_scale.errors import UserError
 from ibq_scale.models.transformer import Transformer
-from ibq_scale.pretrained.loading import load_tokenizer, write_config, write_weights
+from ibq_scale.pretrained.loading import load_tokenizer, start_from, write_config, write_weights
 from ibq_scale.train.alarms import Rule, Spike
 from ibq_scale.train.ema import ShardedEMA
 from ibq_scale.train.engine import adamw, load_engine, make_engine, set_rates, step
@@ -39,6 +39,8 @@ class ARTask:
         self.accumulation = int(config["gradient_accumulation_steps"])
         torch.manual_seed(run.train.seed)
         model = Transformer(run.model)
+        if run.init is not None:
+            start_from(run.init, model)
         self.engine = make_engine(model, adamw(model, run.optimizer), config, world.device)
         torch.manual_seed(run.train.seed * 1_000_003 + world.rank + 1)
         self.ema = ShardedEMA(self.engine, run.ema_decay, world)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ibq_scale.config.run import TokenizerRun
 from ibq_scale.distributed.environment import World
 from ibq_scale.errors import UserError
-from ibq_scale.pretrained.loading import write_codebook_part
+from ibq_scale.pretrained.loading import codebook_to_start_from, write_codebook_part
 from ibq_scale.quantize.collectives import Group, Shards
 from ibq_scale.quantize.quantizer import initial_codebook, rows_of
 from ibq_scale.train.engine import adam
@@ -41,7 +41,10 @@ class ShardedCodebook:
             )
         self.group, self.replicas = _groups(world, self.group_size)
         self.start, self.stop = rows_of(world.rank % self.group_size, self.group_size, self.settings.codebook_size)
-        rows = initial_codebook(self.settings, run.train.seed, self.start, self.stop)
+        if run.init is None:
+            rows = initial_codebook(self.settings, run.train.seed, self.start, self.stop)
+        else:
+            rows = codebook_to_start_from(run.init, self.settings)[self.start : self.stop].clone()
         self.projection = Projection(run, world) if self.settings.kind == "simvq" else None
         self.learns = self.settings.kind in ("ibq", "vq")
         self.rows = nn.Parameter(rows.to(world.device), requires_grad=self.learns)

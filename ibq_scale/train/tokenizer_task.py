@@ -31,7 +31,7 @@ from ibq_scale.losses.perceptual import Perceptual
 from ibq_scale.models.autoencoder import TokenizerModel, tokens_of
 from ibq_scale.models.discriminator import PatchDiscriminator
 from ibq_scale.pictures import reconstruction_grid, save_png
-from ibq_scale.pretrained.loading import write_config, write_weights
+from ibq_scale.pretrained.loading import start_from, write_config, write_weights
 from ibq_scale.quantize.types import Quantized
 from ibq_scale.train.alarms import Above, Drop, Rule, Spike
 from ibq_scale.train.codebook import ShardedCodebook
@@ -73,10 +73,16 @@ class TokenizerTask:
         self.world = world
         self.sets = sets
         config = deepspeed_config(run, world.size)
+        # First, since its file may be absent: engines take their time.
+        net = run.loss.perceptual
+        dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
+        self.perceptual = None if net == "none" else Perceptual(net, world.device, dtype)
         self.accumulation = int(config["gradient_accumulation_steps"])
         # Every rank starts from the same weights; dropout then differs by rank.
         torch.manual_seed(run.train.seed)
         model = TokenizerModel(run.model, run.quantizer)
+        if run.init is not None:
+            start_from(run.init, model.autoencoder)
         if run.model.compile:
             model.autoencoder.compile_regions()
         pair = DiscriminatorPair(PatchDiscriminator(run.discriminator))
@@ -87,9 +93,6 @@ class TokenizerTask:
         torch.manual_seed(run.train.seed * 1_000_003 + world.rank + 1)
         self.codebook = ShardedCodebook(run, world)
         self.ema = ShardedEMA(self.generator, run.ema_decay, world)
-        net = run.loss.perceptual
-        dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
-        self.perceptual = None if net == "none" else Perceptual(net, world.device, dtype)
         adaptive = run.loss.adversarial == "adaptive"
         self.last_layer = LastLayer(model.autoencoder.decoder.conv_out) if adaptive else None
         self.lecam = LeCAM(run.loss.lecam_decay, world.device)
@@ -185,8 +188,10 @@ class TokenizerTask:
         terms = {"l1": (fake - images).abs().mean()}
         loss = loss_config.l1_weight * terms["l1"]
         if self.perceptual is not None:
-            terms["perceptual"] = self.perceptual(images, fake).mean()
-            loss = loss + loss_config.perceptual_weight * terms["perceptual"]
+            # Random weights make a loss and no measure: nobody shall take it for LPIPS.
+            name = "perceptual_random" if loss_config.perceptual == "random" else "perceptual"
+            terms[name] = self.perceptual(images, fake).mean()
+            loss = loss + loss_config.perceptual_weight * terms[name]
         (gradient,) = torch.autograd.grad(loss, fake)
         loss = loss.detach()
         if self.adversarial:
