@@ -176,6 +176,6 @@ def _synthetic(run: TokenizerRun) -> Iterator[ImageBatch]:
     pixels = torch.randint(256, (size, side, side, 3), generator=generator, dtype=torch.uint8)
     if torch.cuda.is_available():
         pixels = pixels.pin_memory()
-    nothing = torch.zeros(size, dtype=torch.int64)
+    labels, requests = torch.zeros(size, dtype=torch.int64), torch.zeros((size, 5), dtype=torch.int64)
     while True:
-        yield ImageBatch(pixels.permute(0, 3, 1, 2), nothing, nothing)
+        yield ImageBatch(pixels.permute(0, 3, 1, 2), labels, requests)

@@ -63,8 +63,9 @@ class QuantizerConfig(Section):
     models were trained with (mean‖C[i*] − sg(z)‖²), ``commitment`` is the paper's text.
     `straight_through`, `double_quantization`: the paper's ablations. Without the first, the decoder's gradient ends at
     the selected codes; without the second, the loss lacks mean‖z_q − z‖².
-    `entropy_scope`: ``global`` takes the batch entropy over all ranks of the codebook group, ``local`` over
-    each rank's own tokens (what the published code does; the micro-batch then changes the objective).
+    `entropy_scope`: ``global`` takes the batch entropy over the whole global batch, so that neither ranks nor
+    accumulation change the objective (accumulating costs one more pass of the encoder); ``local`` over each rank's
+    micro-batch (what the published code does).
     `backend`: ``auto`` is Triton on a CUDA device and plain torch elsewhere.
     `logit_precision`: of the products in training on a CUDA device (sums and softmaxes are fp32 always; CPUs compute
     products in fp32 always). `search`: of the coarse product of `encode` and of VQ; the answer is exact either way.

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from ibq_scale.config.models import AutoencoderConfig, QuantizerConfig
 from ibq_scale.models.layout import convolution_layout
 from ibq_scale.quantize.collectives import WHOLE, Shards
-from ibq_scale.quantize.quantizer import quantize
+from ibq_scale.quantize.quantizer import batch_sums, quantize
 from ibq_scale.quantize.types import Quantized
 
 # Graphs of one piece of code that torch.compile keeps: blocks times widths and resolutions, with and without gradient.
@@ -250,21 +250,31 @@ class TokenizerModel(nn.Module):
         self.autoencoder = Autoencoder(model, quantizer.dim)
         self.settings = quantizer
 
-    def forward(self, x_BCHW: Tensor, rows_KD: Tensor, shards: Shards = WHOLE) -> tuple[Tensor, Quantized]:
+    def forward(
+        self, x_BCHW: Tensor, rows_KD: Tensor, shards: Shards = WHOLE, mean_K: Tensor | None = None
+    ) -> tuple[Tensor, Quantized]:
         """Images (B, 3, H, W) and this rank's rows of the codebook → (reconstruction, `Quantized` of B·h·w tokens).
 
+        `mean_K`: from `batch_sums` of all micro-batches of a step, for the batch entropy over them all.
         Where the encoder's output is not finite the reconstruction is NaN, and so are its gradients: the other ranks of
         the codebook go on, and the engine skips the step on all ranks together.
         """
         z_BDhw = self.autoencoder.encode(x_BCHW)
         finite = z_BDhw.detach().isfinite().all()
-        quantized = self.quantize(torch.where(finite, z_BDhw, 0.0), rows_KD, shards)
+        quantized = self.quantize(torch.where(finite, z_BDhw, 0.0), rows_KD, shards, mean_K)
         reconstruction = self.autoencoder.decode(image_of(quantized.z_q_ND, z_BDhw.shape))
         return reconstruction * torch.where(finite, 1.0, torch.nan), quantized
 
-    def quantize(self, z_BDhw: Tensor, rows_KD: Tensor, shards: Shards) -> Quantized:
+    def quantize(self, z_BDhw: Tensor, rows_KD: Tensor, shards: Shards, mean_K: Tensor | None) -> Quantized:
         """The encoder's output (B, D, h, w) → `Quantized` of its B·h·w tokens."""
-        return quantize(tokens_of(z_BDhw), rows_KD, self.settings, shards)
+        return quantize(tokens_of(z_BDhw), rows_KD, self.settings, shards, mean_K)
+
+    @torch.no_grad()
+    def batch_sums(self, x_BCHW: Tensor, rows_KD: Tensor, shards: Shards = WHOLE) -> tuple[Tensor, Tensor]:
+        """Encodes, and takes `quantizer.batch_sums` of the tokens."""
+        z_BDhw = self.autoencoder.encode(x_BCHW)
+        z_BDhw = torch.where(z_BDhw.isfinite().all(), z_BDhw, 0.0)
+        return batch_sums(tokens_of(z_BDhw), rows_KD, self.settings, shards)
 
 
 def tokens_of(z_BDhw: Tensor) -> Tensor:

@@ -79,20 +79,32 @@ _SETTINGS = (
     "bool global_entropy, str precision, str backend, int tile_bytes"
 )
 _library: Any = torch.library.Library("ibq_scale", "DEF")  # type: ignore[no-untyped-call]
-_library.define(f"ibq_forward(Tensor z, Tensor rows, {_SETTINGS}) -> ({', '.join(['Tensor'] * len(Forward._fields))})")
+_library.define(
+    f"ibq_forward(Tensor z, Tensor rows, Tensor? mean, {_SETTINGS}) -> ({', '.join(['Tensor'] * len(Forward._fields))})"
+)
 _library.define(
     "ibq_backward(Tensor grad_z_q, Tensor grad_hard, Tensor grad_entropy, Tensor z, Tensor rows, Tensor[] saved, "
     f"{_SETTINGS}) -> (Tensor, Tensor)"
 )
 
 
-def ibq_function(z_ND: Tensor, rows_KD: Tensor, settings: Settings) -> Forward:
+def ibq_function(z_ND: Tensor, rows_KD: Tensor, settings: Settings, mean_K: Tensor | None = None) -> Forward:
     """z (N, D) and this rank's rows (K, D) of the codebook → outputs; see `Forward`.
 
+    `mean_K` is q̄ over this rank's rows where it is a mean over more tokens than the ranks' z (global entropy only).
     Backward gives the gradient of the *sum* over all ranks of their losses: ∂/∂z for this rank's tokens, ∂/∂C for
     this rank's rows from its group's tokens (replicas have other tokens: their gradients are to be added).
     """
-    return Forward(*torch.ops.ibq_scale.ibq_forward(z_ND, rows_KD, *settings))
+    return Forward(*torch.ops.ibq_scale.ibq_forward(z_ND, rows_KD, mean_K, *settings))
+
+
+def softmax_sums(z_ND: Tensor, rows_KD: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Σ q (K,) of all ranks' tokens over this rank's rows, and the number of tokens (0-dim). Without gradient."""
+    layout = _Layout.of(z_ND.shape[0], settings)
+    z_MD = gather_uneven(z_ND, layout.sizes, layout.group)
+    _, sums_GK, _ = _statistics(z_MD, rows_KD, _passes(z_ND, settings), layout, settings.temperature)
+    sums_K, count = sum_over([sums_GK.sum(dim=0), sums_GK.new_tensor(float(sum(layout.sizes)))], layout.replicas)
+    return sums_K, count
 
 
 _resolve: Callable[[str], dist.ProcessGroup] = vars(dist.distributed_c10d)["_resolve_process_group"]
@@ -124,8 +136,9 @@ class _Layout(NamedTuple):
         return _Layout(group, replicas, sizes, ranges[rank], ranges, rank)
 
 
-def _forward(z_ND: Tensor, rows_KD: Tensor, *values: Any) -> Forward:
+def _forward(z_ND: Tensor, rows_KD: Tensor, mean_K: Tensor | None, *values: Any) -> Forward:
     settings = Settings(*values)
+    assert mean_K is None or settings.global_entropy, "a local entropy has no other tokens"
     layout = _Layout.of(z_ND.shape[0], settings)
     passes = _passes(z_ND, settings)
     z_MD = gather_uneven(z_ND, layout.sizes, layout.group)
@@ -135,7 +148,8 @@ def _forward(z_ND: Tensor, rows_KD: Tensor, *values: Any) -> Forward:
         raise not_finite(z_MD, rows_KD)
     count_G = mean_GK.new_tensor([segment.stop - segment.start for segment in layout.segments])
     mean_GK, count_G = sum_over([mean_GK, count_G], layout.replicas)
-    mean_GK = mean_GK / count_G[:, None]
+    # The tokens that pull at a q̄ of many micro-batches are still these: each micro-batch's loss counts once.
+    mean_GK = mean_GK / count_G[:, None] if mean_K is None else mean_K[None].clone()
     hard_ND = scatter_sum_uneven(owned_codes(statistics.index, rows_KD, layout.group), layout.sizes, layout.group)
     sample_entropy = statistics.entropy[layout.mine].mean()
     (batch_entropy_G,) = sum_over([batch_entropy_of(mean_GK)], layout.group)
@@ -159,7 +173,7 @@ def _forward(z_ND: Tensor, rows_KD: Tensor, *values: Any) -> Forward:
     )
 
 
-def _fake_forward(z_ND: Tensor, rows_KD: Tensor, *values: Any) -> Forward:
+def _fake_forward(z_ND: Tensor, rows_KD: Tensor, mean_K: Tensor | None, *values: Any) -> Forward:
     settings = Settings(*values)
     tokens, dim = z_ND.shape
     everything = sum(settings.sizes) or tokens
@@ -260,7 +274,7 @@ def _pull(grad_entropy: Tensor, mean_GK: Tensor, count_G: Tensor, settings: Sett
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    z_ND, rows_KD, *settings = inputs
+    z_ND, rows_KD, _, *settings = inputs
     out = Forward(*output)
     ctx.settings = settings
     ctx.mark_non_differentiable(*output[WITH_GRADIENT:])
@@ -272,7 +286,7 @@ def _call_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     z_ND, rows_KD, *saved = ctx.saved_tensors
     upstream = (grad.contiguous() for grad in grads[:WITH_GRADIENT])
     grad_z_ND, grad_rows_KD = torch.ops.ibq_scale.ibq_backward(*upstream, z_ND, rows_KD, saved, *ctx.settings)
-    return grad_z_ND, grad_rows_KD, *([None] * len(ctx.settings))
+    return grad_z_ND, grad_rows_KD, None, *([None] * len(ctx.settings))
 
 
 def _passes(z_ND: Tensor, settings: Settings) -> Passes:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ibq_scale.config.models import QuantizerConfig
 from ibq_scale.quantize.collectives import Group, sum_over
-from ibq_scale.quantize.terms import ENTROPY_EPS, commitment_terms
+from ibq_scale.quantize.terms import batch_entropy_of, batch_entropy_slope, commitment_terms
 from ibq_scale.quantize.types import Quantized
 
 # Bits whose joint distribution the batch entropy looks at: Open-MAGVIT2 cuts 18 bits into two nines.
@@ -34,13 +34,18 @@ def sign_index(z_ND: Tensor) -> Tensor:
     return ((z_ND > 0).long() << _shifts(z_ND.shape[1]).to(z_ND.device)).sum(dim=1)
 
 
-def lfq(z_ND: Tensor, settings: QuantizerConfig, group: Group, replicas: Group) -> Quantized:
-    """Quantizes z (N, D). The batch entropy runs over all ranks' tokens where `settings.entropy_scope` says so."""
+def lfq(
+    z_ND: Tensor, settings: QuantizerConfig, group: Group, replicas: Group, mean_J: Tensor | None = None
+) -> Quantized:
+    """Quantizes z (N, D). The batch entropy runs over all ranks' tokens where `settings.entropy_scope` says so.
+
+    `mean_J` from `bit_sums` makes it that of a whole optimizer step.
+    """
     hard_ND = torch.where(z_ND > 0, 1.0, -1.0).to(z_ND.dtype)
     log_bit_ND2 = _bit_log_probabilities(z_ND, settings.entropy_temperature)
     sample_entropy = -(log_bit_ND2.exp() * log_bit_ND2).sum(dim=(1, 2)).mean()
     others = (group, replicas) if settings.entropy_scope == "global" else ()
-    batch_entropy = _batch_entropy(log_bit_ND2, others)
+    batch_entropy = _batch_entropy(log_bit_ND2, others, mean_J)
     return Quantized(
         z_q_ND=z_ND + (hard_ND - z_ND).detach() if settings.straight_through else hard_ND,
         indices_N=sign_index(z_ND),
@@ -57,17 +62,30 @@ def _bit_log_probabilities(z_ND: Tensor, temperature: float) -> Tensor:
     return torch.stack([F.logsigmoid(-logit_ND), F.logsigmoid(logit_ND)], dim=2)
 
 
-def _batch_entropy(log_bit_ND2: Tensor, others: tuple[Group, ...]) -> Tensor:
-    """Σ over groups of bits of −Σ q̄ log(q̄ + ε), q̄ over the tokens of this rank and of the `others`."""
-    total = log_bit_ND2.new_zeros(())
-    tokens = _over_all(log_bit_ND2.new_tensor(float(len(log_bit_ND2))), others)
+def bit_sums(z_ND: Tensor, settings: QuantizerConfig, group: Group, replicas: Group) -> tuple[Tensor, Tensor]:
+    """Σ q of all ranks' tokens over every group of bits, end to end, and the number of tokens."""
+    others = (group, replicas) if settings.entropy_scope == "global" else ()
+    return _sums(_bit_log_probabilities(z_ND, settings.entropy_temperature), others)
+
+
+def _sums(log_bit_ND2: Tensor, others: tuple[Group, ...]) -> tuple[Tensor, Tensor]:
+    sums = []
     for part in torch.split(log_bit_ND2, GROUP_BITS, dim=1):
         log_q_NJ = part[:, 0]
         for bit in range(1, part.shape[1]):
             log_q_NJ = (log_q_NJ[:, :, None] + part[:, bit, None, :]).flatten(1)
-        mean_J = _over_all(log_q_NJ.exp().sum(dim=0), others) / tokens
-        total = total - (mean_J * (mean_J + ENTROPY_EPS).log()).sum()
-    return total
+        sums.append(log_q_NJ.exp().sum(dim=0))
+    return _over_all(torch.cat(sums), others), _over_all(log_bit_ND2.new_tensor(float(len(log_bit_ND2))), others)
+
+
+def _batch_entropy(log_bit_ND2: Tensor, others: tuple[Group, ...], given_J: Tensor | None) -> Tensor:
+    """Σ over groups of bits of −Σ q̄ log(q̄ + ε), q̄ over the tokens of this rank and of the `others`, or as given."""
+    sums_J, tokens = _sums(log_bit_ND2, others)
+    mean_J = sums_J / tokens
+    if given_J is None:
+        return batch_entropy_of(mean_J)
+    # The value at the given q̄, and its slope there on these tokens.
+    return batch_entropy_of(given_J) - (batch_entropy_slope(given_J) * (mean_J - mean_J.detach())).sum()
 
 
 def _over_all(x: Tensor, groups: tuple[Group, ...]) -> Tensor:

@@ -8,8 +8,8 @@ from torch import Tensor
 from ibq_scale.config.models import QuantizerConfig
 from ibq_scale.errors import UserError
 from ibq_scale.quantize.collectives import WHOLE, Group, Shards, size_of
-from ibq_scale.quantize.function import Settings, group_name, ibq_function
-from ibq_scale.quantize.lfq import corners, lfq, sign_index
+from ibq_scale.quantize.function import Settings, group_name, ibq_function, softmax_sums
+from ibq_scale.quantize.lfq import bit_sums, corners, lfq, sign_index
 from ibq_scale.quantize.search import Found, Score, best_rows
 from ibq_scale.quantize.terms import quantization_loss
 from ibq_scale.quantize.types import Quantized
@@ -19,45 +19,73 @@ from ibq_scale.quantize.vq import LookupFunction, vq
 INIT_BLOCK = 1024
 
 
-def quantize(z_ND: Tensor, rows_KD: Tensor, settings: QuantizerConfig, shards: Shards = WHOLE) -> Quantized:
+def quantize(
+    z_ND: Tensor,
+    rows_KD: Tensor,
+    settings: QuantizerConfig,
+    shards: Shards = WHOLE,
+    mean_K: Tensor | None = None,
+) -> Quantized:
     """Quantizes this rank's tokens z (N, D), any float dtype, with gradient.
 
     `rows_KD` are this rank's rows of the codebook: all of them, or its share as `shards` says. Backward gives the
     gradient of the *sum* over all ranks of their losses, ∂/∂C from the tokens of this rank's group: add the replicas'
-    and divide by the world size for the mean. The batch entropy is over all ranks' tokens (`entropy_scope`).
+    and divide by the world size for the mean. The batch entropy is over all ranks' tokens (`entropy_scope`), or over
+    those of a whole optimizer step whose `batch_sums` give `mean_K`: the mean loss over its micro-batches, all of one
+    size, then has the gradient of one loss over all.
     Statistics are fp32 (fp64 for fp64 input).
 
     Raises ValueError on CPU when z or the codebook is not finite.
     """
-    group, replicas = (g if size_of(g) > 1 else None for g in (shards.group, shards.replicas))
-    counts = shards.sizes or [z_ND.shape[0]] * size_of(group)
+    shards = _alone_is_none(shards, z_ND.shape[0])
     z_wide_ND = z_ND.to(rows_KD.dtype)
     if settings.kind == "ibq":
-        quantized = _ibq(z_wide_ND, rows_KD, settings, Shards(group, replicas, counts))
+        quantized = _ibq(z_wide_ND, rows_KD, settings, shards, mean_K)
     elif settings.kind == "lfq":
-        quantized = lfq(z_wide_ND, settings, group, replicas)
+        quantized = lfq(z_wide_ND, settings, shards.group, shards.replicas, mean_K)
     else:
-        quantized = vq(z_wide_ND, rows_KD, settings, group, counts)
+        quantized = vq(z_wide_ND, rows_KD, settings, shards.group, shards.sizes or [])
     return quantized._replace(z_q_ND=quantized.z_q_ND.to(z_ND.dtype))
 
 
-def _ibq(z_ND: Tensor, rows_KD: Tensor, settings: QuantizerConfig, shards: Shards) -> Quantized:
-    out = ibq_function(
-        z_ND,
-        rows_KD,
-        Settings(
-            sizes=[] if shards.group is None else shards.sizes or [],
-            group=group_name(shards.group),
-            replicas=group_name(shards.replicas),
-            temperature=settings.entropy_temperature,
-            sample_weight=settings.sample_entropy_weight,
-            batch_weight=settings.batch_entropy_weight,
-            global_entropy=settings.entropy_scope == "global",
-            precision=settings.logit_precision,
-            backend=settings.backend,
-            tile_bytes=settings.tile_bytes or 0,
-        ),
+@torch.no_grad()
+def batch_sums(
+    z_ND: Tensor, rows_KD: Tensor, settings: QuantizerConfig, shards: Shards = WHOLE
+) -> tuple[Tensor, Tensor]:
+    """What micro-batches add up to a `mean_K` for `quantize`: sums over all ranks' tokens, and the tokens' number.
+
+    The sums are softmax(S/τ) over this rank's rows (K,), for LFQ over its groups of bits.
+    """
+    shards = _alone_is_none(shards, z_ND.shape[0])
+    z_wide_ND = z_ND.to(rows_KD.dtype)
+    if settings.kind == "lfq":
+        return bit_sums(z_wide_ND, settings, shards.group, shards.replicas)
+    assert settings.kind == "ibq", "only IBQ and LFQ have an entropy"
+    return softmax_sums(z_wide_ND, rows_KD, _function_settings(settings, shards))
+
+
+def _alone_is_none(shards: Shards, tokens: int) -> Shards:
+    group, replicas = (g if size_of(g) > 1 else None for g in (shards.group, shards.replicas))
+    return Shards(group, replicas, shards.sizes or [tokens] * size_of(group))
+
+
+def _function_settings(settings: QuantizerConfig, shards: Shards) -> Settings:
+    return Settings(
+        sizes=[] if shards.group is None else shards.sizes or [],
+        group=group_name(shards.group),
+        replicas=group_name(shards.replicas),
+        temperature=settings.entropy_temperature,
+        sample_weight=settings.sample_entropy_weight,
+        batch_weight=settings.batch_entropy_weight,
+        global_entropy=settings.entropy_scope == "global",
+        precision=settings.logit_precision,
+        backend=settings.backend,
+        tile_bytes=settings.tile_bytes or 0,
     )
+
+
+def _ibq(z_ND: Tensor, rows_KD: Tensor, settings: QuantizerConfig, shards: Shards, mean_K: Tensor | None) -> Quantized:
+    out = ibq_function(z_ND, rows_KD, _function_settings(settings, shards), mean_K)
     z_q_ND = out.z_q_ND if settings.straight_through else out.hard_ND
     return Quantized(
         z_q_ND=z_q_ND,

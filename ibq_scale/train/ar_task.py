@@ -20,6 +20,7 @@ from ibq_scale.pretrained.loading import load_tokenizer, start_from, write_confi
 from ibq_scale.train.alarms import Rule, Spike
 from ibq_scale.train.ema import ShardedEMA
 from ibq_scale.train.engine import adamw, load_engine, make_engine, set_rates, step
+from ibq_scale.train.randomness import seed_by_position
 from ibq_scale.train.schedule import lr_factor, weight_decay
 from ibq_scale.train.task import Step
 
@@ -42,7 +43,6 @@ class ARTask:
         if run.init is not None:
             start_from(run.init, model)
         self.engine = make_engine(model, adamw(model, run.optimizer), config, world.device)
-        torch.manual_seed(run.train.seed * 1_000_003 + world.rank + 1)
         self.ema = ShardedEMA(self.engine, run.ema_decay, world)
 
     def batches(self, start: int) -> Iterator[CodeBatch]:
@@ -66,6 +66,7 @@ class ARTask:
         total = torch.zeros((), device=self.world.device)
         for _ in range(self.accumulation):
             batch = next(batches)
+            seed_by_position(self.run.train.seed, batch.requests)
             codes_BT = batch.codes.to(self.world.device, non_blocking=True)
             logits_BTV = self.engine(codes_BT, batch.labels.to(self.world.device, non_blocking=True))
             loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), codes_BT.flatten())

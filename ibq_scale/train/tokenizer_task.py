@@ -38,6 +38,7 @@ from ibq_scale.train.codebook import ShardedCodebook
 from ibq_scale.train.ema import ShardedEMA
 from ibq_scale.train.engine import adam, discriminator_config, load_engine, make_engine, set_rates, step
 from ibq_scale.train.guards import BadSamples
+from ibq_scale.train.randomness import seed_by_position
 from ibq_scale.train.schedule import lr_factor
 from ibq_scale.train.task import Step, StepMetrics
 from ibq_scale.train.usage import UsageTracker
@@ -78,7 +79,7 @@ class TokenizerTask:
         dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
         self.perceptual = None if net == "none" else Perceptual(net, world.device, dtype)
         self.accumulation = int(config["gradient_accumulation_steps"])
-        # Every rank starts from the same weights; dropout then differs by rank.
+        # Every rank starts from the same weights.
         torch.manual_seed(run.train.seed)
         model = TokenizerModel(run.model, run.quantizer)
         if run.init is not None:
@@ -90,7 +91,6 @@ class TokenizerTask:
         self.discriminator = make_engine(
             pair, adam(pair.parameters(), run.optimizer), discriminator_config(config), world.device
         )
-        torch.manual_seed(run.train.seed * 1_000_003 + world.rank + 1)
         self.codebook = ShardedCodebook(run, world)
         self.ema = ShardedEMA(self.generator, run.ema_decay, world)
         adaptive = run.loss.adversarial == "adaptive"
@@ -127,11 +127,12 @@ class TokenizerTask:
         finite = torch.ones((), dtype=torch.bool, device=self.world.device)
         statistics = [buffer.clone() for buffer in self.discriminator.module.buffers()]
         taught = True
-        for _ in range(self.accumulation):
-            batch = next(batches)
-            self.bad_samples.note(batch.faults)
-            images = to_float(batch.images_u8.to(self.world.device, non_blocking=True))
-            metrics, reconstruction = self._generator_backward(images)
+        micro_batches = [self._to_device(next(batches)) for _ in range(self.accumulation)]
+        mean_K = self._step_mean(micro_batches)
+        for batch in micro_batches:
+            images = to_float(batch.images_u8)
+            seed_by_position(self.run.train.seed, batch.requests)
+            metrics, reconstruction = self._generator_backward(images, mean_K)
             applied = step(self.generator)
             if self.adversarial:
                 metrics |= self._discriminator_backward(images, reconstruction)
@@ -157,9 +158,37 @@ class TokenizerTask:
         sums["grad_norm"] = torch.as_tensor(0.0 if norm is None else norm, device=self.world.device)
         return Step(sums, applied and taught, finite)
 
-    def _generator_backward(self, images: Tensor) -> tuple[StepMetrics, Tensor]:
+    def _to_device(self, batch: ImageBatch) -> ImageBatch:
+        self.bad_samples.note(batch.faults)
+        return batch._replace(images_u8=batch.images_u8.to(self.world.device, non_blocking=True))
+
+    def _step_mean(self, micro_batches: list[ImageBatch]) -> Tensor | None:
+        """q̄ over the whole step, where it has several micro-batches and a batch entropy that looks at all of it.
+
+        The entropy of a mean is not the mean of entropies: without this, the objective would change with the number of
+        ranks. It costs the encoder's forward pass and one of the quantizer's.
+        """
+        settings = self.run.quantizer
+        weight = self.run.loss.entropy_weight * settings.batch_entropy_weight
+        if (
+            len(micro_batches) == 1
+            or not weight
+            or settings.entropy_scope == "local"
+            or settings.kind in ("vq", "simvq")
+        ):
+            return None
+        sums = count = torch.zeros((), device=self.world.device)
+        for batch in micro_batches:
+            seed_by_position(self.run.train.seed, batch.requests)
+            with torch.no_grad():
+                codes = self.codebook.codes()
+            here, tokens = self.generator.module.batch_sums(to_float(batch.images_u8), codes, self.codebook.shards)
+            sums, count = sums + here, count + tokens
+        return sums / count
+
+    def _generator_backward(self, images: Tensor, mean_K: Tensor | None) -> tuple[StepMetrics, Tensor]:
         loss_config = self.run.loss
-        reconstruction, quantized = self.generator(images, self.codebook.codes(), self.codebook.shards)
+        reconstruction, quantized = self.generator(images, self.codebook.codes(), self.codebook.shards, mean_K)
         shown = reconstruction.detach().float()
         metrics, loss, gradient = self._image_loss(images, shown)
         rest = (

@@ -86,7 +86,6 @@ class Trainer:
             self.task.load(resume_from.path)
             self.once.load(resume_from.path)
             self.skipped.load(resume_from.path)
-            _load_rng(resume_from.path, self.world)
             start = resume_from.step
         metrics = MetricsLog(self.run_dir, self.config, start) if self.world.is_main else None
         stop = StopRequest(self.world.device)
@@ -143,7 +142,6 @@ class Trainer:
             self.task.save(directory)
             self.once.save(directory)
             self.skipped.save(directory)
-            _save_rng(directory, self.world)
 
         self.checkpoints.save(facts, write)
         if self.world.is_main:
@@ -196,19 +194,3 @@ def _check_finite(values: dict[str, float], step: int) -> None:
             f"{', '.join(bad)} became non-finite before step {step}; nothing was saved since. The newest whole "
             f"checkpoint stands: resume from it with a lower optimizer.lr"
         )
-
-
-def _save_rng(directory: Path, world: World) -> None:
-    states = {"cpu": torch.get_rng_state()}
-    if world.device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(world.device)
-    folder = directory / "rng"
-    folder.mkdir(exist_ok=True)
-    torch.save(states, folder / f"rank-{world.rank:05d}.pt")
-
-
-def _load_rng(directory: Path, world: World) -> None:
-    states = torch.load(directory / "rng" / f"rank-{world.rank:05d}.pt", weights_only=True)
-    torch.set_rng_state(states["cpu"])
-    if world.device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], world.device)

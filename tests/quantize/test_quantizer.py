@@ -14,7 +14,7 @@ from ibq_scale.config.models import QuantizerConfig
 from ibq_scale.errors import UserError
 from ibq_scale.quantize.collectives import Shards, sizes_in
 from ibq_scale.quantize.ibq import ibq_dense
-from ibq_scale.quantize.quantizer import encode, find, initial_codebook, lookup, quantize, rows_of
+from ibq_scale.quantize.quantizer import batch_sums, encode, find, initial_codebook, lookup, quantize, rows_of
 from ibq_scale.quantize.types import Quantized
 from tests.ranks import run_ranks
 
@@ -227,6 +227,27 @@ def test_sharded_equals_the_sum_of_the_ranks_losses_on_one(world: int) -> None:
             assert torch.equal(torch.cat([r[3] for r in results]), whole.indices_N), name
             if results[0][4] is not None:
                 assert torch.equal(torch.cat([r[4] for r in results]), codebook[whole.indices_N]), name
+
+
+@pytest.mark.parametrize("kind", ["ibq", "lfq"])
+@pytest.mark.parametrize("backend", ["tiled", "triton"])
+def test_micro_batches_with_the_steps_mean_have_the_gradient_of_the_whole_batch(kind: str, backend: str) -> None:
+    config, z, codebook, _ = _case_inputs({"kind": kind, "backend": backend})
+    whole = quantize(z, codebook, config)
+    expected = torch.autograd.grad(whole.entropy_loss, [z, codebook], allow_unused=True)
+    parts = z.detach().split(TOKENS // 3)
+    sums, counts = zip(*(batch_sums(part, codebook, config) for part in parts), strict=True)
+    mean = torch.stack(sums).sum(dim=0) / torch.stack(counts).sum()
+    mine = [part.clone().requires_grad_() for part in parts]
+    quantized = [quantize(part, codebook, config, mean_K=mean) for part in mine]
+    for part in quantized:
+        torch.testing.assert_close(part.batch_entropy, whole.batch_entropy)
+    loss = torch.stack([part.entropy_loss for part in quantized]).mean()
+    torch.testing.assert_close(loss.detach(), whole.entropy_loss.detach())
+    *grads, grad_codebook = torch.autograd.grad(loss, [*mine, codebook], allow_unused=True)
+    torch.testing.assert_close(torch.cat(grads), expected[0])
+    if kind == "ibq":
+        torch.testing.assert_close(grad_codebook, expected[1])
 
 
 def _with_global_batch_entropy(

@@ -19,7 +19,7 @@ def smooth_leaky_relu(self: torch.nn.LeakyReLU, x: Tensor) -> Tensor:
 
 
 class PlainTokenizerTraining:
-    """One process. Micro-batches decide BatchNorm's statistics; calls of the model, the tokens of one entropy."""
+    """One process. Micro-batches decide BatchNorm's statistics; calls, the images of one adaptive weight."""
 
     def __init__(self, run: TokenizerRun) -> None:
         self.run = run
@@ -53,19 +53,22 @@ class PlainTokenizerTraining:
         loss = self.run.loss
         generator = torch.zeros(())
         pairs = []
-        for images in images_BCHW.chunk(calls):
+        rounds = 1 if self.run.quantizer.entropy_scope == "global" else calls
+        for images in images_BCHW.chunk(rounds):
             reconstruction, quantized = self.model(images, self.codebook_KD)
             terms = (
                 loss.quantization_weight * quantized.quantization_loss + loss.entropy_weight * quantized.entropy_loss
             )
-            parts = micro_batches // calls
-            here = list(zip(images.chunk(parts), reconstruction.chunk(parts), strict=True))
+            generator = generator + terms / rounds
+            parts = micro_batches // rounds
+            pairs += list(zip(images.chunk(parts), reconstruction.chunk(parts), strict=True))
+        for first in range(0, micro_batches, micro_batches // calls):
+            here = pairs[first : first + micro_batches // calls]
             for image, fake in here:
                 self._note_kink(fake - image)
             pixels = loss.l1_weight * torch.stack([(fake - image).abs().mean() for image, fake in here]).mean()
             gan = torch.stack([generator_non_saturating(self.discriminator(fake)) for _, fake in here]).mean()
-            generator = generator + (terms + pixels + self._adversarial_weight(pixels, gan) * gan) / calls
-            pairs += here
+            generator = generator + (pixels + self._adversarial_weight(pixels, gan) * gan) / calls
         self.g_optimizer.zero_grad()
         generator.backward()
         self.d_optimizer.zero_grad()

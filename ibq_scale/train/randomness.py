@@ -1,0 +1,17 @@
+"""What a step draws is a function of the seed and the samples' positions: no state, so nothing to save or lose."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+def seed_by_position(seed: int, requests_B5: Tensor) -> None:
+    """Starts torch's generators, of every device, for a micro-batch (`data.stream` says what its requests are).
+
+    So dropout is the same on any number of ranks, with any accumulation, and after any restart.
+    """
+    digest = hashlib.blake2b(f"{seed} {int(requests_B5[0, 0])}".encode(), digest_size=8).digest()
+    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
