@@ -84,7 +84,7 @@ def test_tokenizer_on_data_and_two_ranks(dataset: str, capfd: pytest.CaptureFixt
     assert main(words) == 0
     out = capfd.readouterr().out
     assert f"2 × CPU of 1 threads; data {dataset}" in out
-    assert "measured: a product of 2048² in float32" in out
+    assert "measured: best product of 2048² in float32" in out
 
 
 def test_tokenizer_refuses_a_wrong_config_before_it_starts(capsys: pytest.CaptureFixture[str]) -> None:
