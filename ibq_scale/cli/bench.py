@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -149,7 +151,9 @@ def _tokenizer(args: argparse.Namespace) -> int:
 
     run = _tokenizer_run(args)
     with join() as world:
-        report = bench_tokenizer(run, world, steps=args.steps)
+        # DeepSpeed prints as it starts; standard output is for the report.
+        with redirect_stdout(sys.stderr):
+            report = bench_tokenizer(run, world, steps=args.steps)
         if world.is_main and args.json:
             print(json.dumps(asdict(report)))
         elif world.is_main:

@@ -17,7 +17,7 @@ class AutoencoderConfig(Section):
     """The VQGAN encoder and decoder (128M parameters at the defaults).
 
     `activation_checkpointing` computes each block again in the backward pass instead of keeping its activations.
-    `compile` gives each block to torch.compile in training: for GPUs; on CPUs it is slower (docs/benchmarks.md).
+    `compile` gives each block to torch.compile in training: for GPUs; on CPUs it brings nothing (docs/benchmarks.md).
     Neither changes what the network is.
     """
 

@@ -12,24 +12,13 @@ from torch.utils.checkpoint import checkpoint
 
 from ibq_scale.config.models import AutoencoderConfig, QuantizerConfig
 from ibq_scale.models.layout import convolution_layout
+from ibq_scale.models.norm import GroupNorm
 from ibq_scale.quantize.collectives import WHOLE, Shards
 from ibq_scale.quantize.quantizer import batch_sums, quantize
 from ibq_scale.quantize.types import Quantized
 
 # Graphs of one piece of code that torch.compile keeps: blocks times widths and resolutions, with and without gradient.
 COMPILED_GRAPHS = 64
-
-
-class GroupNorm(nn.GroupNorm):
-    """GroupNorm in fp32 (at least) whatever its input and parameters are kept in, as under torch's autocast.
-
-    torch's own keeps the mean and 1/σ of bf16 input in bf16: the rounding of a large mean is an error of all outputs.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        normed = F.group_norm(x.to(wide), self.num_groups, self.weight.to(wide), self.bias.to(wide), self.eps)
-        return normed.to(x.dtype)
 
 
 def _norm(channels: int) -> GroupNorm:

@@ -6,27 +6,7 @@ from torch import Tensor, nn
 
 from ibq_scale.config.models import DiscriminatorConfig
 from ibq_scale.models.layout import convolution_layout
-
-
-class BatchNorm(nn.BatchNorm2d):
-    """BatchNorm2d in fp32 whatever its input and parameters are kept in.
-
-    DeepSpeed casts parameters and leaves buffers in fp32; torch refuses that mixture on CPUs, and statistics of a few
-    images in bf16 would be coarse.
-    """
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        normed: Tensor = nn.functional.batch_norm(
-            x_BCHW.float(),
-            self.running_mean,
-            self.running_var,
-            self.weight.float(),
-            self.bias.float(),
-            self.training,
-            self.momentum or 0.0,
-            self.eps,
-        )
-        return normed.to(x_BCHW.dtype)
+from ibq_scale.models.norm import BatchNorm
 
 
 class PatchDiscriminator(nn.Module):

@@ -123,7 +123,7 @@ def _what(section: object) -> object:
 def _difference(saved: dict[str, object], now: dict[str, object], section: str) -> str:
     before, after = saved.get(section), now.get(section)
     if isinstance(before, dict) and isinstance(after, dict):
-        changed = [k for k in sorted({*before, *after}) if before.get(k) != after.get(k)]
+        changed = [k for k in sorted({*before, *after} - FREE) if before.get(k) != after.get(k)]
         return ", ".join(f"{k}={before.get(k)} there and {after.get(k)} here" for k in changed)
     return f"{before} there and {after} here"
 

@@ -32,4 +32,4 @@ def test_unknown(name: str) -> None:
 def test_a_cpus_peak_is_measured_and_said_to_be() -> None:
     peak, source = peak_flops(torch.device("cpu"), torch.float32)
     assert peak > 1e8
-    assert source == "measured: a product of 2048² in float32"
+    assert source == "measured: best product of 2048² in float32"

@@ -1,0 +1,66 @@
+"""Norms whose statistics are fp32 whatever their input and parameters are kept in, as under torch's autocast."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class GroupNorm(nn.GroupNorm):
+    """torch's own keeps mean and 1/σ of bf16 input in bf16: the rounding of a large mean is an error of all outputs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.finfo(x.dtype).bits >= 32:
+            return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+        normed: Tensor = _NarrowGroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps)
+        return normed
+
+
+class _NarrowGroupNorm(torch.autograd.Function):
+    """Computes in fp32 and keeps the narrow input for the backward pass, where autograd would keep the wide one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+        normed, mean, rstd = torch.native_group_norm(
+            x.float(), weight.float(), bias.float(), len(x), x.shape[1], x[0, 0].numel(), groups, eps
+        )
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.groups = groups
+        return normed.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        x, weight, mean, rstd = ctx.saved_tensors
+        grad_x, grad_weight, grad_bias = torch.ops.aten.native_group_norm_backward(
+            grads[0].float(),
+            x.float(),
+            mean,
+            rstd,
+            weight.float(),
+            len(x),
+            x.shape[1],
+            x[0, 0].numel(),
+            ctx.groups,
+            [True, True, True],
+        )
+        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad_bias.to(weight.dtype), None, None
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """DeepSpeed casts parameters and leaves buffers in fp32; torch refuses that mixture on CPUs."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        normed = F.batch_norm(
+            x_BCHW.float(),
+            self.running_mean,
+            self.running_var,
+            self.weight.float(),
+            self.bias.float(),
+            self.training,
+            self.momentum or 0.0,
+            self.eps,
+        )
+        return normed.to(x_BCHW.dtype)
