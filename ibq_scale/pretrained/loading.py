@@ -81,7 +81,9 @@ class Tokenizer(nn.Module):
     def hash(self) -> str:
         """sha256 (hex) of the sizes and all weights: what code shards are stamped with."""
         digest = hashlib.sha256()
-        sizes = [self.model_config.model_dump(mode="json"), self.quantizer_config.kind]
+        # How it is computed is no part of what it is.
+        model = self.model_config.model_dump(mode="json", exclude={"activation_checkpointing", "compile"})
+        sizes = [model, self.quantizer_config.kind]
         digest.update(json.dumps(sizes, sort_keys=True).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode())

@@ -15,7 +15,9 @@ class CodeUsage:
 
     def update(self, indices: Tensor) -> None:
         """Adds int64 indices of any shape."""
-        self.counts_K += torch.bincount(indices.reshape(-1), minlength=self.counts_K.numel())
+        flat = indices.reshape(-1)
+        # Not bincount: on a GPU it waits, to learn how many codes there are.
+        self.counts_K.index_add_(0, flat, torch.ones_like(flat))
 
     def reduce(self, group: dist.ProcessGroup | None = None) -> None:
         """Sums the counts over the group (None: all ranks), in place. Call it once, before reading."""

@@ -64,6 +64,11 @@ def test_bf16_wants_a_stage_that_keeps_fp32_weights() -> None:
         deepspeed_config(_run("deepspeed.config=zero0", "train.precision=bf16"), 2)
 
 
+def test_zero3_is_not_compiled() -> None:
+    with pytest.raises(UserError, match=r"set model\.compile=false"):
+        deepspeed_config(_run("deepspeed.config=zero3", "model.compile=true"), 2)
+
+
 def test_a_stage_that_does_not_exist_is_refused() -> None:
     with pytest.raises(UserError, match="ZeRO stage 4 does not exist"):
         deepspeed_config(_run("deepspeed.overrides={zero_optimization: {stage: 4}}"), 2)
