@@ -19,7 +19,8 @@ from ibq_scale.models.transformer import Transformer
 from ibq_scale.pretrained.loading import load_tokenizer, start_from, write_config, write_weights
 from ibq_scale.train.alarms import Rule, Spike
 from ibq_scale.train.ema import ShardedEMA
-from ibq_scale.train.engine import adamw, load_engine, make_engine, set_rates, step
+from ibq_scale.train.engine import adamw, make_engine, set_rates, step
+from ibq_scale.train.engine_state import load_engine, save_engine
 from ibq_scale.train.randomness import seed_by_position
 from ibq_scale.train.schedule import lr_factor, weight_decay
 from ibq_scale.train.task import Step
@@ -82,7 +83,7 @@ class ARTask:
         return {}
 
     def save(self, directory: Path) -> None:
-        self.engine.save_checkpoint(str(directory), tag="transformer", save_latest=False)
+        save_engine(self.engine, directory / "transformer", self.world)
         self.ema.save(directory / "ema")
         weights = self.ema.gather()
         if weights is not None:
@@ -91,7 +92,7 @@ class ARTask:
             write_weights(directory / "model", weights)
 
     def load(self, directory: Path) -> None:
-        load_engine(self.engine, str(directory), "transformer")
+        load_engine(self.engine, directory / "transformer", self.world)
         self.ema.load(directory / "ema")
 
     def draw(self, directory: Path, step: int) -> None:

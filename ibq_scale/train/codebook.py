@@ -10,8 +10,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ibq_scale.config.run import TokenizerRun
@@ -21,6 +19,8 @@ from ibq_scale.pretrained.loading import codebook_to_start_from, write_codebook_
 from ibq_scale.quantize.collectives import Group, Shards
 from ibq_scale.quantize.quantizer import initial_codebook, rows_of
 from ibq_scale.train.engine import adam
+from ibq_scale.train.engine_state import MOMENTS
+from ibq_scale.train.pieces import Piece, PieceReader, write_pieces
 from ibq_scale.train.projection import Projection
 
 
@@ -123,27 +123,20 @@ class ShardedCodebook:
         return square.sqrt()
 
     def save(self, directory: Path) -> None:
-        """Writes this rank's rows and moments as one safetensors file; replicas hold the same and write nothing."""
+        """Writes this rank's rows and moments; replicas hold the same and write nothing."""
         if self.world.rank >= self.group_size:
             return
-        directory.mkdir(parents=True, exist_ok=True)
+        steps = float(self.optimizer.state.get(self.rows, {}).get("step", 0))
+        write_pieces(directory, self.world.rank, self._pieces(with_moments=steps > 0), {"steps": steps})
         if self.projection is not None:
             self.projection.save(directory)
-        state = self.optimizer.state.get(self.rows, {})
-        tensors = {
-            "rows": self.rows.detach(),
-            "ema_rows": self.ema_rows,
-            "exp_avg": state.get("exp_avg", torch.zeros_like(self.rows)),
-            "exp_avg_sq": state.get("exp_avg_sq", torch.zeros_like(self.rows)),
-        }
-        metadata = {
-            "start": str(self.start),
-            "stop": str(self.stop),
-            "codebook_size": str(self.settings.codebook_size),
-            "steps": str(int(state.get("step", 0))),
-        }
-        name = f"rows-{self.start:08d}-{self.stop:08d}.safetensors"
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, directory / name, metadata)
+
+    def _pieces(self, with_moments: bool) -> list[Piece]:
+        """The codebook as vectors, rows end to end."""
+        vectors = {"rows": self.rows.detach(), "ema_rows": self.ema_rows}
+        if with_moments:
+            vectors |= {moment: self.optimizer.state[self.rows][moment] for moment in MOMENTS}
+        return [Piece(name, self.start * self.settings.dim, values.view(-1)) for name, values in vectors.items()]
 
     def export(self, folder: Path) -> None:
         """Writes this rank's averaged rows as its part of a model directory's codebook."""
@@ -155,42 +148,14 @@ class ShardedCodebook:
 
     def load(self, directory: Path) -> None:
         """Reads this rank's rows from files written by any group size. UserError where rows are missing."""
-        found = torch.zeros(self.stop - self.start, dtype=torch.bool)
-        state = {name: torch.empty_like(self.rows.detach(), device="cpu") for name in _STATE}
-        steps = 0
-        for path in sorted(directory.glob("rows-*.safetensors")):
-            with safe_open(path, framework="pt") as f:
-                info = f.metadata()
-                first, last = max(self.start, int(info["start"])), min(self.stop, int(info["stop"]))
-                if first >= last:
-                    continue
-                steps = int(info["steps"])
-                offset = int(info["start"])
-                for name in _STATE:
-                    state[name][first - self.start : last - self.start] = f.get_slice(name)[
-                        first - offset : last - offset
-                    ]
-                found[first - self.start : last - self.start] = True
-        if not bool(found.all()):
-            raise UserError(f"{directory}: codebook rows {self.start}–{self.stop} are not all there")
-        self._restore(state, steps)
+        reader = PieceReader(directory)
+        steps = reader.facts["steps"]
+        if steps:
+            moments = {moment: torch.zeros_like(self.rows, requires_grad=False) for moment in MOMENTS}
+            self.optimizer.state[self.rows] = {"step": torch.tensor(steps), **moments}
+        reader.read_all(self._pieces(with_moments=steps > 0))
         if self.projection is not None:
             self.projection.load(directory)
-
-    def _restore(self, state: dict[str, Tensor], steps: int) -> None:
-        device = self.world.device
-        with torch.no_grad():
-            self.rows.copy_(state["rows"])
-            self.ema_rows.copy_(state["ema_rows"])
-        if steps:
-            self.optimizer.state[self.rows] = {
-                "step": torch.tensor(float(steps)),
-                "exp_avg": state["exp_avg"].to(device),
-                "exp_avg_sq": state["exp_avg_sq"].to(device),
-            }
-
-
-_STATE = ("rows", "ema_rows", "exp_avg", "exp_avg_sq")
 
 
 def _groups(world: World, size: int) -> tuple[Group, Group]:

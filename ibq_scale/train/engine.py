@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from ibq_scale.config.run import OptimizerConfig
-from ibq_scale.errors import UserError
 
 
 def make_engine(
@@ -89,10 +88,3 @@ def set_rates(engine: Any, lr: float, decay: float | None = None) -> None:
         group["lr"] = lr
         if decay is not None and group["weight_decay"] > 0:
             group["weight_decay"] = decay
-
-
-def load_engine(engine: Any, directory: str, tag: str) -> None:
-    """Loads weights and optimizer state. DeepSpeed answers (None, None) where nothing was found: an error here."""
-    path, _ = engine.load_checkpoint(directory, tag=tag, load_module_strict=True)
-    if path is None:
-        raise UserError(f"{directory}/{tag}: DeepSpeed found no state there; the checkpoint is not whole")

@@ -14,21 +14,35 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ibq_scale.distributed.environment import World
+from ibq_scale.train.pieces import Piece
 
 
 class Fragment(NamedTuple):
-    """A piece of a parameter: `values` (n,) are elements start … start + n − 1 of the flattened parameter."""
+    """Elements start … start + length − 1 of the flattened parameter `name`, and where the optimizer has them.
+
+    `flat` is the optimizer's own fp32 parameter, of which the fragment is `length` elements from `offset` on.
+    """
 
     name: str
     start: int
-    values: Tensor
+    length: int
+    flat: Tensor
+    offset: int
+
+    def of(self, whole: Tensor) -> Tensor:
+        """This fragment's part (length,) of something as large as `flat`: of `flat` itself, or of its moments."""
+        return whole.detach().view(-1)[self.offset : self.offset + self.length]
+
+    def piece(self) -> Piece:
+        """The fp32 weights, in the optimizer's own memory."""
+        return Piece(self.name, self.start, self.of(self.flat))
 
 
 _Find = Callable[[Any, str, nn.Parameter], Fragment | None]
 
 
 def fragments(engine: Any, world: World) -> list[Fragment]:
-    """This rank's pieces, fp32, in the optimizer's own memory; the ranks' together are every parameter exactly once."""
+    """This rank's share: the ranks' together are every parameter exactly once."""
     parameters = dict(engine.module.named_parameters())
     find: _Find
     if engine.zero_optimization_stage() == 3:
@@ -41,14 +55,27 @@ def fragments(engine: Any, world: World) -> list[Fragment]:
     return [fragment for fragment in found if fragment is not None]
 
 
+def pieces(engine: Any, world: World) -> list[Piece]:
+    """The weights of this rank's share."""
+    return [fragment.piece() for fragment in fragments(engine, world)]
+
+
+def held(engine: Any, world: World) -> list[Fragment]:
+    """All that this rank's optimizer updates: its share, or without ZeRO every parameter."""
+    share = fragments(engine, world)
+    if hasattr(engine.optimizer, "optimizer"):
+        return share
+    return [_whole(name, parameter) for name, parameter in engine.module.named_parameters()]
+
+
 def shapes(engine: Any) -> dict[str, torch.Size]:
     """Every parameter's whole shape, by name."""
     return {name: getattr(p, "ds_shape", p.shape) for name, p in engine.module.named_parameters()}
 
 
-def gather(pieces: Iterable[Fragment], whole: dict[str, torch.Size], world: World) -> dict[str, Tensor] | None:
-    """The parameters that the ranks' pieces make, fp32 on rank 0's CPU; None elsewhere. Collective."""
-    mine = {piece.name: piece for piece in pieces}
+def gather(share: Iterable[Piece], whole: dict[str, torch.Size], world: World) -> dict[str, Tensor] | None:
+    """The parameters that the ranks' shares make, fp32 on rank 0's CPU; None elsewhere. Collective."""
+    mine = {piece.name: piece for piece in share}
     weights = {}
     for name, shape in whole.items():
         flat = torch.zeros(shape.numel(), device=world.device)
@@ -62,11 +89,14 @@ def gather(pieces: Iterable[Fragment], whole: dict[str, torch.Size], world: Worl
 
 
 def _partitioned(engine: Any, name: str, parameter: nn.Parameter) -> Fragment | None:
-    """ZeRO-1, ZeRO-2, and bf16 without ZeRO: a rank's partition of all parameters, cut at any place."""
+    """ZeRO-1, ZeRO-2, and their bf16 kin: a rank's partition of all parameters, cut at any place."""
     mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed's; None where all is others'
     if mapping is None:
         return None
-    return Fragment(name, mapping.lp_fragment_address.start, mapping.get_hp_fragment().detach())
+    optimizer = engine.optimizer
+    flats = getattr(optimizer, "single_partition_of_fp32_groups", None) or optimizer.fp32_groups_flat_partition
+    there, here = mapping.hp_fragment_address, mapping.lp_fragment_address
+    return Fragment(name, here.start, here.numel, flats[mapping.param_group_index], there.start)
 
 
 def _zero3(engine: Any, name: str, parameter: nn.Parameter) -> Fragment | None:
@@ -76,9 +106,9 @@ def _zero3(engine: Any, name: str, parameter: nn.Parameter) -> Fragment | None:
     length = min(piece.ds_numel, parameter.ds_numel - start)  # type: ignore[attr-defined]
     if length <= 0:
         return None
-    # Not safe_get_local_fp32_param: it copies offloaded weights to the device, every time.
-    values, _ = engine.optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=True)
-    return Fragment(name, start, values[:length].detach())
+    optimizer = engine.optimizer
+    group, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+    return Fragment(name, start, length, optimizer.fp32_partitioned_groups_flat[group], offset)
 
 
 def _replicated(parameters: dict[str, nn.Parameter], world: World) -> _Find:
@@ -90,6 +120,10 @@ def _replicated(parameters: dict[str, nn.Parameter], world: World) -> _Find:
         load[owners[name]] += parameter.numel()
 
     def find(engine: Any, name: str, parameter: nn.Parameter) -> Fragment | None:
-        return Fragment(name, 0, parameter.detach().view(-1)) if owners[name] == world.rank else None
+        return _whole(name, parameter) if owners[name] == world.rank else None
 
     return find
+
+
+def _whole(name: str, parameter: nn.Parameter) -> Fragment:
+    return Fragment(name, 0, parameter.numel(), parameter, 0)

@@ -48,7 +48,7 @@ def train(config: AnyRun, world: World) -> int:
     run_dir = Path(config.run_dir)
     resume_from = CheckpointFolder(run_dir / "checkpoints", world, config.train.keep_checkpoints).newest()
     if resume_from is not None:
-        check_same_run(config, resume_from, world)
+        check_same_run(config, resume_from)
     _prepare_run_dir(run_dir, config, world)
     if resume_from is not None and resume_from.step >= config.train.total_steps:
         _say(world, f"{run_dir}: all {config.train.total_steps} steps are done; nothing to do")
@@ -69,8 +69,8 @@ def train(config: AnyRun, world: World) -> int:
     return 0
 
 
-def check_same_run(config: AnyRun, checkpoint: Checkpoint, world: World) -> None:
-    """UserError where the checkpoint belongs to another model, or to a layout that cannot go on here."""
+def check_same_run(config: AnyRun, checkpoint: Checkpoint) -> None:
+    """UserError where the checkpoint belongs to another model or another stream of samples."""
     saved, now = checkpoint.manifest["config"], config.model_dump(mode="json")
     for section in FIXED:
         if _what(saved.get(section)) != _what(now.get(section)):
@@ -88,11 +88,6 @@ def check_same_run(config: AnyRun, checkpoint: Checkpoint, world: World) -> None
             raise UserError(
                 f"{checkpoint.path}: train.{key} was {saved['train'][key]}; the order of samples depends on it"
             )
-    if checkpoint.manifest["world_size"] != world.size:
-        raise UserError(
-            f"{checkpoint.path} was written by {checkpoint.manifest['world_size']} ranks, this run has {world.size}: "
-            f"resume on {checkpoint.manifest['world_size']}"
-        )
 
 
 def check_same_data(config: AnyRun, checkpoint: Checkpoint, data_hash: str) -> None:

@@ -36,7 +36,8 @@ from ibq_scale.quantize.types import Quantized
 from ibq_scale.train.alarms import Above, Drop, Rule, Spike
 from ibq_scale.train.codebook import ShardedCodebook
 from ibq_scale.train.ema import ShardedEMA
-from ibq_scale.train.engine import adam, discriminator_config, load_engine, make_engine, set_rates, step
+from ibq_scale.train.engine import adam, discriminator_config, make_engine, set_rates, step
+from ibq_scale.train.engine_state import load_engine, save_engine
 from ibq_scale.train.guards import BadSamples
 from ibq_scale.train.randomness import seed_by_position
 from ibq_scale.train.schedule import lr_factor
@@ -276,8 +277,8 @@ class TokenizerTask:
         return self.usage.log() | self.bad_samples.log()
 
     def save(self, directory: Path) -> None:
-        self.generator.save_checkpoint(str(directory), tag="generator", save_latest=False)
-        self.discriminator.save_checkpoint(str(directory), tag="discriminator", save_latest=False)
+        save_engine(self.generator, directory / "generator", self.world)
+        save_engine(self.discriminator, directory / "discriminator", self.world)
         self.codebook.save(directory / "codebook")
         self.ema.save(directory / "ema")
         self.usage.save(directory)
@@ -295,8 +296,8 @@ class TokenizerTask:
         self.codebook.export(folder)
 
     def load(self, directory: Path) -> None:
-        load_engine(self.generator, str(directory), "generator")
-        load_engine(self.discriminator, str(directory), "discriminator")
+        load_engine(self.generator, directory / "generator", self.world)
+        load_engine(self.discriminator, directory / "discriminator", self.world)
         self.codebook.load(directory / "codebook")
         self.ema.load(directory / "ema")
         self.usage.load(directory)

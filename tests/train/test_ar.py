@@ -49,7 +49,7 @@ def codes(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def _run(codes: str, *overrides: str) -> ARRun:
+def run_of(codes: str, *overrides: str) -> ARRun:
     """Adam's eps is large, so that its step is smooth in the gradient."""
     words = [f"data.train={codes}", "train.global_batch=8", "train.micro_batch=2", "optimizer.eps=0.01"]
     run = resolve("ar/tiny", [*words, *SMALL, *NO_DROPOUT, "schedule.warmup_samples=0", *overrides]).config
@@ -69,11 +69,8 @@ def _train(rank: int, world_size: int, run: ARRun) -> tuple[dict[str, Any], list
     return {k: v.detach().numpy() for k, v in task.engine.module.named_parameters()}, losses
 
 
-@pytest.mark.slow
-@pytest.mark.distributed
-def test_zero1_with_accumulation_clipping_and_decay_equals_plain_torch(codes: str) -> None:
-    run = _run(codes)
-    found = run_ranks(_train, 2, run)
+def plain_training(run: ARRun, steps: int) -> tuple[Transformer, list[float]]:
+    """The model and its losses after some steps in plain torch on one process."""
     torch.manual_seed(run.train.seed)
     model = Transformer(run.model)
     decayed = [p for n, p in model.named_parameters() if p.ndim > 1 and "emb" not in n]
@@ -81,9 +78,10 @@ def test_zero1_with_accumulation_clipping_and_decay_equals_plain_torch(codes: st
     o = run.optimizer
     groups = [{"params": decayed, "weight_decay": o.weight_decay}, {"params": free, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, o.lr, o.betas, o.eps)
-    stream = code_stream(open_sets(run.data, "codes"), seed=0, rank=0, world_size=1, micro_batch=8, start=0)
+    size = run.train.global_batch
+    stream = code_stream(open_sets(run.data, "codes"), seed=0, rank=0, world_size=1, micro_batch=size, start=0)
     losses = []
-    for _ in range(STEPS):
+    for _ in range(steps):
         batch = next(stream)
         loss = F.cross_entropy(model(batch.codes, batch.labels).flatten(0, 1), batch.codes.flatten())
         optimizer.zero_grad()
@@ -91,6 +89,15 @@ def test_zero1_with_accumulation_clipping_and_decay_equals_plain_torch(codes: st
         torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip)
         optimizer.step()
         losses.append(float(loss.detach()))
+    return model, losses
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_zero1_with_accumulation_clipping_and_decay_equals_plain_torch(codes: str) -> None:
+    run = run_of(codes)
+    found = run_ranks(_train, 2, run)
+    model, losses = plain_training(run, STEPS)
     for weights, _ in found:
         for name, value in model.named_parameters():
             torch.testing.assert_close(torch.from_numpy(weights[name]), value.detach(), rtol=2e-4, atol=2e-5)
@@ -100,7 +107,7 @@ def test_zero1_with_accumulation_clipping_and_decay_equals_plain_torch(codes: st
 
 
 def test_codes_that_do_not_fit_are_refused(codes: str, tokenizer_dir: Path) -> None:
-    run = _run(codes)
+    run = run_of(codes)
     assert check_codes(run, open_sets(run.data, "codes")).grid == (4, 4)
     cases = {
         "set model.codebook_size=40": "model.codebook_size=64",
@@ -109,7 +116,7 @@ def test_codes_that_do_not_fit_are_refused(codes: str, tokenizer_dir: Path) -> N
         "was written by another tokenizer": f"tokenizer={tokenizer_dir}",
     }
     for said, override in cases.items():
-        run = _run(codes, override)
+        run = run_of(codes, override)
         with pytest.raises(UserError, match=said):
             check_codes(run, open_sets(run.data, "codes"))
 
@@ -147,7 +154,7 @@ def _resume(rank: int, world_size: int, run: ARRun, folder: str) -> tuple[dict[s
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_bf16_with_averages_resumes_in_the_same_bits(codes: str, tmp_path: Path) -> None:
-    run = _run(codes, "train.precision=bf16", "ema_decay=0.9")
+    run = run_of(codes, "train.precision=bf16", "ema_decay=0.9")
     for whole, resumed in run_ranks(_resume, 2, run, str(tmp_path)):
         assert whole.keys() == resumed.keys()
         assert any(name.startswith("ema.") for name in whole)

@@ -13,7 +13,7 @@ from ibq_scale.config.run import TokenizerRun
 from ibq_scale.data.sets import DataSets
 from ibq_scale.data.stream import ImageBatch
 from ibq_scale.distributed.environment import World
-from ibq_scale.train.master import fragments, gather, shapes
+from ibq_scale.train.master import gather, pieces, shapes
 from tests.ranks import run_ranks
 from tests.train.reference import PlainTokenizerTraining, smooth_leaky_relu
 
@@ -80,7 +80,7 @@ def _train(
 
 def _weights(engine: Any, world: World) -> dict[str, torch.Tensor]:
     """The fp32 weights of all ranks on rank 0; where parameters are whole on each rank, they have to be the same."""
-    whole = gather(fragments(engine, world), shapes(engine), world) or {}
+    whole = gather(pieces(engine, world), shapes(engine), world) or {}
     if engine.zero_optimization_stage() < 3:
         for name, value in whole.items():
             live = engine.module.get_parameter(name).detach()
@@ -215,8 +215,8 @@ def _poison(rank: int, world_size: int, runs: dict[str, TokenizerRun]) -> dict[s
 
 def _state(task: Any, world: World) -> dict[str, torch.Tensor]:
     """All that a step changes, this rank's part."""
-    tensors = {f"g.{f.name}": f.values for f in fragments(task.generator, world)}
-    tensors |= {f"d.{f.name}": f.values for f in fragments(task.discriminator, world)}
+    tensors = {f"g.{f.name}": f.values for f in pieces(task.generator, world)}
+    tensors |= {f"d.{f.name}": f.values for f in pieces(task.discriminator, world)}
     tensors |= {f"ema.{k}": v for k, v in task.ema.shadow.state_dict().items()}
     tensors |= {f"buffer.{k}": v for k, v in task.discriminator.module.named_buffers()}
     tensors |= {"codebook": task.codebook.rows, "ema_rows": task.codebook.ema_rows, "lecam": task.lecam.fake}

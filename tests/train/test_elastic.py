@@ -1,0 +1,149 @@
+"""A run goes on under any layout: other ranks, another ZeRO stage, another codebook group, offloaded or not."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ibq_scale.config.run import ARRun, TokenizerRun
+from ibq_scale.data.sets import DataSets, open_sets
+from ibq_scale.distributed.environment import World
+from tests.ranks import run_ranks
+from tests.train.reference import smooth_leaky_relu
+from tests.train.test_ar import codes, plain_training  # noqa: F401
+from tests.train.test_ar import run_of as ar_run
+from tests.train.test_tokenizer_task import (
+    STEPS,
+    _assert_same,
+    _batches,
+    _images,
+    _plain,
+    _run,
+    _state,
+    _weights,
+)
+
+GLOBAL = 24
+# Ranks, generator and transformer by, ranks of a codebook group; each trains two steps from the checkpoint before.
+CHAIN = [(4, "zero1", 0), (2, "zero3", 1), (3, "zero2", 1), (1, "zero0", 0), (4, "zero3_offload", 2)]
+LEG = 2
+
+
+def _tokenizer(rank: int, size: int, run: TokenizerRun, draw: int, folder: Path, leg: int) -> dict[str, Any]:
+    from ibq_scale.train.tokenizer_task import TokenizerTask
+
+    torch.nn.LeakyReLU.forward = smooth_leaky_relu
+    world = World(rank, size, rank, torch.device("cpu"))
+    task = TokenizerTask(run, world, DataSets((), run.data))
+    if leg:
+        task.load(folder / f"tokenizer-{leg - 1}")
+    for step in range(leg * LEG, (leg + 1) * LEG):
+        task.set_rates(step * GLOBAL)
+        task.train_step(iter(_batches(_images(draw, step, GLOBAL), rank, size)))
+    task.save(folder / f"tokenizer-{leg}")
+    rows = [torch.empty_like(task.codebook.rows.detach()) for _ in range(size)]
+    dist.all_gather(rows, task.codebook.rows.detach())
+    weights = _weights(task.generator, world) | _weights(task.discriminator, world)
+    weights |= {f"ema.{k}": v for k, v in (task.ema.gather() or {}).items()}
+    weights |= {"codebook": torch.cat(rows[: task.codebook.group_size]), "ema_fake": task.lecam.fake}
+    return {k: v.numpy() for k, v in weights.items()}
+
+
+def _ar(rank: int, size: int, run: ARRun, folder: Path, leg: int) -> list[float]:
+    from ibq_scale.train.ar_task import ARTask
+
+    task = ARTask(run, World(rank, size, rank, torch.device("cpu")), open_sets(run.data, "codes"))
+    if leg:
+        task.load(folder / f"ar-{leg - 1}")
+    batches = task.batches(leg * LEG * GLOBAL)
+    losses = []
+    for step in range(leg * LEG, (leg + 1) * LEG):
+        task.set_rates(step * GLOBAL)
+        loss = task.train_step(batches).metrics["loss"]
+        dist.all_reduce(loss)
+        losses.append(float(loss) / size)
+    task.save(folder / f"ar-{leg}")
+    return losses
+
+
+def _both(
+    rank: int, size: int, tokenizer: TokenizerRun, draw: int, ar: ARRun, folder: Path, leg: int
+) -> tuple[dict[str, Any], list[float]]:
+    return _tokenizer(rank, size, tokenizer, draw, folder, leg), _ar(rank, size, ar, folder, leg)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_chain_of_layouts_is_one_run(codes: str, tmp_path: Path) -> None:  # noqa: F811
+    """4 → 2 → 3 → 1 → 4 ranks and every ZeRO stage on the way: the weights are those of an unbroken plain run."""
+    assert len(CHAIN) * LEG == STEPS
+    words = f"train.global_batch={GLOBAL}"
+    draw, expected = _plain(_run("zero0", words))
+    losses: list[float] = []
+    for leg, (size, config, group) in enumerate(CHAIN):
+        tokenizer = _run(config, words, f"codebook_group={group}")
+        ar = ar_run(codes, f"deepspeed.config={config}", words, "ema_decay=0.9")
+        weights, found = run_ranks(_both, size, tokenizer, draw, ar, tmp_path, leg)[0]
+        losses += found
+    _assert_same(weights, expected, "the chain")
+    assert losses == pytest.approx(plain_training(ar_run(codes, words), STEPS)[1], rel=1e-4)
+    assert all(later < earlier for earlier, later in pairwise(losses[:3]))
+
+
+def _again(rank: int, size: int, runs: dict[str, TokenizerRun], folder: Path) -> list[str]:
+    """Names of the layouts under which two steps after a checkpoint end in other bits than two without it."""
+    from ibq_scale.train.tokenizer_task import TokenizerTask
+
+    world = World(rank, size, rank, torch.device("cpu"))
+    different = []
+    for name, run in runs.items():
+        task = TokenizerTask(run, world, DataSets((), run.data))
+
+        def train(task: Any, first: int, last: int, run: TokenizerRun = run) -> None:
+            for step in range(first, last):
+                task.set_rates(step * run.train.global_batch)
+                task.train_step(iter(_batches(_images(0, step, run.train.global_batch), rank, size)))
+
+        train(task, 0, 2)
+        task.save(folder / name)
+        dist.barrier()
+        train(task, 2, 4)
+        restarted = TokenizerTask(run, world, DataSets((), run.data))
+        restarted.load(folder / name)
+        train(restarted, 2, 4)
+        state, again = _state(task, world), _state(restarted, world)
+        # Running means are rank 0's on all ranks after a restart; training does not read them.
+        if not all(torch.equal(value, again[key]) for key, value in state.items() if not key.startswith("buffer")):
+            different.append(name)
+    return different
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_same_layout_goes_on_in_the_same_bits(tmp_path: Path) -> None:
+    layouts = [
+        ("zero0", "fp32", 0),
+        ("zero1", "bf16", 0),
+        ("zero2", "fp32", 1),
+        ("zero2", "bf16", 0),
+        ("zero3", "fp32", 0),
+        ("zero3", "bf16", 1),
+        ("zero2_offload", "bf16", 0),
+        ("zero3_offload", "fp32", 0),
+    ]
+    runs = {
+        f"{config}-{precision}": _run(
+            config,
+            "train.global_batch=8",
+            f"train.precision={precision}",
+            f"codebook_group={group}",
+            "optimizer.lr=1e-3",
+        )
+        for config, precision, group in layouts
+    }
+    assert run_ranks(_again, 2, runs, tmp_path) == [[], []]
