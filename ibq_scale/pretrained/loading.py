@@ -27,6 +27,7 @@ from ibq_scale.pretrained.strict import fill_strictly
 from ibq_scale.quantize.quantizer import encode, lookup
 
 FORMAT_VERSION = 1
+CONFIG, WEIGHTS, CODEBOOK = "config.json", "model.safetensors", "codebook"
 Kind = Literal["tokenizer", "ar"]
 
 
@@ -127,7 +128,7 @@ def load_tokenizer(path: str | Path, device: torch.device | str = "cpu") -> Toke
     """Loads a tokenizer. UserError where there is none at `path`, it is damaged, or it is another kind of model."""
     folder, config = _read_config(Path(path), "tokenizer")
     tokenizer = Tokenizer(AutoencoderConfig(**config["model"]), QuantizerConfig(**config["quantizer"]))
-    tensors = {f"autoencoder.{k}": v for k, v in _read_tensors(folder / "model.safetensors").items()}
+    tensors = {f"autoencoder.{k}": v for k, v in _read_tensors(folder / WEIGHTS).items()}
     fill_strictly(tokenizer, tensors | {"codebook_KD": _codebook(folder)}, folder)
     return tokenizer.to(device)
 
@@ -136,7 +137,7 @@ def load_ar(path: str | Path, device: torch.device | str = "cpu") -> ARModel:
     """Loads a transformer. UserError as `load_tokenizer`."""
     folder, config = _read_config(Path(path), "ar")
     model = ARModel(TransformerConfig(**config["model"]), config.get("tokenizer"))
-    tensors = {f"transformer.{k}": v for k, v in _read_tensors(folder / "model.safetensors").items()}
+    tensors = {f"transformer.{k}": v for k, v in _read_tensors(folder / WEIGHTS).items()}
     fill_strictly(model, tensors, folder)
     return model.to(device)
 
@@ -144,7 +145,7 @@ def load_ar(path: str | Path, device: torch.device | str = "cpu") -> ARModel:
 def start_from(path: str, network: Autoencoder | Transformer) -> None:
     """Fills a network that is to be trained on with the weights at `path`. UserError where they have other sizes."""
     folder, _ = _read_config(Path(path), "tokenizer" if isinstance(network, Autoencoder) else "ar")
-    fill_strictly(network, _read_tensors(folder / "model.safetensors"), folder)
+    fill_strictly(network, _read_tensors(folder / WEIGHTS), folder)
 
 
 def codebook_to_start_from(path: str, quantizer: QuantizerConfig) -> Tensor:
@@ -171,14 +172,14 @@ def load_model(path: str | Path) -> Tokenizer | ARModel:
 def save_tokenizer(folder: Path, tokenizer: Tokenizer, source: Mapping[str, Any]) -> None:
     """Writes a whole tokenizer; `source` says where it comes from."""
     write_config(folder, "tokenizer", tokenizer.model_config, tokenizer.quantizer_config, source)
-    save_file(_plain(tokenizer.autoencoder.state_dict()), folder / "model.safetensors")
-    write_codebook_part(folder, tokenizer.codebook_KD, 0, 1)
+    save_file(_plain(tokenizer.autoencoder.state_dict()), folder / WEIGHTS)
+    save_file(_plain({CODEBOOK: tokenizer.codebook_KD}), folder / codebook_part(0, 1))
 
 
 def save_ar(folder: Path, model: ARModel, source: Mapping[str, Any]) -> None:
     """Writes a whole transformer; `source` says where it comes from."""
     write_config(folder, "ar", model.config, None, source, model.tokenizer_hash)
-    save_file(_plain(model.transformer.state_dict()), folder / "model.safetensors")
+    save_file(_plain(model.transformer.state_dict()), folder / WEIGHTS)
 
 
 def export(path: Path, to: Path) -> Kind:
@@ -212,25 +213,28 @@ def write_config(
 ) -> None:
     """``config.json``: what `load_tokenizer` and `load_ar` build the model from."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(config_text(kind, model, quantizer, source, tokenizer))
+
+
+def config_text(
+    kind: Kind,
+    model: AutoencoderConfig | TransformerConfig,
+    quantizer: QuantizerConfig | None,
+    source: Mapping[str, Any],
+    tokenizer: str | None = None,
+) -> str:
+    """The content of ``config.json``."""
     values: dict[str, Any] = {"format_version": FORMAT_VERSION, "kind": kind, "model": model.model_dump(mode="json")}
     if quantizer is not None:
         values["quantizer"] = quantizer.model_dump(mode="json")
     if tokenizer is not None:
         values["tokenizer"] = tokenizer
-    (folder / "config.json").write_text(json.dumps(values | {"source": dict(source)}, indent=2) + "\n")
+    return json.dumps(values | {"source": dict(source)}, indent=2) + "\n"
 
 
-def write_weights(folder: Path, weights: Mapping[str, Tensor]) -> None:
-    """``model.safetensors`` from named tensors."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(_plain(weights), folder / "model.safetensors")
-
-
-def write_codebook_part(folder: Path, rows_KD: Tensor, part: int, parts: int) -> None:
-    """One of `parts` consecutive pieces of the codebook, by rows."""
-    folder.mkdir(parents=True, exist_ok=True)
-    name = "codebook.safetensors" if parts == 1 else f"codebook-{part:05d}-of-{parts:05d}.safetensors"
-    save_file(_plain({"codebook": rows_KD}), folder / name)
+def codebook_part(part: int, parts: int) -> str:
+    """The file of one of `parts` consecutive pieces of the codebook, by rows; its tensor is `CODEBOOK`."""
+    return "codebook.safetensors" if parts == 1 else f"codebook-{part:05d}-of-{parts:05d}.safetensors"
 
 
 def model_directory(path: Path) -> Path:
@@ -240,7 +244,7 @@ def model_directory(path: Path) -> Path:
     if pointer.is_file():
         candidates.append(pointer.parent / pointer.read_text().strip() / "model")
     for candidate in candidates:
-        if (candidate / "config.json").is_file():
+        if (candidate / CONFIG).is_file():
             return candidate
     what = "does not exist" if not path.exists() else "holds no model (no config.json, no checkpoints/latest)"
     raise UserError(f"{path} {what}: give an exported model, a checkpoint or a run directory")
@@ -256,7 +260,7 @@ def _read_config(path: Path, kind: Kind) -> tuple[Path, dict[str, Any]]:
 
 def _config_of(folder: Path) -> dict[str, Any]:
     try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+        config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
     except json.JSONDecodeError as e:
         raise UserError(f"{folder / 'config.json'} is damaged: {e}") from None
     if config.get("format_version") != FORMAT_VERSION:
@@ -267,7 +271,7 @@ def _config_of(folder: Path) -> dict[str, Any]:
 
 
 def _codebook(folder: Path) -> Tensor:
-    parts = [_read_tensors(p)["codebook"] for p in sorted(folder.glob("codebook*.safetensors"))]
+    parts = [_read_tensors(p)[CODEBOOK] for p in sorted(folder.glob("codebook*.safetensors"))]
     return torch.cat(parts) if parts else torch.empty(0)
 
 

@@ -16,11 +16,12 @@ from ibq_scale.data.stream import CodeBatch, code_stream
 from ibq_scale.distributed.environment import World
 from ibq_scale.errors import UserError
 from ibq_scale.models.transformer import Transformer
-from ibq_scale.pretrained.loading import load_tokenizer, start_from, write_config, write_weights
+from ibq_scale.pretrained.loading import CONFIG, WEIGHTS, config_text, load_tokenizer, start_from
 from ibq_scale.train.alarms import Rule, Spike
 from ibq_scale.train.ema import ShardedEMA
 from ibq_scale.train.engine import adamw, make_engine, set_rates, step
-from ibq_scale.train.engine_state import load_engine, save_engine
+from ibq_scale.train.engine_state import engine_file, load_engine
+from ibq_scale.train.files import StateFile, TensorFile, TextFile
 from ibq_scale.train.randomness import seed_by_position
 from ibq_scale.train.schedule import lr_factor, weight_decay
 from ibq_scale.train.task import Step
@@ -82,14 +83,13 @@ class ARTask:
     def log_metrics(self) -> dict[str, float]:
         return {}
 
-    def save(self, directory: Path) -> None:
-        save_engine(self.engine, directory / "transformer", self.world)
-        self.ema.save(directory / "ema")
+    def state(self) -> list[StateFile]:
+        files: list[StateFile] = [engine_file(self.engine, "transformer", self.world), *self.ema.state("ema")]
         weights = self.ema.gather()
         if weights is not None:
-            source = {"run": self.run.name}
-            write_config(directory / "model", "ar", self.run.model, None, source, self.codes.tokenizer)
-            write_weights(directory / "model", weights)
+            config = config_text("ar", self.run.model, None, {"run": self.run.name}, self.codes.tokenizer)
+            files += [TextFile(f"model/{CONFIG}", config), TensorFile(f"model/{WEIGHTS}", weights)]
+        return files
 
     def load(self, directory: Path) -> None:
         load_engine(self.engine, directory / "transformer", self.world)

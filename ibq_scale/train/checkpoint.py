@@ -7,22 +7,28 @@ the manifest, or with a file of another size, is not a checkpoint.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from ibq_scale.distributed.environment import World
 from ibq_scale.errors import UserError
+from ibq_scale.train.files import StateFile
 
-FORMAT_VERSION = 1
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 STEP_NAME = re.compile(r"step-(\d{8})")
 
@@ -47,30 +53,38 @@ class Checkpoint:
         return sum(int(f["bytes"]) for f in self.manifest["files"].values())
 
 
+class NotWholeError(UserError):
+    """A directory that has not become a checkpoint, or is one no more."""
+
+
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Opens a checkpoint directory. UserError where it is not whole or of another format."""
+    """Opens a checkpoint directory. NotWholeError, or UserError where it is of another format."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
     except FileNotFoundError:
-        raise UserError(f"{path} is no whole checkpoint: it has no {MANIFEST}") from None
+        raise NotWholeError(f"{path} is no whole checkpoint: it has no {MANIFEST}") from None
     except json.JSONDecodeError as e:
-        raise UserError(f"{path / MANIFEST} is damaged: {e}") from None
+        raise NotWholeError(f"{path / MANIFEST} is damaged: {e}") from None
     if manifest.get("format_version") != FORMAT_VERSION:
         raise UserError(
-            f"{path} has format version {manifest.get('format_version')}, this program reads {FORMAT_VERSION}"
+            f"{path} has format version {manifest.get('format_version')}, this program reads {FORMAT_VERSION}: go on "
+            f"with the program that wrote it, or give another out=…"
         )
     return Checkpoint(path, manifest)
 
 
 def whole_checkpoints(folder: Path) -> list[Checkpoint]:
-    """The checkpoints under RUN/checkpoints whose files are all there with their sizes, oldest first."""
+    """The checkpoints under RUN/checkpoints whose files are all there with their sizes, oldest first.
+
+    UserError where one is of another format: a run that left it out would begin anew.
+    """
     found = []
     for path in sorted(folder.glob("step-*")) if folder.is_dir() else []:
         if not STEP_NAME.fullmatch(path.name):
             continue
         try:
             checkpoint = read_checkpoint(path)
-        except UserError:
+        except NotWholeError:
             continue
         if not any(_size(path / name) != info["bytes"] for name, info in checkpoint.manifest["files"].items()):
             found.append(checkpoint)
@@ -89,10 +103,12 @@ def newest_or_this(path: Path) -> Checkpoint:
     return read_checkpoint(path)
 
 
-def verify(checkpoint: Checkpoint) -> list[str]:
-    """Re-hashes every file; returns one line a fault, none when all is well."""
+def verify(checkpoint: Checkpoint, names: Iterable[str] | None = None) -> list[str]:
+    """Re-hashes these files, or all; returns one line a fault, none when all is well."""
     faults = []
-    for name, info in checkpoint.manifest["files"].items():
+    files = checkpoint.manifest["files"]
+    for name in files if names is None else names:
+        info = files[name]
         path = checkpoint.path / name
         if not path.is_file():
             faults.append(f"{name}: missing")
@@ -118,38 +134,90 @@ class CheckpointFolder:
         self.keep = keep
 
     def newest(self) -> Checkpoint | None:
-        """The newest whole checkpoint, the same on every rank (rank 0 looks)."""
+        """The newest checkpoint whose every byte is what was written, the same on every rank. Collective.
+
+        The ranks share the hashing. One that is damaged is told, with its faults, and the one before is taken.
+        """
         found: list[Any] = [None]
         if self.world.is_main:
-            whole = whole_checkpoints(self.folder)
-            found = [whole[-1] if whole else None]
+            try:
+                found = [whole_checkpoints(self.folder)]
+            except UserError as e:
+                found = [e]
         dist.broadcast_object_list(found, src=0, device=self.world.device)
-        newest: Checkpoint | None = found[0]
-        return newest
+        if isinstance(found[0], UserError):
+            raise found[0]
+        whole: list[Checkpoint] = found[0]
+        for checkpoint in reversed(whole):
+            names = sorted(checkpoint.manifest["files"])[self.world.rank :: self.world.size]
+            faults = [fault for part in self._everyone(verify(checkpoint, names)) for fault in part]
+            if not faults:
+                return checkpoint
+            if self.world.is_main:
+                _tell(f"{checkpoint.path} is damaged and left out: {'; '.join(faults)}")
+        return None
 
-    def save(self, facts: dict[str, Any], write: Callable[[Path], None]) -> Path:
-        """Collective. `write(directory)` puts this rank's files there; `facts` (with ``step``) go into the manifest."""
+    def save(self, facts: dict[str, Any], files: Sequence[StateFile]) -> bool:
+        """Writes the ranks' files and makes them a checkpoint; `facts` (with ``step``) go into its manifest.
+
+        False, on every rank, where it could not be written: this is told, and the checkpoints before stand. Collective.
+        """
         name = f"step-{facts['step']:08d}"
         partial = self.folder / f".partial-{name}"
+        if not self._agree(lambda: self._begin(partial, self._sum(file.bytes for file in files))):
+            return False
+        written: dict[str, dict[str, Any]] = {}
+
+        def write() -> None:
+            for file in files:
+                file.write(partial)
+                path = partial / file.path
+                _flush(path)
+                written[file.path] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+
+        complete = self._agree(write)
+        parts = self._everyone(written)
+
+        def commit() -> None:
+            if self.world.is_main and complete:
+                every = dict(sorted((k, v) for part in parts for k, v in part.items()))
+                self._commit(partial, self.folder / name, facts | {"format_version": FORMAT_VERSION, "files": every})
+
+        if complete and self._agree(commit):
+            return True
         if self.world.is_main:
             shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        write(partial)
-        dist.barrier()
-        # Files are hashed by turns, so that no rank reads them all: rank r takes every W-th.
-        mine = {}
-        for path in _files(partial)[self.world.rank :: self.world.size]:
-            _flush(path)
-            mine[str(path.relative_to(partial))] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        return False
+
+    def _begin(self, partial: Path, size: int) -> None:
+        """Rank 0 makes the folder, where the disk has room for the whole checkpoint."""
+        if self.world.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(self.folder).free
+            if free < size:
+                raise OSError(errno.ENOSPC, f"{size / 2**30:.1f} GiB are needed, {free / 2**30:.1f} are free")
+            partial.mkdir()
+
+    def _agree(self, work: Callable[[], None]) -> bool:
+        """Does it, and whether all ranks could. What went wrong is told by rank 0."""
+        fault = ""
+        try:
+            work()
+        except OSError as e:
+            fault = f"rank {self.world.rank}: {e.strerror or e}"
+        faults = [told for told in self._everyone(fault) if told]
+        if faults and self.world.is_main:
+            _tell(f"{self.folder}: THIS CHECKPOINT COULD NOT BE WRITTEN ({faults[0]}); the run goes on without it")
+        return not faults
+
+    def _everyone(self, mine: T) -> list[T]:
         gathered: list[Any] = [None] * self.world.size
         dist.all_gather_object(gathered, mine)
-        final = self.folder / name
-        if self.world.is_main:
-            files = dict(sorted((k, v) for part in gathered for k, v in part.items()))
-            self._commit(partial, final, facts | {"format_version": FORMAT_VERSION, "files": files})
-        dist.barrier()
-        return final
+        return gathered
+
+    def _sum(self, numbers: Iterable[int]) -> int:
+        return sum(self._everyone(sum(numbers)))
 
     def _commit(self, partial: Path, final: Path, manifest: dict[str, Any]) -> None:
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -173,6 +241,11 @@ class CheckpointFolder:
             # Without its manifest it is no checkpoint any more, so a crash inside rmtree leaves nothing half-true.
             (old.path / MANIFEST).unlink()
             shutil.rmtree(old.path, ignore_errors=True)
+
+
+def _tell(message: str) -> None:
+    log.error("%s", message)
+    print(message, file=sys.stderr, flush=True)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from ibq_scale.config.run import TokenizerRun
 from ibq_scale.distributed.environment import World
 from ibq_scale.errors import UserError
-from ibq_scale.pretrained.loading import codebook_to_start_from, write_codebook_part
+from ibq_scale.pretrained.loading import CODEBOOK, codebook_part, codebook_to_start_from
 from ibq_scale.quantize.collectives import Group, Shards
 from ibq_scale.quantize.quantizer import initial_codebook, rows_of
 from ibq_scale.train.engine import adam
 from ibq_scale.train.engine_state import MOMENTS
-from ibq_scale.train.pieces import Piece, PieceReader, write_pieces
+from ibq_scale.train.files import StateFile, TensorFile
+from ibq_scale.train.pieces import Piece, PieceReader, piece_file
 from ibq_scale.train.projection import Projection
 
 
@@ -122,14 +123,13 @@ class ShardedCodebook:
             dist.all_reduce(square, group=self.group)
         return square.sqrt()
 
-    def save(self, directory: Path) -> None:
-        """Writes this rank's rows and moments; replicas hold the same and write nothing."""
+    def state(self, folder: str) -> list[StateFile]:
+        """This rank's rows and moments; replicas hold the same and give nothing."""
         if self.world.rank >= self.group_size:
-            return
+            return []
         steps = float(self.optimizer.state.get(self.rows, {}).get("step", 0))
-        write_pieces(directory, self.world.rank, self._pieces(with_moments=steps > 0), {"steps": steps})
-        if self.projection is not None:
-            self.projection.save(directory)
+        rows = piece_file(folder, self.world.rank, self._pieces(with_moments=steps > 0), {"steps": steps})
+        return [rows] if self.projection is None else [rows, *self.projection.state(folder)]
 
     def _pieces(self, with_moments: bool) -> list[Piece]:
         """The codebook as vectors, rows end to end."""
@@ -138,13 +138,14 @@ class ShardedCodebook:
             vectors |= {moment: self.optimizer.state[self.rows][moment] for moment in MOMENTS}
         return [Piece(name, self.start * self.settings.dim, values.view(-1)) for name, values in vectors.items()]
 
-    def export(self, folder: Path) -> None:
-        """Writes this rank's averaged rows as its part of a model directory's codebook."""
-        if self.world.rank < self.group_size:
-            rows = self.ema_rows if self.ema_decay > 0 and self.learns else self.rows
-            if self.projection is not None:
-                rows = self.projection.averaged_codes(self.rows)
-            write_codebook_part(folder, rows, self.world.rank, self.group_size)
+    def export(self, folder: str) -> list[StateFile]:
+        """This rank's averaged rows as its part of a model directory's codebook."""
+        if self.world.rank >= self.group_size:
+            return []
+        rows = self.ema_rows if self.ema_decay > 0 and self.learns else self.rows.detach()
+        if self.projection is not None:
+            rows = self.projection.averaged_codes(self.rows)
+        return [TensorFile(f"{folder}/{codebook_part(self.world.rank, self.group_size)}", {CODEBOOK: rows})]
 
     def load(self, directory: Path) -> None:
         """Reads this rank's rows from files written by any group size. UserError where rows are missing."""

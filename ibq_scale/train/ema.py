@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ibq_scale.distributed.environment import World
 from ibq_scale.models.ema import EMA
+from ibq_scale.train.files import StateFile
 from ibq_scale.train.master import gather, pieces, shapes
-from ibq_scale.train.pieces import Piece, PieceReader, write_pieces
+from ibq_scale.train.pieces import Piece, PieceReader, piece_file
 
 
 class ShardedEMA:
@@ -33,10 +34,9 @@ class ShardedEMA:
         """The averaged (or live) weights, fp32 on rank 0's CPU, None elsewhere. Collective."""
         return gather(self._pieces() if self.enabled else self._live(), shapes(self.engine), self.world)
 
-    def save(self, folder: Path) -> None:
-        """Writes this rank's pieces."""
-        if self.enabled:
-            write_pieces(folder, self.world.rank, self._pieces(), {})
+    def state(self, folder: str) -> list[StateFile]:
+        """This rank's pieces."""
+        return [piece_file(folder, self.world.rank, self._pieces(), {})] if self.enabled else []
 
     def load(self, folder: Path) -> None:
         """Reads this rank's pieces out of the files of any number of ranks. UserError where some are missing."""

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 
 from ibq_scale.distributed.environment import World
+from ibq_scale.train.files import TensorFile
 from ibq_scale.train.master import Fragment, fragments, held
-from ibq_scale.train.pieces import Piece, PieceReader, write_pieces
+from ibq_scale.train.pieces import Piece, PieceReader, piece_file
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def save_engine(engine: Any, folder: Path, world: World) -> None:
-    """Writes this rank's share, and on rank 0 the buffers (each rank has its own: BatchNorm's running means)."""
+def engine_file(engine: Any, folder: str, world: World) -> TensorFile:
+    """This rank's share, and on rank 0 the buffers (each rank has its own: BatchNorm's running means)."""
     share = fragments(engine, world)
     steps = _steps(engine, world)
     state = _weights(share)
@@ -28,11 +29,11 @@ def save_engine(engine: Any, folder: Path, world: World) -> None:
         state += _moments(engine, share)
     if world.is_main:
         state += _buffers(engine)
-    write_pieces(folder, world.rank, state, {"steps": steps})
+    return piece_file(folder, world.rank, state, {"steps": steps})
 
 
 def load_engine(engine: Any, folder: Path, world: World) -> None:
-    """Restores what `save_engine` wrote on any number of ranks and any ZeRO stage. UserError where it does not fit."""
+    """Restores what `engine_file` is on any number of ranks and any ZeRO stage. UserError where it does not fit."""
     reader = PieceReader(folder)
     mine = held(engine, world)
     reader.read_all(_weights(mine))

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ibq_scale.distributed.environment import World
+from ibq_scale.train.files import StateFile, TextFile
 
 BAD_SAMPLES = "bad_samples.json"
 SKIPPED = "skipped_steps.json"
@@ -48,14 +49,13 @@ class BadSamples:
             )
         return {"bad_samples": float(total)}
 
-    def save(self, directory: Path) -> None:
-        """Rank 0 writes the run's count. Collective."""
-        total = self._total()
-        if self.world.is_main:
-            (directory / BAD_SAMPLES).write_text(json.dumps({"bad_samples": total}) + "\n")
+    def state(self) -> list[StateFile]:
+        """Rank 0 gives the run's count. Collective."""
+        text = json.dumps({"bad_samples": self._total()}) + "\n"
+        return [TextFile(BAD_SAMPLES, text)] if self.world.is_main else []
 
     def load(self, directory: Path) -> None:
-        """Takes up the count that `save` wrote."""
+        """Takes up the count that `state` gave."""
         self._before = int(json.loads((directory / BAD_SAMPLES).read_text())["bad_samples"])
         self._here = 0
 
@@ -98,11 +98,10 @@ class SkippedSteps:
                 f"names all samples"
             )
 
-    def save(self, directory: Path) -> None:
-        """Rank 0 writes the list."""
-        if self.world.is_main:
-            (directory / SKIPPED).write_text(json.dumps({"steps": self.steps}) + "\n")
+    def state(self) -> list[StateFile]:
+        """Rank 0 gives the list."""
+        return [TextFile(SKIPPED, json.dumps({"steps": self.steps}) + "\n")] if self.world.is_main else []
 
     def load(self, directory: Path) -> None:
-        """Takes up the list that `save` wrote."""
+        """Takes up the list that `state` gave."""
         self.steps = list(json.loads((directory / SKIPPED).read_text())["steps"])

@@ -20,6 +20,7 @@ from torch import Tensor
 from ibq_scale.data.order import Pass
 from ibq_scale.data.sets import DataSets
 from ibq_scale.distributed.environment import World
+from ibq_scale.train.files import StateFile, TextFile
 
 FILE = "epochs.json"
 
@@ -94,8 +95,8 @@ class SeenOnce:
                 place += 1
         return total % 2**64
 
-    def save(self, directory: Path) -> None:
-        """Rank 0 writes the sums of the epochs that have begun. Collective, after `check` of the same samples."""
+    def state(self) -> list[StateFile]:
+        """Rank 0 gives the sums of the epochs that have begun. Collective, after `check` of the same samples."""
         everyone: list[dict[tuple[int, int], list[int]]] = [{}] * self._world.size
         dist.all_gather_object(everyone, self._sums)
         sums: dict[tuple[int, int], list[int]] = {}
@@ -104,9 +105,9 @@ class SeenOnce:
                 entry = sums.setdefault(key, [0, 0])
                 entry[0] = (entry[0] + seen) % 2**64
                 entry[1] += count
-        if self._world.is_main:
-            rows = [{"set": n, "epoch": epoch, "sum": s, "samples": c} for (n, epoch), (s, c) in sorted(sums.items())]
-            (directory / FILE).write_text(json.dumps({"checked": self._checked, "begun": rows}) + "\n")
+        rows = [{"set": n, "epoch": epoch, "sum": s, "samples": c} for (n, epoch), (s, c) in sorted(sums.items())]
+        text = json.dumps({"checked": self._checked, "begun": rows}) + "\n"
+        return [TextFile(FILE, text)] if self._world.is_main else []
 
     def load(self, directory: Path) -> None:
         """Takes up the sums of any number of ranks."""

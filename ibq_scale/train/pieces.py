@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ibq_scale.errors import UserError
+from ibq_scale.train.files import TensorFile
 
 STARTS, FACTS = "starts", "facts"
 
@@ -35,16 +35,14 @@ class _Place(NamedTuple):
     path: Path
 
 
-def write_pieces(folder: Path, rank: int, pieces: Iterable[Piece], facts: Mapping[str, float]) -> None:
-    """Writes this rank's file; a rank without pieces writes its facts all the same."""
-    folder.mkdir(parents=True, exist_ok=True)
+def piece_file(folder: str, rank: int, pieces: Iterable[Piece], facts: Mapping[str, float]) -> TensorFile:
+    """This rank's file; a rank without pieces has its facts to write all the same."""
     pieces = list(pieces)
-    tensors = {piece.name: piece.values.detach().cpu().contiguous() for piece in pieces}
+    tensors = {piece.name: piece.values for piece in pieces}
     assert len(tensors) == len(pieces), "a rank has one piece of a vector"
     starts = {piece.name: piece.start for piece in pieces}
-    save_file(
-        tensors, folder / f"rank-{rank:05d}.safetensors", {STARTS: json.dumps(starts), FACTS: json.dumps(dict(facts))}
-    )
+    metadata = {STARTS: json.dumps(starts), FACTS: json.dumps(dict(facts))}
+    return TensorFile(f"{folder}/rank-{rank:05d}.safetensors", tensors, metadata)
 
 
 class PieceReader:

@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ibq_scale.config.run import TokenizerRun
 from ibq_scale.distributed.environment import World
 from ibq_scale.models.ema import EMA
 from ibq_scale.train.engine import adam
+from ibq_scale.train.files import StateFile, TensorFile
 
 FILE = "projection.safetensors"
 
@@ -74,10 +75,10 @@ class Projection:
         """Forgets the accumulated gradient."""
         self.optimizer.zero_grad(set_to_none=True)
 
-    def save(self, directory: Path) -> None:
-        """Rank 0 writes the layer, its average and its moments."""
+    def state(self, folder: str) -> list[StateFile]:
+        """Rank 0 gives the layer, its average and its moments."""
         if not self.world.is_main:
-            return
+            return []
         tensors = {}
         for name, parameter in self.parameters.items():
             state = self.optimizer.state.get(parameter, {})
@@ -86,11 +87,11 @@ class Projection:
             for moment in ("exp_avg", "exp_avg_sq"):
                 tensors[f"{moment}_{name}"] = state.get(moment, torch.zeros_like(parameter))
             tensors[f"step_{name}"] = torch.as_tensor(float(state.get("step", 0)))
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, directory / FILE)
+        return [TensorFile(f"{folder}/{FILE}", tensors)]
 
     @torch.no_grad()
     def load(self, directory: Path) -> None:
-        """Restores what `save` wrote, on any number of ranks."""
+        """Restores what `state` gave, on any number of ranks."""
         tensors = load_file(directory / FILE)
         self.ema.load_state_dict({name: tensors[f"ema_{name}"] for name in self.parameters})
         for name, parameter in self.parameters.items():

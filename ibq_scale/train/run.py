@@ -60,6 +60,11 @@ def train(config: AnyRun, world: World) -> int:
     task = _make_task(config, world, sets)
     _say(world, _summary(config, world, accumulation, resume_from))
     outcome = Trainer(config, run_dir, task, world, sets).run(resume_from)
+    if not outcome.saved:
+        raise UserError(
+            f"{run_dir}/checkpoints: step {outcome.step} could not be saved (see above): make room, then the same "
+            f"command goes on from the newest whole checkpoint"
+        )
     if world.is_main:
         write_report([run_dir], run_dir / "report.html")
     if outcome.stopped:

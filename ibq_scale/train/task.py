@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from ibq_scale.train.alarms import Rule
+from ibq_scale.train.files import StateFile
 
 # Metric tensors stay on the device until a line is logged: reading them earlier would wait for the device.
 StepMetrics = dict[str, Tensor]
@@ -53,12 +54,12 @@ class Task(Protocol):
         """Metrics gathered since the last call, already global (collective)."""
         ...
 
-    def save(self, directory: Path) -> None:
-        """Writes this rank's part of the state, and the weights for inference under ``model/``."""
+    def state(self) -> list[StateFile]:
+        """This rank's part of the state, and of the weights for inference in ``model/``. Collective, writes nothing."""
         ...
 
     def load(self, directory: Path) -> None:
-        """Restores what `save` wrote on the same number of ranks."""
+        """Restores what `state` gave, on any number of ranks and under any layout."""
         ...
 
     def draw(self, directory: Path, step: int) -> None:

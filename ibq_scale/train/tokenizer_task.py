@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ibq_scale.config.deepspeed import deepspeed_config
@@ -31,18 +31,21 @@ from ibq_scale.losses.perceptual import Perceptual
 from ibq_scale.models.autoencoder import TokenizerModel, tokens_of
 from ibq_scale.models.discriminator import PatchDiscriminator
 from ibq_scale.pictures import reconstruction_grid, save_png
-from ibq_scale.pretrained.loading import start_from, write_config, write_weights
+from ibq_scale.pretrained.loading import CONFIG, WEIGHTS, config_text, start_from
 from ibq_scale.quantize.types import Quantized
 from ibq_scale.train.alarms import Above, Drop, Rule, Spike
 from ibq_scale.train.codebook import ShardedCodebook
 from ibq_scale.train.ema import ShardedEMA
 from ibq_scale.train.engine import adam, discriminator_config, make_engine, set_rates, step
-from ibq_scale.train.engine_state import load_engine, save_engine
+from ibq_scale.train.engine_state import engine_file, load_engine
+from ibq_scale.train.files import StateFile, TensorFile, TextFile
 from ibq_scale.train.guards import BadSamples
 from ibq_scale.train.randomness import seed_by_position
 from ibq_scale.train.schedule import lr_factor
 from ibq_scale.train.task import Step, StepMetrics
 from ibq_scale.train.usage import UsageTracker
+
+LECAM = "lecam.safetensors"
 
 
 class DiscriminatorPair(nn.Module):
@@ -276,24 +279,27 @@ class TokenizerTask:
     def log_metrics(self) -> dict[str, float]:
         return self.usage.log() | self.bad_samples.log()
 
-    def save(self, directory: Path) -> None:
-        save_engine(self.generator, directory / "generator", self.world)
-        save_engine(self.discriminator, directory / "discriminator", self.world)
-        self.codebook.save(directory / "codebook")
-        self.ema.save(directory / "ema")
-        self.usage.save(directory)
-        self.bad_samples.save(directory)
-        if self.world.is_main:
-            save_file({k: v.cpu() for k, v in self.lecam.state_dict().items()}, directory / "lecam.safetensors")
-        self._export(directory / "model")
+    def state(self) -> list[StateFile]:
+        files: list[StateFile] = [
+            engine_file(self.generator, "generator", self.world),
+            engine_file(self.discriminator, "discriminator", self.world),
+            *self.codebook.state("codebook"),
+            *self.ema.state("ema"),
+            *self.usage.state(),
+            *self.bad_samples.state(),
+            *self._export("model"),
+        ]
+        return [*files, TensorFile(LECAM, self.lecam.state_dict())] if self.world.is_main else files
 
-    def _export(self, folder: Path) -> None:
+    def _export(self, folder: str) -> list[StateFile]:
         """The averaged weights, as `load_tokenizer` reads them; the codebook by this group's rows."""
         weights = self.ema.gather()
-        if weights is not None:
-            write_config(folder, "tokenizer", self.run.model.architecture(), self.run.quantizer, {"run": self.run.name})
-            write_weights(folder, {name.removeprefix("autoencoder."): value for name, value in weights.items()})
-        self.codebook.export(folder)
+        if weights is None:
+            return self.codebook.export(folder)
+        config = config_text("tokenizer", self.run.model.architecture(), self.run.quantizer, {"run": self.run.name})
+        named = {name.removeprefix("autoencoder."): value for name, value in weights.items()}
+        model: list[StateFile] = [TextFile(f"{folder}/{CONFIG}", config), TensorFile(f"{folder}/{WEIGHTS}", named)]
+        return [*model, *self.codebook.export(folder)]
 
     def load(self, directory: Path) -> None:
         load_engine(self.generator, directory / "generator", self.world)
@@ -302,7 +308,7 @@ class TokenizerTask:
         self.ema.load(directory / "ema")
         self.usage.load(directory)
         self.bad_samples.load(directory)
-        self.lecam.load_state_dict(load_file(directory / "lecam.safetensors"))
+        self.lecam.load_state_dict(load_file(directory / LECAM))
 
     def draw(self, directory: Path, step: int) -> None:
         if self._last is not None:

@@ -31,6 +31,8 @@ class Outcome:
 
     step: int
     stopped: bool
+    saved: bool
+    """Whether the last step is on disk."""
 
 
 class NonFiniteLossError(RuntimeError):
@@ -76,6 +78,7 @@ class Trainer:
         self.once = SeenOnce(sets, config.train.seed, world)
         self.skipped = SkippedSteps(config.train.skipped_steps, world)
         self.alarms = Alarms(task.alarms)
+        self.unsaved = False
         self.checkpoints = CheckpointFolder(run_dir / "checkpoints", world, config.train.keep_checkpoints)
 
     def run(self, resume_from: Checkpoint | None) -> Outcome:
@@ -114,8 +117,8 @@ class Trainer:
             if stopping or step == total or step % train.checkpoint_every == 0:
                 self._save(step, window)
             if stopping:
-                return Outcome(step, stopped=step < total)
-        return Outcome(total, stopped=False)
+                return Outcome(step, stopped=step < total, saved=not self.unsaved)
+        return Outcome(total, stopped=False, saved=not self.unsaved)
 
     def _train(self, number: int, batches: _CountedBatches, window: _Window) -> None:
         """One step; one that was skipped is no part of the metrics' means."""
@@ -127,7 +130,10 @@ class Trainer:
             self.skipped.note(number, samples)
 
     def _save(self, step: int, window: _Window) -> None:
-        """A checkpoint of a diverged state would replace the last good one: the loss so far is looked at first."""
+        """A checkpoint of a diverged state would replace the last good one: the loss so far is looked at first.
+
+        One that cannot be written, on a full disk perhaps, does not end the run: the one before stands.
+        """
         _check_finite(window.peek(self.world), step)
         self.once.check(step * self.config.train.global_batch)
         facts = {
@@ -138,12 +144,8 @@ class Trainer:
             "config": self.config.model_dump(mode="json"),
         }
 
-        def write(directory: Path) -> None:
-            self.task.save(directory)
-            self.once.save(directory)
-            self.skipped.save(directory)
-
-        self.checkpoints.save(facts, write)
+        state = [*self.task.state(), *self.once.state(), *self.skipped.state()]
+        self.unsaved = not self.checkpoints.save(facts, state)
         if self.world.is_main:
             self.task.draw(self.run_dir / "images", step)
 

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ibq_scale.distributed.environment import World
 from ibq_scale.quantize.usage import CodeUsage
+from ibq_scale.train.files import StateFile, TensorFile
 
 FILE = "usage.safetensors"
 DEAD_AFTER = 1000
@@ -65,17 +66,16 @@ class UsageTracker:
         self.steps = 0
         return values
 
-    def save(self, directory: Path) -> None:
-        """Rank 0 writes the sums over ranks. Collective."""
+    def state(self) -> list[StateFile]:
+        """Rank 0 gives the sums over ranks. Collective."""
         tensors = {"age": self.age_K, "steps": torch.tensor(self.steps)}
         for name, usage in self._counters().items():
             tensors[name] = usage.counts_K.clone()
             dist.all_reduce(tensors[name])
-        if self.world.is_main:
-            save_file({k: v.cpu() for k, v in tensors.items()}, directory / FILE)
+        return [TensorFile(FILE, tensors)] if self.world.is_main else []
 
     def load(self, directory: Path) -> None:
-        """Restores what `save` wrote on any number of ranks: rank 0 holds the sums."""
+        """Restores what `state` gave on any number of ranks: rank 0 holds the sums."""
         tensors = load_file(directory / FILE)
         self.age_K.copy_(tensors["age"])
         self.steps = int(tensors["steps"])

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,18 +22,15 @@ from ibq_scale.train.checkpoint import (
     verify,
     whole_checkpoints,
 )
+from ibq_scale.train.files import TensorFile, TextFile
 from tests.ranks import run_ranks
 
 
 def _save(rank: int, world_size: int, folder: str, steps: list[int], keep: int) -> None:
     checkpoints = CheckpointFolder(Path(folder), World(rank, world_size, rank, torch.device("cpu")), keep)
     for step in steps:
-
-        def write(directory: Path, step: int = step) -> None:
-            (directory / "part").mkdir(exist_ok=True)
-            (directory / "part" / f"rank-{rank}.bin").write_bytes(bytes([step % 256]) * (100 + rank))
-
-        checkpoints.save({"step": step, "samples": 8 * step, "world_size": world_size}, write)
+        file = TextFile(f"part/rank-{rank}.bin", str(step % 10) * (100 + rank))
+        assert checkpoints.save({"step": step, "samples": 8 * step, "world_size": world_size}, [file])
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +55,6 @@ def test_the_newest_ones_are_kept_whole(saved: Path) -> None:
 
 @pytest.mark.distributed
 def test_damage_is_seen(saved: Path, tmp_path: Path) -> None:
-    import shutil
-
     shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
     step2, step3 = tmp_path / "checkpoints/step-00000002", tmp_path / "checkpoints/step-00000003"
     (step3 / "part/rank-1.bin").write_bytes(b"short")
@@ -90,25 +88,82 @@ def test_a_crash_at_any_moment_leaves_the_last_good_one(
 ) -> None:
     folder = tmp_path / "checkpoints"
     checkpoints = CheckpointFolder(folder, alone, keep=2)
-    checkpoints.save({"step": 1}, lambda d: (d / "x").write_bytes(b"one") and None)
+    assert checkpoints.save({"step": 1}, [TextFile("x", "one")])
 
     def crash(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    def write(directory: Path) -> None:
-        (directory / "x").write_bytes(b"two")
-        if broken == "write":
+    class Crashing(TextFile):
+        def write(self, folder: Path) -> None:
+            super().write(folder)
             crash()
 
+    file = (Crashing if broken == "write" else TextFile)("x", "two")
     with monkeypatch.context() as patch:
         if broken != "write":
             patch.setattr(Path, "rename" if broken == "rename" else "replace", crash)
         with pytest.raises(KeyboardInterrupt):
-            checkpoints.save({"step": 2}, write)
+            checkpoints.save({"step": 2}, [file])
     newest = checkpoints.newest()
     assert newest is not None
     assert verify(newest) == []
     assert newest.step == (2 if broken == "pointer" else 1)
-    checkpoints.save({"step": 2}, lambda d: (d / "x").write_bytes(b"two") and None)
+    assert checkpoints.save({"step": 2}, [TextFile("x", "two")])
     assert (folder / "latest").read_text() == "step-00000002\n"
     assert [c.step for c in whole_checkpoints(folder)] == [1, 2]
+
+
+def _full(rank: int, world_size: int, folder: str) -> list[bool]:
+    """Rank 1 may write 64 bytes a file, as if its disk were full, then as much as it likes."""
+    checkpoints = CheckpointFolder(Path(folder), World(rank, world_size, rank, torch.device("cpu")), keep=2)
+    files = [TensorFile(f"rank-{rank}.safetensors", {"x": torch.ones(1000)}), TextFile(f"rank-{rank}.txt", "1" * 100)]
+    saved = [checkpoints.save({"step": 1}, files)]
+    if rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, resource.RLIM_INFINITY))
+    saved += [checkpoints.save({"step": 2}, files), checkpoints.save({"step": 3}, files[1:])]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert whole_checkpoints(Path(folder))[-1].step == 1
+    dist.barrier()
+    return [*saved, checkpoints.save({"step": 4}, files)]
+
+
+@pytest.mark.distributed
+def test_a_full_disk_of_one_rank_fails_that_save_on_all_and_no_other(tmp_path: Path) -> None:
+    assert run_ranks(_full, 2, str(tmp_path)) == [[True, False, False, True]] * 2
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["latest", "step-00000001", "step-00000004"]
+    assert (tmp_path / "latest").read_text() == "step-00000004\n"
+
+
+def _newest(rank: int, world_size: int, folder: str) -> int:
+    found = CheckpointFolder(Path(folder), World(rank, world_size, rank, torch.device("cpu")), keep=2).newest()
+    return 0 if found is None else found.step
+
+
+@pytest.mark.distributed
+def test_a_damaged_checkpoint_is_told_and_the_one_before_taken(
+    saved: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "checkpoints/step-00000003/part/rank-1.bin"
+    content = bytearray(path.read_bytes())
+    content[7] ^= 4
+    path.write_bytes(content)
+    assert run_ranks(_newest, 3, str(tmp_path / "checkpoints")) == [2, 2, 2]
+    assert "part/rank-1.bin: content changed (sha256 differs)" in capfd.readouterr().err
+
+
+def test_a_run_of_another_format_is_refused_and_not_begun_anew(alone: World, saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "run")
+    manifest = tmp_path / "run/checkpoints/step-00000002/manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format_version": 1}))
+    with pytest.raises(UserError, match="has format version 1, this program reads 2"):
+        CheckpointFolder(tmp_path / "run/checkpoints", alone, keep=2).newest()
+
+
+def test_a_checkpoint_that_the_disk_has_no_room_for_is_not_begun(
+    alone: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    checkpoints = CheckpointFolder(tmp_path / "checkpoints", alone, keep=2)
+    assert not checkpoints.save({"step": 1}, [TensorFile("x", {"x": torch.ones(1000)})])
+    assert checkpoints.save({"step": 1}, [TextFile("x", "small")])

@@ -16,6 +16,7 @@ from ibq_scale.distributed.environment import World
 from ibq_scale.errors import UserError
 from ibq_scale.quantize.quantizer import quantize
 from ibq_scale.train.codebook import ShardedCodebook
+from ibq_scale.train.files import write_all
 from tests.ranks import run_ranks
 
 STEPS, BATCH, WIDTH = 20, 24, 8
@@ -121,7 +122,7 @@ def _save(rank: int, size: int, folder: Path, kind: str) -> tuple[list[float], T
     toy = _Toy(_run(kind), _world(rank, size))
     for number in range(3):
         toy.step(number)
-    toy.codebook.save(folder)
+    write_all(toy.codebook.state("."), folder)
     dist.barrier()
     return [toy.step(number) for number in range(3, 6)], toy.codebook.rows.detach()
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from ibq_scale.config.run import ARRun, TokenizerRun
 from ibq_scale.data.sets import DataSets, open_sets
 from ibq_scale.distributed.environment import World
+from ibq_scale.train.files import write_all
 from tests.ranks import run_ranks
 from tests.train.reference import smooth_leaky_relu
 from tests.train.test_ar import codes, plain_training  # noqa: F401
@@ -45,7 +46,7 @@ def _tokenizer(rank: int, size: int, run: TokenizerRun, draw: int, folder: Path,
     for step in range(leg * LEG, (leg + 1) * LEG):
         task.set_rates(step * GLOBAL)
         task.train_step(iter(_batches(_images(draw, step, GLOBAL), rank, size)))
-    task.save(folder / f"tokenizer-{leg}")
+    write_all(task.state(), folder / f"tokenizer-{leg}")
     rows = [torch.empty_like(task.codebook.rows.detach()) for _ in range(size)]
     dist.all_gather(rows, task.codebook.rows.detach())
     weights = _weights(task.generator, world) | _weights(task.discriminator, world)
@@ -67,7 +68,7 @@ def _ar(rank: int, size: int, run: ARRun, folder: Path, leg: int) -> list[float]
         loss = task.train_step(batches).metrics["loss"]
         dist.all_reduce(loss)
         losses.append(float(loss) / size)
-    task.save(folder / f"ar-{leg}")
+    write_all(task.state(), folder / f"ar-{leg}")
     return losses
 
 
@@ -110,7 +111,7 @@ def _again(rank: int, size: int, runs: dict[str, TokenizerRun], folder: Path) ->
                 task.train_step(iter(_batches(_images(0, step, run.train.global_batch), rank, size)))
 
         train(task, 0, 2)
-        task.save(folder / name)
+        write_all(task.state(), folder / name)
         dist.barrier()
         train(task, 2, 4)
         restarted = TokenizerTask(run, world, DataSets((), run.data))

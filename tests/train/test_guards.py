@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from ibq_scale.distributed.environment import World
+from ibq_scale.train.files import write_all
 from ibq_scale.train.guards import BadSamples, SkippedSteps, TooManyBadSamplesError, TooManySkippedStepsError
 from tests.ranks import run_ranks
 
@@ -19,7 +20,7 @@ def _two_ranks(rank: int, size: int, folder: Path) -> list[float]:
     counts = [bad.log()["bad_samples"]]
     bad.note(("shard 1, sample 5: crc",) if rank else ("a", "b"))
     counts.append(bad.log()["bad_samples"])
-    bad.save(folder)
+    write_all(bad.state(), folder)
     dist.barrier()
     resumed = BadSamples(3, world)
     resumed.load(folder)
@@ -41,7 +42,7 @@ def _skip_on_two_ranks(rank: int, size: int, folder: Path) -> str:
     skipped = SkippedSteps(2, world)
     skipped.note(7, [])
     skipped.note(8, ["shard 3, sample 4"] if rank else [])
-    skipped.save(folder)
+    write_all(skipped.state(), folder)
     dist.barrier()
     resumed = SkippedSteps(2, world)
     resumed.load(folder)

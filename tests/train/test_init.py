@@ -16,6 +16,7 @@ from ibq_scale.data.store import LocalStore
 from ibq_scale.distributed.environment import World
 from ibq_scale.errors import UserError
 from ibq_scale.pretrained.loading import codebook_to_start_from, load_ar, load_tokenizer
+from ibq_scale.train.files import write_all
 from tests.conftest import tiny_tokenizer_sizes
 from tests.ranks import run_ranks
 
@@ -44,14 +45,14 @@ def _export(rank: int, world_size: int, tokenizer: Path, ar: Path, to: Path) -> 
 
     world = World(rank, world_size, rank, torch.device("cpu"))
     run = _tokenizer_run(tokenizer)
-    TokenizerTask(run, world, DataSets((), run.data)).save(to / "tokenizer")
+    write_all(TokenizerTask(run, world, DataSets((), run.data)).state(), to / "tokenizer")
     run = _ar_run(ar)
     size = run.model.codebook_size
     codes = CodesInfo(codebook_size=size, grid=(8, 8), tokenizer=str(load_ar(ar).tokenizer_hash), source="s")
     shard = ShardInfo(name="s", samples=1, bytes=1, sha256="0" * 64)
     manifest = Manifest(kind="codes", shards=(shard,), classes=("a",), codes=codes)
     sets = DataSets((DataSet(manifest, LocalStore(to)),), run.data)
-    ARTask(run, world, sets).save(to / "ar")
+    write_all(ARTask(run, world, sets).state(), to / "ar")
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import torch
 from ibq_scale.config.run import DataConfig
 from ibq_scale.data.sets import DataSets, open_sets
 from ibq_scale.distributed.environment import World
+from ibq_scale.train.files import write_all
 from ibq_scale.train.once import NotOnceError, SeenOnce
 from tests.ranks import run_ranks
 
@@ -35,7 +36,7 @@ def _three_epochs_and_a_half(rank: int, size: int, config: DataConfig, folder: P
     for start in range(0, samples, 12):
         _take(once, sets, world, start, start + 12)
         once.check(start + 12)
-    once.save(folder)
+    write_all(once.state(), folder)
 
 
 def _the_rest(rank: int, size: int, config: DataConfig, folder: Path, lost: bool) -> list[str]:

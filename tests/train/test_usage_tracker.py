@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from ibq_scale.distributed.environment import World
+from ibq_scale.train.files import write_all
 from ibq_scale.train.usage import UsageTracker
 from tests.ranks import run_ranks
 
@@ -28,7 +29,7 @@ def _two_ranks(rank: int, size: int, folder: Path) -> list[dict[str, float]]:
             assert dead.tolist() == [False, False, False, True]
         else:
             assert tracker.due_for_revival(step) is None
-    tracker.save(folder)
+    write_all(tracker.state(), folder)
     dist.barrier()
     resumed = UsageTracker(4, 3, world)
     resumed.load(folder)
