@@ -13,7 +13,19 @@ from collections.abc import Sequence
 
 from ibq_scale.errors import UserError
 
-FAMILIES = ("data", "train", "tokenize", "sample", "evaluate", "checkpoint", "config", "report", "demo", "bench")
+FAMILIES = (
+    "data",
+    "train",
+    "tokenize",
+    "sample",
+    "evaluate",
+    "checkpoint",
+    "config",
+    "report",
+    "demo",
+    "bench",
+    "experiments",
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
