@@ -25,8 +25,13 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     run.add_argument("--only", nargs="+", default=[], metavar="NAME", help="configurations (default: all)")
     run.add_argument("--seeds", nargs="+", type=int, metavar="N", help="default: 0 1 2")
-    run.add_argument("--list", action="store_true", help="print the runs, make none")
     run.set_defaults(run=_run)
+    listed = family.add_parser(
+        "list",
+        help="the configurations and what each changes in the preset",
+        epilog="example: ibq-scale experiments list",
+    )
+    listed.set_defaults(run=_list)
     report = family.add_parser(
         "report",
         help="collect finished runs, draw the figures and fill the tables of docs/experiments.md",
@@ -39,16 +44,19 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _run(args: argparse.Namespace) -> int:
     from ibq_scale.experiments.plan import SEEDS, trials
+    from ibq_scale.experiments.run import run_trials
 
     if any(seed < 0 for seed in args.seeds or ()):
         raise UserError("--seeds must be 0 or more")
-    chosen = trials(args.only, args.seeds or SEEDS)
-    if args.list:
-        print("\n".join(trial.name for trial in chosen))
-        return 0
-    from ibq_scale.experiments.run import run_trials
+    return run_trials(args.pictures, args.to, trials(args.only, args.seeds or SEEDS))
 
-    return run_trials(args.pictures, args.to, chosen)
+
+def _list(args: argparse.Namespace) -> int:
+    from ibq_scale.experiments.plan import CONFIGURATIONS, PRESET
+
+    for configuration in CONFIGURATIONS:
+        print(f"{configuration.name:<16} {configuration.pictures:<12} {' '.join(configuration.overrides) or PRESET}")
+    return 0
 
 
 def _report(args: argparse.Namespace) -> int:
