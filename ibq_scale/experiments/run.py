@@ -14,6 +14,7 @@ from ibq_scale.distributed.launch import launch
 from ibq_scale.errors import UserError
 from ibq_scale.experiments.plan import PRESET, Trial
 from ibq_scale.experiments.tiles import prepare_tiles
+from ibq_scale.train.checkpoint import newest_or_this
 
 EVALUATION = "evaluation.json"
 EVALUATION_BATCH = 64
@@ -31,12 +32,12 @@ def run_trials(pictures: Path, to: Path, trials: Sequence[Trial]) -> int:
         run = to / trial.name
         data = prepare_tiles(trial.configuration.pictures, pictures, to / "data" / trial.configuration.pictures)
         words = trial_overrides(trial, data["train"], run)
-        if is_finished(run, resolve(PRESET, words, "tokenizer").config):
+        config = resolve(PRESET, words, "tokenizer").config
+        if is_finished(run, config):
             continue
         print(f"\n[{number}/{len(trials)}] {trial.name}", file=sys.stderr, flush=True)
-        code = launch(["train", "tokenizer", PRESET, *words, "--ranks", "1"], ranks=1) or _evaluate(
-            run, data["held-out"]
-        )
+        code = launch(["train", "tokenizer", PRESET, *words, "--ranks", "1"], ranks=1)
+        code = code or _evaluate(run, config.train.total_steps, data["held-out"])
         if code:
             return code
     return 0
@@ -64,7 +65,12 @@ def _what(config: AnyRun) -> dict[str, object]:
     return values
 
 
-def _evaluate(run: Path, held_out: str) -> int:
+def _evaluate(run: Path, steps: int, held_out: str) -> int:
+    reached = newest_or_this(run).step
+    if reached < steps:
+        # Whatever the training's exit code says: a part of a run must not stand for the whole.
+        print(f"ibq-scale: {run} ended at step {reached} of {steps}; run it again to go on", file=sys.stderr)
+        return 1
     words = [
         "evaluate",
         "reconstruction",

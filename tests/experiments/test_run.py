@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from ibq_scale.distributed.launch import launch
 from ibq_scale.errors import UserError
 from ibq_scale.experiments.plan import Configuration, Trial
 from ibq_scale.experiments.results import collect
@@ -53,6 +55,22 @@ def test_trained_evaluated_collected_and_then_left_alone(photographs: Path, tmp_
 
     with pytest.raises(UserError, match="is a run of another config"):
         run_trials(photographs, tmp_path, [_trial(3)])
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_part_of_a_run_is_not_evaluated_in_its_place(
+    photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def only_one_step(words: Sequence[str], ranks: int) -> int:
+        """A training that ends early and says that all is well."""
+        assert launch([w.replace("train.steps=2", "train.steps=1") for w in words], ranks) == 0
+        return 0
+
+    monkeypatch.setattr("ibq_scale.experiments.run.launch", only_one_step)
+    assert run_trials(photographs, tmp_path, [_trial(2)]) == 1
+    assert "ended at step 1 of 2" in capsys.readouterr().err
+    assert not (tmp_path / "ibq-1024/seed-3" / EVALUATION).exists()
 
 
 @pytest.mark.slow
