@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from ibq_scale.experiments.results import Result
 from ibq_scale.experiments.svg import Axis, Panel, Series, figure
-from ibq_scale.experiments.tables import TABLES, ceiling, conditions
+from ibq_scale.experiments.tables import TABLES, ceiling, conditions, spread_of, window_tokens
 
 SHARES = [(v / 100, f"{v} %") for v in (0, 25, 50, 75, 100)]
 IBQ, VQ, ROOM = 0, 1, 4
@@ -17,7 +17,8 @@ Value = Callable[[Result], float]
 def draw_all(results: Sequence[Result]) -> dict[str, str]:
     """SVG documents by file name; a figure whose runs are not there is left out."""
     made = {
-        "collapse.svg": _collapse(results),
+        "collapse.svg": _in_training("collapse", results, "Codebook usage in training: IBQ and VQ"),
+        "long.svg": _in_training("long", results, "Codebook usage in training, five times the steps"),
         "ladder.svg": _against(
             "ladder",
             results,
@@ -37,9 +38,9 @@ def draw_all(results: Sequence[Result]) -> dict[str, str]:
     return {name: svg for name, svg in made.items() if svg}
 
 
-def _collapse(results: Sequence[Result]) -> str:
-    rows = [name for _, name in TABLES["collapse"].rows]
-    chosen = _named(results, rows)
+def _in_training(table: str, results: Sequence[Result], title: str) -> str:
+    """A panel a codebook size: usage by window over steps, IBQ and VQ."""
+    chosen = _named(results, [name for _, name in TABLES[table].rows])
     panels = []
     for codes in sorted({r.codes for r in chosen}):
         series = [
@@ -47,11 +48,14 @@ def _collapse(results: Sequence[Result]) -> str:
             for kind, slot in (("ibq", IBQ), ("vq", VQ))
         ]
         last = max(r.steps[-1] for r in chosen)
-        ticks = [(step, f"{step}") for step in range(0, last + 1, 40)]
+        ticks = [(step, f"{step}") for step in range(0, last + 1, last // 4)]
         panels.append(
             Panel(f"{codes:,} codes", Axis("step", 0, last, ticks), _usage_axis(), [s for s in series if s.line])
         )
-    return figure("Codebook usage in training: IBQ and VQ", _note(chosen, "band: all seeds"), panels) if panels else ""
+    if not panels:
+        return ""
+    window = f"each point: {spread_of(chosen, window_tokens)}"
+    return figure(title, _note(chosen, window, " (band)"), panels)
 
 
 def _over_steps(label: str, slot: int, runs: Sequence[Result]) -> Series:
@@ -84,7 +88,7 @@ def _against(table: str, results: Sequence[Result], title: str, label: str, x: V
     low, high, ticks = _round_range([r.psnr for r in runs])
     return figure(
         title,
-        _note(runs, "dots: seeds"),
+        _held_out(runs),
         [
             Panel("Usage, held out", axis, _usage_axis(), usage, right=112),
             Panel("PSNR, held out", axis, Axis("dB", low, high, ticks), [psnr], right=50),
@@ -116,17 +120,20 @@ def _terms(results: Sequence[Result]) -> str:
         Panel("Usage, held out", Axis("of 1,024 codes", 0, 1, SHARES), rows_with, [usage], left=252, right=20),
         Panel("PSNR, held out", Axis("dB", low, high, ticks), rows_without, [psnr], left=20, right=30),
     ]
-    return figure("The terms of the loss, each on and off", _note(runs, "dots: seeds"), panels)
+    return figure("The terms of the loss, each on and off", _held_out(runs), panels)
 
 
 def _named(results: Sequence[Result], names: Sequence[str]) -> list[Result]:
     return [r for r in results if r.name in names]
 
 
-def _note(runs: Sequence[Result], what: str) -> str:
-    seeds = sorted({sum(1 for r in runs if r.name == name) for name in {r.name for r in runs}})
-    count = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
-    return f"{conditions(runs)[:-1]}; seeds: {count}; {what}"
+def _note(runs: Sequence[Result], counted: str, drawn: str) -> str:
+    seeds = spread_of(runs, lambda run: sum(1 for r in runs if r.name == run.name))
+    return f"{conditions(runs)}; {counted} tokens; seeds: {seeds}{drawn}"
+
+
+def _held_out(runs: Sequence[Result]) -> str:
+    return _note(runs, f"held out: {spread_of(runs, lambda r: r.tokens)}", " (dots)")
 
 
 def _usage_axis() -> Axis:

@@ -16,6 +16,8 @@ PANEL_WIDTH, PANEL_HEIGHT = 440, 280
 LEFT, RIGHT, TOP, BOTTOM = 58, 84, 34, 44
 HEADER = 48
 LABEL_STEP = 15
+# What the longest note takes, should there be one panel only.
+NOTE_WIDTH = 660
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Panel:
 def figure(title: str, note: str, panels: Sequence[Panel]) -> str:
     """The whole SVG document. `note` stands under the title: sizes, steps, seeds."""
     widths = [PANEL_WIDTH + p.left - LEFT + p.right - RIGHT for p in panels]
-    width, height = sum(widths), HEADER + PANEL_HEIGHT
+    width, height = max(sum(widths), NOTE_WIDTH), HEADER + PANEL_HEIGHT
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         f'font-family="system-ui, -apple-system, Segoe UI, Roboto, Helvetica, Arial, sans-serif" font-size="12" '

@@ -29,27 +29,22 @@ class Table:
         for label, found in of_row:
             cells = [cell(found) if found else NOT_RUN for _, cell in self.columns]
             lines.append(_row([label, *cells, str(len(found))]))
-        return "\n".join([conditions([r for _, found in of_row for r in found]), "", *lines])
+        runs = [r for _, found in of_row for r in found]
+        return "\n".join([_above(runs), "", *lines])
 
 
 def conditions(results: Sequence[Result]) -> str:
     """Sizes and steps of these runs; where they differ, from the least to the most."""
-    if not results:
-        return "No run is finished."
-    steps, batch, dim, window, held_out = (
-        _range({value(r) for r in results})
-        for value in (
-            lambda r: r.steps[-1],
-            lambda r: r.batch_tokens,
-            lambda r: r.dim,
-            window_tokens,
-            lambda r: r.tokens,
-        )
-    )
-    return (
-        f"{steps} steps of {batch} tokens, codes of {dim} dimensions; a window of training: {window} tokens; "
-        f"held out: {held_out} tokens."
-    )
+    steps = spread_of(results, lambda r: r.steps[-1])
+    batch, dim = spread_of(results, lambda r: r.batch_tokens), spread_of(results, lambda r: r.dim)
+    return f"{steps} steps of {batch} tokens, codes of {dim} dimensions"
+
+
+def spread_of(results: Sequence[Result], value: Callable[[Result], int]) -> str:
+    """``160``, or ``100 to 160`` where the runs differ."""
+    values = [value(r) for r in results]
+    least, most = min(values), max(values)
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
 
 
 def window_tokens(result: Result) -> int:
@@ -131,6 +126,8 @@ def _row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _range(values: set[int]) -> str:
-    least, most = min(values), max(values)
-    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
+def _above(runs: Sequence[Result]) -> str:
+    if not runs:
+        return "No run is finished."
+    window, held_out = spread_of(runs, window_tokens), spread_of(runs, lambda r: r.tokens)
+    return f"{conditions(runs)}; a window of training: {window} tokens; held out: {held_out} tokens."
