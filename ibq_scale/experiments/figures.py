@@ -18,7 +18,7 @@ def draw_all(results: Sequence[Result]) -> dict[str, str]:
     """SVG documents by file name; a figure whose runs are not there is left out."""
     made = {
         "collapse.svg": _in_training("collapse", results, "Codebook usage in training: IBQ and VQ"),
-        "long.svg": _in_training("long", results, "Codebook usage in training, five times the steps"),
+        "long.svg": _in_training("long", results, "Codebook usage in training, three times the steps"),
         "ladder.svg": _against(
             "ladder",
             results,

@@ -11,7 +11,7 @@ from ibq_scale.errors import UserError
 PRESET = "tokenizer/experiment"
 SEEDS = (0, 1, 2)
 
-Group = Literal["collapse", "ladder", "terms", "dimension", "batch", "pictures", "long"]
+Group = Literal["collapse", "ladder", "terms", "dimension", "batch", "rate", "pictures", "long"]
 Pictures = Literal["photographs", "ten"]
 """Which tiles a run learns: those of the pictures that were given, or of ten that are not from ImageNet (tiles.py)."""
 
@@ -19,6 +19,7 @@ Pictures = Literal["photographs", "ten"]
 _DOUBLE = "quantizer.double_quantization=false"
 _STRAIGHT = "quantizer.straight_through=false"
 _ENTROPY = "loss.entropy_weight=0"
+_SLOW = "optimizer.lr=1e-3"
 # Of the ladder, all alike: what 262,144 codes leave affordable on a CPU.
 _SHORT = ("train.global_batch=8", "train.micro_batch=8", "train.steps=100", "train.log_every=25")
 
@@ -62,6 +63,10 @@ CONFIGURATIONS = (
     Configuration("only-straight", "terms", (_DOUBLE, _ENTROPY)),
     Configuration("only-entropy", "terms", (_DOUBLE, _STRAIGHT)),
     Configuration("no-term", "terms", (_DOUBLE, _STRAIGHT, _ENTROPY)),
+    Configuration("slow-all", "rate", (_SLOW,)),
+    Configuration("slow-no-double", "rate", (_SLOW, _DOUBLE)),
+    Configuration("slow-no-straight", "rate", (_SLOW, _STRAIGHT)),
+    Configuration("slow-no-entropy", "rate", (_SLOW, _ENTROPY)),
     Configuration("dim-8", "dimension", ("quantizer.dim=8",)),
     Configuration("dim-16", "dimension", ("quantizer.dim=16",)),
     Configuration("dim-256", "dimension", ("quantizer.dim=256",)),
@@ -71,8 +76,8 @@ CONFIGURATIONS = (
     Configuration("short-1024", "ladder", _SHORT),
     Configuration("short-16384", "ladder", (*_SHORT, _k(16384))),
     Configuration("short-262144", "ladder", (*_SHORT, _k(262144))),
-    Configuration("long-ibq-16384", "long", (_k(16384), "train.steps=800")),
-    Configuration("long-vq-16384", "long", (_k(16384), "train.steps=800", "quantizer.kind=vq")),
+    Configuration("long-ibq-16384", "long", (_k(16384), "train.steps=480")),
+    Configuration("long-vq-16384", "long", (_k(16384), "train.steps=480", "quantizer.kind=vq")),
 )
 
 
