@@ -25,6 +25,7 @@ FAMILIES = (
     "report",
     "demo",
     "bench",
+    "experiments",
 )
 
 

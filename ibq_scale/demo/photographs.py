@@ -44,7 +44,7 @@ def write_crops(folder: Path, per_photograph: int, seed: int = 0) -> int:
         target = folder / name
         target.mkdir(parents=True, exist_ok=True)
         random = np.random.default_rng((seed, label))
-        image = _open(photograph)
+        image = open_photograph(photograph)
         for i in range(per_photograph):
             side = int(random.uniform(LEAST_SIDE, 1.0) * min(image.size))
             left = int(random.integers(image.width - side + 1))
@@ -55,7 +55,8 @@ def write_crops(folder: Path, per_photograph: int, seed: int = 0) -> int:
     return per_photograph * len(PHOTOGRAPHS)
 
 
-def _open(photograph: Photograph) -> Image.Image:
+def open_photograph(photograph: Photograph) -> Image.Image:
+    """The photograph, RGB. UserError where the package that carries it is not installed."""
     try:
         with (files(photograph.package) / photograph.path).open("rb") as f:
             return Image.open(f).convert("RGB")

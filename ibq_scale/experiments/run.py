@@ -1,0 +1,90 @@
+"""Makes the runs, one after the other, each by the very commands that a user would type."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ibq_scale.config.layers import load_resolved, resolve
+from ibq_scale.config.run import AnyRun
+from ibq_scale.distributed.launch import launch
+from ibq_scale.errors import UserError
+from ibq_scale.experiments.plan import PRESET, Trial
+from ibq_scale.experiments.tiles import prepare_tiles
+from ibq_scale.train.checkpoint import newest_or_this
+
+EVALUATION = "evaluation.json"
+EVALUATION_BATCH = 64
+
+
+def run_trials(pictures: Path, to: Path, trials: Sequence[Trial]) -> int:
+    """Trains and evaluates every trial under `to`: finished ones are skipped, unfinished ones go on.
+
+    Returns 0, or the exit code of the first command that did not succeed (75: stopped by a signal, everything saved).
+    UserError where a folder holds a run of another config.
+    """
+    if not pictures.is_dir():
+        raise UserError(f"{pictures} is no folder: give one with photographs")
+    for number, trial in enumerate(trials, 1):
+        run = to / trial.name
+        data = prepare_tiles(trial.configuration.pictures, pictures, to / "data" / trial.configuration.pictures)
+        words = trial_overrides(trial, data["train"], run)
+        config = resolve(PRESET, words, "tokenizer").config
+        if is_finished(run, config):
+            continue
+        print(f"\n[{number}/{len(trials)}] {trial.name}", file=sys.stderr, flush=True)
+        code = launch(["train", "tokenizer", PRESET, *words, "--ranks", "1"], ranks=1)
+        code = code or _evaluate(run, config.train.total_steps, data["held-out"])
+        if code:
+            return code
+    return 0
+
+
+def trial_overrides(trial: Trial, train: str, run: Path) -> list[str]:
+    """What a trial changes in the preset, its data at the URL `train`."""
+    own = [f"name={trial.configuration.name}", f"train.seed={trial.seed}", f"data.train={train}", f"out={run}"]
+    return [*trial.configuration.overrides, *own]
+
+
+def is_finished(run: Path, config: AnyRun) -> bool:
+    """Whether `run` is trained and evaluated. UserError where it is of another config than this one."""
+    if not (run / "config.yaml").is_file():
+        return False
+    if _what(load_resolved(run / "config.yaml")) != _what(config):
+        raise UserError(f"{run} is a run of another config: remove it, or give another folder with --to")
+    return (run / EVALUATION).is_file()
+
+
+def _what(config: AnyRun) -> dict[str, object]:
+    """The config without its places, which are other words for the same from another working directory."""
+    values = config.model_dump(exclude={"out"})
+    values["data"].pop("train")
+    return values
+
+
+def _evaluate(run: Path, steps: int, held_out: str) -> int:
+    reached = newest_or_this(run).step
+    if reached < steps:
+        # Whatever the training's exit code says: a part of a run must not stand for the whole.
+        print(f"ibq-scale: {run} ended at step {reached} of {steps}; run it again to go on", file=sys.stderr)
+        return 1
+    words = [
+        "evaluate",
+        "reconstruction",
+        str(run),
+        held_out,
+        "--batch",
+        str(EVALUATION_BATCH),
+        "--ranks",
+        "1",
+        "--json",
+    ]
+    done = subprocess.run([sys.executable, "-m", "ibq_scale", *words], stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode == 0:
+        partial = run / f".{EVALUATION}.partial"
+        partial.write_text(json.dumps(json.loads(done.stdout), indent=1) + "\n")
+        partial.replace(run / EVALUATION)
+    return done.returncode

@@ -1,0 +1,79 @@
+"""Tiles: small squares cut out of photographs, some kept from training.
+
+On a few hundred photographs a codebook of 16,384 codes is not put to the test: they have too few tokens. Their tiles
+have enough, and look like what a tokenizer of large pictures sees of each.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image
+
+from ibq_scale.data.manifest import NAME as MANIFEST
+from ibq_scale.data.prepare import prepare_images
+from ibq_scale.demo.photographs import PHOTOGRAPHS, open_photograph
+from ibq_scale.errors import UserError
+from ibq_scale.experiments.plan import Pictures
+
+TILE = 16
+SUFFIXES = {".jpg", ".jpeg", ".png"}
+# Shortest side of a picture before it is cut: many pictures give few tiles each, ten give many.
+PHOTOGRAPHS_SIDE, TEN_SIDE = 64, 320
+# One in so many: of the pictures, and of the ten pictures' rows of tiles, from below.
+HELD_OUT_SHARE = 5
+SHARD_BYTES = 4 << 20
+PARTS = ("train", "held-out")
+
+
+def prepare_tiles(pictures: Pictures, source: Path, to: Path) -> dict[str, str]:
+    """Cuts and prepares both parts under `to`, unless they are there already; returns the URL of each part.
+
+    `source`, a folder of photographs, is read for ``photographs`` only: every fifth of them, in the order of their
+    paths, is held out whole. Of the ``ten`` (which scikit-image and scikit-learn ship) the lowest fifth of each is.
+    UserError where there are too few pictures, or the packages with the ten are not installed.
+    """
+    urls = {part: str(to / part) for part in PARTS}
+    if all((to / part / MANIFEST).is_file() for part in PARTS):
+        return urls
+    cut = to / "cut"
+    shutil.rmtree(cut, ignore_errors=True)
+    for part in PARTS:
+        (cut / part).mkdir(parents=True)
+    for part, name, tile in _of_photographs(source) if pictures == "photographs" else _of_ten():
+        tile.save(cut / part / f"{name}.png")
+    for part, url in urls.items():
+        prepare_images(cut / part, url, shard_bytes=SHARD_BYTES)
+    shutil.rmtree(cut)
+    return urls
+
+
+def _of_photographs(source: Path) -> Iterator[tuple[str, str, Image.Image]]:
+    paths = sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES)
+    if len(paths) < HELD_OUT_SHARE:
+        raise UserError(f"{source} holds {len(paths)} pictures ({', '.join(sorted(SUFFIXES))}): give a folder of more")
+    for i, path in enumerate(paths):
+        part = PARTS[i % HELD_OUT_SHARE == HELD_OUT_SHARE - 1]
+        for row, column, tile in _tiles(Image.open(path).convert("RGB"), PHOTOGRAPHS_SIDE):
+            yield part, f"{i:06d}-{row:02d}-{column:02d}", tile
+
+
+def _of_ten() -> Iterator[tuple[str, str, Image.Image]]:
+    for name, photograph in PHOTOGRAPHS.items():
+        tiles = list(_tiles(open_photograph(photograph), TEN_SIDE))
+        rows = 1 + max(row for row, _, _ in tiles)
+        for row, column, tile in tiles:
+            part = PARTS[row >= rows - rows // HELD_OUT_SHARE]
+            yield part, f"{name}-{row:02d}-{column:02d}", tile
+
+
+def _tiles(image: Image.Image, side: int) -> Iterator[tuple[int, int, Image.Image]]:
+    scale = side / min(image.size)
+    width, height = (max(side, round(s * scale)) for s in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    for row in range(height // TILE):
+        for column in range(width // TILE):
+            left, top = column * TILE, row * TILE
+            yield row, column, image.crop((left, top, left + TILE, top + TILE))
