@@ -14,7 +14,6 @@ import logging
 import os
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from ibq_scale.console import tell
 from ibq_scale.distributed.environment import World
 from ibq_scale.errors import UserError
 from ibq_scale.train.files import StateFile
@@ -245,7 +245,7 @@ class CheckpointFolder:
 
 def _tell(message: str) -> None:
     log.error("%s", message)
-    print(message, file=sys.stderr, flush=True)
+    tell(message)
 
 
 def _files(folder: Path) -> list[Path]:

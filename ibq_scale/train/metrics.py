@@ -6,13 +6,13 @@ import json
 import logging
 import os
 import secrets
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ibq_scale.config.run import AnyRun
+from ibq_scale.console import tell
 
 log = logging.getLogger(__name__)
 
@@ -40,10 +40,10 @@ class MetricsLog:
         self._file.flush()
         if self._wandb is not None:
             self._tell_wandb(line, step)
-        print(self._progress(step, values, shown), file=sys.stderr, flush=True)
+        tell(self._progress(step, values, shown))
         for alarm in alarms:
             log.warning("step %d: %s", step, alarm)
-            print(f"ALARM at step {step}: {alarm}", file=sys.stderr, flush=True)
+            tell(f"ALARM at step {step}: {alarm}")
 
     def _progress(self, step: int, values: Mapping[str, float], shown: tuple[str, ...]) -> str:
         width = len(str(self.total_steps))

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from ibq_scale.config.batch import accumulation_steps
 from ibq_scale.config.layers import require_complete, to_yaml
 from ibq_scale.config.run import AnyRun, TokenizerRun
+from ibq_scale.console import tell
 from ibq_scale.data.sets import DataSets, open_sets
 from ibq_scale.distributed.environment import World
 from ibq_scale.errors import UserError
@@ -193,4 +194,4 @@ def _summary(config: AnyRun, world: World, accumulation: int, resume_from: Check
 def _say(world: World, message: str) -> None:
     log.info("%s", message)
     if world.is_main:
-        print(message, file=sys.stderr, flush=True)
+        tell(message)

@@ -1,0 +1,16 @@
+"""What a long run says to whoever looks on. Nobody has to."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+
+def tell(message: str) -> None:
+    """Prints a line to standard error. A reader that has gone, or a log on a full disk, is no reason to stop a run."""
+    try:
+        print(message, file=sys.stderr, flush=True)
+    except OSError:
+        # Nothing more can come through; the interpreter would try again at its exit.
+        sys.stderr = Path(os.devnull).open("w")
