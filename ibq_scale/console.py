@@ -13,4 +13,4 @@ def tell(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
     except OSError:
         # Nothing more can come through; the interpreter would try again at its exit.
-        sys.stderr = Path(os.devnull).open("w")
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
