@@ -26,6 +26,7 @@ HUNG_EXIT_CODE = 70
 FIRST_STEP_FACTOR = 3.0
 BEAT_SECONDS = 30.0
 LEAVE_SECONDS = 10.0
+LAST_RESORT_SECONDS = 60.0
 # Steps that heartbeat.json's seconds a step are a mean over.
 RECENT_STEPS = 20
 
@@ -83,7 +84,7 @@ class Watchdog:
     def _watch(self) -> None:
         while True:
             # C code that hangs with Python's lock in hand stops this thread too: then this one ends the process.
-            faulthandler.dump_traceback_later(2 * self._patience + 60.0, exit=True, file=self._stacks)
+            faulthandler.dump_traceback_later(2 * self._patience + LAST_RESORT_SECONDS, exit=True, file=self._stacks)
             if self.world.is_main:
                 self._write_heartbeat()
             left = self._progress + self._patience - time.monotonic()

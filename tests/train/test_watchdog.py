@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+import ibq_scale.train.watchdog as watchdog_module
 from ibq_scale.distributed.environment import join
 from ibq_scale.train.watchdog import HUNG_EXIT_CODE, Watchdog
 
@@ -28,6 +30,9 @@ def train(run_dir: Path, victim: int, how: str) -> None:
     with join() as world:
         logging.basicConfig(filename=run_dir / "logs" / f"rank-{world.rank:05d}.log")
         with closing(Watchdog(run_dir, world, HOSTS, TIMEOUT, start_step=0)) as watchdog:
+            if how == "goes on":
+                # The first step may take longer: it compiles.
+                time.sleep(1.5 * TIMEOUT)
             for step in range(1, 5):
                 if step == 4 and world.rank == victim:
                     _stop(watchdog, how)
@@ -47,6 +52,13 @@ def _stop(watchdog: Watchdog, how: str) -> None:
         time.sleep(600)
     if how == "exits":
         os._exit(3)
+
+
+def hold_pythons_lock(run_dir: Path) -> None:
+    """No thread of Python runs any more, as in C code that hangs."""
+    watchdog_module.LAST_RESORT_SECONDS = 0.5
+    with join() as world, closing(Watchdog(run_dir, world, HOSTS, 0.4, start_step=0)):
+        ctypes.PyDLL(None).sleep(60)
 
 
 def _run(folder: Path, victim: int, how: str, size: int = 3) -> list[subprocess.Popen[str]]:
@@ -129,3 +141,15 @@ def test_progress_that_is_reported_keeps_the_watchdog_quiet(tmp_path: Path) -> N
     assert (beat["step"], beat["phase"], beat["host"]) == (4, "save", "node0")
     assert 0 < beat["step_s"] < 1
     assert abs(beat["time"] - time.time()) < 60
+
+
+@pytest.mark.slow
+def test_c_code_that_keeps_pythons_lock_cannot_keep_the_process(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    program = (
+        f"from pathlib import Path; from {__name__} import hold_pythons_lock as hold; hold(Path({str(tmp_path)!r}))"
+    )
+    alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "SLURM_PROCID")}
+    done = subprocess.run([sys.executable, "-c", program], env=alone, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "in hold_pythons_lock" in (tmp_path / "logs" / "stacks-rank-00000.txt").read_text()
