@@ -114,6 +114,8 @@ class TrainConfig(Section):
     Give the length as `samples` (images seen) or as `steps` (optimizer steps), not both.
     `skipped_steps`: steps with a loss or gradient that is not finite, each skipped on all ranks and logged, that any
     1,000 steps may have before the run stops.
+    `hang_timeout`: seconds without progress after which a run ends itself and names the ranks that did not arrive;
+    below the 30 minutes after which torch ends a collective without such words.
     """
 
     samples: PositiveInt | None = None
@@ -126,6 +128,7 @@ class TrainConfig(Section):
     checkpoint_every: PositiveInt = 5000
     keep_checkpoints: PositiveInt = 2
     skipped_steps: NonNegativeInt = 10
+    hang_timeout: Annotated[float, Field(gt=0, lt=1800)] = 1200.0
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from ibq_scale.errors import UserError
+
 if TYPE_CHECKING:
     import torch
 
@@ -67,7 +69,9 @@ def _free_port() -> int:
 def join() -> Iterator[World]:
     """Initialises torch.distributed (nccl on CUDA, else gloo) and leaves it at the end; a lone process is a world of 1.
 
-    An exception on the way out skips the orderly farewell: the other ranks would wait for this one.
+    An exception on the way out skips the orderly farewell: the other ranks would wait for this one. After a UserError,
+    which comes of no collective, only the group is closed: with its threads alive, an exit may end in an abort, and the
+    exit code would be that one's.
     """
     import torch
     import torch.distributed as dist
@@ -85,6 +89,10 @@ def join() -> Iterator[World]:
         device = torch.device("cpu")
         env.setdefault("DS_ACCELERATOR", "cpu")
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
-    yield World(dist.get_rank(), dist.get_world_size(), local_rank, device)
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), local_rank, device)
+    except UserError:
+        dist.destroy_process_group()
+        raise
     dist.barrier()
     dist.destroy_process_group()

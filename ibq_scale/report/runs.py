@@ -37,6 +37,8 @@ METRICS: dict[str, tuple[str, str, str, float | None]] = {
     "lr": ("Learning rate", "", "", None),
     "samples_per_s": ("Speed", "images/s", "whole world, data and logging included", None),
     "bad_samples": ("Damaged samples", "so far", "each replaced by a neighbour", None),
+    "own_step_s_p50": ("The median rank's own time", "s a step", "outside of collectives", None),
+    "own_step_s_max": ("The slowest rank's own time", "s a step", "the others wait for it", None),
     "data_wait": ("Waiting for data", "share of time", "", None),
 }
 

@@ -21,10 +21,13 @@ from ibq_scale.config.run import AnyRun, TokenizerRun
 from ibq_scale.console import tell
 from ibq_scale.data.sets import DataSets, open_sets
 from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.node_check import check_nodes
+from ibq_scale.distributed.side_channel import SideChannel
 from ibq_scale.errors import UserError
 from ibq_scale.report.runs import write_report
 from ibq_scale.train.checkpoint import Checkpoint, CheckpointFolder
 from ibq_scale.train.preemption import REQUEUE_EXIT_CODE
+from ibq_scale.train.run_lock import locked
 from ibq_scale.train.task import Task
 from ibq_scale.train.trainer import Trainer
 
@@ -42,11 +45,17 @@ log = logging.getLogger(__name__)
 def train(config: AnyRun, world: World) -> int:
     """Trains `config` to its end, from the newest whole checkpoint of its run directory if there is one.
 
-    Returns the exit code: 0 done, 75 stopped by a signal with everything saved.
+    Returns the exit code: 0 done, 75 stopped by a signal with everything saved. UserError where another job trains in
+    the same run directory.
     """
     require_complete(config)
     accumulation = accumulation_steps(config.train, world.size)
     run_dir = Path(config.run_dir)
+    with locked(run_dir, world):
+        return _train(config, run_dir, world, accumulation)
+
+
+def _train(config: AnyRun, run_dir: Path, world: World, accumulation: int) -> int:
     resume_from = CheckpointFolder(run_dir / "checkpoints", world, config.train.keep_checkpoints).newest()
     if resume_from is not None:
         check_same_run(config, resume_from)
@@ -54,13 +63,14 @@ def train(config: AnyRun, world: World) -> int:
     if resume_from is not None and resume_from.step >= config.train.total_steps:
         _say(world, f"{run_dir}: all {config.train.total_steps} steps are done; nothing to do")
         return 0
+    hosts = check_nodes(world, SideChannel(world), run_dir, _cache_dir(config))
     sets = open_sets(config.data, "images" if isinstance(config, TokenizerRun) else "codes")
     _check_ranks_agree(config, sets, world)
     if resume_from is not None:
         check_same_data(config, resume_from, sets.hash)
     task = _make_task(config, world, sets)
     _say(world, _summary(config, world, accumulation, resume_from))
-    outcome = Trainer(config, run_dir, task, world, sets).run(resume_from)
+    outcome = Trainer(config, run_dir, task, world, sets, hosts).run(resume_from)
     if not outcome.saved:
         raise UserError(
             f"{run_dir}/checkpoints: step {outcome.step} could not be saved (see above): make room, then the same "
@@ -115,6 +125,11 @@ def _check_ranks_agree(config: AnyRun, sets: DataSets, world: World) -> None:
             f"rank {others[0]} sees other data in {', '.join(config.data.sources)} than rank 0 does (the manifests "
             f"differ): give all nodes the same"
         )
+
+
+def _cache_dir(config: AnyRun) -> Path | None:
+    named = config.data.cache_dir
+    return None if named in (None, "auto") else Path(str(named))
 
 
 def _what(section: object) -> object:

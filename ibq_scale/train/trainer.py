@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,11 @@ from ibq_scale.train.guards import SkippedSteps
 from ibq_scale.train.metrics import MetricsLog
 from ibq_scale.train.once import SeenOnce
 from ibq_scale.train.preemption import StopRequest
+from ibq_scale.train.stragglers import Stragglers
 from ibq_scale.train.task import StepMetrics, Task
+from ibq_scale.train.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,12 +46,17 @@ class NonFiniteLossError(RuntimeError):
     """The loss became NaN or infinite. Nothing is saved after it."""
 
 
+class DataWorkerDiedError(RuntimeError):
+    """A process that reads and decodes samples was killed."""
+
+
 class _CountedBatches:
     """Measures how long the step waits for data, and notes which samples it got; `requests` since last asked."""
 
-    def __init__(self, batches: Iterator[Any], once: SeenOnce) -> None:
+    def __init__(self, batches: Iterator[Any], once: SeenOnce, watchdog: Watchdog) -> None:
         self._batches = batches
         self._once = once
+        self._watchdog = watchdog
         self._requests: list[Tensor] = []
         self.waited = 0.0
 
@@ -53,7 +65,16 @@ class _CountedBatches:
 
     def __next__(self) -> Any:
         begin = time.perf_counter()
-        batch = next(self._batches)
+        self._watchdog.report("waiting for data")
+        try:
+            batch = next(self._batches)
+        except (RuntimeError, OSError) as e:
+            if not _tells_of_a_dead_worker(e):
+                raise
+            text = f"a data worker on {socket.gethostname()} died ({e}): killed for want of memory, perhaps"
+            log.error("%s", text)
+            raise DataWorkerDiedError(f"{text}. Run it again, with fewer data.workers if that comes back") from e
+        self._watchdog.report("step")
         self.waited += time.perf_counter() - begin
         self._once.note(batch.requests)
         self._requests.append(batch.requests)
@@ -69,12 +90,15 @@ class _CountedBatches:
 class Trainer:
     """Runs a task from its newest whole checkpoint to the end of the config, or to a signal."""
 
-    def __init__(self, config: AnyRun, run_dir: Path, task: Task, world: World, sets: DataSets) -> None:
+    def __init__(
+        self, config: AnyRun, run_dir: Path, task: Task, world: World, sets: DataSets, hosts: Sequence[str]
+    ) -> None:
         self.config = config
         self.run_dir = run_dir
         self.task = task
         self.world = world
         self.sets = sets
+        self.hosts = hosts
         self.once = SeenOnce(sets, config.train.seed, world)
         self.skipped = SkippedSteps(config.train.skipped_steps, world)
         self.alarms = Alarms(task.alarms)
@@ -83,39 +107,45 @@ class Trainer:
 
     def run(self, resume_from: Checkpoint | None) -> Outcome:
         """Trains. Collective; every rank returns the same outcome."""
-        train = self.config.train
-        start = 0
-        if resume_from is not None:
-            self.task.load(resume_from.path)
-            self.once.load(resume_from.path)
-            self.skipped.load(resume_from.path)
-            start = resume_from.step
-        metrics = MetricsLog(self.run_dir, self.config, start) if self.world.is_main else None
-        stop = StopRequest(self.world.device)
-        try:
-            return self._loop(start, train.total_steps, metrics, stop)
-        finally:
-            stop.close()
-            if metrics is not None:
-                metrics.close()
+        start = resume_from.step if resume_from is not None else 0
+        hang_timeout = self.config.train.hang_timeout
+        with ExitStack() as stack:
+            watchdog = stack.enter_context(closing(Watchdog(self.run_dir, self.world, self.hosts, hang_timeout, start)))
+            if resume_from is not None:
+                self.task.load(resume_from.path)
+                self.once.load(resume_from.path)
+                self.skipped.load(resume_from.path)
+            metrics = None
+            if self.world.is_main:
+                metrics = stack.enter_context(closing(MetricsLog(self.run_dir, self.config, start)))
+            stragglers = stack.enter_context(closing(Stragglers(self.world, self.hosts)))
+            stop = stack.enter_context(closing(StopRequest(self.world.device)))
+            return self._loop(start, metrics, stop, watchdog, stragglers)
 
-    def _loop(self, start: int, total: int, metrics: MetricsLog | None, stop: StopRequest) -> Outcome:
-        train = self.config.train
-        batches = _CountedBatches(self.task.batches(start * train.global_batch), self.once)
+    def _loop(
+        self, start: int, metrics: MetricsLog | None, stop: StopRequest, watchdog: Watchdog, stragglers: Stragglers
+    ) -> Outcome:
+        train, total = self.config.train, self.config.train.total_steps
+        batches = _CountedBatches(self.task.batches(start * train.global_batch), self.once, watchdog)
         window = _Window(batches)
         for step in range(start + 1, total + 1):
             rates = self.task.set_rates((step - 1) * train.global_batch)
-            self._train(step, batches, window)
+            with stragglers.step():
+                self._train(step, batches, window)
+            watchdog.step_ended(step)
             if step % train.log_every == 0 or step == total:
-                values = window.close(self.world, train.global_batch) | rates | self.task.log_metrics()
+                spread, alarms = stragglers.compare(batches.waited)
+                values = window.close(self.world, train.global_batch) | rates | self.task.log_metrics() | spread
                 _check_finite(values, step)
                 self.once.check(step * train.global_batch)
                 if metrics is not None:
-                    alarms = self.alarms.look(values)
+                    alarms += self.alarms.look(values)
                     metrics.write(step, step * train.global_batch, values, self.task.shown, alarms)
             stopping = stop.agreed()
             if stopping or step == total or step % train.checkpoint_every == 0:
+                watchdog.report("save")
                 self._save(step, window)
+                watchdog.report("step")
             if stopping:
                 return Outcome(step, stopped=step < total, saved=not self.unsaved)
         return Outcome(total, stopped=False, saved=not self.unsaved)
@@ -187,6 +217,12 @@ class _Window:
         self._sums, self._steps, self._applied = {}, 0, 0
         self._begin, self._batches.waited = time.perf_counter(), 0.0
         return values
+
+
+def _tells_of_a_dead_worker(error: Exception) -> bool:
+    """By torch's words, or since the memory of its last batch cannot be taken over any more."""
+    words = ("exited unexpectedly", "is killed by signal")
+    return isinstance(error, ConnectionError) or any(w in str(error) for w in words)
 
 
 def _check_finite(values: dict[str, float], step: int) -> None:

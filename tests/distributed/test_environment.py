@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 from ibq_scale.distributed.environment import is_launched, map_slurm
 
 SRUN = {
@@ -33,3 +37,22 @@ def test_a_batch_script_alone_is_no_rank() -> None:
     assert not is_launched({})
     assert is_launched(dict(SRUN))
     assert is_launched({"RANK": "0"})
+
+
+PROGRAM = """
+import torch.distributed as dist
+from ibq_scale.distributed.environment import join
+from ibq_scale.errors import UserError
+try:
+    with join():
+        raise UserError("wrong")
+except UserError:
+    print(dist.is_initialized())
+"""
+
+
+def test_wrong_use_closes_the_group_so_that_its_own_exit_code_comes_back() -> None:
+    """Threads of an open one now and then turn an exit into an abort."""
+    without = {k: v for k, v in os.environ.items() if k not in ("RANK", "SLURM_PROCID")}
+    done = subprocess.run([sys.executable, "-c", PROGRAM], env=without, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

@@ -1,0 +1,116 @@
+"""Words between ranks that no collective can block: through torch's key-value store, on a connection of its own.
+
+The store of the rendezvous (rank 0's process, or torchrun's agent) and not files: a thousand ranks cost it some tens of
+small messages a second, a shared file system as many metadata operations, and it is the first thing to hang.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ibq_scale.distributed.environment import World
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import TCPStore
+
+T = TypeVar("T")
+POLL_SECONDS = 0.1
+
+
+class NoAnswerError(RuntimeError):
+    """The store, or whoever should have written to it, did not answer in time."""
+
+
+class SideChannel:
+    """Small JSON values under names. Joining ranks have met before (`join`), so the store is there."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        # A restarted torchrun keeps its store: what an earlier attempt wrote is not ours.
+        self._prefix = f"ibq_scale/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        self._store = self._connect()
+
+    def another(self) -> SideChannel:
+        """A second connection: one blocked by a stopped store would hold up its other users."""
+        return SideChannel(self.world)
+
+    def put(self, name: str, value: Any) -> None:
+        """Writes; does not wait for an answer."""
+        self._store.set(self._key(name), json.dumps(value))
+
+    def get(self, name: str) -> Any:
+        """What stands under `name`, None where nothing does. May block while the store's process is stopped."""
+        key = self._key(name)
+        return json.loads(self._store.get(key)) if self._store.check([key]) else None
+
+    def count(self, name: str, more: int = 1) -> int:
+        """Adds to a counter and returns it; the first to count sees `more`. May block as `get`."""
+        return int(self._store.add(self._key(name), more))
+
+    def wait(self, name: str, seconds: float) -> Any:
+        """What stands under `name` as soon as something does. NoAnswerError after `seconds`."""
+        return within(seconds, lambda: self._poll(name, seconds), name)
+
+    def of_each_rank(self, name: str) -> list[Any]:
+        """``NAME/RANK`` of all ranks, None for those that wrote nothing. Two trips each, so for one rank to ask."""
+        return [self.get(f"{name}/{rank}") for rank in range(self.world.size)]
+
+    def gather(self, name: str, value: Any, decide: Callable[[list[Any]], Any], seconds: float) -> Any:
+        """`decide` on rank 0 over everyone's `value` (None for a rank that did not come), its answer on all.
+
+        Not a collective of the process group: it works where a device does not. NoAnswerError where rank 0 is silent.
+        """
+        self.put(f"{name}/{self.world.rank}", value)
+        if self.world.is_main:
+            deadline = time.monotonic() + seconds
+            missing = list(range(self.world.size))
+            while missing and time.monotonic() < deadline:
+                missing = [rank for rank in missing if self.get(f"{name}/{rank}") is None]
+                time.sleep(0.01 if missing else 0)
+            self.put(f"{name}/answer", decide(self.of_each_rank(name)))
+        return self.wait(f"{name}/answer", 2 * seconds)
+
+    def _poll(self, name: str, seconds: float) -> Any:
+        deadline = time.monotonic() + seconds
+        while (found := self.get(name)) is None and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        return found
+
+    def _key(self, name: str) -> str:
+        return f"{self._prefix}/{name}"
+
+    def _connect(self) -> TCPStore:
+        from torch._C._distributed_c10d import TCPStore
+
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60))
+
+
+def within(seconds: float, ask: Callable[[], T | None], what: str) -> T:
+    """The answer of `ask`, called in a thread. NoAnswerError where none comes in time.
+
+    The store's client waits without end for a stopped process, so its caller must be one that can be left behind.
+    """
+    answers: list[T] = []
+    errors: list[RuntimeError] = []
+
+    def call() -> None:
+        try:
+            found = ask()
+        except RuntimeError as e:
+            errors.append(e)
+        else:
+            answers.extend([] if found is None else [found])
+
+    thread = threading.Thread(target=call, name=f"ask for {what}", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not answers:
+        raise NoAnswerError(f"no answer about {what}: {errors[0] if errors else f'{seconds:.0f} s are over'}")
+    return answers[0]

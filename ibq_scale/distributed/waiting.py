@@ -1,0 +1,66 @@
+"""Which collective this process waits in, seen from beside it."""
+
+from __future__ import annotations
+
+import random
+import sys
+import threading
+import time
+from types import FrameType
+
+import torch.distributed.distributed_c10d as collectives
+
+# Often enough for the share of a step's time, rare enough to cost nothing (a look takes some 20 µs).
+SAMPLE_SECONDS = 0.05
+
+
+def collective_in_progress() -> str | None:
+    """The name of a collective that some thread of this process is inside of (``all_reduce``), or None.
+
+    On a GPU most are only enqueued here: there the device waits, and the flight recorder knows for what.
+    """
+    me = threading.get_ident()
+    for thread, frame in sys._current_frames().items():
+        name = None if thread == me else _collective(frame)
+        if name is not None:
+            return name
+    return None
+
+
+def _collective(frame: FrameType | None) -> str | None:
+    """The outermost function of torch.distributed on a stack: that which the program called."""
+    name = None
+    while frame is not None:
+        # Wrappers (of its logging, of no_grad) are named so in the same file.
+        if frame.f_code.co_filename == collectives.__file__ and frame.f_code.co_name != "wrapper":
+            name = frame.f_code.co_name
+        frame = frame.f_back
+    return name
+
+
+class CollectiveClock:
+    """Adds up how long this process has been inside of collectives, by looking 20 times a second.
+
+    Torch tells nobody when a collective begins; wrapping them all would stand in the way of torch.compile.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._closed = threading.Event()
+        # Not the global generator, whose state belongs to the run. Irregular, or it could keep step with the steps.
+        self._random = random.Random(0)
+        self._thread = threading.Thread(target=self._look, name="collective clock", daemon=True)
+        self._thread.start()
+
+    def _look(self) -> None:
+        before = time.perf_counter()
+        while not self._closed.wait(SAMPLE_SECONDS * self._random.uniform(0.5, 1.5)):
+            inside = collective_in_progress() is not None
+            now = time.perf_counter()
+            self.seconds += (now - before) * inside
+            before = now
+
+    def close(self) -> None:
+        """Stops looking."""
+        self._closed.set()
+        self._thread.join()

@@ -1,0 +1,142 @@
+"""Ends a run that hangs, and says who is missing: a thread in every rank that no collective can block."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import logging
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch._C._distributed_c10d as c10d
+
+from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.heartbeats import Heartbeats, Missing, Place, find_missing, leave
+from ibq_scale.distributed.side_channel import NoAnswerError, SideChannel
+from ibq_scale.distributed.waiting import collective_in_progress
+
+# EX_SOFTWARE of sysexits.h. Not 75: what hung once may hang again, and somebody should look.
+HUNG_EXIT_CODE = 70
+# Loading, compiling and autotuning come before the end of the first step.
+FIRST_STEP_FACTOR = 3.0
+BEAT_SECONDS = 30.0
+LEAVE_SECONDS = 10.0
+LAST_RESORT_SECONDS = 60.0
+# Steps that heartbeat.json's seconds a step are a mean over.
+RECENT_STEPS = 20
+
+log = logging.getLogger(__name__)
+
+
+class Watchdog:
+    """Watches one rank's progress. Where there is none for `timeout` seconds, all ranks' are asked who is missing,
+    stacks and torch's record of collectives are written to RUN/logs, and the process ends with code 70.
+
+    On rank 0 it also keeps RUN/heartbeat.json. Threads only; nothing of the run's state is touched.
+    """
+
+    def __init__(self, run_dir: Path, world: World, hosts: Sequence[str], timeout: float, start_step: int) -> None:
+        self.run_dir = run_dir
+        self.world = world
+        self.hosts = hosts
+        self.timeout = timeout
+        self._step = start_step
+        self._phase = "start"
+        self._patience = FIRST_STEP_FACTOR * timeout
+        self._progress = time.monotonic()
+        self._ends: deque[float] = deque(maxlen=RECENT_STEPS + 1)
+        self._closed = threading.Event()
+        self._stacks = (run_dir / "logs" / f"stacks-rank-{world.rank:05d}.txt").open("a")
+        self._channel = SideChannel(world)
+        self._interval = min(BEAT_SECONDS, timeout / 4)
+        self._heartbeats = Heartbeats(self._channel, self._interval, self._place)
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def report(self, phase: str) -> None:
+        """The rank got on, and is in `phase` now."""
+        self._phase = phase
+        self._progress = time.monotonic()
+
+    def step_ended(self, step: int) -> None:
+        """`step` ended on this rank."""
+        self._step = step
+        self._patience = self.timeout
+        self.report("step")
+        self._ends.append(self._progress)
+
+    def close(self) -> None:
+        """Nobody watches any more."""
+        self._closed.set()
+        self._thread.join()
+        self._heartbeats.close()
+        faulthandler.cancel_dump_traceback_later()
+        self._stacks.close()
+
+    def _place(self) -> Place:
+        return Place(self._step, self._phase, collective_in_progress())
+
+    def _watch(self) -> None:
+        while True:
+            # C code that hangs with Python's lock in hand stops this thread too: then this one ends the process.
+            faulthandler.dump_traceback_later(2 * self._patience + LAST_RESORT_SECONDS, exit=True, file=self._stacks)
+            if self.world.is_main:
+                self._write_heartbeat()
+            left = self._progress + self._patience - time.monotonic()
+            if left <= 0:
+                self._end()
+            if self._closed.wait(max(0.01, min(left, self._interval))):
+                return
+
+    def _end(self) -> None:
+        try:
+            print(f"--- no progress since step {self._step}, in {self._phase}", file=self._stacks, flush=True)
+            faulthandler.dump_traceback(self._stacks, all_threads=True)
+            self._dump_flight_record()
+            missing = find_missing(self._channel, self.hosts, self._interval)
+            self._tell(missing)
+            if not (missing.silent and 0 in missing.ranks):
+                leave(self._channel, missing, LEAVE_SECONDS)
+        except NoAnswerError:
+            pass
+        except Exception:
+            log.exception("the watchdog ends the process, and failed to say all")
+        finally:
+            os._exit(HUNG_EXIT_CODE)
+
+    def _tell(self, missing: Missing) -> None:
+        text = (
+            f"step {self._step + 1} does not end: no progress for {self._patience:.0f} s (train.hang_timeout). "
+            f"{missing.why}. Stacks are in {self.run_dir / 'logs'}"
+        )
+        log.error("%s", text)
+        # One line of a thousand ranks: rank 0's, or where that is missing, everyone's.
+        if self.world.is_main or 0 in missing.ranks:
+            print(f"HANG: {text}", file=sys.stderr, flush=True)
+
+    def _dump_flight_record(self) -> None:
+        """Torch's record of the last collectives, for ``torchfrtrace``; TORCH_FR_BUFFER_SIZE=0 turns it off."""
+        name = "_dump_nccl_trace" if self.world.device.type == "cuda" else "_dump_fr_trace"
+        if os.environ.get("TORCH_FR_BUFFER_SIZE") == "0" or not hasattr(c10d, name):
+            return
+        folder = self.run_dir / "logs" / "flight-record"
+        folder.mkdir(exist_ok=True)
+        (folder / f"rank_{self.world.rank}").write_bytes(getattr(c10d, name)())
+
+    def _write_heartbeat(self) -> None:
+        ends = list(self._ends)
+        seconds = (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else None
+        beat = {"step": self._step, "phase": self._phase, "time": time.time(), "step_s": seconds}
+        beat |= {"host": self.hosts[0], "pid": os.getpid()}
+        path = self.run_dir / "heartbeat.json"
+        partial = path.with_suffix(".json.partial")
+        try:
+            partial.write_text(json.dumps(beat) + "\n")
+            partial.replace(path)
+        except OSError as e:
+            log.warning("could not write %s: %s", path, e)

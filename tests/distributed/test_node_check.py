@@ -1,0 +1,78 @@
+"""A node that fails its start-up check is named on every rank."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ibq_scale.distributed import node_check
+from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.node_check import check_nodes
+from ibq_scale.distributed.side_channel import SideChannel
+from ibq_scale.errors import UserError
+from tests.ranks import run_ranks
+
+HOST = socket.gethostname()
+
+
+def _check(rank: int, size: int, folder: Path) -> dict[str, tuple[str, float]]:
+    """For each fault, which rank 1 meets: what this rank was told, and how long it took."""
+    node_check.VISIBLE_SECONDS = 0.5
+    found = {}
+    for attempt, fault in enumerate(CASES):
+        # As torchrun counts: words of an earlier attempt are not taken for this one's.
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt)
+        with pytest.MonkeyPatch.context() as patch:
+            device, run = torch.device("cpu"), folder / "run"
+            if rank == 1 and fault == "clock":
+                patch.setattr(node_check, "_now", lambda: time.time() + 90.0)
+            if rank == 1 and fault == "disk":
+                patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
+            if rank == 1 and fault == "not shared":
+                run = folder / "another"
+            if rank == 1 and fault == "device":
+                device = torch.device("cuda", 99)
+            world = World(rank, size, rank, device)
+            begin = time.perf_counter()
+            try:
+                said = ", ".join(check_nodes(world, SideChannel(world), run, None))
+            except UserError as e:
+                said = str(e)
+            found[fault] = said, time.perf_counter() - begin
+    return found
+
+
+FAILED = f"^rank 1 on {HOST} failed its start-up check"
+CASES = {
+    "none": f"^{HOST}, {HOST}$",
+    "clock": rf"{FAILED}: its clock is (89|90) s before rank 0's\. Leave that node out",
+    "disk": f"{FAILED}: .* has 1 MiB free",
+    "not shared": f"{FAILED}: .*another is another folder there than on rank 0's node",
+    "device": f"{FAILED}: cuda:99 cannot be used",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_all_ranks_are_told_which_failed_and_why(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    first, second = run_ranks(_check, 2, tmp_path)
+    for fault, pattern in CASES.items():
+        said, seconds = first[fault]
+        assert second[fault][0] == said
+        assert re.search(pattern, said), said
+        assert seconds < 2.0
+    assert not list((tmp_path / "run").iterdir()), "the tokens are gone"
+
+
+def test_a_rank_that_does_not_come_is_named() -> None:
+    came = {"host": "node0", "faults": [], "skew": 0.0}
+    assert node_check._judge([came, None])["faults"] == ["rank 1 did not come to the start-up check within 60 s"]

@@ -1,0 +1,109 @@
+"""Runs from the command line that meet a stopped rank, a second job, dead data workers: they end, and say why."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+SMALL = (
+    "model.channel_multipliers=[1,1]",
+    "model.resolution=16",
+    "model.attention_resolutions=[8]",
+    "model.z_channels=8",
+    "quantizer.dim=8",
+    "quantizer.codebook_size=64",
+    "train.global_batch=8",
+    "train.micro_batch=4",
+    "train.log_every=1",
+    "train.steps=100000",
+)
+
+
+def _words(data: str, out: Path, *more: str) -> list[str]:
+    words = ["train", "tokenizer", "tiny", f"data.train={data}", f"out={out}", *SMALL, *more]
+    return [sys.executable, "-m", "ibq_scale", *words]
+
+
+def _steps(run: Path, count: int, process: subprocess.Popen[str]) -> None:
+    """Waits until `count` steps are logged."""
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").is_file() or (run / "metrics.jsonl").read_text().count("\n") < count:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _line(run: Path) -> dict[str, float]:
+    return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def test_a_rank_stopped_within_a_step_ends_the_run_with_its_name(dataset: str, tmp_path: Path) -> None:
+    """Launched as srun does it: each rank's own code counts."""
+    run = tmp_path / "run"
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    environ = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    words = _words(dataset, run, "data.workers=0", "train.hang_timeout=4")
+    ranks = [
+        subprocess.Popen(words, env=environ | {"RANK": r, "LOCAL_RANK": r}, stderr=subprocess.PIPE, text=True)
+        for r in "01"
+    ]
+    try:
+        _steps(run, 3, ranks[0])
+        ranks[1].send_signal(signal.SIGSTOP)
+        begin = time.monotonic()
+        said = ranks[0].communicate(timeout=60)[1]
+        assert time.monotonic() - begin < 30
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    assert ranks[0].returncode == 70, said
+    host = socket.gethostname()
+    assert f"(train.hang_timeout). rank 1 on {host}: no sign of life" in said
+    assert "train_step" in (run / "logs" / "stacks-rank-00000.txt").read_text()
+    line = _line(run)
+    assert 0 < line["own_step_s_p50"] <= line["own_step_s_p95"] <= line["own_step_s_max"] <= line["step_s"] * 1.5
+    assert json.loads((run / "heartbeat.json").read_text())["step"] >= 3
+
+
+def test_a_second_job_on_the_run_directory_is_refused_and_the_first_goes_on(dataset: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = _words(dataset, run, "data.workers=0")
+    first = subprocess.Popen([*words, "--ranks", "1"], stderr=subprocess.PIPE, text=True)
+    _steps(run, 1, first)
+    second = subprocess.run([*words, "--ranks", "2"], capture_output=True, text=True, timeout=120, check=False)
+    assert second.returncode == 2, second.stderr
+    rank0 = psutil.Process(first.pid).children()[0].pid
+    assert f"another job trains in {run}: process {rank0} on {socket.gethostname()}, since" in second.stderr
+    assert "Traceback" not in second.stderr
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(60) == 75, first.communicate()[1]
+
+
+def test_dead_data_workers_end_the_run(dataset: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    words = _words(dataset, run, "data.workers=1", f"data.cache_dir={tmp_path / 'cache'}", "--ranks", "2")
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    _steps(run, 2, process)
+    helpers = psutil.Process(process.pid).children(recursive=True)
+    workers = [p for p in helpers if "forkserver" in " ".join(p.cmdline()) and not p.children()]
+    assert len(workers) == 2
+    workers[0].kill()
+    said = process.communicate(timeout=120)[1]
+    # The threads of an open process group may turn the exit into an abort.
+    assert process.returncode in (1, 128 + signal.SIGABRT), said
+    assert "a data worker on" in said
+    logs = [path.read_text() for path in sorted((run / "logs").glob("rank-*.log"))]
+    assert sum("ERROR ibq_scale.train.trainer: a data worker on" in text for text in logs) == 1
