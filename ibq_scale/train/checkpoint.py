@@ -1,33 +1,22 @@
-"""Checkpoint directories that appear whole or not at all.
+"""Checkpoint directories, as whoever reads them sees them: whole or not at all.
 
-RUN/checkpoints/step-00001000/ is written under a temporary name by all ranks, every file hashed into its
-manifest.json, flushed, and renamed; then the one-line file RUN/checkpoints/latest is replaced. A directory without
-the manifest, or with a file of another size, is not a checkpoint.
+RUN/checkpoints/step-00001000/ holds the ranks' files and manifest.json with the sha256 of each; the one-line file
+RUN/checkpoints/latest names the newest. A directory without the manifest, or with a file of another size, is not a
+checkpoint. How they come to be: saving.py.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import logging
-import os
 import re
-import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch.distributed as dist
-
-from ibq_scale.console import tell
-from ibq_scale.distributed.environment import World
 from ibq_scale.errors import UserError
-from ibq_scale.train.files import StateFile
 
-log = logging.getLogger(__name__)
-T = TypeVar("T")
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 STEP_NAME = re.compile(r"step-(\d{8})")
@@ -123,141 +112,6 @@ def file_sha256(path: Path) -> str:
     """sha256 of a file's bytes, hex."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-class CheckpointFolder:
-    """RUN/checkpoints: saves with all ranks, keeps the newest few."""
-
-    def __init__(self, folder: Path, world: World, keep: int) -> None:
-        self.folder = folder
-        self.world = world
-        self.keep = keep
-
-    def newest(self) -> Checkpoint | None:
-        """The newest checkpoint whose every byte is what was written, the same on every rank. Collective.
-
-        The ranks share the hashing. One that is damaged is told, with its faults, and the one before is taken.
-        """
-        found: list[Any] = [None]
-        if self.world.is_main:
-            try:
-                found = [whole_checkpoints(self.folder)]
-            except UserError as e:
-                found = [e]
-        dist.broadcast_object_list(found, src=0, device=self.world.device)
-        if isinstance(found[0], UserError):
-            raise found[0]
-        whole: list[Checkpoint] = found[0]
-        for checkpoint in reversed(whole):
-            names = sorted(checkpoint.manifest["files"])[self.world.rank :: self.world.size]
-            faults = [fault for part in self._everyone(verify(checkpoint, names)) for fault in part]
-            if not faults:
-                return checkpoint
-            if self.world.is_main:
-                _tell(f"{checkpoint.path} is damaged and left out: {'; '.join(faults)}")
-        return None
-
-    def save(self, facts: dict[str, Any], files: Sequence[StateFile]) -> bool:
-        """Writes the ranks' files and makes them a checkpoint; `facts` (with ``step``) go into its manifest.
-
-        False, on every rank, where it could not be written: this is told, and the checkpoints before stand. Collective.
-        """
-        name = f"step-{facts['step']:08d}"
-        partial = self.folder / f".partial-{name}"
-        if not self._agree(lambda: self._begin(partial, self._sum(file.bytes for file in files))):
-            return False
-        written: dict[str, dict[str, Any]] = {}
-
-        def write() -> None:
-            for file in files:
-                file.write(partial)
-                path = partial / file.path
-                _flush(path)
-                written[file.path] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-
-        complete = self._agree(write)
-        parts = self._everyone(written)
-
-        def commit() -> None:
-            if self.world.is_main and complete:
-                every = dict(sorted((k, v) for part in parts for k, v in part.items()))
-                self._commit(partial, self.folder / name, facts | {"format_version": FORMAT_VERSION, "files": every})
-
-        if complete and self._agree(commit):
-            return True
-        if self.world.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-        return False
-
-    def _begin(self, partial: Path, size: int) -> None:
-        """Rank 0 makes the folder, where the disk has room for the whole checkpoint."""
-        if self.world.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            free = shutil.disk_usage(self.folder).free
-            if free < size:
-                raise OSError(errno.ENOSPC, f"{size / 2**30:.1f} GiB are needed, {free / 2**30:.1f} are free")
-            partial.mkdir()
-
-    def _agree(self, work: Callable[[], None]) -> bool:
-        """Does it, and whether all ranks could. What went wrong is told by rank 0."""
-        fault = ""
-        try:
-            work()
-        except OSError as e:
-            fault = f"rank {self.world.rank}: {e.strerror or e}"
-        faults = [told for told in self._everyone(fault) if told]
-        if faults and self.world.is_main:
-            _tell(f"{self.folder}: THIS CHECKPOINT COULD NOT BE WRITTEN ({faults[0]}); the run goes on without it")
-        return not faults
-
-    def _everyone(self, mine: T) -> list[T]:
-        gathered: list[Any] = [None] * self.world.size
-        dist.all_gather_object(gathered, mine)
-        return gathered
-
-    def _sum(self, numbers: Iterable[int]) -> int:
-        return sum(self._everyone(sum(numbers)))
-
-    def _commit(self, partial: Path, final: Path, manifest: dict[str, Any]) -> None:
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        _flush(partial / MANIFEST)
-        for folder in {p.parent for p in _files(partial)} | {partial}:
-            _flush(folder)
-        if final.exists():
-            # The same step saved again (a resumed run that stopped at once): the old one is whole until this moment.
-            shutil.rmtree(final)
-        partial.rename(final)
-        _flush(self.folder)
-        pointer = self.folder / ".latest.partial"
-        pointer.write_text(final.name + "\n")
-        _flush(pointer)
-        pointer.replace(self.folder / "latest")
-        _flush(self.folder)
-        self._retire()
-
-    def _retire(self) -> None:
-        for old in whole_checkpoints(self.folder)[: -self.keep]:
-            # Without its manifest it is no checkpoint any more, so a crash inside rmtree leaves nothing half-true.
-            (old.path / MANIFEST).unlink()
-            shutil.rmtree(old.path, ignore_errors=True)
-
-
-def _tell(message: str) -> None:
-    log.error("%s", message)
-    tell(message)
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file())
-
-
-def _flush(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _size(path: Path) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -56,6 +57,25 @@ class TextFile(NamedTuple):
 
 
 StateFile = TensorFile | TextFile
+
+
+def copy_to_host(files: Sequence[StateFile]) -> list[StateFile]:
+    """The files with copies of their tensors in host memory, pinned where they come from a GPU; waits for it once."""
+    copies = [
+        file._replace(tensors={name: _host_copy(tensor) for name, tensor in file.tensors.items()})
+        if isinstance(file, TensorFile)
+        else file
+        for file in files
+    ]
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return copies
+
+
+def _host_copy(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return host.copy_(tensor, non_blocking=True)
 
 
 def write_all(files: Sequence[StateFile], folder: Path) -> None:

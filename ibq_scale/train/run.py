@@ -25,9 +25,10 @@ from ibq_scale.distributed.node_check import check_nodes
 from ibq_scale.distributed.side_channel import SideChannel
 from ibq_scale.errors import UserError
 from ibq_scale.report.runs import write_report
-from ibq_scale.train.checkpoint import Checkpoint, CheckpointFolder
+from ibq_scale.train.checkpoint import Checkpoint
 from ibq_scale.train.preemption import REQUEUE_EXIT_CODE
 from ibq_scale.train.run_lock import locked
+from ibq_scale.train.saving import CheckpointFolder
 from ibq_scale.train.task import Task
 from ibq_scale.train.trainer import Trainer
 

@@ -20,11 +20,12 @@ from ibq_scale.config.run import AnyRun
 from ibq_scale.data.sets import DataSets
 from ibq_scale.distributed.environment import World
 from ibq_scale.train.alarms import Alarms
-from ibq_scale.train.checkpoint import Checkpoint, CheckpointFolder
+from ibq_scale.train.checkpoint import Checkpoint
 from ibq_scale.train.guards import SkippedSteps
 from ibq_scale.train.metrics import MetricsLog
 from ibq_scale.train.once import SeenOnce
 from ibq_scale.train.preemption import StopRequest
+from ibq_scale.train.saving import CheckpointFolder
 from ibq_scale.train.stragglers import Stragglers
 from ibq_scale.train.task import StepMetrics, Task
 from ibq_scale.train.watchdog import Watchdog
@@ -102,7 +103,6 @@ class Trainer:
         self.once = SeenOnce(sets, config.train.seed, world)
         self.skipped = SkippedSteps(config.train.skipped_steps, world)
         self.alarms = Alarms(task.alarms)
-        self.unsaved = False
         self.checkpoints = CheckpointFolder(run_dir / "checkpoints", world, config.train.keep_checkpoints)
 
     def run(self, resume_from: Checkpoint | None) -> Outcome:
@@ -115,6 +115,7 @@ class Trainer:
                 self.task.load(resume_from.path)
                 self.once.load(resume_from.path)
                 self.skipped.load(resume_from.path)
+            stack.callback(self.checkpoints.settle)
             metrics = None
             if self.world.is_main:
                 metrics = stack.enter_context(closing(MetricsLog(self.run_dir, self.config, start)))
@@ -147,8 +148,8 @@ class Trainer:
                 self._save(step, window)
                 watchdog.report("step")
             if stopping:
-                return Outcome(step, stopped=step < total, saved=not self.unsaved)
-        return Outcome(total, stopped=False, saved=not self.unsaved)
+                return Outcome(step, stopped=step < total, saved=self.checkpoints.finish())
+        return Outcome(total, stopped=False, saved=self.checkpoints.finish())
 
     def _train(self, number: int, batches: _CountedBatches, window: _Window) -> None:
         """One step; one that was skipped is no part of the metrics' means."""
@@ -175,7 +176,7 @@ class Trainer:
         }
 
         state = [*self.task.state(), *self.once.state(), *self.skipped.state()]
-        self.unsaved = not self.checkpoints.save(facts, state)
+        self.checkpoints.save(facts, state)
         if self.world.is_main:
             self.task.draw(self.run_dir / "images", step)
 

@@ -6,31 +6,39 @@ import json
 import resource
 import shutil
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 
 from ibq_scale.distributed.environment import World
 from ibq_scale.errors import UserError
 from ibq_scale.train.checkpoint import (
-    CheckpointFolder,
     newest_or_this,
     read_checkpoint,
     verify,
     whole_checkpoints,
 )
 from ibq_scale.train.files import TensorFile, TextFile
+from ibq_scale.train.saving import CheckpointFolder
 from tests.ranks import run_ranks
+
+
+def _saved(checkpoints: CheckpointFolder, facts: dict[str, Any], files: list[Any]) -> bool:
+    checkpoints.save(facts, files)
+    return checkpoints.finish()
 
 
 def _save(rank: int, world_size: int, folder: str, steps: list[int], keep: int) -> None:
     checkpoints = CheckpointFolder(Path(folder), World(rank, world_size, rank, torch.device("cpu")), keep)
     for step in steps:
         file = TextFile(f"part/rank-{rank}.bin", str(step % 10) * (100 + rank))
-        assert checkpoints.save({"step": step, "samples": 8 * step, "world_size": world_size}, [file])
+        checkpoints.save({"step": step, "samples": 8 * step, "world_size": world_size}, [file])
+    assert checkpoints.finish()
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +96,7 @@ def test_a_crash_at_any_moment_leaves_the_last_good_one(
 ) -> None:
     folder = tmp_path / "checkpoints"
     checkpoints = CheckpointFolder(folder, alone, keep=2)
-    assert checkpoints.save({"step": 1}, [TextFile("x", "one")])
+    assert _saved(checkpoints, {"step": 1}, [TextFile("x", "one")])
 
     def crash(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
@@ -103,12 +111,12 @@ def test_a_crash_at_any_moment_leaves_the_last_good_one(
         if broken != "write":
             patch.setattr(Path, "rename" if broken == "rename" else "replace", crash)
         with pytest.raises(KeyboardInterrupt):
-            checkpoints.save({"step": 2}, [file])
+            _saved(checkpoints, {"step": 2}, [file])
     newest = checkpoints.newest()
     assert newest is not None
     assert verify(newest) == []
     assert newest.step == (2 if broken == "pointer" else 1)
-    assert checkpoints.save({"step": 2}, [TextFile("x", "two")])
+    assert _saved(checkpoints, {"step": 2}, [TextFile("x", "two")])
     assert (folder / "latest").read_text() == "step-00000002\n"
     assert [c.step for c in whole_checkpoints(folder)] == [1, 2]
 
@@ -117,14 +125,14 @@ def _full(rank: int, world_size: int, folder: str) -> list[bool]:
     """Rank 1 may write 64 bytes a file, as if its disk were full, then as much as it likes."""
     checkpoints = CheckpointFolder(Path(folder), World(rank, world_size, rank, torch.device("cpu")), keep=2)
     files = [TensorFile(f"rank-{rank}.safetensors", {"x": torch.ones(1000)}), TextFile(f"rank-{rank}.txt", "1" * 100)]
-    saved = [checkpoints.save({"step": 1}, files)]
+    saved = [_saved(checkpoints, {"step": 1}, files)]
     if rank == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (64, resource.RLIM_INFINITY))
-    saved += [checkpoints.save({"step": 2}, files), checkpoints.save({"step": 3}, files[1:])]
+    saved += [_saved(checkpoints, {"step": 2}, files), _saved(checkpoints, {"step": 3}, files[1:])]
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert whole_checkpoints(Path(folder))[-1].step == 1
     dist.barrier()
-    return [*saved, checkpoints.save({"step": 4}, files)]
+    return [*saved, _saved(checkpoints, {"step": 4}, files)]
 
 
 @pytest.mark.distributed
@@ -165,5 +173,29 @@ def test_a_checkpoint_that_the_disk_has_no_room_for_is_not_begun(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     checkpoints = CheckpointFolder(tmp_path / "checkpoints", alone, keep=2)
-    assert not checkpoints.save({"step": 1}, [TensorFile("x", {"x": torch.ones(1000)})])
-    assert checkpoints.save({"step": 1}, [TextFile("x", "small")])
+    assert not _saved(checkpoints, {"step": 1}, [TensorFile("x", {"x": torch.ones(1000)})])
+    assert _saved(checkpoints, {"step": 1}, [TextFile("x", "small")])
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(alone: World, tmp_path: Path) -> None:
+    """What is saved is the state of that moment, and only the next save waits."""
+    began, may_end = Event(), Event()
+
+    class Slow(TextFile):
+        def write(self, folder: Path) -> None:
+            began.set()
+            assert may_end.wait(10)
+            super().write(folder)
+
+    checkpoints = CheckpointFolder(tmp_path, alone, keep=2)
+    weights = torch.zeros(3)
+    checkpoints.save({"step": 1}, [Slow("slow", "x"), TensorFile("w.safetensors", {"w": weights})])
+    assert began.wait(10)
+    weights += 1
+    assert whole_checkpoints(tmp_path) == []
+    may_end.set()
+    checkpoints.save({"step": 2}, [TensorFile("w.safetensors", {"w": weights})])
+    assert [c.step for c in whole_checkpoints(tmp_path)][:1] == [1]
+    assert checkpoints.finish()
+    values = [load_file(tmp_path / f"step-0000000{step}/w.safetensors")["w"].tolist() for step in (1, 2)]
+    assert values == [[0.0] * 3, [1.0] * 3]

@@ -1,0 +1,263 @@
+"""Checkpoints come to be beside the training, and appear whole or not at all.
+
+A save stops the ranks for a copy of their state to host memory; a thread of each rank then writes, flushes and hashes
+its files under RUN/checkpoints/.partial-step-00001000, and says in a small file there that it is done, or why not. Rank
+0's thread waits for all of them, writes the manifest, renames the folder and replaces `latest`. No collective takes
+part, so training's own are not disturbed. One save is under way at a time: the next waits for it.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from threading import Thread
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from ibq_scale.console import tell
+from ibq_scale.distributed.environment import World
+from ibq_scale.errors import UserError
+from ibq_scale.train.checkpoint import (
+    FORMAT_VERSION,
+    MANIFEST,
+    Checkpoint,
+    file_sha256,
+    verify,
+    whole_checkpoints,
+)
+from ibq_scale.train.files import StateFile, copy_to_host
+
+T = TypeVar("T")
+# How often rank 0 looks whether the others are done, and for how long after it is done itself.
+LOOK_SECONDS, PATIENCE_SECONDS = 0.1, 3600.0
+SETTLE_SECONDS = 60.0
+DONE = ".done-rank-"
+
+log = logging.getLogger(__name__)
+
+
+class CheckpointFolder:
+    """RUN/checkpoints: saves with all ranks, keeps the newest few. The run holds its lock."""
+
+    def __init__(self, folder: Path, world: World, keep: int) -> None:
+        self.folder = folder
+        self.world = world
+        self.keep = keep
+        self._writing: _Writing | None = None
+
+    def newest(self) -> Checkpoint | None:
+        """The newest checkpoint whose every byte is what was written, the same on every rank. Collective.
+
+        The ranks share the hashing. One that is damaged is told, with its faults, and the one before is taken.
+        """
+        found: list[Any] = [None]
+        if self.world.is_main:
+            try:
+                found = [whole_checkpoints(self.folder)]
+            except UserError as e:
+                found = [e]
+        dist.broadcast_object_list(found, src=0, device=self.world.device)
+        if isinstance(found[0], UserError):
+            raise found[0]
+        whole: list[Checkpoint] = found[0]
+        for checkpoint in reversed(whole):
+            names = sorted(checkpoint.manifest["files"])[self.world.rank :: self.world.size]
+            faults = [fault for part in self._everyone(verify(checkpoint, names)) for fault in part]
+            if not faults:
+                return checkpoint
+            if self.world.is_main:
+                _tell(f"{checkpoint.path} is damaged and left out: {'; '.join(faults)}")
+        return None
+
+    def save(self, facts: dict[str, Any], files: Sequence[StateFile]) -> None:
+        """Begins to make the ranks' files a checkpoint; `facts` (with ``step``) go into its manifest. Collective.
+
+        Returns when the files' tensors may change again. Where it cannot be written, this is told, and the checkpoints
+        before stand: see `finish`.
+        """
+        self.finish()
+        partial = self.folder / f".partial-step-{facts['step']:08d}"
+        size = sum(self._everyone(sum(file.bytes for file in files)))
+        fault: list[Any] = [self._begin(partial, size) if self.world.is_main else None]
+        dist.broadcast_object_list(fault, src=0, device=self.world.device)
+        write = _Share(self, partial, facts, copy_to_host(files) if fault[0] is None else [])
+        self._writing = _Writing(write, fault[0])
+
+    def finish(self) -> bool:
+        """Waits for the save under way; whether the last one is on disk, the same on every rank. Collective."""
+        if self._writing is None:
+            return True
+        fault: list[Any] = [self._writing.wait()]
+        dist.broadcast_object_list(fault, src=0, device=self.world.device)
+        self._writing = _Writing(None, fault[0])
+        if isinstance(fault[0], BaseException):
+            raise fault[0]
+        return fault[0] is None
+
+    def settle(self) -> None:
+        """At the end of a run that failed: lets the save under way come to its end, where the other ranks live."""
+        if self._writing is not None:
+            self._writing.wait(SETTLE_SECONDS)
+
+    def _begin(self, partial: Path, size: int) -> str | None:
+        """Rank 0 makes the folder, where the disk has room for the whole checkpoint; else what is wrong."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for leftover in self.folder.glob(".partial-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            free = shutil.disk_usage(self.folder).free
+            if free < size:
+                raise OSError(errno.ENOSPC, f"{size / 2**30:.1f} GiB are needed, {free / 2**30:.1f} are free")
+            partial.mkdir()
+        except OSError as e:
+            return _not_written(self.folder, e.strerror or str(e))
+        return None
+
+    def _everyone(self, mine: T) -> list[T]:
+        gathered: list[Any] = [None] * self.world.size
+        dist.all_gather_object(gathered, mine)
+        return gathered
+
+
+class _Writing:
+    """The save under way: its thread, and what came of it. Without a thread it is over."""
+
+    def __init__(self, work: Callable[[], str | None] | None, fault: str | None) -> None:
+        self._fault: str | BaseException | None = fault
+        self._thread: Thread | None = None
+        if work is not None and fault is None:
+            self._thread = Thread(target=self._run, args=(work,), name="checkpoint", daemon=True)
+            self._thread.start()
+
+    def _run(self, work: Callable[[], str | None]) -> None:
+        try:
+            self._fault = work()
+        except BaseException as e:
+            self._fault = e
+
+    def wait(self, seconds: float | None = None) -> str | BaseException | None:
+        """None where all is well."""
+        if self._thread is not None:
+            self._thread.join(seconds)
+        return self._fault
+
+
+class _Share:
+    """One rank's part in one checkpoint; rank 0's makes it one. Runs in a thread and answers what went wrong."""
+
+    def __init__(
+        self, checkpoints: CheckpointFolder, partial: Path, facts: dict[str, Any], files: Sequence[StateFile]
+    ) -> None:
+        self.folder = checkpoints.folder
+        self.world = checkpoints.world
+        self.keep = checkpoints.keep
+        self.partial = partial
+        self.facts = facts
+        self.files = files
+
+    def __call__(self) -> str | None:
+        written: dict[str, dict[str, Any]] = {}
+        fault = None
+        try:
+            for file in self.files:
+                file.write(self.partial)
+                path = self.partial / file.path
+                _flush(path)
+                written[file.path] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        except OSError as e:
+            fault = f"rank {self.world.rank}: {e.strerror or e}"
+        if not self.world.is_main:
+            self._say(written, fault)
+            return fault
+        try:
+            faults, every = self._gather(written, fault)
+            if not faults:
+                self._commit(every)
+                return None
+        except OSError as e:
+            faults = [f"rank 0: {e.strerror or e}"]
+        shutil.rmtree(self.partial, ignore_errors=True)
+        return _not_written(self.folder, faults[0])
+
+    def _say(self, written: dict[str, dict[str, Any]], fault: str | None) -> None:
+        """Leaves word for rank 0, whole: by a rename. On a full disk there is room for a name, at least."""
+        done = self.partial / f"{DONE}{self.world.rank:05d}"
+        text = done.with_name(f"{done.name}.partial")
+        try:
+            text.write_text(json.dumps({"files": written, "fault": fault}))
+            text.replace(done)
+        except OSError:
+            text.unlink(missing_ok=True)
+            done.touch()
+
+    def _gather(
+        self, written: dict[str, dict[str, Any]], fault: str | None
+    ) -> tuple[list[str], dict[str, dict[str, Any]]]:
+        """The ranks' faults, and all files by name, when every rank has left word."""
+        faults = [fault] if fault else []
+        every = dict(written)
+        end = time.monotonic() + PATIENCE_SECONDS
+        for rank in range(1, self.world.size):
+            done = self.partial / f"{DONE}{rank:05d}"
+            while not done.exists():
+                if time.monotonic() > end:
+                    return [*faults, f"rank {rank} has not written its part"], every
+                time.sleep(LOOK_SECONDS)
+            said = done.read_text()
+            word: dict[str, Any] = (
+                json.loads(said) if said else {"files": {}, "fault": f"rank {rank}: its disk is full"}
+            )
+            every |= word["files"]
+            faults += [word["fault"]] if word["fault"] else []
+            done.unlink()
+        return faults, every
+
+    def _commit(self, files: dict[str, dict[str, Any]]) -> None:
+        manifest = self.facts | {"format_version": FORMAT_VERSION, "files": dict(sorted(files.items()))}
+        (self.partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        _flush(self.partial / MANIFEST)
+        for folder in {(self.partial / name).parent for name in files} | {self.partial}:
+            _flush(folder)
+        final = self.folder / self.partial.name.removeprefix(".partial-")
+        if final.exists():
+            # The same step once more: the one that is there was damaged, or the run would have gone on from it.
+            shutil.rmtree(final)
+        self.partial.rename(final)
+        _flush(self.folder)
+        pointer = self.folder / ".latest.partial"
+        pointer.write_text(final.name + "\n")
+        _flush(pointer)
+        pointer.replace(self.folder / "latest")
+        _flush(self.folder)
+        self._retire()
+
+    def _retire(self) -> None:
+        for old in whole_checkpoints(self.folder)[: -self.keep]:
+            # Without its manifest it is no checkpoint any more, so a crash inside rmtree leaves nothing half-true.
+            (old.path / MANIFEST).unlink()
+            shutil.rmtree(old.path, ignore_errors=True)
+
+
+def _not_written(folder: Path, why: str) -> str:
+    _tell(f"{folder}: THIS CHECKPOINT COULD NOT BE WRITTEN ({why}); the run goes on without it")
+    return why
+
+
+def _tell(message: str) -> None:
+    log.error("%s", message)
+    tell(message)
+
+
+def _flush(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
