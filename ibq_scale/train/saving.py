@@ -96,9 +96,10 @@ class CheckpointFolder:
             return True
         fault: list[Any] = [self._writing.wait()]
         dist.broadcast_object_list(fault, src=0, device=self.world.device)
-        self._writing = _Writing(None, fault[0])
         if isinstance(fault[0], BaseException):
+            self._writing = None
             raise fault[0]
+        self._writing = _Writing(None, fault[0])
         return fault[0] is None
 
     def settle(self) -> None:
