@@ -72,7 +72,10 @@ def test_a_rank_stopped_within_a_step_ends_the_run_with_its_name(dataset: str, t
     assert ranks[0].returncode == 70, said
     host = socket.gethostname()
     assert f"(train.hang_timeout). rank 1 on {host}: no sign of life" in said
-    assert "train_step" in (run / "logs" / "stacks-rank-00000.txt").read_text()
+    # Where it waits depends on the moment: in one of the step's collectives, or in the one after it.
+    stacks = (run / "logs" / "stacks-rank-00000.txt").read_text()
+    assert "distributed_c10d.py" in stacks
+    assert "trainer.py" in stacks
     line = _line(run)
     assert 0 < line["own_step_s_p50"] <= line["own_step_s_p95"] <= line["own_step_s_max"] <= line["step_s"] * 1.5
     assert json.loads((run / "heartbeat.json").read_text())["step"] >= 3
