@@ -35,9 +35,10 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     export.add_argument("--to", required=True, type=Path, metavar="PATH", help="new folder, or new file if published")
     export.add_argument(
         "--layout",
-        choices=("safetensors", "published"),
+        choices=("safetensors", "published", "deepspeed"),
         default="safetensors",
-        help="safetensors and config in a folder (default), or one .ckpt file that the published code loads",
+        help="safetensors and config in a folder (default); one .ckpt file that the published code loads; or a "
+        "checkpoint's live weights, a folder an engine, as DeepSpeed's zero_to_fp32 reads them",
     )
     export.set_defaults(run=_export)
     imported = family.add_parser(
@@ -98,6 +99,15 @@ def _export(args: argparse.Namespace) -> int:
         from ibq_scale.pretrained.published import export_published
 
         kind = export_published(args.path, args.to)
+    elif args.layout == "deepspeed":
+        from ibq_scale.pretrained.loading import refuse_overwrite
+        from ibq_scale.train.checkpoint import newest_or_this
+        from ibq_scale.train.deepspeed_layout import export_deepspeed
+
+        refuse_overwrite(args.to)
+        for folder in export_deepspeed(newest_or_this(args.path), args.to):
+            print(f"{folder}: for zero_to_fp32")
+        return 0
     else:
         from ibq_scale.pretrained.loading import export
 

@@ -14,7 +14,7 @@ import torch
 
 from ibq_scale.distributed.environment import World
 from ibq_scale.train.files import TensorFile
-from ibq_scale.train.master import Fragment, fragments, held
+from ibq_scale.train.master import Fragment, fragments, held, shapes
 from ibq_scale.train.pieces import Piece, PieceReader, piece_file
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -29,7 +29,12 @@ def engine_file(engine: Any, folder: str, world: World) -> TensorFile:
         state += _moments(engine, share)
     if world.is_main:
         state += _buffers(engine)
-    return piece_file(folder, world.rank, state, {"steps": steps})
+    facts = {
+        "steps": steps,
+        "shapes": {name: list(shape) for name, shape in shapes(engine).items()},
+        "buffers": {name: list(buffer.shape) for name, buffer in engine.module.named_buffers()},
+    }
+    return piece_file(folder, world.rank, state, facts)
 
 
 def load_engine(engine: Any, folder: Path, world: World) -> None:

@@ -35,7 +35,7 @@ class _Place(NamedTuple):
     path: Path
 
 
-def piece_file(folder: str, rank: int, pieces: Iterable[Piece], facts: Mapping[str, float]) -> TensorFile:
+def piece_file(folder: str, rank: int, pieces: Iterable[Piece], facts: Mapping[str, Any]) -> TensorFile:
     """This rank's file; a rank without pieces has its facts to write all the same."""
     pieces = list(pieces)
     tensors = {piece.name: piece.values for piece in pieces}
@@ -50,7 +50,7 @@ class PieceReader:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.facts: dict[str, float] = {}
+        self.facts: dict[str, Any] = {}
         self._places: dict[str, list[_Place]] = {}
         self._files: dict[Path, Any] = {}
         files = sorted(folder.glob("rank-*.safetensors"))

@@ -13,6 +13,8 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ibq_scale.config.layers import resolve
@@ -159,3 +161,25 @@ def test_a_run_that_does_not_fit_its_checkpoint_is_refused(whole: Path, dataset:
     for said, override in cases.items():
         with pytest.raises(UserError, match=said):
             check(override)
+
+
+def test_deepspeeds_own_zero_to_fp32_reads_an_export(whole: Path, tmp_path: Path) -> None:
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    from ibq_scale.cli.main import main
+
+    assert main(["checkpoint", "export", str(whole), "--layout", "deepspeed", "--to", str(tmp_path / "ds")]) == 0
+    pieces: dict[str, list[tuple[int, Any]]] = {}
+    for path in sorted((newest_or_this(whole).path / "generator").iterdir()):
+        with safe_open(path, framework="pt") as f:
+            starts = json.loads(f.metadata()["starts"])
+            for name in f.keys():  # noqa: SIM118
+                pieces.setdefault(name, []).append((starts[name], f.get_tensor(name)))
+    found = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path / "ds" / "generator"))
+    assert {f"weights/{name}" for name in found} == {name for name in pieces if name.startswith("weights/")}
+    for name, value in found.items():
+        whole_vector = torch.cat([values for _, values in sorted(pieces[f"weights/{name}"], key=lambda p: p[0])])
+        assert torch.equal(value.flatten(), whole_vector), name
+    judge = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path / "ds" / "discriminator"))
+    assert "discriminator.main.0.weight" in judge
+    assert any(name.endswith("running_mean") for name in judge)

@@ -1,0 +1,65 @@
+"""A checkpoint in DeepSpeed's own layout, for tools that read it: its ``zero_to_fp32`` among them (0.19.8).
+
+What is written is what one rank of ZeRO-1 would have: fp32 weights in one flat vector, the names and shapes in it.
+Adam's moments stay behind: training goes on from our checkpoints, under any layout.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ibq_scale.errors import UserError
+from ibq_scale.train.checkpoint import Checkpoint
+from ibq_scale.train.pieces import PieceReader
+
+ENGINES = ("generator", "discriminator", "transformer")
+
+
+def export_deepspeed(checkpoint: Checkpoint, to: Path) -> list[Path]:
+    """Writes ``to/ENGINE/`` for each engine of the checkpoint and returns them. UserError where it lacks the shapes."""
+    tag = f"global_step{checkpoint.step}"
+    written = []
+    for engine in ENGINES:
+        if not (checkpoint.path / engine).is_dir():
+            continue
+        reader = PieceReader(checkpoint.path / engine)
+        if "shapes" not in reader.facts:
+            raise UserError(
+                f"{checkpoint.path} was written before the shapes were kept: train one step on, and export that"
+            )
+        shapes = {name: torch.Size(shape) for name, shape in reader.facts["shapes"].items()}
+        flat = torch.empty(sum(shape.numel() for shape in shapes.values()))
+        place = 0
+        for name, shape in shapes.items():
+            reader.read(f"weights/{name}", 0, flat[place : place + shape.numel()])
+            place += shape.numel()
+        folder = to / engine / tag
+        folder.mkdir(parents=True)
+        torch.save(_optimizer(flat), folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+        torch.save(_model(shapes, reader), folder / "mp_rank_00_model_states.pt")
+        (to / engine / "latest").write_text(tag)
+        written.append(to / engine)
+    return written
+
+
+def _optimizer(flat: torch.Tensor) -> dict[str, object]:
+    state = {"zero_stage": 1, "partition_count": 1, "single_partition_of_fp32_groups": [flat]}
+    return {"optimizer_state_dict": state}
+
+
+def _model(shapes: dict[str, torch.Size], reader: PieceReader) -> dict[str, object]:
+    buffers = {}
+    for name, shape in reader.facts.get("buffers", {}).items():
+        dtype = torch.int64 if name.endswith("num_batches_tracked") else torch.float32
+        values = torch.empty(torch.Size(shape).numel(), dtype=dtype)
+        reader.read(f"buffers/{name}", 0, values)
+        buffers[name] = values.view(shape)
+    return {
+        "module": buffers,
+        "buffer_names": list(buffers),
+        "param_shapes": [shapes],
+        "shared_params": {},
+        "ds_version": "0.19.8",
+    }
