@@ -28,7 +28,7 @@ from ibq_scale.report.runs import write_report
 from ibq_scale.train.checkpoint import Checkpoint
 from ibq_scale.train.preemption import REQUEUE_EXIT_CODE
 from ibq_scale.train.run_lock import locked
-from ibq_scale.train.saving import CheckpointFolder
+from ibq_scale.train.saving import CheckpointFolder, Retention
 from ibq_scale.train.task import Task
 from ibq_scale.train.trainer import Trainer
 
@@ -57,7 +57,7 @@ def train(config: AnyRun, world: World) -> int:
 
 
 def _train(config: AnyRun, run_dir: Path, world: World, accumulation: int) -> int:
-    resume_from = CheckpointFolder(run_dir / "checkpoints", world, config.train.keep_checkpoints).newest()
+    resume_from = CheckpointFolder(run_dir / "checkpoints", world, Retention.of(config.train)).newest()
     if resume_from is not None:
         check_same_run(config, resume_from)
     _prepare_run_dir(run_dir, config, world)

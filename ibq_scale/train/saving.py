@@ -17,10 +17,11 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Thread
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 
+from ibq_scale.config.run import TrainConfig
 from ibq_scale.console import tell
 from ibq_scale.distributed.environment import World
 from ibq_scale.errors import UserError
@@ -43,10 +44,34 @@ DONE = ".done-rank-"
 log = logging.getLogger(__name__)
 
 
-class CheckpointFolder:
-    """RUN/checkpoints: saves with all ranks, keeps the newest few. The run holds its lock."""
+class Retention(NamedTuple):
+    """Which checkpoints stay: the `newest`, those of `every` so many steps, the one with the `best` metric."""
 
-    def __init__(self, folder: Path, world: World, keep: int) -> None:
+    newest: int
+    every: int = 0
+    best: str | None = None
+
+    @staticmethod
+    def of(train: TrainConfig) -> Retention:
+        return Retention(train.keep_checkpoints, train.keep_every, train.keep_best)
+
+    def retired(self, whole: Sequence[Checkpoint]) -> list[Checkpoint]:
+        """Those of `whole`, oldest first, that go."""
+        kept = {c.step for c in whole[-self.newest :]}
+        kept |= {c.step for c in whole if self.every and c.step % self.every == 0}
+        if self.best is not None:
+            name, sign = self.best.removeprefix("-"), -1.0 if self.best.startswith("-") else 1.0
+            judged = [
+                (sign * c.manifest["metrics"][name], c.step) for c in whole if name in c.manifest.get("metrics", {})
+            ]
+            kept |= {min(judged)[1]} if judged else set()
+        return [c for c in whole if c.step not in kept]
+
+
+class CheckpointFolder:
+    """RUN/checkpoints: saves with all ranks, keeps what `keep` says. The run holds its lock."""
+
+    def __init__(self, folder: Path, world: World, keep: Retention) -> None:
         self.folder = folder
         self.world = world
         self.keep = keep
@@ -77,7 +102,8 @@ class CheckpointFolder:
         return None
 
     def save(self, facts: dict[str, Any], files: Sequence[StateFile]) -> None:
-        """Begins to make the ranks' files a checkpoint; `facts` (with ``step``) go into its manifest. Collective.
+        """Begins to make the ranks' files a checkpoint; `facts` (with ``step``, and the ``metrics`` that
+        `keep` may ask for) go into its manifest. Collective.
 
         Returns when the files' tensors may change again. Where it cannot be written, this is told, and the checkpoints
         before stand: see `finish`.
@@ -240,7 +266,7 @@ class _Share:
         self._retire()
 
     def _retire(self) -> None:
-        for old in whole_checkpoints(self.folder)[: -self.keep]:
+        for old in self.keep.retired(whole_checkpoints(self.folder)):
             # Without its manifest it is no checkpoint any more, so a crash inside rmtree leaves nothing half-true.
             (old.path / MANIFEST).unlink()
             shutil.rmtree(old.path, ignore_errors=True)

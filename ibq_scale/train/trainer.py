@@ -25,7 +25,7 @@ from ibq_scale.train.guards import SkippedSteps
 from ibq_scale.train.metrics import MetricsLog
 from ibq_scale.train.once import SeenOnce
 from ibq_scale.train.preemption import StopRequest
-from ibq_scale.train.saving import CheckpointFolder
+from ibq_scale.train.saving import CheckpointFolder, Retention
 from ibq_scale.train.stragglers import Stragglers
 from ibq_scale.train.task import StepMetrics, Task
 from ibq_scale.train.watchdog import Watchdog
@@ -103,7 +103,8 @@ class Trainer:
         self.once = SeenOnce(sets, config.train.seed, world)
         self.skipped = SkippedSteps(config.train.skipped_steps, world)
         self.alarms = Alarms(task.alarms)
-        self.checkpoints = CheckpointFolder(run_dir / "checkpoints", world, config.train.keep_checkpoints)
+        self._logged: dict[str, float] = {}
+        self.checkpoints = CheckpointFolder(run_dir / "checkpoints", world, Retention.of(config.train))
 
     def run(self, resume_from: Checkpoint | None) -> Outcome:
         """Trains. Collective; every rank returns the same outcome."""
@@ -138,6 +139,7 @@ class Trainer:
                 spread, alarms = stragglers.compare(batches.waited)
                 values = window.close(self.world, train.global_batch) | rates | self.task.log_metrics() | spread
                 _check_finite(values, step)
+                self._logged = values
                 self.once.check(step * train.global_batch)
                 if metrics is not None:
                     alarms += self.alarms.look(values)
@@ -173,8 +175,8 @@ class Trainer:
             "world_size": self.world.size,
             "data_hash": self.sets.hash,
             "config": self.config.model_dump(mode="json"),
+            "metrics": self._logged,
         }
-
         state = [*self.task.state(), *self.once.state(), *self.skipped.state()]
         self.checkpoints.save(facts, state)
         if self.world.is_main:

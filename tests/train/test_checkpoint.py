@@ -24,7 +24,7 @@ from ibq_scale.train.checkpoint import (
     whole_checkpoints,
 )
 from ibq_scale.train.files import TensorFile, TextFile
-from ibq_scale.train.saving import CheckpointFolder
+from ibq_scale.train.saving import CheckpointFolder, Retention
 from tests.ranks import run_ranks
 
 
@@ -34,7 +34,7 @@ def _saved(checkpoints: CheckpointFolder, facts: dict[str, Any], files: list[Any
 
 
 def _save(rank: int, world_size: int, folder: str, steps: list[int], keep: int) -> None:
-    checkpoints = CheckpointFolder(Path(folder), World(rank, world_size, rank, torch.device("cpu")), keep)
+    checkpoints = CheckpointFolder(Path(folder), World(rank, world_size, rank, torch.device("cpu")), Retention(keep))
     for step in steps:
         file = TextFile(f"part/rank-{rank}.bin", str(step % 10) * (100 + rank))
         checkpoints.save({"step": step, "samples": 8 * step, "world_size": world_size}, [file])
@@ -95,7 +95,7 @@ def test_a_crash_at_any_moment_leaves_the_last_good_one(
     alone: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
     folder = tmp_path / "checkpoints"
-    checkpoints = CheckpointFolder(folder, alone, keep=2)
+    checkpoints = CheckpointFolder(folder, alone, Retention(2))
     assert _saved(checkpoints, {"step": 1}, [TextFile("x", "one")])
 
     def crash(*args: Any, **kwargs: Any) -> None:
@@ -123,7 +123,7 @@ def test_a_crash_at_any_moment_leaves_the_last_good_one(
 
 def _full(rank: int, world_size: int, folder: str) -> list[bool]:
     """Rank 1 may write 64 bytes a file, as if its disk were full, then as much as it likes."""
-    checkpoints = CheckpointFolder(Path(folder), World(rank, world_size, rank, torch.device("cpu")), keep=2)
+    checkpoints = CheckpointFolder(Path(folder), World(rank, world_size, rank, torch.device("cpu")), Retention(2))
     files = [TensorFile(f"rank-{rank}.safetensors", {"x": torch.ones(1000)}), TextFile(f"rank-{rank}.txt", "1" * 100)]
     saved = [_saved(checkpoints, {"step": 1}, files)]
     if rank == 1:
@@ -143,7 +143,7 @@ def test_a_full_disk_of_one_rank_fails_that_save_on_all_and_no_other(tmp_path: P
 
 
 def _newest(rank: int, world_size: int, folder: str) -> int:
-    found = CheckpointFolder(Path(folder), World(rank, world_size, rank, torch.device("cpu")), keep=2).newest()
+    found = CheckpointFolder(Path(folder), World(rank, world_size, rank, torch.device("cpu")), Retention(2)).newest()
     return 0 if found is None else found.step
 
 
@@ -165,14 +165,14 @@ def test_a_run_of_another_format_is_refused_and_not_begun_anew(alone: World, sav
     manifest = tmp_path / "run/checkpoints/step-00000002/manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format_version": 1}))
     with pytest.raises(UserError, match="has format version 1, this program reads 2"):
-        CheckpointFolder(tmp_path / "run/checkpoints", alone, keep=2).newest()
+        CheckpointFolder(tmp_path / "run/checkpoints", alone, Retention(2)).newest()
 
 
 def test_a_checkpoint_that_the_disk_has_no_room_for_is_not_begun(
     alone: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    checkpoints = CheckpointFolder(tmp_path / "checkpoints", alone, keep=2)
+    checkpoints = CheckpointFolder(tmp_path / "checkpoints", alone, Retention(2))
     assert not _saved(checkpoints, {"step": 1}, [TensorFile("x", {"x": torch.ones(1000)})])
     assert _saved(checkpoints, {"step": 1}, [TextFile("x", "small")])
 
@@ -187,7 +187,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(alone: World, tmp_path: 
             assert may_end.wait(10)
             super().write(folder)
 
-    checkpoints = CheckpointFolder(tmp_path, alone, keep=2)
+    checkpoints = CheckpointFolder(tmp_path, alone, Retention(2))
     weights = torch.zeros(3)
     checkpoints.save({"step": 1}, [Slow("slow", "x"), TensorFile("w.safetensors", {"w": weights})])
     assert began.wait(10)
@@ -199,3 +199,20 @@ def test_training_goes_on_while_a_checkpoint_is_written(alone: World, tmp_path: 
     assert checkpoints.finish()
     values = [load_file(tmp_path / f"step-0000000{step}/w.safetensors")["w"].tolist() for step in (1, 2)]
     assert values == [[0.0] * 3, [1.0] * 3]
+
+
+@pytest.mark.parametrize(
+    ("keep", "left"),
+    [
+        (Retention(1), [5]),
+        (Retention(2, every=2), [2, 4, 5]),
+        (Retention(1, best="l1"), [3, 5]),
+        (Retention(1, best="-usage"), [1, 5]),
+        (Retention(1, best="absent"), [5]),
+    ],
+)
+def test_what_stays(alone: World, tmp_path: Path, keep: Retention, left: list[int]) -> None:
+    checkpoints = CheckpointFolder(tmp_path, alone, keep)
+    for step, (l1, usage) in enumerate([(0.5, 0.9), (0.3, 0.8), (0.1, 0.2), (0.2, 0.1), (0.4, 0.3)], start=1):
+        assert _saved(checkpoints, {"step": step, "metrics": {"l1": l1, "usage": usage}}, [TextFile("x", "x")])
+    assert [c.step for c in whole_checkpoints(tmp_path)] == left
