@@ -198,8 +198,9 @@ class _Share:
                 path = self.partial / file.path
                 _flush(path)
                 written[file.path] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
-        except OSError as e:
-            fault = f"rank {self.world.rank}: {e.strerror or e}"
+        except Exception as e:  # rank 0 waits for word, whatever went wrong
+            log.exception("a checkpoint's part could not be written")
+            fault = f"rank {self.world.rank}: {(isinstance(e, OSError) and e.strerror) or repr(e)}"
         if not self.world.is_main:
             self._say(written, fault)
             return fault
