@@ -114,6 +114,8 @@ class TrainConfig(Section):
     Give the length as `samples` (images seen) or as `steps` (optimizer steps), not both.
     `keep_checkpoints`: the newest ones; `keep_every`: those of every so many steps for good, 0 for none; `keep_best`:
     the one with the lowest value of a logged metric (``l1``; the highest with a minus before it, ``-usage``).
+    `mirror`: a folder or ``s3://`` prefix of this run's own that every checkpoint is copied to as well, and that a run
+    directory without one begins from.
     `skipped_steps`: steps with a loss or gradient that is not finite, each skipped on all ranks and logged, that any
     1,000 steps may have before the run stops.
     `hang_timeout`: seconds without progress after which a run ends itself and names the ranks that did not arrive;
@@ -131,6 +133,7 @@ class TrainConfig(Section):
     keep_checkpoints: PositiveInt = 2
     keep_every: NonNegativeInt = 0
     keep_best: str | None = None
+    mirror: str | None = None
     skipped_steps: NonNegativeInt = 10
     hang_timeout: Annotated[float, Field(gt=0, lt=1800)] = 1200.0
 

@@ -26,6 +26,7 @@ from ibq_scale.distributed.side_channel import SideChannel
 from ibq_scale.errors import UserError
 from ibq_scale.report.runs import write_report
 from ibq_scale.train.checkpoint import Checkpoint
+from ibq_scale.train.mirror import Mirror
 from ibq_scale.train.preemption import REQUEUE_EXIT_CODE
 from ibq_scale.train.run_lock import locked
 from ibq_scale.train.saving import CheckpointFolder, Retention
@@ -57,7 +58,9 @@ def train(config: AnyRun, world: World) -> int:
 
 
 def _train(config: AnyRun, run_dir: Path, world: World, accumulation: int) -> int:
-    resume_from = CheckpointFolder(run_dir / "checkpoints", world, Retention.of(config.train)).newest()
+    resume_from = CheckpointFolder(
+        run_dir / "checkpoints", world, Retention.of(config.train), Mirror.of(config.train.mirror)
+    ).newest()
     if resume_from is not None:
         check_same_run(config, resume_from)
     _prepare_run_dir(run_dir, config, world)

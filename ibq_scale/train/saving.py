@@ -34,6 +34,7 @@ from ibq_scale.train.checkpoint import (
     whole_checkpoints,
 )
 from ibq_scale.train.files import StateFile, copy_to_host
+from ibq_scale.train.mirror import Mirror
 
 T = TypeVar("T")
 # How often rank 0 looks whether the others are done, and for how long after it is done itself.
@@ -71,17 +72,22 @@ class Retention(NamedTuple):
 class CheckpointFolder:
     """RUN/checkpoints: saves with all ranks, keeps what `keep` says. The run holds its lock."""
 
-    def __init__(self, folder: Path, world: World, keep: Retention) -> None:
+    def __init__(self, folder: Path, world: World, keep: Retention, mirror: Mirror | None = None) -> None:
         self.folder = folder
         self.world = world
         self.keep = keep
+        self.mirror = mirror
         self._writing: _Writing | None = None
 
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint whose every byte is what was written, the same on every rank. Collective.
 
-        The ranks share the hashing. One that is damaged is told, with its faults, and the one before is taken.
+        The ranks share the hashing. One that is damaged is told, with its faults, and the one before is taken. Where
+        there is none, the mirror's newest is fetched.
         """
+        return self._newest_here() or self._fetch()
+
+    def _newest_here(self) -> Checkpoint | None:
         found: list[Any] = [None]
         if self.world.is_main:
             try:
@@ -100,6 +106,28 @@ class CheckpointFolder:
             if self.world.is_main:
                 _tell(f"{checkpoint.path} is damaged and left out: {'; '.join(faults)}")
         return None
+
+    def _fetch(self) -> Checkpoint | None:
+        """The mirror's newest, brought here by all ranks together."""
+        if self.mirror is None:
+            return None
+        found: list[Any] = [self.mirror.newest() if self.world.is_main else None]
+        dist.broadcast_object_list(found, src=0, device=self.world.device)
+        if found[0] is None:
+            return None
+        copy = self.mirror.manifest(found[0])
+        partial = self.folder / f".partial-{found[0]}"
+        if self.world.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            _tell(f"{self.folder} has no checkpoint: fetching {found[0]} from {self.mirror.store.url}")
+        dist.barrier()
+        self.mirror.fetch(copy, sorted(copy.manifest["files"])[self.world.rank :: self.world.size], partial)
+        dist.barrier()
+        if self.world.is_main:
+            _make_whole(partial, copy.manifest, self.folder)
+        dist.barrier()
+        return self._newest_here()
 
     def save(self, facts: dict[str, Any], files: Sequence[StateFile]) -> None:
         """Begins to make the ranks' files a checkpoint; `facts` (with ``step``, and the ``metrics`` that
@@ -185,6 +213,7 @@ class _Share:
         self.folder = checkpoints.folder
         self.world = checkpoints.world
         self.keep = checkpoints.keep
+        self.mirror = checkpoints.mirror
         self.partial = partial
         self.facts = facts
         self.files = files
@@ -203,11 +232,14 @@ class _Share:
             fault = f"rank {self.world.rank}: {(isinstance(e, OSError) and e.strerror) or repr(e)}"
         if not self.world.is_main:
             self._say(written, fault)
+            if fault is None:
+                self._copy(sorted(written))
             return fault
         try:
             faults, every = self._gather(written, fault)
             if not faults:
                 self._commit(every)
+                self._copy(sorted(written))
                 return None
         except OSError as e:
             faults = [f"rank 0: {e.strerror or e}"]
@@ -231,13 +263,10 @@ class _Share:
         """The ranks' faults, and all files by name, when every rank has left word."""
         faults = [fault] if fault else []
         every = dict(written)
-        end = time.monotonic() + PATIENCE_SECONDS
         for rank in range(1, self.world.size):
             done = self.partial / f"{DONE}{rank:05d}"
-            while not done.exists():
-                if time.monotonic() > end:
-                    return [*faults, f"rank {rank} has not written its part"], every
-                time.sleep(LOOK_SECONDS)
+            if not _wait(done.exists):
+                return [*faults, f"rank {rank} has not written its part"], every
             said = done.read_text()
             word: dict[str, Any] = (
                 json.loads(said) if said else {"files": {}, "fault": f"rank {rank}: its disk is full"}
@@ -248,29 +277,83 @@ class _Share:
         return faults, every
 
     def _commit(self, files: dict[str, dict[str, Any]]) -> None:
+        if self.mirror is not None:
+            self._words.mkdir(exist_ok=True)
         manifest = self.facts | {"format_version": FORMAT_VERSION, "files": dict(sorted(files.items()))}
-        (self.partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        _flush(self.partial / MANIFEST)
-        for folder in {(self.partial / name).parent for name in files} | {self.partial}:
-            _flush(folder)
-        final = self.folder / self.partial.name.removeprefix(".partial-")
-        if final.exists():
-            # The same step once more: the one that is there was damaged, or the run would have gone on from it.
-            shutil.rmtree(final)
-        self.partial.rename(final)
-        _flush(self.folder)
-        pointer = self.folder / ".latest.partial"
-        pointer.write_text(final.name + "\n")
-        _flush(pointer)
-        pointer.replace(self.folder / "latest")
-        _flush(self.folder)
+        _make_whole(self.partial, manifest, self.folder)
         self._retire()
+
+    @property
+    def _words(self) -> Path:
+        """Where ranks leave word of what they have sent to the mirror."""
+        return self.folder / f".mirror-{self.partial.name.removeprefix('.partial-')}"
+
+    def _copy(self, names: list[str]) -> None:
+        """Sends this rank's files to the mirror once the checkpoint is whole; rank 0 seals. A fault is told only."""
+        if self.mirror is None:
+            return
+        final = self.folder / self.partial.name.removeprefix(".partial-")
+        # Rank 0 either makes it whole or takes it away.
+        if not _wait(lambda: not self.partial.exists()) or not final.exists():
+            return
+        fault = ""
+        try:
+            self.mirror.put(final, names)
+        except (UserError, OSError) as e:
+            fault = f"rank {self.world.rank}: {e}"
+        if not self.world.is_main:
+            word = self._words / f"rank-{self.world.rank:05d}"
+            word.with_suffix(".partial").write_text(fault)
+            word.with_suffix(".partial").replace(word)
+            return
+        faults = [fault] if fault else []
+        for rank in range(1, self.world.size):
+            word = self._words / f"rank-{rank:05d}"
+            said = word.read_text() if _wait(word.exists) else f"rank {rank} has not sent its part"
+            faults += [said] if said else []
+        shutil.rmtree(self._words, ignore_errors=True)
+        try:
+            if not faults:
+                self.mirror.seal(final)
+                return
+        except (UserError, OSError) as e:
+            faults = [f"rank 0: {e}"]
+        _tell(f"{self.mirror.store.url}: {final.name} COULD NOT BE COPIED THERE ({faults[0]}); it is whole here")
 
     def _retire(self) -> None:
         for old in self.keep.retired(whole_checkpoints(self.folder)):
             # Without its manifest it is no checkpoint any more, so a crash inside rmtree leaves nothing half-true.
             (old.path / MANIFEST).unlink()
             shutil.rmtree(old.path, ignore_errors=True)
+
+
+def _make_whole(partial: Path, manifest: dict[str, Any], folder: Path) -> None:
+    """The manifest, everything flushed, the folder's name, `latest`: in this order. Raises OSError."""
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    _flush(partial / MANIFEST)
+    for parent in {(partial / name).parent for name in manifest["files"]} | {partial}:
+        _flush(parent)
+    final = folder / partial.name.removeprefix(".partial-")
+    if final.exists():
+        # The same step once more: the one that is there was damaged, or the run would have gone on from it.
+        shutil.rmtree(final)
+    partial.rename(final)
+    _flush(folder)
+    pointer = folder / ".latest.partial"
+    pointer.write_text(final.name + "\n")
+    _flush(pointer)
+    pointer.replace(folder / "latest")
+    _flush(folder)
+
+
+def _wait(condition: Callable[[], bool]) -> bool:
+    """Waits for what another rank does; False where it does not within reason."""
+    end = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(LOOK_SECONDS)
+    return True
 
 
 def _not_written(folder: Path, why: str) -> str:

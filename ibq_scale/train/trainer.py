@@ -23,6 +23,7 @@ from ibq_scale.train.alarms import Alarms
 from ibq_scale.train.checkpoint import Checkpoint
 from ibq_scale.train.guards import SkippedSteps
 from ibq_scale.train.metrics import MetricsLog
+from ibq_scale.train.mirror import Mirror
 from ibq_scale.train.once import SeenOnce
 from ibq_scale.train.preemption import StopRequest
 from ibq_scale.train.saving import CheckpointFolder, Retention
@@ -104,7 +105,9 @@ class Trainer:
         self.skipped = SkippedSteps(config.train.skipped_steps, world)
         self.alarms = Alarms(task.alarms)
         self._logged: dict[str, float] = {}
-        self.checkpoints = CheckpointFolder(run_dir / "checkpoints", world, Retention.of(config.train))
+        self.checkpoints = CheckpointFolder(
+            run_dir / "checkpoints", world, Retention.of(config.train), Mirror.of(config.train.mirror)
+        )
 
     def run(self, resume_from: Checkpoint | None) -> Outcome:
         """Trains. Collective; every rank returns the same outcome."""
