@@ -7,6 +7,7 @@ import json
 import sys
 from contextlib import redirect_stdout
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ibq_scale.cli.ranks import add_ranks, at_least_one
@@ -57,6 +58,18 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     data.add_argument("--json", action="store_true", help="print one JSON document")
     data.set_defaults(run=_data)
+    checkpoint = family.add_parser(
+        "checkpoint",
+        help="how long a save stops training, and how fast it is written",
+        description="Save a state of noise as training does, beside a bare write to the same disk.",
+        epilog="example: ibq-scale bench checkpoint /shared/runs --megabytes 1024 --ranks 2",
+    )
+    checkpoint.add_argument("folder", type=Path, metavar="DIR", help="a folder on the disk to measure")
+    checkpoint.add_argument("--megabytes", type=int, default=512, metavar="MB", help="state of a rank (default 512)")
+    checkpoint.add_argument("--saves", type=int, default=5, metavar="N", help="measured saves (default 5)")
+    checkpoint.add_argument("--json", action="store_true", help="print one JSON document")
+    add_ranks(checkpoint)
+    checkpoint.set_defaults(run=_checkpoint, check=_check_checkpoint)
     tokenizer = family.add_parser(
         "tokenizer",
         help="images/s, MFU, memory and where the time goes in stage 1's step",
@@ -131,6 +144,31 @@ def _data(args: argparse.Namespace) -> int:
         f"  {report.of_plain:.2f} × plain webdataset ({report.of_plain_per_core:.2f} × a CPU second); "
         f"first batch after {report.first_batch_s:.2f} s"
     )
+    return 0
+
+
+def _check_checkpoint(args: argparse.Namespace) -> None:
+    at_least_one(args, "megabytes", "saves", "ranks")
+    if not args.folder.is_dir():
+        raise UserError(f"{args.folder} is no folder: name one on the disk to measure")
+
+
+def _checkpoint(args: argparse.Namespace) -> int:
+    from ibq_scale.bench.checkpoint import bench_checkpoint
+    from ibq_scale.distributed.environment import join
+
+    with join() as world:
+        try:
+            report = bench_checkpoint(args.folder, world, megabytes=args.megabytes, saves=args.saves)
+        except OSError as e:
+            raise UserError(f"{args.folder}: {e.strerror or e}") from None
+        if world.is_main and args.json:
+            print(json.dumps(asdict(report) | {"of_disk": report.of_disk}))
+        elif world.is_main:
+            size, rates = report.bytes / 1e6, (report.bytes_per_s / 1e9, report.disk_bytes_per_s / 1e9)
+            print(f"{report.folder}: {size:,.0f} MB of {report.ranks} ranks, {report.saves} saves (medians)")
+            print(f"  training stands still for {1e3 * report.stall_s:,.0f} ms; on disk after {report.written_s:.2f} s")
+            print(f"  {rates[0]:.2f} GB/s, {report.of_disk:.2f} × a bare write ({rates[1]:.2f} GB/s)")
     return 0
 
 

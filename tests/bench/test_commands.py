@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -93,3 +96,18 @@ def test_tokenizer_refuses_a_wrong_config_before_it_starts(capsys: pytest.Captur
     assert main(["bench", "tokenizer", "tiny", "model.compil=true"]) == 2
     assert "did you mean 'model.compile'?" in capsys.readouterr().err
     assert main(["bench", "tokenizer", "tiny", "--steps", "0"]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_checkpoint(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "ibq_scale", "bench", "checkpoint", str(tmp_path), "--megabytes", "8"]
+    done = subprocess.run(
+        [*words, "--saves", "2", "--ranks", "2", "--json"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["bytes"] == 2 * 8 * 2**20
+    assert 0 < report["stall_s"] < report["written_s"]
+    assert report["of_disk"] == pytest.approx(report["bytes_per_s"] / report["disk_bytes_per_s"])
+    assert list(tmp_path.iterdir()) == []

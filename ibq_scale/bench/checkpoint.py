@@ -1,0 +1,102 @@
+"""Saves of a state of a given size: how long training stands still, and how fast it is written beside a bare write."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ibq_scale.distributed.environment import World
+from ibq_scale.train.files import TensorFile
+from ibq_scale.train.saving import CheckpointFolder, Retention
+
+TENSORS = 64
+CHUNK = 16 << 20
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """Medians over the saves, of the whole world's bytes. `stall_s`: the ranks' longest wait within `save`.
+
+    `written_s`: from a save's begin until it is whole on disk. `disk_bytes_per_s`: one process, one file, flushed.
+    """
+
+    folder: str
+    ranks: int
+    bytes: int
+    saves: int
+    stall_s: float
+    written_s: float
+    bytes_per_s: float
+    disk_bytes_per_s: float
+
+    @property
+    def of_disk(self) -> float:
+        """The save's rate over the disk's."""
+        return self.bytes_per_s / self.disk_bytes_per_s
+
+
+def bench_checkpoint(folder: Path, world: World, *, megabytes: int, saves: int) -> CheckpointReport:
+    """Saves `megabytes` a rank under `folder`, several times over. Collective. OSError where it cannot be written."""
+    name: list[str | None] = [tempfile.mkdtemp(prefix="bench-", dir=folder) if world.is_main else None]
+    dist.broadcast_object_list(name, src=0, device=world.device)
+    here = Path(str(name[0]))
+    try:
+        elements = megabytes * 2**20 // (4 * TENSORS)
+        tensors = {f"t{i}": torch.randn(elements, device=world.device) for i in range(TENSORS)}
+        file = TensorFile(f"rank-{world.rank:05d}.safetensors", tensors)
+        checkpoints = CheckpointFolder(here / "checkpoints", world, Retention(1))
+        stalls, totals = [], []
+        disk = []
+        for step in range(saves):
+            disk.append(_write_rate(here / "plain", megabytes * 2**20 * world.size) if world.is_main else 0.0)
+            dist.barrier()
+            begin = time.perf_counter()
+            checkpoints.save({"step": step}, [file])
+            stalls.append(_longest(time.perf_counter() - begin, world))
+            if not checkpoints.finish():
+                raise OSError(f"{here}: the checkpoint could not be written")
+            totals.append(_longest(time.perf_counter() - begin, world))
+        size = megabytes * 2**20 * world.size
+        written = statistics.median(totals)
+        return CheckpointReport(
+            folder=str(folder),
+            ranks=world.size,
+            bytes=size,
+            saves=saves,
+            stall_s=statistics.median(stalls),
+            written_s=written,
+            bytes_per_s=size / written,
+            disk_bytes_per_s=statistics.median(disk),
+        )
+    finally:
+        dist.barrier()
+        if world.is_main:
+            shutil.rmtree(here, ignore_errors=True)
+
+
+def _longest(seconds: float, world: World) -> float:
+    longest = torch.tensor([seconds], dtype=torch.float64, device=world.device)
+    dist.all_reduce(longest, op=dist.ReduceOp.MAX)
+    return float(longest.item())
+
+
+def _write_rate(path: Path, size: int) -> float:
+    """Bytes a second of a plain file of this size, flushed to the disk."""
+    chunk = os.urandom(CHUNK)
+    begin = time.perf_counter()
+    with path.open("wb") as f:
+        for _ in range(max(1, size // CHUNK)):
+            f.write(chunk)
+        f.flush()
+        os.fsync(f.fileno())
+    seconds = time.perf_counter() - begin
+    path.unlink()
+    return max(1, size // CHUNK) * CHUNK / seconds
