@@ -19,7 +19,7 @@ from ibq_scale.models.transformer import Transformer
 from ibq_scale.pretrained.loading import CONFIG, WEIGHTS, config_text, load_tokenizer, start_from
 from ibq_scale.train.alarms import Rule, Spike
 from ibq_scale.train.ema import ShardedEMA
-from ibq_scale.train.engine import adamw, make_engine, set_rates, step
+from ibq_scale.train.engine import adamw, gradient_norm, make_engine, set_rates, step
 from ibq_scale.train.engine_state import engine_file, load_engine
 from ibq_scale.train.files import StateFile, TensorFile, TextFile
 from ibq_scale.train.randomness import seed_by_position
@@ -77,7 +77,7 @@ class ARTask:
             total += loss.detach() / self.accumulation
         if applied:
             self.ema.update()
-        norm = torch.as_tensor(self.engine.get_global_grad_norm() or 0.0, device=self.world.device)
+        norm = gradient_norm(self.engine, self.world.device)
         return Step({"loss": total, "grad_norm": norm}, applied, total.isfinite())
 
     def log_metrics(self) -> dict[str, float]:

@@ -82,6 +82,13 @@ def step(engine: Any) -> bool:
     return bool(engine.was_step_applied())
 
 
+def gradient_norm(engine: Any, device: torch.device) -> torch.Tensor:
+    """Of the last step, before clipping; 0 where the engine takes none."""
+    norm = engine.get_global_grad_norm()
+    # Not `norm or 0.0`: its truth would wait for the device.
+    return torch.as_tensor(0.0 if norm is None else norm, device=device)
+
+
 def set_rates(engine: Any, lr: float, decay: float | None = None) -> None:
     """Sets the next step's learning rate, and the decay of the groups that decay."""
     for group in engine.optimizer.param_groups:

@@ -59,6 +59,13 @@ class TextFile(NamedTuple):
 StateFile = TensorFile | TextFile
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Replaces a text file; readers see the old or the new one, never a part. Raises OSError."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
 def copy_to_host(files: Sequence[StateFile]) -> list[StateFile]:
     """The files with copies of their tensors in host memory, pinned where they come from a GPU; waits for it once."""
     copies = [

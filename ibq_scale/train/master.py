@@ -62,9 +62,8 @@ def pieces(engine: Any, world: World) -> list[Piece]:
 
 def held(engine: Any, world: World) -> list[Fragment]:
     """All that this rank's optimizer updates: its share, or without ZeRO every parameter."""
-    share = fragments(engine, world)
     if hasattr(engine.optimizer, "optimizer"):
-        return share
+        return fragments(engine, world)
     return [_whole(name, parameter) for name, parameter in engine.module.named_parameters()]
 
 

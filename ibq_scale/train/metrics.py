@@ -13,6 +13,7 @@ from typing import Any
 
 from ibq_scale.config.run import AnyRun
 from ibq_scale.console import tell
+from ibq_scale.train.files import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -90,9 +91,7 @@ def _keep_until(path: Path, step: int) -> float:
             break
         kept.append(text)
         seconds = float(line["time"])
-    partial = path.with_suffix(".jsonl.partial")
-    partial.write_text("".join(text + "\n" for text in kept))
-    partial.replace(path)
+    write_whole(path, "".join(text + "\n" for text in kept))
     return seconds
 
 

@@ -13,7 +13,6 @@ import logging
 import os
 import secrets
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ibq_scale.console import tell
 from ibq_scale.distributed.environment import World
 from ibq_scale.errors import UserError
 
@@ -149,7 +149,7 @@ class RunLock:
                 )
             if seen is None and not alive:
                 text = f"{self.folder.parent} is held by {holder}: waiting for it to show life"
-                print(f"ibq-scale: {text}, at most {STALE_SECONDS:.0f} s", file=sys.stderr, flush=True)
+                tell(f"ibq-scale: {text}, at most {STALE_SECONDS:.0f} s")
             seen = now
             time.sleep(0.2)
 
@@ -193,7 +193,7 @@ class RunLock:
             if overtaken:
                 text = f"another job took over {self.folder.parent}, since this one showed no life: it ends"
                 log.error("%s", text)
-                print(f"ibq-scale: {text}", file=sys.stderr, flush=True)
+                tell(f"ibq-scale: {text}")
                 # At once: two jobs that write the same checkpoints are worse than a lost step.
                 os._exit(1)
 

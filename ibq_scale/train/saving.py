@@ -33,7 +33,7 @@ from ibq_scale.train.checkpoint import (
     verify,
     whole_checkpoints,
 )
-from ibq_scale.train.files import StateFile, copy_to_host
+from ibq_scale.train.files import StateFile, copy_to_host, write_whole
 from ibq_scale.train.mirror import Mirror
 
 T = TypeVar("T")
@@ -125,7 +125,7 @@ class CheckpointFolder:
         self.mirror.fetch(copy, sorted(copy.manifest["files"])[self.world.rank :: self.world.size], partial)
         dist.barrier()
         if self.world.is_main:
-            _make_whole(partial, copy.manifest, self.folder)
+            _make_whole(partial, copy.manifest)
         dist.barrier()
         return self._newest_here()
 
@@ -249,12 +249,9 @@ class _Share:
     def _say(self, written: dict[str, dict[str, Any]], fault: str | None) -> None:
         """Leaves word for rank 0, whole: by a rename. On a full disk there is room for a name, at least."""
         done = self.partial / f"{DONE}{self.world.rank:05d}"
-        text = done.with_name(f"{done.name}.partial")
         try:
-            text.write_text(json.dumps({"files": written, "fault": fault}))
-            text.replace(done)
+            write_whole(done, json.dumps({"files": written, "fault": fault}))
         except OSError:
-            text.unlink(missing_ok=True)
             done.touch()
 
     def _gather(
@@ -280,19 +277,19 @@ class _Share:
         if self.mirror is not None:
             self._words.mkdir(exist_ok=True)
         manifest = self.facts | {"format_version": FORMAT_VERSION, "files": dict(sorted(files.items()))}
-        _make_whole(self.partial, manifest, self.folder)
+        _make_whole(self.partial, manifest)
         self._retire()
 
     @property
     def _words(self) -> Path:
         """Where ranks leave word of what they have sent to the mirror."""
-        return self.folder / f".mirror-{self.partial.name.removeprefix('.partial-')}"
+        return self.folder / f".mirror-{_final(self.partial).name}"
 
     def _copy(self, names: list[str]) -> None:
         """Sends this rank's files to the mirror once the checkpoint is whole; rank 0 seals. A fault is told only."""
         if self.mirror is None:
             return
-        final = self.folder / self.partial.name.removeprefix(".partial-")
+        final = _final(self.partial)
         # Rank 0 either makes it whole or takes it away.
         if not _wait(lambda: not self.partial.exists()) or not final.exists():
             return
@@ -302,9 +299,7 @@ class _Share:
         except (UserError, OSError) as e:
             fault = f"rank {self.world.rank}: {e}"
         if not self.world.is_main:
-            word = self._words / f"rank-{self.world.rank:05d}"
-            word.with_suffix(".partial").write_text(fault)
-            word.with_suffix(".partial").replace(word)
+            write_whole(self._words / f"rank-{self.world.rank:05d}", fault)
             return
         faults = [fault] if fault else []
         for rank in range(1, self.world.size):
@@ -327,13 +322,18 @@ class _Share:
             shutil.rmtree(old.path, ignore_errors=True)
 
 
-def _make_whole(partial: Path, manifest: dict[str, Any], folder: Path) -> None:
+def _final(partial: Path) -> Path:
+    """Where a checkpoint goes when it is whole."""
+    return partial.with_name(partial.name.removeprefix(".partial-"))
+
+
+def _make_whole(partial: Path, manifest: dict[str, Any]) -> None:
     """The manifest, everything flushed, the folder's name, `latest`: in this order. Raises OSError."""
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
     _flush(partial / MANIFEST)
     for parent in {(partial / name).parent for name in manifest["files"]} | {partial}:
         _flush(parent)
-    final = folder / partial.name.removeprefix(".partial-")
+    final, folder = _final(partial), partial.parent
     if final.exists():
         # The same step once more: the one that is there was damaged, or the run would have gone on from it.
         shutil.rmtree(final)

@@ -36,7 +36,7 @@ from ibq_scale.quantize.types import Quantized
 from ibq_scale.train.alarms import Above, Drop, Rule, Spike
 from ibq_scale.train.codebook import ShardedCodebook
 from ibq_scale.train.ema import ShardedEMA
-from ibq_scale.train.engine import adam, discriminator_config, make_engine, set_rates, step
+from ibq_scale.train.engine import adam, discriminator_config, gradient_norm, make_engine, set_rates, step
 from ibq_scale.train.engine_state import engine_file, load_engine
 from ibq_scale.train.files import StateFile, TensorFile, TextFile
 from ibq_scale.train.guards import BadSamples
@@ -157,9 +157,7 @@ class TokenizerTask:
                 buffer.copy_(before)
         elif self.adversarial:
             self._update_lecam(sums)
-        norm = self.generator.get_global_grad_norm()
-        # Not `norm or 0.0`: its truth would wait for the device.
-        sums["grad_norm"] = torch.as_tensor(0.0 if norm is None else norm, device=self.world.device)
+        sums["grad_norm"] = gradient_norm(self.generator, self.world.device)
         return Step(sums, applied and taught, finite)
 
     def _to_device(self, batch: ImageBatch) -> ImageBatch:

@@ -6,7 +6,6 @@ import faulthandler
 import json
 import logging
 import os
-import sys
 import threading
 import time
 from collections import deque
@@ -15,10 +14,12 @@ from pathlib import Path
 
 import torch._C._distributed_c10d as c10d
 
+from ibq_scale.console import tell
 from ibq_scale.distributed.environment import World
 from ibq_scale.distributed.heartbeats import Heartbeats, Missing, Place, find_missing, leave
 from ibq_scale.distributed.side_channel import NoAnswerError, SideChannel
 from ibq_scale.distributed.waiting import collective_in_progress
+from ibq_scale.train.files import write_whole
 
 # EX_SOFTWARE of sysexits.h. Not 75: what hung once may hang again, and somebody should look.
 HUNG_EXIT_CODE = 70
@@ -117,7 +118,7 @@ class Watchdog:
         log.error("%s", text)
         # One line of a thousand ranks: rank 0's, or where that is missing, everyone's.
         if self.world.is_main or 0 in missing.ranks:
-            print(f"HANG: {text}", file=sys.stderr, flush=True)
+            tell(f"HANG: {text}")
 
     def _dump_flight_record(self) -> None:
         """Torch's record of the last collectives, for ``torchfrtrace``; TORCH_FR_BUFFER_SIZE=0 turns it off."""
@@ -134,9 +135,7 @@ class Watchdog:
         beat = {"step": self._step, "phase": self._phase, "time": time.time(), "step_s": seconds}
         beat |= {"host": self.hosts[0], "pid": os.getpid()}
         path = self.run_dir / "heartbeat.json"
-        partial = path.with_suffix(".json.partial")
         try:
-            partial.write_text(json.dumps(beat) + "\n")
-            partial.replace(path)
+            write_whole(path, json.dumps(beat) + "\n")
         except OSError as e:
             log.warning("could not write %s: %s", path, e)

@@ -28,6 +28,17 @@ def _shard(seed: int, size: int = 1024, samples: int = 6, crops: int = 1) -> Cod
     )
 
 
+def _by_position(config: DataConfig, world: int, count: int) -> torch.Tensor:
+    """The first `count` samples' codes, as `world` ranks get them together."""
+    rows = {}
+    for rank in range(world):
+        sets = open_sets(config, "codes")
+        stream = code_stream(sets, seed=1, rank=rank, world_size=world, micro_batch=2, start=0)
+        for batch in islice(stream, count // (2 * world)):
+            rows |= dict(zip(batch.requests[:, 0].tolist(), batch.codes, strict=True))
+    return torch.stack([rows[p] for p in range(count)])
+
+
 @pytest.mark.parametrize(("size", "bytes_a_code"), [(1024, 2), (65_536, 2), (262_144, 4)])
 def test_codes_come_back_whole_and_small(tmp_path: Path, size: int, bytes_a_code: int) -> None:
     store = open_store(str(tmp_path))
@@ -55,19 +66,9 @@ def test_the_stream_of_codes_is_one_sequence_for_any_ranks(tmp_path: Path) -> No
     finish_codes(store, shards, ("a", "b", "c"), _info())
     config = DataConfig(train=str(tmp_path), workers=0, lanes=2, window=2)
 
-    def sequence(world: int) -> torch.Tensor:
-        rows = {}
-        for rank in range(world):
-            stream = code_stream(
-                open_sets(config, "codes"), seed=1, rank=rank, world_size=world, micro_batch=2, start=0
-            )
-            for batch in islice(stream, 24 // (2 * world)):
-                rows |= dict(zip(batch.requests[:, 0].tolist(), batch.codes, strict=True))
-        return torch.stack([rows[p] for p in range(24)])
-
-    whole = sequence(1)
+    whole = _by_position(config, 1, 24)
     assert whole.shape == (24, 16)
-    assert torch.equal(whole, sequence(3))
+    assert torch.equal(whole, _by_position(config, 3, 24))
     expected = torch.cat([_shard(n).codes.flatten(1) for n in range(4)])
     assert torch.equal(whole.unique(dim=0), expected.unique(dim=0))
 
@@ -92,18 +93,8 @@ def test_of_several_crops_each_epoch_draws_one_the_same_for_any_ranks(tmp_path: 
     finish_codes(store, [write_code_shard(store, "codes-0.safetensors", shard, _info())], ("a", "b", "c"), _info())
     config = DataConfig(train=str(tmp_path), workers=0, lanes=2, window=2)
 
-    def epochs(world: int) -> torch.Tensor:
-        rows = {}
-        for rank in range(world):
-            stream = code_stream(
-                open_sets(config, "codes"), seed=1, rank=rank, world_size=world, micro_batch=2, start=0
-            )
-            for batch in islice(stream, 80 // (2 * world)):
-                rows |= dict(zip(batch.requests[:, 0].tolist(), batch.codes, strict=True))
-        return torch.stack([rows[p] for p in range(80)])
-
-    seen = epochs(1)
-    assert torch.equal(seen, epochs(2))
+    seen = _by_position(config, 1, 80)
+    assert torch.equal(seen, _by_position(config, 2, 80))
     crops = shard.codes.flatten(2)
     drawn = {tuple(match) for codes in seen for match in (crops == codes).all(dim=2).nonzero().tolist()}
     assert {image for image, _ in drawn} == set(range(8))
