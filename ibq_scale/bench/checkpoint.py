@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from ibq_scale.checkpoint.files import TensorFile
+from ibq_scale.checkpoint.saving import CheckpointFolder, Retention
 from ibq_scale.distributed.environment import World
-from ibq_scale.train.files import TensorFile
-from ibq_scale.train.saving import CheckpointFolder, Retention
 
 TENSORS = 64
 CHUNK = 16 << 20

@@ -55,8 +55,8 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _ls(args: argparse.Namespace) -> int:
+    from ibq_scale.checkpoint.reading import whole_checkpoints
     from ibq_scale.errors import UserError
-    from ibq_scale.train.checkpoint import whole_checkpoints
 
     if not args.run_dir.is_dir():
         raise UserError(f"{args.run_dir} does not exist: give a run directory")
@@ -83,7 +83,7 @@ def _ls(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from ibq_scale.train.checkpoint import newest_or_this, verify
+    from ibq_scale.checkpoint.reading import newest_or_this, verify
 
     checkpoint = newest_or_this(args.path)
     faults = verify(checkpoint)
@@ -100,9 +100,9 @@ def _export(args: argparse.Namespace) -> int:
 
         kind = export_published(args.path, args.to)
     elif args.layout == "deepspeed":
+        from ibq_scale.checkpoint.deepspeed_layout import export_deepspeed
+        from ibq_scale.checkpoint.reading import newest_or_this
         from ibq_scale.pretrained.loading import refuse_overwrite
-        from ibq_scale.train.checkpoint import newest_or_this
-        from ibq_scale.train.deepspeed_layout import export_deepspeed
 
         refuse_overwrite(args.to)
         for folder in export_deepspeed(newest_or_this(args.path), args.to):

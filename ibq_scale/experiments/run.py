@@ -8,13 +8,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ibq_scale.checkpoint.reading import newest_or_this
 from ibq_scale.config.layers import load_resolved, resolve
 from ibq_scale.config.run import AnyRun
 from ibq_scale.distributed.launch import launch
 from ibq_scale.errors import UserError
 from ibq_scale.experiments.plan import PRESET, Trial
 from ibq_scale.experiments.tiles import prepare_tiles
-from ibq_scale.train.checkpoint import newest_or_this
 
 EVALUATION = "evaluation.json"
 EVALUATION_BATCH = 64

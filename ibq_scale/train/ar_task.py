@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from ibq_scale.checkpoint.files import StateFile, TensorFile, TextFile
 from ibq_scale.config.deepspeed import deepspeed_config
 from ibq_scale.config.run import ARRun
 from ibq_scale.data.manifest import CodesInfo, Manifest
@@ -21,7 +22,6 @@ from ibq_scale.train.alarms import Rule, Spike
 from ibq_scale.train.ema import ShardedEMA
 from ibq_scale.train.engine import adamw, gradient_norm, make_engine, set_rates, step
 from ibq_scale.train.engine_state import engine_file, load_engine
-from ibq_scale.train.files import StateFile, TensorFile, TextFile
 from ibq_scale.train.randomness import seed_by_position
 from ibq_scale.train.schedule import lr_factor, weight_decay
 from ibq_scale.train.task import Step

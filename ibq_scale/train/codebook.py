@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ibq_scale.checkpoint.files import StateFile, TensorFile
+from ibq_scale.checkpoint.pieces import Piece, PieceReader, piece_file
 from ibq_scale.config.run import TokenizerRun
 from ibq_scale.distributed.environment import World
 from ibq_scale.errors import UserError
@@ -20,8 +22,6 @@ from ibq_scale.quantize.collectives import Group, Shards
 from ibq_scale.quantize.quantizer import initial_codebook, rows_of
 from ibq_scale.train.engine import adam
 from ibq_scale.train.engine_state import MOMENTS
-from ibq_scale.train.files import StateFile, TensorFile
-from ibq_scale.train.pieces import Piece, PieceReader, piece_file
 from ibq_scale.train.projection import Projection
 
 

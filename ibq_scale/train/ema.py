@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
+from ibq_scale.checkpoint.files import StateFile
+from ibq_scale.checkpoint.pieces import Piece, PieceReader, piece_file
 from ibq_scale.distributed.environment import World
 from ibq_scale.models.ema import EMA
-from ibq_scale.train.files import StateFile
 from ibq_scale.train.master import gather, pieces, shapes
-from ibq_scale.train.pieces import Piece, PieceReader, piece_file
 
 
 class ShardedEMA:

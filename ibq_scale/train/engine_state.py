@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from ibq_scale.checkpoint.files import TensorFile
+from ibq_scale.checkpoint.pieces import Piece, PieceReader, piece_file
 from ibq_scale.distributed.environment import World
-from ibq_scale.train.files import TensorFile
 from ibq_scale.train.master import Fragment, fragments, held, shapes
-from ibq_scale.train.pieces import Piece, PieceReader, piece_file
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

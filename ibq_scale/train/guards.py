@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from ibq_scale.checkpoint.files import StateFile, TextFile
 from ibq_scale.distributed.environment import World
-from ibq_scale.train.files import StateFile, TextFile
 
 BAD_SAMPLES = "bad_samples.json"
 SKIPPED = "skipped_steps.json"

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ibq_scale.checkpoint.pieces import Piece
 from ibq_scale.distributed.environment import World
-from ibq_scale.train.pieces import Piece
 
 
 class Fragment(NamedTuple):

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ibq_scale.checkpoint.files import write_whole
 from ibq_scale.config.run import AnyRun
 from ibq_scale.console import tell
-from ibq_scale.train.files import write_whole
 
 log = logging.getLogger(__name__)
 

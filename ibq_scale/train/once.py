@@ -17,10 +17,10 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ibq_scale.checkpoint.files import StateFile, TextFile
 from ibq_scale.data.order import Pass
 from ibq_scale.data.sets import DataSets
 from ibq_scale.distributed.environment import World
-from ibq_scale.train.files import StateFile, TextFile
 
 FILE = "epochs.json"
 

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ibq_scale.checkpoint.files import StateFile, TensorFile
 from ibq_scale.config.run import TokenizerRun
 from ibq_scale.distributed.environment import World
 from ibq_scale.models.ema import EMA
 from ibq_scale.train.engine import adam
-from ibq_scale.train.files import StateFile, TensorFile
 
 FILE = "projection.safetensors"
 

@@ -15,6 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ibq_scale.checkpoint.mirror import Mirror
+from ibq_scale.checkpoint.reading import Checkpoint
+from ibq_scale.checkpoint.saving import CheckpointFolder, Retention
 from ibq_scale.config.batch import accumulation_steps
 from ibq_scale.config.layers import require_complete, to_yaml
 from ibq_scale.config.run import AnyRun, TokenizerRun
@@ -25,11 +28,8 @@ from ibq_scale.distributed.node_check import check_nodes
 from ibq_scale.distributed.side_channel import SideChannel
 from ibq_scale.errors import UserError
 from ibq_scale.report.runs import write_report
-from ibq_scale.train.checkpoint import Checkpoint
-from ibq_scale.train.mirror import Mirror
 from ibq_scale.train.preemption import REQUEUE_EXIT_CODE
 from ibq_scale.train.run_lock import locked
-from ibq_scale.train.saving import CheckpointFolder, Retention
 from ibq_scale.train.task import Task
 from ibq_scale.train.trainer import Trainer
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from ibq_scale.checkpoint.files import StateFile
 from ibq_scale.train.alarms import Rule
-from ibq_scale.train.files import StateFile
 
 # Metric tensors stay on the device until a line is logged: reading them earlier would wait for the device.
 StepMetrics = dict[str, Tensor]

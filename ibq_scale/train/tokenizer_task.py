@@ -15,6 +15,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from ibq_scale.checkpoint.files import StateFile, TensorFile, TextFile
 from ibq_scale.config.deepspeed import deepspeed_config
 from ibq_scale.config.run import TokenizerRun
 from ibq_scale.data.sets import DataSets
@@ -38,7 +39,6 @@ from ibq_scale.train.codebook import ShardedCodebook
 from ibq_scale.train.ema import ShardedEMA
 from ibq_scale.train.engine import adam, discriminator_config, gradient_norm, make_engine, set_rates, step
 from ibq_scale.train.engine_state import engine_file, load_engine
-from ibq_scale.train.files import StateFile, TensorFile, TextFile
 from ibq_scale.train.guards import BadSamples
 from ibq_scale.train.randomness import seed_by_position
 from ibq_scale.train.schedule import lr_factor

@@ -16,17 +16,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ibq_scale.checkpoint.mirror import Mirror
+from ibq_scale.checkpoint.reading import Checkpoint
+from ibq_scale.checkpoint.saving import CheckpointFolder, Retention
 from ibq_scale.config.run import AnyRun
 from ibq_scale.data.sets import DataSets
 from ibq_scale.distributed.environment import World
 from ibq_scale.train.alarms import Alarms
-from ibq_scale.train.checkpoint import Checkpoint
 from ibq_scale.train.guards import SkippedSteps
 from ibq_scale.train.metrics import MetricsLog
-from ibq_scale.train.mirror import Mirror
 from ibq_scale.train.once import SeenOnce
 from ibq_scale.train.preemption import StopRequest
-from ibq_scale.train.saving import CheckpointFolder, Retention
 from ibq_scale.train.stragglers import Stragglers
 from ibq_scale.train.task import StepMetrics, Task
 from ibq_scale.train.watchdog import Watchdog

@@ -9,9 +9,9 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ibq_scale.checkpoint.files import StateFile, TensorFile
 from ibq_scale.distributed.environment import World
 from ibq_scale.quantize.usage import CodeUsage
-from ibq_scale.train.files import StateFile, TensorFile
 
 FILE = "usage.safetensors"
 DEAD_AFTER = 1000

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ibq_scale.checkpoint.reading import newest_or_this, verify
 from ibq_scale.demo.plan import Plan
 from ibq_scale.demo.run import run_demo
 from ibq_scale.errors import UserError
-from ibq_scale.train.checkpoint import newest_or_this, verify
 
 PLAN = Plan(crops=4, tokenizer_steps=4, ar_steps=4, per_class=2)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ibq_scale.checkpoint.files import write_all
 from ibq_scale.config.layers import resolve
 from ibq_scale.config.run import ARRun
 from ibq_scale.data.codes import CodeShard, finish_codes, write_code_shard
@@ -20,7 +21,6 @@ from ibq_scale.distributed.environment import World
 from ibq_scale.errors import UserError
 from ibq_scale.models.transformer import Transformer
 from ibq_scale.train.ar_task import check_codes
-from ibq_scale.train.files import write_all
 from tests.ranks import run_ranks
 
 STEPS = 4

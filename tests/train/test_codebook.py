@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ibq_scale.checkpoint.files import write_all
 from ibq_scale.config.layers import resolve
 from ibq_scale.config.run import TokenizerRun
 from ibq_scale.distributed.environment import World
 from ibq_scale.errors import UserError
 from ibq_scale.quantize.quantizer import quantize
 from ibq_scale.train.codebook import ShardedCodebook
-from ibq_scale.train.files import write_all
 from tests.ranks import run_ranks
 
 STEPS, BATCH, WIDTH = 20, 24, 8

@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from ibq_scale.checkpoint.files import write_all
 from ibq_scale.config.run import ARRun, TokenizerRun
 from ibq_scale.data.sets import DataSets, open_sets
 from ibq_scale.distributed.environment import World
-from ibq_scale.train.files import write_all
 from tests.ranks import run_ranks
 from tests.train.reference import smooth_leaky_relu
 from tests.train.test_ar import codes, plain_training  # noqa: F401

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from ibq_scale.checkpoint.files import write_all
 from ibq_scale.config.layers import resolve
 from ibq_scale.config.models import QuantizerConfig
 from ibq_scale.data.manifest import CodesInfo, Manifest, ShardInfo
@@ -16,7 +17,6 @@ from ibq_scale.data.store import LocalStore
 from ibq_scale.distributed.environment import World
 from ibq_scale.errors import UserError
 from ibq_scale.pretrained.loading import codebook_to_start_from, load_ar, load_tokenizer
-from ibq_scale.train.files import write_all
 from tests.conftest import tiny_tokenizer_sizes
 from tests.ranks import run_ranks
 

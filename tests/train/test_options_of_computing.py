@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from ibq_scale.checkpoint.reading import Checkpoint
 from ibq_scale.config.layers import resolve
 from ibq_scale.config.run import TokenizerRun
 from ibq_scale.errors import UserError
-from ibq_scale.train.checkpoint import Checkpoint
 from ibq_scale.train.run import check_same_run
 
 

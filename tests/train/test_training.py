@@ -17,9 +17,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from ibq_scale.checkpoint.reading import Checkpoint, newest_or_this
 from ibq_scale.config.layers import resolve
 from ibq_scale.errors import UserError
-from ibq_scale.train.checkpoint import Checkpoint, newest_or_this
 from ibq_scale.train.run import check_same_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]

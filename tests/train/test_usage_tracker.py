@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from ibq_scale.checkpoint.files import write_all
 from ibq_scale.distributed.environment import World
-from ibq_scale.train.files import write_all
 from ibq_scale.train.usage import UsageTracker
 from tests.ranks import run_ranks
 

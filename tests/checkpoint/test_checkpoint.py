@@ -15,16 +15,16 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from ibq_scale.distributed.environment import World
-from ibq_scale.errors import UserError
-from ibq_scale.train.checkpoint import (
+from ibq_scale.checkpoint.files import TensorFile, TextFile
+from ibq_scale.checkpoint.reading import (
     newest_or_this,
     read_checkpoint,
     verify,
     whole_checkpoints,
 )
-from ibq_scale.train.files import TensorFile, TextFile
-from ibq_scale.train.saving import CheckpointFolder, Retention
+from ibq_scale.checkpoint.saving import CheckpointFolder, Retention
+from ibq_scale.distributed.environment import World
+from ibq_scale.errors import UserError
 from tests.ranks import run_ranks
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
+from ibq_scale.checkpoint.pieces import PieceReader
+from ibq_scale.checkpoint.reading import Checkpoint
 from ibq_scale.errors import UserError
-from ibq_scale.train.checkpoint import Checkpoint
-from ibq_scale.train.pieces import PieceReader
 
 ENGINES = ("generator", "discriminator", "transformer")
 

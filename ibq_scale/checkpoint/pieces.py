@@ -15,8 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ibq_scale.checkpoint.files import TensorFile
 from ibq_scale.errors import UserError
-from ibq_scale.train.files import TensorFile
 
 STARTS, FACTS = "starts", "facts"
 

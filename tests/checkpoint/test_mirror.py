@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from ibq_scale.checkpoint.files import TensorFile, TextFile
+from ibq_scale.checkpoint.mirror import Mirror
+from ibq_scale.checkpoint.reading import verify, whole_checkpoints
+from ibq_scale.checkpoint.saving import CheckpointFolder, Retention
 from ibq_scale.distributed.environment import World
-from ibq_scale.train.checkpoint import verify, whole_checkpoints
-from ibq_scale.train.files import TensorFile, TextFile
-from ibq_scale.train.mirror import Mirror
-from ibq_scale.train.saving import CheckpointFolder, Retention
 from tests.ranks import run_ranks
 
 

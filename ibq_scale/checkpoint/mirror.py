@@ -9,9 +9,9 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from ibq_scale.checkpoint.reading import MANIFEST, STEP_NAME, Checkpoint, file_sha256
 from ibq_scale.data.store import open_store
 from ibq_scale.errors import UserError
-from ibq_scale.train.checkpoint import MANIFEST, STEP_NAME, Checkpoint, file_sha256
 
 
 class Mirror:

@@ -21,11 +21,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 
-from ibq_scale.config.run import TrainConfig
-from ibq_scale.console import tell
-from ibq_scale.distributed.environment import World
-from ibq_scale.errors import UserError
-from ibq_scale.train.checkpoint import (
+from ibq_scale.checkpoint.files import StateFile, copy_to_host, write_whole
+from ibq_scale.checkpoint.mirror import Mirror
+from ibq_scale.checkpoint.reading import (
     FORMAT_VERSION,
     MANIFEST,
     Checkpoint,
@@ -33,8 +31,10 @@ from ibq_scale.train.checkpoint import (
     verify,
     whole_checkpoints,
 )
-from ibq_scale.train.files import StateFile, copy_to_host, write_whole
-from ibq_scale.train.mirror import Mirror
+from ibq_scale.config.run import TrainConfig
+from ibq_scale.console import tell
+from ibq_scale.distributed.environment import World
+from ibq_scale.errors import UserError
 
 T = TypeVar("T")
 # How often rank 0 looks whether the others are done, and for how long after it is done itself.
