@@ -37,16 +37,17 @@ def rotary_table(config: TransformerConfig) -> Tensor:
     """cos and sin (2, tokens, head_dim/2) fp32 of positions prefix, code 0, … code tokens − 2.
 
     The first half of the pairs turns with the row, the second with the column. The prefix's cos and sin are all zero,
-    which zeroes its query and key: the published models were trained so.
+    which zeroes its query and key: the published models were trained so. On the CPU always, so that a model built on
+    the meta device has it.
     """
     half = config.head_dim // 4
-    frequency = ROTARY_BASE ** (-torch.arange(half, dtype=torch.float32) / half)
-    angle = torch.arange(config.grid, dtype=torch.float32)[:, None] * frequency
+    frequency = ROTARY_BASE ** (-torch.arange(half, dtype=torch.float32, device="cpu") / half)
+    angle = torch.arange(config.grid, dtype=torch.float32, device="cpu")[:, None] * frequency
     rows = angle[:, None, :].expand(-1, config.grid, -1)
     columns = angle[None, :, :].expand(config.grid, -1, -1)
     grid = torch.cat([rows, columns], dim=-1).flatten(0, 1)[: config.tokens - 1]
     table = torch.stack([grid.cos(), grid.sin()])
-    return torch.cat([torch.zeros(2, 1, 2 * half), table], dim=1)
+    return torch.cat([torch.zeros(2, 1, 2 * half, device="cpu"), table], dim=1)
 
 
 def rotate(x_BHTd: Tensor, table_2Tp: Tensor) -> Tensor:
@@ -194,6 +195,11 @@ class Transformer(nn.Module):
         ``logits[:, t]`` is the distribution of code t given the label and the codes before t; the last code is
         never read. Label ``classes`` means "no class".
         """
+        logits: Tensor = self.head(self.hidden(codes_BT, labels_B))
+        return logits
+
+    def hidden(self, codes_BT: Tensor, labels_B: Tensor) -> Tensor:
+        """What the head reads (B, T, E): ``head(hidden(codes, labels))`` are the logits of `forward`."""
         condition_BE = self.class_emb(labels_B)
         x_BTE = torch.cat([condition_BE[:, None], self.tok_emb(codes_BT[:, :-1])], dim=1)
         return self._run(self.tok_dropout(x_BTE), condition_BE, None)
@@ -202,7 +208,8 @@ class Transformer(nn.Module):
         """One step of generation: the next code's logits (B, V). `codes_B` is the last code, None at the start."""
         condition_BE = self.class_emb(labels_B)
         x_BE = condition_BE if codes_B is None else self.tok_emb(codes_B)
-        return self._run(x_BE[:, None], condition_BE, cache)[:, 0]
+        logits: Tensor = self.head(self._run(x_BE[:, None], condition_BE, cache)[:, 0])
+        return logits
 
     def _run(self, x_BTE: Tensor, condition_BE: Tensor, cache: KVCache | None) -> Tensor:
         if self._table_2Tp.device != x_BTE.device:
@@ -216,8 +223,8 @@ class Transformer(nn.Module):
                 x_BTE = block(x_BTE, condition_BE, table, cache)
         if cache is not None:
             cache.length += x_BTE.shape[1]
-        logits: Tensor = self.head(self.head_nm(x_BTE, condition_BE))
-        return logits
+        out: Tensor = self.head_nm(x_BTE, condition_BE)
+        return out
 
     @torch.no_grad()
     def _initialize(self) -> None:

@@ -79,6 +79,18 @@ def test_the_first_forward_is_uniform() -> None:
     assert torch.equal(logits, torch.zeros_like(logits))
 
 
+def test_on_the_meta_device_it_has_sizes_and_no_numbers(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    with torch.device("meta"):
+        made = Transformer(CONFIG)
+        logits = made(*(t.to("meta") for t in batch))
+    assert {p.device.type for p in made.parameters()} == {"meta"}
+    assert (logits.shape, logits.device.type) == ((4, 16, 50), "meta")
+
+
+def test_the_head_reads_the_hidden_states(model: Transformer, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
+    assert torch.equal(model.head(model.hidden(*batch)), model(*batch))
+
+
 @pytest.mark.parametrize(
     "settings",
     [SamplingSettings(seed=3), SamplingSettings(guidance=2.5, temperature=0.9, top_k=20, top_p=0.9, seed=3)],
