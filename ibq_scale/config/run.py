@@ -211,6 +211,18 @@ class TokenizerRun(RunConfig):
     codebook_group: NonNegativeInt = 0
 
 
+class ValidationConfig(Section):
+    """The loss on codes that training does not see, without any dropout.
+
+    `data`: their code shards, null for none. `every`: steps from one to the next, and at the end. `samples`: how many,
+    the same ones each time.
+    """
+
+    data: str | None = None
+    every: PositiveInt = 1000
+    samples: PositiveInt = 5000
+
+
 class ARRun(RunConfig):
     """Stage 2: the class-conditional transformer on code shards.
 
@@ -222,6 +234,7 @@ class ARRun(RunConfig):
     model: TransformerConfig = TransformerConfig()
     optimizer: OptimizerConfig = OptimizerConfig(lr=3e-4, betas=(0.9, 0.95), weight_decay=0.05, grad_clip=1.0)
     tokenizer: str | None = None
+    validation: ValidationConfig = ValidationConfig()
 
 
 AnyRun = TokenizerRun | ARRun

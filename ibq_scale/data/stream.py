@@ -95,6 +95,21 @@ def code_stream(
     return _load(dataset, _FetchingSampler(requests, dataset.fetch), _stack_codes, data.workers)
 
 
+def evaluation_codes(
+    sets: DataSets, *, rank: int, world_size: int, batch: int, limit: int
+) -> Iterator[tuple[CodeBatch, Tensor]]:
+    """`limit` samples over the ranks, the first of a shuffled order that is always the same; with weights float (B,).
+
+    All ranks get equally many batches of equal size: places beyond the end repeat a sample with weight 0.
+    """
+    dataset = CodeDataset(sets, seed=0, shards_in_memory=4 * sets.config.lanes * len(sets.parts))
+    order, count = sets.order(seed=0), min(limit, sets.samples)
+    for first in range(0, count, batch * world_size):
+        places = range(first + rank * batch, first + (rank + 1) * batch)
+        samples = [dataset[Request(p, *order.locate(min(p, count - 1)))] for p in places]
+        yield _stack_codes(samples), torch.tensor([float(p < count) for p in places])
+
+
 def evaluation_images(
     url: str, *, resolution: int, rank: int, world_size: int, batch: int, limit: int | None = None
 ) -> Iterator[tuple[ImageBatch, Tensor]]:

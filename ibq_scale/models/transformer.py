@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ibq_scale.config.models import AttentionKind, TransformerConfig
 from ibq_scale.models.attention import attention, choose
+from ibq_scale.models.head import Head
 from ibq_scale.models.initial import Normal, drawn, fill
 from ibq_scale.models.recompute import keeping_products
 
@@ -240,7 +241,7 @@ class Transformer(nn.Module):
         self.tok_dropout = nn.Dropout(config.token_dropout)
         self.blocks = nn.ModuleList(block(config, i) for i in range(config.depth))
         self.head_nm = head_norm(config.width)
-        self.head = nn.Linear(config.width, config.codebook_size, bias=False)
+        self.head = Head(config.width, config.codebook_size)
         # fp32 whatever the parameters are cast to: kept out of the module's buffers, moved with the inputs.
         self._table_2Tp = rotary_table(config)
         values = drawn(self.initial(), seed)
@@ -256,6 +257,11 @@ class Transformer(nn.Module):
         """
         logits: Tensor = self.head(self.hidden(codes_BT, labels_B))
         return logits
+
+    def losses(self, codes_BT: Tensor, labels_B: Tensor) -> Tensor:
+        """Cross-entropy of each code (B, T), fp32, given the label and the codes before it; logits are never whole."""
+        losses: Tensor = self.head(self.hidden(codes_BT, labels_B), codes_BT)
+        return losses
 
     def hidden(self, codes_BT: Tensor, labels_B: Tensor) -> Tensor:
         """What the head reads (B, T, E): ``head(hidden(codes, labels))`` are the logits of `forward`."""
@@ -310,3 +316,11 @@ class Transformer(nn.Module):
                 in_block = linear.shape[0] == 6 * self.config.width
                 recipe[f"{prefix}.1.weight"] = Normal(linear.numel(), STD / 2, 0.0, first if in_block else 0, gains)
         return recipe | {"head.weight": Normal(self.head.weight.numel(), 0.0)}
+
+
+class TrainedTransformer(Transformer):
+    """The same, for engines, which know one pass: `forward` is `losses`."""
+
+    def forward(self, codes_BT: Tensor, labels_B: Tensor) -> Tensor:
+        """`Transformer.losses`."""
+        return self.losses(codes_BT, labels_B)

@@ -1,0 +1,41 @@
+"""The head over the codebook, and the cross-entropy of its logits without the logits.
+
+At 262,144 codes the logits of 16,384 tokens would be 16 GiB in fp32, and as much again for their gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Memory of the logits that are there at a time, in fp32: small beside a large model, large enough for full speed.
+CHUNK_BYTES = 512 * 2**20
+
+
+class Head(nn.Linear):
+    """E → V without bias."""
+
+    def __init__(self, width: int, codes: int) -> None:
+        super().__init__(width, codes, bias=False)
+
+    def forward(self, x_BTE: Tensor, targets_BT: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V), or where targets int64 are given the cross-entropy of each token (B, T), fp32.
+
+        In one module's forward pass, since under ZeRO-3 the weights are there within it and nowhere else.
+        """
+        if targets_BT is None:
+            return super().forward(x_BTE)
+        losses_N = _cross_entropy(x_BTE.flatten(0, 1), self.weight, targets_BT.flatten())
+        return losses_N.view(targets_BT.shape)
+
+
+def _cross_entropy(x_NE: Tensor, weight_VE: Tensor, targets_N: Tensor) -> Tensor:
+    if not hasattr(F, "linear_cross_entropy"):
+        # torch before 2.14: whole logits.
+        return F.cross_entropy(F.linear(x_NE, weight_VE).float(), targets_N, reduction="none")
+    rows = max(1, CHUNK_BYTES // (4 * len(weight_VE)))
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
+    # Not its mean: that one is rounded to bf16 where the weights are, to three digits. Rounded losses of many tokens
+    # have an exact mean.
+    return F.linear_cross_entropy(x_NE, weight_VE, targets_N, reduction="none", options=options).float()
