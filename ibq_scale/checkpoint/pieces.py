@@ -87,15 +87,19 @@ class PieceReader:
                 f"{self.folder}: of {name} {filled} elements of {len(out)} are there: it is another model's"
             )
 
-    def tensors(self, kind: str = "") -> dict[str, Tensor]:
-        """The vectors `kind`NAME whole and in shape, fp32, by NAME. UserError where the shapes were not kept."""
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Whole shapes by name, without a kind before it. UserError where they were not kept."""
         if "shapes" not in self.facts:
             raise UserError(f"{self.folder} was written before the shapes were kept: train one step on, and take that")
+        return {name: torch.Size(shape) for name, shape in self.facts["shapes"].items()}
+
+    def tensors(self, kind: str = "") -> dict[str, Tensor]:
+        """The vectors `kind`NAME whole and in shape, fp32, by NAME. UserError as `shapes`."""
         whole = {}
-        for name, shape in self.facts["shapes"].items():
-            flat = torch.empty(torch.Size(shape).numel())
-            self.read(f"{kind}{name}", 0, flat)
-            whole[name] = flat.view(shape)
+        for name, shape in self.shapes.items():
+            whole[name] = torch.empty(shape)
+            self.read(f"{kind}{name}", 0, whole[name].view(-1))
         return whole
 
     def read_all(self, pieces: Iterable[Piece]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ibq_scale.config.batch import accumulation_steps
-from ibq_scale.config.run import AnyRun, TokenizerRun
+from ibq_scale.config.run import AnyRun
 from ibq_scale.errors import UserError
 
 # Set from the run; in a JSON they could only repeat it or contradict it.
@@ -88,7 +88,7 @@ def deepspeed_config(run: AnyRun, world_size: int) -> dict[str, Any]:
         raise UserError(
             f"{path.name}: without ZeRO there are no fp32 weights under bf16: take zero1, or train.precision=fp32"
         )
-    if stage == 3 and isinstance(run, TokenizerRun) and run.model.compile:
+    if stage == 3 and run.model.compile:
         raise UserError(
             f"{path.name}: ZeRO-3 gathers weights in hooks that torch.compile cannot take: set model.compile=false"
         )

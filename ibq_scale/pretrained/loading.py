@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -24,9 +24,10 @@ from ibq_scale.checkpoint.reading import MANIFEST, Checkpoint, read_checkpoint, 
 from ibq_scale.config.models import AutoencoderConfig, QuantizerConfig, TransformerConfig
 from ibq_scale.errors import UserError
 from ibq_scale.models.autoencoder import Autoencoder, image_of, tokens_of
+from ibq_scale.models.initial import Values
 from ibq_scale.models.sampling import SamplingSettings, generate
 from ibq_scale.models.transformer import Transformer
-from ibq_scale.pretrained.strict import fill_strictly
+from ibq_scale.pretrained.strict import fill_strictly, require_fit
 from ibq_scale.quantize.quantizer import encode, lookup
 
 FORMAT_VERSION = 1
@@ -150,16 +151,52 @@ def load_tokenizer(path: str | Path, device: torch.device | str = "cpu", check_h
 def load_ar(path: str | Path, device: torch.device | str = "cpu", check_hashes: bool = True) -> ARModel:
     """Loads a transformer. `check_hashes` and UserError as `load_tokenizer`."""
     folder, config = _read_config(Path(path), "ar", check_hashes)
-    model = ARModel(TransformerConfig(**config["model"]), config.get("tokenizer"))
+    with torch.device("meta"):
+        model = ARModel(TransformerConfig(**config["model"]), config.get("tokenizer"))
     tensors = {f"transformer.{k}": v for k, v in _weights(folder, config).items()}
     fill_strictly(model, tensors, folder)
     return model.to(device)
 
 
-def start_from(path: str, network: Autoencoder | Transformer) -> None:
+def start_from(path: str, network: Autoencoder) -> None:
     """Fills a network that is to be trained on with the weights at `path`. UserError where they have other sizes."""
-    folder, config = _read_config(Path(path), "tokenizer" if isinstance(network, Autoencoder) else "ar")
+    folder, config = _read_config(Path(path), "tokenizer")
     fill_strictly(network, _weights(folder, config), folder)
+
+
+def stored(path: str, network: Transformer) -> Values:
+    """The weights at `path`, read where they are asked for. UserError where they have other sizes than `network`."""
+    folder, config = _read_config(Path(path), "ar")
+    if "weights" in config:
+        return _stored_in_pieces(folder, InCheckpoint(**config["weights"]), network)
+    try:
+        file: Any = safe_open(folder / WEIGHTS, framework="pt")
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"cannot read {folder / WEIGHTS}: {e}") from None
+    found = {name: torch.empty(s.get_shape(), device="meta") for name, s in slices.items()}
+    require_fit(network.state_dict(), found, str(folder))
+
+    def values(name: str, start: int, length: int) -> Tensor:
+        row = found[name][0].numel()
+        first, end = start // row, -(-(start + length) // row)
+        rows: Tensor = slices[name][first:end]
+        return rows.flatten()[start - first * row :][:length]
+
+    return values
+
+
+def _stored_in_pieces(folder: Path, place: InCheckpoint, network: Transformer) -> Values:
+    reader = PieceReader(folder.parent / place.folder)
+    found = {name: torch.empty(shape, device="meta") for name, shape in reader.shapes.items()}
+    require_fit(network.state_dict(), found, str(folder))
+
+    def values(name: str, start: int, length: int) -> Tensor:
+        out = torch.empty(length)
+        reader.read(f"{place.vectors}{name}", start, out)
+        return out
+
+    return values
 
 
 def codebook_to_start_from(path: str, quantizer: QuantizerConfig) -> Tensor:
@@ -192,7 +229,7 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer, source: Mapping[str, Any]
 
 def save_ar(folder: Path, model: ARModel, source: Mapping[str, Any]) -> None:
     """Writes a whole transformer; `source` says where it comes from."""
-    write_config(folder, "ar", model.config, None, source, model.tokenizer_hash)
+    write_config(folder, "ar", model.config.architecture(), None, source, model.tokenizer_hash)
     save_file(_plain(model.transformer.state_dict()), folder / WEIGHTS)
 
 

@@ -236,7 +236,8 @@ def _transformer(content: _Content, heads: int | None, tokens: int | None) -> Im
     except ValidationError as e:
         raise UserError(f"{content.file}: {_line(e)}: give --heads and --tokens as it was trained") from None
     tokenizer = content.sizes.get("tokenizer")
-    model = ARModel(config, tokenizer if isinstance(tokenizer, str) else None)
+    with torch.device("meta"):
+        model = ARModel(config, tokenizer if isinstance(tokenizer, str) else None)
     fill_strictly(model, weights, content.file)
     return Imported(model, _left_aside(content, {*weights}))
 

@@ -12,9 +12,13 @@ from ibq_scale.errors import UserError
 
 
 def fill_strictly(module: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Copies `tensors` into the module. UserError that names every tensor that is missing, misshapen or too many."""
-    require_fit(module.state_dict(), tensors, str(folder))
-    module.load_state_dict(dict(tensors))
+    """Copies `tensors` into the module, or makes them its own where it is on the meta device.
+
+    UserError that names every tensor that is missing, misshapen or too many.
+    """
+    wanted = module.state_dict()
+    require_fit(wanted, tensors, str(folder))
+    module.load_state_dict(dict(tensors), assign=any(tensor.is_meta for tensor in wanted.values()))
 
 
 def require_fit(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str) -> None:

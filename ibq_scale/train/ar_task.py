@@ -16,9 +16,9 @@ from ibq_scale.data.sets import DataSets
 from ibq_scale.data.stream import CodeBatch, code_stream
 from ibq_scale.distributed.environment import World
 from ibq_scale.errors import UserError
-from ibq_scale.models.transformer import Transformer
-from ibq_scale.pretrained.loading import CONFIG, config_text, load_tokenizer, start_from
+from ibq_scale.pretrained.loading import CONFIG, config_text, load_tokenizer
 from ibq_scale.train.alarms import Rule, Spike
+from ibq_scale.train.construction import build_transformer
 from ibq_scale.train.ema import ShardedEMA
 from ibq_scale.train.engine import adamw, gradient_norm, make_engine, set_rates, step
 from ibq_scale.train.engine_state import engine_file, load_engine
@@ -40,10 +40,7 @@ class ARTask:
         self.codes = check_codes(run, sets)
         config = deepspeed_config(run, world.size)
         self.accumulation = int(config["gradient_accumulation_steps"])
-        torch.manual_seed(run.train.seed)
-        model = Transformer(run.model)
-        if run.init is not None:
-            start_from(run.init, model)
+        model = build_transformer(run, config, world)
         self.engine = make_engine(model, adamw(model, run.optimizer), config, world.device)
         self.ema = ShardedEMA(self.engine, run.ema_decay, world)
 
@@ -86,8 +83,8 @@ class ARTask:
     def state(self) -> list[StateFile]:
         files: list[StateFile] = [engine_file(self.engine, "transformer", self.world), *self.ema.state("ema")]
         if self.world.is_main:
-            weights = self.ema.place("ema", "transformer")
-            config = config_text("ar", self.run.model, None, {"run": self.run.name}, self.codes.tokenizer, weights)
+            model, weights = self.run.model.architecture(), self.ema.place("ema", "transformer")
+            config = config_text("ar", model, None, {"run": self.run.name}, self.codes.tokenizer, weights)
             files.append(TextFile(f"model/{CONFIG}", config))
         return files
 

@@ -19,6 +19,17 @@ def make_engine(
     """A DeepSpeed engine around `module` on the process group that already exists."""
     import deepspeed
 
+    begin_deepspeed(device)
+    engine, _, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
+    return engine
+
+
+def begin_deepspeed(device: torch.device) -> None:
+    """Lets DeepSpeed take over torch's process group, once; before anything of its own is called."""
+    import deepspeed
+
+    if deepspeed.comm.is_initialized():
+        return
     deepspeed.logger.setLevel(logging.WARNING)
     # 0.19.8 calls collectives by the names that torch 2.14 renamed; the user can do nothing about it.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
@@ -26,17 +37,7 @@ def make_engine(
         # A shared-memory all-reduce for CPUs would be compiled for minutes at the first start, and a killed build
         # leaves a lock that hangs the next one; gloo's own all-reduce is what small CPU runs need.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    engine, _, _, _ = deepspeed.initialize(
-        model=module, optimizer=optimizer, config=config, dist_init_required=_comm_is_new()
-    )
-    return engine
-
-
-def _comm_is_new() -> bool:
-    """DeepSpeed wraps torch's process group once; asking again for the second engine would warn."""
-    import deepspeed.comm
-
-    return not deepspeed.comm.is_initialized()
+    deepspeed.init_distributed(auto_mpi_discovery=False)
 
 
 def discriminator_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -56,7 +57,9 @@ def adamw(module: nn.Module, settings: OptimizerConfig) -> torch.optim.Optimizer
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for parameter in module.parameters():
-        (free if parameter.ndim < 2 or id(parameter) in embeddings else decayed).append(parameter)
+        # Under ZeRO-3 a rank's own part has lost the shape.
+        ndim = len(getattr(parameter, "ds_shape", parameter.shape))
+        (free if ndim < 2 or id(parameter) in embeddings else decayed).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": settings.weight_decay},
         {"params": free, "weight_decay": 0.0},

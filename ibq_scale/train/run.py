@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import BaseModel
 
 from ibq_scale.checkpoint.mirror import Mirror
 from ibq_scale.checkpoint.reading import Checkpoint
@@ -27,6 +28,7 @@ from ibq_scale.distributed.environment import World
 from ibq_scale.distributed.node_check import check_nodes
 from ibq_scale.distributed.side_channel import SideChannel
 from ibq_scale.errors import UserError
+from ibq_scale.models.attention import choose, describe
 from ibq_scale.report.runs import write_report
 from ibq_scale.train.preemption import REQUEUE_EXIT_CODE
 from ibq_scale.train.run_lock import locked
@@ -72,8 +74,9 @@ def _train(config: AnyRun, run_dir: Path, world: World, accumulation: int) -> in
     _check_ranks_agree(config, sets, world)
     if resume_from is not None:
         check_same_data(config, resume_from, sets.hash)
+    summary = _summary(config, world, accumulation, resume_from)
     task = _make_task(config, world, sets)
-    _say(world, _summary(config, world, accumulation, resume_from))
+    _say(world, summary)
     outcome = Trainer(config, run_dir, task, world, sets, hosts).run(resume_from)
     if not outcome.saved:
         raise UserError(
@@ -92,6 +95,8 @@ def _train(config: AnyRun, run_dir: Path, world: World, accumulation: int) -> in
 def check_same_run(config: AnyRun, checkpoint: Checkpoint) -> None:
     """UserError where the checkpoint belongs to another model or another stream of samples."""
     saved, now = checkpoint.manifest["config"], config.model_dump(mode="json")
+    sections = [name for name in FIXED[1:] if name in saved and hasattr(config, name)]
+    saved = saved | {name: _with_defaults(saved[name], getattr(config, name)) for name in sections}
     for section in FIXED:
         if _what(saved.get(section)) != _what(now.get(section)):
             raise UserError(
@@ -134,6 +139,12 @@ def _check_ranks_agree(config: AnyRun, sets: DataSets, world: World) -> None:
 def _cache_dir(config: AnyRun) -> Path | None:
     named = config.data.cache_dir
     return None if named in (None, "auto") else Path(str(named))
+
+
+def _with_defaults(saved: dict[str, Any], section: BaseModel) -> dict[str, Any]:
+    """A section of a release that knew fewer keys: what it did without them is what their defaults do."""
+    fields = type(section).model_fields
+    return {name: field.get_default() for name, field in fields.items()} | saved
 
 
 def _what(section: object) -> object:
@@ -206,8 +217,18 @@ def _summary(config: AnyRun, world: World, accumulation: int, resume_from: Check
     return (
         f"{config.name}: {begin}; {train.total_steps} steps of {train.global_batch} = {train.micro_batch} micro × "
         f"{accumulation} accumulation × {world.size} ranks; {train.precision}, DeepSpeed {config.deepspeed.config}; "
+        f"{_attention(config, world)}"
         f"data {', '.join(config.data.sources)}; run directory {config.run_dir}"
     )
+
+
+def _attention(config: AnyRun, world: World) -> str:
+    """What computes attention. UserError where the kind that is asked for cannot be had."""
+    if isinstance(config, TokenizerRun):
+        return ""
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    kind = choose(config.model.attention, world.device, dtype, config.model.head_dim)
+    return f"attention {describe(kind, world.device)}; "
 
 
 def _say(world: World, message: str) -> None:

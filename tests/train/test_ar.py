@@ -72,8 +72,7 @@ def _train(rank: int, world_size: int, run: ARRun) -> tuple[dict[str, Any], list
 
 def plain_training(run: ARRun, steps: int) -> tuple[Transformer, list[float]]:
     """The model and its losses after some steps in plain torch on one process."""
-    torch.manual_seed(run.train.seed)
-    model = Transformer(run.model)
+    model = Transformer(run.model, run.train.seed)
     decayed = [p for n, p in model.named_parameters() if p.ndim > 1 and "emb" not in n]
     free = [p for n, p in model.named_parameters() if p.ndim <= 1 or "emb" in n]
     o = run.optimizer
