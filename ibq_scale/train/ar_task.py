@@ -6,18 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from ibq_scale.checkpoint.files import StateFile, TextFile
 from ibq_scale.config.deepspeed import deepspeed_config
 from ibq_scale.config.run import ARRun
-from ibq_scale.data.manifest import CodesInfo, Manifest
 from ibq_scale.data.sets import DataSets
 from ibq_scale.data.stream import CodeBatch, code_stream
 from ibq_scale.distributed.environment import World
-from ibq_scale.errors import UserError
-from ibq_scale.pretrained.loading import CONFIG, config_text, load_tokenizer
+from ibq_scale.pretrained.loading import CONFIG, config_text
 from ibq_scale.train.alarms import Rule, Spike
+from ibq_scale.train.codes import HeldOut, check_codes
 from ibq_scale.train.construction import build_transformer
 from ibq_scale.train.ema import ShardedEMA
 from ibq_scale.train.engine import adamw, gradient_norm, make_engine, set_rates, step
@@ -38,6 +36,7 @@ class ARTask:
         self.world = world
         self.sets = sets
         self.codes = check_codes(run, sets)
+        self.held_out = None if run.validation.data is None else HeldOut(run, world, sets)
         config = deepspeed_config(run, world.size)
         self.accumulation = int(config["gradient_accumulation_steps"])
         model = build_transformer(run, config, world)
@@ -67,8 +66,8 @@ class ARTask:
             batch = next(batches)
             seed_by_position(self.run.train.seed, batch.requests)
             codes_BT = batch.codes.to(self.world.device, non_blocking=True)
-            logits_BTV = self.engine(codes_BT, batch.labels.to(self.world.device, non_blocking=True))
-            loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), codes_BT.flatten())
+            losses_BT = self.engine(codes_BT, batch.labels.to(self.world.device, non_blocking=True))
+            loss = losses_BT.mean()
             self.engine.backward(loss)
             applied = step(self.engine)
             total += loss.detach() / self.accumulation
@@ -79,6 +78,10 @@ class ARTask:
 
     def log_metrics(self) -> dict[str, float]:
         return {}
+
+    def validate(self, step: int) -> dict[str, float]:
+        due = step % self.run.validation.every == 0 or step == self.run.train.total_steps
+        return {} if self.held_out is None or not due else {"validation_loss": self.held_out.loss(self.engine)}
 
     def state(self) -> list[StateFile]:
         files: list[StateFile] = [engine_file(self.engine, "transformer", self.world), *self.ema.state("ema")]
@@ -94,49 +97,3 @@ class ARTask:
 
     def draw(self, directory: Path, step: int) -> None:
         """Nothing to draw: pictures need the tokenizer, which `sample` brings."""
-
-
-def check_codes(run: ARRun, sets: DataSets) -> CodesInfo:
-    """Reads what the code shards say of themselves. UserError where they do not fit the model or the tokenizer."""
-    parts = sets.parts
-    for url, part in zip(run.data.sources, parts, strict=True):
-        _check_part(run, url, part.manifest)
-        if (part.manifest.classes, _codes(part.manifest).tokenizer) != (
-            parts[0].manifest.classes,
-            _codes(parts[0].manifest).tokenizer,
-        ):
-            raise UserError(
-                f"{url} has other classes or another tokenizer than {run.data.sources[0]}: labels and codes of several "
-                f"sources must mean the same"
-            )
-    info = _codes(parts[0].manifest)
-    if run.tokenizer is not None and load_tokenizer(run.tokenizer).hash != info.tokenizer:
-        raise UserError(
-            f"{run.data.sources[0]} was written by another tokenizer than {run.tokenizer}: "
-            f"run ibq-scale tokenize with this one, or set tokenizer=null"
-        )
-    return info
-
-
-def _check_part(run: ARRun, url: str, manifest: Manifest) -> None:
-    info = _codes(manifest)
-    if info.codebook_size != run.model.codebook_size:
-        raise UserError(
-            f"{url} holds codes of a codebook of {info.codebook_size}, the model expects "
-            f"{run.model.codebook_size}: set model.codebook_size={info.codebook_size}"
-        )
-    tokens = info.grid[0] * info.grid[1]
-    if tokens != run.model.tokens:
-        raise UserError(
-            f"{url} has {tokens} codes an image, the model expects {run.model.tokens}: set model.tokens={tokens}"
-        )
-    if len(manifest.classes) > run.model.classes:
-        raise UserError(
-            f"{url} has {len(manifest.classes)} classes, the model {run.model.classes}: "
-            f"set model.classes={len(manifest.classes)}"
-        )
-
-
-def _codes(manifest: Manifest) -> CodesInfo:
-    assert manifest.codes is not None
-    return manifest.codes

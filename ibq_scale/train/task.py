@@ -54,6 +54,13 @@ class Task(Protocol):
         """Metrics gathered since the last call, already global (collective)."""
         ...
 
+    def validate(self, step: int) -> dict[str, float]:
+        """Metrics of samples that training does not see, already global, where they are due after `step`; else empty.
+
+        Changes nothing of the state (collective).
+        """
+        ...
+
     def state(self) -> list[StateFile]:
         """This rank's part of the state, and of the weights for inference in ``model/``. Collective, writes nothing."""
         ...

@@ -277,6 +277,10 @@ class TokenizerTask:
     def log_metrics(self) -> dict[str, float]:
         return self.usage.log() | self.bad_samples.log()
 
+    def validate(self, step: int) -> dict[str, float]:
+        """Nothing: ``evaluate reconstruction`` does it, on checkpoints."""
+        return {}
+
     def state(self) -> list[StateFile]:
         files: list[StateFile] = [
             engine_file(self.generator, "generator", self.world),

@@ -1,0 +1,99 @@
+"""What a transformer's codes have to be, and the loss on those that it does not train on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ibq_scale.config.run import ARRun
+from ibq_scale.data.manifest import CodesInfo, Manifest
+from ibq_scale.data.sets import DataSets, open_sets
+from ibq_scale.data.stream import evaluation_codes
+from ibq_scale.distributed.environment import World
+from ibq_scale.errors import UserError
+from ibq_scale.pretrained.loading import load_tokenizer
+
+
+class HeldOut:
+    """Codes of `validation.data`. UserError where they do not fit, or are what is trained on."""
+
+    def __init__(self, run: ARRun, world: World, training: DataSets) -> None:
+        self.run = run
+        self.world = world
+        self.sets = open_sets(run.data.model_copy(update={"train": run.validation.data, "weights": ()}), "codes")
+        here, there = (check_codes(run, sets) for sets in (self.sets, training))
+        if here.tokenizer != there.tokenizer:
+            raise UserError(f"validation.data={run.validation.data} was written by another tokenizer than data.train")
+        if {part.manifest.hash for part in self.sets.parts} & {part.manifest.hash for part in training.parts}:
+            raise UserError(f"validation.data={run.validation.data} is what the run trains on: give codes of its own")
+
+    @torch.no_grad()
+    def loss(self, engine: Any) -> float:
+        """Mean cross-entropy a code, in nats, of the live weights without dropout. Collective, the same for all ranks.
+
+        Each sample counts once whatever the number of ranks.
+        """
+        sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+        engine.eval()
+        for batch, weights_B in evaluation_codes(
+            self.sets,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            batch=self.run.train.micro_batch,
+            limit=self.run.validation.samples,
+        ):
+            codes_BT, labels_B = batch.codes.to(self.world.device), batch.labels.to(self.world.device)
+            losses_B = engine(codes_BT, labels_B).double().mean(dim=1)
+            counts_B = weights_B.to(self.world.device)
+            sums += torch.stack([(losses_B * counts_B).sum(), counts_B.sum()])
+        engine.train()
+        dist.all_reduce(sums)
+        return float(sums[0] / sums[1])
+
+
+def check_codes(run: ARRun, sets: DataSets) -> CodesInfo:
+    """Reads what the code shards say of themselves. UserError where they do not fit the model or the tokenizer."""
+    parts = sets.parts
+    for url, part in zip(sets.config.sources, parts, strict=True):
+        _check_part(run, url, part.manifest)
+        if (part.manifest.classes, _codes(part.manifest).tokenizer) != (
+            parts[0].manifest.classes,
+            _codes(parts[0].manifest).tokenizer,
+        ):
+            raise UserError(
+                f"{url} has other classes or another tokenizer than {sets.config.sources[0]}: labels and codes of several "
+                f"sources must mean the same"
+            )
+    info = _codes(parts[0].manifest)
+    if run.tokenizer is not None and load_tokenizer(run.tokenizer).hash != info.tokenizer:
+        raise UserError(
+            f"{sets.config.sources[0]} was written by another tokenizer than {run.tokenizer}: "
+            f"run ibq-scale tokenize with this one, or set tokenizer=null"
+        )
+    return info
+
+
+def _check_part(run: ARRun, url: str, manifest: Manifest) -> None:
+    info = _codes(manifest)
+    if info.codebook_size != run.model.codebook_size:
+        raise UserError(
+            f"{url} holds codes of a codebook of {info.codebook_size}, the model expects "
+            f"{run.model.codebook_size}: set model.codebook_size={info.codebook_size}"
+        )
+    tokens = info.grid[0] * info.grid[1]
+    if tokens != run.model.tokens:
+        raise UserError(
+            f"{url} has {tokens} codes an image, the model expects {run.model.tokens}: set model.tokens={tokens}"
+        )
+    if len(manifest.classes) > run.model.classes:
+        raise UserError(
+            f"{url} has {len(manifest.classes)} classes, the model {run.model.classes}: "
+            f"set model.classes={len(manifest.classes)}"
+        )
+
+
+def _codes(manifest: Manifest) -> CodesInfo:
+    assert manifest.codes is not None
+    return manifest.codes
