@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.faults import FaultProxy, fault_proxy
 from tests.web import WebServer
 
 if not torch.cuda.is_available():
@@ -84,6 +85,18 @@ def new_prefix(s3_server: None) -> Callable[[], str]:
     """Makes a fresh ``s3://bucket/prefix`` a call."""
     numbers = count()
     return lambda: f"s3://{TEST_BUCKET}/test-{os.getpid()}-{next(numbers)}"
+
+
+@pytest.fixture
+def proxy(s3_server: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """In front of the S3 endpoint of the tests; stores opened from here on go through it, and retry without pauses."""
+    from ibq_scale.data import store as store_module
+
+    with fault_proxy(os.environ["AWS_ENDPOINT_URL"]) as running:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
+        monkeypatch.setattr(store_module, "PAUSE_SECONDS", 0.01)
+        monkeypatch.setattr(store_module, "DEADLINE_SECONDS", 10.0)
+        yield running
 
 
 @pytest.fixture
