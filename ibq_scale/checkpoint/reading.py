@@ -51,16 +51,28 @@ class NotWholeError(UserError):
     """A directory that has not become a checkpoint, or is one no more."""
 
 
+class OtherFormatError(UserError):
+    """A checkpoint that another version of this program wrote."""
+
+
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Opens a checkpoint directory. NotWholeError, or UserError where it is of another format."""
+    """Opens a checkpoint directory. NotWholeError, or OtherFormatError."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        return parse_manifest((path / MANIFEST).read_text(), path)
     except FileNotFoundError:
         raise NotWholeError(f"{path} is no whole checkpoint: it has no {MANIFEST}") from None
+
+
+def parse_manifest(text: str, path: Path) -> Checkpoint:
+    """The checkpoint at `path` with this manifest. Raises as `read_checkpoint`."""
+    try:
+        manifest = json.loads(text)
     except json.JSONDecodeError as e:
         raise NotWholeError(f"{path / MANIFEST} is damaged: {e}") from None
+    if not isinstance(manifest, dict):
+        raise NotWholeError(f"{path / MANIFEST} is damaged: it is no JSON object")
     if manifest.get("format_version") not in READ_VERSIONS:
-        raise UserError(
+        raise OtherFormatError(
             f"{path} has format version {manifest.get('format_version')}, this program reads "
             f"{' and '.join(map(str, READ_VERSIONS))}: go on with the program that wrote it, or give another out=…"
         )

@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+from contextlib import closing
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ import torch.distributed as dist
 
 from ibq_scale.checkpoint.mirror import Mirror
 from ibq_scale.checkpoint.reading import Checkpoint
-from ibq_scale.checkpoint.saving import CheckpointFolder, Retention
+from ibq_scale.checkpoint.retention import Retention
+from ibq_scale.checkpoint.saving import CheckpointFolder
 from ibq_scale.config.batch import accumulation_steps
 from ibq_scale.config.layers import require_complete, to_yaml
 from ibq_scale.config.run import AnyRun, TokenizerRun
@@ -58,14 +60,18 @@ def train(config: AnyRun, world: World) -> int:
 
 
 def _train(config: AnyRun, run_dir: Path, world: World, accumulation: int) -> int:
-    resume_from = CheckpointFolder(
+    checkpoints = CheckpointFolder(
         run_dir / "checkpoints", world, Retention.of(config.train), Mirror.of(config.train.mirror)
-    ).newest(config.train.check_hashes)
+    )
+    resume_from = checkpoints.newest(config.train.check_hashes)
     if resume_from is not None:
         check_same_run(config, resume_from)
     _prepare_run_dir(run_dir, config, world)
     if resume_from is not None and resume_from.step >= config.train.total_steps:
         _say(world, f"{run_dir}: all {config.train.total_steps} steps are done; nothing to do")
+        with closing(checkpoints):
+            checkpoints.start_mirror()
+            checkpoints.finish_mirror()
         return 0
     hosts = check_nodes(world, SideChannel(world), run_dir, _cache_dir(config))
     sets = open_sets(config.data, "images" if isinstance(config, TokenizerRun) else "codes")

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ibq_scale.checkpoint.mirror import Mirror
 from ibq_scale.checkpoint.reading import Checkpoint
-from ibq_scale.checkpoint.saving import CheckpointFolder, Retention
+from ibq_scale.checkpoint.retention import Retention
+from ibq_scale.checkpoint.saving import CheckpointFolder
 from ibq_scale.config.run import AnyRun
 from ibq_scale.data.sets import DataSets
 from ibq_scale.distributed.environment import World
@@ -30,6 +31,9 @@ from ibq_scale.train.preemption import StopRequest
 from ibq_scale.train.stragglers import Stragglers
 from ibq_scale.train.task import StepMetrics, Task
 from ibq_scale.train.watchdog import Watchdog
+
+# After a signal, for what is under way to the mirror.
+STOPPED_MIRROR_SECONDS = 20.0
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +115,14 @@ class Trainer:
 
     def run(self, resume_from: Checkpoint | None) -> Outcome:
         """Trains. Collective; every rank returns the same outcome."""
+        with closing(self.checkpoints):
+            outcome = self._watched(resume_from)
+            # Unwatched, since it may take its time: but a signal leaves little. The next start sends the rest.
+            self.checkpoints.finish_mirror(STOPPED_MIRROR_SECONDS if outcome.stopped else None)
+        return outcome
+
+    def _watched(self, resume_from: Checkpoint | None) -> Outcome:
+        """Trains, and ends on what a watchdog sees."""
         start = resume_from.step if resume_from is not None else 0
         hang_timeout = self.config.train.hang_timeout
         with ExitStack() as stack:
@@ -120,6 +132,7 @@ class Trainer:
                 self.once.load(resume_from.path)
                 self.skipped.load(resume_from.path)
             stack.callback(self.checkpoints.settle)
+            self.checkpoints.start_mirror()
             metrics = None
             if self.world.is_main:
                 metrics = stack.enter_context(closing(MetricsLog(self.run_dir, self.config, start)))

@@ -22,7 +22,8 @@ from ibq_scale.checkpoint.reading import (
     verify,
     whole_checkpoints,
 )
-from ibq_scale.checkpoint.saving import CheckpointFolder, Retention
+from ibq_scale.checkpoint.retention import Retention
+from ibq_scale.checkpoint.saving import CheckpointFolder
 from ibq_scale.distributed.environment import World
 from ibq_scale.errors import UserError
 from tests.ranks import run_ranks
@@ -80,14 +81,6 @@ def test_damage_is_seen(saved: Path, tmp_path: Path) -> None:
     (step3 / "manifest.json").unlink()
     with pytest.raises(UserError, match="is no whole checkpoint"):
         read_checkpoint(step3)
-
-
-@pytest.fixture
-def alone(tmp_path: Path) -> Any:
-    """A process group of this process alone."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    yield World(0, 1, 0, torch.device("cpu"))
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("broken", ["write", "rename", "pointer"])
