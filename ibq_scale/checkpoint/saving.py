@@ -314,9 +314,9 @@ class _Share:
 
     def _retire(self) -> None:
         for old in self.keep.retired(whole_checkpoints(self.folder)):
-            # Without its manifest it is no checkpoint any more, so a crash inside rmtree leaves nothing half-true.
-            (old.path / MANIFEST).unlink()
-            shutil.rmtree(old.path, ignore_errors=True)
+            # Under a name that is no checkpoint's: a crash inside rmtree leaves what the next save takes away.
+            gone = old.path.rename(self.folder / f".partial-retired-{old.path.name}")
+            shutil.rmtree(gone, ignore_errors=True)
 
 
 def _final(partial: Path) -> Path:
