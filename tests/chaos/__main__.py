@@ -10,6 +10,8 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from tests.chaos.campaign import Campaign, Result
@@ -28,23 +30,20 @@ def main() -> int:
     # Killed processes leave sockets and locks there.
     os.environ["TMPDIR"] = str(folder / "tmp")
     (folder / "tmp").mkdir()
-    results = [
-        _run(task, folder, args.kills, args.seed) for task in ([args.task] if args.task != "both" else SCENARIOS)
-    ]
-    print()
-    for result in results:
-        print("\n".join(result.summary()), flush=True)
-    if args.to is not None:
-        args.to.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
+    tell = partial(print, flush=True)
+    tell(f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {os.cpu_count()} CPU cores, load {os.getloadavg()[0]:.1f}")
+    results: list[Result] = []
+    for task in SCENARIOS if args.task == "both" else [args.task]:
+        results.append(Campaign(SCENARIOS[task], folder / task, args.kills, args.seed, tell).run())
+        tell("\n".join(["", *results[-1].summary(), ""]))
+        if args.to is not None:
+            args.to.parent.mkdir(parents=True, exist_ok=True)
+            args.to.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
     if any(result.faults for result in results):
-        print(f"what was found lies in {folder}")
+        tell(f"what was found lies in {folder}")
         return 1
     shutil.rmtree(folder)
     return 0
-
-
-def _run(task: str, folder: Path, kills: int, seed: int) -> Result:
-    return Campaign(SCENARIOS[task], folder / task, kills, seed, lambda line: print(line, flush=True)).run()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ import pytest
 from tests.chaos.campaign import Campaign
 from tests.chaos.scenario import SCENARIOS
 
-
 # Seeds that aim at different instants and victims: a data worker within a step and the launcher within a save; one rank
 # within a step and all of them between a checkpoint's rename and its pointer.
 SEEDS = {"tokenizer": 36, "ar": 55}
