@@ -57,7 +57,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         manifest = json.loads((path / MANIFEST).read_text())
     except FileNotFoundError:
         raise NotWholeError(f"{path} is no whole checkpoint: it has no {MANIFEST}") from None
-    except json.JSONDecodeError as e:
+    except ValueError as e:  # no JSON, or not even text
         raise NotWholeError(f"{path / MANIFEST} is damaged: {e}") from None
     if manifest.get("format_version") not in READ_VERSIONS:
         raise UserError(
@@ -72,17 +72,30 @@ def whole_checkpoints(folder: Path) -> list[Checkpoint]:
 
     UserError where one is of another format: a run that left it out would begin anew.
     """
-    found = []
-    for path in sorted(folder.glob("step-*")) if folder.is_dir() else []:
-        if not STEP_NAME.fullmatch(path.name):
-            continue
-        try:
-            checkpoint = read_checkpoint(path)
-        except NotWholeError:
-            continue
-        if not any(_size(path / name) != info["bytes"] for name, info in checkpoint.manifest["files"].items()):
-            found.append(checkpoint)
-    return found
+    return [found for found in map(_whole_or_fault, _directories(folder)) if isinstance(found, Checkpoint)]
+
+
+def damaged_checkpoints(folder: Path) -> list[str]:
+    """What is wrong with those under RUN/checkpoints that `whole_checkpoints` leaves out, a line each.
+
+    UserError where one is of another format.
+    """
+    return [found for found in map(_whole_or_fault, _directories(folder)) if isinstance(found, str)]
+
+
+def _directories(folder: Path) -> list[Path]:
+    paths = sorted(folder.glob("step-*")) if folder.is_dir() else []
+    return [path for path in paths if STEP_NAME.fullmatch(path.name)]
+
+
+def _whole_or_fault(path: Path) -> Checkpoint | str:
+    try:
+        checkpoint = read_checkpoint(path)
+    except NotWholeError as e:
+        return str(e)
+    files = checkpoint.manifest["files"]
+    wrong = [name for name, info in files.items() if _size(path / name) != info["bytes"]]
+    return f"{path} is no whole checkpoint: {'; '.join(verify(checkpoint, wrong))}" if wrong else checkpoint
 
 
 def newest_or_this(path: Path) -> Checkpoint:

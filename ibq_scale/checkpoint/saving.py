@@ -27,6 +27,7 @@ from ibq_scale.checkpoint.reading import (
     FORMAT_VERSION,
     MANIFEST,
     Checkpoint,
+    damaged_checkpoints,
     verify,
     whole_checkpoints,
 )
@@ -92,6 +93,8 @@ class CheckpointFolder:
         if self.world.is_main:
             try:
                 found = [whole_checkpoints(self.folder)]
+                for fault in damaged_checkpoints(self.folder):
+                    _tell(f"{fault}: it is left out")
             except UserError as e:
                 found = [e]
         dist.broadcast_object_list(found, src=0, device=self.world.device)
