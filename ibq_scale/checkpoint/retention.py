@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ibq_scale.checkpoint.reading import MANIFEST, Checkpoint, whole_checkpoints
+from ibq_scale.checkpoint.reading import Checkpoint, whole_checkpoints
 from ibq_scale.config.run import TrainConfig
 
 
@@ -39,6 +39,6 @@ def retire(folder: Path, keep: Retention, held: str | None = None) -> None:
     """Removes the checkpoints under `folder` that `keep` lets go, but not the one named `held`. Raises OSError."""
     for old in keep.retired(whole_checkpoints(folder)):
         if old.path.name != held:
-            # Without its manifest it is no checkpoint any more, so a crash inside rmtree leaves nothing half-true.
-            (old.path / MANIFEST).unlink()
-            shutil.rmtree(old.path, ignore_errors=True)
+            # Under a name that is no checkpoint's: a crash inside rmtree leaves what the next save takes away.
+            gone = old.path.rename(folder / f".partial-retired-{old.path.name}")
+            shutil.rmtree(gone, ignore_errors=True)

@@ -30,6 +30,8 @@ from ibq_scale.checkpoint.reading import (
     FORMAT_VERSION,
     MANIFEST,
     Checkpoint,
+    damaged_checkpoints,
+    manifest_text,
     verify,
     whole_checkpoints,
 )
@@ -72,6 +74,8 @@ class CheckpointFolder:
         if self.world.is_main:
             try:
                 found = [whole_checkpoints(self.folder)]
+                for fault in damaged_checkpoints(self.folder):
+                    _tell(f"{fault}: it is left out")
             except UserError as e:
                 found = [e]
         dist.broadcast_object_list(found, src=0, device=self.world.device)
@@ -270,7 +274,7 @@ def _final(partial: Path) -> Path:
 
 def _make_whole(partial: Path, manifest: dict[str, Any]) -> None:
     """The manifest, everything flushed, the folder's name, `latest`: in this order. Raises OSError."""
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    (partial / MANIFEST).write_text(manifest_text(manifest))
     _flush(partial / MANIFEST)
     for parent in {(partial / name).parent for name in manifest["files"]} | {partial}:
         _flush(parent)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from types import FrameType
 
 from ibq_scale.errors import UserError
@@ -75,16 +76,19 @@ def _start(words: Sequence[str], count: int) -> list[subprocess.Popen[bytes]]:
         subprocess.Popen(
             command,
             env=os.environ | shared | {"RANK": str(r), "LOCAL_RANK": str(r)},
-            preexec_fn=_die_with_parent,
+            preexec_fn=partial(_die_with_parent, os.getpid()),
         )
         for r in range(count)
     ]
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(parent: int) -> None:
     """A rank whose launcher was killed must not train on beside its successor."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    # No signal tells of a launcher that was killed before this.
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _wait(children: list[subprocess.Popen[bytes]]) -> int:

@@ -31,6 +31,8 @@ from ibq_scale.errors import UserError
 BEAT_SECONDS = 20.0
 # A holder that nothing else is known about is gone when it has not touched its file for so long.
 STALE_SECONDS = 300.0
+# A file that names nobody is of one who died between creating it and writing its name: else it would be touched.
+NAMELESS_SECONDS = 60.0
 # A killed launcher's rank 0 follows it within a moment: the next job waits for that before it calls the lock held.
 PATIENCE_SECONDS = 5.0
 
@@ -148,8 +150,8 @@ class RunLock:
                     f"stop it, or give another out=…"
                 )
             if seen is None and not alive:
-                text = f"{self.folder.parent} is held by {holder}: waiting for it to show life"
-                tell(f"ibq-scale: {text}, at most {STALE_SECONDS:.0f} s")
+                text = f"{self.folder.parent} is held by {holder or 'somebody unnamed'}: waiting for it to show life"
+                tell(f"ibq-scale: {text}, at most {STALE_SECONDS if holder else NAMELESS_SECONDS:.0f} s")
             seen = now
             time.sleep(0.2)
 
@@ -158,7 +160,8 @@ class RunLock:
         if holder is not None and holder.released:
             return True
         alive = holder.is_alive() if holder is not None else None
-        return alive is False or (alive is None and self._age(number) > STALE_SECONDS)
+        patience = NAMELESS_SECONDS if holder is None else STALE_SECONDS
+        return alive is False or (alive is None and self._age(number) > patience)
 
     def _create(self, number: int) -> bool:
         path = self._path(number)

@@ -82,3 +82,28 @@ def _runs(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (ProcessLookupError, FileNotFoundError):
         return False
+
+
+# A launcher that may be killed between the start of a rank and the rank's request to die with it.
+LATE = """
+import os, sys, time
+from ibq_scale.distributed.launch import _die_with_parent
+launcher = os.getpid()
+if os.fork() == 0:
+    while sys.argv[1] == "gone" and os.getppid() == launcher:
+        time.sleep(0.01)
+    _die_with_parent(launcher)
+    print("trains", flush=True)
+    os._exit(0)
+if sys.argv[1] == "there":
+    os.wait()
+"""
+
+
+@pytest.mark.parametrize(("launcher", "said"), [("there", "trains\n"), ("gone", "")])
+def test_a_rank_whose_launcher_is_gone_already_does_not_begin(launcher: str, said: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LATE, launcher], capture_output=True, text=True, timeout=30, check=True
+    )
+    assert done.stdout == said
+    assert done.stderr == ""

@@ -184,6 +184,17 @@ def test_a_holder_that_was_taken_for_gone_ends_itself(tmp_path: Path) -> None:
         assert first.wait(5.0) == 1
 
 
+def test_who_died_before_it_wrote_its_name_holds_the_lock_for_a_minute_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run_lock, "NAMELESS_SECONDS", 1.0)
+    (tmp_path / "lock").mkdir()
+    (tmp_path / "lock" / "00000007").touch()
+    RunLock(tmp_path).release()
+    assert "is held by somebody unnamed: waiting for it to show life, at most 1 s" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "lock").iterdir()] == ["00000008"]
+
+
 def test_a_directory_that_cannot_be_written_to_is_told(tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file in its place")
     with pytest.raises(UserError, match=r"cannot write to .*run"):
