@@ -78,6 +78,7 @@ class CheckpointFolder:
         self.keep = keep
         self.mirror = mirror
         self._writing: _Writing | None = None
+        self._stands = "there is no checkpoint yet"
 
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint whose every byte is what was written, the same on every rank. Collective.
@@ -85,7 +86,18 @@ class CheckpointFolder:
         The ranks share the hashing. One that is damaged is told, with its faults, and the one before is taken. Where
         there is none, the mirror's newest is fetched.
         """
-        return self._newest_here() or self._fetch()
+        found = self._newest_here() or self._fetch()
+        if found is not None:
+            self._stands = f"{found.path.name} stands"
+        return found
+
+    def standing(self) -> str:
+        """On rank 0: the newest whole checkpoint, and how long its save took if this run made it. Reads no disk."""
+        return self._stands
+
+    def note_whole(self, name: str, seconds: float) -> None:
+        """Rank 0's thread made a checkpoint whole, so many seconds after its save began."""
+        self._stands = f"{name} stands, whose save took {seconds:.1f} s"
 
     def _newest_here(self) -> Checkpoint | None:
         found: list[Any] = [None]
@@ -214,6 +226,8 @@ class _Share:
         self.world = checkpoints.world
         self.keep = checkpoints.keep
         self.mirror = checkpoints.mirror
+        self.note_whole = checkpoints.note_whole
+        self.began = time.monotonic()
         self.partial = partial
         self.facts = facts
         self.files = files
@@ -278,6 +292,7 @@ class _Share:
             self._words.mkdir(exist_ok=True)
         manifest = self.facts | {"format_version": FORMAT_VERSION, "files": dict(sorted(files.items()))}
         _make_whole(self.partial, manifest)
+        self.note_whole(_final(self.partial).name, time.monotonic() - self.began)
         self._retire()
 
     @property
