@@ -25,6 +25,8 @@ SMALL = (
     "train.log_every=1",
 )
 ENDLESS = ("train.steps=100000", "data.workers=0")
+# Of a start, on a machine with other things to do.
+PATIENCE = 300.0
 PROGRAM = """
 import sys
 {before}
@@ -38,10 +40,16 @@ def words(data: str, out: Path, *more: str) -> list[str]:
     return ["train", "tokenizer", "tiny", f"data.train={data}", f"out={out}", *SMALL, *more]
 
 
-def launched(data: str, out: Path, *more: str) -> subprocess.Popen[str]:
+@contextmanager
+def launched(data: str, out: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
     """Two ranks under the package's own launcher."""
     command = [sys.executable, "-m", "ibq_scale", *words(data, out, *more), "--ranks", "2"]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 @contextmanager
@@ -65,10 +73,10 @@ def each_rank(data: str, out: Path, *more: str, before: str = "") -> Iterator[li
     finally:
         for rank in ranks:
             rank.kill()
-            rank.communicate()
+            rank.wait()
 
 
-def wait_until(condition: Callable[[], bool], *processes: subprocess.Popen[str], seconds: float = 120.0) -> None:
+def wait_until(condition: Callable[[], bool], *processes: subprocess.Popen[str], seconds: float = PATIENCE) -> None:
     """Looks often; fails where a process ends before."""
     deadline = time.monotonic() + seconds
     while not condition():

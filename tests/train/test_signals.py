@@ -6,13 +6,14 @@ import re
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
 from ibq_scale.checkpoint.reading import newest_or_this, verify, whole_checkpoints
-from tests.train.runs import ENDLESS, each_rank, launched, lines, wait_until
+from tests.train.runs import ENDLESS, PATIENCE, each_rank, launched, lines, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 # A disk that becomes slow: nothing is ever flushed once the file is there.
@@ -43,11 +44,11 @@ MOMENTS: dict[str, Callable[[Path, int], bool]] = {
 def test_a_signal_in_start_up_asks_for_a_requeue(dataset: str, tmp_path: Path, moment: str, signum: int) -> None:
     """Ctrl-C reaches the ranks from the terminal, SIGTERM through the launcher."""
     run = tmp_path / "run"
-    process = launched(dataset, run, *ENDLESS)
-    wait_until(lambda: MOMENTS[moment](run, process.pid), process)
-    for target in [process, *(_children(process.pid) if signum == signal.SIGINT else [])]:
-        target.send_signal(signum)
-    said = process.communicate(timeout=120)[1]
+    with launched(dataset, run, *ENDLESS) as process:
+        wait_until(lambda: MOMENTS[moment](run, process.pid), process)
+        for target in [process, *(_children(process.pid) if signum == signal.SIGINT else [])]:
+            target.send_signal(signum)
+        said = process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == 75, said
     assert "stopped at step 0 by a signal" in said
     assert "Traceback" not in said
@@ -57,19 +58,17 @@ def test_a_signal_in_start_up_asks_for_a_requeue(dataset: str, tmp_path: Path, m
 def test_signals_again_and_again_change_nothing(dataset: str, tmp_path: Path) -> None:
     """To the launcher and to both ranks, in the save, in the report, to the end."""
     run = tmp_path / "run"
-    process = launched(dataset, run, *ENDLESS, "train.checkpoint_every=3")
-    wait_until(lambda: len(lines(run)) > 1, process)
-    ranks = _children(process.pid)
     sent = 0
-    while process.poll() is None:
-        for target in (process, *ranks):
-            try:
-                target.send_signal((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)[sent % 3])
-            except psutil.NoSuchProcess:
-                continue
-            sent += 1
-        time.sleep(0.01)
-    said = process.communicate(timeout=120)[1]
+    with launched(dataset, run, *ENDLESS, "train.checkpoint_every=3") as process:
+        wait_until(lambda: len(lines(run)) > 1, process)
+        ranks = _children(process.pid)
+        while process.poll() is None:
+            for target in (process, *ranks):
+                with suppress(psutil.NoSuchProcess):
+                    target.send_signal((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)[sent % 3])
+                sent += 1
+            time.sleep(0.01)
+        said = process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == 75, said
     assert sent > 30
     assert "Traceback" not in said
@@ -88,10 +87,10 @@ def test_a_save_that_the_grace_time_is_too_short_for_leaves_the_one_before(datas
         flag.touch()
         ranks[1].send_signal(signal.SIGUSR1)
         begin = time.monotonic()
-        said = ranks[0].communicate(timeout=60)[1]
+        said = ranks[0].communicate(timeout=PATIENCE)[1]
         took = time.monotonic() - begin
-        assert (ranks[0].returncode, ranks[1].wait(2.0)) == (75, 75), said
-    assert 2.5 < took < 8, said
+        assert (ranks[0].returncode, ranks[1].wait(10)) == (75, 75), said
+    assert 2.5 < took < 20, said
     found = re.search(
         r"the 3 s after the signal \(train\.grace\) are over before all is saved: (step-\d+) stands, whose save took "
         r"\d+\.\d s\. The same command goes on from there",
@@ -109,9 +108,9 @@ def test_a_signalled_rank_whose_step_does_not_end_leaves_in_time_by_itself(datas
         ranks[1].send_signal(signal.SIGSTOP)
         ranks[0].send_signal(signal.SIGTERM)
         begin = time.monotonic()
-        said = ranks[0].communicate(timeout=60)[1]
+        said = ranks[0].communicate(timeout=PATIENCE)[1]
         assert ranks[0].returncode == 75, said
-        assert 2.5 < time.monotonic() - begin < 8
+        assert 2.5 < time.monotonic() - begin < 20
     assert "there is no checkpoint yet" in said
 
 
@@ -122,6 +121,6 @@ def test_a_hang_that_the_watchdog_found_first_keeps_its_own_code(dataset: str, t
         wait_until(lambda: len(lines(run)) > 1, *ranks)
         ranks[1].send_signal(signal.SIGSTOP)
         ranks[0].send_signal(signal.SIGTERM)
-        said = ranks[0].communicate(timeout=60)[1]
+        said = ranks[0].communicate(timeout=PATIENCE)[1]
         assert ranks[0].returncode == 70, said
     assert "rank 1 on" in said
