@@ -55,7 +55,7 @@ def test_a_rank_stopped_within_a_step_ends_the_run_with_its_name(dataset: str, t
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     environ = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    words = _words(dataset, run, "data.workers=0", "train.hang_timeout=6")
+    words = _words(dataset, run, "data.workers=0", "train.hang_timeout=12")
     ranks = [
         subprocess.Popen(words, env=environ | {"RANK": r, "LOCAL_RANK": r}, stderr=subprocess.PIPE, text=True)
         for r in "01"

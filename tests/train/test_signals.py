@@ -117,7 +117,7 @@ def test_a_signalled_rank_whose_step_does_not_end_leaves_in_time_by_itself(datas
 def test_a_hang_that_the_watchdog_found_first_keeps_its_own_code(dataset: str, tmp_path: Path) -> None:
     """The grace time ends while it is asked who is missing: what hangs must not come back by itself."""
     run = tmp_path / "run"
-    with each_rank(dataset, run, *ENDLESS, "train.grace=7", "train.hang_timeout=6") as ranks:
+    with each_rank(dataset, run, *ENDLESS, "train.grace=13", "train.hang_timeout=12") as ranks:
         wait_until(lambda: len(lines(run)) > 1, *ranks)
         ranks[1].send_signal(signal.SIGSTOP)
         ranks[0].send_signal(signal.SIGTERM)
