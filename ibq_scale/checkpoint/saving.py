@@ -60,6 +60,7 @@ class CheckpointFolder:
         self._host = HostCopies()
         self._writing: _Writing | None = None
         self._copier: Copier | None = None
+        self._stands = "there is no checkpoint yet"
 
     def newest(self, check_hashes: bool = True) -> Checkpoint | None:
         """The newest checkpoint whose every byte is what was written, the same on every rank. Collective.
@@ -67,7 +68,18 @@ class CheckpointFolder:
         The ranks share the hashing. One that is damaged is told, with its faults, and the one before is taken. Where
         there is none, the mirror's newest is fetched. Without `check_hashes` the sizes have to do.
         """
-        return self._newest_here(check_hashes) or self._fetch()
+        found = self._newest_here(check_hashes) or self._fetch()
+        if found is not None:
+            self._stands = f"{found.path.name} stands"
+        return found
+
+    def standing(self) -> str:
+        """On rank 0: the newest whole checkpoint, and how long its save took if this run made it. Reads no disk."""
+        return self._stands
+
+    def note_whole(self, name: str, seconds: float) -> None:
+        """Rank 0's thread made a checkpoint whole, so many seconds after its save began."""
+        self._stands = f"{name} stands, whose save took {seconds:.1f} s"
 
     def _newest_here(self, check_hashes: bool) -> Checkpoint | None:
         found: list[Any] = [None]
@@ -202,6 +214,8 @@ class _Share:
         self.world = checkpoints.world
         self.keep = checkpoints.keep
         self.copier = checkpoints._copier
+        self.note_whole = checkpoints.note_whole
+        self.began = time.monotonic()
         self.partial = partial
         self.facts = facts
         self.files = files
@@ -260,6 +274,7 @@ class _Share:
     def _commit(self, files: dict[str, dict[str, Any]]) -> None:
         manifest = self.facts | {"format_version": FORMAT_VERSION, "files": dict(sorted(files.items()))}
         _make_whole(self.partial, manifest)
+        self.note_whole(_final(self.partial).name, time.monotonic() - self.began)
         if self.copier is None:
             retire(self.folder, self.keep)
         else:

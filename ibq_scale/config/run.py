@@ -121,6 +121,9 @@ class TrainConfig(Section):
     1,000 steps may have before the run stops.
     `hang_timeout`: seconds without progress after which a run ends itself and names the ranks that did not arrive;
     below the 30 minutes after which torch ends a collective without such words.
+    `grace`: seconds after a signal (SIGTERM, SIGUSR1, Ctrl-C) by which the run has saved and left; what is not done
+    then is left undone, and the newest whole checkpoint stands. Somewhat less than the cluster waits before it kills
+    (``--signal=USR1@300``; KillWait or a partition's GraceTime for SIGTERM).
     """
 
     samples: PositiveInt | None = None
@@ -138,6 +141,7 @@ class TrainConfig(Section):
     mirror: str | None = None
     skipped_steps: NonNegativeInt = 10
     hang_timeout: Annotated[float, Field(gt=0, lt=1800)] = 1200.0
+    grace: Annotated[float, Field(gt=0)] = 270.0
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:

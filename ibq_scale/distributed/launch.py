@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from functools import partial
 from types import FrameType
 
+from ibq_scale.distributed.signals import held, let_in
 from ibq_scale.errors import UserError
 
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
@@ -45,21 +46,30 @@ def launch(words: Sequence[str], ranks: int | None) -> int:
     count = default_ranks() if ranks is None else ranks
     if count < 1:
         raise UserError(f"--ranks {count}: at least one rank is needed")
-    children = _start(words, count)
+    children: list[subprocess.Popen[bytes]] = []
 
     def forward(signum: int, frame: FrameType | None) -> None:
         for child in children:
             if child.poll() is None:
                 child.send_signal(signum)
 
-    before = {s: signal.signal(s, forward) for s in FORWARDED}
-    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        return _wait(children)
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
-        _end(children, 0.0)
+    # Ranks start with signals held back too, until they can answer them.
+    with held():
+        before = {s: signal.signal(s, forward) for s in FORWARDED}
+        # Not ignored: ranks would inherit that.
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)
+        try:
+            children += _start(words, count)
+            if signal.SIGINT in signal.sigpending():
+                # The terminal sent it before there were ranks.
+                forward(signal.SIGINT, None)
+            let_in()
+            return _wait(children)
+        finally:
+            _end(children, 0.0)
+            signal.pthread_sigmask(signal.SIG_BLOCK, before)
+            for s, handler in before.items():
+                signal.signal(s, handler)
 
 
 def _start(words: Sequence[str], count: int) -> list[subprocess.Popen[bytes]]:

@@ -22,6 +22,10 @@ if what == "codes":
 if what == "signal":
     signal.signal(signal.SIGTERM, lambda *a: ((folder / f"asked-{rank}").touch(), sys.exit(75)))
     signal.signal(signal.SIGUSR1, lambda *a: ((folder / f"asked-{rank}").touch(), sys.exit(75)))
+    # Held back from the rank's first moment on, until it can answer: time enough for a signal to come before.
+    (folder / f"held-{rank}").touch()
+    time.sleep(1.0)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM, signal.SIGUSR1])
 time.sleep(60)
 """
 LAUNCHER = """
@@ -57,8 +61,9 @@ def test_the_first_failures_code_is_returned_and_the_others_ended(tmp_path: Path
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
 def test_signals_reach_every_rank_and_their_answer_comes_back(tmp_path: Path, signum: int) -> None:
+    """Also those that come before a rank can answer."""
     launcher = _launch(tmp_path, "signal")
-    _wait_for(tmp_path, "started")
+    _wait_for(tmp_path, "held")
     launcher.send_signal(signum)
     assert launcher.wait(30) == 75
     assert len(list(tmp_path.glob("asked-*"))) == 2

@@ -163,6 +163,23 @@ def test_a_job_on_another_host_is_gone_when_its_file_is_old_by_the_file_systems_
     RunLock(tmp_path / "old").release()
 
 
+def test_a_file_systems_clock_that_jumps_takes_no_lock_from_a_living_job_nor_keeps_a_dead_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A day ahead, a living holder's last touch looks old; a day back, a dead one's is never old enough."""
+    elsewhere = replace(Holder.me(), host="node7", boot="b")
+    path = _leave(tmp_path / "ahead", elsewhere, age=86400.0)
+    with ThreadPoolExecutor(1) as pool:
+        taking = pool.submit(RunLock, tmp_path / "ahead")
+        time.sleep(0.25)
+        os.utime(path)
+        with pytest.raises(UserError, match="on node7, since"):
+            taking.result(5.0)
+    monkeypatch.setattr(run_lock, "STALE_SECONDS", 1.0)
+    _leave(tmp_path / "back", elsewhere, age=-86400.0)
+    RunLock(tmp_path / "back").release()
+
+
 def test_a_job_on_another_host_that_shows_life_is_waited_for_and_refuses(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
