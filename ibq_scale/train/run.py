@@ -74,9 +74,9 @@ def _train(config: AnyRun, run_dir: Path, world: World, accumulation: int) -> in
     _check_ranks_agree(config, sets, world)
     if resume_from is not None:
         check_same_data(config, resume_from, sets.hash)
-    summary = _summary(config, world, accumulation, resume_from)
+    first_line = summary(config, world, accumulation, resume_from)
     task = _make_task(config, world, sets)
-    _say(world, summary)
+    _say(world, first_line)
     outcome = Trainer(config, run_dir, task, world, sets, hosts).run(resume_from)
     if not outcome.saved:
         raise UserError(
@@ -211,7 +211,8 @@ def _git_commit() -> str | None:
     return found.stdout.strip()
 
 
-def _summary(config: AnyRun, world: World, accumulation: int, resume_from: Checkpoint | None) -> str:
+def summary(config: AnyRun, world: World, accumulation: int, resume_from: Checkpoint | None) -> str:
+    """What a run says first. UserError where it asks for an attention kernel that cannot be had here."""
     train = config.train
     begin = f"resuming from {resume_from.path}" if resume_from else "starting"
     return (
@@ -223,7 +224,6 @@ def _summary(config: AnyRun, world: World, accumulation: int, resume_from: Check
 
 
 def _attention(config: AnyRun, world: World) -> str:
-    """What computes attention. UserError where the kind that is asked for cannot be had."""
     if isinstance(config, TokenizerRun):
         return ""
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
