@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +41,8 @@ BACKENDS: dict[AttentionKind, SDPBackend] = {
 ORDER = list(BACKENDS.values())
 CPU_KINDS = ("sdpa", "sdpa_flash", "sdpa_math")
 HALVES = (torch.bfloat16, torch.float16)
+# `flash_attn_func` by module, None where it cannot be imported: looked up here, since the compiler traces no import.
+_LOADED: dict[str, Callable[..., Any] | None] = {}
 
 
 def choose(kind: AttentionKind, device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionKind:
@@ -71,7 +72,7 @@ def attention(q_BTHd: Tensor, k_BSGd: Tensor, v_BSGd: Tensor, *, causal: bool, k
     """
     assert not causal or q_BTHd.shape[1] == k_BSGd.shape[1]
     if kind in PACKAGES:
-        function = _function(PACKAGES[kind].module)
+        function = _LOADED[PACKAGES[kind].module]
         assert function is not None
         out = function(q_BTHd, k_BSGd, v_BSGd, causal=causal)
         # Some releases of 3 and 4 return the softmaxes' normalizers too.
@@ -108,14 +109,14 @@ def _hindrance(kind: AttentionKind, device: torch.device, dtype: torch.dtype, he
         return f"takes heads of multiples of 8 up to {package.largest_head}, these have {head_dim}"
     if torch.cuda.get_device_capability(device)[0] not in package.capabilities:
         return f"does not support {torch.cuda.get_device_name(device)}"
-    return None if _function(package.module) else f"needs the package {package.name}, which cannot be imported"
+    return None if _importable(package.module) else f"needs the package {package.name}, which cannot be imported"
 
 
-@cache
-def _function(module: str) -> Callable[..., Any] | None:
-    """The package's `flash_attn_func`; None where it cannot be imported, be it that what it needs is missing."""
-    try:
-        found: Callable[..., Any] = importlib.import_module(module).flash_attn_func
-    except (ImportError, AttributeError, OSError):
-        return None
-    return found
+def _importable(module: str) -> bool:
+    """Loads the package's `flash_attn_func`, once. False where that fails, be it that what it needs is missing."""
+    if module not in _LOADED:
+        try:
+            _LOADED[module] = importlib.import_module(module).flash_attn_func
+        except (ImportError, AttributeError, OSError):
+            _LOADED[module] = None
+    return _LOADED[module] is not None

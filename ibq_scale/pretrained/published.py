@@ -71,7 +71,7 @@ def export_published(path: Path, to: Path) -> Kind:
     """Writes the model at `path` (as the loaders take it) as one file `to` that the published code reads.
 
     Only one set of a tokenizer's weights is kept in a model directory, so live and averaged ones are the same there.
-    UserError where the model cannot be loaded, `to` is there already, or that code has no such quantizer.
+    UserError where the model cannot be loaded, `to` is there already, or that code has no such model.
     """
     if to.exists():
         raise UserError(f"{to} is there already: give another --to, or remove it")
@@ -79,6 +79,12 @@ def export_published(path: Path, to: Path) -> Kind:
     if isinstance(model, Tokenizer):
         content = {"state_dict": published_tokenizer(model), SIZES: _sizes_of_tokenizer(model)}
     else:
+        if (model.config.conditioning, model.config.kv_groups, model.config.qk_norm) != (
+            "adaln",
+            model.config.heads,
+            False,
+        ):
+            raise UserError("the published layout has AdaLN, as many kv_heads as heads and no qk_norm: not this model")
         sizes = {"model": model.config.model_dump(mode="json"), "tokenizer": model.tokenizer_hash}
         content = {"state_dict": dict(model.state_dict()), SIZES: sizes}
     to.parent.mkdir(parents=True, exist_ok=True)

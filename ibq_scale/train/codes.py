@@ -63,8 +63,8 @@ def check_codes(run: ARRun, sets: DataSets) -> CodesInfo:
             _codes(parts[0].manifest).tokenizer,
         ):
             raise UserError(
-                f"{url} has other classes or another tokenizer than {sets.config.sources[0]}: labels and codes of several "
-                f"sources must mean the same"
+                f"{url} has other classes or another tokenizer than {sets.config.sources[0]}: labels and codes of "
+                f"several sources must mean the same"
             )
     info = _codes(parts[0].manifest)
     if run.tokenizer is not None and load_tokenizer(run.tokenizer).hash != info.tokenizer:

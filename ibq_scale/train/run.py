@@ -124,9 +124,9 @@ def _watched(
         if resume_from is not None:
             check_same_data(config, resume_from, sets.hash)
         watchdog.report("building")
-        summary = _summary(config, world, accumulation, resume_from)
+        first_line = summary(config, world, accumulation, resume_from)
         task = _make_task(config, world, sets)
-        _say(world, summary)
+        _say(world, first_line)
         return Trainer(config, task, world, sets, checkpoints, watchdog).run(resume_from, stop)
 
 
@@ -255,7 +255,8 @@ def _git_commit() -> str | None:
     return found.stdout.strip()
 
 
-def _summary(config: AnyRun, world: World, accumulation: int, resume_from: Checkpoint | None) -> str:
+def summary(config: AnyRun, world: World, accumulation: int, resume_from: Checkpoint | None) -> str:
+    """What a run says first. UserError where it asks for an attention kernel that cannot be had here."""
     train = config.train
     begin = f"resuming from {resume_from.path}" if resume_from else "starting"
     return (

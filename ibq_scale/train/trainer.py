@@ -142,9 +142,11 @@ class Trainer:
             with stragglers.step():
                 self._train(step, batches, window)
             watchdog.step_ended(step)
-            if step % train.log_every == 0 or step == total:
+            validation = self._validate(step, window)
+            if step % train.log_every == 0 or step == total or validation:
                 spread, alarms = stragglers.compare(batches.waited)
                 values = window.close(self.world, train.global_batch) | rates | self.task.log_metrics() | spread
+                values |= validation
                 values["save_stall_s"], self._stall = self._stall, 0.0
                 _check_finite(values, step)
                 self._logged = values
@@ -169,6 +171,14 @@ class Trainer:
         if not step.applied:
             samples = [] if bool(step.finite) else [self.sets.name(*row[1:2], *row[3:]) for row in requests]
             self.skipped.note(number, samples)
+
+    def _validate(self, step: int, window: _Window) -> dict[str, float]:
+        self.watchdog.report("validation")
+        begin = time.perf_counter()
+        values = self.task.validate(step)
+        window.leave_out(time.perf_counter() - begin)
+        self.watchdog.report("step")
+        return values
 
     def _save(self, step: int, window: _Window) -> None:
         """A checkpoint of a diverged state would replace the last good one: the loss so far is looked at first.
@@ -221,6 +231,10 @@ class _Window:
         means = torch.stack([self._sums[name] for name in names]) / self._applied
         dist.all_reduce(means)
         return dict(zip(names, (means / world.size).tolist(), strict=True))
+
+    def leave_out(self, seconds: float) -> None:
+        """What was no training is no part of the rates."""
+        self._begin += seconds
 
     def close(self, world: World, global_batch: int) -> dict[str, float]:
         """`peek` with rates, and a new window begins."""

@@ -66,6 +66,31 @@ def test_ar_presets_hold_the_published_sizes(name: str, size: tuple[int, int, in
     assert (run.train.global_batch, run.optimizer.grad_clip, run.optimizer.betas) == (768, 1.0, (0.9, 0.95))
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "hidden"),
+    [
+        ("llamagen-b", (12, 12, 768), 2048),
+        ("llamagen-l", (24, 16, 1024), 2816),
+        ("llamagen-xl", (36, 20, 1280), 3584),
+        ("llamagen-xxl", (48, 24, 1536), 4096),
+    ],
+)
+def test_llamagen_presets_hold_the_published_sizes(name: str, size: tuple[int, int, int], hidden: int) -> None:
+    run = resolve(name, task="ar").config
+    assert isinstance(run, ARRun)
+    assert (run.model.conditioning, run.model.ffn_hidden) == ("prefix", hidden)
+    assert (run.model.depth, run.model.heads, run.model.width) == size
+    assert (run.train.global_batch, run.optimizer.lr, run.schedule.warmup_samples) == (256, 1e-4, 0)
+
+
+@pytest.mark.parametrize(
+    "override", ["model.kv_heads=3", "model.activation_checkpointing=true", "model.attention=flash"]
+)
+def test_a_transformer_that_cannot_be_is_refused(override: str) -> None:
+    with pytest.raises(UserError, match=override.partition("=")[0].removeprefix("model.")):
+        resolve("tiny", [override], "ar")
+
+
 def test_layers_override_in_order_and_remember_who_set_what(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("preset: tokenizer/ibq-1024\noptimizer: {lr: 5.0e-5}\ntrain: {global_batch: 64}\n")

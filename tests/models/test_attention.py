@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
-from ibq_scale.config.models import AttentionKind
+from ibq_scale.config.models import AttentionKind, TransformerConfig
 from ibq_scale.errors import UserError
 from ibq_scale.models import attention as module
 from ibq_scale.models.attention import PACKAGES, attention, choose, describe
+from ibq_scale.models.transformer import Transformer
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 ON_CPU: tuple[AttentionKind, ...] = ("sdpa", "sdpa_flash", "sdpa_math")
@@ -98,7 +99,7 @@ class FakePackage:
 
 
 @pytest.fixture
-def packages(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, FakePackage]]:
+def packages(monkeypatch: pytest.MonkeyPatch) -> dict[str, FakePackage]:
     """All of the packages, on a Hopper GPU unless a test says otherwise."""
     fakes = {kind: FakePackage(answers_lse=kind == "flash4") for kind in PACKAGES}
     for name in {part for p in PACKAGES.values() for part in ("flash_attn", p.module)}:
@@ -106,9 +107,8 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, FakePackage]
     for kind, package in PACKAGES.items():
         sys.modules[package.module].flash_attn_func = fakes[kind].flash_attn_func  # type: ignore[attr-defined]
     _gpu(monkeypatch, 9)
-    module._function.cache_clear()
-    yield fakes
-    module._function.cache_clear()
+    monkeypatch.setattr(module, "_LOADED", {})
+    return fakes
 
 
 def _gpu(monkeypatch: pytest.MonkeyPatch, major: int) -> None:
@@ -118,7 +118,7 @@ def _gpu(monkeypatch: pytest.MonkeyPatch, major: int) -> None:
 
 def _uninstall(monkeypatch: pytest.MonkeyPatch, kind: AttentionKind) -> None:
     monkeypatch.setitem(sys.modules, PACKAGES[kind].module, None)
-    module._function.cache_clear()
+    module._LOADED.clear()
 
 
 @pytest.mark.parametrize(
@@ -157,6 +157,7 @@ def test_a_package_is_called_as_it_is_made(
     kind: AttentionKind, groups: int, queries: int, packages: dict[str, FakePackage]
 ) -> None:
     """(B, T, H, d), grouped heads as they are, no mask for one query: packages align masks otherwise than torch."""
+    assert choose(kind, CUDA, torch.bfloat16, 64) == kind
     q, k, v = inputs(groups, queries, torch.bfloat16, CPU)
     out = attention(q, k, v, causal=queries > 1, kind=kind)
     assert packages[kind].calls == [((2, queries, 4, 64), (2, 9, groups, 64), queries > 1)]
@@ -202,3 +203,28 @@ def test_the_choice_is_told_in_words() -> None:
     assert describe("flash3", CUDA) == "flash3 (flash-attn 3)"
     assert "cuDNN, flash" in describe("sdpa", CUDA)
     assert describe("sdpa", CPU) == "sdpa (torch)"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", ["none", "selective"])
+@pytest.mark.parametrize("kind", PACKAGES)
+@pytest.mark.usefixtures("packages")
+def test_a_package_does_not_part_a_compiled_block(
+    kind: AttentionKind, checkpointing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the package's function itself is one that the compiler takes."""
+    monkeypatch.setattr(sys.modules[PACKAGES[kind].module], "flash_attn_func", _plain_flash, raising=False)
+    sizes = {"codebook_size": 64, "classes": 5, "tokens": 16, "depth": 2, "heads": 4, "width": 64, "kv_heads": 2}
+    model = Transformer(TransformerConfig(**sizes, activation_checkpointing=checkpointing)).bfloat16()
+    monkeypatch.setattr("ibq_scale.models.transformer.choose", lambda *_: choose(kind, CUDA, torch.bfloat16, 64))
+    torch._dynamo.reset()
+    counters.clear()
+    model.compile_regions()
+    model.hidden(torch.zeros(2, 16, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)).float().sum().backward()
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+def _plain_flash(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+    k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], dim=2) for t in (k, v))
+    return attention(q, k, v, causal=causal, kind="sdpa_flash")

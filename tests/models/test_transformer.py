@@ -11,7 +11,9 @@ from torch._dynamo.utils import counters
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from ibq_scale.config.layers import resolve
 from ibq_scale.config.models import TransformerConfig
+from ibq_scale.config.run import ARRun
 from ibq_scale.models.initial import CHUNK, Normal
 from ibq_scale.models.sampling import SamplingSettings, generate
 from ibq_scale.models.transformer import KVCache, Transformer
@@ -240,6 +242,26 @@ def test_on_the_meta_device_it_has_sizes_and_no_numbers(batch: tuple[torch.Tenso
         logits = made(*(t.to("meta") for t in batch))
     assert {p.device.type for p in made.parameters()} == {"meta"}
     assert (logits.shape, logits.device.type) == ((4, 16, 50), "meta")
+
+
+MILLIONS = {"b": 342, "l": 649, "xl": 1076, "xxl": 2063, "3b": 3147, "7b": 6918}
+MILLIONS |= {"llamagen-b": 111, "llamagen-l": 343, "llamagen-xl": 775, "llamagen-xxl": 1411}
+
+
+@pytest.mark.parametrize("codes", [16384, 262144])
+@pytest.mark.parametrize("name", MILLIONS)
+def test_every_preset_runs_on_the_meta_device(name: str, codes: int) -> None:
+    """Training's forward and backward pass, shapes only; ours are 3b and 7b."""
+    run = resolve(name, [f"model.codebook_size={codes}"], "ar").config
+    assert isinstance(run, ARRun)
+    assert run.model.head_dim in (64, 128)
+    with torch.device("meta"):
+        made = Transformer(run.model)
+        logits = made(torch.zeros(2, 256, dtype=torch.int64), torch.zeros(2, dtype=torch.int64))
+        assert logits.shape == (2, 256, codes)
+        logits.sum().backward()
+    count = sum(p.numel() for p in made.parameters()) - 2 * (codes - 16384) * run.model.width
+    assert count / 1e6 == pytest.approx(MILLIONS[name], rel=0.005)
 
 
 def test_the_head_reads_the_hidden_states(model: Transformer, batch: tuple[torch.Tensor, torch.Tensor]) -> None:

@@ -15,8 +15,17 @@ from torch import Tensor
 
 from ibq_scale.cli.main import main
 from ibq_scale.config.layers import resolve
+from ibq_scale.config.models import TransformerConfig
 from ibq_scale.errors import UserError
-from ibq_scale.pretrained.loading import Tokenizer, load_ar, load_model, load_tokenizer, save_ar, save_tokenizer
+from ibq_scale.pretrained.loading import (
+    ARModel,
+    Tokenizer,
+    load_ar,
+    load_model,
+    load_tokenizer,
+    save_ar,
+    save_tokenizer,
+)
 from ibq_scale.pretrained.published import (
     CODEBOOK,
     SIZES,
@@ -24,6 +33,7 @@ from ibq_scale.pretrained.published import (
     import_published,
     published_tokenizer,
 )
+from tests.conftest import tiny_tokenizer_sizes
 
 PUBLISHED_PRESETS = ("ibq-1024", "ibq-8192", "ibq-16384", "ibq-262144")
 
@@ -219,6 +229,26 @@ def test_a_published_transformer_is_written_back_as_it_was(parity_dir: Path, tmp
     assert all(torch.equal(back[name], tensor) for name, tensor in original.items())
 
 
+@pytest.mark.parametrize("inside", [True, False], ids=["with its tokenizer", "alone"])
+@pytest.mark.parametrize("preset", ["b", "l", "xl", "xxl"])
+def test_the_sizes_of_every_published_transformer_are_read_off_its_tensors(
+    preset: str, inside: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The whole import on the meta device: names and shapes of the real sizes, no numbers."""
+    run = resolve(preset, ["data.train=x"], "ar").config
+    with torch.device("meta"):
+        state = dict(ARModel(run.model, None).state_dict())
+        tokenizer = Tokenizer(*tiny_tokenizer_sizes())
+    frozen = {f"first_stage_model.{k}": v for k, v in published_tokenizer(tokenizer).items()} if inside else {}
+    monkeypatch.setattr(torch, "load", lambda *_, **__: {"state_dict": state | frozen})
+    imported = import_published(tmp_path / "file.ckpt")
+    assert imported.left_aside == ({"first_stage_model": len(frozen)} if inside else {})
+    found, wanted = imported.model.config, run.model
+    for size in ("codebook_size", "classes", "tokens", "depth", "heads", "width", "conditioning"):
+        assert getattr(found, size) == getattr(wanted, size)
+    assert {k: v.shape for k, v in imported.model.state_dict().items()} == {k: v.shape for k, v in state.items()}
+
+
 def test_a_transformer_whose_heads_cannot_be_guessed(ar_dir: Path, tmp_path: Path) -> None:
     state = dict(load_ar(ar_dir).state_dict())
     file = _foreign(state | {"first_stage_model.x": torch.zeros(1)}, tmp_path / "ar.ckpt")
@@ -240,10 +270,16 @@ def test_what_the_published_layout_cannot_hold(tokenizer_dir: Path, tmp_path: Pa
     save_tokenizer(tmp_path / "simvq", tokenizer, {})
     with pytest.raises(UserError, match="has no 'simvq' quantizer"):
         export_published(tmp_path / "simvq", tmp_path / "a.ckpt")
+    for i, change in enumerate(({"conditioning": "prefix"}, {"kv_heads": 1}, {"qk_norm": True})):
+        sizes = TransformerConfig(codebook_size=8, classes=2, tokens=4, depth=1, heads=2, width=16, **change)
+        save_ar(tmp_path / f"ar{i}", ARModel(sizes, None), {})
+        assert load_ar(tmp_path / f"ar{i}").config == sizes
+        with pytest.raises(UserError, match="the published layout has AdaLN"):
+            export_published(tmp_path / f"ar{i}", tmp_path / "a.ckpt")
     (tmp_path / "taken.ckpt").touch()
     with pytest.raises(UserError, match="is there already"):
         export_published(tokenizer_dir, tmp_path / "taken.ckpt")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["simvq", "taken.ckpt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ar0", "ar1", "ar2", "simvq", "taken.ckpt"]
 
 
 def test_sizes_of_another_version(tokenizer_dir: Path, tmp_path: Path) -> None:
