@@ -25,15 +25,15 @@ def write_pictures(root: Path) -> None:
             picture.save(root / name / f"{i}.{'png' if i % 4 == 3 else 'jpg'}")
 
 
-def write_codes(folder: Path) -> None:
+def write_codes(folder: Path, seed: int = 0, tokenizer: str = "t" * 64) -> None:
     """Three shards of 20 samples, 4 × 4 codes of 40 each, of three classes that the codes tell."""
     from ibq_scale.data.codes import CodeShard, finish_codes, write_code_shard
     from ibq_scale.data.manifest import CodesInfo
     from ibq_scale.data.store import open_store
 
     store = open_store(str(folder))
-    info = CodesInfo(codebook_size=40, grid=(4, 4), tokenizer="t" * 64, source="s" * 64)
-    g = torch.Generator().manual_seed(0)
+    info = CodesInfo(codebook_size=40, grid=(4, 4), tokenizer=tokenizer, source="s" * 64)
+    g = torch.Generator().manual_seed(seed)
     shards = []
     for n in range(3):
         labels = torch.randint(3, (20,), generator=g)

@@ -1,4 +1,4 @@
-"""Stage 2 from codes on disk: ZeRO-1 on two ranks equals plain torch, and codes that do not fit are refused."""
+"""Stage 2 from codes on disk: every layout equals plain torch; held-out codes; codes that do not fit are refused."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from ibq_scale.data.stream import code_stream
 from ibq_scale.distributed.environment import World
 from ibq_scale.errors import UserError
 from ibq_scale.models.transformer import Transformer
-from ibq_scale.train.ar_task import check_codes
+from ibq_scale.train.codes import HeldOut, check_codes
+from ibq_scale.train.master import pieces, shapes
 from tests.ranks import run_ranks
 from tests.samples import write_codes
+from tests.train.reference import gather
 
-STEPS = 4
+STEPS = 10
 NO_DROPOUT = [f"model.{name}=0" for name in ("token_dropout", "residual_dropout", "ffn_dropout", "label_dropout")]
 SMALL = [
     "model.codebook_size=40",
@@ -48,16 +50,22 @@ def run_of(codes: str, *overrides: str) -> ARRun:
     return run
 
 
-def _train(rank: int, world_size: int, run: ARRun) -> tuple[dict[str, Any], list[float]]:
+def _train(rank: int, world_size: int, runs: dict[str, ARRun]) -> dict[str, tuple[dict[str, Any], list[float]]]:
+    """Rank 0's fp32 weights, put together, and this rank's losses, by run."""
     from ibq_scale.train.ar_task import ARTask
 
-    task = ARTask(run, World(rank, world_size, rank, torch.device("cpu")), open_sets(run.data, "codes"))
-    batches = task.batches(0)
-    losses = []
-    for step in range(STEPS):
-        task.set_rates(step * 8)
-        losses.append(float(task.train_step(batches).metrics["loss"]))
-    return {k: v.detach().numpy() for k, v in task.engine.module.named_parameters()}, losses
+    world = World(rank, world_size, rank, torch.device("cpu"))
+    results = {}
+    for name, run in runs.items():
+        task = ARTask(run, world, open_sets(run.data, "codes"))
+        batches = task.batches(0)
+        losses = []
+        for step in range(STEPS):
+            task.set_rates(step * 8)
+            losses.append(float(task.train_step(batches).metrics["loss"]))
+        weights = gather(pieces(task.engine, world), shapes(task.engine), world) or {}
+        results[name] = ({k: v.numpy() for k, v in weights.items()}, losses)
+    return results
 
 
 def plain_training(run: ARRun, steps: int) -> tuple[Transformer, list[float]]:
@@ -84,16 +92,87 @@ def plain_training(run: ARRun, steps: int) -> tuple[Transformer, list[float]]:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_zero1_with_accumulation_clipping_and_decay_equals_plain_torch(codes: str) -> None:
-    run = run_of(codes)
-    found = run_ranks(_train, 2, run)
-    model, losses = plain_training(run, STEPS)
-    for weights, _ in found:
-        for name, value in model.named_parameters():
-            torch.testing.assert_close(torch.from_numpy(weights[name]), value.detach(), rtol=2e-4, atol=2e-5)
-    mean = [sum(pair) / 2 for pair in zip(*(part for _, part in found), strict=True)]
-    assert mean == pytest.approx(losses, rel=1e-4)
-    assert losses[-1] < losses[0]
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_every_layout_with_accumulation_clipping_and_decay_equals_plain_torch(codes: str, world_size: int) -> None:
+    kinds = {"adaln": [], "prefix": ["model.conditioning=prefix", "model.kv_heads=1", "model.qk_norm=true"]}
+    layouts = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
+    runs = {
+        f"{kind}, {layout}": run_of(codes, f"deepspeed.config={layout}", *words)
+        for kind, words in kinds.items()
+        for layout in layouts
+    }
+    expected = {kind: plain_training(run_of(codes, *words), STEPS) for kind, words in kinds.items()}
+    found = run_ranks(_train, world_size, runs)
+    for name in runs:
+        model, losses = expected[name.partition(",")[0]]
+        weights, _ = found[0][name]
+        assert weights.keys() == dict(model.named_parameters()).keys()
+        for key, value in model.named_parameters():
+            close = torch.allclose(torch.from_numpy(weights[key]), value.detach(), rtol=2e-4, atol=2e-5)
+            assert close, f"{name}: {key}"
+        mean = [sum(parts) / world_size for parts in zip(*(part[name][1] for part in found), strict=True)]
+        assert mean == pytest.approx(losses, rel=1e-4), name
+        assert losses[-1] < losses[0]
+
+
+def _validated(rank: int, world_size: int, run: ARRun) -> tuple[float, bool]:
+    """The loss on held-out codes after a step, and whether the next one is the same without asking for it."""
+    from ibq_scale.train.ar_task import ARTask
+
+    world = World(rank, world_size, rank, torch.device("cpu"))
+    losses, after = {}, []
+    for ask in (False, True):
+        task = ARTask(run, world, open_sets(run.data, "codes"))
+        batches = task.batches(0)
+        for step in (1, 2):
+            task.set_rates(step)
+            after.append(task.train_step(batches).metrics["loss"])
+            if ask:
+                losses[step] = task.validate(step)
+    assert losses[1] == {}
+    (validation,) = losses[2].values()
+    return validation, after[:2] == after[2:]
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("held-out")
+    write_codes(folder, seed=1)
+    return str(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_loss_on_held_out_codes(codes: str, held_out: str) -> None:
+    """Every sample once on any number of ranks, no dropout, and the training knows nothing of it."""
+    dropout = [word.replace("=0", "=0.3") for word in NO_DROPOUT]
+    words = [f"validation.data={held_out}", "validation.every=2", "validation.samples=7", "train.global_batch=12"]
+    run = run_of(codes, *words, "optimizer.lr=1e-9", "deepspeed.config=zero3")
+    model = Transformer(run.model, run.train.seed).eval()
+    sets = open_sets(run_of(held_out).data, "codes")
+    batch = next(code_stream(sets, seed=0, rank=0, world_size=1, micro_batch=7, start=0))
+    expected = F.cross_entropy(model(batch.codes, batch.labels).flatten(0, 1), batch.codes.flatten()).item()
+    assert batch.codes.unique(dim=0).shape[0] > 1
+    for world_size in (1, 3):
+        for loss, same in run_ranks(_validated, world_size, run_of(codes, *words, *dropout, "optimizer.lr=1e-9")):
+            assert loss == pytest.approx(expected, rel=1e-5)
+            assert same
+    assert [loss for loss, _ in run_ranks(_validated, 2, run)] == pytest.approx([expected] * 2, rel=1e-5)
+
+
+def test_held_out_codes_that_are_not(codes: str, held_out: str, tmp_path: Path) -> None:
+    world = World(0, 1, 0, torch.device("cpu"))
+    for url, said in {codes: "is what the run trains on"}.items():
+        run = run_of(codes, f"validation.data={url}")
+        with pytest.raises(UserError, match=said):
+            HeldOut(run, world, open_sets(run.data, "codes"))
+    run = run_of(codes, f"validation.data={held_out}", "model.codebook_size=64")
+    with pytest.raises(UserError, match=f"{held_out} holds codes of a codebook of 40"):
+        HeldOut(run, world, open_sets(run.data, "codes"))
+    write_codes(tmp_path, seed=2, tokenizer="another")
+    run = run_of(codes, f"validation.data={tmp_path}")
+    with pytest.raises(UserError, match="was written by another tokenizer"):
+        HeldOut(run, world, open_sets(run.data, "codes"))
 
 
 def test_codes_that_do_not_fit_are_refused(codes: str, tokenizer_dir: Path) -> None:
