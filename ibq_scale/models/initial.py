@@ -27,12 +27,13 @@ class Normal(NamedTuple):
 
     def elements(self, key: str, start: int, length: int) -> Tensor:
         """Elements start … start + length − 1, fp32 (length,); `key` decides what is drawn."""
-        out = torch.full((length,), self.mean)
-        if self.std or self.first_std:
-            std = torch.full((length,), self.std)
-            std[: max(self.first - start, 0)] = self.first_std
-            torch.addcmul(out, _standard_normal(key, self.size, start, length), std, out=out)
-        return out
+        if not (self.std or self.first_std):
+            return torch.full((length,), self.mean)
+        out = _standard_normal(key, self.size, start, length)
+        first = max(self.first - start, 0)
+        out[:first] *= self.first_std
+        out[first:] *= self.std
+        return out.add_(self.mean) if self.mean else out
 
 
 def drawn(recipe: dict[str, Normal], seed: int) -> Values:
@@ -49,7 +50,8 @@ def fill(flat: Tensor, values: Values, name: str, start: int = 0) -> None:
 
 
 def _standard_normal(key: str, size: int, start: int, length: int) -> Tensor:
-    return torch.cat(list(_chunks(key, size, start, start + length)))
+    parts = list(_chunks(key, size, start, start + length))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _chunks(key: str, size: int, start: int, end: int) -> Iterator[Tensor]:
