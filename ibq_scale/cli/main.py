@@ -23,6 +23,7 @@ FAMILIES = (
     "checkpoint",
     "fetch_weights",
     "config",
+    "plan",
     "report",
     "demo",
     "bench",

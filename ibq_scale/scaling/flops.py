@@ -1,4 +1,4 @@
-"""Floating-point operations of a tokenizer's training step, counted on tensors without memory.
+"""Floating-point operations of a training step, counted on tensors without memory; a transformer's by formula too.
 
 Convolutions and matrix products only, two a multiplication with its addition, as MFU is usually counted; work that is
 done again to save memory does not count. The codebook's products are counted by formula, since the quantizer is an
@@ -14,21 +14,100 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from ibq_scale.bench.quantizer import STEP_PRODUCTS
+from ibq_scale.config.models import TransformerConfig
 from ibq_scale.config.run import TokenizerRun
 from ibq_scale.losses.perceptual import Perceptual
 from ibq_scale.models.autoencoder import Autoencoder
 from ibq_scale.models.discriminator import PatchDiscriminator
+from ibq_scale.models.transformer import Transformer
 
 META = torch.device("meta")
+# Products that the quantizer's step needs: S once, then S and g Cᵀ, ∂S C and ∂Sᵀ z.
+STEP_PRODUCTS = 5
 # Products that backends do where whole rows are not at hand: S and p C for the sums, S for q̄, S for π, then S, g Cᵀ,
 # ∂S C and ∂Sᵀ z together or, in Triton, S and g Cᵀ for each of the two.
 SHARDED_PRODUCTS, TRITON_PRODUCTS = 8, 10
 
 
+TOKENIZER_FORMULA = (
+    "autoencoder forward and back, discriminator three passes, LPIPS twice forward and once back: convolutions and "
+    "products, counted; quantizer 5 × 2·T·K·D"
+)
+AR_FORMULA = (
+    "3 × (L·(projections 2·T·E·(2E + 2·h·d) + attention 4·T²·E + feed-forward 6·T·E·F) + AdaLN 2·E·(6L + 2)·E + "
+    "head 2·T·E·V + embedding 0)"
+)
+
+
+@dataclass(frozen=True)
+class ARFlops:
+    """FLOPs of an image's forward pass, by part (`AR_FORMULA`).
+
+    L blocks of width E on T tokens, h heads of d for keys and values, SwiGLU of F, V codes. Attention counts whole
+    though half of it is masked, as PaLM (arXiv 2204.02311, appendix B) and others count; AdaLN works once an image; an
+    embedding is looked up and multiplies nothing.
+    """
+
+    projections: float
+    attention: float
+    feed_forward: float
+    adaln: float
+    head: float
+    embedding: float = 0.0
+
+    @property
+    def forward(self) -> float:
+        return self.projections + self.attention + self.feed_forward + self.adaln + self.head + self.embedding
+
+    @property
+    def total(self) -> float:
+        """With the backward pass, which multiplies twice as much."""
+        return 3.0 * self.forward
+
+    def training(self) -> dict[str, float]:
+        """By part, forward and backward."""
+        return {
+            "attention projections": 3.0 * self.projections,
+            "attention": 3.0 * self.attention,
+            "feed-forward": 3.0 * self.feed_forward,
+            "AdaLN": 3.0 * self.adaln,
+            "head": 3.0 * self.head,
+            "embedding": 3.0 * self.embedding,
+        }
+
+
+def ar_flops(model: TransformerConfig) -> ARFlops:
+    """By formula."""
+    L, T, E = model.depth, model.tokens, model.width
+    keys_and_values = 2 * model.heads * model.head_dim
+    return ARFlops(
+        projections=2.0 * L * T * E * (2 * E + keys_and_values),
+        attention=4.0 * L * T**2 * E,
+        feed_forward=6.0 * L * T * E * model.ffn_hidden,
+        adaln=2.0 * E * (6 * L + 2) * E,
+        head=2.0 * T * E * model.codebook_size,
+    )
+
+
+def ar_executed(model: TransformerConfig) -> float:
+    """FLOPs an image that a step does, counted: what checkpointing computes again is in it.
+
+    Of one and of two blocks, and so on in the same steps: every block is like the others.
+    """
+    one, two = (_counted(model.model_copy(update={"depth": depth})) for depth in (1, 2))
+    return one + (model.depth - 1) * (two - one)
+
+
+def _counted(config: TransformerConfig) -> float:
+    with META:
+        model = Transformer(config)
+        codes_BT, labels_B = torch.zeros((1, config.tokens), dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    return count(lambda: model(codes_BT, labels_B))
+
+
 @dataclass(frozen=True)
 class StepFlops:
-    """FLOPs of one image's share of a training step. `quantizer_executed` counts what the backend does again, too."""
+    """FLOPs of one image's share of a tokenizer's step. `quantizer_executed` counts what the backend does again, too."""
 
     autoencoder: float
     quantizer: float
@@ -43,7 +122,7 @@ class StepFlops:
 
 
 def step_flops(run: TokenizerRun, *, backend: str, sharded: bool) -> StepFlops:
-    """Counts a step of this config. `backend` is the quantizer's, `sharded` whether ranks share the codebook."""
+    """Counts a tokenizer's step. `backend` is the quantizer's, `sharded` whether ranks share the codebook."""
     side = run.model.resolution
     image = torch.empty(1, 3, side, side, device=META)
     needed, executed = _quantizer(run, backend, sharded)
