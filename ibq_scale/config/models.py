@@ -109,10 +109,25 @@ class DiscriminatorConfig(Section):
     layers: PositiveInt = 3
 
 
-class TransformerConfig(Section):
-    """Class-conditional Llama-like transformer with AdaLN over `tokens` codes in raster order.
+AttentionKind = Literal[
+    "auto", "flash4", "flash3", "flash2", "sdpa", "sdpa_cudnn", "sdpa_flash", "sdpa_efficient", "sdpa_math"
+]
 
+
+class TransformerConfig(Section):
+    """Class-conditional Llama-like transformer over `tokens` codes in raster order.
+
+    `conditioning`: ``adaln`` gives the class to every block as modulations of its norms and residuals, beside the
+    prefix token (the published models); ``prefix`` leaves it to the prefix token alone (LlamaGen, arXiv 2406.06525).
     `adaln_gain_init` scales the initial residual gains: 1e-3 for the published B and L, 1e-4 for XL, 1e-5 for XXL.
+    `kv_heads`: heads of keys and values, each read by heads / kv_heads of queries; null is as many as `heads`.
+    `qk_norm`: RMSNorm over each head's query and key, before they are rotated.
+    `attention`: ``auto`` is flash-attn 3, 4 or 2 where installed and possible, else ``sdpa``, which is torch's choice;
+    ``sdpa_…`` is one of torch's kernels.
+    `activation_checkpointing`: in training, ``full`` computes each block again in the backward pass; ``selective``
+    keeps what its matrix products and attention gave, and computes only the rest again.
+    `compile` gives each block to torch.compile in training.
+    The last three change nothing of what the network is.
     """
 
     codebook_size: PositiveInt = 16384
@@ -120,18 +135,27 @@ class TransformerConfig(Section):
     tokens: PositiveInt = 256
     depth: PositiveInt = 16
     heads: PositiveInt = 16
+    kv_heads: PositiveInt | None = None
     width: PositiveInt = 1024
+    conditioning: Literal["adaln", "prefix"] = "adaln"
+    qk_norm: bool = False
     token_dropout: Probability = 0.1
     residual_dropout: Probability = 0.1
     ffn_dropout: Probability = 0.1
     label_dropout: Probability = 0.1
     adaln_gain_init: Annotated[float, Field(gt=0)] = 1e-3
-    attention: Literal["auto", "flash", "sdpa", "math"] = "auto"
-    activation_checkpointing: bool = False
+    attention: AttentionKind = "auto"
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    compile: bool = False
 
     @property
     def head_dim(self) -> int:
         return self.width // self.heads
+
+    @property
+    def kv_groups(self) -> int:
+        """Heads of keys and values."""
+        return self.heads if self.kv_heads is None else self.kv_heads
 
     @property
     def grid(self) -> int:
@@ -143,10 +167,16 @@ class TransformerConfig(Section):
         """SwiGLU's width: 2/3 · 4 · width, rounded up to a multiple of 256."""
         return -(-int(2 * 4 * self.width / 3) // 256) * 256
 
+    def architecture(self) -> TransformerConfig:
+        """The same network without a word on how it is computed: what an exported model says of itself."""
+        return self.model_copy(update={"attention": "auto", "activation_checkpointing": "none", "compile": False})
+
     @model_validator(mode="after")
     def _sizes_fit(self) -> TransformerConfig:
         if self.width % self.heads or self.head_dim % 4:
             raise ValueError(f"width {self.width} / heads {self.heads} must be a multiple of 4 (2D rotary pairs)")
+        if self.heads % self.kv_groups:
+            raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
         if self.grid**2 != self.tokens:
             raise ValueError(f"tokens must be a square (a grid of codes), got {self.tokens}")
         return self

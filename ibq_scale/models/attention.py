@@ -1,49 +1,121 @@
-"""Attention behind one function: flash-attn where installed and possible, else torch's own kernels."""
+"""Attention behind one function: the flash-attn packages where installed and possible, else torch's own kernels."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+from collections.abc import Callable
 from functools import cache
-from typing import Literal
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ibq_scale.config.models import AttentionKind
 from ibq_scale.errors import UserError
 
-Kind = Literal["auto", "flash", "sdpa", "math"]
+
+class Package(NamedTuple):
+    """Where a flash-attn package keeps `flash_attn_func`, and what it computes on."""
+
+    module: str
+    name: str
+    capabilities: tuple[int, ...]
+    """Major compute capabilities of the GPUs that it supports."""
+    largest_head: int
 
 
-@cache
-def _flash_attn_installed() -> bool:
-    return importlib.util.find_spec("flash_attn") is not None
+# In the order of preference on the GPUs that several support.
+PACKAGES: dict[AttentionKind, Package] = {
+    "flash3": Package("flash_attn_interface", "flash-attn 3", (9,), 256),
+    "flash4": Package("flash_attn.cute", "flash-attn-4", (9, 10), 128),
+    "flash2": Package("flash_attn.flash_attn_interface", "flash-attn", (8, 9, 10, 12), 256),
+}
+BACKENDS: dict[AttentionKind, SDPBackend] = {
+    "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa_flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "sdpa_math": SDPBackend.MATH,
+}
+# What ``sdpa`` tries on a GPU, in this order.
+ORDER = list(BACKENDS.values())
+CPU_KINDS = ("sdpa", "sdpa_flash", "sdpa_math")
+HALVES = (torch.bfloat16, torch.float16)
 
 
-def choose(kind: Kind, device: torch.device, dtype: torch.dtype) -> Kind:
-    """What ``auto`` means here. UserError where ``flash`` is asked for and cannot be had."""
-    possible = _flash_attn_installed() and device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
-    if kind == "flash" and not possible:
-        raise UserError("model.attention=flash needs the flash-attn package, a CUDA device and bf16: use auto or sdpa")
+def choose(kind: AttentionKind, device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionKind:
+    """`kind`, or what ``auto`` means for such queries. UserError where the kind that is asked for cannot be had."""
     if kind == "auto":
-        return "flash" if possible else "sdpa"
+        return next((k for k in PACKAGES if _hindrance(k, device, dtype, head_dim) is None), "sdpa")
+    hindrance = _hindrance(kind, device, dtype, head_dim)
+    if hindrance is not None:
+        raise UserError(f"model.attention={kind} {hindrance}: take auto, or sdpa")
     return kind
 
 
-def attention(q_BHTd: Tensor, k_BHSd: Tensor, v_BHSd: Tensor, *, causal: bool, kind: Kind = "auto") -> Tensor:
-    """softmax(q kᵀ/√d) v, (B, H, T, d). `causal` is for T = S; one query against a cache needs no mask.
+def describe(kind: AttentionKind, device: torch.device) -> str:
+    """A chosen kind in words, for a log."""
+    if kind in PACKAGES:
+        return f"{kind} ({PACKAGES[kind].name})"
+    if kind == "sdpa" and device.type == "cuda":
+        return "sdpa (torch: the first that can of cuDNN, flash, efficient, math)"
+    return f"{kind} (torch)"
 
-    ``math`` is torch's plain reference, the yardstick of the tests.
+
+def attention(q_BTHd: Tensor, k_BSGd: Tensor, v_BSGd: Tensor, *, causal: bool, kind: AttentionKind) -> Tensor:
+    """softmax(q kᵀ/√d) v, (B, T, H, d); query head h reads head ⌊h·G/H⌋ of keys and values.
+
+    `kind` is one that `choose` returned. `causal` is for T = S: the kernels disagree on how to align a mask with more
+    keys than queries, and one query against a cache needs none. ``sdpa_math`` is torch's plain reference.
     """
-    chosen = choose(kind, q_BHTd.device, q_BHTd.dtype)
-    if chosen == "flash":
-        from flash_attn import flash_attn_func
+    assert not causal or q_BTHd.shape[1] == k_BSGd.shape[1]
+    if kind in PACKAGES:
+        function = _function(PACKAGES[kind].module)
+        assert function is not None
+        out = function(q_BTHd, k_BSGd, v_BSGd, causal=causal)
+        # Some releases of 3 and 4 return the softmaxes' normalizers too.
+        mixed: Tensor = out[0] if isinstance(out, tuple) else out
+        return mixed
+    q, k, v = (t.transpose(1, 2) for t in (q_BTHd, k_BSGd, v_BSGd))
+    if kind == "sdpa" and not q.is_cuda:
+        return _sdpa(q, k, v, causal).transpose(1, 2)
+    # cuDNN plans a graph for each length anew, and a cache has another with every step.
+    backends = ORDER[q.shape[2] == 1 :] if kind == "sdpa" else [BACKENDS[kind]]
+    if k.shape[1] != q.shape[1] and kind in ("sdpa", "sdpa_cudnn", "sdpa_efficient"):
+        # Not all of these take groups of heads by themselves.
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+    with sdpa_kernel(backends, set_priority=True):
+        return _sdpa(q, k, v, causal).transpose(1, 2)
 
-        q, k, v = (t.transpose(1, 2) for t in (q_BHTd, k_BHSd, v_BHSd))
-        out: Tensor = flash_attn_func(q, k, v, causal=causal)
-        return out.transpose(1, 2)
-    if chosen == "math":
-        with sdpa_kernel(SDPBackend.MATH):
-            return F.scaled_dot_product_attention(q_BHTd, k_BHSd, v_BHSd, is_causal=causal)
-    return F.scaled_dot_product_attention(q_BHTd, k_BHSd, v_BHSd, is_causal=causal)
+
+def _sdpa(q_BHTd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, causal: bool) -> Tensor:
+    grouped = k_BGSd.shape[1] != q_BHTd.shape[1]
+    return F.scaled_dot_product_attention(q_BHTd, k_BGSd, v_BGSd, is_causal=causal, enable_gqa=grouped)
+
+
+def _hindrance(kind: AttentionKind, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why this kind cannot be had, as the end of a sentence; None where it can."""
+    if kind not in PACKAGES:
+        needs_cuda = device.type != "cuda" and kind not in CPU_KINDS
+        return f"needs a CUDA device, this is {device.type}" if needs_cuda else None
+    package = PACKAGES[kind]
+    if device.type != "cuda":
+        return f"needs a CUDA device, this is {device.type}"
+    if dtype not in HALVES:
+        return f"computes in bf16 only (train.precision), this is {str(dtype).removeprefix('torch.')}"
+    if head_dim % 8 or head_dim > package.largest_head:
+        return f"takes heads of multiples of 8 up to {package.largest_head}, these have {head_dim}"
+    if torch.cuda.get_device_capability(device)[0] not in package.capabilities:
+        return f"does not support {torch.cuda.get_device_name(device)}"
+    return None if _function(package.module) else f"needs the package {package.name}, which cannot be imported"
+
+
+@cache
+def _function(module: str) -> Callable[..., Any] | None:
+    """The package's `flash_attn_func`; None where it cannot be imported, be it that what it needs is missing."""
+    try:
+        found: Callable[..., Any] = importlib.import_module(module).flash_attn_func
+    except (ImportError, AttributeError, OSError):
+        return None
+    return found

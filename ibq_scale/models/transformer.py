@@ -1,36 +1,43 @@
-"""The class-conditional transformer: Llama-like blocks, AdaLN from the class, 2D rotary positions.
+"""The class-conditional transformer: Llama-like blocks over codes, 2D rotary positions, the class as a prefix token.
 
-One prefix token carries the class; the code at t is predicted from the prefix and codes 0 … t − 1. Parameter names
-are the published checkpoints' without their leading ``transformer.``.
+The code at t is predicted from the prefix and codes 0 … t − 1. With ``conditioning=adaln`` the class modulates every
+block too: parameter names are then the published checkpoints' without their leading ``transformer.``.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ibq_scale.config.models import TransformerConfig
-from ibq_scale.models.attention import attention
+from ibq_scale.config.models import AttentionKind, TransformerConfig
+from ibq_scale.models.attention import attention, choose
+from ibq_scale.models.initial import Normal, drawn, fill
+from ibq_scale.models.recompute import keeping_products
 
 ROTARY_BASE = 10_000.0
+STD = 0.02
+# Graphs of a block that torch.compile keeps: training and evaluation, and batches of other sizes.
+COMPILED_GRAPHS = 16
 
 
 class KVCache:
-    """Keys and values of all layers, (B, H, length, d) each, filled from the front."""
+    """Keys and values of all layers, (B, length, kv_heads, d) each, filled from the front."""
 
     def __init__(self, config: TransformerConfig, batch: int, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (config.depth, 2, batch, config.heads, config.tokens, config.head_dim)
+        shape = (config.depth, 2, batch, config.tokens, config.kv_groups, config.head_dim)
         self._store = torch.zeros(shape, device=device, dtype=dtype)
         self.length = 0
 
-    def extend(self, layer: int, k_BHTd: Tensor, v_BHTd: Tensor) -> tuple[Tensor, Tensor]:
+    def extend(self, layer: int, k_BTGd: Tensor, v_BTGd: Tensor) -> tuple[Tensor, Tensor]:
         """Appends to a layer; returns all of its keys and values so far."""
-        end = self.length + k_BHTd.shape[2]
-        self._store[layer, 0, :, :, self.length : end] = k_BHTd
-        self._store[layer, 1, :, :, self.length : end] = v_BHTd
-        return self._store[layer, 0, :, :, :end], self._store[layer, 1, :, :, :end]
+        end = self.length + k_BTGd.shape[1]
+        self._store[layer, 0, :, self.length : end] = k_BTGd
+        self._store[layer, 1, :, self.length : end] = v_BTGd
+        return self._store[layer, 0, :, :end], self._store[layer, 1, :, :end]
 
 
 def rotary_table(config: TransformerConfig) -> Tensor:
@@ -50,12 +57,12 @@ def rotary_table(config: TransformerConfig) -> Tensor:
     return torch.cat([torch.zeros(2, 1, 2 * half, device="cpu"), table], dim=1)
 
 
-def rotate(x_BHTd: Tensor, table_2Tp: Tensor) -> Tensor:
+def rotate(x_BTHd: Tensor, table_2Tp: Tensor) -> Tensor:
     """Rotates interleaved pairs (x0, x1), (x2, x3), … in fp32; back in x's dtype."""
-    cos, sin = table_2Tp
-    even, odd = x_BHTd.float().view(*x_BHTd.shape[:-1], -1, 2).unbind(-1)
+    cos, sin = table_2Tp[:, :, None]
+    even, odd = x_BTHd.float().view(*x_BTHd.shape[:-1], -1, 2).unbind(-1)
     turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
-    return turned.flatten(-2).to(x_BHTd.dtype)
+    return turned.flatten(-2).to(x_BTHd.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -66,8 +73,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-5)).to(x.dtype) * self.weight
+        return F.rms_norm(x, self.weight.shape, self.weight, eps=1e-5)
 
 
 class AdaLN(nn.Sequential):
@@ -89,20 +95,22 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         self.layer = layer
-        self.wqkv = nn.Linear(config.width, 3 * config.width, bias=False)
+        # Rows of queries, keys, values.
+        self.heads = [config.heads, config.kv_groups, config.kv_groups]
+        self.wqkv = nn.Linear(config.width, sum(self.heads) * config.head_dim, bias=False)
         self.wo = nn.Linear(config.width, config.width, bias=False)
+        self.q_norm = RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
 
-    def forward(self, x_BTE: Tensor, table_2Tp: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(self, x_BTE: Tensor, table_2Tp: Tensor, cache: KVCache | None, kind: AttentionKind) -> Tensor:
         b, t, width = x_BTE.shape
-        qkv = self.wqkv(x_BTE).view(b, t, 3, self.config.heads, self.config.head_dim)
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
-        q, k = rotate(q, table_2Tp), rotate(k, table_2Tp)
-        causal = t > 1
+        q, k, v = self.wqkv(x_BTE).view(b, t, sum(self.heads), self.config.head_dim).split(self.heads, dim=2)
+        q, k = rotate(self.q_norm(q), table_2Tp), rotate(self.k_norm(k), table_2Tp)
         if cache is not None:
             assert t == 1 or cache.length == 0, "a chunk after the first would need a mask of its own"
             k, v = cache.extend(self.layer, k, v)
-        mixed = attention(q, k, v, causal=causal, kind=self.config.attention)
-        out: Tensor = self.wo(mixed.transpose(1, 2).reshape(b, t, width))
+        mixed = attention(q, k, v, causal=t > 1, kind=kind)
+        out: Tensor = self.wo(mixed.reshape(b, t, width))
         return out
 
 
@@ -121,8 +129,8 @@ class FeedForward(nn.Module):
         return out
 
 
-class Block(nn.Module):
-    """x + γ₁·Attn(norm(x)·(1 + s₁) + b₁), then the same with SwiGLU; the six vectors come from the class."""
+class PrefixBlock(nn.Module):
+    """x + Attn(norm(x)), then the same with SwiGLU; the class is heard through the prefix token alone."""
 
     def __init__(self, config: TransformerConfig, layer: int) -> None:
         super().__init__()
@@ -130,30 +138,74 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(config)
         self.attention_norm = RMSNorm(config.width)
         self.ffn_norm = RMSNorm(config.width)
-        self.ada_lin = AdaLN(config.width, 6)
         self.dropout = nn.Dropout(config.residual_dropout)
+        self.checkpointing = config.activation_checkpointing
 
-    def forward(self, x_BTE: Tensor, condition_BE: Tensor, table_2Tp: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x_BTE: Tensor, condition_BE: Tensor, table_2Tp: Tensor, cache: KVCache | None, kind: AttentionKind
+    ) -> Tensor:
+        # In here, so that a compiled block is compiled with what it computes again.
+        if self.checkpointing == "none" or not (self.training and torch.is_grad_enabled()):
+            return self.compute(x_BTE, condition_BE, table_2Tp, cache, kind)
+        how: dict[str, Any] = {} if self.checkpointing == "full" else {"context_fn": keeping_products}
+        inputs = (x_BTE, condition_BE, table_2Tp, cache, kind)
+        out: Tensor = checkpoint(self.compute, *inputs, use_reentrant=False, **how)
+        return out
+
+    def compute(
+        self, x_BTE: Tensor, condition_BE: Tensor, table_2Tp: Tensor, cache: KVCache | None, kind: AttentionKind
+    ) -> Tensor:
+        """The block itself."""
+        x_BTE = x_BTE + self.dropout(self.attention(self.attention_norm(x_BTE), table_2Tp, cache, kind))
+        out: Tensor = x_BTE + self.feed_forward(self.ffn_norm(x_BTE))
+        return out
+
+
+class AdaLNBlock(PrefixBlock):
+    """x + γ₁·Attn(norm(x)·(1 + s₁) + b₁), then the same with SwiGLU; the six vectors come from the class."""
+
+    def __init__(self, config: TransformerConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.ada_lin = AdaLN(config.width, 6)
+
+    def compute(
+        self, x_BTE: Tensor, condition_BE: Tensor, table_2Tp: Tensor, cache: KVCache | None, kind: AttentionKind
+    ) -> Tensor:
         gain1, gain2, scale1, scale2, shift1, shift2 = self.ada_lin(condition_BE)[:, None].chunk(6, dim=-1)
-        h = self.attention(self.attention_norm(x_BTE) * (1 + scale1) + shift1, table_2Tp, cache)
+        h = self.attention(self.attention_norm(x_BTE) * (1 + scale1) + shift1, table_2Tp, cache, kind)
         x_BTE = x_BTE + self.dropout(h) * gain1
         h = self.feed_forward(self.ffn_norm(x_BTE) * (1 + scale2) + shift2)
         out: Tensor = x_BTE + h * gain2
         return out
 
 
-class HeadNorm(nn.Module):
-    """The last AdaLN: norm, scale, shift."""
+class PrefixHeadNorm(nn.Module):
+    """The norm before the head."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.rmsnorm = RMSNorm(width)
+
+    def forward(self, x_BTE: Tensor, condition_BE: Tensor) -> Tensor:
+        out: Tensor = self.rmsnorm(x_BTE)
+        return out
+
+
+class AdaLNHeadNorm(PrefixHeadNorm):
+    """The last AdaLN: norm, scale, shift."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
         self.ada_lin = AdaLN(width, 2)
 
     def forward(self, x_BTE: Tensor, condition_BE: Tensor) -> Tensor:
         scale, shift = self.ada_lin(condition_BE)[:, None].chunk(2, dim=-1)
         out: Tensor = self.rmsnorm(x_BTE) * (1 + scale) + shift
         return out
+
+
+# What differs between the backbones.
+PARTS = {"adaln": (AdaLNBlock, AdaLNHeadNorm), "prefix": (PrefixBlock, PrefixHeadNorm)}
 
 
 class ClassEmbedding(nn.Module):
@@ -174,20 +226,27 @@ class ClassEmbedding(nn.Module):
 
 
 class Transformer(nn.Module):
-    """See the module's docstring. Untied head without bias."""
+    """See the module's docstring. Untied head without bias.
 
-    def __init__(self, config: TransformerConfig) -> None:
+    The initial weights are a function of config and seed alone; on the meta device there are none.
+    """
+
+    def __init__(self, config: TransformerConfig, seed: int = 0) -> None:
         super().__init__()
         self.config = config
+        block, head_norm = PARTS[config.conditioning]
         self.tok_emb = nn.Embedding(config.codebook_size, config.width)
         self.class_emb = ClassEmbedding(config)
         self.tok_dropout = nn.Dropout(config.token_dropout)
-        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.depth))
-        self.head_nm = HeadNorm(config.width)
+        self.blocks = nn.ModuleList(block(config, i) for i in range(config.depth))
+        self.head_nm = head_norm(config.width)
         self.head = nn.Linear(config.width, config.codebook_size, bias=False)
         # fp32 whatever the parameters are cast to: kept out of the module's buffers, moved with the inputs.
         self._table_2Tp = rotary_table(config)
-        self._initialize()
+        values = drawn(self.initial(), seed)
+        for name, parameter in self.named_parameters():
+            if not parameter.is_meta:
+                fill(parameter.detach().view(-1), values, name)
 
     def forward(self, codes_BT: Tensor, labels_B: Tensor) -> Tensor:
         """Codes int64 (B, T), T ≤ tokens, and labels int64 (B,) → logits (B, T, V).
@@ -216,30 +275,38 @@ class Transformer(nn.Module):
             self._table_2Tp = self._table_2Tp.to(x_BTE.device)
         start = 0 if cache is None else cache.length
         table = self._table_2Tp[:, start : start + x_BTE.shape[1]]
+        kind = choose(self.config.attention, x_BTE.device, x_BTE.dtype, self.config.head_dim)
         for block in self.blocks:
-            if self.config.activation_checkpointing and self.training:
-                x_BTE = checkpoint(block, x_BTE, condition_BE, table, cache, use_reentrant=False)
-            else:
-                x_BTE = block(x_BTE, condition_BE, table, cache)
+            x_BTE = block(x_BTE, condition_BE, table, cache, kind)
         if cache is not None:
             cache.length += x_BTE.shape[1]
         out: Tensor = self.head_nm(x_BTE, condition_BE)
         return out
 
-    @torch.no_grad()
-    def _initialize(self) -> None:
-        """N(0, 0.02); rows of AdaLN that make γ × `adaln_gain_init`, those of scales and shifts × ½; head zero."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-        for module in self.modules():
+    def compile_regions(self) -> None:
+        """Gives every block to torch.compile, in place: parameters keep their names. Blocks share a graph."""
+        import torch._dynamo
+
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_GRAPHS)
+        for block in self.blocks:
+            # Not as a full graph: some flash-attn packages are no operators to the compiler, and part it.
+            block.compile(dynamic=False)
+
+    def initial(self) -> dict[str, Normal]:
+        """How each parameter begins: N(0, 0.02²), norms 1, biases and head 0.
+
+        Of AdaLN, rows of γ have `adaln_gain_init` of that deviation, and those of scales and shifts a half of it.
+        """
+        gains = STD * self.config.adaln_gain_init
+        recipe = {}
+        for prefix, module in self.named_modules():
+            for name, parameter in module.named_parameters(prefix, recurse=False):
+                std, mean = (0.0, float(isinstance(module, RMSNorm))) if parameter.ndim == 1 else (STD, 0.0)
+                recipe[name] = Normal(parameter.numel(), std, mean)
+        for prefix, module in self.named_modules():
             if isinstance(module, AdaLN):
-                module.linear.weight.mul_(0.5)
-        for module in self.modules():
-            if isinstance(module, Block):
-                # γ₁ and γ₂ come first among the rows, and were halved with the others.
-                gains = module.ada_lin.linear.weight[: 2 * self.config.width]
-                gains.mul_(2.0 * self.config.adaln_gain_init)
-        nn.init.zeros_(self.head.weight)
+                # γ₁ and γ₂ come first among a block's six.
+                linear, first = module.linear.weight, 2 * self.config.width**2
+                in_block = linear.shape[0] == 6 * self.config.width
+                recipe[f"{prefix}.1.weight"] = Normal(linear.numel(), STD / 2, 0.0, first if in_block else 0, gains)
+        return recipe | {"head.weight": Normal(self.head.weight.numel(), 0.0)}

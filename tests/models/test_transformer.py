@@ -48,23 +48,27 @@ def test_step_by_step_with_a_cache_equals_all_at_once(
 
 
 def test_every_attention_gives_the_same(model: Transformer, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
-    other = Transformer(CONFIG.model_copy(update={"attention": "math"})).eval()
+    other = Transformer(CONFIG.model_copy(update={"attention": "sdpa_math"})).eval()
     other.load_state_dict(model.state_dict())
     torch.testing.assert_close(other(*batch), model(*batch), rtol=1e-4, atol=1e-4)
 
 
-def test_activation_checkpointing_changes_no_gradient(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
-    config = CONFIG.model_copy(update={"token_dropout": 0.0, "residual_dropout": 0.0, "ffn_dropout": 0.0})
-    config = config.model_copy(update={"label_dropout": 0.0})
+@pytest.mark.parametrize("conditioning", ["adaln", "prefix"])
+@pytest.mark.parametrize("checkpointing", ["selective", "full"])
+def test_activation_checkpointing_changes_no_gradient(
+    batch: tuple[torch.Tensor, torch.Tensor], checkpointing: str, conditioning: str
+) -> None:
+    """Dropout is on: what is computed again draws the same."""
     gradients = []
-    for checkpointing in (False, True):
+    for how in ("none", checkpointing):
+        update = {"activation_checkpointing": how, "conditioning": conditioning}
+        made = Transformer(CONFIG.model_copy(update=update))
         torch.manual_seed(0)
-        made = Transformer(config.model_copy(update={"activation_checkpointing": checkpointing}))
         torch.nn.init.normal_(made.head.weight, std=0.1)
         made(*batch).square().mean().backward()
         gradients.append([p.grad for p in made.parameters()])
     for a, b in zip(*gradients, strict=True):
-        torch.testing.assert_close(a, b)
+        assert torch.equal(a, b)
 
 
 def test_label_dropout_replaces_labels_by_no_class(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
