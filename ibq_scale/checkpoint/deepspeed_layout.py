@@ -10,9 +10,8 @@ from pathlib import Path
 
 import torch
 
-from ibq_scale.checkpoint.pieces import PieceReader
+from ibq_scale.checkpoint.pieces import WEIGHTS, PieceReader
 from ibq_scale.checkpoint.reading import Checkpoint
-from ibq_scale.errors import UserError
 
 ENGINES = ("generator", "discriminator", "transformer")
 
@@ -25,16 +24,9 @@ def export_deepspeed(checkpoint: Checkpoint, to: Path) -> list[Path]:
         if not (checkpoint.path / engine).is_dir():
             continue
         reader = PieceReader(checkpoint.path / engine)
-        if "shapes" not in reader.facts:
-            raise UserError(
-                f"{checkpoint.path} was written before the shapes were kept: train one step on, and export that"
-            )
-        shapes = {name: torch.Size(shape) for name, shape in reader.facts["shapes"].items()}
-        flat = torch.empty(sum(shape.numel() for shape in shapes.values()))
-        place = 0
-        for name, shape in shapes.items():
-            reader.read(f"weights/{name}", 0, flat[place : place + shape.numel()])
-            place += shape.numel()
+        weights = reader.tensors(WEIGHTS)
+        flat = torch.cat([weight.view(-1) for weight in weights.values()])
+        shapes = {name: weight.shape for name, weight in weights.items()}
         folder = to / engine / tag
         folder.mkdir(parents=True)
         torch.save(_optimizer(flat), folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt")

@@ -5,15 +5,39 @@ Apart, since a disk may be full on one rank only: whoever fails while others wai
 
 from __future__ import annotations
 
-import errno
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
+
+CHUNK = 16 << 20
+# The names of https://github.com/huggingface/safetensors, whose library reads what is written here.
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+ALIGNMENT = 8
+
+
+class Written(NamedTuple):
+    """What is on disk, flushed."""
+
+    bytes: int
+    sha256: str
 
 
 class TensorFile(NamedTuple):
@@ -23,15 +47,30 @@ class TensorFile(NamedTuple):
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str] | None = None
 
-    def write(self, folder: Path) -> None:
-        """Raises OSError."""
-        target = folder / self.path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
-        try:
-            save_file(plain, target, dict(self.metadata) if self.metadata else None)
-        except SafetensorError as e:  # what it makes of a full disk
-            raise OSError(errno.EIO, str(e)) from None
+    def write(self, folder: Path) -> Written:
+        """Raises OSError.
+
+        Not safetensors' `save_file`: that one makes a copy of all tensors, and what it wrote would have to be read
+        again to be hashed.
+        """
+        # The widest first, so that each begins where its dtype wants it.
+        names = sorted(self.tensors, key=lambda name: -self.tensors[name].element_size())
+        return _write(folder / self.path, [self._header(names), *(_bytes(self.tensors[name]) for name in names)])
+
+    def _header(self, names: Sequence[str]) -> bytes:
+        entries: dict[str, object] = {"__metadata__": dict(self.metadata)} if self.metadata else {}
+        end = 0
+        for name in names:
+            tensor = self.tensors[name]
+            begin, end = end, end + tensor.numel() * tensor.element_size()
+            entries[name] = {
+                "dtype": DTYPES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [begin, end],
+            }
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % ALIGNMENT)
+        return len(text).to_bytes(8, "little") + text
 
     @property
     def bytes(self) -> int:
@@ -45,11 +84,9 @@ class TextFile(NamedTuple):
     path: str
     text: str
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path) -> Written:
         """Raises OSError."""
-        target = folder / self.path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(self.text)
+        return _write(folder / self.path, [self.text.encode()])
 
     @property
     def bytes(self) -> int:
@@ -59,6 +96,39 @@ class TextFile(NamedTuple):
 StateFile = TensorFile | TextFile
 
 
+class HostCopies:
+    """Copies of a rank's files in host memory, pinned where they come from a GPU.
+
+    The memory is kept from one save to the next: to ask for it anew costs more time than to copy.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, str], Tensor] = {}
+
+    def take(self, files: Sequence[StateFile]) -> list[StateFile]:
+        """The files as they are now; waits for the device once. What was taken before is overwritten."""
+        before, self._kept = self._kept, {}
+        copies = [self._copy(file, before) if isinstance(file, TensorFile) else file for file in files]
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return copies
+
+    def _copy(self, file: TensorFile, before: Mapping[tuple[str, str], Tensor]) -> TensorFile:
+        copies = {}
+        for name, tensor in file.tensors.items():
+            host = before.get((file.path, name))
+            if host is None or host.shape != tensor.shape or host.dtype != tensor.dtype:
+                host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            copies[name] = self._kept[file.path, name] = host.copy_(tensor.detach(), non_blocking=True)
+        return file._replace(tensors=copies)
+
+
+def write_all(files: Sequence[StateFile], folder: Path) -> None:
+    """Writes the files under `folder`. Raises OSError."""
+    for file in files:
+        file.write(folder)
+
+
 def write_whole(path: Path, text: str) -> None:
     """Replaces a text file; readers see the old or the new one, never a part. Raises OSError."""
     partial = path.with_name(f"{path.name}.partial")
@@ -66,26 +136,25 @@ def write_whole(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def copy_to_host(files: Sequence[StateFile]) -> list[StateFile]:
-    """The files with copies of their tensors in host memory, pinned where they come from a GPU; waits for it once."""
-    copies = [
-        file._replace(tensors={name: _host_copy(tensor) for name, tensor in file.tensors.items()})
-        if isinstance(file, TensorFile)
-        else file
-        for file in files
-    ]
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return copies
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return flat.view(torch.uint8).numpy().data
 
 
-def _host_copy(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-    return host.copy_(tensor, non_blocking=True)
-
-
-def write_all(files: Sequence[StateFile], folder: Path) -> None:
-    """Writes the files under `folder`. Raises OSError."""
-    for file in files:
-        file.write(folder)
+def _write(path: Path, parts: Iterable[bytes | memoryview]) -> Written:
+    """Writes and flushes a file; each chunk is hashed while the disk takes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    size = 0
+    with path.open("wb") as f, ThreadPoolExecutor(1) as hashing:
+        for part in parts:
+            view = memoryview(part)
+            for begin in range(0, len(view), CHUNK):
+                chunk = view[begin : begin + CHUNK]
+                hashed = hashing.submit(digest.update, chunk)
+                f.write(chunk)
+                hashed.result()
+            size += len(view)
+        f.flush()
+        os.fsync(f.fileno())
+    return Written(size, digest.hexdigest())

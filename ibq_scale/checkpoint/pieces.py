@@ -19,6 +19,8 @@ from ibq_scale.checkpoint.files import TensorFile
 from ibq_scale.errors import UserError
 
 STARTS, FACTS = "starts", "facts"
+# What an engine's weights are called among its vectors, before their own names.
+WEIGHTS = "weights/"
 
 
 class Piece(NamedTuple):
@@ -84,6 +86,17 @@ class PieceReader:
             raise UserError(
                 f"{self.folder}: of {name} {filled} elements of {len(out)} are there: it is another model's"
             )
+
+    def tensors(self, kind: str = "") -> dict[str, Tensor]:
+        """The vectors `kind`NAME whole and in shape, fp32, by NAME. UserError where the shapes were not kept."""
+        if "shapes" not in self.facts:
+            raise UserError(f"{self.folder} was written before the shapes were kept: train one step on, and take that")
+        whole = {}
+        for name, shape in self.facts["shapes"].items():
+            flat = torch.empty(torch.Size(shape).numel())
+            self.read(f"{kind}{name}", 0, flat)
+            whole[name] = flat.view(shape)
+        return whole
 
     def read_all(self, pieces: Iterable[Piece]) -> None:
         """Fills every piece's values in place."""

@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ibq_scale.errors import UserError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+# Before 3 the model for inference was written once more, whole; everything else was the same.
+READ_VERSIONS = (2, FORMAT_VERSION)
 MANIFEST = "manifest.json"
+HASHING_THREADS = 8
 STEP_NAME = re.compile(r"step-(\d{8})")
 
 
@@ -54,10 +59,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise NotWholeError(f"{path} is no whole checkpoint: it has no {MANIFEST}") from None
     except json.JSONDecodeError as e:
         raise NotWholeError(f"{path / MANIFEST} is damaged: {e}") from None
-    if manifest.get("format_version") != FORMAT_VERSION:
+    if manifest.get("format_version") not in READ_VERSIONS:
         raise UserError(
-            f"{path} has format version {manifest.get('format_version')}, this program reads {FORMAT_VERSION}: go on "
-            f"with the program that wrote it, or give another out=…"
+            f"{path} has format version {manifest.get('format_version')}, this program reads "
+            f"{' and '.join(map(str, READ_VERSIONS))}: go on with the program that wrote it, or give another out=…"
         )
     return Checkpoint(path, manifest)
 
@@ -93,19 +98,20 @@ def newest_or_this(path: Path) -> Checkpoint:
 
 
 def verify(checkpoint: Checkpoint, names: Iterable[str] | None = None) -> list[str]:
-    """Re-hashes these files, or all; returns one line a fault, none when all is well."""
-    faults = []
+    """Re-hashes these files, or all, several at once; returns one line a fault, none when all is well."""
     files = checkpoint.manifest["files"]
-    for name in files if names is None else names:
-        info = files[name]
-        path = checkpoint.path / name
-        if not path.is_file():
-            faults.append(f"{name}: missing")
-        elif path.stat().st_size != info["bytes"]:
-            faults.append(f"{name}: {path.stat().st_size} bytes instead of {info['bytes']}")
-        elif file_sha256(path) != info["sha256"]:
-            faults.append(f"{name}: content changed (sha256 differs)")
-    return faults
+    chosen = list(files if names is None else names)
+    with ThreadPoolExecutor(min(HASHING_THREADS, len(os.sched_getaffinity(0)))) as threads:
+        faults = list(threads.map(lambda name: _fault(checkpoint.path / name, files[name]), chosen))
+    return [f"{name}: {fault}" for name, fault in zip(chosen, faults, strict=True) if fault]
+
+
+def _fault(path: Path, info: dict[str, Any]) -> str | None:
+    if not path.is_file():
+        return "missing"
+    if path.stat().st_size != info["bytes"]:
+        return f"{path.stat().st_size} bytes instead of {info['bytes']}"
+    return None if file_sha256(path) == info["sha256"] else "content changed (sha256 differs)"
 
 
 def file_sha256(path: Path) -> str:

@@ -21,13 +21,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 
-from ibq_scale.checkpoint.files import StateFile, copy_to_host, write_whole
+from ibq_scale.checkpoint.files import HostCopies, StateFile, write_whole
 from ibq_scale.checkpoint.mirror import Mirror
 from ibq_scale.checkpoint.reading import (
     FORMAT_VERSION,
     MANIFEST,
     Checkpoint,
-    file_sha256,
     verify,
     whole_checkpoints,
 )
@@ -77,17 +76,18 @@ class CheckpointFolder:
         self.world = world
         self.keep = keep
         self.mirror = mirror
+        self._host = HostCopies()
         self._writing: _Writing | None = None
 
-    def newest(self) -> Checkpoint | None:
+    def newest(self, check_hashes: bool = True) -> Checkpoint | None:
         """The newest checkpoint whose every byte is what was written, the same on every rank. Collective.
 
         The ranks share the hashing. One that is damaged is told, with its faults, and the one before is taken. Where
-        there is none, the mirror's newest is fetched.
+        there is none, the mirror's newest is fetched. Without `check_hashes` the sizes have to do.
         """
-        return self._newest_here() or self._fetch()
+        return self._newest_here(check_hashes) or self._fetch()
 
-    def _newest_here(self) -> Checkpoint | None:
+    def _newest_here(self, check_hashes: bool) -> Checkpoint | None:
         found: list[Any] = [None]
         if self.world.is_main:
             try:
@@ -99,7 +99,7 @@ class CheckpointFolder:
             raise found[0]
         whole: list[Checkpoint] = found[0]
         for checkpoint in reversed(whole):
-            names = sorted(checkpoint.manifest["files"])[self.world.rank :: self.world.size]
+            names = sorted(checkpoint.manifest["files"])[self.world.rank :: self.world.size] if check_hashes else []
             faults = [fault for part in self._everyone(verify(checkpoint, names)) for fault in part]
             if not faults:
                 return checkpoint
@@ -127,7 +127,7 @@ class CheckpointFolder:
         if self.world.is_main:
             _make_whole(partial, copy.manifest)
         dist.barrier()
-        return self._newest_here()
+        return self._newest_here(check_hashes=True)
 
     def save(self, facts: dict[str, Any], files: Sequence[StateFile]) -> None:
         """Begins to make the ranks' files a checkpoint; `facts` (with ``step``, and the ``metrics`` that
@@ -141,7 +141,7 @@ class CheckpointFolder:
         size = sum(self._everyone(sum(file.bytes for file in files)))
         fault: list[Any] = [self._begin(partial, size) if self.world.is_main else None]
         dist.broadcast_object_list(fault, src=0, device=self.world.device)
-        write = _Share(self, partial, facts, copy_to_host(files) if fault[0] is None else [])
+        write = _Share(self, partial, facts, self._host.take(files) if fault[0] is None else [])
         self._writing = _Writing(write, fault[0])
 
     def finish(self) -> bool:
@@ -223,10 +223,7 @@ class _Share:
         fault = None
         try:
             for file in self.files:
-                file.write(self.partial)
-                path = self.partial / file.path
-                _flush(path)
-                written[file.path] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+                written[file.path] = file.write(self.partial)._asdict()
         except Exception as e:  # rank 0 waits for word, whatever went wrong
             log.exception("a checkpoint's part could not be written")
             fault = f"rank {self.world.rank}: {(isinstance(e, OSError) and e.strerror) or repr(e)}"

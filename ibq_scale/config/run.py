@@ -114,6 +114,7 @@ class TrainConfig(Section):
     Give the length as `samples` (images seen) or as `steps` (optimizer steps), not both.
     `keep_checkpoints`: the newest ones; `keep_every`: those of every so many steps for good, 0 for none; `keep_best`:
     the one with the lowest value of a logged metric (``l1``; the highest with a minus before it, ``-usage``).
+    `check_hashes`: whether every file of the checkpoint that a run goes on from is read and hashed first.
     `mirror`: a folder or ``s3://`` prefix of this run's own that every checkpoint is copied to as well, and that a run
     directory without one begins from.
     `skipped_steps`: steps with a loss or gradient that is not finite, each skipped on all ranks and logged, that any
@@ -133,6 +134,7 @@ class TrainConfig(Section):
     keep_checkpoints: PositiveInt = 2
     keep_every: NonNegativeInt = 0
     keep_best: str | None = None
+    check_hashes: bool = True
     mirror: str | None = None
     skipped_steps: NonNegativeInt = 10
     hang_timeout: Annotated[float, Field(gt=0, lt=1800)] = 1200.0

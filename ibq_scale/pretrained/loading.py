@@ -1,7 +1,8 @@
 """Trained models on disk, and loading them in three lines of Python, without DeepSpeed.
 
 A model directory holds ``config.json``, ``model.safetensors`` and, for tokenizers, the codebook in one or several
-files by rows. `path` arguments take such a directory, a training checkpoint, or a run directory (newest checkpoint).
+files by rows. `path` arguments take such a directory, a training checkpoint, or a run directory (newest checkpoint). In
+a checkpoint the directory is ``model/``, and its config names the ranks' pieces instead of ``model.safetensors``.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ibq_scale.checkpoint.pieces import PieceReader
+from ibq_scale.checkpoint.reading import MANIFEST, Checkpoint, read_checkpoint, verify
 from ibq_scale.config.models import AutoencoderConfig, QuantizerConfig, TransformerConfig
 from ibq_scale.errors import UserError
 from ibq_scale.models.autoencoder import Autoencoder, image_of, tokens_of
@@ -29,6 +32,14 @@ from ibq_scale.quantize.quantizer import encode, lookup
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, CODEBOOK = "config.json", "model.safetensors", "codebook"
 Kind = Literal["tokenizer", "ar"]
+
+
+class InCheckpoint(NamedTuple):
+    """The weights are the vectors `vectors` + `module` + NAME in the pieces of a checkpoint's `folder`."""
+
+    folder: str
+    vectors: str = ""
+    module: str = ""
 
 
 class Tokenizer(nn.Module):
@@ -124,28 +135,31 @@ class ARModel(nn.Module):
         return generate(self.transformer, labels, settings, ids)
 
 
-def load_tokenizer(path: str | Path, device: torch.device | str = "cpu") -> Tokenizer:
-    """Loads a tokenizer. UserError where there is none at `path`, it is damaged, or it is another kind of model."""
-    folder, config = _read_config(Path(path), "tokenizer")
+def load_tokenizer(path: str | Path, device: torch.device | str = "cpu", check_hashes: bool = True) -> Tokenizer:
+    """Loads a tokenizer. UserError where there is none at `path`, it is damaged, or it is another kind of model.
+
+    `check_hashes`: whether files of a checkpoint are compared with its manifest first.
+    """
+    folder, config = _read_config(Path(path), "tokenizer", check_hashes)
     tokenizer = Tokenizer(AutoencoderConfig(**config["model"]), QuantizerConfig(**config["quantizer"]))
-    tensors = {f"autoencoder.{k}": v for k, v in _read_tensors(folder / WEIGHTS).items()}
+    tensors = {f"autoencoder.{k}": v for k, v in _weights(folder, config).items()}
     fill_strictly(tokenizer, tensors | {"codebook_KD": _codebook(folder)}, folder)
     return tokenizer.to(device)
 
 
-def load_ar(path: str | Path, device: torch.device | str = "cpu") -> ARModel:
-    """Loads a transformer. UserError as `load_tokenizer`."""
-    folder, config = _read_config(Path(path), "ar")
+def load_ar(path: str | Path, device: torch.device | str = "cpu", check_hashes: bool = True) -> ARModel:
+    """Loads a transformer. `check_hashes` and UserError as `load_tokenizer`."""
+    folder, config = _read_config(Path(path), "ar", check_hashes)
     model = ARModel(TransformerConfig(**config["model"]), config.get("tokenizer"))
-    tensors = {f"transformer.{k}": v for k, v in _read_tensors(folder / WEIGHTS).items()}
+    tensors = {f"transformer.{k}": v for k, v in _weights(folder, config).items()}
     fill_strictly(model, tensors, folder)
     return model.to(device)
 
 
 def start_from(path: str, network: Autoencoder | Transformer) -> None:
     """Fills a network that is to be trained on with the weights at `path`. UserError where they have other sizes."""
-    folder, _ = _read_config(Path(path), "tokenizer" if isinstance(network, Autoencoder) else "ar")
-    fill_strictly(network, _read_tensors(folder / WEIGHTS), folder)
+    folder, config = _read_config(Path(path), "tokenizer" if isinstance(network, Autoencoder) else "ar")
+    fill_strictly(network, _weights(folder, config), folder)
 
 
 def codebook_to_start_from(path: str, quantizer: QuantizerConfig) -> Tensor:
@@ -222,13 +236,16 @@ def config_text(
     quantizer: QuantizerConfig | None,
     source: Mapping[str, Any],
     tokenizer: str | None = None,
+    weights: InCheckpoint | None = None,
 ) -> str:
-    """The content of ``config.json``."""
+    """The content of ``config.json``; `weights` where they are not beside it in ``model.safetensors``."""
     values: dict[str, Any] = {"format_version": FORMAT_VERSION, "kind": kind, "model": model.model_dump(mode="json")}
     if quantizer is not None:
         values["quantizer"] = quantizer.model_dump(mode="json")
     if tokenizer is not None:
         values["tokenizer"] = tokenizer
+    if weights is not None:
+        values["weights"] = weights._asdict()
     return json.dumps(values | {"source": dict(source)}, indent=2) + "\n"
 
 
@@ -250,12 +267,22 @@ def model_directory(path: Path) -> Path:
     raise UserError(f"{path} {what}: give an exported model, a checkpoint or a run directory")
 
 
-def _read_config(path: Path, kind: Kind) -> tuple[Path, dict[str, Any]]:
+def _read_config(path: Path, kind: Kind, check_hashes: bool = True) -> tuple[Path, dict[str, Any]]:
     folder = model_directory(path)
     config = _config_of(folder)
     if config["kind"] != kind:
         raise UserError(f"{path} is {_A[config['kind']]}; {_A[kind]} is needed here")
+    if check_hashes and (folder.parent / MANIFEST).is_file():
+        _check_hashes(read_checkpoint(folder.parent), config)
     return folder, config
+
+
+def _check_hashes(checkpoint: Checkpoint, config: dict[str, Any]) -> None:
+    """UserError where a file that the model is read from is not what was written."""
+    read = ("model/", f"{InCheckpoint(**config['weights']).folder}/") if "weights" in config else ("model/",)
+    faults = verify(checkpoint, [name for name in checkpoint.manifest["files"] if name.startswith(read)])
+    if faults:
+        raise UserError(f"{checkpoint.path} is damaged ({'; '.join(faults)}): take one that stands beside it")
 
 
 def _config_of(folder: Path) -> dict[str, Any]:
@@ -268,6 +295,14 @@ def _config_of(folder: Path) -> dict[str, Any]:
             f"{folder} has model format {config.get('format_version')}, this program reads {FORMAT_VERSION}"
         )
     return config
+
+
+def _weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
+    if "weights" not in config:
+        return _read_tensors(folder / WEIGHTS)
+    place = InCheckpoint(**config["weights"])
+    whole = PieceReader(folder.parent / place.folder).tensors(place.vectors)
+    return {name.removeprefix(place.module): value for name, value in whole.items() if name.startswith(place.module)}
 
 
 def _codebook(folder: Path) -> Tensor:

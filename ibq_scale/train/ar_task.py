@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from ibq_scale.checkpoint.files import StateFile, TensorFile, TextFile
+from ibq_scale.checkpoint.files import StateFile, TextFile
 from ibq_scale.config.deepspeed import deepspeed_config
 from ibq_scale.config.run import ARRun
 from ibq_scale.data.manifest import CodesInfo, Manifest
@@ -17,7 +17,7 @@ from ibq_scale.data.stream import CodeBatch, code_stream
 from ibq_scale.distributed.environment import World
 from ibq_scale.errors import UserError
 from ibq_scale.models.transformer import Transformer
-from ibq_scale.pretrained.loading import CONFIG, WEIGHTS, config_text, load_tokenizer, start_from
+from ibq_scale.pretrained.loading import CONFIG, config_text, load_tokenizer, start_from
 from ibq_scale.train.alarms import Rule, Spike
 from ibq_scale.train.ema import ShardedEMA
 from ibq_scale.train.engine import adamw, gradient_norm, make_engine, set_rates, step
@@ -85,10 +85,10 @@ class ARTask:
 
     def state(self) -> list[StateFile]:
         files: list[StateFile] = [engine_file(self.engine, "transformer", self.world), *self.ema.state("ema")]
-        weights = self.ema.gather()
-        if weights is not None:
-            config = config_text("ar", self.run.model, None, {"run": self.run.name}, self.codes.tokenizer)
-            files += [TextFile(f"model/{CONFIG}", config), TensorFile(f"model/{WEIGHTS}", weights)]
+        if self.world.is_main:
+            weights = self.ema.place("ema", "transformer")
+            config = config_text("ar", self.run.model, None, {"run": self.run.name}, self.codes.tokenizer, weights)
+            files.append(TextFile(f"model/{CONFIG}", config))
         return files
 
     def load(self, directory: Path) -> None:

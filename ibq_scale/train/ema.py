@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from ibq_scale.checkpoint.files import StateFile
-from ibq_scale.checkpoint.pieces import Piece, PieceReader, piece_file
+from ibq_scale.checkpoint.pieces import WEIGHTS, Piece, PieceReader, piece_file
 from ibq_scale.distributed.environment import World
 from ibq_scale.models.ema import EMA
-from ibq_scale.train.master import gather, pieces, shapes
+from ibq_scale.pretrained.loading import InCheckpoint
+from ibq_scale.train.master import pieces, shapes
 
 
 class ShardedEMA:
@@ -30,21 +29,26 @@ class ShardedEMA:
         if self.enabled:
             self.shadow.update({piece.name: piece.values for piece in self._live()})
 
-    def gather(self) -> dict[str, Tensor] | None:
-        """The averaged (or live) weights, fp32 on rank 0's CPU, None elsewhere. Collective."""
-        return gather(self._pieces() if self.enabled else self._live(), shapes(self.engine), self.world)
+    def place(self, folder: str, engine_folder: str, module: str = "") -> InCheckpoint:
+        """Where a checkpoint has the weights of `module` for inference, with `state` in `folder`."""
+        return InCheckpoint(folder, "", module) if self.enabled else InCheckpoint(engine_folder, WEIGHTS, module)
 
     def state(self, folder: str) -> list[StateFile]:
         """This rank's pieces."""
-        return [piece_file(folder, self.world.rank, self._pieces(), {})] if self.enabled else []
+        if not self.enabled:
+            return []
+        return [piece_file(folder, self.world.rank, self.pieces(), {"shapes": shapes(self.engine)})]
 
     def load(self, folder: Path) -> None:
         """Reads this rank's pieces out of the files of any number of ranks. UserError where some are missing."""
         if self.enabled:
-            PieceReader(folder).read_all(self._pieces())
+            PieceReader(folder).read_all(self.pieces())
+
+    def pieces(self) -> list[Piece]:
+        """This rank's averages, or live weights where there are none."""
+        if not self.enabled:
+            return self._live()
+        return [Piece(name, self._starts[name], values) for name, values in self.shadow.state_dict().items()]
 
     def _live(self) -> list[Piece]:
         return pieces(self.engine, self.world)
-
-    def _pieces(self) -> list[Piece]:
-        return [Piece(name, self._starts[name], values) for name, values in self.shadow.state_dict().items()]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ibq_scale.checkpoint.files import TensorFile
-from ibq_scale.checkpoint.pieces import Piece, PieceReader, piece_file
+from ibq_scale.checkpoint.pieces import WEIGHTS, Piece, PieceReader, piece_file
 from ibq_scale.distributed.environment import World
 from ibq_scale.train.master import Fragment, fragments, held, shapes
 
@@ -31,7 +31,7 @@ def engine_file(engine: Any, folder: str, world: World) -> TensorFile:
         state += _buffers(engine)
     facts = {
         "steps": steps,
-        "shapes": {name: list(shape) for name, shape in shapes(engine).items()},
+        "shapes": shapes(engine),
         "buffers": {name: list(buffer.shape) for name, buffer in engine.module.named_buffers()},
     }
     return piece_file(folder, world.rank, state, facts)
@@ -52,7 +52,7 @@ def load_engine(engine: Any, folder: Path, world: World) -> None:
 
 
 def _weights(share: list[Fragment]) -> list[Piece]:
-    return [piece._replace(name=f"weights/{piece.name}") for piece in (fragment.piece() for fragment in share)]
+    return [piece._replace(name=f"{WEIGHTS}{piece.name}") for piece in (fragment.piece() for fragment in share)]
 
 
 def _moments(engine: Any, share: list[Fragment]) -> list[Piece]:

@@ -6,7 +6,7 @@ there. The optimizer's fp32 master weights are both, and already spread over the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -70,21 +70,6 @@ def held(engine: Any, world: World) -> list[Fragment]:
 def shapes(engine: Any) -> dict[str, torch.Size]:
     """Every parameter's whole shape, by name."""
     return {name: getattr(p, "ds_shape", p.shape) for name, p in engine.module.named_parameters()}
-
-
-def gather(share: Iterable[Piece], whole: dict[str, torch.Size], world: World) -> dict[str, Tensor] | None:
-    """The parameters that the ranks' shares make, fp32 on rank 0's CPU; None elsewhere. Collective."""
-    mine = {piece.name: piece for piece in share}
-    weights = {}
-    for name, shape in whole.items():
-        flat = torch.zeros(shape.numel(), device=world.device)
-        if name in mine:
-            _, start, values = mine[name]
-            flat[start : start + len(values)] = values
-        dist.reduce(flat, dst=0)
-        if world.is_main:
-            weights[name] = flat.view(shape).cpu()
-    return weights if world.is_main else None
 
 
 def _partitioned(engine: Any, name: str, parameter: nn.Parameter) -> Fragment | None:

@@ -60,7 +60,7 @@ def train(config: AnyRun, world: World) -> int:
 def _train(config: AnyRun, run_dir: Path, world: World, accumulation: int) -> int:
     resume_from = CheckpointFolder(
         run_dir / "checkpoints", world, Retention.of(config.train), Mirror.of(config.train.mirror)
-    ).newest()
+    ).newest(config.train.check_hashes)
     if resume_from is not None:
         check_same_run(config, resume_from)
     _prepare_run_dir(run_dir, config, world)

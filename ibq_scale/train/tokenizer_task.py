@@ -32,7 +32,7 @@ from ibq_scale.losses.perceptual import Perceptual
 from ibq_scale.models.autoencoder import TokenizerModel, tokens_of
 from ibq_scale.models.discriminator import PatchDiscriminator
 from ibq_scale.pictures import reconstruction_grid, save_png
-from ibq_scale.pretrained.loading import CONFIG, WEIGHTS, config_text, start_from
+from ibq_scale.pretrained.loading import CONFIG, config_text, start_from
 from ibq_scale.quantize.types import Quantized
 from ibq_scale.train.alarms import Above, Drop, Rule, Spike
 from ibq_scale.train.codebook import ShardedCodebook
@@ -290,14 +290,13 @@ class TokenizerTask:
         return [*files, TensorFile(LECAM, self.lecam.state_dict())] if self.world.is_main else files
 
     def _export(self, folder: str) -> list[StateFile]:
-        """The averaged weights, as `load_tokenizer` reads them; the codebook by this group's rows."""
-        weights = self.ema.gather()
-        if weights is None:
+        """What `load_tokenizer` reads: where the averaged weights are, and the codebook by this group's rows."""
+        if not self.world.is_main:
             return self.codebook.export(folder)
-        config = config_text("tokenizer", self.run.model.architecture(), self.run.quantizer, {"run": self.run.name})
-        named = {name.removeprefix("autoencoder."): value for name, value in weights.items()}
-        model: list[StateFile] = [TextFile(f"{folder}/{CONFIG}", config), TensorFile(f"{folder}/{WEIGHTS}", named)]
-        return [*model, *self.codebook.export(folder)]
+        weights = self.ema.place("ema", "generator", "autoencoder.")
+        model, source = self.run.model.architecture(), {"run": self.run.name}
+        config = config_text("tokenizer", model, self.run.quantizer, source, weights=weights)
+        return [TextFile(f"{folder}/{CONFIG}", config), *self.codebook.export(folder)]
 
     def load(self, directory: Path) -> None:
         load_engine(self.generator, directory / "generator", self.world)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from ibq_scale.checkpoint.files import TensorFile, TextFile
+from ibq_scale.checkpoint.files import TensorFile, TextFile, Written
 from ibq_scale.checkpoint.reading import (
     newest_or_this,
     read_checkpoint,
@@ -102,9 +102,10 @@ def test_a_crash_at_any_moment_leaves_the_last_good_one(
         raise KeyboardInterrupt
 
     class Crashing(TextFile):
-        def write(self, folder: Path) -> None:
-            super().write(folder)
+        def write(self, folder: Path) -> Written:
+            written = super().write(folder)
             crash()
+            return written
 
     file = (Crashing if broken == "write" else TextFile)("x", "two")
     with monkeypatch.context() as patch:
@@ -160,11 +161,29 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_taken(
     assert "part/rank-1.bin: content changed (sha256 differs)" in capfd.readouterr().err
 
 
+def test_hashes_can_be_left_unread(alone: World, saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "run")
+    path = tmp_path / "run/checkpoints/step-00000003/part/rank-1.bin"
+    path.write_bytes(path.read_bytes()[::-1].replace(b"3", b"4"))
+    checkpoints = CheckpointFolder(tmp_path / "run/checkpoints", alone, Retention(2))
+    found = [checkpoints.newest(), checkpoints.newest(check_hashes=False)]
+    assert [checkpoint and checkpoint.step for checkpoint in found] == [2, 3]
+
+
+def test_the_format_before_is_read(alone: World, saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "run")
+    manifest = tmp_path / "run/checkpoints/step-00000003/manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format_version": 2}))
+    found = CheckpointFolder(tmp_path / "run/checkpoints", alone, Retention(2)).newest()
+    assert found is not None
+    assert found.step == 3
+
+
 def test_a_run_of_another_format_is_refused_and_not_begun_anew(alone: World, saved: Path, tmp_path: Path) -> None:
     shutil.copytree(saved, tmp_path / "run")
     manifest = tmp_path / "run/checkpoints/step-00000002/manifest.json"
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format_version": 1}))
-    with pytest.raises(UserError, match="has format version 1, this program reads 2"):
+    with pytest.raises(UserError, match="has format version 1, this program reads 2 and 3"):
         CheckpointFolder(tmp_path / "run/checkpoints", alone, Retention(2)).newest()
 
 
@@ -182,10 +201,10 @@ def test_training_goes_on_while_a_checkpoint_is_written(alone: World, tmp_path: 
     began, may_end = Event(), Event()
 
     class Slow(TextFile):
-        def write(self, folder: Path) -> None:
+        def write(self, folder: Path) -> Written:
             began.set()
             assert may_end.wait(10)
-            super().write(folder)
+            return super().write(folder)
 
     checkpoints = CheckpointFolder(tmp_path, alone, Retention(2))
     weights = torch.zeros(3)

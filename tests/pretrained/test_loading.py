@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import ibq_scale
+from ibq_scale.checkpoint.files import StateFile, TextFile
+from ibq_scale.checkpoint.pieces import Piece, piece_file
 from ibq_scale.errors import UserError
-from ibq_scale.pretrained.loading import Tokenizer, export, load_ar, load_tokenizer
+from ibq_scale.pretrained.loading import InCheckpoint, Tokenizer, export, load_ar, load_tokenizer
 
 
 def test_the_public_python_api(tokenizer_dir: Path, ar_dir: Path) -> None:
@@ -120,6 +122,42 @@ def test_a_codebook_in_parts_is_put_together_in_order(tokenizer_dir: Path, tmp_p
     (tmp_path / "codebook-00001-of-00002.safetensors").unlink()
     with pytest.raises(UserError, match=r"codebook_KD misshapen \(\(32, 16\) instead of \(64, 16\)\)"):
         load_tokenizer(tmp_path)
+
+
+@pytest.fixture
+def checkpoint(ar_dir: Path, tmp_path: Path) -> Path:
+    """What three ranks save of a transformer: its weights cut anywhere, and no file that has them whole."""
+    whole = {name: value.reshape(-1) for name, value in load_file(ar_dir / "model.safetensors").items()}
+    facts = {"shapes": {name: value.shape for name, value in load_file(ar_dir / "model.safetensors").items()}}
+    config = json.loads((ar_dir / "config.json").read_text()) | {"weights": InCheckpoint("ema")._asdict()}
+    files: list[StateFile] = [TextFile("model/config.json", json.dumps(config))]
+    for rank in range(3):
+        cuts = {name: [len(value) * part // 3 for part in (rank, rank + 1)] for name, value in whole.items()}
+        pieces = [Piece(name, first, whole[name][first:last]) for name, (first, last) in cuts.items() if first < last]
+        files.append(piece_file("ema", rank, pieces, facts))
+    path = tmp_path / "step-00000007"
+    written = {file.path: file.write(path)._asdict() for file in files}
+    (path / "manifest.json").write_text(json.dumps({"format_version": 3, "step": 7, "files": written}))
+    return path
+
+
+def test_a_checkpoints_model_is_put_together_from_the_ranks_pieces(ar_dir: Path, checkpoint: Path) -> None:
+    found, expected = load_ar(checkpoint).state_dict(), load_ar(ar_dir).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_a_checkpoints_model_that_was_damaged_is_refused(checkpoint: Path) -> None:
+    path = checkpoint / "ema/rank-00001.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"is damaged \(ema/rank-00001\.safetensors: content changed"):
+        load_ar(checkpoint)
+    assert load_ar(checkpoint, check_hashes=False).config.depth > 0
+    path.unlink()
+    with pytest.raises(UserError, match="elements of"):
+        load_ar(checkpoint, check_hashes=False)
 
 
 def test_a_missing_tensor_is_an_error_and_never_a_random_one(tokenizer_dir: Path, tmp_path: Path) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from ibq_scale.checkpoint.pieces import Piece
 from ibq_scale.config.run import TokenizerRun
+from ibq_scale.distributed.environment import World
 from ibq_scale.losses.adversarial import LeCAM, discriminator_hinge, generator_non_saturating
 from ibq_scale.models.autoencoder import TokenizerModel
 from ibq_scale.models.discriminator import PatchDiscriminator
@@ -16,6 +21,21 @@ from ibq_scale.quantize.quantizer import initial_codebook
 def smooth_leaky_relu(self: torch.nn.LeakyReLU, x: Tensor) -> Tensor:
     """A LeakyReLU without its kink, for `forward`: two runs that differ in the last bit part visibly at a kink."""
     return self.negative_slope * x + (1.0 - self.negative_slope) * F.softplus(4.0 * x) / 4.0
+
+
+def gather(share: Iterable[Piece], whole: dict[str, torch.Size], world: World) -> dict[str, Tensor] | None:
+    """The parameters that the ranks' shares make, fp32 on rank 0's CPU; None elsewhere. Collective."""
+    mine = {piece.name: piece for piece in share}
+    weights = {}
+    for name, shape in whole.items():
+        flat = torch.zeros(shape.numel(), device=world.device)
+        if name in mine:
+            _, start, values = mine[name]
+            flat[start : start + len(values)] = values
+        dist.reduce(flat, dst=0)
+        if world.is_main:
+            weights[name] = flat.view(shape).cpu()
+    return weights if world.is_main else None
 
 
 class PlainTokenizerTraining:

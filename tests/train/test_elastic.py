@@ -14,8 +14,9 @@ from ibq_scale.checkpoint.files import write_all
 from ibq_scale.config.run import ARRun, TokenizerRun
 from ibq_scale.data.sets import DataSets, open_sets
 from ibq_scale.distributed.environment import World
+from ibq_scale.train.master import shapes
 from tests.ranks import run_ranks
-from tests.train.reference import smooth_leaky_relu
+from tests.train.reference import gather, smooth_leaky_relu
 from tests.train.test_ar import codes, plain_training  # noqa: F401
 from tests.train.test_ar import run_of as ar_run
 from tests.train.test_tokenizer_task import (
@@ -50,7 +51,7 @@ def _tokenizer(rank: int, size: int, run: TokenizerRun, draw: int, folder: Path,
     rows = [torch.empty_like(task.codebook.rows.detach()) for _ in range(size)]
     dist.all_gather(rows, task.codebook.rows.detach())
     weights = _weights(task.generator, world) | _weights(task.discriminator, world)
-    weights |= {f"ema.{k}": v for k, v in (task.ema.gather() or {}).items()}
+    weights |= {f"ema.{k}": v for k, v in (gather(task.ema.pieces(), shapes(task.generator), world) or {}).items()}
     weights |= {"codebook": torch.cat(rows[: task.codebook.group_size]), "ema_fake": task.lecam.fake}
     return {k: v.numpy() for k, v in weights.items()}
 

@@ -13,9 +13,9 @@ from ibq_scale.config.run import TokenizerRun
 from ibq_scale.data.sets import DataSets
 from ibq_scale.data.stream import ImageBatch
 from ibq_scale.distributed.environment import World
-from ibq_scale.train.master import gather, pieces, shapes
+from ibq_scale.train.master import pieces, shapes
 from tests.ranks import run_ranks
-from tests.train.reference import PlainTokenizerTraining, smooth_leaky_relu
+from tests.train.reference import PlainTokenizerTraining, gather, smooth_leaky_relu
 
 STEPS, MICRO = 10, 2
 # Two runs that differ in the last bit part visibly where a value lies between them and a kink. The discriminator's are
@@ -72,7 +72,7 @@ def _train(
         results[name] = (
             _weights(task.generator, world)
             | _weights(task.discriminator, world)
-            | {f"ema.{k}": v for k, v in (task.ema.gather() or {}).items()}
+            | {f"ema.{k}": v for k, v in (gather(task.ema.pieces(), shapes(task.generator), world) or {}).items()}
             | {"codebook": torch.cat(rows[: task.codebook.group_size]), "ema_fake": task.lecam.fake.clone()}
         )
     return {name: {k: v.numpy() for k, v in tensors.items()} for name, tensors in results.items()}
