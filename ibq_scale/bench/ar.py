@@ -24,14 +24,14 @@ from ibq_scale.data.sets import DataSet, DataSets, open_sets
 from ibq_scale.data.store import open_store
 from ibq_scale.data.stream import CodeBatch
 from ibq_scale.distributed.environment import World
-from ibq_scale.models.transformer import Block, Transformer
+from ibq_scale.models.transformer import PrefixBlock, Transformer
 from ibq_scale.scaling.flops import AR_FORMULA, ar_flops
 from ibq_scale.train.ar_task import ARTask
 from ibq_scale.train.engine import wrap_collectives
 
 ATTENTION, FEED_FORWARD, HEAD = "attention", "feed-forward", "head, loss"
-REST, COMMUNICATION, UPDATE = "embedding, AdaLN, norms", "communication", "optimizer, EMA"
-PARTS = (DATA, ATTENTION, FEED_FORWARD, HEAD, REST, COMMUNICATION, UPDATE, OTHER)
+BLOCKS, REST, COMMUNICATION, UPDATE = "blocks, compiled", "embedding, AdaLN, norms", "communication", "optimizer, EMA"
+PARTS = (DATA, ATTENTION, FEED_FORWARD, BLOCKS, HEAD, REST, COMMUNICATION, UPDATE, OTHER)
 # The loss's functions: which of them a task takes is its own affair.
 LOSSES = ("cross_entropy", "linear_cross_entropy")
 
@@ -46,7 +46,8 @@ class ARReport(StepReport):
     depth: int
     width: int
     parameters: int
-    activation_checkpointing: bool
+    activation_checkpointing: str
+    compile: bool
 
 
 def bench_ar(run: ARRun, world: World, *, steps: int) -> ARReport:
@@ -64,6 +65,7 @@ def bench_ar(run: ARRun, world: World, *, steps: int) -> ARReport:
         FEED_FORWARD: 3 * flops.feed_forward,
         HEAD: 3 * flops.head,
         REST: 3 * (flops.adaln + flops.embedding),
+        BLOCKS: 3 * (flops.projections + flops.attention + flops.feed_forward + flops.adaln),
     }
     common = measured.common(run, world, flops=flops.total, formula=AR_FORMULA, names=PARTS, needs=needs)
     return ARReport(
@@ -75,6 +77,7 @@ def bench_ar(run: ARRun, world: World, *, steps: int) -> ARReport:
         width=run.model.width,
         parameters=sum(getattr(p, "ds_numel", p.numel()) for p in task.engine.module.parameters()),
         activation_checkpointing=run.model.activation_checkpointing,
+        compile=run.model.compile,
     )
 
 
@@ -82,16 +85,11 @@ def bench_ar(run: ARRun, world: World, *, steps: int) -> ARReport:
 def _hung(clock: Clock, task: ARTask) -> Iterator[None]:
     """Times the task's pieces inside."""
     engine = task.engine
-    timed = [
-        (engine, "forward", REST),
-        (engine, "backward", REST),
-        (engine, "step", UPDATE),
-        (task.ema, "update", UPDATE),
-    ]
-    for owner, name, part in timed:
+    timed = [(engine, "forward", REST), (engine, "backward", REST), (engine, "step", UPDATE)]
+    for owner, name, part in [*timed, (task.ema, "update", UPDATE)]:
         setattr(owner, name, clock.timed(getattr(owner, name), part))
-    for piece, part in _pieces(engine.module):
-        piece.forward = clock.timed_both_ways(piece.forward, part)
+    for piece, name, part in _pieces(engine.module):
+        setattr(piece, name, clock.timed_both_ways(getattr(piece, name), part))
     wrap_collectives(lambda call: clock.timed(call, COMMUNICATION))
     before = {name: getattr(F, name) for name in LOSSES}
     for name, call in before.items():
@@ -103,12 +101,15 @@ def _hung(clock: Clock, task: ARTask) -> Iterator[None]:
             setattr(F, name, call)
 
 
-def _pieces(model: Transformer) -> Iterator[tuple[nn.Module, str]]:
-    yield model.head, HEAD
-    for module in model.modules():
-        if isinstance(module, Block):
-            yield module.attention, ATTENTION
-            yield module.feed_forward, FEED_FORWARD
+def _pieces(model: Transformer) -> Iterator[tuple[nn.Module, str, str]]:
+    """Modules, the name of what is called of each, and whose time that is. A compiled block cannot be looked into."""
+    yield model.head, "forward", HEAD
+    for block in model.modules():
+        if isinstance(block, PrefixBlock) and block._compiled_call_impl is not None:
+            yield block, "_compiled_call_impl", BLOCKS
+        elif isinstance(block, PrefixBlock):
+            yield block.attention, "forward", ATTENTION
+            yield block.feed_forward, "forward", FEED_FORWARD
 
 
 def _task(run: ARRun, world: World, synthetic: bool) -> ARTask:

@@ -224,7 +224,8 @@ def _steps(args: argparse.Namespace) -> int:
 
 def _print_steps(report: TokenizerReport | ARReport, task: str) -> None:
     values = asdict(report)
-    chosen = "".join(f", {word}" for word in ("compile", "activation_checkpointing") if values.get(word))
+    again = values["activation_checkpointing"]
+    chosen = ", compile" * values["compile"] + ", activation_checkpointing" * (again not in (False, "none"))
     threads = f" of {report.threads} threads" if report.device == "CPU" else ""
     if task == "ar":
         what = (

@@ -23,7 +23,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="parameters, FLOPs, memory, checkpoint and time of a run, without a GPU",
         description="Rehearse one micro-batch of the config's networks on tensors without memory and tell what a run "
         "needs: of each GPU, of the disk, of time. A GPU that is not known gets no time.",
-        epilog="example: ibq-scale plan ar/xxl --device h100 --gpus 8 --nodes 4 deepspeed.config=zero2",
+        epilog="example: ibq-scale plan ar/xxl deepspeed.config=zero2 --device h100 --gpus 8 --nodes 4",
     )
     parser.add_argument("source", metavar="PRESET_OR_YAML")
     parser.add_argument("overrides", nargs="*", metavar="key=value")

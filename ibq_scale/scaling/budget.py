@@ -132,9 +132,9 @@ def engine_lines(prefix: str, states: States, ema: int) -> list[Line]:
 
 
 def checkpoint_bytes(run: AnyRun, nets: Sequence[Network]) -> int:
-    """Of one whole checkpoint: fp32 weights and moments, averages, the model for inference, the codebook's rows."""
-    total = sum(3 * FP32 * (net.parameters) + FP32 * net.buffers for net in nets)
-    total += FP32 * nets[0].parameters * (2 if run.ema_decay > 0 else 1)
+    """Of one whole checkpoint: fp32 weights and moments, averages, the codebook's rows."""
+    total = sum(3 * FP32 * net.parameters + FP32 * net.buffers for net in nets)
+    total += FP32 * nets[0].parameters * (run.ema_decay > 0)
     if isinstance(run, TokenizerRun):
         rows = FP32 * run.quantizer.codebook_size * run.quantizer.dim
         # rows, average, two moments and the exported rows; of a frozen codebook without moments

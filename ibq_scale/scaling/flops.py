@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ibq_scale.config.models import TransformerConfig
 from ibq_scale.config.run import TokenizerRun
-from ibq_scale.losses.perceptual import Perceptual
+from ibq_scale.losses.perceptual import Net, Perceptual
 from ibq_scale.models.autoencoder import Autoencoder
 from ibq_scale.models.discriminator import PatchDiscriminator
 from ibq_scale.models.transformer import Transformer
@@ -34,16 +35,20 @@ TOKENIZER_FORMULA = (
     "products, counted; quantizer 5 × 2·T·K·D"
 )
 AR_FORMULA = (
-    "3 × (L·(projections 2·T·E·(2E + 2·h·d) + attention 4·T²·E + feed-forward 6·T·E·F) + AdaLN 2·E·(6L + 2)·E + "
+    "3 × (L·(projections 2·T·E·(2E + 2·G·d) + attention 4·T²·E + feed-forward 6·T·E·F) + AdaLN 2·E·(6L + 2)·E + "
     "head 2·T·E·V + embedding 0)"
 )
+
+
+# Kernels that need a GPU, and the compiler, are no matter of the meta device.
+ANYWHERE = {"attention": "auto", "compile": False}
 
 
 @dataclass(frozen=True)
 class ARFlops:
     """FLOPs of an image's forward pass, by part (`AR_FORMULA`).
 
-    L blocks of width E on T tokens, h heads of d for keys and values, SwiGLU of F, V codes. Attention counts whole
+    L blocks of width E on T tokens, G heads of d for keys and values, SwiGLU of F, V codes. Attention counts whole
     though half of it is masked, as PaLM (arXiv 2204.02311, appendix B) and others count; AdaLN works once an image; an
     embedding is looked up and multiplies nothing.
     """
@@ -79,12 +84,13 @@ class ARFlops:
 def ar_flops(model: TransformerConfig) -> ARFlops:
     """By formula."""
     L, T, E = model.depth, model.tokens, model.width
-    keys_and_values = 2 * model.heads * model.head_dim
+    keys_and_values = 2 * model.kv_groups * model.head_dim
+    modulations = 6 * L + 2 if model.conditioning == "adaln" else 0
     return ARFlops(
         projections=2.0 * L * T * E * (2 * E + keys_and_values),
         attention=4.0 * L * T**2 * E,
         feed_forward=6.0 * L * T * E * model.ffn_hidden,
-        adaln=2.0 * E * (6 * L + 2) * E,
+        adaln=2.0 * E * modulations * E,
         head=2.0 * T * E * model.codebook_size,
     )
 
@@ -100,14 +106,14 @@ def ar_executed(model: TransformerConfig) -> float:
 
 def _counted(config: TransformerConfig) -> float:
     with META:
-        model = Transformer(config)
+        model = Transformer(config.model_copy(update=ANYWHERE))
         codes_BT, labels_B = torch.zeros((1, config.tokens), dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     return count(lambda: model(codes_BT, labels_B))
 
 
 @dataclass(frozen=True)
 class StepFlops:
-    """FLOPs of one image's share of a tokenizer's step. `quantizer_executed` counts what the backend does again, too."""
+    """FLOPs of one image's share of a tokenizer's step. `quantizer_executed`: with what the backend does again."""
 
     autoencoder: float
     quantizer: float
@@ -162,10 +168,15 @@ def _perceptual(run: TokenizerRun, image: Tensor) -> float:
     """Both pictures forward, back to the reconstruction alone."""
     net = run.loss.perceptual
     assert net != "none"
-    # The random network is the same VGG, and reads no file.
-    metric = Perceptual("random" if net == "vgg" else net, META)
+    metric = perceptual_on_meta(net, torch.float32)
     fake = image.clone().requires_grad_()
     return count(lambda: metric(image, fake))
+
+
+@cache
+def perceptual_on_meta(net: Net, dtype: torch.dtype) -> Perceptual:
+    """LPIPS without numbers. The random network is the same VGG as the real one, and reads no file."""
+    return Perceptual("random" if net == "vgg" else net, META, dtype)
 
 
 def _quantizer(run: TokenizerRun, backend: str, sharded: bool) -> tuple[float, float]:

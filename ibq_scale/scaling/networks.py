@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from ibq_scale.config.run import ARRun, TokenizerRun
-from ibq_scale.losses.perceptual import Perceptual
 from ibq_scale.models.autoencoder import Autoencoder
 from ibq_scale.models.discriminator import PatchDiscriminator
 from ibq_scale.models.transformer import Transformer
-from ibq_scale.scaling.flops import META
+from ibq_scale.scaling.flops import META, perceptual_on_meta
+from ibq_scale.scaling.rehearse import compute_dtype
 from ibq_scale.train.engine import adam, adamw
 
 
@@ -56,7 +56,7 @@ def perceptual(run: TokenizerRun) -> int:
     net = run.loss.perceptual
     if net == "none":
         return 0
-    metric = Perceptual("random" if net == "vgg" else net, META)
+    metric = perceptual_on_meta(net, compute_dtype(run))
     return sum(p.numel() for p in metric.parameters())
 
 

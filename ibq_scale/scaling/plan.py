@@ -222,7 +222,7 @@ def _notes(run: AnyRun, machine: Machine, budget: MemoryBudget) -> tuple[str, ..
     notes = list(budget.notes)
     if machine.device is not None and machine.known is None:
         notes.append(f"{_unknown(machine.device)}: no time" + ("" if machine.memory else ", and --memory is needed"))
-    if run.model.compile if isinstance(run, TokenizerRun) else False:
+    if run.model.compile:
         notes.append("model.compile keeps less for the backward pass than is counted here")
     if isinstance(run, ARRun) and run.ema_decay == 0:
         notes.append("no EMA of the weights (ema_decay=0)")

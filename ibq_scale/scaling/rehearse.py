@@ -20,7 +20,7 @@ from ibq_scale.losses.perceptual import Perceptual
 from ibq_scale.models.autoencoder import Autoencoder, image_of, tokens_of
 from ibq_scale.models.discriminator import PatchDiscriminator
 from ibq_scale.models.transformer import Transformer
-from ibq_scale.scaling.flops import META
+from ibq_scale.scaling.flops import ANYWHERE, META, perceptual_on_meta
 from ibq_scale.scaling.memory import Allocations, as_on_cuda
 
 
@@ -35,7 +35,7 @@ class Held:
 def rehearse_ar(run: ARRun, *, keeps_gradients: bool, head: bool = True) -> Held:
     """A micro-batch of the transformer; without `head` it ends at the hidden states."""
     with META:
-        model = Transformer(run.model).to(compute_dtype(run))
+        model = Transformer(run.model.model_copy(update=ANYWHERE)).to(compute_dtype(run))
         codes_BT = torch.zeros((run.train.micro_batch, run.model.tokens), dtype=torch.int64)
         labels_B = torch.zeros(run.train.micro_batch, dtype=torch.int64)
 
@@ -58,12 +58,11 @@ def rehearse_tokenizer(run: TokenizerRun, *, keeps_gradients: bool) -> Held:
     """A micro-batch of the tokenizer as `TokenizerTask` runs it, without the quantizer, which is counted by formula."""
     dtype = compute_dtype(run)
     with META:
-        model = Autoencoder(run.model, run.quantizer.dim).to(dtype)
+        model = Autoencoder(run.model.model_copy(update={"compile": False}), run.quantizer.dim).to(dtype)
         judge = PatchDiscriminator(run.discriminator).to(dtype)
         images = torch.zeros((run.train.micro_batch, 3, run.model.resolution, run.model.resolution))
     net = run.loss.perceptual
-    # The random network is the same VGG, and reads no file.
-    metric = None if net == "none" else Perceptual("random" if net == "vgg" else net, META, dtype)
+    metric = None if net == "none" else perceptual_on_meta(net, dtype)
 
     def forward() -> Tensor:
         z_BDhw = model.encode(images)
