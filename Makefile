@@ -1,5 +1,6 @@
 # make install   the environment in .venv (exactly pinned)     make demo    the whole path in minutes, on 2 CPU ranks
 # make test      all tests                                     make check   lint, types, fast tests
+# make chaos     50 random kill -9 over a tokenizer run and 50 over a transformer's: about 40 minutes on 2 cores
 # make services  the Debian packages of tests/services, where this is root with apt-get
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +10,7 @@ RUN := $(CURDIR)/runs/demo
 
 PACKAGES = $(shell $(PYTHON) -c 'from tests.services import radosgw; print(*radosgw.missing_packages())')
 
-.PHONY: install demo test services check lint format constraints clean
+.PHONY: install demo test chaos services check lint format constraints clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.demo
@@ -18,6 +19,9 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
+
+chaos: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --kills 50 --to runs/chaos.json
 
 services:
 	@if [ -n "$(PACKAGES)" ] && [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \

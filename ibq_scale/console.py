@@ -7,6 +7,11 @@ import sys
 from pathlib import Path
 
 
+def tells() -> bool:
+    """Whether this process is the one of all ranks that says what concerns all of them."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
 def tell(message: str) -> None:
     """Prints a line to standard error. A reader that has gone, or a log on a full disk, is no reason to stop a run."""
     try:

@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
+from tests.faults import FaultProxy, fault_proxy
+from tests.samples import write_pictures
 from tests.web import WebServer
 
 if not torch.cuda.is_available():
@@ -19,8 +19,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-CLASSES = ("apples", "birds", "cars")
-PICTURES_A_CLASS = 8
 # Not the demo's own, which a test of the demo makes in this same process.
 TEST_BUCKET = "ibq-tests"
 
@@ -48,15 +46,7 @@ def imagenet_mini_dir() -> Path:
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An ImageFolder of 3 classes × 8 small smooth pictures of several sizes, JPEG and PNG."""
     root = tmp_path_factory.mktemp("pictures")
-    random = np.random.default_rng(0)
-    for label, name in enumerate(CLASSES):
-        (root / name).mkdir()
-        for i in range(PICTURES_A_CLASS):
-            coarse = random.integers(0, 256, (4, 4, 3), dtype=np.uint8)
-            coarse[..., label] = 230
-            size = (40 + 4 * i, 48)
-            picture = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
-            picture.save(root / name / f"{i}.{'png' if i % 4 == 3 else 'jpg'}")
+    write_pictures(root)
     return root
 
 
@@ -84,6 +74,18 @@ def new_prefix(s3_server: None) -> Callable[[], str]:
     """Makes a fresh ``s3://bucket/prefix`` a call."""
     numbers = count()
     return lambda: f"s3://{TEST_BUCKET}/test-{os.getpid()}-{next(numbers)}"
+
+
+@pytest.fixture
+def proxy(s3_server: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """In front of the S3 endpoint of the tests; stores opened from here on go through it, and retry without pauses."""
+    from ibq_scale.data import store as store_module
+
+    with fault_proxy(os.environ["AWS_ENDPOINT_URL"]) as running:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
+        monkeypatch.setattr(store_module, "PAUSE_SECONDS", 0.01)
+        monkeypatch.setattr(store_module, "DEADLINE_SECONDS", 10.0)
+        yield running
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ class Exchange:
 
     method: str
     path: str
+    query: str
     headers: dict[str, str]
     status: int = 0
     answer: dict[str, str] = field(default_factory=dict)
@@ -103,6 +104,10 @@ class FaultProxy:
         self._lock = threading.Lock()
         self.log: list[str] = []
         """METHOD /bucket/key [range], in order of arrival."""
+        self.down = False
+        """Requests are neither passed on nor answered."""
+        self.under_way = 0
+        """Requests that have come and are not answered yet."""
         proxy = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -140,12 +145,25 @@ class FaultProxy:
         return due
 
     def _serve(self, handler: BaseHTTPRequestHandler) -> None:
+        with self._lock:
+            self.under_way += 1
+        try:
+            self._pass_on(handler)
+        finally:
+            with self._lock:
+                self.under_way -= 1
+
+    def _pass_on(self, handler: BaseHTTPRequestHandler) -> None:
         length = int(handler.headers.get("Content-Length") or 0)
         sent = handler.rfile.read(length)
+        if self.down:
+            handler.close_connection = True
+            return
         headers = dict(handler.headers.items())
         ranges = headers.get("Range", "")
         self.log.append(f"{handler.command} {handler.path} {ranges}".rstrip())
-        exchange = Exchange(handler.command, urlsplit(handler.path).path, headers)
+        url = urlsplit(handler.path)
+        exchange = Exchange(handler.command, url.path, url.query, headers)
         connection = HTTPConnection(*self._upstream, timeout=60)
         try:
             connection.request(handler.command, handler.path, sent, headers)

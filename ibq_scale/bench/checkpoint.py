@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from ibq_scale.checkpoint.files import TensorFile
-from ibq_scale.checkpoint.saving import CheckpointFolder, Retention
+from ibq_scale.checkpoint.retention import Retention
+from ibq_scale.checkpoint.saving import CheckpointFolder
 from ibq_scale.distributed.environment import World
 
 TENSORS = 64

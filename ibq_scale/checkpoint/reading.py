@@ -23,6 +23,7 @@ FORMAT_VERSION = 3
 # Before 3 the model for inference was written once more, whole; everything else was the same.
 READ_VERSIONS = (2, FORMAT_VERSION)
 MANIFEST = "manifest.json"
+OWN_SHA256 = "manifest_sha256"
 HASHING_THREADS = 8
 STEP_NAME = re.compile(r"step-(\d{8})")
 
@@ -51,20 +52,47 @@ class NotWholeError(UserError):
     """A directory that has not become a checkpoint, or is one no more."""
 
 
+class OtherFormatError(UserError):
+    """A checkpoint that another version of this program wrote."""
+
+
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Opens a checkpoint directory. NotWholeError, or UserError where it is of another format."""
+    """Opens a checkpoint directory. NotWholeError, or OtherFormatError."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        text = (path / MANIFEST).read_text()
     except FileNotFoundError:
         raise NotWholeError(f"{path} is no whole checkpoint: it has no {MANIFEST}") from None
-    except json.JSONDecodeError as e:
+    except UnicodeDecodeError as e:
         raise NotWholeError(f"{path / MANIFEST} is damaged: {e}") from None
+    return parse_manifest(text, path)
+
+
+def parse_manifest(text: str, path: Path) -> Checkpoint:
+    """The checkpoint at `path` with this manifest. Raises as `read_checkpoint`."""
+    try:
+        manifest = json.loads(text)
+    except ValueError as e:
+        raise NotWholeError(f"{path / MANIFEST} is damaged: {e}") from None
+    if not isinstance(manifest, dict):
+        raise NotWholeError(f"{path / MANIFEST} is damaged: it is no JSON object")
+    sha256 = manifest.pop(OWN_SHA256, None)
+    if sha256 is not None and sha256 != _content_sha256(manifest):
+        raise NotWholeError(f"{path / MANIFEST} is damaged: its sha256 differs from the one in it")
     if manifest.get("format_version") not in READ_VERSIONS:
-        raise UserError(
+        raise OtherFormatError(
             f"{path} has format version {manifest.get('format_version')}, this program reads "
             f"{' and '.join(map(str, READ_VERSIONS))}: go on with the program that wrote it, or give another out=…"
         )
     return Checkpoint(path, manifest)
+
+
+def manifest_text(manifest: dict[str, Any]) -> str:
+    """What `parse_manifest` reads, with a hash of itself."""
+    return json.dumps(manifest | {OWN_SHA256: _content_sha256(manifest)}, indent=1)
+
+
+def _content_sha256(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def whole_checkpoints(folder: Path) -> list[Checkpoint]:
@@ -72,17 +100,30 @@ def whole_checkpoints(folder: Path) -> list[Checkpoint]:
 
     UserError where one is of another format: a run that left it out would begin anew.
     """
-    found = []
-    for path in sorted(folder.glob("step-*")) if folder.is_dir() else []:
-        if not STEP_NAME.fullmatch(path.name):
-            continue
-        try:
-            checkpoint = read_checkpoint(path)
-        except NotWholeError:
-            continue
-        if not any(_size(path / name) != info["bytes"] for name, info in checkpoint.manifest["files"].items()):
-            found.append(checkpoint)
-    return found
+    return [found for found in map(_whole_or_fault, _directories(folder)) if isinstance(found, Checkpoint)]
+
+
+def damaged_checkpoints(folder: Path) -> list[str]:
+    """What is wrong with those under RUN/checkpoints that `whole_checkpoints` leaves out, a line each.
+
+    UserError where one is of another format.
+    """
+    return [found for found in map(_whole_or_fault, _directories(folder)) if isinstance(found, str)]
+
+
+def _directories(folder: Path) -> list[Path]:
+    paths = sorted(folder.glob("step-*")) if folder.is_dir() else []
+    return [path for path in paths if STEP_NAME.fullmatch(path.name)]
+
+
+def _whole_or_fault(path: Path) -> Checkpoint | str:
+    try:
+        checkpoint = read_checkpoint(path)
+    except NotWholeError as e:
+        return str(e)
+    files = checkpoint.manifest["files"]
+    wrong = [name for name, info in files.items() if _size(path / name) != info["bytes"]]
+    return f"{path} is no whole checkpoint: {'; '.join(verify(checkpoint, wrong))}" if wrong else checkpoint
 
 
 def newest_or_this(path: Path) -> Checkpoint:

@@ -3,7 +3,8 @@
 A save stops the ranks for a copy of their state to host memory; a thread of each rank then writes, flushes and hashes
 its files under RUN/checkpoints/.partial-step-00001000, and says in a small file there that it is done, or why not. Rank
 0's thread waits for all of them, writes the manifest, renames the folder and replaces `latest`. No collective takes
-part, so training's own are not disturbed. One save is under way at a time: the next waits for it.
+part, so training's own are not disturbed. One save is under way at a time: the next waits for it. What goes to a mirror
+goes in a thread of its own (copying.py), which saves do not wait for.
 """
 
 from __future__ import annotations
@@ -17,20 +18,24 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Thread
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from ibq_scale.checkpoint.copying import Copier
+from ibq_scale.checkpoint.fetching import fetch_newest
 from ibq_scale.checkpoint.files import HostCopies, StateFile, write_whole
 from ibq_scale.checkpoint.mirror import Mirror
 from ibq_scale.checkpoint.reading import (
     FORMAT_VERSION,
     MANIFEST,
     Checkpoint,
+    damaged_checkpoints,
+    manifest_text,
     verify,
     whole_checkpoints,
 )
-from ibq_scale.config.run import TrainConfig
+from ibq_scale.checkpoint.retention import Retention, retire
 from ibq_scale.console import tell
 from ibq_scale.distributed.environment import World
 from ibq_scale.errors import UserError
@@ -44,30 +49,6 @@ DONE = ".done-rank-"
 log = logging.getLogger(__name__)
 
 
-class Retention(NamedTuple):
-    """Which checkpoints stay: the `newest`, those of `every` so many steps, the one with the `best` metric."""
-
-    newest: int
-    every: int = 0
-    best: str | None = None
-
-    @staticmethod
-    def of(train: TrainConfig) -> Retention:
-        return Retention(train.keep_checkpoints, train.keep_every, train.keep_best)
-
-    def retired(self, whole: Sequence[Checkpoint]) -> list[Checkpoint]:
-        """Those of `whole`, oldest first, that go."""
-        kept = {c.step for c in whole[-self.newest :]}
-        kept |= {c.step for c in whole if self.every and c.step % self.every == 0}
-        if self.best is not None:
-            name, sign = self.best.removeprefix("-"), -1.0 if self.best.startswith("-") else 1.0
-            judged = [
-                (sign * c.manifest["metrics"][name], c.step) for c in whole if name in c.manifest.get("metrics", {})
-            ]
-            kept |= {min(judged)[1]} if judged else set()
-        return [c for c in whole if c.step not in kept]
-
-
 class CheckpointFolder:
     """RUN/checkpoints: saves with all ranks, keeps what `keep` says. The run holds its lock."""
 
@@ -78,6 +59,8 @@ class CheckpointFolder:
         self.mirror = mirror
         self._host = HostCopies()
         self._writing: _Writing | None = None
+        self._copier: Copier | None = None
+        self._stands = "there is no checkpoint yet"
 
     def newest(self, check_hashes: bool = True) -> Checkpoint | None:
         """The newest checkpoint whose every byte is what was written, the same on every rank. Collective.
@@ -85,13 +68,26 @@ class CheckpointFolder:
         The ranks share the hashing. One that is damaged is told, with its faults, and the one before is taken. Where
         there is none, the mirror's newest is fetched. Without `check_hashes` the sizes have to do.
         """
-        return self._newest_here(check_hashes) or self._fetch()
+        found = self._newest_here(check_hashes) or self._fetch()
+        if found is not None:
+            self._stands = f"{found.path.name} stands"
+        return found
+
+    def standing(self) -> str:
+        """On rank 0: the newest whole checkpoint, and how long its save took if this run made it. Reads no disk."""
+        return self._stands
+
+    def note_whole(self, name: str, seconds: float) -> None:
+        """Rank 0's thread made a checkpoint whole, so many seconds after its save began."""
+        self._stands = f"{name} stands, whose save took {seconds:.1f} s"
 
     def _newest_here(self, check_hashes: bool) -> Checkpoint | None:
         found: list[Any] = [None]
         if self.world.is_main:
             try:
                 found = [whole_checkpoints(self.folder)]
+                for fault in damaged_checkpoints(self.folder):
+                    _tell(f"{fault}: it is left out")
             except UserError as e:
                 found = [e]
         dist.broadcast_object_list(found, src=0, device=self.world.device)
@@ -109,25 +105,28 @@ class CheckpointFolder:
 
     def _fetch(self) -> Checkpoint | None:
         """The mirror's newest, brought here by all ranks together."""
-        if self.mirror is None:
+        copy = None if self.mirror is None else fetch_newest(self.mirror, self.folder, self.world)
+        if copy is None:
             return None
-        found: list[Any] = [self.mirror.newest() if self.world.is_main else None]
-        dist.broadcast_object_list(found, src=0, device=self.world.device)
-        if found[0] is None:
-            return None
-        copy = self.mirror.manifest(found[0])
-        partial = self.folder / f".partial-{found[0]}"
         if self.world.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            _tell(f"{self.folder} has no checkpoint: fetching {found[0]} from {self.mirror.store.url}")
+            _make_whole(copy.path, copy.manifest)
         dist.barrier()
-        self.mirror.fetch(copy, sorted(copy.manifest["files"])[self.world.rank :: self.world.size], partial)
-        dist.barrier()
-        if self.world.is_main:
-            _make_whole(partial, copy.manifest)
-        dist.barrier()
-        return self._newest_here(check_hashes=True)
+        return Checkpoint(_final(copy.path), copy.manifest)
+
+    def start_mirror(self) -> None:
+        """Begins to send to the mirror, in the background, what has no whole copy there. Collective."""
+        if self.mirror is not None and self._copier is None:
+            self._copier = Copier(self.folder, self.world, self.keep, self.mirror)
+
+    def finish_mirror(self, seconds: float | None = None) -> None:
+        """Waits, for so long at most, until what is whole here has a copy in the mirror, or a fault has been told."""
+        if self._copier is not None:
+            self._copier.finish(seconds)
+
+    def close(self) -> None:
+        """Ends the sending to the mirror wherever it is; the next `start_mirror`, in whatever process, goes on."""
+        if self._copier is not None:
+            self._copier.close()
 
     def save(self, facts: dict[str, Any], files: Sequence[StateFile]) -> None:
         """Begins to make the ranks' files a checkpoint; `facts` (with ``step``, and the ``metrics`` that
@@ -137,6 +136,7 @@ class CheckpointFolder:
         before stand: see `finish`.
         """
         self.finish()
+        self.start_mirror()
         partial = self.folder / f".partial-step-{facts['step']:08d}"
         size = sum(self._everyone(sum(file.bytes for file in files)))
         fault: list[Any] = [self._begin(partial, size) if self.world.is_main else None]
@@ -213,7 +213,9 @@ class _Share:
         self.folder = checkpoints.folder
         self.world = checkpoints.world
         self.keep = checkpoints.keep
-        self.mirror = checkpoints.mirror
+        self.copier = checkpoints._copier
+        self.note_whole = checkpoints.note_whole
+        self.began = time.monotonic()
         self.partial = partial
         self.facts = facts
         self.files = files
@@ -227,16 +229,15 @@ class _Share:
         except Exception as e:  # rank 0 waits for word, whatever went wrong
             log.exception("a checkpoint's part could not be written")
             fault = f"rank {self.world.rank}: {(isinstance(e, OSError) and e.strerror) or repr(e)}"
+        if self.copier is not None:
+            self.copier.wrote(_final(self.partial).name, sorted(written))
         if not self.world.is_main:
             self._say(written, fault)
-            if fault is None:
-                self._copy(sorted(written))
             return fault
         try:
             faults, every = self._gather(written, fault)
             if not faults:
                 self._commit(every)
-                self._copy(sorted(written))
                 return None
         except OSError as e:
             faults = [f"rank 0: {e.strerror or e}"]
@@ -271,52 +272,14 @@ class _Share:
         return faults, every
 
     def _commit(self, files: dict[str, dict[str, Any]]) -> None:
-        if self.mirror is not None:
-            self._words.mkdir(exist_ok=True)
         manifest = self.facts | {"format_version": FORMAT_VERSION, "files": dict(sorted(files.items()))}
         _make_whole(self.partial, manifest)
-        self._retire()
-
-    @property
-    def _words(self) -> Path:
-        """Where ranks leave word of what they have sent to the mirror."""
-        return self.folder / f".mirror-{_final(self.partial).name}"
-
-    def _copy(self, names: list[str]) -> None:
-        """Sends this rank's files to the mirror once the checkpoint is whole; rank 0 seals. A fault is told only."""
-        if self.mirror is None:
-            return
-        final = _final(self.partial)
-        # Rank 0 either makes it whole or takes it away.
-        if not _wait(lambda: not self.partial.exists()) or not final.exists():
-            return
-        fault = ""
-        try:
-            self.mirror.put(final, names)
-        except (UserError, OSError) as e:
-            fault = f"rank {self.world.rank}: {e}"
-        if not self.world.is_main:
-            write_whole(self._words / f"rank-{self.world.rank:05d}", fault)
-            return
-        faults = [fault] if fault else []
-        for rank in range(1, self.world.size):
-            word = self._words / f"rank-{rank:05d}"
-            said = word.read_text() if _wait(word.exists) else f"rank {rank} has not sent its part"
-            faults += [said] if said else []
-        shutil.rmtree(self._words, ignore_errors=True)
-        try:
-            if not faults:
-                self.mirror.seal(final)
-                return
-        except (UserError, OSError) as e:
-            faults = [f"rank 0: {e}"]
-        _tell(f"{self.mirror.store.url}: {final.name} COULD NOT BE COPIED THERE ({faults[0]}); it is whole here")
-
-    def _retire(self) -> None:
-        for old in self.keep.retired(whole_checkpoints(self.folder)):
-            # Without its manifest it is no checkpoint any more, so a crash inside rmtree leaves nothing half-true.
-            (old.path / MANIFEST).unlink()
-            shutil.rmtree(old.path, ignore_errors=True)
+        self.note_whole(_final(self.partial).name, time.monotonic() - self.began)
+        if self.copier is None:
+            retire(self.folder, self.keep)
+        else:
+            self.copier.look()
+            self.copier.retire()
 
 
 def _final(partial: Path) -> Path:
@@ -326,7 +289,7 @@ def _final(partial: Path) -> Path:
 
 def _make_whole(partial: Path, manifest: dict[str, Any]) -> None:
     """The manifest, everything flushed, the folder's name, `latest`: in this order. Raises OSError."""
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    (partial / MANIFEST).write_text(manifest_text(manifest))
     _flush(partial / MANIFEST)
     for parent in {(partial / name).parent for name in manifest["files"]} | {partial}:
         _flush(parent)

@@ -24,7 +24,9 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="hash every file again",
         epilog="example: ibq-scale checkpoint verify runs/tok/checkpoints/step-00001000",
     )
-    verify.add_argument("path", type=Path, metavar="CKPT_OR_RUN", help="a run means its newest whole checkpoint")
+    verify.add_argument(
+        "path", type=Path, metavar="CKPT_OR_RUN", help="a run: its newest whole one, and all that are not"
+    )
     verify.set_defaults(run=_verify)
     export = family.add_parser(
         "export",
@@ -83,15 +85,18 @@ def _ls(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from ibq_scale.checkpoint.reading import newest_or_this, verify
+    from ibq_scale.checkpoint.reading import damaged_checkpoints, newest_or_this, verify
 
+    damaged = damaged_checkpoints(args.path / "checkpoints")
+    for line in damaged:
+        print(line, file=sys.stderr)
     checkpoint = newest_or_this(args.path)
     faults = verify(checkpoint)
     for fault in faults:
         print(f"{checkpoint.path}: {fault}", file=sys.stderr)
     if not faults:
         print(f"{checkpoint.path}: {len(checkpoint.manifest['files'])} files are what its manifest says")
-    return 1 if faults else 0
+    return 1 if faults or damaged else 0
 
 
 def _export(args: argparse.Namespace) -> int:

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
+from ibq_scale.console import tell, tells
+from ibq_scale.distributed.signals import held, ignore
 from ibq_scale.errors import UserError
 
 FAMILIES = (
@@ -46,6 +50,14 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    code = _code(words)
+    if argv is None:
+        # The process ends now, and a signal may not replace its exit code by another.
+        ignore()
+    return code
+
+
+def _code(words: list[str]) -> int:
     try:
         # The deepspeed launcher appends --local_rank; the environment already says the same.
         args = build_parser().parse_args([w for w in words if not w.startswith("--local_rank")])
@@ -63,21 +75,44 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace, words: list[str]) -> int:
-    if getattr(args, "distributed", False):
-        from ibq_scale.distributed.environment import is_launched
-        from ibq_scale.distributed.launch import launch
+    if not getattr(args, "distributed", False):
+        code: int = args.run(args)
+        return code
+    from ibq_scale.distributed.environment import is_launched
+    from ibq_scale.distributed.launch import launch
 
-        if not is_launched():
-            if hasattr(args, "check"):
-                args.check(args)
-            return launch(words, ranks=args.ranks)
-    code: int = args.run(args)
+    # A signal while all this is imported waits for who can answer it.
+    with held():
+        if is_launched():
+            return _run_rank(args)
+        if hasattr(args, "check"):
+            args.check(args)
+        return launch(words, ranks=args.ranks)
+
+
+def _run_rank(args: argparse.Namespace) -> int:
+    """One rank's part. After a failure, threads of an open process group may turn an orderly exit into an abort, with
+    its code and a trace of C++ for last words: so this one is not orderly.
+    """
+    try:
+        code: int = args.run(args)
+    except (UserError, KeyboardInterrupt, BrokenPipeError):
+        raise
+    except Exception as e:
+        notes = getattr(e, "__notes__", [])
+        if not notes:
+            traceback.print_exc()
+        reason = " ".join(str(e).split())
+        tell(f"ibq-scale: rank {os.environ.get('RANK', '0')}: {type(e).__name__}: {' '.join([reason, *notes])}")
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(1)
     return code
 
 
 def _complain(message: str) -> None:
     # Every rank meets the same bad input: one of them says so.
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+    if tells():
         print(f"ibq-scale: {message}", file=sys.stderr, flush=True)
 
 

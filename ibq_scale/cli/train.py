@@ -46,10 +46,15 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from contextlib import closing
+
     from ibq_scale.config.layers import resolve
     from ibq_scale.distributed.environment import join
-    from ibq_scale.train.run import train
+    from ibq_scale.train.preemption import StopRequest
 
     config = resolve(args.source, args.overrides, args.task).config
-    with join() as world:
-        return train(config, world)
+    # Before torch is imported and the ranks have met, either of which may take minutes.
+    with closing(StopRequest(config.train.grace)) as stop, join() as world:
+        from ibq_scale.train.run import train
+
+        return train(config, world, stop)

@@ -115,12 +115,15 @@ class TrainConfig(Section):
     `keep_checkpoints`: the newest ones; `keep_every`: those of every so many steps for good, 0 for none; `keep_best`:
     the one with the lowest value of a logged metric (``l1``; the highest with a minus before it, ``-usage``).
     `check_hashes`: whether every file of the checkpoint that a run goes on from is read and hashed first.
-    `mirror`: a folder or ``s3://`` prefix of this run's own that every checkpoint is copied to as well, and that a run
-    directory without one begins from.
+    `mirror`: a folder or ``s3://`` prefix of this run's own that checkpoints are copied to in the background, newest
+    first, that keeps by the same rules, and that a run directory without one begins from.
     `skipped_steps`: steps with a loss or gradient that is not finite, each skipped on all ranks and logged, that any
     1,000 steps may have before the run stops.
     `hang_timeout`: seconds without progress after which a run ends itself and names the ranks that did not arrive;
     below the 30 minutes after which torch ends a collective without such words.
+    `grace`: seconds after a signal (SIGTERM, SIGUSR1, Ctrl-C) by which the run has saved and left; what is not done
+    then is left undone, and the newest whole checkpoint stands. Somewhat less than the cluster waits before it kills
+    (``--signal=USR1@300``; KillWait or a partition's GraceTime for SIGTERM).
     """
 
     samples: PositiveInt | None = None
@@ -138,6 +141,7 @@ class TrainConfig(Section):
     mirror: str | None = None
     skipped_steps: NonNegativeInt = 10
     hang_timeout: Annotated[float, Field(gt=0, lt=1800)] = 1200.0
+    grace: Annotated[float, Field(gt=0)] = 270.0
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:

@@ -13,21 +13,22 @@ UserError at once; but credentials that stopped working are read anew first, sin
 
 from __future__ import annotations
 
+import errno
+import filecmp
 import os
 import random
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
+from ibq_scale.data.multipart import Content, parallel, send_parts
+from ibq_scale.data.s3_errors import ANONYMOUS, PastEndError, ShortReadError, denied, fault, first_line
 from ibq_scale.errors import UserError
 
 T = TypeVar("T")
-U = TypeVar("U")
-ANONYMOUS = "IBQ_SCALE_S3_ANONYMOUS"
 # For one request with its repetitions, from the first try on.
 DEADLINE_SECONDS = 120.0
 # Before the second try; doubled before each further one up to the longest, and each jittered by half.
@@ -38,8 +39,14 @@ READ_TIMEOUT_SECONDS = 20.0
 DOWNLOAD_CHUNK = 16 << 20
 # S3 wants 5 MiB or more, and at most 10,000 of them.
 UPLOAD_PART, MOST_PARTS = 16 << 20, 10_000
-# Ranges or parts of one file under way at once.
-CONNECTIONS = 4
+PARTIAL = ".partial"
+
+
+class Unfinished(NamedTuple):
+    """What an upload that was killed has left: the path that it was for, and the store's own name of it."""
+
+    path: str
+    id: str
 
 
 class Store(ABC):
@@ -80,6 +87,31 @@ class Store(ABC):
     def upload(self, local: Path, path: str) -> None:
         """Copies a local file here, as `write` would."""
 
+    @abstractmethod
+    def upload_resumable(self, local: Path, path: str) -> None:
+        """As `upload`, but sends nothing of what is here already with these bytes.
+
+        That is the whole file, or the parts that an earlier try has left; one that fails leaves its own (`unfinished`).
+        """
+
+    @abstractmethod
+    def unfinished(self) -> list[Unfinished]:
+        """What uploads that were killed or failed have left under here."""
+
+    @abstractmethod
+    def abort(self, upload: Unfinished) -> None:
+        """Removes what an upload has left."""
+
+    @abstractmethod
+    def delete(self, paths: Iterable[str]) -> None:
+        """Removes files; one that is gone already is no fault."""
+
+    def stop(self) -> None:
+        """Lets what is under way in other threads fail soon, and whatever is begun later. For good."""
+        self._stopped = True
+
+    _stopped = False
+
     def exists(self, path: str) -> bool:
         try:
             self.size(path)
@@ -112,12 +144,15 @@ class LocalStore(Store):
         return data
 
     def write(self, path: str, data: bytes) -> None:
+        self._fill(path, lambda f: f.write(data))
+
+    def _fill(self, path: str, fill: Callable[[BinaryIO], object]) -> None:
         target = self.root / path
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        partial = target.with_name(f".{target.name}.{os.getpid()}{PARTIAL}")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with partial.open("wb") as f:
-                f.write(data)
+                fill(f)
                 f.flush()
                 os.fsync(f.fileno())
             partial.replace(target)
@@ -137,7 +172,41 @@ class LocalStore(Store):
             os.fsync(f.fileno())
 
     def upload(self, local: Path, path: str) -> None:
-        self.write(path, local.read_bytes())
+        with local.open("rb") as source:
+            self._fill(path, lambda f: self._copy(source, f))
+
+    def upload_resumable(self, local: Path, path: str) -> None:
+        there = self.root / path
+        if not (there.is_file() and filecmp.cmp(local, there, shallow=False)):
+            self.upload(local, path)
+
+    def _copy(self, source: BinaryIO, target: BinaryIO) -> None:
+        while chunk := source.read(DOWNLOAD_CHUNK):
+            if self._stopped:
+                raise InterruptedError(errno.EINTR, "stopped")
+            target.write(chunk)
+
+    def unfinished(self) -> list[Unfinished]:
+        left = [path for path in self.root.rglob(f".*{PARTIAL}") if path.is_file()]
+        # .NAME.PID.partial
+        names = [(path.parent / path.name[1:].rsplit(".", 2)[0], path) for path in left]
+        return [Unfinished(*(p.relative_to(self.root).as_posix() for p in pair)) for pair in names]
+
+    def abort(self, upload: Unfinished) -> None:
+        self.delete([upload.id])
+
+    def delete(self, paths: Iterable[str]) -> None:
+        for path in paths:
+            try:
+                (self.root / path).unlink(missing_ok=True)
+                for parent in (self.root / path).parents:
+                    if parent == self.root or any(parent.iterdir()):
+                        break
+                    parent.rmdir()
+            except FileNotFoundError:
+                continue
+            except OSError as e:
+                raise UserError(f"cannot remove {self.root / path}: {e.strerror}") from None
 
     def files(self) -> dict[str, int]:
         if not self.root.is_dir():
@@ -187,14 +256,14 @@ class S3Store(Store):
     def read_range(self, path: str, start: int, stop: int) -> bytes:
         try:
             part = self._get(path, start, stop)
-        except _PastEndError:
+        except PastEndError:
             raise _too_short(f"{self.url}/{path}", stop) from None
         if part.total < stop:
             raise _too_short(f"{self.url}/{path}", stop)
         return part.data
 
     def write(self, path: str, data: bytes) -> None:
-        self._put(path, len(data), lambda start, stop: data[start:stop])
+        self._put(path, _content(len(data), lambda start, stop: data[start:stop]))
 
     def size(self, path: str) -> int:
         return int(self._call(lambda fs: fs.call_s3("head_object", **self._name(path)))["ContentLength"])
@@ -208,7 +277,51 @@ class S3Store(Store):
     def upload(self, local: Path, path: str) -> None:
         with local.open("rb") as f:
             size = os.fstat(f.fileno()).st_size
-            self._put(path, size, lambda start, stop: os.pread(f.fileno(), stop - start, start))
+            self._put(path, _content(size, lambda start, stop: os.pread(f.fileno(), stop - start, start)))
+
+    def upload_resumable(self, local: Path, path: str) -> None:
+        with local.open("rb") as f:
+            size = os.fstat(f.fileno()).st_size
+            content = _content(size, lambda start, stop: os.pread(f.fileno(), stop - start, start))
+            if self._holds(path, content):
+                return
+            left: list[str] = []
+            if size > UPLOAD_PART:
+                # A store that lists no uploads, or not for these credentials, gets the whole file.
+                with suppress(UserError):
+                    left = [upload.id for upload in self._unfinished(path) if upload.path == path]
+            self._put(path, content, left, keep=True)
+
+    def _holds(self, path: str, content: Content) -> bool:
+        try:
+            head = self._call(lambda fs: fs.call_s3("head_object", **self._name(path)))
+        except FileNotFoundError:
+            return False
+        return int(head["ContentLength"]) == content.size and str(head.get("ETag", "")).strip('"') == content.etag
+
+    def unfinished(self) -> list[Unfinished]:
+        return self._unfinished("")
+
+    def _unfinished(self, prefix: str) -> list[Unfinished]:
+        """Uploads begun for paths that begin so."""
+        found: list[Unfinished] = []
+        folder = f"{self._folder}/" if self._folder else ""
+        marker: dict[str, str] = {}
+        while True:
+            name = {"Bucket": self.bucket, "Prefix": folder + prefix} | marker
+            page = self._call(lambda fs, name=name: fs.call_s3("list_multipart_uploads", **name))  # type: ignore[misc]
+            for upload in page.get("Uploads", []):
+                found.append(Unfinished(upload["Key"].removeprefix(folder), upload["UploadId"]))
+            if not page.get("IsTruncated") or not page.get("NextKeyMarker"):
+                return found
+            marker = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page.get("NextUploadIdMarker", "")}
+
+    def abort(self, upload: Unfinished) -> None:
+        with suppress(FileNotFoundError):
+            self._ask(upload.path, "abort_multipart_upload", UploadId=upload.id)
+
+    def delete(self, paths: Iterable[str]) -> None:
+        parallel(lambda path: self._ask(path, "delete_object"), list(paths))
 
     def _name(self, path: str) -> dict[str, str]:
         return {"Bucket": self.bucket, "Key": f"{self._folder}/{path}" if self._folder else path}
@@ -220,24 +333,24 @@ class S3Store(Store):
         """
         try:
             first = self._get(path, 0, DOWNLOAD_CHUNK)
-        except _PastEndError:
+        except PastEndError:
             return 0  # No range fits an empty object.
         place(0, first.data)
 
         def move(start: int) -> None:
             try:
                 part = self._get(path, start, min(start + DOWNLOAD_CHUNK, first.total))
-            except _PastEndError:
+            except PastEndError:
                 part = None
             if part is None or (part.etag, part.total) != (first.etag, first.total):
                 raise UserError(f"{self.url}/{path} changed while it was read: nothing may write to data in use")
             place(start, part.data)
 
-        _parallel(move, range(DOWNLOAD_CHUNK, first.total, DOWNLOAD_CHUNK))
+        parallel(move, range(DOWNLOAD_CHUNK, first.total, DOWNLOAD_CHUNK))
         return first.total
 
     def _get(self, path: str, start: int, stop: int) -> _Part:
-        """Bytes start … stop − 1, or fewer where the object ends before. _PastEndError where it ends before `start`."""
+        """Bytes start … stop − 1, or fewer where the object ends before. PastEndError where it ends before `start`."""
 
         def get(fs: Any) -> _Part:
             from fsspec.asyn import sync
@@ -252,39 +365,20 @@ class S3Store(Store):
 
         return self._call(get)
 
-    def _put(self, path: str, size: int, part: Callable[[int, int], bytes]) -> None:
-        """Writes an object of `size` bytes, which `part` cuts out; in parts, each retried alone, where it is large."""
+    def _ask(self, path: str, method: str, **arguments: Any) -> Any:
+        """One request that writes, or that is part of writing."""
         name = self._name(path)
+        writing = method != "head_object"
+        return self._call(lambda fs: fs.call_s3(method, **name, **arguments), writing=writing)
 
-        def call(method: str, **arguments: Any) -> Any:
-            return self._call(lambda fs: fs.call_s3(method, **name, **arguments), writing=True)
-
-        if size <= UPLOAD_PART:
-            call("put_object", Body=part(0, size))
+    def _put(self, path: str, content: Content, left: Sequence[str] = (), *, keep: bool = False) -> None:
+        if content.size <= UPLOAD_PART:
+            self._ask(path, "put_object", Body=content.cut(0, content.size))
             return
-        step = max(UPLOAD_PART, -(-size // MOST_PARTS))
-        upload = call("create_multipart_upload")["UploadId"]
-
-        def move(start: int) -> dict[str, Any]:
-            number = start // step + 1
-            body = part(start, min(start + step, size))
-            return {
-                "PartNumber": number,
-                "ETag": call("upload_part", UploadId=upload, PartNumber=number, Body=body)["ETag"],
-            }
-
         try:
-            parts = _parallel(move, range(0, size, step))
-            call("complete_multipart_upload", UploadId=upload, MultipartUpload={"Parts": parts})
-        except FileNotFoundError:
-            # The first try may have succeeded with its answer lost; the upload is then no longer known.
-            if self.size(path) != size:
-                raise UserError(f"{self.url}/{path}: the upload was aborted by someone else: start it again") from None
-        except BaseException:
-            # What is not aborted is kept, and paid for, without being seen.
-            with suppress(Exception):
-                call("abort_multipart_upload", UploadId=upload)
-            raise
+            send_parts(lambda method, **arguments: self._ask(path, method, **arguments), content, left, keep=keep)
+        except UserError as e:
+            raise e if self.url in str(e) else UserError(f"{self.url}/{path}: {e}") from None
 
     def files(self) -> dict[str, int]:
         found = self._call(lambda fs: fs.find(self.prefix, detail=True))
@@ -298,98 +392,27 @@ class S3Store(Store):
         pause = PAUSE_SECONDS
         renewed = False
         while True:
+            if self._stopped:
+                raise UserError(f"{self.url}: stopped")
             client = self._fs
             try:
                 result = action(client)
                 self._answered = True
                 return result
             except Exception as e:
-                if _denied(e) and not renewed:
+                if denied(e) and not renewed:
                     # A new client reads the environment and the credentials files again.
                     renewed = True
                     if self._client is client:
                         self._client = None
                     continue
-                fault = self._fault(e, writing)
-                if fault is not None:
-                    raise fault from None
+                final = fault(e, self.url, writing=writing, answered=self._answered)
+                if final is not None:
+                    raise final from None
                 if time.monotonic() + pause > deadline:
-                    raise UserError(f"{self.url}: gave up after {DEADLINE_SECONDS:.0f} s: {_first_line(e)}") from e
+                    raise UserError(f"{self.url}: gave up after {DEADLINE_SECONDS:.0f} s: {first_line(e)}") from e
             time.sleep(pause * random.uniform(0.5, 1.5))
             pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
-
-    def _fault(self, error: Exception, writing: bool) -> Exception | None:
-        """The error to raise for what no retry mends; None for what may pass."""
-        from botocore import exceptions as boto
-        from botocore.parsers import ResponseParserError
-
-        if isinstance(error, UserError):
-            return error
-        if _status(error):
-            return self._refusal(error, writing)
-        if isinstance(error, (boto.NoCredentialsError, boto.PartialCredentialsError)):
-            return UserError(
-                f"{self.url}: no S3 credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, "
-                f"or {ANONYMOUS}=1 for a public bucket"
-            )
-        # An endpoint that has answered once may come back.
-        unreachable = (boto.EndpointConnectionError, boto.SSLError, boto.ProxyConnectionError)
-        if isinstance(error, unreachable) and not self._answered:
-            endpoint = os.environ.get("AWS_ENDPOINT_URL", "the S3 endpoint")
-            reason = f"{endpoint} ({_first_line(error)})"
-            return UserError(f"{self.url}: cannot connect to {reason}: check AWS_ENDPOINT_URL and the network")
-        transient = (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, ResponseParserError)
-        damaged = (boto.FlexibleChecksumError, boto.MetadataRetrievalError, boto.CredentialRetrievalError)
-        # Not imported: it is aiobotocore's, which may come with another.
-        http = any(base.__module__.startswith("aiohttp") for base in type(error).__mro__)
-        if http or isinstance(error, (OSError, *transient, *damaged)):
-            return None
-        if isinstance(error, boto.BotoCoreError):
-            return UserError(f"{self.url}: {_first_line(error)}")
-        return error
-
-    def _refusal(self, error: Exception, writing: bool) -> Exception | None:
-        """As `_fault`, for an answer of the server."""
-        code, status, reason = _code(error), _status(error), _first_line(error)
-        if code == "NoSuchBucket" or (writing and status == 404 and code != "NoSuchUpload"):
-            return UserError(f"bucket '{self.bucket}' does not exist: create it or correct {self.url}")
-        if status == 404:
-            return error if isinstance(error, FileNotFoundError) else FileNotFoundError(reason)
-        if status == 416:
-            return _PastEndError(reason)
-        if code in _EXPIRED_CODES:
-            return UserError(f"{self.url}: the credentials have expired ({code}: {reason}): renew them")
-        if _denied(error):
-            return UserError(f"{self.url}: access denied ({code}: {reason}): check the credentials")
-        if status in _TRANSIENT_STATUS or (status >= 500 and status != 501) or code in _TRANSIENT_CODES:
-            return None
-        hint = ""
-        if status == 301 or code in ("AuthorizationHeaderMalformed", "IllegalLocationConstraintException"):
-            hint = ": is AWS_DEFAULT_REGION the bucket's?"
-        elif writing:
-            hint = ": a store without checksums needs AWS_REQUEST_CHECKSUM_CALCULATION=when_required"
-        return UserError(f"{self.url}: the store refused ({code}: {reason}){hint}")
-
-
-# 200 is an error inside a body that began well.
-_TRANSIENT_STATUS = {200, 408, 409, 425, 429}
-_TRANSIENT_CODES = {
-    "BadDigest",
-    "IncompleteBody",
-    "RequestTimeout",
-    "SlowDown",
-    "Throttling",
-    "XAmzContentSHA256Mismatch",
-}
-_EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "RequestExpired", "TokenRefreshRequired"}
-
-
-class ShortReadError(OSError):
-    """A store delivered fewer bytes than were asked for and are there."""
-
-
-class _PastEndError(Exception):
-    """A range begins where the object ends or later."""
 
 
 def _new_client() -> Any:
@@ -422,45 +445,12 @@ async def _body(response: dict[str, Any]) -> Any:
         return await body.read()
 
 
-def _response(error: Exception) -> dict[str, Any]:
-    """The server's answer that s3fs's or botocore's error stands for; empty where none came."""
-    response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
-    return response if isinstance(response, dict) else {}
-
-
-def _status(error: Exception) -> int:
-    return int(_response(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-
-
-def _code(error: Exception) -> str:
-    return str(_response(error).get("Error", {}).get("Code", ""))
-
-
-def _denied(error: Exception) -> bool:
-    """The answer to HEAD has no body, so an expired token (status 400 at AWS) shows there by its number alone."""
-    code = _code(error)
-    return _status(error) in (401, 403) or code in _EXPIRED_CODES or code == "400"
-
-
-def _parallel(work: Callable[[U], T], items: Sequence[U]) -> list[T]:
-    """Results in order; after the first failure nothing further is begun."""
-    if not items:
-        return []
-    with ThreadPoolExecutor(min(CONNECTIONS, len(items))) as pool:
-        futures = [pool.submit(work, item) for item in items]
-        try:
-            return [future.result() for future in futures]
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+def _content(size: int, cut: Callable[[int, int], bytes]) -> Content:
+    return Content(size, cut, max(UPLOAD_PART, -(-size // MOST_PARTS)))
 
 
 def _too_short(name: str, stop: int) -> UserError:
     return UserError(f"{name} ends before byte {stop}, where its index has more: it changed after it was prepared")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0] or type(error).__name__
 
 
 def open_store(url: str) -> Store:

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from ibq_scale.distributed.signals import let_in
 from ibq_scale.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
 TIMEOUT = timedelta(minutes=30)
+FLIGHT_RECORD_ENTRIES = "2000"
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,11 @@ def join() -> Iterator[World]:
     import torch
     import torch.distributed as dist
 
+    let_in()
     env = os.environ
     map_slurm(env)
+    # Torch's record of the last collectives, which the watchdog writes where one hangs: not every version has it on.
+    env.setdefault("TORCH_FR_BUFFER_SIZE", env.get("TORCH_NCCL_TRACE_BUFFER_SIZE", FLIGHT_RECORD_ENTRIES))
     if "RANK" not in env:
         env |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
         env["MASTER_ADDR"], env["MASTER_PORT"] = "127.0.0.1", str(_free_port())

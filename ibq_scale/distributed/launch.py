@@ -14,8 +14,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from types import FrameType
 
+from ibq_scale.distributed.signals import held, let_in
 from ibq_scale.errors import UserError
 
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
@@ -44,21 +46,30 @@ def launch(words: Sequence[str], ranks: int | None) -> int:
     count = default_ranks() if ranks is None else ranks
     if count < 1:
         raise UserError(f"--ranks {count}: at least one rank is needed")
-    children = _start(words, count)
+    children: list[subprocess.Popen[bytes]] = []
 
     def forward(signum: int, frame: FrameType | None) -> None:
         for child in children:
             if child.poll() is None:
                 child.send_signal(signum)
 
-    before = {s: signal.signal(s, forward) for s in FORWARDED}
-    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        return _wait(children)
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
-        _end(children, 0.0)
+    # Ranks start with signals held back too, until they can answer them.
+    with held():
+        before = {s: signal.signal(s, forward) for s in FORWARDED}
+        # Not ignored: ranks would inherit that.
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)
+        try:
+            children += _start(words, count)
+            if signal.SIGINT in signal.sigpending():
+                # The terminal sent it before there were ranks.
+                forward(signal.SIGINT, None)
+            let_in()
+            return _wait(children)
+        finally:
+            _end(children, 0.0)
+            signal.pthread_sigmask(signal.SIG_BLOCK, before)
+            for s, handler in before.items():
+                signal.signal(s, handler)
 
 
 def _start(words: Sequence[str], count: int) -> list[subprocess.Popen[bytes]]:
@@ -75,16 +86,19 @@ def _start(words: Sequence[str], count: int) -> list[subprocess.Popen[bytes]]:
         subprocess.Popen(
             command,
             env=os.environ | shared | {"RANK": str(r), "LOCAL_RANK": str(r)},
-            preexec_fn=_die_with_parent,
+            preexec_fn=partial(_die_with_parent, os.getpid()),
         )
         for r in range(count)
     ]
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(parent: int) -> None:
     """A rank whose launcher was killed must not train on beside its successor."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    # No signal tells of a launcher that was killed before this.
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _wait(children: list[subprocess.Popen[bytes]]) -> int:

@@ -39,6 +39,7 @@ METRICS: dict[str, tuple[str, str, str, float | None]] = {
     "bad_samples": ("Damaged samples", "so far", "each replaced by a neighbour", None),
     "own_step_s_p50": ("The median rank's own time", "s a step", "outside of collectives", None),
     "own_step_s_max": ("The slowest rank's own time", "s a step", "the others wait for it", None),
+    "save_stall_s": ("Standing still for a save", "s", "since the line before: the former save and the copy", None),
     "data_wait": ("Waiting for data", "share of time", "", None),
 }
 

@@ -15,6 +15,9 @@ from ibq_scale.checkpoint.files import write_whole
 from ibq_scale.config.run import AnyRun
 from ibq_scale.console import tell
 
+# A shorter stand for a save is in metrics.jsonl only.
+SHOWN_STALL_SECONDS = 1.0
+
 log = logging.getLogger(__name__)
 
 
@@ -37,14 +40,21 @@ class MetricsLog:
         line: dict[str, Any] = {"step": step, "samples": samples, "time": round(elapsed, 3), **values}
         if alarms:
             line["alarms"] = list(alarms)
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        self._append(json.dumps(line) + "\n")
         if self._wandb is not None:
             self._tell_wandb(line, step)
         tell(self._progress(step, values, shown))
         for alarm in alarms:
             log.warning("step %d: %s", step, alarm)
             tell(f"ALARM at step {step}: {alarm}")
+
+    def _append(self, text: str) -> None:
+        """What cannot be written now, on a full disk perhaps, waits in memory for the next line."""
+        try:
+            self._file.write(text)
+            self._file.flush()
+        except OSError as e:
+            log.warning("could not write to %s: %s", self.path, e)
 
     def _progress(self, step: int, values: Mapping[str, float], shown: tuple[str, ...]) -> str:
         width = len(str(self.total_steps))
@@ -53,6 +63,8 @@ class MetricsLog:
         parts = [f"step {step:>{width}}/{self.total_steps}"]
         parts += [f"{name} {values[name]:.4g}" for name in shown if name in values]
         parts += [f"{rate:.1f} img/s", f"wait {100 * values['data_wait']:.0f} %", f"ETA {duration(left)}"]
+        if values.get("save_stall_s", 0.0) >= SHOWN_STALL_SECONDS:
+            parts.append(f"stood still {values['save_stall_s']:.1f} s for a save")
         return "  ".join(parts)
 
     def _tell_wandb(self, line: Mapping[str, Any], step: int) -> None:
@@ -62,10 +74,13 @@ class MetricsLog:
             log.warning("W&B refused a line, going on without it: %s", e)
 
     def close(self) -> None:
-        """Flushes everything to disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        """Flushes everything to disk, where that has room."""
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+        except OSError as e:
+            log.warning("the end of %s is lost: %s", self.path, e)
         if self._wandb is not None:
             self._wandb.finish()
 

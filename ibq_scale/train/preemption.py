@@ -1,36 +1,129 @@
-"""Signals that ask a run to save and leave, agreed on by all ranks before any of them acts."""
+"""Signals that ask a run to save and leave, agreed on by all ranks before any of them acts, and done in time."""
 
 from __future__ import annotations
 
+import logging
+import math
+import os
+import select
 import signal
-from types import FrameType
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from threading import Thread
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
+from ibq_scale.console import tell, tells
+from ibq_scale.distributed.signals import ASKING, ignore, let_in
+
+if TYPE_CHECKING:
+    from ibq_scale.distributed.environment import World
 
 # EX_TEMPFAIL of sysexits.h: "try again later". A batch script requeues on it and on nothing else.
 REQUEUE_EXIT_CODE = 75
-ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# Ranks come to the end of the grace time within moments of one another, and the first to leave breaks the others'
+# collectives: an error so close to the end is that.
+CLOSE_SECONDS = 5.0
+# A log on a file system that hangs may not keep the process from its end.
+SAY_SECONDS = 2.0
+
+log = logging.getLogger(__name__)
 
 
 class StopRequest:
-    """Remembers that a signal arrived. The trainer asks `agreed` once a step, on every rank."""
+    """From its construction on, the signals of `ASKING` end nothing at once: they ask the run to stop, once.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._asked = False
-        self._before = {s: signal.signal(s, self._note) for s in ASKING}
+    The trainer asks `agreed` after each step, on every rank. Whatever is not done `grace` seconds after the signal
+    never will be: a thread then ends the process with the requeue code, also where the main thread is inside of a step
+    that does not end. It hears of a signal from C (`signal.set_wakeup_fd`), so at once.
 
-    def _note(self, signum: int, frame: FrameType | None) -> None:
-        self._asked = True
+    `standing`: says which checkpoint a run that ends now goes on from; set by whoever knows.
+    """
 
-    def agreed(self) -> bool:
-        """Whether any rank was asked to stop. Collective: a rank that alone began a save would wait for ever."""
-        flag = torch.tensor([int(self._asked)], device=self._device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag.item())
+    def __init__(self, grace: float) -> None:
+        self.grace = grace
+        self.standing: Callable[[], str] = lambda: "training had not begun, nothing is lost"
+        self._deadline = math.inf
+        self._stood_down = False
+        self._ear, self._mouth = socket.socketpair()
+        self._mouth.setblocking(False)
+        for signum in ASKING:
+            signal.signal(signum, lambda *_: None)
+        # Full by signals that nobody needs to hear twice.
+        signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
+        Thread(target=self._listen, name="stop request", daemon=True).start()
+        let_in()
+
+    def agreed(self, world: World) -> bool:
+        """Whether any rank was asked to stop; then all have the same time for it. Collective: a rank that alone began
+        a save would wait for ever.
+        """
+        import torch
+        import torch.distributed as dist
+
+        left = torch.tensor([self._deadline - time.monotonic()], device=world.device)
+        dist.all_reduce(left, op=dist.ReduceOp.MIN)
+        seconds = float(left.item())
+        if math.isinf(seconds):
+            return False
+        self._end_by(time.monotonic() + seconds)
+        return True
+
+    def stand_down(self) -> None:
+        """The watchdog ends this process, with its own code: what hangs should not come back by itself."""
+        self._stood_down = True
+
+    def leave_if_due(self) -> None:
+        """Ends the process where its time is over, but for moments."""
+        if self._deadline - time.monotonic() < CLOSE_SECONDS:
+            self._leave()
 
     def close(self) -> None:
-        """Gives the signals back to whoever had them."""
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
+        """For a process that only has to end: signals change nothing any more, nor does the time."""
+        ignore()
+        self._stood_down = True
+        signal.set_wakeup_fd(-1)
+        self._mouth.close()
+
+    def _end_by(self, deadline: float) -> None:
+        if deadline < self._deadline:
+            self._deadline = deadline
+            with suppress(BlockingIOError):
+                self._mouth.send(b"\0")
+
+    def _listen(self) -> None:
+        while True:
+            left = self._deadline - time.monotonic()
+            if left <= 0:
+                self._leave()
+                return
+            heard, _, _ = select.select([self._ear], [], [], None if math.isinf(left) else left)
+            numbers = self._ear.recv(64) if heard else b""
+            if heard and not numbers:
+                return
+            asking = [number for number in numbers if number in ASKING]
+            if asking and math.isinf(self._deadline):
+                self._deadline = time.monotonic() + self.grace
+                name = signal.Signals(asking[0]).name
+                _say(f"{name}: saving and leaving after this step, within {self.grace:.0f} s (train.grace)")
+
+    def _leave(self) -> None:
+        if self._stood_down:
+            return
+        _say(
+            f"the {self.grace:.0f} s after the signal (train.grace) are over before all is saved: {self.standing()}. "
+            f"The same command goes on from there"
+        )
+        os._exit(REQUEUE_EXIT_CODE)
+
+
+def _say(text: str) -> None:
+    def say() -> None:
+        log.warning("%s", text)
+        if tells():
+            tell(text)
+
+    thread = Thread(target=say, name="last words", daemon=True)
+    thread.start()
+    thread.join(SAY_SECONDS)

@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+from contextlib import closing
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ import torch.distributed as dist
 
 from ibq_scale.checkpoint.mirror import Mirror
 from ibq_scale.checkpoint.reading import Checkpoint
-from ibq_scale.checkpoint.saving import CheckpointFolder, Retention
+from ibq_scale.checkpoint.retention import Retention
+from ibq_scale.checkpoint.saving import CheckpointFolder
 from ibq_scale.config.batch import accumulation_steps
 from ibq_scale.config.layers import require_complete, to_yaml
 from ibq_scale.config.run import AnyRun, TokenizerRun
@@ -28,11 +30,14 @@ from ibq_scale.distributed.node_check import check_nodes
 from ibq_scale.distributed.side_channel import SideChannel
 from ibq_scale.errors import UserError
 from ibq_scale.report.runs import write_report
-from ibq_scale.train.preemption import REQUEUE_EXIT_CODE
+from ibq_scale.train.preemption import REQUEUE_EXIT_CODE, StopRequest
 from ibq_scale.train.run_lock import locked
 from ibq_scale.train.task import Task
-from ibq_scale.train.trainer import Trainer
+from ibq_scale.train.trainer import Outcome, Trainer
+from ibq_scale.train.watchdog import Watchdog
 
+# After a signal, for what is under way to the mirror.
+STOPPED_MIRROR_SECONDS = 20.0
 # A checkpoint continues only under the same networks and the same stream of samples.
 FIXED = ("task", "model", "quantizer", "discriminator")
 # How a network is computed and not what it is: may change between one part of a run and the next.
@@ -44,37 +49,45 @@ PACKAGES = ("torch", "torchvision", "deepspeed", "webdataset", "s3fs", "numpy", 
 log = logging.getLogger(__name__)
 
 
-def train(config: AnyRun, world: World) -> int:
+def train(config: AnyRun, world: World, stop: StopRequest) -> int:
     """Trains `config` to its end, from the newest whole checkpoint of its run directory if there is one.
 
     Returns the exit code: 0 done, 75 stopped by a signal with everything saved. UserError where another job trains in
-    the same run directory.
+    the same run directory. Any other error carries a note on where its traceback is.
     """
     require_complete(config)
     accumulation = accumulation_steps(config.train, world.size)
     run_dir = Path(config.run_dir)
-    with locked(run_dir, world):
-        return _train(config, run_dir, world, accumulation)
+    try:
+        with locked(run_dir, world):
+            return _train(config, run_dir, world, accumulation, stop)
+    except UserError:
+        raise
+    except Exception as e:
+        stop.leave_if_due()
+        if (path := _log_path(run_dir, world)).is_file():
+            log.exception("the run ends")
+            e.add_note(f"(traceback in {path})")
+        raise
 
 
-def _train(config: AnyRun, run_dir: Path, world: World, accumulation: int) -> int:
-    resume_from = CheckpointFolder(
-        run_dir / "checkpoints", world, Retention.of(config.train), Mirror.of(config.train.mirror)
-    ).newest(config.train.check_hashes)
-    if resume_from is not None:
-        check_same_run(config, resume_from)
-    _prepare_run_dir(run_dir, config, world)
-    if resume_from is not None and resume_from.step >= config.train.total_steps:
-        _say(world, f"{run_dir}: all {config.train.total_steps} steps are done; nothing to do")
-        return 0
-    hosts = check_nodes(world, SideChannel(world), run_dir, _cache_dir(config))
-    sets = open_sets(config.data, "images" if isinstance(config, TokenizerRun) else "codes")
-    _check_ranks_agree(config, sets, world)
-    if resume_from is not None:
-        check_same_data(config, resume_from, sets.hash)
-    task = _make_task(config, world, sets)
-    _say(world, _summary(config, world, accumulation, resume_from))
-    outcome = Trainer(config, run_dir, task, world, sets, hosts).run(resume_from)
+def _train(config: AnyRun, run_dir: Path, world: World, accumulation: int, stop: StopRequest) -> int:
+    with closing(
+        CheckpointFolder(run_dir / "checkpoints", world, Retention.of(config.train), Mirror.of(config.train.mirror))
+    ) as checkpoints:
+        resume_from = checkpoints.newest(config.train.check_hashes)
+        stop.standing = checkpoints.standing
+        if resume_from is not None:
+            check_same_run(config, resume_from)
+        _prepare_run_dir(run_dir, config, world)
+        if resume_from is not None and resume_from.step >= config.train.total_steps:
+            _say(world, f"{run_dir}: all {config.train.total_steps} steps are done; nothing to do")
+            checkpoints.start_mirror()
+            checkpoints.finish_mirror()
+            return 0
+        outcome = _watched(config, world, accumulation, stop, checkpoints, resume_from)
+        # Unwatched, since it may take its time: but a signal leaves little. The next start sends the rest.
+        checkpoints.finish_mirror(STOPPED_MIRROR_SECONDS if outcome.stopped else None)
     if not outcome.saved:
         raise UserError(
             f"{run_dir}/checkpoints: step {outcome.step} could not be saved (see above): make room, then the same "
@@ -87,6 +100,31 @@ def _train(config: AnyRun, run_dir: Path, world: World, accumulation: int) -> in
         return REQUEUE_EXIT_CODE
     _say(world, f"done: {outcome.step} steps; {run_dir}/checkpoints/latest, {run_dir}/metrics.jsonl")
     return 0
+
+
+def _watched(
+    config: AnyRun,
+    world: World,
+    accumulation: int,
+    stop: StopRequest,
+    checkpoints: CheckpointFolder,
+    resume_from: Checkpoint | None,
+) -> Outcome:
+    """Builds and trains, and ends the process where nothing moves any more."""
+    run_dir, timeout = Path(config.run_dir), config.train.hang_timeout
+    hosts = check_nodes(world, SideChannel(world), run_dir, _cache_dir(config))
+    start = resume_from.step if resume_from is not None else 0
+    with closing(Watchdog(run_dir, world, hosts, timeout, start, stop.stand_down)) as watchdog:
+        if stop.agreed(world):
+            return Outcome(start, stopped=True, saved=True)
+        sets = open_sets(config.data, "images" if isinstance(config, TokenizerRun) else "codes")
+        _check_ranks_agree(config, sets, world)
+        if resume_from is not None:
+            check_same_data(config, resume_from, sets.hash)
+        watchdog.report("building")
+        task = _make_task(config, world, sets)
+        _say(world, _summary(config, world, accumulation, resume_from))
+        return Trainer(config, task, world, sets, checkpoints, watchdog).run(resume_from, stop)
 
 
 def check_same_run(config: AnyRun, checkpoint: Checkpoint) -> None:
@@ -164,10 +202,16 @@ def _prepare_run_dir(run_dir: Path, config: AnyRun, world: World) -> None:
         (run_dir / "config.yaml").write_text(to_yaml(config))
         (run_dir / "environment.json").write_text(json.dumps(environment(world), indent=2) + "\n")
     dist.barrier()
-    handler = logging.FileHandler(run_dir / "logs" / f"rank-{world.rank:05d}.log")
+    # A log on a full disk is no reason for a traceback a line.
+    logging.raiseExceptions = False
+    handler = logging.FileHandler(_log_path(run_dir, world))
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     logging.getLogger("ibq_scale").setLevel(logging.INFO)
+
+
+def _log_path(run_dir: Path, world: World) -> Path:
+    return run_dir / "logs" / f"rank-{world.rank:05d}.log"
 
 
 def environment(world: World) -> dict[str, object]:

@@ -4,6 +4,7 @@ RUN/lock/00000007 names its holder (host, process, job) and is touched while tha
 Whoever finds the holder gone, or released, creates the next number with O_EXCL, which one alone can, and has the lock
 if its number is the highest then. Numbers only grow and the highest file is never removed, so nobody can create one
 that was overtaken and keep it. Times are compared between files of one file system only: clocks of nodes may differ.
+The file system's own may jump: a file that looks old is watched for some beats before that is believed.
 """
 
 from __future__ import annotations
@@ -31,6 +32,10 @@ from ibq_scale.errors import UserError
 BEAT_SECONDS = 20.0
 # A holder that nothing else is known about is gone when it has not touched its file for so long.
 STALE_SECONDS = 300.0
+# A file that names nobody is of one who died between creating it and writing its name: else it would be touched.
+NAMELESS_SECONDS = 60.0
+# One whose file is that old by its time alone is watched for so many beats: the clock may have jumped.
+WATCHED_BEATS = 2.5
 # A killed launcher's rank 0 follows it within a moment: the next job waits for that before it calls the lock held.
 PATIENCE_SECONDS = 5.0
 
@@ -134,9 +139,12 @@ class RunLock:
         """The number of a lock that is now ours. Tells a user whom it waits for."""
         began = time.monotonic()
         seen: tuple[int, float] | None = None
+        # When what was `seen` was first seen.
+        since = began
         while True:
             number = self._highest()
-            if number == 0 or self._is_free(number):
+            unchanged = time.monotonic() - since if seen is not None and seen[0] == number else 0.0
+            if number == 0 or self._is_free(number, unchanged):
                 if self._create(number + 1):
                     return number + 1
                 continue
@@ -147,18 +155,24 @@ class RunLock:
                     f"another job trains in {self.folder.parent}: {holder or 'it has just begun'}. Wait for its end, "
                     f"stop it, or give another out=…"
                 )
+            if seen is None:
+                since = time.monotonic()
             if seen is None and not alive:
-                text = f"{self.folder.parent} is held by {holder}: waiting for it to show life"
-                tell(f"ibq-scale: {text}, at most {STALE_SECONDS:.0f} s")
+                text = f"{self.folder.parent} is held by {holder or 'somebody unnamed'}: waiting for it to show life"
+                tell(f"ibq-scale: {text}, at most {STALE_SECONDS if holder else NAMELESS_SECONDS:.0f} s")
             seen = now
             time.sleep(0.2)
 
-    def _is_free(self, number: int) -> bool:
+    def _is_free(self, number: int, watched: float = 0.0) -> bool:
+        """`watched`: seconds for which its file was seen not to be touched."""
         holder = self._holder(number)
         if holder is not None and holder.released:
             return True
         alive = holder.is_alive() if holder is not None else None
-        return alive is False or (alive is None and self._age(number) > STALE_SECONDS)
+        if alive is not None:
+            return not alive
+        patience = NAMELESS_SECONDS if holder is None else STALE_SECONDS
+        return watched > patience or (watched > WATCHED_BEATS * BEAT_SECONDS and self._age(number) > patience)
 
     def _create(self, number: int) -> bool:
         path = self._path(number)

@@ -6,7 +6,7 @@ import logging
 import math
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ibq_scale.checkpoint.mirror import Mirror
 from ibq_scale.checkpoint.reading import Checkpoint
-from ibq_scale.checkpoint.saving import CheckpointFolder, Retention
+from ibq_scale.checkpoint.saving import CheckpointFolder
 from ibq_scale.config.run import AnyRun
 from ibq_scale.data.sets import DataSets
 from ibq_scale.distributed.environment import World
@@ -93,44 +92,49 @@ class Trainer:
     """Runs a task from its newest whole checkpoint to the end of the config, or to a signal."""
 
     def __init__(
-        self, config: AnyRun, run_dir: Path, task: Task, world: World, sets: DataSets, hosts: Sequence[str]
+        self,
+        config: AnyRun,
+        task: Task,
+        world: World,
+        sets: DataSets,
+        checkpoints: CheckpointFolder,
+        watchdog: Watchdog,
     ) -> None:
         self.config = config
-        self.run_dir = run_dir
+        self.run_dir = Path(config.run_dir)
         self.task = task
         self.world = world
         self.sets = sets
-        self.hosts = hosts
+        self.checkpoints = checkpoints
+        self.watchdog = watchdog
         self.once = SeenOnce(sets, config.train.seed, world)
         self.skipped = SkippedSteps(config.train.skipped_steps, world)
         self.alarms = Alarms(task.alarms)
         self._logged: dict[str, float] = {}
-        self.checkpoints = CheckpointFolder(
-            run_dir / "checkpoints", world, Retention.of(config.train), Mirror.of(config.train.mirror)
-        )
+        self._stall = 0.0
 
-    def run(self, resume_from: Checkpoint | None) -> Outcome:
+    def run(self, resume_from: Checkpoint | None, stop: StopRequest) -> Outcome:
         """Trains. Collective; every rank returns the same outcome."""
         start = resume_from.step if resume_from is not None else 0
-        hang_timeout = self.config.train.hang_timeout
         with ExitStack() as stack:
-            watchdog = stack.enter_context(closing(Watchdog(self.run_dir, self.world, self.hosts, hang_timeout, start)))
             if resume_from is not None:
+                self.watchdog.report("loading")
                 self.task.load(resume_from.path)
                 self.once.load(resume_from.path)
                 self.skipped.load(resume_from.path)
             stack.callback(self.checkpoints.settle)
+            self.checkpoints.start_mirror()
             metrics = None
             if self.world.is_main:
                 metrics = stack.enter_context(closing(MetricsLog(self.run_dir, self.config, start)))
-            stragglers = stack.enter_context(closing(Stragglers(self.world, self.hosts)))
-            stop = stack.enter_context(closing(StopRequest(self.world.device)))
-            return self._loop(start, metrics, stop, watchdog, stragglers)
+            stragglers = stack.enter_context(closing(Stragglers(self.world, self.watchdog.hosts)))
+            self.watchdog.report("step")
+            if stop.agreed(self.world):
+                return Outcome(start, stopped=True, saved=True)
+            return self._loop(start, metrics, stop, stragglers)
 
-    def _loop(
-        self, start: int, metrics: MetricsLog | None, stop: StopRequest, watchdog: Watchdog, stragglers: Stragglers
-    ) -> Outcome:
-        train, total = self.config.train, self.config.train.total_steps
+    def _loop(self, start: int, metrics: MetricsLog | None, stop: StopRequest, stragglers: Stragglers) -> Outcome:
+        train, total, watchdog = self.config.train, self.config.train.total_steps, self.watchdog
         batches = _CountedBatches(self.task.batches(start * train.global_batch), self.once, watchdog)
         window = _Window(batches)
         for step in range(start + 1, total + 1):
@@ -141,13 +145,14 @@ class Trainer:
             if step % train.log_every == 0 or step == total:
                 spread, alarms = stragglers.compare(batches.waited)
                 values = window.close(self.world, train.global_batch) | rates | self.task.log_metrics() | spread
+                values["save_stall_s"], self._stall = self._stall, 0.0
                 _check_finite(values, step)
                 self._logged = values
                 self.once.check(step * train.global_batch)
                 if metrics is not None:
                     alarms += self.alarms.look(values)
                     metrics.write(step, step * train.global_batch, values, self.task.shown, alarms)
-            stopping = stop.agreed()
+            stopping = stop.agreed(self.world)
             if stopping or step == total or step % train.checkpoint_every == 0:
                 watchdog.report("save")
                 self._save(step, window)
@@ -180,10 +185,15 @@ class Trainer:
             "config": self.config.model_dump(mode="json"),
             "metrics": self._logged,
         }
+        begin = time.perf_counter()
         state = [*self.task.state(), *self.once.state(), *self.skipped.state()]
         self.checkpoints.save(facts, state)
+        self._stall += time.perf_counter() - begin
         if self.world.is_main:
-            self.task.draw(self.run_dir / "images", step)
+            try:
+                self.task.draw(self.run_dir / "images", step)
+            except OSError as e:
+                log.warning("could not draw step %d: %s", step, e)
 
 
 class _Window:

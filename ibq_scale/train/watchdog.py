@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch._C._distributed_c10d as c10d
@@ -25,6 +25,8 @@ from ibq_scale.distributed.waiting import collective_in_progress
 HUNG_EXIT_CODE = 70
 # Loading, compiling and autotuning come before the end of the first step.
 FIRST_STEP_FACTOR = 3.0
+# Phases before the first step begins.
+START_UP = ("data sets", "building", "loading")
 BEAT_SECONDS = 30.0
 LEAVE_SECONDS = 10.0
 LAST_RESORT_SECONDS = 60.0
@@ -38,16 +40,26 @@ class Watchdog:
     """Watches one rank's progress. Where there is none for `timeout` seconds, all ranks' are asked who is missing,
     stacks and torch's record of collectives are written to RUN/logs, and the process ends with code 70.
 
-    On rank 0 it also keeps RUN/heartbeat.json. Threads only; nothing of the run's state is touched.
+    On rank 0 it also keeps RUN/heartbeat.json. Threads only; nothing of the run's state is touched. `ending` is called
+    when it has decided to end the process.
     """
 
-    def __init__(self, run_dir: Path, world: World, hosts: Sequence[str], timeout: float, start_step: int) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        world: World,
+        hosts: Sequence[str],
+        timeout: float,
+        start_step: int,
+        ending: Callable[[], None] = lambda: None,
+    ) -> None:
         self.run_dir = run_dir
         self.world = world
         self.hosts = hosts
         self.timeout = timeout
         self._step = start_step
-        self._phase = "start"
+        self._ending = ending
+        self._phase = START_UP[0]
         self._patience = FIRST_STEP_FACTOR * timeout
         self._progress = time.monotonic()
         self._ends: deque[float] = deque(maxlen=RECENT_STEPS + 1)
@@ -96,6 +108,7 @@ class Watchdog:
 
     def _end(self) -> None:
         try:
+            self._ending()
             print(f"--- no progress since step {self._step}, in {self._phase}", file=self._stacks, flush=True)
             faulthandler.dump_traceback(self._stacks, all_threads=True)
             self._dump_flight_record()
@@ -111,8 +124,9 @@ class Watchdog:
             os._exit(HUNG_EXIT_CODE)
 
     def _tell(self, missing: Missing) -> None:
+        what = f"the start ({self._phase})" if self._phase in START_UP else f"step {self._step + 1}"
         text = (
-            f"step {self._step + 1} does not end: no progress for {self._patience:.0f} s (train.hang_timeout). "
+            f"{what} does not end: no progress for {self._patience:.0f} s (train.hang_timeout). "
             f"{missing.why}. Stacks are in {self.run_dir / 'logs'}"
         )
         log.error("%s", text)

@@ -22,7 +22,8 @@ from ibq_scale.checkpoint.reading import (
     verify,
     whole_checkpoints,
 )
-from ibq_scale.checkpoint.saving import CheckpointFolder, Retention
+from ibq_scale.checkpoint.retention import Retention
+from ibq_scale.checkpoint.saving import CheckpointFolder
 from ibq_scale.distributed.environment import World
 from ibq_scale.errors import UserError
 from tests.ranks import run_ranks
@@ -74,20 +75,16 @@ def test_damage_is_seen(saved: Path, tmp_path: Path) -> None:
     assert verify(read_checkpoint(step2)) == ["part/rank-0.bin: content changed (sha256 differs)"]
     (step2 / "part/rank-0.bin").unlink()
     assert verify(read_checkpoint(step2)) == ["part/rank-0.bin: missing"]
+    manifest = (step3 / "manifest.json").read_text()
+    (step3 / "manifest.json").write_text(manifest.replace('"step": 3', '"step": 7'))
+    with pytest.raises(UserError, match="is damaged: its sha256 differs"):
+        read_checkpoint(step3)
     (step3 / "manifest.json").write_text(json.dumps({"format_version": 99}))
     with pytest.raises(UserError, match="format version 99"):
         read_checkpoint(step3)
     (step3 / "manifest.json").unlink()
     with pytest.raises(UserError, match="is no whole checkpoint"):
         read_checkpoint(step3)
-
-
-@pytest.fixture
-def alone(tmp_path: Path) -> Any:
-    """A process group of this process alone."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    yield World(0, 1, 0, torch.device("cpu"))
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("broken", ["write", "rename", "pointer"])
@@ -170,10 +167,17 @@ def test_hashes_can_be_left_unread(alone: World, saved: Path, tmp_path: Path) ->
     assert [checkpoint and checkpoint.step for checkpoint in found] == [2, 3]
 
 
+def _of_format(version: int, manifest: Path) -> str:
+    """The manifest as earlier programs wrote it: without a hash of itself."""
+    content = json.loads(manifest.read_text()) | {"format_version": version}
+    del content["manifest_sha256"]
+    return json.dumps(content)
+
+
 def test_the_format_before_is_read(alone: World, saved: Path, tmp_path: Path) -> None:
     shutil.copytree(saved, tmp_path / "run")
     manifest = tmp_path / "run/checkpoints/step-00000003/manifest.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format_version": 2}))
+    manifest.write_text(_of_format(2, manifest))
     found = CheckpointFolder(tmp_path / "run/checkpoints", alone, Retention(2)).newest()
     assert found is not None
     assert found.step == 3
@@ -182,7 +186,7 @@ def test_the_format_before_is_read(alone: World, saved: Path, tmp_path: Path) ->
 def test_a_run_of_another_format_is_refused_and_not_begun_anew(alone: World, saved: Path, tmp_path: Path) -> None:
     shutil.copytree(saved, tmp_path / "run")
     manifest = tmp_path / "run/checkpoints/step-00000002/manifest.json"
-    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format_version": 1}))
+    manifest.write_text(_of_format(1, manifest))
     with pytest.raises(UserError, match="has format version 1, this program reads 2 and 3"):
         CheckpointFolder(tmp_path / "run/checkpoints", alone, Retention(2)).newest()
 

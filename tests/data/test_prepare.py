@@ -14,7 +14,7 @@ from ibq_scale.data.manifest import Manifest, load_manifest
 from ibq_scale.data.prepare import prepare_images
 from ibq_scale.data.verify import verify
 from ibq_scale.errors import UserError
-from tests.conftest import CLASSES, PICTURES_A_CLASS
+from tests.samples import CLASSES, PICTURES_A_CLASS
 
 
 def _hashes(folder: Path) -> dict[str, str]:

@@ -20,8 +20,8 @@ from ibq_scale.data.prepare import PrepareReport, prepare_images
 from ibq_scale.data.sources import find_files, open_source
 from ibq_scale.data.store import open_store
 from ibq_scale.errors import UserError
-from tests.conftest import CLASSES
 from tests.data.layouts import LAYOUTS, Picture, pictures_of, write_parquet, write_tar, write_tars
+from tests.samples import CLASSES
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,10 @@ if what == "codes":
 if what == "signal":
     signal.signal(signal.SIGTERM, lambda *a: ((folder / f"asked-{rank}").touch(), sys.exit(75)))
     signal.signal(signal.SIGUSR1, lambda *a: ((folder / f"asked-{rank}").touch(), sys.exit(75)))
+    # Held back from the rank's first moment on, until it can answer: time enough for a signal to come before.
+    (folder / f"held-{rank}").touch()
+    time.sleep(1.0)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM, signal.SIGUSR1])
 time.sleep(60)
 """
 LAUNCHER = """
@@ -57,8 +61,9 @@ def test_the_first_failures_code_is_returned_and_the_others_ended(tmp_path: Path
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
 def test_signals_reach_every_rank_and_their_answer_comes_back(tmp_path: Path, signum: int) -> None:
+    """Also those that come before a rank can answer."""
     launcher = _launch(tmp_path, "signal")
-    _wait_for(tmp_path, "started")
+    _wait_for(tmp_path, "held")
     launcher.send_signal(signum)
     assert launcher.wait(30) == 75
     assert len(list(tmp_path.glob("asked-*"))) == 2
@@ -82,3 +87,28 @@ def _runs(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (ProcessLookupError, FileNotFoundError):
         return False
+
+
+# A launcher that may be killed between the start of a rank and the rank's request to die with it.
+LATE = """
+import os, sys, time
+from ibq_scale.distributed.launch import _die_with_parent
+launcher = os.getpid()
+if os.fork() == 0:
+    while sys.argv[1] == "gone" and os.getppid() == launcher:
+        time.sleep(0.01)
+    _die_with_parent(launcher)
+    print("trains", flush=True)
+    os._exit(0)
+if sys.argv[1] == "there":
+    os.wait()
+"""
+
+
+@pytest.mark.parametrize(("launcher", "said"), [("there", "trains\n"), ("gone", "")])
+def test_a_rank_whose_launcher_is_gone_already_does_not_begin(launcher: str, said: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LATE, launcher], capture_output=True, text=True, timeout=30, check=True
+    )
+    assert done.stdout == said
+    assert done.stderr == ""

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from itertools import count, islice
 from pathlib import Path
 from random import Random
@@ -11,13 +18,20 @@ from random import Random
 import pytest
 import s3fs
 import torch
+import torch.distributed as dist
 
+from ibq_scale.checkpoint.files import TextFile
+from ibq_scale.checkpoint.mirror import Mirror
+from ibq_scale.checkpoint.reading import verify
+from ibq_scale.checkpoint.retention import Retention
+from ibq_scale.checkpoint.saving import CheckpointFolder
 from ibq_scale.config.run import DataConfig
 from ibq_scale.data import store as store_module
 from ibq_scale.data.prepare import prepare_images
 from ibq_scale.data.sets import open_sets
 from ibq_scale.data.store import open_store
 from ibq_scale.data.stream import ImageBatch, image_stream
+from ibq_scale.distributed.environment import World
 from ibq_scale.errors import UserError
 from tests.faults import Exchange, cut, fault_proxy, slow_down
 from tests.services.radosgw import missing_packages, radosgw
@@ -141,6 +155,108 @@ def test_faults_before_it_are_got_over_and_an_overwritten_object_is_seen(
         proxy.inject(overwrite, times=1)
         with pytest.raises(UserError, match="file changed while it was read"):
             store.download("file", tmp_path / "copy")
+
+
+def test_a_killed_upload_goes_on_with_the_parts_that_are_there(
+    new_url: Callable[[], str], server: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """kill -9 while parts are under way. Another content after it: only the parts with other bytes are sent."""
+    monkeypatch.setattr(store_module, "UPLOAD_PART", 5 << 20)
+    content, stored = bytearray(Random(0).randbytes((41 << 20) + 7)), []
+    (tmp_path / "large").write_bytes(content)
+    with fault_proxy(server["AWS_ENDPOINT_URL"]) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        store = open_store(new_url())
+        child = subprocess.Popen([sys.executable, "-c", UPLOAD, store.url, str(tmp_path / "large")])
+
+        def kill(exchange: Exchange) -> None:
+            if exchange.status == 200:
+                stored.append(int(re.findall(r"partNumber=(\d+)", exchange.query)[0]))
+            if len(stored) == 4:
+                child.kill()
+
+        proxy.inject(kill, method="PUT")
+        assert child.wait(60) == -signal.SIGKILL
+        while proxy.under_way:
+            time.sleep(0.1)
+        proxy.clear()
+        assert [upload.path for upload in store.unfinished()] == ["large"]
+        assert 4 <= len(stored) < 9
+        changed = min(stored)
+        content[(changed - 1) * (5 << 20)] ^= 1
+        (tmp_path / "large").write_bytes(content)
+        proxy.inject(slow_down, method="PUT", times=1)
+        store.upload_resumable(tmp_path / "large", "large")
+        sent = [int(number) for line in proxy.log for number in re.findall(r"^PUT.*partNumber=(\d+)", line)]
+        assert set(sent) == {*range(1, 10)} - {*stored} | {changed}
+        assert len(sent) == len(set(sent)) + 1
+        assert store.read("large") == content
+        assert store.unfinished() == []
+        proxy.clear()
+        store.upload_resumable(tmp_path / "large", "large")
+        assert not [line for line in proxy.log if not line.startswith("HEAD")], "it is there: its ETag says so"
+        store.delete(["large", "absent"])
+        assert store.files() == {}
+
+
+UPLOAD = """
+import sys
+from pathlib import Path
+from ibq_scale.data import multipart, store
+store.UPLOAD_PART, multipart.CONNECTIONS = 5 << 20, 2
+store.open_store(sys.argv[1]).upload_resumable(Path(sys.argv[2]), "large")
+"""
+
+
+def test_a_lost_answer_is_no_lost_upload(
+    new_url: Callable[[], str], server: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "UPLOAD_PART", 5 << 20)
+    monkeypatch.setattr(store_module, "PAUSE_SECONDS", 0.01)
+    content = Random(0).randbytes(11 << 20)
+    with fault_proxy(server["AWS_ENDPOINT_URL"]) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        store = open_store(new_url())
+        proxy.inject(cut, method="POST", skip=1, times=1)
+        store.write("large", content)
+        assert sum("partNumber" in line for line in proxy.log) == 3
+        assert store.read("large") == content
+
+
+def test_the_mirror_retires_catches_up_and_leads_back(
+    new_url: Callable[[], str], server: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two saves while the store is away, two after it; the newest copy is damaged when a bare node comes."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    here, url, alone = tmp_path / "checkpoints", new_url(), World(0, 1, 0, torch.device("cpu"))
+    try:
+        with fault_proxy(server["AWS_ENDPOINT_URL"]) as proxy:
+            monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+            monkeypatch.setattr(store_module, "DEADLINE_SECONDS", 1.0)
+            proxy.down = True
+            _save(CheckpointFolder(here, alone, Retention(2), Mirror(url)), 1, 2)
+            proxy.down = False
+            assert open_store(url).files() == {}
+            monkeypatch.setattr(store_module, "DEADLINE_SECONDS", 120.0)
+            _save(CheckpointFolder(here, alone, Retention(2), Mirror(url)), 3, 4)
+            store = open_store(url)
+            assert sorted({path.split("/")[0] for path in store.files()}) == ["step-00000003", "step-00000004"]
+            store.write("step-00000004/file", b"another")
+            shutil.rmtree(here)
+            found = CheckpointFolder(here, alone, Retention(2), Mirror(url)).newest()
+            assert found is not None
+            assert found.step == 3
+            assert verify(found) == []
+    finally:
+        dist.destroy_process_group()
+
+
+def _save(checkpoints: CheckpointFolder, *steps: int) -> None:
+    with closing(checkpoints):
+        for step in steps:
+            checkpoints.save({"step": step}, [TextFile("file", str(step))])
+            assert checkpoints.finish()
+        checkpoints.finish_mirror()
 
 
 def test_a_missing_bucket_is_named() -> None:

@@ -12,16 +12,14 @@ import torch.nn.functional as F
 from ibq_scale.checkpoint.files import write_all
 from ibq_scale.config.layers import resolve
 from ibq_scale.config.run import ARRun
-from ibq_scale.data.codes import CodeShard, finish_codes, write_code_shard
-from ibq_scale.data.manifest import CodesInfo
 from ibq_scale.data.sets import open_sets
-from ibq_scale.data.store import open_store
 from ibq_scale.data.stream import code_stream
 from ibq_scale.distributed.environment import World
 from ibq_scale.errors import UserError
 from ibq_scale.models.transformer import Transformer
 from ibq_scale.train.ar_task import check_codes
 from tests.ranks import run_ranks
+from tests.samples import write_codes
 
 STEPS = 4
 NO_DROPOUT = [f"model.{name}=0" for name in ("token_dropout", "residual_dropout", "ffn_dropout", "label_dropout")]
@@ -38,15 +36,7 @@ SMALL = [
 @pytest.fixture(scope="module")
 def codes(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("codes")
-    store = open_store(str(folder))
-    info = CodesInfo(codebook_size=40, grid=(4, 4), tokenizer="t" * 64, source="s" * 64)
-    g = torch.Generator().manual_seed(0)
-    shards = []
-    for n in range(3):
-        labels = torch.randint(3, (20,), generator=g)
-        content = (labels[:, None, None] * 10 + torch.randint(4, (20, 4, 4), generator=g)) % 40
-        shards.append(write_code_shard(store, f"codes-{n}.safetensors", CodeShard(content[:, None], labels), info))
-    finish_codes(store, shards, ("a", "b", "c"), info)
+    write_codes(folder)
     return str(folder)
 
 

@@ -36,6 +36,24 @@ def test_a_resumed_run_drops_what_it_will_write_again(tmp_path: Path, capsys: py
     assert times == sorted(times), "a resumed run's clock goes on"
 
 
+def test_a_long_stand_for_a_save_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = MetricsLog(tmp_path, resolve("tokenizer/tiny", ["data.train=x", "train.steps=100"]).config, 0)
+    log.write(10, 160, VALUES | {"save_stall_s": 0.4}, ("loss",))
+    log.write(20, 320, VALUES | {"save_stall_s": 12.34}, ("loss",))
+    log.close()
+    short, long = capsys.readouterr().err.splitlines()
+    assert short.endswith("ETA 45s")
+    assert long.endswith("ETA 40s  stood still 12.3 s for a save")
+
+
+def test_a_full_disk_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    log = MetricsLog(tmp_path, resolve("tokenizer/tiny", ["data.train=x", "train.steps=100"]).config, 0)
+    log.write(10, 160, VALUES, ("loss",))
+    log.close()
+    assert caplog.text.count("No space left on device") == 2
+
+
 def test_durations() -> None:
     assert [duration(s) for s in (8, 750, 11_100)] == ["8s", "12m30s", "3h05m"]
 

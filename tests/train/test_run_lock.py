@@ -163,6 +163,23 @@ def test_a_job_on_another_host_is_gone_when_its_file_is_old_by_the_file_systems_
     RunLock(tmp_path / "old").release()
 
 
+def test_a_file_systems_clock_that_jumps_takes_no_lock_from_a_living_job_nor_keeps_a_dead_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A day ahead, a living holder's last touch looks old; a day back, a dead one's is never old enough."""
+    elsewhere = replace(Holder.me(), host="node7", boot="b")
+    path = _leave(tmp_path / "ahead", elsewhere, age=86400.0)
+    with ThreadPoolExecutor(1) as pool:
+        taking = pool.submit(RunLock, tmp_path / "ahead")
+        time.sleep(0.25)
+        os.utime(path)
+        with pytest.raises(UserError, match="on node7, since"):
+            taking.result(5.0)
+    monkeypatch.setattr(run_lock, "STALE_SECONDS", 1.0)
+    _leave(tmp_path / "back", elsewhere, age=-86400.0)
+    RunLock(tmp_path / "back").release()
+
+
 def test_a_job_on_another_host_that_shows_life_is_waited_for_and_refuses(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -182,6 +199,17 @@ def test_a_holder_that_was_taken_for_gone_ends_itself(tmp_path: Path) -> None:
     with _holder(tmp_path) as first:
         (tmp_path / "lock" / "00000002").write_text("{}")
         assert first.wait(5.0) == 1
+
+
+def test_who_died_before_it_wrote_its_name_holds_the_lock_for_a_minute_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run_lock, "NAMELESS_SECONDS", 1.0)
+    (tmp_path / "lock").mkdir()
+    (tmp_path / "lock" / "00000007").touch()
+    RunLock(tmp_path).release()
+    assert "is held by somebody unnamed: waiting for it to show life, at most 1 s" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "lock").iterdir()] == ["00000008"]
 
 
 def test_a_directory_that_cannot_be_written_to_is_told(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from ibq_scale.checkpoint.reading import Checkpoint, newest_or_this
+from ibq_scale.checkpoint.reading import Checkpoint, newest_or_this, verify, whole_checkpoints
 from ibq_scale.config.layers import resolve
 from ibq_scale.errors import UserError
 from ibq_scale.train.run import check_same_run
@@ -121,6 +122,25 @@ def test_a_stopped_and_resumed_run_ends_in_the_same_bits(whole: Path, dataset: s
         a, b = load_file(one / name), load_file(two / name)
         assert all(bool((a[key] == b[key]).all()) for key in a), name
     assert "nothing to do" in _train(dataset, run, *more)
+
+
+def test_a_run_is_mirrored_and_a_bare_directory_goes_on_from_there(dataset: str, tmp_path: Path) -> None:
+    """The mirror is named late: what it lacks is sent from the start on, and what is due when the run is done."""
+    run, mirror = tmp_path / "run", tmp_path / "mirror"
+    more = ("train.checkpoint_every=2", "train.keep_checkpoints=3", f"train.mirror={mirror}")
+    _train(dataset, run, "train.steps=4", *more[:2])
+    _train(dataset, run, "train.steps=6", *more)
+    copies = whole_checkpoints(mirror)
+    assert [copy.step for copy in copies] == [2, 4, 6]
+    assert [fault for copy in copies for fault in verify(copy)] == []
+    shutil.rmtree(run)
+    shutil.rmtree(copies[-1].path)
+    assert "fetching step-00000004" in _train(dataset, run, "train.steps=6", *more)
+    assert list(_losses(run)) == [5, 6]
+    assert [copy.step for copy in whole_checkpoints(mirror)] == [2, 4, 6]
+    shutil.rmtree(copies[-1].path)
+    assert "nothing to do" in _train(dataset, run, "train.steps=6", *more)
+    assert [copy.step for copy in whole_checkpoints(mirror)] == [2, 4, 6]
 
 
 def test_sigterm_of_one_rank_alone_stops_all_of_them(dataset: str, tmp_path: Path) -> None:

@@ -1,0 +1,256 @@
+"""Whole checkpoints go to the mirror beside the training: newest first, one at a time, by all ranks together.
+
+A thread of each rank waits for it. Rank 0's looks, at the start and after each save, for the newest checkpoint that is
+whole here and has no copy there: the one just saved, or one whose copy was cut short by a kill or by a store that was
+away. The ranks share its files, each says that it has sent its part, and rank 0's seals the copy, removes what is to
+stay no longer, and looks again. Saves do not wait for this; if it cannot keep up, it leaves checkpoints out. A fault
+ends it until the next save.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from threading import Condition, Event, Thread
+from typing import Any
+
+from ibq_scale.checkpoint.mirror import Copies, Mirror, shares
+from ibq_scale.checkpoint.reading import Checkpoint, NotWholeError, read_checkpoint, verify, whole_checkpoints
+from ibq_scale.checkpoint.retention import Retention, retire
+from ibq_scale.console import tell
+from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.side_channel import SideChannel
+from ibq_scale.errors import UserError
+
+# How often a thread looks for another rank's word, and how long for a checkpoint that rank 0 sees already.
+LOOK_SECONDS, APPEARS_SECONDS = 0.5, 120.0
+CLOSE_SECONDS = 5.0
+REMEMBERED = 16
+
+log = logging.getLogger(__name__)
+_numbers = count()
+
+
+class Copier:
+    """One rank's thread, from here on. To make one is collective."""
+
+    def __init__(self, folder: Path, world: World, keep: Retention, mirror: Mirror) -> None:
+        self.folder = folder
+        self.world = world
+        self.keep = keep
+        self.mirror = mirror
+        self._channel = SideChannel(world) if world.size > 1 else None
+        self._prefix = f"mirror/{next(_numbers)}"
+        self._closed = Event()
+        self._changed = Condition()
+        # Under the condition's lock.
+        self._news, self._ending = True, False
+        self._held: str | None = None
+        self._owing = False
+        self._wrote: dict[str, list[str]] = {}
+        # The thread's own.
+        self._damaged: set[str] = set()
+        self._job = 0
+        work = self._lead if world.is_main else self._follow
+        self._thread = Thread(target=self._run, args=(work,), name="mirror", daemon=True)
+        self._thread.start()
+
+    def wrote(self, name: str, files: list[str]) -> None:
+        """This rank has written these files of a checkpoint, so it sends them too."""
+        with self._changed:
+            self._wrote[name] = files
+            # As many on every rank.
+            for old in list(self._wrote)[:-REMEMBERED]:
+                del self._wrote[old]
+
+    def look(self) -> None:
+        """On rank 0: there is a new checkpoint."""
+        with self._changed:
+            self._news = True
+            self._changed.notify()
+
+    def retire(self) -> None:
+        """On rank 0: removes what is to stay here no longer, except for the one being sent: that goes then."""
+        with self._changed:
+            self._owing = self._held is not None
+            retire(self.folder, self.keep, self._held)
+
+    def finish(self, seconds: float | None = None) -> None:
+        """Sends what is to be sent, and ends. Each rank waits for its own thread, for so long at most."""
+        with self._changed:
+            self._ending = True
+            self._changed.notify()
+        self._thread.join(seconds)
+
+    def close(self) -> None:
+        """Ends soon, wherever it is: the next start goes on from there."""
+        self._closed.set()
+        self.mirror.store.stop()
+        with self._changed:
+            self._changed.notify()
+        self._thread.join(CLOSE_SECONDS)
+
+    def _run(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception:
+            # Rank 0's process is gone, as a rule, and this one will be.
+            if not (self._closed.is_set() or self._ending):
+                log.exception("checkpoints are no longer copied to the mirror")
+
+    def _lead(self) -> None:
+        try:
+            while self._waited():
+                try:
+                    self._send_all()
+                except Exception as e:
+                    if not isinstance(e, (UserError, OSError)):
+                        log.exception("while checkpoints were copied to the mirror")
+                    self._tell(f"{self.mirror.store.url}: CHECKPOINTS ARE NOT COPIED THERE FOR NOW ({e})")
+        finally:
+            self._order({"name": None})
+
+    def _waited(self) -> bool:
+        """Waits for a new checkpoint; False at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._news or self._ending or self._closed.is_set())
+            news, self._news = self._news, False
+            return news and not self._closed.is_set()
+
+    def _order(self, order: dict[str, Any]) -> None:
+        """Says to the other ranks what to do next."""
+        if self._channel is not None:
+            self._channel.put(f"{self._prefix}/{self._job}", order)
+
+    def _send_all(self) -> None:
+        """Sends what has no copy, newest first, until there is nothing more or one fails."""
+        tidied = False
+        while not self._closed.is_set():
+            copies = self.mirror.copies()
+            wanted = self._wanted(copies)
+            if not wanted:
+                if not tidied:
+                    self.mirror.tidy(self.keep, ())
+                return
+            checkpoint = wanted.pop()
+            with self._changed:
+                if not checkpoint.path.exists():
+                    continue
+                self._held = checkpoint.path.name
+            try:
+                sent = self._send(checkpoint, copies)
+            finally:
+                self._release()
+            if sent:
+                self.mirror.tidy(self.keep, {c.path.name for c in wanted})
+                tidied = True
+            elif checkpoint.path.name not in self._damaged:
+                return
+
+    def _wanted(self, copies: Copies) -> list[Checkpoint]:
+        """The checkpoints here that are to have a copy and have none, oldest first."""
+        return [
+            checkpoint
+            for checkpoint in whole_checkpoints(self.folder)
+            if checkpoint.path.name not in self._damaged
+            and not self.mirror.holds(checkpoint, copies)
+            and self.mirror.wants(checkpoint, copies, self.keep)
+        ]
+
+    def _release(self) -> None:
+        with self._changed:
+            self._held = None
+            if self._owing:
+                self._owing = False
+                retire(self.folder, self.keep)
+
+    def _send(self, checkpoint: Checkpoint, copies: Copies) -> bool:
+        """Rank 0 leads the sending of one checkpoint. False where it was not sent, which is told."""
+        name = checkpoint.path.name
+        if name in copies.sealed:
+            # The same step was saved anew, or files of the copy are gone.
+            self.mirror.unseal(name)
+        words = self._send_together(name, fresh=name in self._wrote)
+        faults = [word["fault"] for word in words if word["fault"]]
+        sent = sorted(file for word in words for file in word["sent"])
+        if not faults and sent != sorted(checkpoint.manifest["files"]):
+            faults = ["the ranks do not agree on who sends what"]
+        try:
+            if not faults:
+                self.mirror.seal(checkpoint)
+                return True
+        except (UserError, OSError) as e:
+            faults = [f"rank 0: {e}"]
+        then = "it is whole here, and sent again after the next save or start"
+        if any(word["damaged"] for word in words):
+            self._damaged.add(name)
+            then = "it is left out"
+        self._tell(f"{self.mirror.store.url}: {name} COULD NOT BE COPIED THERE ({faults[0]}); {then}")
+        return False
+
+    def _send_together(self, name: str, fresh: bool) -> list[dict[str, Any]]:
+        """Every rank's word."""
+        job = self._job
+        self._order({"name": name, "fresh": fresh})
+        self._job += 1
+        return [self._send_share(name, fresh), *self._words(job)]
+
+    def _words(self, job: int) -> list[dict[str, Any]]:
+        """The other ranks' words. Without a limit: each has its own for every request, and a dead one ends the run."""
+        channel, name = self._channel, f"{self._prefix}/{job}"
+        if channel is None:
+            return []
+        while channel.count(f"{name}/sent", 0) < self.world.size - 1:
+            if self._closed.wait(LOOK_SECONDS):
+                raise UserError("stopped")
+        return [word for word in channel.of_each_rank(name) if word is not None]
+
+    def _follow(self) -> None:
+        channel = self._channel
+        assert channel is not None
+        for job in count():
+            name = f"{self._prefix}/{job}"
+            while (order := channel.get(name)) is None:
+                if self._closed.wait(LOOK_SECONDS):
+                    return
+            if order["name"] is None:
+                return
+            channel.put(f"{name}/{self.world.rank}", self._send_share(order["name"], order["fresh"]))
+            channel.count(f"{name}/sent")
+
+    def _send_share(self, name: str, fresh: bool) -> dict[str, Any]:
+        """Sends this rank's files: those it wrote, where all ranks still know, or else its share, looked at first."""
+        word = {"sent": list[str](), "fault": "", "damaged": False}
+        try:
+            if fresh:
+                mine = self._wrote.get(name, [])
+            else:
+                checkpoint = self._appeared(name)
+                mine = shares(checkpoint.manifest["files"], self.world.size)[self.world.rank]
+                faults = verify(checkpoint, mine)
+                if faults:
+                    return word | {"fault": f"it is damaged here: {'; '.join(faults)}", "damaged": True}
+            self.mirror.put(self.folder / name, mine)
+            return word | {"sent": mine}
+        except Exception as e:  # rank 0 waits for word, whatever went wrong
+            if not isinstance(e, (UserError, OSError)):
+                log.exception("a checkpoint's part could not be sent")
+            return word | {"fault": f"rank {self.world.rank}: {e}"}
+
+    def _appeared(self, name: str) -> Checkpoint:
+        """A network file system may show another node's rename late."""
+        end = time.monotonic() + APPEARS_SECONDS
+        while True:
+            try:
+                return read_checkpoint(self.folder / name)
+            except NotWholeError:
+                if time.monotonic() > end or self._closed.wait(LOOK_SECONDS):
+                    raise
+
+    def _tell(self, message: str) -> None:
+        if not self._closed.is_set():
+            log.error("%s", message)
+            tell(message)

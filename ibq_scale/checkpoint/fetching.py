@@ -1,0 +1,110 @@
+"""A bare node gets its checkpoint from the mirror, by all ranks together."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch.distributed as dist
+
+from ibq_scale.checkpoint.mirror import Mirror, shares
+from ibq_scale.checkpoint.reading import Checkpoint, NotWholeError
+from ibq_scale.console import tell
+from ibq_scale.distributed.environment import World
+from ibq_scale.errors import UserError
+
+T = TypeVar("T")
+
+
+class _Outcome(NamedTuple):
+    """Of one rank's part: what is damaged there, or why it could not be brought."""
+
+    damage: list[str]
+    error: str | None
+
+
+def fetch_newest(mirror: Mirror, folder: Path, world: World) -> Checkpoint | None:
+    """The mirror's newest copy that is what was sent, under a hidden name in `folder`; None where it has no copy.
+
+    Collective. One that is damaged is told, and the one before is taken. What a killed fetch has brought already, with
+    the right hash, is not brought again. UserError, on all ranks, where the store or the disk fails, or no copy is
+    whole: to begin anew is not for the program to decide.
+    """
+    copies = _by_rank_0(world, mirror.copies)
+    for name in reversed(copies.sealed):
+        copy = _by_rank_0(world, lambda name=name: _manifest(mirror, name))  # type: ignore[misc]
+        partial = folder / f".partial-{name}"
+        damage = [f"{name}: its manifest is damaged"] if copy is None else copies.faults(copy)
+        if copy is not None and not damage:
+            damage = _fetch(mirror, copy, partial, world)
+            if not damage:
+                return Checkpoint(partial, copy.manifest)
+        if world.is_main:
+            tell(f"{mirror.store.url}/{name} is damaged and left out: {'; '.join(damage)}")
+            shutil.rmtree(partial, ignore_errors=True)
+    if copies.sealed:
+        raise UserError(
+            f"{mirror.store.url}: every copy there is damaged (see above): give another train.mirror, or remove "
+            f"them to begin anew"
+        )
+    return None
+
+
+def _manifest(mirror: Mirror, name: str) -> Checkpoint | None:
+    try:
+        return mirror.manifest(name)
+    except NotWholeError:
+        return None
+
+
+def _fetch(mirror: Mirror, copy: Checkpoint, partial: Path, world: World) -> list[str]:
+    """What is damaged of it. UserError, on all ranks, where a part could not be brought."""
+    _by_rank_0(world, lambda: _begin(mirror, copy, partial))
+    mine = shares(copy.manifest["files"], world.size)[world.rank]
+    try:
+        outcome = _Outcome(mirror.fetch(copy, mine, partial), None)
+    except UserError as e:
+        outcome = _Outcome([], str(e))
+    except Exception as e:  # the others wait for word
+        outcome = _Outcome([], f"{partial}: {(isinstance(e, OSError) and e.strerror) or repr(e)}")
+    outcomes: list[Any] = [None] * world.size
+    dist.all_gather_object(outcomes, outcome)
+    errors = [each.error for each in outcomes if each.error]
+    if errors:
+        raise UserError(f"{copy.path} could not be fetched: {errors[0]}")
+    return [line for each in outcomes for line in each.damage]
+
+
+def _begin(mirror: Mirror, copy: Checkpoint, partial: Path) -> None:
+    """The folder, with nothing in it but what may be files of the copy. UserError where it cannot be made."""
+    tell(f"{partial.parent} has no whole checkpoint: fetching {copy.path} from {mirror.store.url}")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        for path in sorted(partial.rglob("*"), reverse=True):
+            if path.is_file() and path.relative_to(partial).as_posix() not in copy.manifest["files"]:
+                path.unlink()
+        missing = copy.bytes - sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+        free = shutil.disk_usage(partial).free
+    except OSError as e:
+        raise UserError(f"cannot write {partial}: {e.strerror}") from None
+    if free < missing:
+        raise UserError(
+            f"{partial.parent}: {copy.path} needs {missing / 2**30:.1f} GiB, {free / 2**30:.1f} are free: make room"
+        )
+
+
+def _by_rank_0(world: World, action: Callable[[], T]) -> T:
+    """What `action` returns on rank 0, or its UserError, on every rank."""
+    found: list[Any] = [None]
+    if world.is_main:
+        try:
+            found = [action()]
+        except UserError as e:
+            found = [e]
+    dist.broadcast_object_list(found, src=0, device=world.device)
+    if isinstance(found[0], UserError):
+        raise found[0]
+    answer: T = found[0]
+    return answer

@@ -1,0 +1,111 @@
+"""What an S3 store's errors mean: which may pass, and in which words the others are told."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from ibq_scale.errors import UserError
+
+ANONYMOUS = "IBQ_SCALE_S3_ANONYMOUS"
+# 200 is an error inside a body that began well.
+_TRANSIENT_STATUS = {200, 408, 409, 425, 429}
+_TRANSIENT_CODES = {
+    "BadDigest",
+    "IncompleteBody",
+    "RequestTimeout",
+    "SlowDown",
+    "Throttling",
+    "XAmzContentSHA256Mismatch",
+}
+_EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "RequestExpired", "TokenRefreshRequired"}
+
+
+class ShortReadError(OSError):
+    """A store delivered fewer bytes than were asked for and are there."""
+
+
+class PastEndError(Exception):
+    """A range begins where the object ends or later."""
+
+
+def fault(error: Exception, url: str, *, writing: bool, answered: bool) -> Exception | None:
+    """The error to raise for what no retry mends; None for what may pass.
+
+    `url`: s3://bucket/prefix; `answered`: whether the endpoint has ever answered; `writing`: whether the request does.
+    """
+    from botocore import exceptions as boto
+    from botocore.parsers import ResponseParserError
+
+    if isinstance(error, UserError):
+        return error
+    if _status(error):
+        return _refusal(error, url, writing)
+    if isinstance(error, (boto.NoCredentialsError, boto.PartialCredentialsError)):
+        return UserError(
+            f"{url}: no S3 credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, "
+            f"or {ANONYMOUS}=1 for a public bucket"
+        )
+    # An endpoint that has answered once may come back.
+    unreachable = (boto.EndpointConnectionError, boto.SSLError, boto.ProxyConnectionError)
+    if isinstance(error, unreachable) and not answered:
+        endpoint = os.environ.get("AWS_ENDPOINT_URL", "the S3 endpoint")
+        reason = f"{endpoint} ({first_line(error)})"
+        return UserError(f"{url}: cannot connect to {reason}: check AWS_ENDPOINT_URL and the network")
+    transient = (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, ResponseParserError)
+    damaged = (boto.FlexibleChecksumError, boto.MetadataRetrievalError, boto.CredentialRetrievalError)
+    # Not imported: it is aiobotocore's, which may come with another.
+    http = any(base.__module__.startswith("aiohttp") for base in type(error).__mro__)
+    if http or isinstance(error, (OSError, *transient, *damaged)):
+        return None
+    if isinstance(error, boto.BotoCoreError):
+        return UserError(f"{url}: {first_line(error)}")
+    return error
+
+
+def _refusal(error: Exception, url: str, writing: bool) -> Exception | None:
+    """As `fault`, for an answer of the server."""
+    bucket = url.removeprefix("s3://").partition("/")[0]
+    code, status, reason = _code(error), _status(error), first_line(error)
+    if code == "NoSuchBucket" or (writing and status == 404 and code != "NoSuchUpload"):
+        return UserError(f"bucket '{bucket}' does not exist: create it or correct {url}")
+    if status == 404:
+        return error if isinstance(error, FileNotFoundError) else FileNotFoundError(reason)
+    if status == 416:
+        return PastEndError(reason)
+    if code in _EXPIRED_CODES:
+        return UserError(f"{url}: the credentials have expired ({code}: {reason}): renew them")
+    if denied(error):
+        return UserError(f"{url}: access denied ({code}: {reason}): check the credentials")
+    if status in _TRANSIENT_STATUS or (status >= 500 and status != 501) or code in _TRANSIENT_CODES:
+        return None
+    hint = ""
+    if status == 301 or code in ("AuthorizationHeaderMalformed", "IllegalLocationConstraintException"):
+        hint = ": is AWS_DEFAULT_REGION the bucket's?"
+    elif writing:
+        hint = ": a store without checksums needs AWS_REQUEST_CHECKSUM_CALCULATION=when_required"
+    return UserError(f"{url}: the store refused ({code}: {reason}){hint}")
+
+
+def _response(error: Exception) -> dict[str, Any]:
+    """The server's answer that s3fs's or botocore's error stands for; empty where none came."""
+    response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
+    return response if isinstance(response, dict) else {}
+
+
+def _status(error: Exception) -> int:
+    return int(_response(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def _code(error: Exception) -> str:
+    return str(_response(error).get("Error", {}).get("Code", ""))
+
+
+def denied(error: Exception) -> bool:
+    """The answer to HEAD has no body, so an expired token (status 400 at AWS) shows there by its number alone."""
+    code = _code(error)
+    return _status(error) in (401, 403) or code in _EXPIRED_CODES or code == "400"
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0] or type(error).__name__

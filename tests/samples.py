@@ -1,0 +1,42 @@
+"""Small data to train on: pictures and codes, made from seeds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+CLASSES = ("apples", "birds", "cars")
+PICTURES_A_CLASS = 8
+
+
+def write_pictures(root: Path) -> None:
+    """An ImageFolder of 3 classes × 8 small smooth pictures of several sizes, JPEG and PNG."""
+    random = np.random.default_rng(0)
+    for label, name in enumerate(CLASSES):
+        (root / name).mkdir(parents=True)
+        for i in range(PICTURES_A_CLASS):
+            coarse = random.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+            coarse[..., label] = 230
+            size = (40 + 4 * i, 48)
+            picture = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
+            picture.save(root / name / f"{i}.{'png' if i % 4 == 3 else 'jpg'}")
+
+
+def write_codes(folder: Path) -> None:
+    """Three shards of 20 samples, 4 × 4 codes of 40 each, of three classes that the codes tell."""
+    from ibq_scale.data.codes import CodeShard, finish_codes, write_code_shard
+    from ibq_scale.data.manifest import CodesInfo
+    from ibq_scale.data.store import open_store
+
+    store = open_store(str(folder))
+    info = CodesInfo(codebook_size=40, grid=(4, 4), tokenizer="t" * 64, source="s" * 64)
+    g = torch.Generator().manual_seed(0)
+    shards = []
+    for n in range(3):
+        labels = torch.randint(3, (20,), generator=g)
+        content = (labels[:, None, None] * 10 + torch.randint(4, (20, 4, 4), generator=g)) % 40
+        shards.append(write_code_shard(store, f"codes-{n}.safetensors", CodeShard(content[:, None], labels), info))
+    finish_codes(store, shards, ("a", "b", "c"), info)
