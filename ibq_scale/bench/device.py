@@ -3,51 +3,42 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-# Dense bf16 products with fp32 sums, FLOP/s, from NVIDIA's data sheets (which print twice as much, "with sparsity").
-# A GPU of another form factor has another clock: only names that are certain.
-PEAKS_BF16 = {
-    "A10": 125e12,
-    "A100": 312e12,
-    "A40": 149.7e12,
-    "B200": 2250e12,
-    "H100": 989.4e12,
-    "H100 NVL": 835e12,
-    "H100 PCIe": 756e12,
-    "H200": 989.4e12,
-    "L4": 121e12,
-    "L40S": 362e12,
-}
-FORMS = ("NVL", "PCIe")
-# Of A100 and A40 all forms have one peak.
-ONE_PEAK = ("A100", "A40")
+from ibq_scale.scaling.devices import known_peak
 
 
-def known_peak(name: str) -> float | None:
-    """bf16 FLOP/s of a GPU by the name that CUDA gives, None for one that is not in the table."""
-    words = name.removeprefix("NVIDIA ").replace("-", " ").split()
-    model = words[0] if words else ""
-    form = next((word for word in words[1:] if word in FORMS), None)
-    return PEAKS_BF16.get(model if form is None or model in ONE_PEAK else f"{model} {form}")
+@dataclass(frozen=True)
+class Reference:
+    """FLOP/s of one device to hold a rate against. `sheet`: of its data sheet, None where there is none to trust.
+
+    `product`: of the best square product measured here, of `side` and `dtype`.
+    """
+
+    sheet: float | None
+    product: float
+    side: int
+    dtype: str
+
+    def mfu(self, flops_per_s: float) -> float | None:
+        """Model FLOPs utilisation: only against a data sheet, since a measured peak flatters whatever is slow."""
+        return None if self.sheet is None else flops_per_s / self.sheet
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
-    """FLOP/s that count as 100 %, and where the figure is from: a data sheet, or a product measured here."""
+def reference(device: torch.device, dtype: torch.dtype) -> Reference:
+    """Looks the device up, and measures a product on it."""
+    sheet = None
     if device.type == "cuda" and dtype == torch.bfloat16:
-        known = known_peak(torch.cuda.get_device_name(device))
-        if known is not None:
-            return known, "data sheet, dense bf16"
+        sheet = known_peak(torch.cuda.get_device_name(device))
     side = 8192 if device.type == "cuda" else 2048
-    return _measured_peak(
-        device, dtype, side
-    ), f"measured: best product of {side}² in {str(dtype).removeprefix('torch.')}"
+    return Reference(sheet, _best_product(device, dtype, side), side, str(dtype).removeprefix("torch."))
 
 
-def _measured_peak(device: torch.device, dtype: torch.dtype, side: int) -> float:
-    """By the fastest of some tries: what others do on the machine at the same time is no bound of it."""
+def _best_product(device: torch.device, dtype: torch.dtype, side: int) -> float:
+    """FLOP/s by the fastest of some tries: what others do on the machine at the same time is no bound of it."""
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     seconds = []
     for _ in range(10):

@@ -24,12 +24,11 @@ from ibq_scale.quantize.backend import choose
 from ibq_scale.quantize.ibq import ibq_dense
 from ibq_scale.quantize.product import product_into
 from ibq_scale.quantize.quantizer import find, quantize
+from ibq_scale.scaling.flops import STEP_PRODUCTS
 
 Name = Literal["dense", "tiled", "triton", "products", "encode", "encode dense"]
 # N×K tensors of the dense form's step at their most, in fp32: measured 9 (issue 3's text: 22 bytes a logit are saved).
 DENSE_TENSORS = 9
-# Products of N·K·D that a step cannot do without: S forward; S, g Cᵀ, ∂S C and ∂Sᵀ z backward.
-STEP_PRODUCTS = 5
 
 
 @dataclass(frozen=True)

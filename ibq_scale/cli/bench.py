@@ -14,9 +14,11 @@ from ibq_scale.cli.ranks import add_ranks, at_least_one
 from ibq_scale.errors import UserError
 
 if TYPE_CHECKING:
+    from ibq_scale.bench.ar import ARReport
     from ibq_scale.bench.quantizer import Measured, QuantizerReport
+    from ibq_scale.bench.steps import StepReport
     from ibq_scale.bench.tokenizer import TokenizerReport
-    from ibq_scale.config.run import TokenizerRun
+    from ibq_scale.config.run import AnyRun
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -70,20 +72,36 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     checkpoint.add_argument("--json", action="store_true", help="print one JSON document")
     add_ranks(checkpoint)
     checkpoint.set_defaults(run=_checkpoint, check=_check_checkpoint)
-    tokenizer = family.add_parser(
+    _add_steps(
+        family,
         "tokenizer",
-        help="images/s, MFU, memory and where the time goes in stage 1's step",
-        description="Train the tokenizer for a few steps from its start and time their parts. Without data.train=… on "
+        about="images/s, MFU, memory and where the time goes in stage 1's step",
+        details="Train the tokenizer for a few steps from its start and time their parts. Without data.train=… on "
         "noise; loss.perceptual=random costs what vgg does and needs no weights. Nothing is saved.",
-        epilog="example: ibq-scale bench tokenizer ibq-262144 train.global_batch=32 train.micro_batch=32 "
-        "model.compile=true",
+        example="ibq-262144 train.global_batch=32 train.micro_batch=32 model.compile=true",
     )
-    tokenizer.add_argument("source", metavar="PRESET_OR_YAML")
-    tokenizer.add_argument("overrides", nargs="*", metavar="key=value")
-    tokenizer.add_argument("--steps", type=int, default=5, metavar="N", help="measured optimizer steps (default 5)")
-    tokenizer.add_argument("--json", action="store_true", help="print one JSON document")
-    add_ranks(tokenizer)
-    tokenizer.set_defaults(run=_tokenizer, check=_tokenizer_run)
+    _add_steps(
+        family,
+        "ar",
+        about="tokens/s, MFU, memory and where the time goes in stage 2's step",
+        details="Train the transformer for a few steps from its start and time their parts. Without data.train=… on "
+        "random codes. Nothing is saved.",
+        example="xl train.global_batch=64 train.micro_batch=16",
+    )
+
+
+def _add_steps(
+    family: argparse._SubParsersAction[argparse.ArgumentParser], task: str, *, about: str, details: str, example: str
+) -> None:
+    parser = family.add_parser(
+        task, help=about, description=details, epilog=f"example: ibq-scale bench {task} {example}"
+    )
+    parser.add_argument("source", metavar="PRESET_OR_YAML")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--steps", type=int, default=5, metavar="N", help="measured optimizer steps (default 5)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    add_ranks(parser)
+    parser.set_defaults(run=_steps, check=_steps_run, task=task)
 
 
 def _sizes(option: str, text: str) -> list[int]:
@@ -172,53 +190,76 @@ def _checkpoint(args: argparse.Namespace) -> int:
     return 0
 
 
-def _tokenizer_run(args: argparse.Namespace) -> TokenizerRun:
+def _steps_run(args: argparse.Namespace) -> AnyRun:
     """Wrong configs are refused before any rank is started."""
     from ibq_scale.config.layers import resolve
-    from ibq_scale.config.run import TokenizerRun
 
     at_least_one(args, "steps", "ranks")
-    config = resolve(args.source, args.overrides, "tokenizer").config
-    assert isinstance(config, TokenizerRun)
-    return config
+    return resolve(args.source, args.overrides, args.task).config
 
 
-def _tokenizer(args: argparse.Namespace) -> int:
-    from ibq_scale.bench.tokenizer import bench_tokenizer
+def _steps(args: argparse.Namespace) -> int:
+    from ibq_scale.config.run import TokenizerRun
     from ibq_scale.distributed.environment import join
 
-    run = _tokenizer_run(args)
+    run = _steps_run(args)
     with join() as world:
         # DeepSpeed prints as it starts; standard output is for the report.
         with redirect_stdout(sys.stderr):
-            report = bench_tokenizer(run, world, steps=args.steps)
+            report: TokenizerReport | ARReport
+            if isinstance(run, TokenizerRun):
+                from ibq_scale.bench.tokenizer import bench_tokenizer
+
+                report = bench_tokenizer(run, world, steps=args.steps)
+            else:
+                from ibq_scale.bench.ar import bench_ar
+
+                report = bench_ar(run, world, steps=args.steps)
         if world.is_main and args.json:
             print(json.dumps(asdict(report)))
         elif world.is_main:
-            _print_tokenizer(report)
+            _print_steps(report, args.task)
     return 0
 
 
-def _print_tokenizer(report: TokenizerReport) -> None:
-    chosen = [word for word in ("compile", "activation_checkpointing") if getattr(report, word)]
+def _print_steps(report: TokenizerReport | ARReport, task: str) -> None:
+    values = asdict(report)
+    again = values["activation_checkpointing"]
+    chosen = ", compile" * values["compile"] + ", activation_checkpointing" * (again not in (False, "none"))
     threads = f" of {report.threads} threads" if report.device == "CPU" else ""
+    if task == "ar":
+        what = (
+            f"{values['parameters'] / 1e6:,.4g} M parameters, {values['tokens']} codes of {values['codebook_size']:,}"
+        )
+        rate = f"{values['tokens_per_s']:,.4g} tokens/s, {report.images_per_s:.4g} images/s"
+    else:
+        what = f"{values['resolution']}², K = {values['codebook_size']:,}"
+        rate = f"{report.images_per_s:.4g} images/s"
     print(
-        f"{report.name}: {report.resolution}², K = {report.codebook_size:,}, {report.precision}"
-        f"{''.join(', ' + word for word in chosen)}; batch {report.global_batch} in {report.micro_batch}s; "
+        f"{report.name}: {what}, {report.precision}{chosen}; batch {report.global_batch} in {report.micro_batch}s; "
         f"{report.ranks} × {report.device}{threads}; data {report.data}"
     )
     print(
-        f"  {report.images_per_s:.4g} images/s, {report.step_s:.4g} s a step (median of {report.steps}); peak memory "
+        f"  {rate}, {report.step_s:.4g} s a step (median of {report.steps}); peak memory "
         f"{report.peak_bytes / 1e9:.2f} GB, {report.base_bytes / 1e9:.2f} GB of it before the first step"
     )
-    print(
-        f"  MFU {100 * report.mfu:.1f} %: {report.flops_per_image / 1e9:,.0f} GFLOP an image, "
-        f"{report.peak_flops / 1e12:.4g} TFLOP/s a device ({report.peak_source})"
-    )
+    _print_utilisation(report)
     print(f"  {'':<32}{'seconds':>10}{'share':>8}{'GFLOP':>12}{'GFLOP/s':>12}")
     for part in report.parts:
         work = f"{part.flops / 1e9:>12,.0f}{part.flops / part.seconds / 1e9:>12,.0f}" if part.flops else ""
         print(f"  {part.name:<32}{part.seconds:>10.4f}{100 * part.share:>6.1f} %{work}")
+
+
+def _print_utilisation(report: StepReport) -> None:
+    if report.mfu is None or report.sheet_flops is None:
+        print(f"  no MFU: no data sheet's {report.precision} peak is known for {report.device}")
+    else:
+        print(f"  MFU {100 * report.mfu:.1f} % of {report.sheet_flops / 1e12:.4g} TFLOP/s (data sheet, dense bf16)")
+    print(
+        f"  {100 * report.of_product:.1f} % of the best product measured here ({report.product}: "
+        f"{report.product_flops / 1e12:.4g} TFLOP/s a device)"
+    )
+    print(f"  {report.flops_per_image / 1e9:,.4g} GFLOP an image = {report.flops_formula}")
 
 
 def _print(report: QuantizerReport) -> None:

@@ -27,6 +27,7 @@ FAMILIES = (
     "checkpoint",
     "fetch_weights",
     "config",
+    "plan",
     "report",
     "demo",
     "bench",

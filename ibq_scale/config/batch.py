@@ -1,8 +1,8 @@
-"""How a global batch falls apart: global = micro × accumulation × world size."""
+"""How a run falls apart over ranks: global batch = micro × accumulation × world size, and groups share a codebook."""
 
 from __future__ import annotations
 
-from ibq_scale.config.run import TrainConfig
+from ibq_scale.config.run import TokenizerRun, TrainConfig
 from ibq_scale.errors import UserError
 
 
@@ -21,3 +21,14 @@ def accumulation_steps(train: TrainConfig, world_size: int) -> int:
             f"{train.micro_batch} × {world_size} = {together}: {hint} fit"
         )
     return train.global_batch // together
+
+
+def codebook_group_size(run: TokenizerRun, world_size: int) -> int:
+    """Ranks that share one codebook. UserError where they do not divide the world."""
+    size = run.codebook_group or world_size
+    if world_size % size:
+        raise UserError(
+            f"codebook_group={size} does not divide the {world_size} ranks: "
+            f"take a divisor of {world_size}, or 0 for all of them"
+        )
+    return size

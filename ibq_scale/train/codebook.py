@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from ibq_scale.checkpoint.files import StateFile, TensorFile
 from ibq_scale.checkpoint.pieces import Piece, PieceReader, piece_file
+from ibq_scale.config.batch import codebook_group_size
 from ibq_scale.config.run import TokenizerRun
 from ibq_scale.distributed.environment import World
-from ibq_scale.errors import UserError
 from ibq_scale.pretrained.loading import CODEBOOK, codebook_part, codebook_to_start_from
 from ibq_scale.quantize.collectives import Group, Shards
 from ibq_scale.quantize.quantizer import initial_codebook, rows_of
@@ -34,12 +34,7 @@ class ShardedCodebook:
     def __init__(self, run: TokenizerRun, world: World) -> None:
         self.settings = run.quantizer
         self.world = world
-        self.group_size = run.codebook_group or world.size
-        if world.size % self.group_size:
-            raise UserError(
-                f"codebook_group={self.group_size} does not divide the {world.size} ranks: "
-                f"take a divisor of {world.size}, or 0 for all of them"
-            )
+        self.group_size = codebook_group_size(run, world.size)
         self.group, self.replicas = _groups(world, self.group_size)
         self.start, self.stop = rows_of(world.rank % self.group_size, self.group_size, self.settings.codebook_size)
         if run.init is None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from ibq_scale.config.run import OptimizerConfig
+
+COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast", "reduce", "reduce_scatter_tensor")
 
 
 def make_engine(
@@ -83,6 +85,15 @@ def step(engine: Any) -> bool:
             return False
     engine.step()
     return bool(engine.was_step_applied())
+
+
+def wrap_collectives(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Puts `wrap` around every collective that DeepSpeed calls from now on in this process: for measurements."""
+    import deepspeed.comm.comm
+
+    backend = deepspeed.comm.comm.cdb
+    for name in COLLECTIVES:
+        setattr(backend, name, wrap(getattr(backend, name)))
 
 
 def gradient_norm(engine: Any, device: torch.device) -> torch.Tensor:

@@ -78,7 +78,8 @@ def test_tokenizer_on_noise(capfd: pytest.CaptureFixture[str]) -> None:
     assert sum(part["share"] for part in parts.values()) == pytest.approx(1.0)
     needed = sum(part["flops"] or 0.0 for part in parts.values())
     assert needed == pytest.approx(4 * report["flops_per_image"])
-    assert report["mfu"] == pytest.approx(needed / report["step_s"] / report["peak_flops"])
+    assert report["mfu"] is report["sheet_flops"] is None
+    assert report["of_product"] == pytest.approx(needed / report["step_s"] / report["product_flops"])
     assert report["images_per_s"] == pytest.approx(4 / report["step_s"])
 
 
@@ -89,13 +90,35 @@ def test_tokenizer_on_data_and_two_ranks(dataset: str, capfd: pytest.CaptureFixt
     assert main(words) == 0
     out = capfd.readouterr().out
     assert f"2 × CPU of 1 threads; data {dataset}" in out
-    assert "measured: best product of 2048² in bfloat16" in out
+    assert "no MFU" in out
+    assert "of the best product measured here (2048² in bfloat16" in out
 
 
 def test_tokenizer_refuses_a_wrong_config_before_it_starts(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "tokenizer", "tiny", "model.compil=true"]) == 2
     assert "did you mean 'model.compile'?" in capsys.readouterr().err
     assert main(["bench", "tokenizer", "tiny", "--steps", "0"]) == 2
+
+
+@pytest.mark.slow
+def test_ar_on_random_codes(capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["bench", "ar", "tiny", "model.depth=2", "model.tokens=64", "model.activation_checkpointing=full"]
+    words += ["train.global_batch=4", "train.micro_batch=2", "--steps", "1", "--ranks", "1"]
+    assert main([*words, "--json"]) == 0
+    report = json.loads(capfd.readouterr().out)
+    assert (report["data"], report["device"], report["mfu"]) == ("synthetic", "CPU", None)
+    parts = {part["name"]: part for part in report["parts"]}
+    assert {"data", "attention", "feed-forward", "head, loss", "communication", "optimizer, EMA"} < set(parts)
+    assert sum(part["share"] for part in parts.values()) == pytest.approx(1.0)
+    needed = sum(part["flops"] or 0.0 for part in parts.values())
+    assert needed == pytest.approx(4 * report["flops_per_image"])
+    assert report["tokens_per_s"] == pytest.approx(4 * 64 / report["step_s"])
+    assert "AdaLN" in report["flops_formula"]
+
+
+def test_ar_refuses_a_wrong_config_before_it_starts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "ar", "tiny", "model.dept=3"]) == 2
+    assert "did you mean 'model.depth'?" in capsys.readouterr().err
 
 
 @pytest.mark.slow

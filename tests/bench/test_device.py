@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ibq_scale.bench.device import known_peak, peak_flops
+from ibq_scale.bench.device import reference
+from ibq_scale.scaling.devices import DEVICES, known_peak, named
 
 
 @pytest.mark.parametrize(
@@ -29,7 +30,14 @@ def test_unknown(name: str) -> None:
     assert known_peak(name) is None
 
 
-def test_a_cpus_peak_is_measured_and_said_to_be() -> None:
-    peak, source = peak_flops(torch.device("cpu"), torch.float32)
-    assert peak > 1e8
-    assert source == "measured: best product of 2048² in float32"
+def test_a_cpu_has_no_mfu_but_a_best_product() -> None:
+    found = reference(torch.device("cpu"), torch.float32)
+    assert found.sheet is found.mfu(1e9) is None
+    assert found.product > 1e8
+    assert (found.side, found.dtype) == (2048, "float32")
+
+
+def test_names_that_people_type() -> None:
+    assert named("h100") == named("NVIDIA H100") == DEVICES["H100"]
+    assert named("a100-40gb") == DEVICES["A100 40GB"]
+    assert named("mi300x") is None

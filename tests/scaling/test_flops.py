@@ -7,10 +7,10 @@ from itertools import pairwise
 import pytest
 import torch
 
-from ibq_scale.bench.flops import META, count, step_flops
 from ibq_scale.config.layers import resolve
 from ibq_scale.config.run import TokenizerRun
 from ibq_scale.models.autoencoder import AttentionBlock, ResnetBlock
+from ibq_scale.scaling.flops import META, count, step_flops
 
 # VGG16 to its 13th convolution: widths at each side of the picture, halved in between.
 VGG = ((3, 64, 64), (64, 128, 128), (128, 256, 256, 256), (256, 512, 512, 512), (512, 512, 512, 512))

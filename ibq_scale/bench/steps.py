@@ -1,0 +1,142 @@
+"""Training steps of either stage, measured: what `bench tokenizer` and `bench ar` have in common."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ibq_scale.bench.clock import Clock
+from ibq_scale.bench.device import peak_bytes, reference
+from ibq_scale.config.layers import MISSING
+from ibq_scale.config.run import AnyRun
+from ibq_scale.distributed.environment import World
+from ibq_scale.scaling.rehearse import compute_dtype
+from ibq_scale.train.task import Task
+
+DATA = "data"
+WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a step on one rank: seconds, its share of the step (0 to 1), and the FLOPs that it needs."""
+
+    name: str
+    seconds: float
+    share: float
+    flops: float | None
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """A step of one config. `step_s` is the median; parts are means over the same steps, of rank 0.
+
+    `mfu` is needed FLOPs over what the device's data sheet promises, None where there is none; `of_product` is them
+    over the best matrix product of `product` (its FLOP/s and what it was), which flatters whatever is slow at products.
+    `peak_bytes` is the allocator's on a GPU and the whole process's on a CPU; `base_bytes` what stood before the first
+    step.
+    """
+
+    name: str
+    data: str
+    device: str
+    ranks: int
+    threads: int
+    precision: str
+    global_batch: int
+    micro_batch: int
+    steps: int
+    step_s: float
+    images_per_s: float
+    flops_per_image: float
+    flops_formula: str
+    sheet_flops: float | None
+    mfu: float | None
+    product_flops: float
+    product: str
+    of_product: float
+    base_bytes: int
+    peak_bytes: int
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds of each step, and of each part over all of them."""
+
+    seconds: list[float]
+    spent: dict[str, float]
+    base_bytes: int
+
+    def common(
+        self, run: AnyRun, world: World, *, flops: float, formula: str, names: Sequence[str], needs: Mapping[str, float]
+    ) -> dict[str, Any]:
+        """A `StepReport`'s fields. `needs`: FLOPs an image of the parts that multiply."""
+        steps, step_s = len(self.seconds), statistics.median(self.seconds)
+        images = run.train.global_batch // world.size
+        ideal = reference(world.device, compute_dtype(run))
+        rate = flops * images / step_s
+        total = sum(self.spent.values())
+        cuda = world.device.type == "cuda"
+        return {
+            "name": run.name,
+            "data": "synthetic" if run.data.train == MISSING else ", ".join(run.data.sources),
+            "device": torch.cuda.get_device_name(world.device) if cuda else "CPU",
+            "ranks": world.size,
+            "threads": torch.get_num_threads(),
+            "precision": run.train.precision,
+            "global_batch": run.train.global_batch,
+            "micro_batch": run.train.micro_batch,
+            "steps": steps,
+            "step_s": step_s,
+            "images_per_s": run.train.global_batch / step_s,
+            "flops_per_image": flops,
+            "flops_formula": formula,
+            "sheet_flops": ideal.sheet,
+            "mfu": ideal.mfu(rate),
+            "product_flops": ideal.product,
+            "product": f"{ideal.side}² in {ideal.dtype}",
+            "of_product": rate / ideal.product,
+            "base_bytes": self.base_bytes,
+            "peak_bytes": peak_bytes(world.device),
+            "parts": tuple(
+                Part(
+                    name,
+                    self.spent[name] / steps,
+                    self.spent[name] / total,
+                    needs[name] * images if name in needs else None,
+                )
+                for name in names
+                if name in self.spent
+            ),
+        }
+
+
+def measure(task: Task, run: AnyRun, batches: Iterator[Any], clock: Clock, *, steps: int, base_bytes: int) -> Measured:
+    """Trains `WARM_UP` steps and then `steps` measured ones. Collective."""
+    seconds: list[float] = []
+    spent: dict[str, float] = {}
+    for step in range(WARM_UP + steps):
+        task.set_rates(step * run.train.global_batch)
+        dist.barrier()
+        clock.reset()
+        task.train_step(batches)
+        parts = clock.seconds()
+        if step >= WARM_UP:
+            seconds.append(sum(parts.values()))
+            for name, value in parts.items():
+                spent[name] = spent.get(name, 0.0) + value
+    return Measured(seconds, spent, base_bytes)
+
+
+def timed_batches(batches: Iterator[Any], clock: Clock) -> Iterator[Any]:
+    """The same batches; the wait for each is `DATA`'s."""
+    while True:
+        with clock.part(DATA):
+            batch = next(batches)
+        yield batch

@@ -1,0 +1,157 @@
+"""``ibq-scale plan``: what a run needs, before a GPU is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ibq_scale.cli.ranks import at_least_one
+from ibq_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from ibq_scale.scaling.budget import MemoryBudget
+    from ibq_scale.scaling.plan import Plan
+
+
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command to the command line."""
+    parser = commands.add_parser(
+        "plan",
+        help="parameters, FLOPs, memory, checkpoint and time of a run, without a GPU",
+        description="Rehearse one micro-batch of the config's networks on tensors without memory and tell what a run "
+        "needs: of each GPU, of the disk, of time. A GPU that is not known gets no time.",
+        epilog="example: ibq-scale plan ar/xxl deepspeed.config=zero2 --device h100 --gpus 8 --nodes 4",
+    )
+    parser.add_argument("source", metavar="PRESET_OR_YAML")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--device", metavar="GPU", help="a100, h100, h200, b200, l40s …: its memory and its peak")
+    parser.add_argument("--memory", type=float, metavar="GB", help="memory of one GPU (10⁹ bytes), instead of its own")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs a node (default 1)")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="default 1")
+    parser.add_argument(
+        "--mfu",
+        type=float,
+        default=0.45,
+        metavar="SHARE",
+        help="assumed share of the peak (default 0.45), for the time",
+    )
+    parser.add_argument("--measured", type=Path, metavar="FILE", help="a bench's JSON: its rate instead of --mfu")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.set_defaults(run=_plan)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from ibq_scale.config.layers import resolve
+    from ibq_scale.scaling.plan import Machine, Rate, make_plan
+
+    at_least_one(args, "gpus", "nodes")
+    if not 0 < args.mfu <= 1:
+        raise UserError(f"--mfu must be above 0 and at most 1, got {args.mfu}")
+    if args.memory is not None and args.memory <= 0:
+        raise UserError(f"--memory must be above 0 GB, got {args.memory}")
+    run = resolve(args.source, args.overrides).config
+    measured = Rate.read(args.measured) if args.measured else None
+    machine = Machine(args.gpus, args.nodes, args.device, args.memory * 1e9 if args.memory else None)
+    plan = make_plan(run, machine, mfu=args.mfu, measured=measured)
+    if args.json:
+        print(json.dumps(_document(plan), indent=2))
+    else:
+        _print(plan)
+    return 0
+
+
+def _document(plan: Plan) -> dict[str, object]:
+    """The plan with what follows from it."""
+    values = asdict(plan)
+    budget, machine = plan.memory, plan.machine
+    values["memory"] |= {
+        "passes": budget.passes,
+        "step": budget.step,
+        "peak": budget.peak,
+        "host": budget.host,
+        "gpu_memory": machine.gpu_memory,
+        "fits": plan.fits,
+    }
+    values["flops"] |= {"per_image": plan.flops.total, "per_step": plan.flops_per_step}
+    values["machine"] |= {"world": machine.world, "peak_bf16": machine.known.peak_bf16 if machine.known else None}
+    return values
+
+
+def _print(plan: Plan) -> None:
+    machine = plan.machine
+    gpu = machine.known.name if machine.known else machine.device or "GPU"
+    print(
+        f"{plan.name}: {machine.world} × {gpu} on {machine.nodes} node{'s' * (machine.nodes > 1)}; {plan.precision}, "
+        f"DeepSpeed {plan.deepspeed} (ZeRO-{plan.zero_stage})"
+    )
+    print(
+        f"  batch {plan.global_batch:,} = {plan.micro_batch} micro × {plan.accumulation} accumulation × "
+        f"{machine.world} GPUs; {plan.steps:,} steps, {plan.samples:,} images, {_short(plan.tokens)} tokens"
+    )
+    print(f"\nparameters{'':<26}{_short(sum(plan.parameters.values())):>10}")
+    for name, number in plan.parameters.items():
+        print(f"  {name:<34}{_short(number):>10}")
+    for name, number in plan.frozen.items():
+        print(f"  {name + ', frozen':<34}{_short(number):>10}")
+    _print_flops(plan)
+    _print_memory(plan.memory)
+    _print_fit(plan)
+    print(f"\ncheckpoint, each{'':<20}{_gb(plan.checkpoint_bytes):>10}")
+    _print_time(plan)
+    for note in plan.notes:
+        print(f"note: {note}")
+
+
+def _print_flops(plan: Plan) -> None:
+    flops = plan.flops
+    print(f"\nFLOPs of training, an image{'':<9}{_short(flops.total):>10}")
+    for name, number in flops.parts.items():
+        print(f"  {name:<34}{_short(number):>10}{100 * number / flops.total:>7.1f} %")
+    if flops.executed > 1.001 * flops.total:
+        print(f"  {'done, with what is computed again':<34}{_short(flops.executed):>10}")
+    print(f"  {'a step':<34}{_short(plan.flops_per_step):>10}")
+    print(f"  = {flops.formula}")
+
+
+def _print_memory(budget: MemoryBudget) -> None:
+    host = budget.host > 0
+    print(f"\n{'memory of a GPU':<36}{'passes':>10}{'step':>10}" + (f"{'host':>10}" if host else ""))
+    for line in budget.lines:
+        cells = (line.passes, line.step, line.host) if host else (line.passes, line.step)
+        print(f"  {line.name:<34}" + "".join(f"{_gb(cell) if cell else '':>10}" for cell in cells))
+    total = (budget.passes, budget.step, budget.host) if host else (budget.passes, budget.step)
+    print(f"  {'together':<34}" + "".join(f"{_gb(cell):>10}" for cell in total))
+    print(f"  {'of it kept for the way back, an image':<38}{_gb(budget.kept_per_image):>6}")
+
+
+def _print_fit(plan: Plan) -> None:
+    memory, peak = plan.machine.gpu_memory, plan.memory.peak
+    if memory is None:
+        print(f"  needs {_gb(peak)}; say --device or --memory to know whether it fits")
+    elif plan.fits:
+        print(f"  fits: {_gb(peak)} of {_gb(memory)}, {_gb(memory - peak)} free")
+    else:
+        print(f"  DOES NOT FIT: {_gb(peak)} of {_gb(memory)}, {_gb(peak - memory)} too much")
+
+
+def _print_time(plan: Plan) -> None:
+    time = plan.time
+    if time.images_per_s is None or time.step_s is None or time.hours is None or time.gpu_hours is None:
+        print(time.basis)
+        return
+    print(f"time{'':<32}{time.hours:>8,.1f} h{time.gpu_hours:>12,.0f} GPU hours")
+    print(f"  {time.step_s:.4g} s a step, {time.images_per_s:,.4g} images/s; {time.basis}")
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:,.2f} GB" if size >= 1e7 else f"{size / 1e6:,.2f} MB"
+
+
+def _short(number: float) -> str:
+    for unit, name in ((1e18, " E"), (1e15, " P"), (1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if number >= unit:
+            return f"{number / unit:.4g}{name}"
+    return f"{number:.4g}"

@@ -1,0 +1,159 @@
+"""One GPU's memory, line by line, at the two moments that may be its fullest: within the passes, and in the step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from ibq_scale.config.batch import codebook_group_size
+from ibq_scale.config.run import AnyRun, ARRun, TokenizerRun
+from ibq_scale.scaling.networks import Network
+from ibq_scale.scaling.rehearse import logit_bytes, rehearse_ar, rehearse_tokenizer
+from ibq_scale.scaling.states import FP32, States, Zero, engine_states
+
+# A stated constant: CUDA's context with loaded kernels, cuBLAS and cuDNN workspaces, NCCL's channels.
+FIXED = 2_000_000_000
+# Of the allocator: what lies between tensors and cannot be used, in parts of what comes and goes.
+FRAGMENTATION = 0.05
+# Tensors of all gathered tokens (M, D) in fp32 within the quantizer's step: z, its gradient, the decoder's, p C.
+TOKEN_TENSORS = 4
+TILE = 1 << 30
+CODEBOOK_STATES = 5  # rows, gradient, two moments, average
+
+
+@dataclass(frozen=True)
+class Line:
+    """Bytes of one item: on the GPU within the passes and in the optimizer's step, and in the host's memory."""
+
+    name: str
+    passes: int
+    step: int
+    host: int = 0
+
+
+@dataclass(frozen=True)
+class MemoryBudget:
+    """`kept_per_image`: bytes that an image leaves for the backward pass."""
+
+    lines: tuple[Line, ...]
+    kept_per_image: float
+    notes: tuple[str, ...]
+
+    @property
+    def passes(self) -> int:
+        """Most bytes within forward and backward passes."""
+        return sum(line.passes for line in self.lines)
+
+    @property
+    def step(self) -> int:
+        """Most bytes in the optimizer's step."""
+        return sum(line.step for line in self.lines)
+
+    @property
+    def peak(self) -> int:
+        """Most bytes of the GPU."""
+        return max(self.passes, self.step)
+
+    @property
+    def host(self) -> int:
+        """Bytes of the host's memory that offloading takes, of one rank."""
+        return sum(line.host for line in self.lines)
+
+
+def ar_budget(run: ARRun, zero: Zero, network: Network) -> MemoryBudget:
+    """Of the transformer's training."""
+    states = engine_states(network.groups, zero)
+    held = rehearse_ar(run, keeps_gradients=states.keeps_gradients and zero.accumulation == 1)
+    logits = logit_bytes(run)
+    lines = [
+        *engine_lines("", states, ema_bytes(network, zero, run.ema_decay)),
+        Line("activations", held.peak - logits, 0),
+        Line("logits and loss", logits, 0),
+    ]
+    return _budget(lines, held.kept / run.train.micro_batch, states)
+
+
+def tokenizer_budget(run: TokenizerRun, zero: Zero, network: Network, judge: Network, perceptual: int) -> MemoryBudget:
+    """Of the tokenizer's training. UserError where `codebook_group` does not divide the ranks."""
+    states = engine_states(network.groups, zero)
+    judge_states = engine_states(judge.groups, judge_zero(zero))
+    held = rehearse_tokenizer(run, keeps_gradients=states.keeps_gradients and zero.accumulation == 1)
+    size = codebook_group_size(run, zero.world)
+    rows = FP32 * -(-run.quantizer.codebook_size // size) * run.quantizer.dim
+    copies = CODEBOOK_STATES if run.quantizer.kind in ("ibq", "vq") else 2
+    tokens = run.train.micro_batch * (run.model.resolution // run.model.downsampling) ** 2 * size
+    work = FP32 * TOKEN_TENSORS * tokens * run.quantizer.dim
+    if run.quantizer.backend == "tiled" or run.quantizer.dim > 256:
+        work += run.quantizer.tile_bytes or TILE
+    lpips = zero.weight_bytes * perceptual
+    lines = [
+        *engine_lines("", states, ema_bytes(network, zero, run.ema_decay)),
+        *[_joined("discriminator, all states", engine_lines("", judge_states, 0))],
+        Line(f"codebook, 1/{size} of {copies} copies", copies * rows, copies * rows),
+        *([Line("LPIPS, frozen", lpips, lpips)] if perceptual else []),
+        Line("activations", held.peak, 0),
+        Line("quantizer's work", work, 0),
+    ]
+    return _budget(lines, held.kept / run.train.micro_batch, states)
+
+
+def judge_zero(zero: Zero) -> Zero:
+    """How the discriminator is trained: as `train.engine.discriminator_config`."""
+    return Zero(min(1, zero.stage), zero.world, zero.weight_bytes, zero.accumulation)
+
+
+def ema_bytes(network: Network, zero: Zero, decay: float) -> int:
+    """Of this rank's average."""
+    return FP32 * -(-network.parameters // zero.world) if decay > 0 else 0
+
+
+def engine_lines(prefix: str, states: States, ema: int) -> list[Line]:
+    """An engine's items; those without bytes are left out."""
+    fields = [
+        ("weights", "weights", "weights"),
+        ("gradients", "earlier_gradients", "gradients"),
+        ("fp32 weights of the optimizer", "master", "master"),
+        ("Adam's moments", "moments", "moments"),
+        ("communication buckets", "buckets", "buckets"),
+        ("ZeRO-3: whole weights in use", "gathered", ""),
+        ("optimizer's scratch", "", "step"),
+    ]
+    lines = []
+    for name, passes, step in fields:
+        on_host = sorted({f for f in (passes, step) if f and states.places.get(f) == "host"})
+        host = max((getattr(states, f) for f in on_host), default=0)
+        line = Line(prefix + name, states.on_gpu(passes) if passes else 0, states.on_gpu(step) if step else 0, host)
+        if line.passes or line.step or line.host:
+            lines.append(line)
+    if ema:
+        offloaded = states.places.get("master") == "host"
+        lines.append(Line(prefix + "EMA", 0, 0, ema) if offloaded else Line(prefix + "EMA", ema, ema))
+    return lines
+
+
+def checkpoint_bytes(run: AnyRun, nets: Sequence[Network]) -> int:
+    """Of one whole checkpoint: fp32 weights and moments, averages, the codebook's rows."""
+    total = sum(3 * FP32 * net.parameters + FP32 * net.buffers for net in nets)
+    total += FP32 * nets[0].parameters * (run.ema_decay > 0)
+    if isinstance(run, TokenizerRun):
+        rows = FP32 * run.quantizer.codebook_size * run.quantizer.dim
+        # rows, average, two moments and the exported rows; of a frozen codebook without moments
+        total += rows * (CODEBOOK_STATES if run.quantizer.kind in ("ibq", "vq") else 3)
+    return total
+
+
+def _joined(name: str, lines: Iterable[Line]) -> Line:
+    rows = list(lines)
+    return Line(name, sum(r.passes for r in rows), sum(r.step for r in rows), sum(r.host for r in rows))
+
+
+def _budget(lines: list[Line], kept_per_image: float, states: States) -> MemoryBudget:
+    moving = sum(line.passes for line in lines if line.name in ("activations", "logits and loss"))
+    lines += [
+        Line(f"fragmentation ({100 * FRAGMENTATION:.0f} % of activations)", int(FRAGMENTATION * moving), 0),
+        Line("CUDA, cuBLAS, NCCL (assumed)", FIXED, FIXED),
+    ]
+    notes = []
+    if states.gradients > states.weights * 2 and states.places.get("gradients") != "host":
+        notes.append("ZeRO-1 under bf16 keeps whole fp32 gradients on every GPU; zero2 shares them")
+    return MemoryBudget(tuple(lines), kept_per_image, tuple(notes))

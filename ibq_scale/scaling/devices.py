@@ -1,0 +1,52 @@
+"""What is known of GPUs: the most they compute, and how much they hold. Nothing is guessed from a likeness of names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Device:
+    """`peak_bf16`: dense bf16 products with fp32 sums, FLOP/s. `memory`: bytes, as the data sheet counts them."""
+
+    name: str
+    peak_bf16: float
+    memory: float
+
+
+# From NVIDIA's data sheets, which print twice as many FLOP/s, "with sparsity". A form factor of its own has its own
+# clock and memory.
+DEVICES = {
+    "A10": Device("A10", 125e12, 24e9),
+    "A100": Device("A100", 312e12, 80e9),
+    "A100 40GB": Device("A100 40GB", 312e12, 40e9),
+    "A40": Device("A40", 149.7e12, 48e9),
+    "B200": Device("B200", 2250e12, 180e9),
+    "H100": Device("H100", 989.4e12, 80e9),
+    "H100 NVL": Device("H100 NVL", 835e12, 94e9),
+    "H100 PCIe": Device("H100 PCIe", 756e12, 80e9),
+    "H200": Device("H200", 989.4e12, 141e9),
+    "L4": Device("L4", 121e12, 24e9),
+    "L40S": Device("L40S", 362e12, 48e9),
+}
+FORMS = ("NVL", "PCIe")
+# Of A100 and A40 all forms have one peak.
+ONE_PEAK = ("A100", "A40")
+
+
+def known_peak(name: str) -> float | None:
+    """bf16 FLOP/s of a GPU by the name that CUDA gives, None for one that is not in the table."""
+    words = name.removeprefix("NVIDIA ").replace("-", " ").split()
+    model = words[0] if words else ""
+    form = next((word for word in words[1:] if word in FORMS), None)
+    found = DEVICES.get(model if form is None or model in ONE_PEAK else f"{model} {form}")
+    return None if found is None else found.peak_bf16
+
+
+def named(name: str) -> Device | None:
+    """A GPU by the name that a person types (``h100``, ``a100-40gb``), None for one that is not in the table."""
+    return {_plain(known): device for known, device in DEVICES.items()}.get(_plain(name))
+
+
+def _plain(name: str) -> str:
+    return name.lower().removeprefix("nvidia").replace("-", "").replace(" ", "").replace("_", "")

@@ -1,0 +1,193 @@
+"""Floating-point operations of a training step, counted on tensors without memory; a transformer's by formula too.
+
+Convolutions and matrix products only, two a multiplication with its addition, as MFU is usually counted; work that is
+done again to save memory does not count. The codebook's products are counted by formula, since the quantizer is an
+operator of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from ibq_scale.config.models import TransformerConfig
+from ibq_scale.config.run import TokenizerRun
+from ibq_scale.losses.perceptual import Net, Perceptual
+from ibq_scale.models.autoencoder import Autoencoder
+from ibq_scale.models.discriminator import PatchDiscriminator
+from ibq_scale.models.transformer import Transformer
+
+META = torch.device("meta")
+# Products that the quantizer's step needs: S once, then S and g Cᵀ, ∂S C and ∂Sᵀ z.
+STEP_PRODUCTS = 5
+# Products that backends do where whole rows are not at hand: S and p C for the sums, S for q̄, S for π, then S, g Cᵀ,
+# ∂S C and ∂Sᵀ z together or, in Triton, S and g Cᵀ for each of the two.
+SHARDED_PRODUCTS, TRITON_PRODUCTS = 8, 10
+
+
+TOKENIZER_FORMULA = (
+    "autoencoder forward and back, discriminator three passes, LPIPS twice forward and once back: convolutions and "
+    "products, counted; quantizer 5 × 2·T·K·D"
+)
+AR_FORMULA = (
+    "3 × (L·(projections 2·T·E·(2E + 2·G·d) + attention 4·T²·E + feed-forward 6·T·E·F) + AdaLN 2·E·(6L + 2)·E + "
+    "head 2·T·E·V + embedding 0)"
+)
+
+
+# Kernels that need a GPU, and the compiler, are no matter of the meta device.
+ANYWHERE = {"attention": "auto", "compile": False}
+
+
+@dataclass(frozen=True)
+class ARFlops:
+    """FLOPs of an image's forward pass, by part (`AR_FORMULA`).
+
+    L blocks of width E on T tokens, G heads of d for keys and values, SwiGLU of F, V codes. Attention counts whole
+    though half of it is masked, as PaLM (arXiv 2204.02311, appendix B) and others count; AdaLN works once an image; an
+    embedding is looked up and multiplies nothing.
+    """
+
+    projections: float
+    attention: float
+    feed_forward: float
+    adaln: float
+    head: float
+    embedding: float = 0.0
+
+    @property
+    def forward(self) -> float:
+        return self.projections + self.attention + self.feed_forward + self.adaln + self.head + self.embedding
+
+    @property
+    def total(self) -> float:
+        """With the backward pass, which multiplies twice as much."""
+        return 3.0 * self.forward
+
+    def training(self) -> dict[str, float]:
+        """By part, forward and backward."""
+        return {
+            "attention projections": 3.0 * self.projections,
+            "attention": 3.0 * self.attention,
+            "feed-forward": 3.0 * self.feed_forward,
+            "AdaLN": 3.0 * self.adaln,
+            "head": 3.0 * self.head,
+            "embedding": 3.0 * self.embedding,
+        }
+
+
+def ar_flops(model: TransformerConfig) -> ARFlops:
+    """By formula."""
+    L, T, E = model.depth, model.tokens, model.width
+    keys_and_values = 2 * model.kv_groups * model.head_dim
+    modulations = 6 * L + 2 if model.conditioning == "adaln" else 0
+    return ARFlops(
+        projections=2.0 * L * T * E * (2 * E + keys_and_values),
+        attention=4.0 * L * T**2 * E,
+        feed_forward=6.0 * L * T * E * model.ffn_hidden,
+        adaln=2.0 * E * modulations * E,
+        head=2.0 * T * E * model.codebook_size,
+    )
+
+
+def ar_executed(model: TransformerConfig) -> float:
+    """FLOPs an image that a step does, counted: what checkpointing computes again is in it.
+
+    Of one and of two blocks, and so on in the same steps: every block is like the others.
+    """
+    one, two = (_counted(model.model_copy(update={"depth": depth})) for depth in (1, 2))
+    return one + (model.depth - 1) * (two - one)
+
+
+def _counted(config: TransformerConfig) -> float:
+    with META:
+        model = Transformer(config.model_copy(update=ANYWHERE))
+        codes_BT, labels_B = torch.zeros((1, config.tokens), dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    return count(lambda: model(codes_BT, labels_B))
+
+
+@dataclass(frozen=True)
+class StepFlops:
+    """FLOPs of one image's share of a tokenizer's step. `quantizer_executed`: with what the backend does again."""
+
+    autoencoder: float
+    quantizer: float
+    quantizer_executed: float
+    discriminator: float
+    perceptual: float
+
+    @property
+    def total(self) -> float:
+        """What the step needs, the discriminator's turn included."""
+        return self.autoencoder + self.quantizer + self.discriminator + self.perceptual
+
+
+def step_flops(run: TokenizerRun, *, backend: str, sharded: bool) -> StepFlops:
+    """Counts a tokenizer's step. `backend` is the quantizer's, `sharded` whether ranks share the codebook."""
+    side = run.model.resolution
+    image = torch.empty(1, 3, side, side, device=META)
+    needed, executed = _quantizer(run, backend, sharded)
+    return StepFlops(
+        autoencoder=_autoencoder(run, image),
+        quantizer=needed,
+        quantizer_executed=executed,
+        discriminator=_discriminator(run, image) if run.loss.adversarial_weight > 0 else 0.0,
+        perceptual=_perceptual(run, image) if run.loss.perceptual != "none" else 0.0,
+    )
+
+
+def count(call: Callable[[], Tensor]) -> float:
+    """FLOPs of computing a tensor and going back from it."""
+    with FlopCounterMode(display=False) as counter:
+        torch.autograd.backward(call().sum())
+    return float(counter.get_total_flops())
+
+
+def _autoencoder(run: TokenizerRun, image: Tensor) -> float:
+    with META:
+        model = Autoencoder(run.model.architecture(), run.quantizer.dim)
+    return count(lambda: model.decode(model.encode(image)))
+
+
+def _discriminator(run: TokenizerRun, image: Tensor) -> float:
+    """Three passes: real and fake for its own weights, and once for the generator, back to the picture."""
+    with META:
+        model = PatchDiscriminator(run.discriminator)
+    own = count(lambda: model(image))
+    model.requires_grad_(False)
+    fake = image.clone().requires_grad_()
+    return 2 * own + count(lambda: model(fake))
+
+
+def _perceptual(run: TokenizerRun, image: Tensor) -> float:
+    """Both pictures forward, back to the reconstruction alone."""
+    net = run.loss.perceptual
+    assert net != "none"
+    metric = perceptual_on_meta(net, torch.float32)
+    fake = image.clone().requires_grad_()
+    return count(lambda: metric(image, fake))
+
+
+@cache
+def perceptual_on_meta(net: Net, dtype: torch.dtype) -> Perceptual:
+    """LPIPS without numbers. The random network is the same VGG as the real one, and reads no file."""
+    return Perceptual("random" if net == "vgg" else net, META, dtype)
+
+
+def _quantizer(run: TokenizerRun, backend: str, sharded: bool) -> tuple[float, float]:
+    """FLOPs an image that are needed, and that are done."""
+    settings = run.quantizer
+    tokens = (run.model.resolution // run.model.downsampling) ** 2
+    product = 2.0 * tokens * settings.codebook_size * settings.dim
+    if settings.kind == "lfq":
+        return 0.0, 0.0
+    if settings.kind != "ibq":
+        # The search alone. SimVQ's layer makes the codes once a micro-batch, which is little beside it.
+        return product, product
+    done = TRITON_PRODUCTS if backend == "triton" else SHARDED_PRODUCTS if sharded else STEP_PRODUCTS
+    return STEP_PRODUCTS * product, done * product

@@ -1,0 +1,95 @@
+"""Bytes of tensors as they come and go, on any device: on ``meta`` a step can be rehearsed without memory.
+
+Every operator's outputs are followed from their making to their end, as an allocator would see them. So what counts is
+the code that trains, and not a formula beside it. On ``meta`` two operators are put in as CUDA has them: attention that
+keeps no T × T matrix, and dropout that keeps a byte an element.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# What torch's CUDA allocator rounds up to.
+BLOCK = 512
+
+
+def rounded(size: int) -> int:
+    """Bytes that an allocation of `size` takes."""
+    return -(-size // BLOCK) * BLOCK
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the tensors' memory, each once however many share it."""
+    return sum(rounded(s.nbytes()) for s in {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}.values())
+
+
+class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Bytes alive now and at most, of what is made inside; `known` tensors count from the start, `free` ones never."""
+
+    def __init__(self, known: Sequence[Tensor] = (), free: Sequence[Tensor] = ()) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.alive = self.peak = 0
+        self._seen: dict[int, Any] = {}
+        for tensor in free:
+            self._follow(tensor.untyped_storage(), 0)
+        for tensor in known:
+            self._follow(tensor.untyped_storage(), rounded(tensor.untyped_storage().nbytes()))
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                self._follow(storage, rounded(storage.nbytes()))
+        return out
+
+    def _follow(self, storage: torch.UntypedStorage, size: int) -> None:
+        place = storage._cdata
+        if place in self._seen:
+            return
+
+        def end(_: Any) -> None:
+            del self._seen[place]
+            self.alive -= size
+
+        self._seen[place] = weakref.ref(storage, end)
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+
+
+@contextmanager
+def as_on_cuda() -> Iterator[None]:
+    """Attention and dropout keep what their CUDA kernels keep for the backward pass; their results mean nothing.
+
+    By replacing torch's functions and not by a `TorchFunctionMode`, which is off within a backward pass, where
+    checkpointed blocks run again.
+    """
+    before = F.scaled_dot_product_attention, F.dropout
+    F.scaled_dot_product_attention, F.dropout = _attention, _dropout
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention, F.dropout = before
+
+
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    return torch.native_dropout(input, p, True)[0] if training and p > 0 else input
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+    """FlashAttention: queries, keys, values, the output and one fp32 number a query are kept (arXiv 2307.08691)."""
+    if key.shape[1] != query.shape[1]:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+    return out

@@ -1,0 +1,81 @@
+"""The networks of a run by part, on the meta device: nothing is counted by a formula that a module could tell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ibq_scale.config.run import ARRun, TokenizerRun
+from ibq_scale.models.autoencoder import Autoencoder
+from ibq_scale.models.discriminator import PatchDiscriminator
+from ibq_scale.models.transformer import Transformer
+from ibq_scale.scaling.flops import META, perceptual_on_meta
+from ibq_scale.scaling.rehearse import compute_dtype
+from ibq_scale.train.engine import adam, adamw
+
+
+@dataclass(frozen=True)
+class Network:
+    """Parameters by part, and of each parameter the elements, by the optimizer's groups; `buffers`: elements."""
+
+    parts: dict[str, int]
+    groups: tuple[tuple[int, ...], ...]
+    buffers: int
+
+    @property
+    def parameters(self) -> int:
+        return sum(self.parts.values())
+
+
+def transformer(run: ARRun) -> Network:
+    """Of stage 2."""
+    with META:
+        module = Transformer(run.model)
+    return _network(module, _transformer_part, adamw(module, run.optimizer))
+
+
+def autoencoder(run: TokenizerRun) -> Network:
+    """What stage 1's first engine trains."""
+    with META:
+        module = Autoencoder(run.model, run.quantizer.dim)
+    return _network(module, _autoencoder_part, adam(module.parameters(), run.optimizer))
+
+
+def discriminator(run: TokenizerRun) -> Network:
+    """What stage 1's second engine trains."""
+    with META:
+        module = PatchDiscriminator(run.discriminator)
+    return _network(module, lambda _: "discriminator", adam(module.parameters(), run.optimizer))
+
+
+def perceptual(run: TokenizerRun) -> int:
+    """Elements of the frozen network of LPIPS, 0 without it."""
+    net = run.loss.perceptual
+    if net == "none":
+        return 0
+    metric = perceptual_on_meta(net, compute_dtype(run))
+    return sum(p.numel() for p in metric.parameters())
+
+
+def _network(module: nn.Module, part: Callable[[str], str], optimizer: torch.optim.Optimizer) -> Network:
+    parts: dict[str, int] = {}
+    for name, parameter in module.named_parameters():
+        parts[part(name)] = parts.get(part(name), 0) + parameter.numel()
+    groups = tuple(tuple(p.numel() for p in group["params"]) for group in optimizer.param_groups)
+    return Network(parts, groups, sum(b.numel() for b in module.buffers()))
+
+
+def _transformer_part(name: str) -> str:
+    if "ada_lin" in name:
+        return "AdaLN"
+    for start, part in (("tok_emb", "embedding"), ("class_emb", "class embedding"), ("head", "head")):
+        if name.startswith(start):
+            return part
+    return "feed-forward" if "feed_forward" in name or "ffn" in name else "attention"
+
+
+def _autoencoder_part(name: str) -> str:
+    return "encoder" if name.startswith(("encoder", "quant_conv")) else "decoder"

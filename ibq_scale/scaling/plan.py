@@ -1,0 +1,229 @@
+"""What a run needs: parameters, FLOPs, memory of a GPU, a checkpoint, and time where a rate is known or assumed.
+
+Everything is computed on the meta device from the config alone, so a plan takes seconds and no GPU. What is assumed is
+said to be: a GPU that is not in the table has no peak, and so no time.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ibq_scale.config.deepspeed import deepspeed_config
+from ibq_scale.config.run import AnyRun, ARRun, TokenizerRun
+from ibq_scale.errors import UserError
+from ibq_scale.scaling import networks
+from ibq_scale.scaling.budget import MemoryBudget, ar_budget, checkpoint_bytes, tokenizer_budget
+from ibq_scale.scaling.devices import DEVICES, Device, named
+from ibq_scale.scaling.flops import AR_FORMULA, TOKENIZER_FORMULA, ar_executed, ar_flops, step_flops
+from ibq_scale.scaling.states import Zero
+
+# Of rates that a model's FLOPs explain: a measured file of another model is refused beyond it.
+SAME_FLOPS = 1e-3
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is asked for. `device`: a GPU's name; `memory`: bytes of one GPU, where the name does not tell."""
+
+    gpus: int = 1
+    nodes: int = 1
+    device: str | None = None
+    memory: float | None = None
+
+    @property
+    def world(self) -> int:
+        """Ranks, one a GPU."""
+        return self.gpus * self.nodes
+
+    @property
+    def known(self) -> Device | None:
+        """The GPU in the table, None for one that is not."""
+        return None if self.device is None else named(self.device)
+
+    @property
+    def gpu_memory(self) -> float | None:
+        """Bytes of one GPU, None where nobody said."""
+        return self.memory or (self.known.memory if self.known else None)
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A measured rate, from a benchmark's JSON: of one GPU, and of what model."""
+
+    source: str
+    device: str
+    images_per_s: float
+    flops_per_image: float
+
+    @staticmethod
+    def read(path: Path) -> Rate:
+        """From what `ibq-scale bench ar` or `bench tokenizer` printed with --json. UserError for anything else."""
+        try:
+            report = json.loads(path.read_text())
+            rate = float(report["images_per_s"]) / int(report["ranks"])
+            return Rate(str(path), str(report["device"]), rate, float(report["flops_per_image"]))
+        except (OSError, ValueError, TypeError, KeyError, ZeroDivisionError):
+            raise UserError(
+                f"{path} is no report of a benchmark: write one with ibq-scale bench ar PRESET --json > {path.name}"
+            ) from None
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Of training, an image: what is needed, by part, and what is done, with what is computed again."""
+
+    parts: dict[str, float]
+    executed: float
+    formula: str
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Time:
+    """Of the whole run. `basis` says what it rests on; the rest is None where it rests on nothing."""
+
+    basis: str
+    images_per_s: float | None = None
+    step_s: float | None = None
+    hours: float | None = None
+    gpu_hours: float | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """See the module's docstring. Bytes and FLOP/s are plain numbers, of one GPU where not said otherwise."""
+
+    name: str
+    task: str
+    precision: str
+    deepspeed: str
+    zero_stage: int
+    machine: Machine
+    micro_batch: int
+    accumulation: int
+    global_batch: int
+    steps: int
+    samples: int
+    tokens: int
+    parameters: dict[str, int]
+    frozen: dict[str, int]
+    flops: Flops
+    memory: MemoryBudget
+    checkpoint_bytes: int
+    time: Time
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def fits(self) -> bool | None:
+        """None where the GPU's memory is unknown."""
+        memory = self.machine.gpu_memory
+        return None if memory is None else self.memory.peak <= memory
+
+    @property
+    def flops_per_step(self) -> float:
+        return self.flops.total * self.global_batch
+
+
+def make_plan(run: AnyRun, machine: Machine, *, mfu: float, measured: Rate | None = None) -> Plan:
+    """Plans a run. UserError for what training refuses too: batches, the DeepSpeed JSON, the codebook's groups."""
+    config = deepspeed_config(run, machine.world)
+    zero = Zero.of(config, world=machine.world)
+    if isinstance(run, TokenizerRun):
+        tokens = (run.model.resolution // run.model.downsampling) ** 2
+        flops = _tokenizer_flops(run, machine.world)
+        nets = [networks.autoencoder(run), networks.discriminator(run)]
+        rows = run.quantizer.codebook_size * run.quantizer.dim
+        learns = run.quantizer.kind in ("ibq", "vq")
+        codebook = {"codebook": rows} if learns else {}
+        lpips = networks.perceptual(run)
+        frozen = ({} if learns else {"codebook": rows}) | ({"LPIPS": lpips} if lpips else {})
+        budget = tokenizer_budget(run, zero, nets[0], nets[1], lpips)
+    else:
+        tokens, codebook, frozen = run.model.tokens, {}, {}
+        parts = ar_flops(run.model)
+        flops = Flops(parts.training(), ar_executed(run.model), AR_FORMULA)
+        nets = [networks.transformer(run)]
+        budget = ar_budget(run, zero, nets[0])
+    parameters: dict[str, int] = {}
+    for net in nets:
+        parameters |= net.parts
+    train = run.train
+    return Plan(
+        name=run.name,
+        task=run.task,
+        precision=train.precision,
+        deepspeed=run.deepspeed.config,
+        zero_stage=zero.stage,
+        machine=machine,
+        micro_batch=train.micro_batch,
+        accumulation=zero.accumulation,
+        global_batch=train.global_batch,
+        steps=train.total_steps,
+        samples=train.total_samples,
+        tokens=train.total_samples * tokens,
+        parameters=parameters | codebook,
+        frozen=frozen,
+        flops=flops,
+        memory=budget,
+        checkpoint_bytes=checkpoint_bytes(run, nets),
+        time=_time(run, machine, flops.total, mfu, measured),
+        notes=_notes(run, machine, budget),
+    )
+
+
+def _tokenizer_flops(run: TokenizerRun, world: int) -> Flops:
+    backend = "tiled" if run.quantizer.backend == "tiled" or run.quantizer.dim > 256 else "triton"
+    step = step_flops(run, backend=backend, sharded=(run.codebook_group or world) > 1)
+    parts = {
+        "autoencoder": step.autoencoder,
+        "quantizer": step.quantizer,
+        "discriminator": step.discriminator,
+        "LPIPS": step.perceptual,
+    }
+    again = step.quantizer_executed - step.quantizer
+    if run.model.activation_checkpointing:
+        again += step.autoencoder / 3
+    return Flops(parts, step.total + again, TOKENIZER_FORMULA)
+
+
+def _time(run: AnyRun, machine: Machine, flops: float, mfu: float, measured: Rate | None) -> Time:
+    if measured is not None:
+        if abs(measured.flops_per_image / flops - 1) > SAME_FLOPS:
+            raise UserError(
+                f"{measured.source} was measured with another model: {measured.flops_per_image / 1e9:.4g} GFLOP an "
+                f"image there, {flops / 1e9:.4g} here"
+            )
+        basis = f"measured on {measured.device} ({measured.source}); more GPUs are taken to lose nothing"
+        return _at(run, machine, measured.images_per_s * machine.world, basis)
+    device = machine.known
+    if device is None:
+        return Time("no time: " + ("no --device" if machine.device is None else _unknown(machine.device)))
+    if run.train.precision != "bf16":
+        return Time(f"no time: the peak of {device.name} is known for bf16, this run computes in fp32")
+    basis = f"ASSUMED: {100 * mfu:.3g} % of {device.name}'s {device.peak_bf16 / 1e12:.4g} TFLOP/s (MFU); not measured"
+    return _at(run, machine, machine.world * device.peak_bf16 * mfu / flops, basis)
+
+
+def _at(run: AnyRun, machine: Machine, images_per_s: float, basis: str) -> Time:
+    hours = run.train.total_samples / images_per_s / 3600
+    return Time(basis, images_per_s, run.train.global_batch / images_per_s, hours, hours * machine.world)
+
+
+def _unknown(name: str) -> str:
+    return f"{name} is not in the table ({', '.join(DEVICES)})"
+
+
+def _notes(run: AnyRun, machine: Machine, budget: MemoryBudget) -> tuple[str, ...]:
+    notes = list(budget.notes)
+    if machine.device is not None and machine.known is None:
+        notes.append(f"{_unknown(machine.device)}: no time" + ("" if machine.memory else ", and --memory is needed"))
+    if run.model.compile:
+        notes.append("model.compile keeps less for the backward pass than is counted here")
+    if isinstance(run, ARRun) and run.ema_decay == 0:
+        notes.append("no EMA of the weights (ema_decay=0)")
+    return tuple(notes)

@@ -1,0 +1,126 @@
+"""A micro-batch of either stage on tensors without memory: what its pass forward and back holds at most.
+
+The networks are the trained ones, in the precision and with the checkpointing of the config. What is inside of an
+operator cannot be seen: workspaces of convolutions and products, and the logits of one chunk of a fused loss.
+torch.compile is left out, so compiled blocks need less than this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ibq_scale.config.run import ARRun, RunConfig, TokenizerRun
+from ibq_scale.losses.adversarial import discriminator_hinge, generator_non_saturating
+from ibq_scale.losses.perceptual import Perceptual
+from ibq_scale.models.autoencoder import Autoencoder, image_of, tokens_of
+from ibq_scale.models.discriminator import PatchDiscriminator
+from ibq_scale.models.transformer import Transformer
+from ibq_scale.scaling.flops import ANYWHERE, META, perceptual_on_meta
+from ibq_scale.scaling.memory import Allocations, as_on_cuda
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes beyond the states. `kept`: alive between the passes. `peak`: at most, with gradients that leave at once."""
+
+    kept: int
+    peak: int
+
+
+def rehearse_ar(run: ARRun, *, keeps_gradients: bool, head: bool = True) -> Held:
+    """A micro-batch of the transformer; without `head` it ends at the hidden states."""
+    with META:
+        model = Transformer(run.model.model_copy(update=ANYWHERE)).to(compute_dtype(run))
+        codes_BT = torch.zeros((run.train.micro_batch, run.model.tokens), dtype=torch.int64)
+        labels_B = torch.zeros(run.train.micro_batch, dtype=torch.int64)
+
+    def forward() -> Tensor:
+        if not head:
+            return model.hidden(codes_BT, labels_B).sum()
+        return F.cross_entropy(model(codes_BT, labels_B).flatten(0, 1).float(), codes_BT.flatten())
+
+    return _rehearse(model.parameters(), forward, keeps_gradients)
+
+
+def logit_bytes(run: ARRun) -> int:
+    """What head and loss add to the peak."""
+    one = run.model_copy(update={"model": run.model.model_copy(update={"depth": 1})})
+    with_head, without = (rehearse_ar(one, keeps_gradients=False, head=head).peak for head in (True, False))
+    return max(0, with_head - without)
+
+
+def rehearse_tokenizer(run: TokenizerRun, *, keeps_gradients: bool) -> Held:
+    """A micro-batch of the tokenizer as `TokenizerTask` runs it, without the quantizer, which is counted by formula."""
+    dtype = compute_dtype(run)
+    with META:
+        model = Autoencoder(run.model.model_copy(update={"compile": False}), run.quantizer.dim).to(dtype)
+        judge = PatchDiscriminator(run.discriminator).to(dtype)
+        images = torch.zeros((run.train.micro_batch, 3, run.model.resolution, run.model.resolution))
+    net = run.loss.perceptual
+    metric = None if net == "none" else perceptual_on_meta(net, dtype)
+
+    def forward() -> Tensor:
+        z_BDhw = model.encode(images)
+        codes_ND = tokens_of(z_BDhw).float() * 1.0
+        reconstruction = model.decode(image_of(codes_ND.to(dtype), z_BDhw.shape))
+        gradient = _gradient_of_image_losses(run, images, reconstruction.detach().float(), metric, judge)
+        return (reconstruction * gradient).sum()
+
+    def judged() -> Tensor:
+        real, fake = judge(images), judge(torch.zeros_like(images))
+        return discriminator_hinge(real.float(), fake.float())
+
+    ours = _rehearse([*model.parameters(), *judge.parameters(), *_frozen(metric)], forward, keeps_gradients)
+    if run.loss.adversarial_weight == 0:
+        return ours
+    theirs = _rehearse(judge.parameters(), judged, keeps_gradients)
+    return Held(ours.kept, max(ours.peak, theirs.peak))
+
+
+def compute_dtype(run: RunConfig) -> torch.dtype:
+    """Of weights and activations."""
+    return torch.bfloat16 if run.train.precision == "bf16" else torch.float32
+
+
+def _frozen(metric: nn.Module | None) -> list[Tensor]:
+    return [] if metric is None else [*metric.parameters(), *metric.buffers()]
+
+
+def _gradient_of_image_losses(
+    run: TokenizerRun, images: Tensor, shown: Tensor, metric: Perceptual | None, judge: PatchDiscriminator
+) -> Tensor:
+    """As `TokenizerTask._image_loss`."""
+    fake = shown.requires_grad_()
+    loss = (fake - images).abs().mean()
+    if metric is not None:
+        loss = loss + metric(images, fake).mean()
+    (gradient,) = torch.autograd.grad(loss, fake)
+    if run.loss.adversarial_weight > 0:
+        judge.requires_grad_(False)
+        (more,) = torch.autograd.grad(generator_non_saturating(judge(fake).float()), fake)
+        judge.requires_grad_(True)
+        gradient = gradient + more
+    return gradient
+
+
+def _rehearse(parameters: Iterable[Tensor], forward: Callable[[], Tensor], keeps_gradients: bool) -> Held:
+    """Runs it both ways. `parameters` are counted elsewhere."""
+    known = list(parameters)
+    if not keeps_gradients:
+        for parameter in known:
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(_drop)  # type: ignore[no-untyped-call]
+    with as_on_cuda(), Allocations(free=known) as memory:
+        loss = forward()
+        kept = memory.alive
+        torch.autograd.backward(loss)
+    return Held(kept, memory.peak)
+
+
+def _drop(parameter: Tensor) -> None:
+    parameter.grad = None

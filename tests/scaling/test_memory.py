@@ -1,0 +1,197 @@
+"""Rehearsals on the meta device against real tensors, and the states against DeepSpeed's own allocations."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ibq_scale.config.layers import resolve
+from ibq_scale.config.run import ARRun
+from ibq_scale.models.transformer import Transformer
+from ibq_scale.scaling.budget import ar_budget
+from ibq_scale.scaling.memory import Allocations, as_on_cuda, rounded, storage_bytes
+from ibq_scale.scaling.networks import transformer
+from ibq_scale.scaling.rehearse import compute_dtype, logit_bytes, rehearse_ar
+from ibq_scale.scaling.states import Zero, engine_states
+from tests.ranks import run_ranks
+
+# Torch's CPU build keeps a dropout's mask as wide as its input, so without dropout the two must agree.
+STILL = ("model.token_dropout=0", "model.residual_dropout=0", "model.ffn_dropout=0", "train.micro_batch=4")
+SIZES = [
+    ("model.depth=2", "model.width=128"),
+    ("model.depth=5", "model.width=64", "model.codebook_size=4096", "model.tokens=64"),
+    ("model.depth=3", "model.qk_norm=true", "model.conditioning=prefix"),
+]
+
+
+def _run(*overrides: str) -> ARRun:
+    run = resolve("ar/tiny", [*STILL, *overrides]).config
+    assert isinstance(run, ARRun)
+    return run
+
+
+def _on_cpu(run: ARRun) -> tuple[Transformer, torch.Tensor, torch.Tensor]:
+    model = Transformer(run.model).to(compute_dtype(run))
+    codes_BT = torch.zeros((run.train.micro_batch, run.model.tokens), dtype=torch.int64)
+    return model, codes_BT, torch.zeros(run.train.micro_batch, dtype=torch.int64)
+
+
+def _loss(model: Any, codes_BT: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(model(codes_BT, labels_B).flatten(0, 1).float(), codes_BT.flatten())
+
+
+def _saved(run: ARRun) -> int:
+    """Bytes that autograd keeps after a real forward pass, by its own hooks."""
+    model, codes_BT, labels_B = _on_cpu(run)
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept: list[torch.Tensor] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage()._cdata not in own:
+            kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = _loss(model, codes_BT, labels_B)
+    del loss
+    return storage_bytes(kept)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("size", SIZES)
+def test_what_is_kept_is_what_autograd_saves(size: tuple[str, ...], checkpointing: str, precision: str) -> None:
+    run = _run(*size, f"train.precision={precision}", f"model.activation_checkpointing={checkpointing}")
+    held = rehearse_ar(run, keeps_gradients=False)
+    assert held.kept == pytest.approx(_saved(run), rel=0.03)
+    assert held.peak > held.kept
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("keeps_gradients", [False, True])
+def test_the_peak_is_that_of_real_passes(checkpointing: str, keeps_gradients: bool) -> None:
+    run = _run("train.precision=bf16", f"model.activation_checkpointing={checkpointing}", "model.depth=3")
+    model, codes_BT, labels_B = _on_cpu(run)
+    if not keeps_gradients:
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    with Allocations(free=[*model.parameters(), codes_BT, labels_B, model._table_2Tp]) as memory:
+        torch.autograd.backward(_loss(model, codes_BT, labels_B))
+    assert rehearse_ar(run, keeps_gradients=keeps_gradients).peak == pytest.approx(memory.peak, rel=0.01)
+
+
+def test_what_saves_memory_saves_it() -> None:
+    none, selective, full = (
+        rehearse_ar(_run("model.depth=4", f"model.activation_checkpointing={how}"), keeps_gradients=False)
+        for how in ("none", "selective", "full")
+    )
+    assert full.kept < selective.kept < none.kept
+    assert full.peak < selective.peak < none.peak
+
+
+def test_logits_grow_with_the_codebook_alone() -> None:
+    # bf16 logits and their gradient, fp32 ones, their softmax and its gradient: 12 to 16 bytes a logit.
+    run = _run("model.codebook_size=8192", "train.precision=bf16", "model.depth=2")
+    assert 8 < logit_bytes(run) / (4 * 256 * 8192) < 17
+
+
+def test_dropout_and_attention_are_those_of_cuda() -> None:
+    x = torch.zeros(4, 1024, device="meta", requires_grad=True)
+    with as_on_cuda(), Allocations(free=[x]) as memory:
+        out = F.dropout(x, 0.1)
+    assert memory.alive == 4 * 1024 * (4 + 1)
+    q = torch.zeros(1, 2, 512, 64, device="meta", requires_grad=True)
+    with as_on_cuda(), Allocations(free=[q]) as memory:
+        mixed = F.scaled_dot_product_attention(q, q, q)
+    assert memory.alive < 4 * 512 * 512
+    assert out.shape == x.shape
+    assert mixed.shape == q.shape
+
+
+def test_bytes_are_counted_once_and_until_they_go() -> None:
+    with Allocations() as memory:
+        a = torch.zeros(1000)
+        b = a.view(10, 100).t()
+        assert memory.alive == rounded(4000) == 4096
+        del a
+        assert memory.alive == 4096
+        del b
+    assert (memory.alive, memory.peak) == (0, 4096)
+
+
+LAYOUTS = [("zero0", "fp32"), ("zero1", "bf16"), ("zero1", "fp32"), ("zero2", "bf16"), ("zero3", "bf16")]
+ZERO_SIZES = (
+    "model.depth=3",
+    "model.width=256",
+    "train.global_batch=16",
+    "deepspeed.overrides.zero_optimization.reduce_bucket_size=1000000",
+)
+
+
+def _zero_run(config: str, precision: str) -> ARRun:
+    return _run(*ZERO_SIZES, f"deepspeed.config={config}", f"train.precision={precision}")
+
+
+def _everything() -> list[torch.Tensor]:
+    """Every living tensor with memory, one a storage."""
+    found = {}
+    gc.collect()
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor) and thing.device.type == "cpu":
+            for tensor in (thing, getattr(thing, "ds_tensor", None)):
+                if isinstance(tensor, torch.Tensor):
+                    found[tensor.untyped_storage()._cdata] = tensor
+    return list(found.values())
+
+
+def _allocated(rank: int, world: int, config: str, precision: str) -> dict[str, int]:
+    """Bytes of this rank's optimizer by kind, and the most alive within a step beyond what was before the engine."""
+    from ibq_scale.config.deepspeed import deepspeed_config
+    from ibq_scale.train.engine import adamw, make_engine, step
+
+    run = _zero_run(config, precision)
+    before = storage_bytes(_everything())
+    model, codes_BT, labels_B = _on_cpu(run)
+    model = model.float()
+    engine = make_engine(model, adamw(model, run.optimizer), deepspeed_config(run, world), torch.device("cpu"))
+
+    def train() -> None:
+        for _ in range(2):
+            engine.backward(_loss(engine, codes_BT, labels_B))
+            step(engine)
+
+    train()
+    inner = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    # ZeRO-3 leaves the optimizer's groups empty between steps.
+    flats = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)
+    flats = flats or [p for group in inner.param_groups for p in group["params"]]
+    moments = [state[name] for state in inner.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    sizes = {"master": sum(4 * p.numel() for p in flats), "moments": sum(4 * m.numel() for m in moments)}
+    with Allocations(known=_everything()) as memory:
+        train()
+    return sizes | {"peak": memory.peak - before}
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize(("config", "precision"), LAYOUTS)
+def test_states_are_those_that_deepspeed_allocates(config: str, precision: str) -> None:
+    from ibq_scale.config.deepspeed import deepspeed_config
+
+    run = _zero_run(config, precision)
+    zero = Zero.of(deepspeed_config(run, 2), world=2)
+    network = transformer(run)
+    states = engine_states(network.groups, zero)
+    budget = ar_budget(run, zero, network)
+    expected = sum(
+        line.passes for line in budget.lines if not line.name.startswith(("fragmentation", "CUDA", "optimizer's"))
+    )
+    for found in run_ranks(_allocated, 2, config, precision):
+        if zero.stage > 0:
+            assert found["master"] == states.master
+        assert found["moments"] == states.moments
+        assert found["peak"] == pytest.approx(expected, rel=0.1)

@@ -1,0 +1,150 @@
+"""Plans: of every preset, against published and counted numbers, and what is refused or left unsaid."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ibq_scale.cli.main import main
+from ibq_scale.config.layers import preset_names, resolve
+from ibq_scale.config.run import ARRun
+from ibq_scale.models.transformer import Transformer
+from ibq_scale.scaling.flops import META, ar_executed, ar_flops
+
+# arXiv 2412.02692 and the authors' repository.
+PUBLISHED = {"ar/b": 342e6, "ar/l": 649e6, "ar/xl": 1.1e9, "ar/xxl": 2.1e9}
+
+
+def _plan(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    capsys.readouterr()
+    assert main(["plan", *words, "--json"]) == 0
+    document: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return document
+
+
+def _refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    capsys.readouterr()
+    assert main(["plan", *words]) == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_every_preset_is_planned(preset: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The dry run: networks built, a micro-batch rehearsed, FLOPs counted, the DeepSpeed JSON read and completed."""
+    plan = _plan(capsys, preset, "--device", "h100")
+    assert plan["flops"]["executed"] >= 0.999 * plan["flops"]["per_image"] > 0
+    assert plan["flops"]["per_step"] == pytest.approx(plan["flops"]["per_image"] * plan["global_batch"])
+    assert plan["global_batch"] == plan["micro_batch"] * plan["accumulation"]
+    assert plan["samples"] == plan["steps"] * plan["global_batch"]
+    assert plan["memory"]["peak"] == max(plan["memory"]["passes"], plan["memory"]["step"])
+    assert plan["memory"]["fits"] == (plan["memory"]["peak"] <= 80e9)
+    assert plan["checkpoint_bytes"] > 12 * 0.9 * sum(plan["parameters"].values())
+    timed = plan["time"]["images_per_s"] is not None
+    assert timed == (plan["precision"] == "bf16")
+    if preset.startswith("ar/"):
+        run = resolve(preset).config
+        assert isinstance(run, ARRun)
+        with META:
+            real = sum(p.numel() for p in Transformer(run.model).parameters())
+        assert sum(plan["parameters"].values()) == real
+        if preset in PUBLISHED:
+            assert real == pytest.approx(PUBLISHED[preset], rel=0.03)
+
+
+def test_the_published_tokenizer(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = _plan(capsys, "tokenizer/ibq-16384")
+    # With codebook, discriminator and LPIPS: what the authors' trainer counts.
+    assert sum(plan["parameters"].values()) + plan["frozen"]["LPIPS"] == pytest.approx(128e6, rel=0.01)
+    assert set(plan["parameters"]) == {"encoder", "decoder", "discriminator", "codebook"}
+    # Counted before, on tensors without memory (docs/benchmarks.md).
+    assert plan["memory"]["kept_per_image"] == pytest.approx(1.44e9, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("model.depth=3", "model.width=96", "model.heads=3", "model.tokens=64"),
+        ("model.kv_heads=2", "model.qk_norm=true"),
+        ("model.conditioning=prefix", "model.codebook_size=4096"),
+    ],
+)
+def test_the_formula_is_what_is_counted(overrides: tuple[str, ...]) -> None:
+    run = resolve("ar/tiny", overrides).config
+    assert isinstance(run, ARRun)
+    assert ar_flops(run.model).total == ar_executed(run.model)
+
+
+def test_what_is_computed_again_is_done_and_not_needed(capsys: pytest.CaptureFixture[str]) -> None:
+    plain = _plan(capsys, "ar/tiny")["flops"]
+    again = _plan(capsys, "ar/tiny", "model.activation_checkpointing=full")["flops"]
+    assert again["per_image"] == plain["per_image"] == plain["executed"]
+    # A block's forward pass, less its last product, which nobody needs again.
+    assert 1.2 < again["executed"] / plain["executed"] < 1.34
+
+
+def test_an_unknown_gpu_gets_no_time(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = _plan(capsys, "ar/tiny", "train.precision=bf16", "--device", "mi300x")
+    assert plan["time"]["hours"] is plan["memory"]["fits"] is plan["machine"]["peak_bf16"] is None
+    assert "mi300x is not in the table" in plan["time"]["basis"]
+    assert _plan(capsys, "ar/tiny", "--device", "mi300x", "--memory", "192")["memory"]["fits"] is True
+
+
+def test_time_follows_from_what_is_assumed(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("ar/b", "train.micro_batch=16", "--gpus", "8", "--nodes", "2", "--device", "h100")
+    plan = _plan(capsys, *words, "--mfu", "0.3")
+    seconds = plan["flops"]["per_image"] * plan["samples"] / (16 * 0.3 * 989.4e12)
+    assert plan["time"]["hours"] == pytest.approx(seconds / 3600)
+    assert plan["time"]["gpu_hours"] == pytest.approx(16 * seconds / 3600)
+    assert plan["time"]["basis"].startswith("ASSUMED")
+
+
+def test_time_follows_from_what_was_measured(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    per_image = _plan(capsys, "ar/tiny")["flops"]["per_image"]
+    report = {"images_per_s": 100.0, "ranks": 2, "flops_per_image": per_image, "device": "NVIDIA H200"}
+    file = tmp_path / "bench.json"
+    file.write_text(json.dumps(report))
+    plan = _plan(capsys, "ar/tiny", "--measured", str(file), "--gpus", "2")
+    assert plan["time"]["images_per_s"] == pytest.approx(100.0)
+    assert "measured on NVIDIA H200" in plan["time"]["basis"]
+    assert "another model" in _refused(capsys, "ar/b", "--measured", str(file))
+    file.write_text("{}")
+    assert "is no report" in _refused(capsys, "ar/tiny", "--measured", str(file))
+
+
+def test_what_training_refuses(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "is no multiple of micro_batch × ranks" in _refused(capsys, "ar/tiny", "--gpus", "5")
+    assert "does not divide the 2 ranks" in _refused(capsys, "tokenizer/tiny", "codebook_group=3", "--gpus", "2")
+    assert "did you mean" in _refused(capsys, "ar/tiny", "model.dept=3")
+    assert "unknown key" in _refused(capsys, "ar/tiny", "deepspeed.overrides.zero_optimisation.stage=2")
+    assert "--mfu" in _refused(capsys, "ar/tiny", "--mfu", "45")
+    assert "--gpus" in _refused(capsys, "ar/tiny", "--gpus", "0")
+
+
+def test_more_gpus_share_the_states(capsys: pytest.CaptureFixture[str]) -> None:
+    def lines(gpus: int) -> dict[str, int]:
+        plan = _plan(capsys, "ar/tiny", f"train.global_batch={8 * gpus}", "deepspeed.config=zero3", "--gpus", str(gpus))
+        return {line["name"]: line["passes"] for line in plan["memory"]["lines"]}
+
+    one, four = lines(1), lines(4)
+    assert four["Adam's moments"] == pytest.approx(one["Adam's moments"] / 4, rel=0.01)
+    assert four["gradients"] == pytest.approx(one["gradients"] / 4, rel=0.01)
+    assert four["activations"] == one["activations"]
+
+
+def test_offloading_moves_states_to_the_host(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("ar/tiny", "train.precision=bf16")
+    here = _plan(capsys, *words, "deepspeed.config=zero2")["memory"]
+    there = _plan(capsys, *words, "deepspeed.config=zero2_offload")["memory"]
+    assert here["host"] == 0
+    assert there["host"] >= here["step"] - there["step"] > 0
+
+
+def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "ar/tiny", "train.precision=bf16", "--device", "l4", "--memory", "0.5"]) == 0
+    said = capsys.readouterr().out
+    for words in ("1.743 M", "AdaLN 2·E·(6L + 2)·E", "Adam's moments", "DOES NOT FIT", "ASSUMED: 45 %", "checkpoint"):
+        assert words in said
