@@ -30,12 +30,16 @@ class Head(nn.Linear):
         return losses_N.view(targets_BT.shape)
 
 
+def chunk_tokens(codes: int) -> int:
+    """Tokens whose logits are there at a time."""
+    return max(1, CHUNK_BYTES // (4 * codes))
+
+
 def _cross_entropy(x_NE: Tensor, weight_VE: Tensor, targets_N: Tensor) -> Tensor:
     if not hasattr(F, "linear_cross_entropy"):
         # torch before 2.14: whole logits.
         return F.cross_entropy(F.linear(x_NE, weight_VE).float(), targets_N, reduction="none")
-    rows = max(1, CHUNK_BYTES // (4 * len(weight_VE)))
-    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_tokens(len(weight_VE)))
     # Not its mean: that one is rounded to bf16 where the weights are, to three digits. Rounded losses of many tokens
     # have an exact mean.
     return F.linear_cross_entropy(x_NE, weight_VE, targets_N, reduction="none", options=options).float()

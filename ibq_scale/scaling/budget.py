@@ -64,10 +64,11 @@ def ar_budget(run: ARRun, zero: Zero, network: Network) -> MemoryBudget:
     """Of the transformer's training."""
     states = engine_states(network.groups, zero)
     held = rehearse_ar(run, keeps_gradients=states.keeps_gradients and zero.accumulation == 1)
-    logits = logit_bytes(run)
+    # They are there at the end of the forward pass; at most, perhaps, later.
+    logits = max(0, held.kept + logit_bytes(run) - held.peak)
     lines = [
         *engine_lines("", states, ema_bytes(network, zero, run.ema_decay)),
-        Line("activations", held.peak - logits, 0),
+        Line("activations", held.peak, 0),
         Line("logits and loss", logits, 0),
     ]
     return _budget(lines, held.kept / run.train.micro_batch, states)

@@ -1,7 +1,7 @@
 """A micro-batch of either stage on tensors without memory: what its pass forward and back holds at most.
 
 The networks are the trained ones, in the precision and with the checkpointing of the config. What is inside of an
-operator cannot be seen: workspaces of convolutions and products, and the logits of one chunk of a fused loss.
+operator cannot be seen: workspaces of convolutions and products.
 torch.compile is left out, so compiled blocks need less than this.
 """
 
@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ibq_scale.config.run import ARRun, RunConfig, TokenizerRun
@@ -19,6 +18,7 @@ from ibq_scale.losses.adversarial import discriminator_hinge, generator_non_satu
 from ibq_scale.losses.perceptual import Perceptual
 from ibq_scale.models.autoencoder import Autoencoder, image_of, tokens_of
 from ibq_scale.models.discriminator import PatchDiscriminator
+from ibq_scale.models.head import chunk_tokens
 from ibq_scale.models.transformer import Transformer
 from ibq_scale.scaling.flops import ANYWHERE, META, perceptual_on_meta
 from ibq_scale.scaling.memory import Allocations, as_on_cuda
@@ -32,26 +32,19 @@ class Held:
     peak: int
 
 
-def rehearse_ar(run: ARRun, *, keeps_gradients: bool, head: bool = True) -> Held:
-    """A micro-batch of the transformer; without `head` it ends at the hidden states."""
+def rehearse_ar(run: ARRun, *, keeps_gradients: bool) -> Held:
+    """A micro-batch of the transformer, without the chunk of logits that the loss has at a time."""
     with META:
         model = Transformer(run.model.model_copy(update=ANYWHERE)).to(compute_dtype(run))
         codes_BT = torch.zeros((run.train.micro_batch, run.model.tokens), dtype=torch.int64)
         labels_B = torch.zeros(run.train.micro_batch, dtype=torch.int64)
-
-    def forward() -> Tensor:
-        if not head:
-            return model.hidden(codes_BT, labels_B).sum()
-        return F.cross_entropy(model(codes_BT, labels_B).flatten(0, 1).float(), codes_BT.flatten())
-
-    return _rehearse(model.parameters(), forward, keeps_gradients)
+    return _rehearse(model.parameters(), lambda: model.losses(codes_BT, labels_B).mean(), keeps_gradients)
 
 
 def logit_bytes(run: ARRun) -> int:
-    """What head and loss add to the peak."""
-    one = run.model_copy(update={"model": run.model.model_copy(update={"depth": 1})})
-    with_head, without = (rehearse_ar(one, keeps_gradients=False, head=head).peak for head in (True, False))
-    return max(0, with_head - without)
+    """Of that chunk: fp32 logits, made into their gradient in place, and the gradient in the weights' dtype."""
+    tokens = min(chunk_tokens(run.model.codebook_size), run.train.micro_batch * run.model.tokens)
+    return tokens * run.model.codebook_size * (4 + compute_dtype(run).itemsize)
 
 
 def rehearse_tokenizer(run: TokenizerRun, *, keeps_gradients: bool) -> Held:
