@@ -16,6 +16,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from typing import Any, TypeVar
@@ -71,6 +72,10 @@ class CheckpointFolder:
         found = self._newest_here(check_hashes) or self._fetch()
         if found is not None:
             self._stands = f"{found.path.name} stands"
+            if self.world.is_main:
+                # A kill between a checkpoint's rename and its pointer leaves an older one's, or none.
+                with suppress(OSError):
+                    _point(self.folder, found.path.name)
         return found
 
     def standing(self) -> str:
@@ -299,8 +304,13 @@ def _make_whole(partial: Path, manifest: dict[str, Any]) -> None:
         shutil.rmtree(final)
     partial.rename(final)
     _flush(folder)
+    _point(folder, final.name)
+
+
+def _point(folder: Path, name: str) -> None:
+    """`latest` names this checkpoint from now on. Raises OSError."""
     pointer = folder / ".latest.partial"
-    pointer.write_text(final.name + "\n")
+    pointer.write_text(name + "\n")
     _flush(pointer)
     pointer.replace(folder / "latest")
     _flush(folder)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ibq_scale.checkpoint.pieces import PieceReader
-from ibq_scale.checkpoint.reading import MANIFEST, Checkpoint, read_checkpoint, verify
+from ibq_scale.checkpoint.reading import MANIFEST, Checkpoint, read_checkpoint, verify, whole_checkpoints
 from ibq_scale.config.models import AutoencoderConfig, QuantizerConfig, TransformerConfig
 from ibq_scale.errors import UserError
 from ibq_scale.models.autoencoder import Autoencoder, image_of, tokens_of
@@ -293,14 +293,11 @@ def codebook_part(part: int, parts: int) -> str:
 
 def model_directory(path: Path) -> Path:
     """The model directory at, or under, `path`. UserError where there is none."""
-    pointer = path / "checkpoints" / "latest"
-    candidates = [path, path / "model"]
-    if pointer.is_file():
-        candidates.append(pointer.parent / pointer.read_text().strip() / "model")
-    for candidate in candidates:
+    newest = [checkpoint.path / "model" for checkpoint in whole_checkpoints(path / "checkpoints")[-1:]]
+    for candidate in [path, path / "model", *newest]:
         if (candidate / CONFIG).is_file():
             return candidate
-    what = "does not exist" if not path.exists() else "holds no model (no config.json, no checkpoints/latest)"
+    what = "does not exist" if not path.exists() else "holds no model (no config.json, no whole checkpoint)"
     raise UserError(f"{path} {what}: give an exported model, a checkpoint or a run directory")
 
 

@@ -167,6 +167,18 @@ def test_hashes_can_be_left_unread(alone: World, saved: Path, tmp_path: Path) ->
     assert [checkpoint and checkpoint.step for checkpoint in found] == [2, 3]
 
 
+def test_the_pointer_is_mended(alone: World, saved: Path, tmp_path: Path) -> None:
+    """A kill between a checkpoint's rename and its pointer leaves the one before's, or none."""
+    shutil.copytree(saved, tmp_path / "run")
+    pointer = tmp_path / "run/checkpoints/latest"
+    for left in ("step-00000002\n", None):
+        pointer.unlink()
+        if left is not None:
+            pointer.write_text(left)
+        CheckpointFolder(tmp_path / "run/checkpoints", alone, Retention(2)).newest()
+        assert pointer.read_text() == "step-00000003\n"
+
+
 def _of_format(version: int, manifest: Path) -> str:
     """The manifest as earlier programs wrote it: without a hash of itself."""
     content = json.loads(manifest.read_text()) | {"format_version": version}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ibq_scale.checkpoint.files import write_all
 from ibq_scale.config.layers import resolve
@@ -158,6 +160,49 @@ def test_the_loss_on_held_out_codes(codes: str, held_out: str) -> None:
             assert loss == pytest.approx(expected, rel=1e-5)
             assert same
     assert [loss for loss, _ in run_ranks(_validated, 2, run)] == pytest.approx([expected] * 2, rel=1e-5)
+
+
+class _HostReads(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts tensors' values that Python asks for: on a GPU each waits until the device is done."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def _counted(reads: _HostReads, call: Callable[..., Any]) -> Callable[..., Any]:
+    def counted(*args: Any) -> Any:
+        with reads:
+            return call(*args)
+
+    return counted
+
+
+def _host_reads(rank: int, world_size: int, runs: list[ARRun]) -> list[int]:
+    """In the forward and backward passes of the second step of each run."""
+    from ibq_scale.train.ar_task import ARTask
+
+    counts = []
+    for run in runs:
+        task = ARTask(run, World(rank, world_size, rank, torch.device("cpu")), open_sets(run.data, "codes"))
+        batches, reads = task.batches(0), _HostReads()  # type: ignore[no-untyped-call]
+        # ZeRO-3 looks at the order of modules in the first step.
+        task.train_step(batches)
+        for owner, name in ((task.engine, "forward"), (task.engine, "backward"), (task.ema, "update")):
+            setattr(owner, name, _counted(reads, getattr(owner, name)))
+        task.train_step(batches)
+        counts.append(reads.count)
+    return counts
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_host_waits_for_the_device_nowhere_within_the_passes(codes: str) -> None:
+    """DeepSpeed's own look for infinite gradients, once a step, is what is left."""
+    runs = [run_of(codes, f"deepspeed.config={c}", "train.precision=bf16", "ema_decay=0.9") for c in ("zero2", "zero3")]
+    assert run_ranks(_host_reads, 1, runs) == [[0, 0]]
 
 
 def test_held_out_codes_that_are_not(codes: str, held_out: str, tmp_path: Path) -> None:
