@@ -22,7 +22,8 @@ from ibq_scale.data.manifest import NAME
 from ibq_scale.data.prepare import JobDone, Meter, PrepareReport, find_index, finish, first_sample, shard_info
 from ibq_scale.data.progress import Progress
 from ibq_scale.data.ranges import HashingReader
-from ibq_scale.data.sources import Sample, Unit, open_source
+from ibq_scale.data.samples import Sample, Unit
+from ibq_scale.data.sources import open_source
 from ibq_scale.data.store import Store
 from ibq_scale.data.tars import CutTarError, TarSample, TarSource, read_sample, tar_samples
 from ibq_scale.errors import UserError

@@ -45,11 +45,11 @@ def encode_picture(data: bytes, size: int | None, conditions: Sequence[Condition
     except Exception as e:
         # Decoders meet arbitrary bytes here, and raise what they like.
         raise UnusableError(_reason(e)) from None
-    return _jpeg(rgb if size is None else _resize(rgb, size)), "jpg"
+    return _jpeg(rgb if size is None else shortest_side(rgb, size)), "jpg"
 
 
-def _resize(rgb: Image.Image, size: int) -> Image.Image:
-    """Shortest side to `size`."""
+def shortest_side(rgb: Image.Image, size: int) -> Image.Image:
+    """The picture with its shortest side `size` pixels long, by bicubic interpolation."""
     scale = size / min(rgb.size)
     sides = (max(size, round(rgb.width * scale)), max(size, round(rgb.height * scale)))
     return rgb.resize(sides, Image.Resampling.BICUBIC)

@@ -30,7 +30,8 @@ from ibq_scale.data.jobs import Report, run_jobs
 from ibq_scale.data.labels import Labels, label_of, look_at_labels
 from ibq_scale.data.manifest import Manifest, ShardInfo, save_manifest
 from ibq_scale.data.progress import Progress
-from ibq_scale.data.sources import Sample, Source, Unit, open_source
+from ibq_scale.data.samples import Sample, Source, Unit
+from ibq_scale.data.sources import open_source
 from ibq_scale.data.store import Store, open_store
 from ibq_scale.errors import UserError
 

@@ -10,53 +10,17 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 from ibq_scale.data.index import Reject
+from ibq_scale.data.parquet import open_parquet
+from ibq_scale.data.samples import Sample, Source, Unit
 from ibq_scale.data.store import Store, open_store
+from ibq_scale.data.tars import TarSource
 from ibq_scale.errors import UserError
 
 WANTED = "give an ImageFolder (one sub-folder a class), webdataset tars, or parquet files with pictures"
 _PATTERN = re.compile(r"[*?\[{]")
-
-
-class Unit(NamedTuple):
-    """A file, or a part of one, that one process reads."""
-
-    file: str
-    part: int
-    """Which row group, in parquet; else 0."""
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A picture's bytes, not yet decoded, its label where there is one, and the columns that conditions may ask for."""
-
-    name: str
-    picture: bytes
-    label: int | None
-    columns: Mapping[str, Any]
-
-
-class Source(Protocol):
-    """A set of pictures. It travels to every process, so it holds no list of them."""
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """`classes[label]` is a label's name; empty where the source does not say."""
-        ...
-
-    def units(self, files: Mapping[str, int]) -> list[Unit]:
-        """All the work in these files (bytes by path), sorted."""
-        ...
-
-    def read(self, unit: Unit, start: int) -> Iterator[tuple[int, Sample | Reject]]:
-        """The unit's samples from position `start` on, each with its position; a Reject where there is none to give.
-
-        Positions grow; the first is 0.
-        """
-        ...
 
 
 class Opened(NamedTuple):
@@ -75,12 +39,8 @@ def open_source(url: str, columns: Collection[str] = ()) -> Opened:
     source: Source
     # img2dataset leaves a parquet file without pictures beside each tar.
     if tars:
-        from ibq_scale.data.tars import TarSource
-
         source, files = TarSource(store), tars
     elif parquet:
-        from ibq_scale.data.parquet import open_parquet
-
         source, files = open_parquet(store, parquet, columns), parquet
     else:
         source = _folder(store, files)

@@ -15,7 +15,7 @@ from typing import Any
 
 from ibq_scale.data.index import Reject
 from ibq_scale.data.ranges import RangeReader
-from ibq_scale.data.sources import Sample, Unit
+from ibq_scale.data.samples import Sample, Unit
 from ibq_scale.data.store import Store
 
 PICTURES = ("jpg", "jpeg", "png", "webp")

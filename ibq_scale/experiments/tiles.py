@@ -12,6 +12,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from ibq_scale.data.encode import shortest_side
 from ibq_scale.data.manifest import NAME as MANIFEST
 from ibq_scale.data.prepare import prepare_images
 from ibq_scale.demo.photographs import PHOTOGRAPHS, open_photograph
@@ -70,10 +71,8 @@ def _of_ten() -> Iterator[tuple[str, str, Image.Image]]:
 
 
 def _tiles(image: Image.Image, side: int) -> Iterator[tuple[int, int, Image.Image]]:
-    scale = side / min(image.size)
-    width, height = (max(side, round(s * scale)) for s in image.size)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    for row in range(height // TILE):
-        for column in range(width // TILE):
+    image = shortest_side(image, side)
+    for row in range(image.height // TILE):
+        for column in range(image.width // TILE):
             left, top = column * TILE, row * TILE
             yield row, column, image.crop((left, top, left + TILE, top + TILE))

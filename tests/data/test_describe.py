@@ -14,8 +14,8 @@ from ibq_scale.cli.main import main
 from ibq_scale.data.describe import as_text, describe
 from ibq_scale.data.sheet import CELL, GAP, save_sheet
 from ibq_scale.errors import UserError
-from tests.conftest import CLASSES
 from tests.data.layouts import write_tar
+from tests.samples import CLASSES
 
 
 def test_facts(dataset: str, pictures: Path) -> None:
