@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _code(words: list[str]) -> int:
     try:
         # The deepspeed launcher appends --local_rank; the environment already says the same.
-        args = build_parser().parse_args([w for w in words if not w.startswith("--local_rank")])
+        args = _parse([w for w in words if not w.startswith("--local_rank")])
         return _run(args, words)
     except UserError as e:
         _complain(str(e))
@@ -72,6 +72,17 @@ def _code(words: list[str]) -> int:
         # `ibq-scale … | head` closed our output: not an error. Keep the interpreter from flushing into it again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    """As argparse does, which takes overrides before a command's options only: here they may stand after them too."""
+    parser = build_parser()
+    args, left = parser.parse_known_args(words)
+    if left and not (hasattr(args, "overrides") and all("=" in w and not w.startswith("-") for w in left)):
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    if left:
+        args.overrides = [*args.overrides, *left]
+    return args
 
 
 def _run(args: argparse.Namespace, words: list[str]) -> int:

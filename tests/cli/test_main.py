@@ -116,6 +116,18 @@ def test_config_show_says_where_values_come_from(capsys: pytest.CaptureFixture[s
     assert shown["origins"]["quantizer.codebook_size"] == "tokenizer/ibq-262144"
 
 
+def test_overrides_may_stand_anywhere(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["ar/tiny", "model.depth=7", "--json", "model.heads=2"]
+    assert main(["config", "show", *words]) == 0
+    model = json.loads(capsys.readouterr().out)["config"]["model"]
+    assert (model["depth"], model["heads"]) == (7, 2)
+    for wrong in (["config", "show", "ar/tiny", "--json", "--depth=7"], ["config", "presets", "model.depth=7"]):
+        with pytest.raises(SystemExit) as exit_:
+            main(wrong)
+        assert exit_.value.code == 2
+        assert "unrecognized arguments" in capsys.readouterr().err
+
+
 def test_checkpoint_commands(capsys: pytest.CaptureFixture[str], tokenizer_dir: Path, tmp_path: Path) -> None:
     assert "does not exist" in _refused(capsys, "checkpoint", "ls", str(tmp_path / "absent"))
     assert "does not exist" in _refused(capsys, "checkpoint", "verify", str(tmp_path / "absent"))
