@@ -161,6 +161,13 @@ class CheckpointFolder:
         self._writing = _Writing(None, fault[0])
         return fault[0] is None
 
+    def tidy(self, last: Checkpoint) -> None:
+        """Removes what a kill within the run's last save left, where `last` is the newest there is."""
+        if self.world.is_main and whole_checkpoints(self.folder)[-1].step == last.step:
+            with suppress(OSError):
+                self._remove_leftovers()
+                retire(self.folder, self.keep)
+
     def settle(self) -> None:
         """At the end of a run that failed: lets the save under way come to its end, where the other ranks live."""
         if self._writing is not None:
@@ -170,8 +177,7 @@ class CheckpointFolder:
         """Rank 0 makes the folder, where the disk has room for the whole checkpoint; else what is wrong."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.glob(".partial-*"):
-                shutil.rmtree(leftover, ignore_errors=True)
+            self._remove_leftovers()
             free = shutil.disk_usage(self.folder).free
             if free < size:
                 raise OSError(errno.ENOSPC, f"{size / 2**30:.1f} GiB are needed, {free / 2**30:.1f} are free")
@@ -179,6 +185,10 @@ class CheckpointFolder:
         except OSError as e:
             return _not_written(self.folder, e.strerror or str(e))
         return None
+
+    def _remove_leftovers(self) -> None:
+        for leftover in self.folder.glob(".partial-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def _everyone(self, mine: T) -> list[T]:
         gathered: list[Any] = [None] * self.world.size

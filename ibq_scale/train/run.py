@@ -84,6 +84,7 @@ def _train(config: AnyRun, run_dir: Path, world: World, accumulation: int, stop:
         _prepare_run_dir(run_dir, config, world)
         if resume_from is not None and resume_from.step >= config.train.total_steps:
             _say(world, f"{run_dir}: all {config.train.total_steps} steps are done; nothing to do")
+            checkpoints.tidy(resume_from)
             checkpoints.start_mirror()
             checkpoints.finish_mirror()
             return 0

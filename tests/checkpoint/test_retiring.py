@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from ibq_scale.checkpoint.files import TextFile
 from ibq_scale.checkpoint.reading import whole_checkpoints
@@ -52,3 +53,21 @@ def test_what_a_crash_left_half_removed_goes_with_the_next_save(tmp_path: Path) 
     assert len(list(tmp_path.iterdir())) > 2, "nothing was left half removed"
     run_ranks(save, 1, tmp_path, [3])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000003"]
+
+
+def test_what_a_kill_within_the_last_save_left_goes_when_the_run_has_nothing_to_do(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    folder = tmp_path / "checkpoints"
+    try:
+        checkpoints = CheckpointFolder(folder, World(0, 1, 0, torch.device("cpu")), Retention(2))
+        for step in (1, 2):
+            checkpoints.save({"step": step}, [TextFile("x", "x")])
+            assert checkpoints.finish()
+        (folder / ".partial-retired-step-00000000").mkdir()
+        checkpoints.keep = Retention(1)
+        checkpoints.tidy(whole_checkpoints(folder)[0])
+        assert len(list(folder.iterdir())) == 4, "a newer one stands: perhaps it is damaged"
+        checkpoints.tidy(whole_checkpoints(folder)[-1])
+    finally:
+        dist.destroy_process_group()
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-00000002"]
