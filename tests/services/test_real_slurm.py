@@ -1,4 +1,4 @@
-"""The sbatch files on a real Slurm of several nodes: jobs come back by themselves, to the bits of the run undisturbed."""
+"""The sbatch files on a real Slurm of several nodes: jobs come back by themselves, as if undisturbed."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ if run:
         return real(self, world)
     StopRequest.agreed = agreed
 from ibq_scale.cli.main import main
-sys.exit(main())
+# Data workers import this file too.
+if __name__ == "__main__":
+    sys.exit(main())
 """
 AR = (
     "model.codebook_size=40",
@@ -64,7 +66,13 @@ AR = (
 )
 # Two engines, the codebook sharded over all ranks, ZeRO-2, dropout, accumulation on 3 ranks.
 TOKENIZER = (*SMALL[:-3], "train.global_batch=12", "train.micro_batch=2", "train.log_every=1")
-TOKENIZER += ("deepspeed.config=zero2", "model.dropout=0.1", "data.lanes=3", "data.workers=1")
+TOKENIZER += (
+    "quantizer.codebook_size=48",
+    "deepspeed.config=zero2",
+    "model.dropout=0.1",
+    "data.lanes=3",
+    "data.workers=1",
+)
 
 
 @dataclass
