@@ -46,7 +46,18 @@ def _commands(launcher: str, folder: Path) -> list[list[str]]:
     if launcher == "deepspeed":
         (folder / "hostfile").write_text("localhost slots=2\n")
         hosts = f"--hostfile={folder / 'hostfile'}"
-        return [[*PYTHON, "deepspeed.launcher.runner", hosts, "--no_ssh_check", port, "--module", "ibq_scale"]]
+        return [
+            [
+                *PYTHON,
+                "deepspeed.launcher.runner",
+                hosts,
+                "--no_ssh_check",
+                "--master_addr=127.0.0.1",
+                port,
+                "--module",
+                "ibq_scale",
+            ]
+        ]
     # What DeepSpeed runs on each of two nodes, by pdsh.
     hosts = base64.urlsafe_b64encode(json.dumps({"node0": [0], "node1": [0]}).encode()).decode()
     words = [*PYTHON, "deepspeed.launcher.launch", f"--world_info={hosts}", "--master_addr=127.0.0.1", port]
