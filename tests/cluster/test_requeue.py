@@ -1,0 +1,95 @@
+"""A job comes back as long as its attempts bring the run on, and never where they cannot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ibq_scale.checkpoint.reading import MANIFEST, manifest_text
+from ibq_scale.cli.main import main
+from ibq_scale.cluster.requeue import ATTEMPTS, Attempt, after, read_attempts
+from ibq_scale.distributed.failed_nodes import record
+
+BUDGET = 3
+
+
+@pytest.fixture(autouse=True)
+def job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment of a batch script."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "node[0-3]")
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+
+
+def _save(run: Path, step: int) -> None:
+    folder = run / "checkpoints" / f"step-{step:08d}"
+    folder.mkdir(parents=True)
+    (folder / MANIFEST).write_text(manifest_text({"format_version": 3, "step": step, "samples": step, "files": {}}))
+
+
+def _after(run: Path, code: int, seconds: float = 3600.0) -> Attempt:
+    return after(run, code, seconds, BUDGET)
+
+
+@pytest.mark.parametrize(
+    ("code", "seconds", "again"),
+    [(0, 9e3, False), (2, 9e3, False), (75, 5, True), (70, 9e3, True), (71, 5, True), (1, 5, False), (1, 9e3, True)],
+)
+def test_the_first_attempt_without_a_new_step(tmp_path: Path, code: int, seconds: float, again: bool) -> None:
+    assert _after(tmp_path, code, seconds).again is again
+
+
+def test_an_early_crash_behind_a_new_step_comes_back(tmp_path: Path) -> None:
+    _save(tmp_path, 10)
+    attempt = _after(tmp_path, 137, 60.0)
+    assert (attempt.again, attempt.step_before, attempt.step_after) == (True, 0, 10)
+
+
+def test_attempts_without_a_new_step_are_limited_and_progress_resets_that(tmp_path: Path) -> None:
+    _save(tmp_path, 10)
+    again = [_after(tmp_path, 75).again for _ in range(3)]
+    _save(tmp_path, 20)
+    again += [_after(tmp_path, 70).again for _ in range(4)]
+    # The first of each saved a step, two without one may follow; the third is not followed.
+    assert again == [True, True, True, True, True, True, False]
+    assert read_attempts(tmp_path)[-1]["why"] == "it hung, and ended itself, and 3 attempts in a row saved no new step"
+
+
+def test_a_job_that_somebody_submitted_anew_has_its_own_attempts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert [_after(tmp_path, 75).again for _ in range(3)] == [True, True, False]
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    assert _after(tmp_path, 75).again
+
+
+def test_a_failed_node_is_left_out_unless_most_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record(tmp_path, {"node2": "rank 9: cuda:1 cannot be used"}, of=4)
+    attempt = _after(tmp_path, 71, 30.0)
+    assert (attempt.again, attempt.excluded) == (True, ("node2",))
+    assert "node2 (rank 9: cuda:1 cannot be used)" in attempt.why
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert _after(tmp_path, 71, 30.0).excluded == (), "what an earlier attempt found is not this one's"
+    record(tmp_path, dict.fromkeys(("node0", "node1", "node3"), "no room"), of=4)
+    assert _after(tmp_path, 71, 30.0).excluded == ()
+
+
+def test_a_line_that_was_cut_short_is_left_out(tmp_path: Path) -> None:
+    _after(tmp_path, 75)
+    with (tmp_path / ATTEMPTS).open("a") as f:
+        f.write('{"job": "7", "res\n')
+    assert _after(tmp_path, 75).again
+    assert not _after(tmp_path, 75).again
+    assert len(read_attempts(tmp_path)) == 3
+
+
+def test_the_batch_script_reads_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record(tmp_path, {"node2": "no room"}, of=4)
+    words = ["job-ended", str(tmp_path), "--seconds", "30", "--code"]
+    assert main([*words, "71"]) == 0
+    assert capsys.readouterr().out == "requeue node2\n"
+    assert main([*words, "1"]) == 0
+    said = capsys.readouterr()
+    assert said.out == "end \n"
+    assert "failed with code 1 after 30 s, before it saved a new step" in said.err

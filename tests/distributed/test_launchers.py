@@ -1,0 +1,82 @@
+"""The same command joins under torchrun, and under DeepSpeed's launcher with a hostfile and as it starts each node."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.samples import write_codes
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+SMALL = (
+    "model.codebook_size=40",
+    "model.tokens=16",
+    "model.classes=3",
+    "model.depth=1",
+    "model.width=32",
+    "model.heads=2",
+    "data.lanes=3",
+    "data.workers=0",
+    "train.global_batch=4",
+    "train.micro_batch=2",
+    "train.log_every=1",
+    "train.steps=1",
+)
+PYTHON = (sys.executable, "-m")
+
+
+def _port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def _commands(launcher: str, folder: Path) -> list[list[str]]:
+    """A command a node."""
+    port = f"--master_port={_port()}"
+    if launcher == "torchrun":
+        return [[*PYTHON, "torch.distributed.run", "--nproc-per-node=2", "--master-port", port[14:], "-m", "ibq_scale"]]
+    if launcher == "deepspeed":
+        (folder / "hostfile").write_text("localhost slots=2\n")
+        hosts = f"--hostfile={folder / 'hostfile'}"
+        return [
+            [
+                *PYTHON,
+                "deepspeed.launcher.runner",
+                hosts,
+                "--no_ssh_check",
+                "--master_addr=127.0.0.1",
+                port,
+                "--module",
+                "ibq_scale",
+            ]
+        ]
+    # What DeepSpeed runs on each of two nodes, by pdsh.
+    hosts = base64.urlsafe_b64encode(json.dumps({"node0": [0], "node1": [0]}).encode()).decode()
+    words = [*PYTHON, "deepspeed.launcher.launch", f"--world_info={hosts}", "--master_addr=127.0.0.1", port]
+    return [[*words, f"--node_rank={node}", "--module", "ibq_scale"] for node in range(2)]
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed", "deepspeed on two nodes"])
+def test_ranks_of_other_launchers_join(launcher: str, tmp_path: Path) -> None:
+    write_codes(tmp_path / "codes")
+    words = ["train", "ar", "tiny", f"data.train={tmp_path / 'codes'}", f"out={tmp_path / 'run'}", *SMALL]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "SLURM_PROCID")}
+    nodes = [
+        subprocess.Popen(
+            [*command, *words], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for command in _commands(launcher, tmp_path)
+    ]
+    said = [node.communicate(timeout=300)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0] * len(nodes), "\n".join(said)
+    environment_json = json.loads((tmp_path / "run/environment.json").read_text())
+    assert environment_json["world_size"] == 2
+    assert "1 accumulation × 2 ranks" in "".join(said)
