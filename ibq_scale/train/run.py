@@ -21,6 +21,7 @@ from ibq_scale.checkpoint.mirror import Mirror
 from ibq_scale.checkpoint.reading import Checkpoint
 from ibq_scale.checkpoint.retention import Retention
 from ibq_scale.checkpoint.saving import CheckpointFolder
+from ibq_scale.cluster.snapshot import COMMIT
 from ibq_scale.config.batch import accumulation_steps
 from ibq_scale.config.layers import require_complete, to_yaml
 from ibq_scale.config.run import AnyRun, TokenizerRun
@@ -248,6 +249,8 @@ def _version(package: str) -> str | None:
 
 def _git_commit() -> str | None:
     here = Path(__file__).parent
+    if (snapshot := here.parents[1] / COMMIT).is_file():
+        return snapshot.read_text().strip()
     try:
         found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

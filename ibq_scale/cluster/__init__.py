@@ -1,0 +1,1 @@
+"""Jobs on a cluster: what is submitted, checked before, followed, and stopped."""
