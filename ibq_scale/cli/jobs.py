@@ -32,7 +32,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     cancel = commands.add_parser(
         "cancel",
         help="save a run and stop it",
-        description="Take a run's queued jobs out of the queue, and ask the one that trains to save, leave and not come "
+        description="Take a run's queued jobs out of the queue, and ask what trains to save, leave and not come "
         "back. Without Slurm, the process on this host is asked.",
         epilog="example: ibq-scale cancel runs/tok --wait",
     )

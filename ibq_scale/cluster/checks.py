@@ -47,7 +47,7 @@ class Job:
     config: AnyRun
     script: Script
     gpu: str | None
-    # Of an open submission the script is only looked at: no Slurm is needed.
+    # Whether it is to be submitted now, and not just looked at.
     queue: bool = True
     failed: set[str] = field(default_factory=set)
 
@@ -256,10 +256,10 @@ def _time(job: Job) -> Outcome:
 
 
 def _slurm(job: Job) -> Outcome:
-    if not slurm.is_here():
-        level: Level = "FAIL" if job.queue else "warn"
-        return level, "there is no sbatch here: submit on a node that has it"
-    return "ok", slurm.rehearse(job.script.text) or "sbatch would take it"
+    try:
+        return "ok", slurm.rehearse(job.script.text)
+    except slurm.NoSlurmError as e:
+        return "FAIL" if job.queue else "warn", str(e)
 
 
 # Name, names of others that must be well for it to mean something, and the check.

@@ -39,7 +39,7 @@ class Script:
         return None
 
     def with_options(self, options: Mapping[str, str | None]) -> Script:
-        """Sets options (``""``: one without a value); None removes one. UserError for what sbatch would read otherwise."""
+        """Sets options (``""``: one without a value); None removes one. UserError for what sbatch cannot read."""
         lines = self.text.splitlines()
         for key, value in options.items():
             at = [i for i, line in enumerate(lines) if (found := OPTION.match(line)) and found["key"] == key]
@@ -47,9 +47,9 @@ class Script:
                 lines = [line for i, line in enumerate(lines) if i not in at]
             elif at:
                 found = OPTION.match(lines[at[0]])
-                # What an offered line says of its value is true of the example only.
-                rest = found["rest"] if found and found[1] == "#" else ""
-                lines[at[0]] = _option(key, value) + rest
+                # What a comment says of another value may not be true of this one.
+                if found is None or found[1] != "#" or (found["value"] or "").strip('"') != value:
+                    lines[at[0]] = _option(key, value)
             else:
                 last = max(i for i, line in enumerate(lines) if OPTION.match(line))
                 lines.insert(last + 1, _option(key, value))
@@ -73,7 +73,7 @@ class Script:
 
 
 def parse_option(text: str) -> tuple[str, str]:
-    """``--reservation=x``, ``reservation=x`` or ``#SBATCH --exclusive`` → key and value. UserError for anything else."""
+    """``--reservation=x``, ``reservation=x`` ``#SBATCH --exclusive`` → key and value. UserError for all else."""
     found = re.fullmatch(r"(?:#SBATCH\s+)?(?:--)?([a-z][a-z-]*)(?:=(.+))?", text.strip())
     if found is None:
         raise UserError(f"'{text}' is no option of sbatch: write it in full, for example --reservation=x")

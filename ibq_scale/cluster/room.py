@@ -23,8 +23,8 @@ def free_bytes(folder: Path) -> int:
 
 
 def can_hold(folder: Path, size: int) -> bool | None:
-    """Whether we may have `size` bytes there: they are reserved and let go at once, so quotas count. None where the file
-    system cannot say. UserError where we may not write at all.
+    """Whether we may have `size` bytes there: they are reserved and let go at once, so quotas count. None where the
+    file system cannot say. UserError where we may not write at all.
     """
     fallocate = ctypes.CDLL(None, use_errno=True).fallocate
     fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import re
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +15,14 @@ PATIENCE_SECONDS = 120.0
 COLUMNS = "%i|%T|%D|%N|%r|%k"
 # sbatch writes it in the job's comment, squeue gives it back.
 COMMENT = "ibq-scale "
+
+
+# The commands are installed, but belong to no cluster.
+NO_CLUSTER = "establish a configuration source"
+
+
+class NoSlurmError(UserError):
+    """There is no Slurm here."""
 
 
 @dataclass(frozen=True)
@@ -33,16 +41,13 @@ class Job:
         return self.state in ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
 
 
-def is_here() -> bool:
-    """Whether this machine can submit."""
-    return shutil.which("sbatch") is not None
-
-
 def my_jobs() -> list[Job]:
     """The user's jobs that are queued or running; none where there is no Slurm. UserError where it does not answer."""
-    if shutil.which("squeue") is None:
+    try:
+        listed = _run("squeue", "--me", "--noheader", "--array", f"--format={COLUMNS}")
+    except NoSlurmError:
         return []
-    return [_job(line) for line in _run("squeue", "--me", "--noheader", "--array", f"--format={COLUMNS}").splitlines()]
+    return [_job(line) for line in listed.splitlines()]
 
 
 def submit(script: str, words: Sequence[str], after: str | None) -> str:
@@ -54,7 +59,9 @@ def submit(script: str, words: Sequence[str], after: str | None) -> str:
 
 def rehearse(script: str) -> str:
     """What Slurm says of a script's text without queueing it: when it would start. UserError if it would be refused."""
-    return _run("sbatch", "--test-only", text=script, both=True).strip().removeprefix("sbatch: ")
+    said = _run("sbatch", "--test-only", text=script, both=True)
+    # The number that it names is nobody's.
+    return re.sub(r"(?s).*Job \d+ to start at", "would start at", " ".join(said.split()))
 
 
 def drop(ids: Sequence[str]) -> None:
@@ -81,9 +88,11 @@ def _run(*command: str, text: str | None = None, both: bool = False) -> str:
             command, input=text, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False
         )
     except FileNotFoundError:
-        raise UserError(f"there is no {command[0]} here: run this where Slurm is (a login node)") from None
+        raise NoSlurmError(f"there is no {command[0]} here: run this where Slurm is (a login node)") from None
     except subprocess.TimeoutExpired:
         raise UserError(f"{command[0]} does not answer in {PATIENCE_SECONDS:.0f} s: is Slurm up? (sinfo)") from None
+    if done.returncode and NO_CLUSTER in done.stderr:
+        raise NoSlurmError(f"{command[0]} finds no cluster: run this where Slurm is (a login node), or set SLURM_CONF")
     if done.returncode:
         said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
         raise UserError(f"{command[0]}: {said.removeprefix(f'{command[0]}: ').removeprefix('error: ')}")
