@@ -53,13 +53,16 @@ def known_runs(jobs: Iterable[Job]) -> list[Path]:
 
 
 def jobs_of(run_dir: Path, jobs: Sequence[Job]) -> list[Job]:
-    """Those of the queue that train in this run directory: by what was submitted, and by who holds its lock."""
+    """Those of the queue that train in this run directory, by what was submitted and by who holds its lock: what runs
+    comes first.
+    """
     ids = set(snapshot.submitted_jobs(run_dir))
     held = look(run_dir)
     if held is not None and held.holder is not None and held.holder.job is not None:
         ids.add(held.holder.job)
     place = run_dir.resolve()
-    return [job for job in jobs if job.id in ids or (job.run is not None and Path(job.run).resolve() == place)]
+    mine = [job for job in jobs if job.id in ids or (job.run is not None and Path(job.run).resolve() == place)]
+    return sorted(mine, key=lambda job: (job.pending, len(job.id), job.id))
 
 
 def describe(run_dir: Path, jobs: Sequence[Job]) -> Run:
@@ -85,8 +88,7 @@ def _state(run_dir: Path, mine: Sequence[Job], *, finished: bool) -> tuple[State
     attempts = _attempts(run_dir)
     running = [job for job in mine if not job.pending]
     if running:
-        phase = str(_json(run_dir / "heartbeat.json").get("phase", "starting"))
-        return "running", phase if running[0].state == "RUNNING" else running[0].state.lower()
+        return "running", _phase(run_dir) if running[0].state == "RUNNING" else running[0].state.lower()
     if mine:
         again = any(str(attempt.get("job")) == mine[0].id for attempt in attempts)
         return "requeued" if again else "queued", mine[0].reason
@@ -95,7 +97,7 @@ def _state(run_dir: Path, mine: Sequence[Job], *, finished: bool) -> tuple[State
         alive = held.holder.is_alive() if held.holder is not None else None
         age = time.time() - held.touched
         if alive or (alive is None and age < LIVELY_BEATS * BEAT_SECONDS):
-            return "running", str(_json(run_dir / "heartbeat.json").get("phase", "starting"))
+            return "running", _phase(run_dir)
     if finished:
         return "finished", ""
     code = attempts[-1].get("code") if attempts else None
@@ -104,6 +106,12 @@ def _state(run_dir: Path, mine: Sequence[Job], *, finished: bool) -> tuple[State
     if held is not None:
         return "failed", f"its process is gone ({held.holder or 'unnamed'})"
     return "stopped", ""
+
+
+def _phase(run_dir: Path) -> str:
+    """Where it is, unless it takes steps; what an earlier part of the run has left may be told for some seconds."""
+    phase = str(_json(run_dir / "heartbeat.json").get("phase", "starting"))
+    return "" if phase == "step" else phase
 
 
 def config_of(run_dir: Path) -> AnyRun | None:
