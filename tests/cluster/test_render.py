@@ -41,7 +41,9 @@ def test_options_are_replaced_offered_ones_taken_new_ones_added_and_others_remov
 
 
 def test_blocks_are_filled_and_the_command_is_set() -> None:
-    script = Script(TEXT).with_block("modules", ["module load a", "module load b"]).with_command("/opt/my dir/ibq-scale")
+    script = (
+        Script(TEXT).with_block("modules", ["module load a", "module load b"]).with_command("/opt/my dir/ibq-scale")
+    )
     assert "# module load cuda\nmodule load a\nmodule load b\n# <<< modules\nIBQ_SCALE='/opt/my dir/ibq-scale'\n" in (
         script.text
     )
@@ -81,7 +83,7 @@ def test_an_option_that_sbatch_would_read_otherwise_is_refused() -> None:
 
 
 def test_values_of_the_environment_arrive_as_they_are_but_for_variables() -> None:
-    lines = environment_lines({"A": "it's \"$X\" `id` \\ *", "B": "plain"})
+    lines = environment_lines({"A": 'it\'s "$X" `id` \\ *', "B": "plain"})
     done = subprocess.run(
         ["bash", "-c", "\n".join([*lines, 'printf "%s|%s" "$A" "$B"'])],
         env={"X": "inner"},
@@ -89,6 +91,6 @@ def test_values_of_the_environment_arrive_as_they_are_but_for_variables() -> Non
         text=True,
         check=True,
     )
-    assert done.stdout == "it's \"inner\" `id` \\ *|plain"
+    assert done.stdout == 'it\'s "inner" `id` \\ *|plain'
     with pytest.raises(UserError, match="no name of a variable"):
         environment_lines({"A B": "x"})
