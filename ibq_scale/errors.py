@@ -1,7 +1,9 @@
-"""Errors that a user can mend. The command line prints them in one or two lines and exits with code 2."""
+"""Errors that a user can mend. The command line prints them in one or two lines and exits with their code."""
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
     """Wrong use or bad input: the message says what is wrong and what to do about it."""
+
+    exit_code = 2

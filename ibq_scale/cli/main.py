@@ -1,7 +1,7 @@
 """Entry of ``ibq-scale``: parses, launches ranks where a command wants them, turns errors into exit codes.
 
-Exit codes: 0 done, 1 failed, 2 wrong use or bad input, 70 hung and ended itself, 75 stopped by a
-signal with everything saved (run it again).
+Exit codes: 0 done, 1 failed, 2 wrong use or bad input, 70 hung and ended itself, 71 a node failed its
+check, 75 stopped by a signal with everything saved (run it again).
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ FAMILIES = (
     "demo",
     "bench",
     "experiments",
+    "job_ended",
 )
 
 
@@ -66,7 +67,7 @@ def _code(words: list[str]) -> int:
         return _run(args, words)
     except UserError as e:
         _complain(str(e))
-        return 2
+        return e.exit_code
     except KeyboardInterrupt:
         _complain("interrupted")
         return 1

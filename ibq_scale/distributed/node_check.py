@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.failed_nodes import NodeFaultError, node_name, record
 from ibq_scale.distributed.side_channel import NoAnswerError, SideChannel
 from ibq_scale.errors import UserError
 
@@ -27,9 +28,11 @@ LEAST_FREE_BYTES = 256 * 2**20
 def check_nodes(world: World, channel: SideChannel, run_dir: Path, cache_dir: Path | None) -> list[str]:
     """Checks this rank's device, disk, clock and view of `run_dir`; all ranks call it. Returns each rank's host name.
 
-    UserError, the same on all ranks, that names host and rank of each that failed, and what did. Through the side
-    channel: a broken device could not take part in a collective.
+    NodeFaultError, the same on all ranks, that names host and rank of each that failed, and what did; rank 0 writes the
+    names of the nodes into `run_dir`. Through the side channel: a broken device could not take part in a collective.
     """
+    # First: who does not come any further must be known by name.
+    channel.put(f"node_check/node/{world.rank}", [socket.gethostname(), node_name()])
     token = run_dir / f".shared-{secrets.token_hex(8)}"
     if world.is_main:
         token.touch()
@@ -39,15 +42,22 @@ def check_nodes(world: World, channel: SideChannel, run_dir: Path, cache_dir: Pa
         faults = [*_device_faults(world.device), *_disk_faults(cache_dir), *_shared_faults(run_dir, name)]
         # Rank 0 says what time it is when all have come, and each reads it within a moment.
         of_main = channel.gather("node_check/time", True, lambda _: _now(), ANSWER_SECONDS)
-        mine = {"host": socket.gethostname(), "faults": faults, "skew": _now() - of_main}
-        verdict = channel.gather("node_check/rank", mine, _judge, ANSWER_SECONDS)
+        mine = {"faults": faults, "skew": _now() - of_main}
+        verdict = channel.gather(
+            "node_check/rank",
+            mine,
+            lambda found: _judge(found, channel.of_each_rank("node_check/node")),
+            ANSWER_SECONDS,
+        )
     except NoAnswerError as e:
         raise UserError(f"start-up check of the nodes: rank 0 does not answer ({e}); see its log") from None
     finally:
         if world.is_main:
             token.unlink(missing_ok=True)
     if verdict["faults"]:
-        raise UserError("; ".join(verdict["faults"]) + ". Leave that node out (sbatch --exclude) or mend it")
+        if world.is_main:
+            record(run_dir, verdict["nodes"], verdict["of"])
+        raise NodeFaultError("; ".join(verdict["faults"]) + ". Leave that node out (sbatch --exclude) or mend it")
     hosts: list[str] = verdict["hosts"]
     return hosts
 
@@ -56,18 +66,26 @@ def _now() -> float:
     return time.time()
 
 
-def _judge(ranks: list[dict[str, Any] | None]) -> dict[str, Any]:
-    faults = []
-    for rank, found in enumerate(ranks):
+def _judge(ranks: list[dict[str, Any] | None], places: list[list[str] | None]) -> dict[str, Any]:
+    """`places`: host name, and name of the node, of each rank; None for one that did not even say that."""
+    faults: list[str] = []
+    nodes: dict[str, str] = {}
+    for rank, (found, place) in enumerate(zip(ranks, places, strict=True)):
+        host, node = place or ("?", None)
         if found is None:
-            faults.append(f"rank {rank} did not come to the start-up check within {ANSWER_SECONDS:.0f} s")
-            continue
-        own = list(found["faults"])
-        if abs(found["skew"]) > SKEW_SECONDS:
-            own.append(f"its clock is {abs(found['skew']):.0f} s {'after' if found['skew'] < 0 else 'before'} rank 0's")
-        if own:
-            faults.append(f"rank {rank} on {found['host']} failed its start-up check: {', '.join(own)}")
-    return {"faults": faults, "hosts": [found["host"] if found else "?" for found in ranks]}
+            own = [f"did not come to the start-up check within {ANSWER_SECONDS:.0f} s"]
+            faults.append(f"rank {rank} on {host} {own[0]}")
+        else:
+            own = list(found["faults"])
+            if abs(found["skew"]) > SKEW_SECONDS:
+                side = "after" if found["skew"] < 0 else "before"
+                own.append(f"its clock is {abs(found['skew']):.0f} s {side} rank 0's")
+            if own:
+                faults.append(f"rank {rank} on {host} failed its start-up check: {', '.join(own)}")
+        if own and node is not None:
+            nodes.setdefault(node, f"rank {rank}: {', '.join(own)}")
+    of = len({place[1] for place in places if place})
+    return {"faults": faults, "hosts": [place[0] if place else "?" for place in places], "nodes": nodes, "of": of}
 
 
 def _device_faults(device: torch.device) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -40,6 +41,7 @@ def _check(rank: int, size: int, folder: Path) -> dict[str, tuple[str, float]]:
                 run = folder / "another"
             if rank == 1 and fault == "device":
                 device = torch.device("cuda", 99)
+            patch.setenv("SLURMD_NODENAME", f"node-of-rank-{rank}")
             world = World(rank, size, rank, device)
             begin = time.perf_counter()
             try:
@@ -70,9 +72,14 @@ def test_all_ranks_are_told_which_failed_and_why(tmp_path: Path) -> None:
         assert second[fault][0] == said
         assert re.search(pattern, said), said
         assert seconds < 2.0
-    assert not list((tmp_path / "run").iterdir()), "the tokens are gone"
+    written = json.loads((tmp_path / "run/failed_nodes.json").read_text())
+    assert [*written["faults"]] == ["node-of-rank-1"]
+    assert len(list((tmp_path / "run").iterdir())) == 1, "the tokens are gone"
 
 
 def test_a_rank_that_does_not_come_is_named() -> None:
-    came = {"host": "node0", "faults": [], "skew": 0.0}
-    assert node_check._judge([came, None])["faults"] == ["rank 1 did not come to the start-up check within 60 s"]
+    came = {"faults": [], "skew": 0.0}
+    verdict = node_check._judge([came, None], [["host0", "node0"], ["host1", "node1"]])
+    assert verdict["faults"] == ["rank 1 on host1 did not come to the start-up check within 60 s"]
+    assert [*verdict["nodes"]] == ["node1"]
+    assert verdict["of"] == 2

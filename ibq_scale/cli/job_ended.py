@@ -1,0 +1,31 @@
+"""``ibq-scale job-ended``: for batch scripts, so not in the list of commands."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command to the command line."""
+    parser = commands.add_parser(
+        "job-ended",
+        description="Whether a job should come back: exit code 0 yes, 1 no; prints the nodes to leave out.",
+        epilog="example: ibq-scale job-ended runs/tok --code 75 --seconds 3600",
+    )
+    parser.add_argument("folder", metavar="RUN", type=Path, help="run directory")
+    parser.add_argument("--code", type=int, required=True, metavar="N", help="srun's exit code")
+    parser.add_argument("--seconds", type=float, required=True, metavar="S", help="how long the job ran")
+    parser.add_argument("--attempts", type=int, default=3, metavar="N", help="in a row without a new step (default 3)")
+    parser.set_defaults(run=_job_ended)
+
+
+def _job_ended(args: argparse.Namespace) -> int:
+    from ibq_scale.cluster.requeue import after
+    from ibq_scale.console import tell
+
+    attempt = after(args.folder, args.code, args.seconds, args.attempts)
+    end = f", without {', '.join(attempt.excluded)}" if attempt.excluded else ""
+    tell(f"ibq-scale: the job {f'goes back into the queue{end}' if attempt.again else 'ends'}: {attempt.why}")
+    print(*attempt.excluded, sep=",")
+    return 0 if attempt.again else 1
