@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _code(words: list[str]) -> int:
     try:
         # The deepspeed launcher appends --local_rank; the environment already says the same.
-        args = build_parser().parse_args([w for w in words if not w.startswith("--local_rank")])
+        args = _parse([w for w in words if not w.startswith("--local_rank")])
         return _run(args, words)
     except UserError as e:
         _complain(str(e))
@@ -75,6 +75,17 @@ def _code(words: list[str]) -> int:
         # `ibq-scale … | head` closed our output: not an error. Keep the interpreter from flushing into it again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    """argparse takes no more positional words once options came between them; ``key=value`` may stand anywhere."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(words)
+    if rest and hasattr(args, "overrides") and not any(word.startswith("-") or "=" not in word for word in rest):
+        args.overrides += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
 
 
 def _run(args: argparse.Namespace, words: list[str]) -> int:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ibq_scale.checkpoint.reading import whole_checkpoints
 from ibq_scale.cluster import snapshot
+from ibq_scale.cluster.requeue import read_attempts
 from ibq_scale.cluster.slurm import Job
 from ibq_scale.config.layers import load_resolved
 from ibq_scale.config.run import AnyRun
@@ -21,8 +22,6 @@ from ibq_scale.train.run_lock import BEAT_SECONDS, look
 State = Literal["queued", "requeued", "running", "stopped", "finished", "failed"]
 # A lock of another host that is younger than so many beats is of a run that lives.
 LIVELY_BEATS = 4.5
-# A line of every attempt of a job, by its batch script.
-ATTEMPTS = "attempts.jsonl"
 # Where `jobs` looks without being told.
 HOME = Path("runs")
 
@@ -85,7 +84,7 @@ def describe(run_dir: Path, jobs: Sequence[Job]) -> Run:
 
 
 def _state(run_dir: Path, mine: Sequence[Job], *, finished: bool) -> tuple[State, str]:
-    attempts = _attempts(run_dir)
+    attempts = read_attempts(run_dir)
     running = [job for job in mine if not job.pending]
     if running:
         return "running", _phase(run_dir) if running[0].state == "RUNNING" else running[0].state.lower()
@@ -123,21 +122,6 @@ def config_of(run_dir: Path) -> AnyRun | None:
         except UserError:
             continue
     return None
-
-
-def _attempts(run_dir: Path) -> list[Mapping[str, Any]]:
-    try:
-        lines = (run_dir / ATTEMPTS).read_text().splitlines()
-    except OSError:
-        return []
-    found = []
-    for line in lines:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            # The last line of a full disk.
-            continue
-    return [attempt for attempt in found if isinstance(attempt, dict)]
 
 
 def _json(path: Path) -> dict[str, Any]:

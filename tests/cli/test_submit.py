@@ -115,9 +115,9 @@ def test_flags_win_over_the_profile_and_that_over_the_file(
     path = slurm.folder / ".config/ibq-scale/clusters.yaml"
     path.parent.mkdir(parents=True)
     path.write_text(
-        "profiles: {alps: {partition: gpu, qos: low, time: '02:00:00', sbatch: [reservation=a], setup: [module load x],\n"
-        "  env: {NCCL_IB_HCA: mlx5}, srun: ['--container-image=/a b.sqsh'], inside: [apptainer, exec, --nv, $X/y.sif],\n"
-        "  ibq_scale: /opt/ibq-scale}}"
+        "profiles:\n  alps: {partition: gpu, qos: low, time: '02:00:00', sbatch: [reservation=a],\n"
+        "    setup: [module load x], env: {NCCL_IB_HCA: mlx5}, srun: ['--container-image=/a b.sqsh'],\n"
+        "    inside: [apptainer, exec, --nv, $X/y.sif], ibq_scale: /opt/ibq-scale}"
     )
     assert main([*words, "--cluster", "alps", "--qos", "high", "--sbatch", "exclusive", "--dry-run"]) == 0
     script = Script(capsys.readouterr().out)

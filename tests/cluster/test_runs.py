@@ -110,7 +110,7 @@ def test_a_job_that_has_not_begun_is_known_by_its_submission(slurm: FakeSlurm, t
 def test_how_a_run_ended(run: Path) -> None:
     assert _now(run).state == "stopped"
     _attempt(run, "7", 1)
-    (run / "attempts.jsonl").open("a").write('{"job": "7", "co')
+    (run / "attempts.jsonl").open("a").write('{"job": "7", "co\n')
     assert (_now(run).state, _now(run).why) == ("failed", "code 1")
     _attempt(run, "8", 75)
     assert _now(run).state == "stopped"
@@ -142,9 +142,7 @@ def test_runs_are_found_in_the_queue_and_in_the_usual_folder(
     slurm: FakeSlurm, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    slurm.queue(
-        "7|PENDING|2||Priority|ibq-scale /elsewhere/a|b", "8|RUNNING|1|n|None|not ours", f"9|RUNNING|1|n|None|{run}"
-    )
+    slurm.queue("7|PENDING|2||Priority|ibq-scale /elsewhere/a|b", "8|RUNNING|1|n|None|not ours", "9|RUNNING|1|n|None|")
     assert known_runs(my_jobs()) == [Path("/elsewhere/a|b"), run]
 
 
