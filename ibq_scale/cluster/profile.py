@@ -67,7 +67,8 @@ def load_profile(name: str | None) -> tuple[str | None, Profile]:
             raise UserError(f"{path} does not exist: write there  profiles: {{{name or 'NAME'}: {{partition: …}}}}")
         return None, Profile()
     try:
-        values = yaml.safe_load(path.read_text()) or {}
+        # As texts: YAML would take 24:00:00 for a number of seconds.
+        values = yaml.load(path.read_text(), Loader=yaml.BaseLoader) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
         raise UserError(f"cannot read {path}: {' '.join(str(e).split())}") from None
     profiles = values.get("profiles") if isinstance(values, dict) else None

@@ -31,6 +31,14 @@ def test_the_variable_names_another_file(profiles: Path, tmp_path: Path, monkeyp
     assert load_profile("x")[1].partition == "mine"
 
 
+def test_the_readmes_example(profiles: Path) -> None:
+    readme = Path(__file__).parents[2] / "README.md"
+    profiles.write_text(readme.read_text().split("```yaml\n")[1].split("```")[0])
+    name, profile = load_profile(None)
+    assert (name, profile.time, profile.gpus_per_node) == ("alps", "24:00:00", 8), "YAML's own 24:00:00 is 86400"
+    assert profile.env == {"NCCL_IB_HCA": "mlx5"}
+
+
 def test_nothing_is_written_down(profiles: Path) -> None:
     assert load_profile(None) == (None, Profile())
     with pytest.raises(UserError, match="does not exist: write there"):
