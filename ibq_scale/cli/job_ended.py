@@ -10,7 +10,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Adds the command to the command line."""
     parser = commands.add_parser(
         "job-ended",
-        description="Whether a job should come back: exit code 0 yes, 1 no; prints the nodes to leave out.",
+        description="Prints 'requeue' and the nodes to leave out, or 'end'; says why on standard error.",
         epilog="example: ibq-scale job-ended runs/tok --code 75 --seconds 3600",
     )
     parser.add_argument("folder", metavar="RUN", type=Path, help="run directory")
@@ -27,5 +27,5 @@ def _job_ended(args: argparse.Namespace) -> int:
     attempt = after(args.folder, args.code, args.seconds, args.attempts)
     end = f", without {', '.join(attempt.excluded)}" if attempt.excluded else ""
     tell(f"ibq-scale: the job {f'goes back into the queue{end}' if attempt.again else 'ends'}: {attempt.why}")
-    print(*attempt.excluded, sep=",")
-    return 0 if attempt.again else 1
+    print("requeue" if attempt.again else "end", ",".join(attempt.excluded))
+    return 0

@@ -1,7 +1,7 @@
 """Whether a job that ended should come back, and to which nodes not: asked by the batch script when srun has ended.
 
-RUN/attempts.jsonl holds a line for each attempt. A job comes back as long as its attempts bring the run on. One that has
-not saved a new step for some attempts stays away, as does one that is done, is used wrongly, or fails at once.
+RUN/attempts.jsonl holds a line for each attempt. A job comes back as long as its attempts bring the run on. One that
+has not saved a new step for some attempts stays away, as does one that is done, is used wrongly, or fails at once.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from itertools import count, islice
 from pathlib import Path
@@ -34,35 +34,14 @@ from ibq_scale.data.stream import ImageBatch, image_stream
 from ibq_scale.distributed.environment import World
 from ibq_scale.errors import UserError
 from tests.faults import Exchange, cut, fault_proxy, slow_down
-from tests.services.radosgw import missing_packages, radosgw
+from tests.services.conftest import BUCKET, lead_to
 
 pytestmark = [pytest.mark.slow, pytest.mark.services]
-BUCKET = "services"
-SETTINGS = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_REQUEST_CHECKSUM_CALCULATION", "AWS_RESPONSE_CHECKSUM_VALIDATION")
-
-
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment that leads to a running server with one bucket."""
-    if missing_packages():
-        pytest.skip(f"no S3 server: apt-get install --no-install-recommends {' '.join(missing_packages())}")
-    with radosgw(tmp_path_factory.mktemp("radosgw") / "ceph") as environment, pytest.MonkeyPatch.context() as patch:
-        _lead_to(patch, environment)
-        s3fs.S3FileSystem(skip_instance_cache=True).mkdir(BUCKET)
-        patch.undo()
-        yield environment
-
-
-def _lead_to(patch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
-    for name in SETTINGS:
-        patch.delenv(name, raising=False)
-    for name, value in environment.items():
-        patch.setenv(name, value)
 
 
 @pytest.fixture(autouse=True)
 def _environment(server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    _lead_to(monkeypatch, server)
+    lead_to(monkeypatch, server)
 
 
 @pytest.fixture(scope="module")

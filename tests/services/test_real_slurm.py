@@ -1,0 +1,320 @@
+"""The sbatch files on a real Slurm of several nodes: jobs come back by themselves, to the bits of the run undisturbed."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ibq_scale.cluster.requeue import read_attempts
+from ibq_scale.data.prepare import prepare_images
+from tests.chaos.disk import difference
+from tests.samples import write_codes
+from tests.services.conftest import BUCKET, lead_to
+from tests.services.slurm import Cluster, missing_packages, slurm
+from tests.train.runs import SMALL, lines
+
+pytestmark = [pytest.mark.slow, pytest.mark.services]
+FILES = Path(__file__).resolve().parents[2] / "slurm"
+STEPS = 8
+NODES = 6
+PATIENCE = 300.0
+# What stands for `ibq-scale` in the jobs. Files beside a run's directory make it slow, end it at once, or fail a node.
+PROGRAM = """#!{python}
+import os, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+run = next((word[4:] for word in sys.argv if word.startswith("out=")), None)
+if run and Path(run + ".broken").exists():
+    raise RuntimeError("broken")
+if run and Path(run + ".fault").exists() and os.environ.get("SLURM_NODEID") == "1":
+    if "SLURM_RESTART_COUNT" not in os.environ:
+        import shutil
+        shutil.disk_usage = lambda _: SimpleNamespace(free=0)
+if run:
+    from ibq_scale.train.preemption import StopRequest
+    def agreed(self, world, real=StopRequest.agreed):
+        if Path(run + ".slow").exists():
+            time.sleep(1.0)
+        return real(self, world)
+    StopRequest.agreed = agreed
+from ibq_scale.cli.main import main
+sys.exit(main())
+"""
+AR = (
+    "model.codebook_size=40",
+    "model.tokens=16",
+    "model.classes=3",
+    "model.depth=2",
+    "model.width=32",
+    "model.heads=2",
+    "ema_decay=0.9",
+    "data.lanes=3",
+    "train.global_batch=18",
+    "train.micro_batch=3",
+    "train.log_every=1",
+)
+# Two engines, the codebook sharded over all ranks, ZeRO-2, dropout, accumulation on 3 ranks.
+TOKENIZER = (*SMALL[:-3], "train.global_batch=12", "train.micro_batch=2", "train.log_every=1")
+TOKENIZER += ("deepspeed.config=zero2", "model.dropout=0.1", "data.lanes=3", "data.workers=1")
+
+
+@dataclass
+class Jobs:
+    """Submits the project's own files to a cluster."""
+
+    cluster: Cluster
+    folder: Path
+
+    def train(self, stage: str, run: Path, data: str, nodes: int, *more: str, options: tuple[str, ...] = ()) -> str:
+        """Submits a run of `STEPS` steps, a rank a node; the job's number."""
+        words = [*(TOKENIZER if stage == "tokenizer" else AR), "train.checkpoint_every=2", *more]
+        words += [f"data.train={data}", f"out={run}", f"train.steps={STEPS}"]
+        return self.submit(f"train_{stage}", f"--nodes={nodes}", *options, words=["tiny", *words])
+
+    def submit(self, name: str, *options: str, words: list[str]) -> str:
+        """Submits one of the files as a person does, with the sizes of this cluster."""
+        sizes = ("--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=1", "--chdir", str(self.folder))
+        file = str(FILES / f"{name}.sbatch")
+        return self.cluster.command("sbatch", "--parsable", *sizes, *options, file, *words).strip()
+
+    def until(self, job: str, condition: Callable[[], bool]) -> None:
+        """Waits until `condition` holds, with no pause before a requeued job; fails where the job ends before."""
+        deadline = time.monotonic() + PATIENCE
+        while not condition():
+            record = self.cluster.job(job)
+            assert record["JobState"] in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"), self.log(job)
+            if record["Reason"] == "BeginTime":
+                self.cluster.command("scontrol", "update", f"JobId={job}", "StartTime=now")
+            assert time.monotonic() < deadline, f"{record}\n{self.log(job)}"
+            time.sleep(0.2)
+
+    def end(self, job: str) -> dict[str, str]:
+        """Slurm's record of the job when it has ended for good."""
+        over = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "PREEMPTED")
+        self.until(job, lambda: self.cluster.job(job)["JobState"] in over)
+        return self.cluster.job(job)
+
+    def log(self, job: str) -> str:
+        """All that the job wrote, in this attempt and those before."""
+        found = [*self.folder.glob(f"**/*-{job}.log"), *self.folder.glob(f"**/*-{job}_*.log")]
+        return "".join(path.read_text() for path in found)
+
+    def again(self, job: str) -> Callable[[], bool]:
+        """A condition: the job has been requeued once more."""
+        before = int(self.cluster.job(job)["Restarts"])
+        return lambda: int(self.cluster.job(job)["Restarts"]) > before
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    """A cluster, and where its jobs run."""
+    if missing_packages():
+        pytest.skip(f"no Slurm: apt-get install --no-install-recommends {' '.join(missing_packages())}")
+    if os.geteuid():
+        pytest.skip("no Slurm: its nodes are namespaces, which only root can make")
+    folder = tmp_path_factory.mktemp("jobs")
+    program = folder / "ibq-scale"
+    program.write_text(PROGRAM.format(python=sys.executable))
+    program.chmod(0o755)
+    root = str(FILES.parent)
+    with pytest.MonkeyPatch.context() as patch, slurm(tmp_path_factory.mktemp("slurm") / "s", NODES) as cluster:
+        patch.setenv("IBQ_SCALE", str(program))
+        patch.setenv("PYTHONPATH", root, prepend=os.pathsep)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        yield Jobs(cluster, folder)
+
+
+@pytest.fixture(scope="module")
+def codes(jobs: Jobs) -> str:
+    write_codes(jobs.folder / "codes")
+    return str(jobs.folder / "codes")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(jobs: Jobs, dataset: str, codes: str) -> dict[str, Path]:
+    """Runs that go to their end in one go, side by side, by stage and nodes."""
+    sizes = [("tokenizer", 2, dataset), ("tokenizer", 3, dataset), ("ar", 2, codes)]
+    runs = {f"{stage}-{nodes}": jobs.folder / f"undisturbed-{stage}-{nodes}" for stage, nodes, _ in sizes}
+    started = [jobs.train(stage, runs[f"{stage}-{nodes}"], data, nodes) for stage, nodes, data in sizes]
+    for job in started:
+        assert jobs.end(job)["JobState"] == "COMPLETED", jobs.log(job)
+    return runs
+
+
+@pytest.fixture
+def run(jobs: Jobs, numbers: Iterator[int]) -> Path:
+    """A run directory of this test's own."""
+    return jobs.folder / f"run-{next(numbers)}"
+
+
+@pytest.fixture(scope="module")
+def numbers() -> Iterator[int]:
+    return count()
+
+
+def _slow(run: Path) -> Path:
+    """A run that sleeps a second after each step, as long as this file is there."""
+    path = run.with_name(f"{run.name}.slow")
+    path.touch()
+    return path
+
+
+def _step(run: Path) -> int:
+    found: list[dict[str, Any]] = lines(run)
+    return int(found[-1]["step"]) if found else 0
+
+
+def test_a_signalled_job_comes_back_and_a_second_one_on_its_run_is_refused(
+    jobs: Jobs, undisturbed: dict[str, Path], dataset: str, run: Path
+) -> None:
+    slow = _slow(run)
+    job = jobs.train("tokenizer", run, dataset, 2)
+    jobs.until(job, lambda: _step(run) > 2)
+    second = jobs.train("tokenizer", run, dataset, 2)
+    while "another job trains" not in jobs.log(second):
+        assert _step(run) < STEPS - 1, jobs.log(second)
+        time.sleep(0.2)
+    requeued = jobs.again(job)
+    jobs.cluster.command("scancel", "--signal=USR1", job)
+    jobs.until(job, requeued)
+    slow.unlink()
+    refused = jobs.end(second)
+    assert (refused["JobState"], refused["ExitCode"], refused["Restarts"]) == ("FAILED", "2:0", "0")
+    assert jobs.end(job)["JobState"] == "COMPLETED", jobs.log(job)
+    first, last = (attempt for attempt in read_attempts(run) if attempt["job"] == job)
+    assert (first["code"], first["again"], last["code"], last["again"]) == (75, True, 0, False)
+    assert 0 < first["step_after"] == last["step_before"] < STEPS
+    assert difference(undisturbed["tokenizer-2"], run) == []
+
+
+def test_a_node_that_loses_its_power_costs_the_steps_since_the_last_save(
+    jobs: Jobs, undisturbed: dict[str, Path], server: dict[str, str], pictures: Path, run: Path
+) -> None:
+    """Three nodes, and the data in the real S3 server."""
+    with pytest.MonkeyPatch.context() as patch:
+        lead_to(patch, server)
+        url = f"s3://{BUCKET}/slurm"
+        prepare_images(pictures, url, shard_bytes=8_000)
+        slow = _slow(run)
+        job = jobs.train("tokenizer", run, url, 3, f"data.cache_dir={run}.cache")
+    jobs.until(job, lambda: _step(run) > 2)
+    requeued = jobs.again(job)
+    names = jobs.cluster.command("scontrol", "show", "hostnames", jobs.cluster.job(job)["NodeList"]).split()
+    jobs.cluster.kill_node(names[1])
+    jobs.until(job, requeued)
+    slow.unlink()
+    assert jobs.end(job)["JobState"] == "COMPLETED", jobs.log(job)
+    jobs.cluster.start_node(names[1])
+    assert "resuming from" in jobs.log(job)
+    assert difference(undisturbed["tokenizer-3"], run) == []
+
+
+def test_requeued_at_its_time_limit_and_preempted_it_is_one_run(
+    jobs: Jobs, undisturbed: dict[str, Path], codes: str, run: Path
+) -> None:
+    slow = _slow(run)
+    job = jobs.train("ar", run, codes, 2)
+    for number, harm in enumerate(("requeue", "time limit", "preemption")):
+        saved = 1 + 2 * number
+        jobs.until(job, lambda saved=saved: _step(run) >= saved)  # type: ignore[misc]
+        requeued = jobs.again(job)
+        if harm == "requeue":
+            jobs.cluster.command("scontrol", "requeue", job)
+        elif harm == "time limit":
+            jobs.cluster.command("scontrol", "update", f"JobId={job}", "TimeLimit=1")
+        else:
+            nodes = jobs.cluster.job(job)["NodeList"]
+            words = ("--partition=urgent", "--nodes=2", "--exclusive", f"--nodelist={nodes}", "--output=/dev/null")
+            jobs.cluster.command("sbatch", *words, "--wrap", "true")
+        jobs.until(job, requeued)
+        jobs.cluster.command("scontrol", "update", f"JobId={job}", "TimeLimit=60")
+    slow.unlink()
+    assert jobs.end(job)["JobState"] == "COMPLETED", jobs.log(job)
+    assert [attempt["code"] for attempt in read_attempts(run)] == [75, 75, 0]
+    assert jobs.log(job).count("by a signal, saved") == 3
+    assert difference(undisturbed["ar-2"], run) == []
+
+
+def test_a_run_of_three_nodes_goes_on_with_two(jobs: Jobs, undisturbed: dict[str, Path], codes: str, run: Path) -> None:
+    slow = _slow(run)
+    job = jobs.train("ar", run, codes, 3)
+    jobs.until(job, lambda: _step(run) > 2)
+    # As `ibq-scale cancel` does: what saves now does not come back.
+    jobs.cluster.command("scontrol", "update", f"JobId={job}", "Requeue=0")
+    jobs.cluster.command("scancel", "--signal=USR1", job)
+    assert jobs.end(job)["ExitCode"] == "75:0", jobs.log(job)
+    slow.unlink()
+    job = jobs.train("ar", run, codes, 2)
+    assert jobs.end(job)["JobState"] == "COMPLETED", jobs.log(job)
+    assert "resuming from" in jobs.log(job)
+    losses = [[line["loss"] for line in lines(path)] for path in (run, undisturbed["ar-2"])]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize(("how", "code"), [("misspelt", 2), ("broken", 1)])
+def test_what_fails_at_once_does_not_come_back(jobs: Jobs, codes: str, run: Path, how: str, code: int) -> None:
+    if how == "broken":
+        run.with_name(f"{run.name}.broken").touch()
+    job = jobs.train("ar", run, codes, 1, *(["model.dept=3"] if how == "misspelt" else []))
+    record = jobs.end(job)
+    assert (record["JobState"], record["ExitCode"], record["Restarts"]) == ("FAILED", f"{code}:0", "0")
+    assert "the job ends: it" in jobs.log(job)
+
+
+def test_a_cancelled_job_saves_and_stays_away(jobs: Jobs, codes: str, run: Path) -> None:
+    _slow(run)
+    job = jobs.train("ar", run, codes, 1)
+    jobs.until(job, lambda: _step(run) > 0)
+    jobs.cluster.command("scancel", job)
+    assert jobs.end(job)["JobState"] == "CANCELLED"
+    deadline = time.monotonic() + PATIENCE
+    while "by a signal, saved" not in jobs.log(job):
+        assert time.monotonic() < deadline, jobs.log(job)
+        time.sleep(0.2)
+
+
+def test_a_node_that_fails_its_check_is_named_and_left_out(jobs: Jobs, codes: str, run: Path) -> None:
+    run.with_name(f"{run.name}.fault").touch()
+    job = jobs.train("ar", run, codes, 2, options=("--exclude=node5",))
+    jobs.until(job, jobs.again(job))
+    attempt = read_attempts(run)[0]
+    names = jobs.cluster.command("scontrol", "show", "hostnames", attempt["nodes"]).split()
+    assert (attempt["code"], attempt["excluded"]) == (71, [names[1]])
+    assert f"rank 1 on {names[1]} failed its start-up check" in jobs.log(job)
+    assert f"goes back into the queue, without {names[1]}: a node failed its check" in jobs.log(job)
+    record = jobs.end(job)
+    assert record["JobState"] == "COMPLETED", jobs.log(job)
+    excluded = set(jobs.cluster.command("scontrol", "show", "hostnames", record["ExcNodeList"]).split())
+    assert excluded == {names[1], "node5"}
+    ran_on = jobs.cluster.command("scontrol", "show", "hostnames", record["NodeList"]).split()
+    assert not excluded & set(ran_on)
+
+
+def test_an_array_of_which_one_is_killed_and_rerun_writes_the_same_bytes(
+    jobs: Jobs, undisturbed: dict[str, Path], dataset: str
+) -> None:
+    tokenizer, whole, parts = str(undisturbed["tokenizer-2"]), jobs.folder / "whole", jobs.folder / "parts"
+    one = jobs.submit("tokenize", "--array=0", words=[tokenizer, dataset, "--to", str(whole)])
+    array = jobs.submit("tokenize", "--array=0-3", words=[tokenizer, dataset, "--to", str(parts)])
+    victim = f"{array}_2"
+    jobs.until(victim, lambda: jobs.cluster.job(victim)["JobState"] == "RUNNING")
+    jobs.cluster.command("scancel", "--signal=KILL", victim)
+    tasks = [f"{array}_{task}" for task in range(4)]
+    assert [jobs.end(task)["JobState"] for task in tasks] == [*["COMPLETED"] * 2, "FAILED", "COMPLETED"]
+    assert not (parts / "manifest.json").exists()
+    jobs.cluster.command("scontrol", "requeue", victim)
+    for task in (f"{one}_0", victim):
+        assert jobs.end(task)["JobState"] == "COMPLETED", jobs.log(task)
+    names = sorted(path.name for path in whole.iterdir())
+    assert len(json.loads((whole / "manifest.json").read_text())["shards"]) >= 4
+    assert names == sorted(path.name for path in parts.iterdir())
+    assert [name for name in names if (whole / name).read_bytes() != (parts / name).read_bytes()] == []
