@@ -58,14 +58,14 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _submit(args: argparse.Namespace) -> int:
     from ibq_scale.cluster import snapshot
-    from ibq_scale.cluster.checks import Job, run_checks
+    from ibq_scale.cluster.checks import Submission, run_checks
     from ibq_scale.cluster.submit import render, submit
 
     request, cluster = _request(args)
     preview = snapshot.Snapshot(snapshot.next_folder(request.run_dir), snapshot.Source.here())
     script = render(request, preview)
     checks = []
-    for check in run_checks(Job(request.config, script, request.profile.gpu, queue=not args.dry_run)):
+    for check in run_checks(Submission(request.config, script, request.profile.gpu, queue=not args.dry_run)):
         checks.append(check)
         _say(f"{check.level:<4}  {check.name:<9}  {check.text}")
     failed = [check.name for check in checks if check.level == "FAIL"]

@@ -41,7 +41,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Job:
+class Submission:
     """What is checked: the run, the script as it would be submitted, the kind of GPU where it is known."""
 
     config: AnyRun
@@ -92,7 +92,7 @@ class Job:
 Outcome = tuple[Level, str]
 
 
-def run_checks(job: Job) -> Iterator[Check]:
+def run_checks(job: Submission) -> Iterator[Check]:
     """The checks, one after the other, each as soon as it is known. Some need others to be well, and are left out."""
     for name, needs, check in CHECKS:
         if job.failed & set(needs):
@@ -108,13 +108,18 @@ def run_checks(job: Job) -> Iterator[Check]:
         yield Check(name, *found)
 
 
-def _batch(job: Job) -> Outcome:
+def _config(job: Submission) -> Outcome:
+    train = job.config.train
+    return "ok", f"{job.config.name}: {job.config.task}, {train.total_steps:,} steps of {train.global_batch}"
+
+
+def _batch(job: Submission) -> Outcome:
     train = job.config.train
     accumulation = accumulation_steps(train, job.ranks)
     return "ok", f"{train.global_batch} = {train.micro_batch} micro × {accumulation} accumulation × {job.ranks} ranks"
 
 
-def _codebook(job: Job) -> Outcome | None:
+def _codebook(job: Submission) -> Outcome | None:
     if not isinstance(job.config, TokenizerRun):
         return None
     from ibq_scale.quantize.quantizer import rows_of
@@ -124,12 +129,12 @@ def _codebook(job: Job) -> Outcome | None:
     return "ok", f"{rows} codes over {group} ranks, {rows // group} on each"
 
 
-def _deepspeed(job: Job) -> Outcome:
+def _deepspeed(job: Submission) -> Outcome:
     stage = deepspeed_config(job.config, job.ranks).get("zero_optimization", {}).get("stage", 0)
     return "ok", f"{job.config.deepspeed.config}: ZeRO stage {stage}"
 
 
-def _memory(job: Job) -> Outcome:
+def _memory(job: Submission) -> Outcome:
     if job.gpus and job.gpus * job.nodes != job.ranks:
         return "FAIL", (
             f"{job.ranks} ranks on {job.gpus * job.nodes} GPUs: a rank takes one GPU, set ntasks-per-node to {job.gpus}"
@@ -138,6 +143,8 @@ def _memory(job: Job) -> Outcome:
     needs = f"{_gb(plan.memory.peak)} a GPU"
     if not job.gpus:
         return "ok", f"{_gb(plan.memory.peak)} a rank, counted as for a GPU: this job asks for none"
+    if plan.fits is None and job.gpu is not None:
+        return "warn", f"needs {needs}; how much a {job.gpu} has is not known (ibq-scale plan --memory GB)"
     if plan.fits is None:
         return "warn", f"needs {needs}; whether that fits is told with --gpu (h100, a100-40gb …)"
     memory = plan.machine.gpu_memory or 0.0
@@ -149,7 +156,7 @@ def _memory(job: Job) -> Outcome:
     )
 
 
-def _data(job: Job) -> Outcome:
+def _data(job: Submission) -> Outcome:
     from ibq_scale.train.codes import check_codes
 
     sets = job.sets
@@ -165,7 +172,7 @@ def _data(job: Job) -> Outcome:
     return "ok", f"{sets.samples:,} samples in {', '.join(job.config.data.sources)}{seen}"
 
 
-def _resume(job: Job) -> Outcome:
+def _resume(job: Submission) -> Outcome:
     from ibq_scale.train.run import check_same_data, check_same_run
 
     newest, total = job.newest, job.config.train.total_steps
@@ -183,7 +190,7 @@ def _resume(job: Job) -> Outcome:
     return "ok", f"goes on from step {newest.step} of {total}"
 
 
-def _weights(job: Job) -> Outcome | None:
+def _weights(job: Submission) -> Outcome | None:
     from ibq_scale.weights import SOURCES, missing
 
     if not isinstance(job.config, TokenizerRun) or job.config.loss.perceptual not in SOURCES:
@@ -193,7 +200,7 @@ def _weights(job: Job) -> Outcome | None:
     return ("FAIL", fault) if fault is not None else ("ok", f"{file} is there")
 
 
-def _wandb(job: Job) -> Outcome | None:
+def _wandb(job: Submission) -> Outcome | None:
     mode = os.environ.get("WANDB_MODE", job.config.wandb.mode)
     if job.config.wandb.mode == "off" or mode != "online":
         return None
@@ -203,7 +210,7 @@ def _wandb(job: Job) -> Outcome | None:
     return "warn", f"not logged in to {host}, the run would go on without: 'wandb login', or wandb.mode=offline"
 
 
-def _disk(job: Job) -> Outcome:
+def _disk(job: Submission) -> Outcome:
     train, each = job.config.train, job.plan.checkpoint_bytes
     folder = nearest(job.run_dir)
     there = sum(c.bytes for c in whole_checkpoints(job.run_dir / "checkpoints"))
@@ -221,7 +228,7 @@ def _disk(job: Job) -> Outcome:
     return "ok", f"{_gb(in_the_end)} for checkpoints of {_gb(each)}, of {_gb(free)} that are free"
 
 
-def _alone(job: Job) -> Outcome:
+def _alone(job: Submission) -> Outcome:
     mine = jobs_of(job.run_dir, slurm.my_jobs())
     if mine:
         which = ", ".join(f"{other.id} ({other.state.lower()})" for other in mine)
@@ -235,7 +242,7 @@ def _alone(job: Job) -> Outcome:
     return "ok", f"nobody else trains in {job.run_dir}"
 
 
-def _time(job: Job) -> Outcome:
+def _time(job: Submission) -> Outcome:
     text = job.script.option("time")
     limit = seconds(text or "")
     signal = re.fullmatch(r"(?:[BR]+:)?(?:SIG)?USR1@(\d+)", job.script.option("signal") or "")
@@ -255,7 +262,7 @@ def _time(job: Job) -> Outcome:
     return "ok", f"{text}; saves and leaves {lead} s before, within {grace:.0f} s (train.grace)"
 
 
-def _slurm(job: Job) -> Outcome:
+def _slurm(job: Submission) -> Outcome:
     try:
         return "ok", slurm.rehearse(job.script.text)
     except slurm.NoSlurmError as e:
@@ -263,7 +270,8 @@ def _slurm(job: Job) -> Outcome:
 
 
 # Name, names of others that must be well for it to mean something, and the check.
-CHECKS: Sequence[tuple[str, tuple[str, ...], Callable[[Job], Outcome | None]]] = (
+CHECKS: Sequence[tuple[str, tuple[str, ...], Callable[[Submission], Outcome | None]]] = (
+    ("config", (), _config),
     ("batch", (), _batch),
     ("codebook", (), _codebook),
     ("deepspeed", ("batch",), _deepspeed),

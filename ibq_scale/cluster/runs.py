@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ibq_scale.checkpoint.reading import whole_checkpoints
+from ibq_scale.checkpoint.reading import OtherFormatError, whole_checkpoints
 from ibq_scale.cluster import snapshot
 from ibq_scale.cluster.requeue import read_attempts
 from ibq_scale.cluster.slurm import Job
@@ -70,8 +70,7 @@ def describe(run_dir: Path, jobs: Sequence[Job]) -> Run:
     config = config_of(run_dir)
     if config is None and not mine:
         raise UserError(f"{run_dir} is no run directory: it has no config.yaml, and no job of it is queued")
-    whole = whole_checkpoints(run_dir / "checkpoints")
-    newest = whole[-1].step if whole else None
+    newest = _newest_step(run_dir)
     steps = config.train.total_steps if config is not None else None
     state, why = _state(run_dir, mine, finished=newest is not None and newest == steps)
     beat = _json(run_dir / "heartbeat.json") if state == "running" else {}
@@ -105,6 +104,14 @@ def _state(run_dir: Path, mine: Sequence[Job], *, finished: bool) -> tuple[State
     if held is not None:
         return "failed", f"its process is gone ({held.holder or 'unnamed'})"
     return "stopped", ""
+
+
+def _newest_step(run_dir: Path) -> int | None:
+    try:
+        whole = whole_checkpoints(run_dir / "checkpoints")
+    except OtherFormatError:
+        return None
+    return whole[-1].step if whole else None
 
 
 def _phase(run_dir: Path) -> str:

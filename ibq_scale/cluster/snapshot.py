@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import ibq_scale
+from ibq_scale.commit import COMMIT
 from ibq_scale.config.layers import to_yaml
 from ibq_scale.config.run import AnyRun
 from ibq_scale.errors import UserError
@@ -17,8 +18,6 @@ FOLDER = "submitted"
 CODE, CONFIG, SCRIPT, RECORD = "code", "config.yaml", "job.sbatch", "submission.json"
 # What a run reads of a checkout; its tests and documents stay.
 PARTS = ("ibq_scale", "deepspeed_configs", "slurm", "pyproject.toml")
-# In the code's folder: which commit it is, for RUN/environment.json.
-COMMIT = "COMMIT"
 
 
 @dataclass(frozen=True)

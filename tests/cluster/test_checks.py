@@ -14,7 +14,7 @@ import pytest
 
 from ibq_scale.checkpoint.reading import manifest_text
 from ibq_scale.cluster import checks, room
-from ibq_scale.cluster.checks import Check, Job, run_checks, seconds
+from ibq_scale.cluster.checks import Check, Submission, run_checks, seconds
 from ibq_scale.cluster.render import Script
 from ibq_scale.config.layers import resolve
 from ibq_scale.errors import UserError
@@ -25,13 +25,15 @@ from tests.samples import write_codes
 BASE = {"nodes": "2", "ntasks-per-node": "1", "gpus-per-node": None, "time": "01:00:00", "signal": "USR1@300"}
 
 
-def _job(source: str, run: Path, *overrides: str, options: dict[str, str | None] | None = None, **job: Any) -> Job:
+def _job(
+    source: str, run: Path, *overrides: str, options: dict[str, str | None] | None = None, **job: Any
+) -> Submission:
     config = resolve(source, [f"out={run}", *overrides]).config
     script = Script.of(f"train_{config.task}").with_options(BASE | (options or {}))
-    return Job(config, script, **({"gpu": None} | job))
+    return Submission(config, script, **({"gpu": None} | job))
 
 
-def _found(job: Job, only: Sequence[str] = ()) -> dict[str, Check]:
+def _found(job: Submission, only: Sequence[str] = ()) -> dict[str, Check]:
     """By name. `only`: leave the others out, and with them what takes long."""
     kept = [entry for entry in checks.CHECKS if not only or entry[0] in only]
     with pytest.MonkeyPatch.context() as patch:
@@ -44,7 +46,7 @@ def test_all_is_well(slurm: FakeSlurm, dataset: str, tmp_path: Path) -> None:
     job = _job("tokenizer/tiny", tmp_path / "run", f"data.train={dataset}")
     found = _found(job)
     assert {name: check.level for name, check in found.items()} == dict.fromkeys(
-        ("batch", "codebook", "deepspeed", "memory", "data", "resume", "disk", "run", "time", "slurm"), "ok"
+        ("config", "batch", "codebook", "deepspeed", "memory", "data", "resume", "disk", "run", "time", "slurm"), "ok"
     )
     assert "512 on each" in found["codebook"].text
     assert found["slurm"].text.startswith("would start at 2026-11-24")
@@ -121,7 +123,7 @@ def test_data_of_the_right_kind_and_size(dataset: str, tmp_path: Path) -> None:
         assert said in found.text
 
 
-def _checkpoint(job: Job, step: int, data_hash: str) -> None:
+def _checkpoint(job: Submission, step: int, data_hash: str) -> None:
     folder = job.run_dir / f"checkpoints/step-{step:08d}"
     folder.mkdir(parents=True)
     manifest = {"format_version": 3, "step": step, "samples": 0, "files": {}, "data_hash": data_hash}
@@ -129,7 +131,7 @@ def _checkpoint(job: Job, step: int, data_hash: str) -> None:
 
 
 def test_a_checkpoint_must_be_of_this_run(dataset: str, tmp_path: Path) -> None:
-    def job(*overrides: str) -> Job:
+    def job(*overrides: str) -> Submission:
         return _job("tokenizer/tiny", tmp_path / "run", f"data.train={dataset}", *overrides)
 
     assert "begins anew" in _found(job(), ["resume"])["resume"].text
