@@ -19,3 +19,10 @@ def tell(message: str) -> None:
     except OSError:
         # Nothing more can come through; the interpreter would try again at its exit.
         sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
+
+
+def duration(seconds: float) -> str:
+    """``3h05m``, ``12m30s`` or ``8s``."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}h{m:02d}m" if hours else f"{m}m{s:02d}s" if m else f"{s}s"

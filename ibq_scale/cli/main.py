@@ -21,6 +21,8 @@ from ibq_scale.errors import UserError
 FAMILIES = (
     "data",
     "train",
+    "submit",
+    "jobs",
     "tokenize",
     "sample",
     "evaluate",

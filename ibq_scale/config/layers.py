@@ -61,7 +61,7 @@ def validate(schema: type[TokenizerRun] | type[ARRun], values: Mapping[str, Any]
     try:
         return schema.model_validate(values)
     except ValidationError as e:
-        raise UserError("\n".join(_explain(err, schema, source) for err in e.errors())) from None
+        raise UserError("\n".join(explain(err, schema, source) for err in e.errors())) from None
 
 
 def require_complete(config: AnyRun) -> None:
@@ -171,7 +171,8 @@ def _leaves(values: Mapping[str, Any]) -> list[str]:
     return list(flatten(values))
 
 
-def _explain(error: Any, schema: type[BaseModel], source: str) -> str:
+def explain(error: Any, schema: type[BaseModel], source: str) -> str:
+    """One of pydantic's errors in a line, with the nearest right key for an unknown one."""
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         near = _nearest(key, schema)

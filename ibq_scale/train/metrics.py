@@ -13,7 +13,7 @@ from typing import Any
 
 from ibq_scale.checkpoint.files import write_whole
 from ibq_scale.config.run import AnyRun
-from ibq_scale.console import tell
+from ibq_scale.console import duration, tell
 
 # A shorter stand for a save is in metrics.jsonl only.
 SHOWN_STALL_SECONDS = 1.0
@@ -83,13 +83,6 @@ class MetricsLog:
             log.warning("the end of %s is lost: %s", self.path, e)
         if self._wandb is not None:
             self._wandb.finish()
-
-
-def duration(seconds: float) -> str:
-    """``3h05m``, ``12m30s`` or ``8s``."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}h{m:02d}m" if hours else f"{m}m{s:02d}s" if m else f"{s}s"
 
 
 def _keep_until(path: Path, step: int) -> float:

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import platform
-import subprocess
 import sys
 from contextlib import closing
 from importlib.metadata import PackageNotFoundError, version
@@ -21,6 +20,7 @@ from ibq_scale.checkpoint.mirror import Mirror
 from ibq_scale.checkpoint.reading import Checkpoint
 from ibq_scale.checkpoint.retention import Retention
 from ibq_scale.checkpoint.saving import CheckpointFolder
+from ibq_scale.commit import current_commit
 from ibq_scale.config.batch import accumulation_steps
 from ibq_scale.config.layers import require_complete, to_yaml
 from ibq_scale.config.run import AnyRun, TokenizerRun
@@ -232,7 +232,7 @@ def environment(world: World) -> dict[str, object]:
     return {
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "git": _git_commit(),
+        "git": current_commit(),
         "world_size": world.size,
         "device": torch.cuda.get_device_name(world.device) if cuda else platform.processor() or platform.machine(),
         "cpus": os.cpu_count(),
@@ -245,15 +245,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _git_commit() -> str | None:
-    here = Path(__file__).parent
-    try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return found.stdout.strip()
 
 
 def summary(config: AnyRun, world: World, accumulation: int, resume_from: Checkpoint | None) -> str:

@@ -21,9 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
-
-import torch.distributed as dist
+from typing import Any, NamedTuple
 
 from ibq_scale.console import tell
 from ibq_scale.distributed.environment import World
@@ -87,9 +85,28 @@ class Holder:
         return f"process {self.pid} on {self.host}{job}, since {self.since}"
 
 
+class Held(NamedTuple):
+    """A lock as whoever looks on sees it. `touched`: when its file was, by the clock of its file system (s)."""
+
+    holder: Holder | None
+    touched: float
+
+
+def look(run_dir: Path) -> Held | None:
+    """The lock of `run_dir` as it is, without a claim to it; None where nobody ever had it, or has let it go."""
+    try:
+        path = max((p for p in (run_dir / "lock").iterdir() if p.name.isdigit()), default=None)
+        held = None if path is None else Held(_read_holder(path), path.stat().st_mtime)
+    except OSError:
+        return None
+    return None if held is None or (held.holder is not None and held.holder.released) else held
+
+
 @contextmanager
 def locked(run_dir: Path, world: World) -> Iterator[None]:
     """Holds the lock of `run_dir` for all ranks. Collective; UserError on every rank where another job has it."""
+    import torch.distributed as dist
+
     lock, refusal = None, [""]
     if world.is_main:
         try:
@@ -227,12 +244,7 @@ class RunLock:
             return 0.0
 
     def _holder(self, number: int) -> Holder | None:
-        """None for a file that is being written at this moment, or is damaged: then its time alone counts."""
-        try:
-            found: Any = json.loads(self._path(number).read_text())
-            return Holder(**found)
-        except (OSError, ValueError, TypeError):
-            return None
+        return _read_holder(self._path(number))
 
     def _numbers(self) -> list[int]:
         return [int(p.name) for p in self.folder.iterdir() if p.name.isdigit()]
@@ -242,6 +254,15 @@ class RunLock:
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{number:08d}"
+
+
+def _read_holder(path: Path) -> Holder | None:
+    """None for a file that is being written at this moment, or is damaged: then its time alone counts."""
+    try:
+        found: Any = json.loads(path.read_text())
+        return Holder(**found)
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def _start_of(pid: int) -> int | None:

@@ -62,6 +62,16 @@ def test_a_misspelt_key_is_answered_with_the_right_one(capsys: pytest.CaptureFix
     assert "did you mean 'train.global_batch'?" in said
 
 
+def test_overrides_may_stand_behind_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "show", "ar/tiny", "train.seed=1", "--json", "train.seed=2", "train.steps=7"]) == 0
+    shown = json.loads(capsys.readouterr().out)["config"]["train"]
+    assert (shown["seed"], shown["steps"]) == (2, 7)
+    for words in (["--josn", "train.seed=2"], ["--json", "seed"]):
+        with pytest.raises(SystemExit) as exit_:
+            main(["config", "show", "ar/tiny", "train.seed=1", *words])
+        assert exit_.value.code == 2
+
+
 def test_a_misspelt_preset(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean 'tokenizer/ibq-16384'?" in _refused(capsys, "train", "tokenizer", "ibq-16348")
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from ibq_scale.config.layers import resolve
-from ibq_scale.train.metrics import MetricsLog, duration
+from ibq_scale.console import duration
+from ibq_scale.train.metrics import MetricsLog
 
 VALUES = {"loss": 1.0, "samples_per_s": 10.0, "step_s": 0.5, "data_wait": 0.01}
 

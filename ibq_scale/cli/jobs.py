@@ -1,0 +1,97 @@
+"""``ibq-scale jobs`` and ``cancel``: how runs stand, and their end with everything saved."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ibq_scale.errors import UserError
+
+if TYPE_CHECKING:
+    from ibq_scale.cluster.runs import Run
+
+COLUMNS = ("run", "state", "step", "rate", "ETA", "checkpoint", "job", "nodes")
+
+
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds both commands to the command line."""
+    jobs = commands.add_parser(
+        "jobs",
+        help="runs and how they stand",
+        description="State, step, rate, time left, newest checkpoint, job and nodes of runs: from Slurm's queue, and "
+        "from the run directories. Without RUN: all that are queued, and those in ./runs.",
+        epilog="example: ibq-scale jobs runs/tok runs/xl",
+    )
+    jobs.add_argument("runs", nargs="*", type=Path, metavar="RUN")
+    jobs.add_argument("--json", action="store_true", help="print one JSON document")
+    jobs.set_defaults(run=_jobs)
+    cancel = commands.add_parser(
+        "cancel",
+        help="save a run and stop it",
+        description="Take a run's queued jobs out of the queue, and ask what trains to save, leave and not come "
+        "back. Without Slurm, the process on this host is asked.",
+        epilog="example: ibq-scale cancel runs/tok --wait",
+    )
+    cancel.add_argument("run_dir", type=Path, metavar="RUN")
+    cancel.add_argument("--wait", action="store_true", help="return when it has gone")
+    cancel.set_defaults(run=_cancel)
+
+
+def _jobs(args: argparse.Namespace) -> int:
+    from ibq_scale.cluster import slurm
+    from ibq_scale.cluster.runs import describe, known_runs
+
+    queue = slurm.my_jobs()
+    places = args.runs or known_runs(queue)
+    found = [describe(place, queue) for place in places]
+    if args.json:
+        print(json.dumps([asdict(run) for run in found]))
+        return 0
+    if not found:
+        print("no runs in the queue or in ./runs: name run directories")
+        return 0
+    rows = [COLUMNS, *map(_row, found)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    return 0
+
+
+def _row(run: Run) -> tuple[str, ...]:
+    from ibq_scale.console import duration
+
+    return (
+        run.path,
+        f"{run.state} ({run.why})" if run.why else run.state,
+        "" if run.step is None else f"{run.step}/{run.steps}",
+        "" if run.images_per_s is None else f"{run.images_per_s:.4g} img/s",
+        "" if run.eta_s is None else duration(run.eta_s),
+        "" if run.checkpoint is None else str(run.checkpoint),
+        " ".join(run.jobs),
+        run.nodes,
+    )
+
+
+def _cancel(args: argparse.Namespace) -> int:
+    from ibq_scale.cluster.cancel import cancel, patience, wait
+
+    if not args.run_dir.is_dir():
+        raise UserError(f"{args.run_dir} does not exist: give a run directory")
+    asked = cancel(args.run_dir)
+    if asked.dropped:
+        print(f"taken out of the queue: {', '.join(asked.dropped)}")
+    who = f"job {', '.join(asked.saving)}" if asked.saving else str(asked.process or "")
+    seconds = patience(args.run_dir)
+    if who:
+        print(f"{who}: saves and leaves, within {seconds:.0f} s")
+    if args.wait and not wait(asked, seconds):
+        ends = f"scancel {' '.join(asked.saving)}" if asked.saving else "kill it"
+        print(f"ibq-scale: {who} is still there: '{ends}' ends it without a save", file=sys.stderr)
+        return 1
+    if args.wait:
+        print(f"{args.run_dir}: nobody trains here any more (ibq-scale jobs {args.run_dir})")
+    return 0

@@ -1,0 +1,80 @@
+"""Stops a run so that nothing is lost: it saves, leaves, and does not come back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from ibq_scale.cluster import slurm
+from ibq_scale.cluster.runs import config_of, jobs_of
+from ibq_scale.errors import UserError
+from ibq_scale.train.run_lock import Holder, look
+
+POLL_SECONDS = 2.0
+UNKNOWN_GRACE_SECONDS = 270.0
+# For its signals, its epilogs and its slow answers.
+SLURM_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Who was asked to leave: jobs taken out of the queue, jobs and a process that save now."""
+
+    dropped: tuple[str, ...]
+    saving: tuple[str, ...]
+    process: Holder | None = None
+
+
+def cancel(run_dir: Path) -> Asked:
+    """Takes the run's queued jobs out of the queue and asks what trains to save and leave.
+
+    Without Slurm the process on this host is asked. UserError where nobody trains, or does so where we cannot reach it.
+    """
+    mine = jobs_of(run_dir, slurm.my_jobs())
+    queued = [job.id for job in mine if job.pending]
+    running = [job.id for job in mine if not job.pending]
+    # First those that wait for its end.
+    slurm.drop(queued)
+    for job in running:
+        slurm.ask_to_save(job)
+    if mine:
+        return Asked(tuple(queued), tuple(running))
+    return Asked((), (), _ask_process(run_dir))
+
+
+def patience(run_dir: Path) -> float:
+    """Seconds by which a run that was asked has gone: its grace time, and Slurm's own."""
+    config = config_of(run_dir)
+    return (config.train.grace if config is not None else UNKNOWN_GRACE_SECONDS) + SLURM_SECONDS
+
+
+def wait(asked: Asked, seconds: float) -> bool:
+    """Whether all who were asked are gone within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while _still_there(asked):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_SECONDS)
+    return True
+
+
+def _still_there(asked: Asked) -> bool:
+    if asked.process is not None:
+        return bool(asked.process.is_alive())
+    return any(job.id in asked.saving for job in slurm.my_jobs())
+
+
+def _ask_process(run_dir: Path) -> Holder:
+    """Signals rank 0: one rank that knows is enough, all agree on it after their step."""
+    held = look(run_dir)
+    holder = held.holder if held is not None else None
+    alive = holder.is_alive() if holder is not None else False
+    if holder is None or alive is False:
+        raise UserError(f"nobody trains in {run_dir}: there is nothing to cancel (ibq-scale jobs {run_dir})")
+    if not alive:
+        raise UserError(f"{run_dir} is trained by {holder}: run this there, or where its Slurm is")
+    os.kill(holder.pid, signal.SIGUSR1)
+    return holder

@@ -1,0 +1,324 @@
+"""Everything of a job that can be found wrong before it waits in a queue for hours."""
+
+from __future__ import annotations
+
+import netrc
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from ibq_scale.checkpoint.reading import Checkpoint, newest_or_this, whole_checkpoints
+from ibq_scale.cluster import slurm
+from ibq_scale.cluster.render import Script
+from ibq_scale.cluster.room import can_hold, free_bytes, nearest
+from ibq_scale.cluster.runs import jobs_of
+from ibq_scale.config.batch import accumulation_steps, codebook_group_size
+from ibq_scale.config.deepspeed import deepspeed_config
+from ibq_scale.config.run import AnyRun, TokenizerRun
+from ibq_scale.errors import UserError
+from ibq_scale.train.run_lock import look
+
+if TYPE_CHECKING:
+    from ibq_scale.data.sets import DataSets
+    from ibq_scale.scaling.plan import Plan
+
+Level = Literal["ok", "warn", "FAIL"]
+# A signal ahead of the time limit may come so much earlier (man sbatch).
+SIGNAL_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line: what was looked at, how it is, and what to do where it is not well."""
+
+    name: str
+    level: Level
+    text: str
+
+
+@dataclass(frozen=True)
+class Submission:
+    """What is checked: the run, the script as it would be submitted, the kind of GPU where it is known."""
+
+    config: AnyRun
+    script: Script
+    gpu: str | None
+    # Whether it is to be submitted now, and not just looked at.
+    queue: bool = True
+    failed: set[str] = field(default_factory=set)
+
+    @property
+    def nodes(self) -> int:
+        return _number(self.script, "nodes")
+
+    @property
+    def gpus(self) -> int:
+        """A node; 0 for ranks on CPUs."""
+        return _number(self.script, "gpus-per-node") if self.script.option("gpus-per-node") else 0
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * _number(self.script, "ntasks-per-node")
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.config.run_dir)
+
+    @cached_property
+    def plan(self) -> Plan:
+        from ibq_scale.scaling.plan import Machine, make_plan
+
+        # The time is not asked for, and any share of the peak does.
+        return make_plan(self.config, Machine(self.ranks // self.nodes, self.nodes, self.gpu), mfu=0.45)
+
+    @cached_property
+    def sets(self) -> DataSets:
+        from ibq_scale.data.sets import open_sets
+
+        kind: Literal["images", "codes"] = "images" if isinstance(self.config, TokenizerRun) else "codes"
+        # Shards are read by the nodes: no folder for them is needed here.
+        return open_sets(self.config.data.model_copy(update={"cache_dir": None}), kind)
+
+    @cached_property
+    def newest(self) -> Checkpoint | None:
+        whole = whole_checkpoints(self.run_dir / "checkpoints")
+        return whole[-1] if whole else None
+
+
+Outcome = tuple[Level, str]
+
+
+def run_checks(job: Submission) -> Iterator[Check]:
+    """The checks, one after the other, each as soon as it is known. Some need others to be well, and are left out."""
+    for name, needs, check in CHECKS:
+        if job.failed & set(needs):
+            continue
+        try:
+            found = check(job)
+        except UserError as e:
+            found = ("FAIL", " ".join(str(e).split()))
+        if found is None:
+            continue
+        if found[0] == "FAIL":
+            job.failed.add(name)
+        yield Check(name, *found)
+
+
+def _config(job: Submission) -> Outcome:
+    train = job.config.train
+    return "ok", f"{job.config.name}: {job.config.task}, {train.total_steps:,} steps of {train.global_batch}"
+
+
+def _batch(job: Submission) -> Outcome:
+    train = job.config.train
+    accumulation = accumulation_steps(train, job.ranks)
+    return "ok", f"{train.global_batch} = {train.micro_batch} micro × {accumulation} accumulation × {job.ranks} ranks"
+
+
+def _codebook(job: Submission) -> Outcome | None:
+    if not isinstance(job.config, TokenizerRun):
+        return None
+    from ibq_scale.quantize.quantizer import rows_of
+
+    group, rows = codebook_group_size(job.config, job.ranks), job.config.quantizer.codebook_size
+    rows_of(0, group, rows)
+    return "ok", f"{rows} codes over {group} ranks, {rows // group} on each"
+
+
+def _deepspeed(job: Submission) -> Outcome:
+    stage = deepspeed_config(job.config, job.ranks).get("zero_optimization", {}).get("stage", 0)
+    return "ok", f"{job.config.deepspeed.config}: ZeRO stage {stage}"
+
+
+def _memory(job: Submission) -> Outcome:
+    if job.gpus and job.gpus * job.nodes != job.ranks:
+        return "FAIL", (
+            f"{job.ranks} ranks on {job.gpus * job.nodes} GPUs: a rank takes one GPU, set ntasks-per-node to {job.gpus}"
+        )
+    plan = job.plan
+    needs = f"{_gb(plan.memory.peak)} a GPU"
+    if not job.gpus:
+        return "ok", f"{_gb(plan.memory.peak)} a rank, counted as for a GPU: this job asks for none"
+    if plan.fits is None and job.gpu is not None:
+        return "warn", f"needs {needs}; how much a {job.gpu} has is not known (ibq-scale plan --memory GB)"
+    if plan.fits is None:
+        return "warn", f"needs {needs}; whether that fits is told with --gpu (h100, a100-40gb …)"
+    memory = plan.machine.gpu_memory or 0.0
+    if plan.fits:
+        return "ok", f"{needs} of {_gb(memory)}"
+    return "FAIL", (
+        f"needs {needs}, a {job.gpu} has {_gb(memory)}: a smaller train.micro_batch, another deepspeed.config or "
+        f"model.activation_checkpointing (ibq-scale plan shows each line)"
+    )
+
+
+def _data(job: Submission) -> Outcome:
+    from ibq_scale.train.codes import check_codes
+
+    sets = job.sets
+    if not isinstance(job.config, TokenizerRun):
+        check_codes(job.config, sets)
+        if job.config.validation.data is not None:
+            from ibq_scale.data.sets import open_sets
+
+            held_out = {"train": job.config.validation.data, "weights": ()}
+            check_codes(job.config, open_sets(sets.config.model_copy(update=held_out), "codes"))
+    here = [part.store.url for part in sets.parts if part.store.local]
+    seen = f"; {', '.join(here)} must be seen by all nodes" if here else ""
+    return "ok", f"{sets.samples:,} samples in {', '.join(job.config.data.sources)}{seen}"
+
+
+def _resume(job: Submission) -> Outcome:
+    from ibq_scale.train.run import check_same_data, check_same_run
+
+    newest, total = job.newest, job.config.train.total_steps
+    if newest is None:
+        mirror = job.config.train.mirror
+        if mirror is None and job.config.init is not None:
+            newest_or_this(Path(job.config.init))
+        begins = f"goes on from {mirror}, if that holds a checkpoint" if mirror else "begins anew"
+        return "ok", f"{job.run_dir} {begins}"
+    check_same_run(job.config, newest)
+    if "data" not in job.failed:
+        check_same_data(job.config, newest, job.sets.hash)
+    if newest.step >= total:
+        return "warn", f"all {total} steps are done: the job will end at once (set train.steps for more)"
+    return "ok", f"goes on from step {newest.step} of {total}"
+
+
+def _weights(job: Submission) -> Outcome | None:
+    from ibq_scale.weights import SOURCES, missing
+
+    if not isinstance(job.config, TokenizerRun) or job.config.loss.perceptual not in SOURCES:
+        return None
+    file = SOURCES[job.config.loss.perceptual].file
+    fault = missing(file)
+    return ("FAIL", fault) if fault is not None else ("ok", f"{file} is there")
+
+
+def _wandb(job: Submission) -> Outcome | None:
+    mode = os.environ.get("WANDB_MODE", job.config.wandb.mode)
+    if job.config.wandb.mode == "off" or mode != "online":
+        return None
+    host = re.sub(r"^https?://|/.*$", "", os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    if os.environ.get("WANDB_API_KEY") or _in_netrc(host):
+        return "ok", f"logged in to {host}; nodes must reach it"
+    return "warn", f"not logged in to {host}, the run would go on without: 'wandb login', or wandb.mode=offline"
+
+
+def _disk(job: Submission) -> Outcome:
+    train, each = job.config.train, job.plan.checkpoint_bytes
+    folder = nearest(job.run_dir)
+    there = sum(c.bytes for c in whole_checkpoints(job.run_dir / "checkpoints"))
+    # One more than are kept, while it is written.
+    soon = each * (train.keep_checkpoints + 1 + (train.keep_best is not None)) - there
+    in_the_end = soon + each * (train.total_steps // train.keep_every if train.keep_every else 0)
+    free = free_bytes(folder)
+    if free < soon or can_hold(folder, max(soon, 1)) is False:
+        return "FAIL", (
+            f"checkpoints of {_gb(each)} need {_gb(soon)} more in {folder}, of {_gb(free)} that are free (or of your "
+            f"quota): make room, give another out=…, or a smaller train.keep_checkpoints"
+        )
+    if free < in_the_end:
+        return "warn", f"train.keep_every={train.keep_every} will take {_gb(in_the_end)}, of {_gb(free)} that are free"
+    return "ok", f"{_gb(in_the_end)} for checkpoints of {_gb(each)}, of {_gb(free)} that are free"
+
+
+def _alone(job: Submission) -> Outcome:
+    mine = jobs_of(job.run_dir, slurm.my_jobs())
+    if mine:
+        which = ", ".join(f"{other.id} ({other.state.lower()})" for other in mine)
+        return "FAIL", f"{job.run_dir} has job {which} already: 'ibq-scale cancel {job.run_dir}', or another out=…"
+    held = look(job.run_dir)
+    holder = held.holder if held is not None else None
+    if holder is not None and holder.is_alive():
+        return "FAIL", f"{job.run_dir} is trained by {holder}: 'ibq-scale cancel {job.run_dir}', or another out=…"
+    if holder is not None and holder.is_alive() is None:
+        return "warn", f"{job.run_dir} was held by {holder}; if that lives, the job will be refused"
+    return "ok", f"nobody else trains in {job.run_dir}"
+
+
+def _time(job: Submission) -> Outcome:
+    text = job.script.option("time")
+    limit = seconds(text or "")
+    signal = re.fullmatch(r"(?:[BR]+:)?(?:SIG)?USR1@(\d+)", job.script.option("signal") or "")
+    if signal is None:
+        return (
+            "FAIL",
+            "--signal must be USR1@SECONDS: a time limit would lose what came after the last checkpoint",
+        )
+    lead, grace = int(signal[1]), job.config.train.grace
+    if lead <= grace:
+        return "FAIL", f"--signal=USR1@{lead} leaves less than train.grace={grace:.0f} s: Slurm would kill the save"
+    if limit is not None and limit <= lead + SIGNAL_SECONDS:
+        return "FAIL", (
+            f"--time={text} is no longer than the {lead} s before its end at which the run saves and leaves: give more "
+            f"time, or a smaller train.grace"
+        )
+    return "ok", f"{text}; saves and leaves {lead} s before, within {grace:.0f} s (train.grace)"
+
+
+def _slurm(job: Submission) -> Outcome:
+    try:
+        return "ok", slurm.rehearse(job.script.text)
+    except slurm.NoSlurmError as e:
+        return "FAIL" if job.queue else "warn", str(e)
+
+
+# Name, names of others that must be well for it to mean something, and the check.
+CHECKS: Sequence[tuple[str, tuple[str, ...], Callable[[Submission], Outcome | None]]] = (
+    ("config", (), _config),
+    ("batch", (), _batch),
+    ("codebook", (), _codebook),
+    ("deepspeed", ("batch",), _deepspeed),
+    ("memory", ("batch", "codebook", "deepspeed"), _memory),
+    ("data", (), _data),
+    ("resume", (), _resume),
+    ("weights", (), _weights),
+    ("wandb", (), _wandb),
+    ("disk", ("batch", "codebook", "deepspeed"), _disk),
+    ("run", (), _alone),
+    ("time", (), _time),
+    ("slurm", (), _slurm),
+)
+
+
+def seconds(text: str) -> float | None:
+    """A time limit as sbatch reads it (``30``, ``30:00``, ``24:00:00``, ``2-12``, ``2-12:00``); None for no limit.
+
+    UserError for anything else.
+    """
+    if text.upper() in ("UNLIMITED", "INFINITE", "NONE"):
+        return None
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
+    if found is None:
+        raise UserError(f"--time={text} is no time limit: write HH:MM:SS or DAYS-HH:MM:SS")
+    days, *parts = (None if part is None else int(part) for part in found.groups())
+    first, second, third = parts
+    if days is not None or third is not None:
+        return (days or 0) * 86400.0 + (first or 0) * 3600.0 + (second or 0) * 60.0 + (third or 0)
+    return (first or 0) * 60.0 + (second or 0)
+
+
+def _number(script: Script, key: str) -> int:
+    text = script.option(key) or ""
+    # gpus-per-node may name a type before the number.
+    last = text.rpartition(":")[2]
+    if not last.isdigit() or int(last) < 1:
+        raise UserError(f"--{key}={text} is no number that can be counted with: give it plainly")
+    return int(last)
+
+
+def _in_netrc(host: str) -> bool:
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:,.2f} GB" if size >= 1e7 else f"{size / 1e6:,.2f} MB"

@@ -1,0 +1,87 @@
+"""A cluster's own settings, typed once: ~/.config/ibq-scale/clusters.yaml, or the file that $IBQ_SCALE_CLUSTERS names.
+
+default: alps
+profiles:
+  alps: {partition: gpu, account: my-project, gpu: h100, gpus_per_node: 8, setup: [module load cuda/12.8]}
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Annotated
+
+import yaml
+from pydantic import Field, ValidationError
+
+from ibq_scale.config.base import Section
+from ibq_scale.config.layers import explain
+from ibq_scale.config.models import PositiveInt
+from ibq_scale.errors import UserError
+
+PATH_VARIABLE = "IBQ_SCALE_CLUSTERS"
+Line = Annotated[str, Field(pattern=r"^[^\n]+$")]
+
+
+class Profile(Section):
+    """One cluster. What is None stays as the sbatch file has it.
+
+    `gpu`: as ``ibq-scale plan --device`` takes it. `gpus_per_node`: 0 for nodes without any; then `ntasks_per_node`
+    ranks on each, else one a GPU. `setup`: shell lines before all else (modules). `env`: variables of the job.
+    `sbatch`: more options of sbatch (``--reservation=x``). For containers, `srun`: options of srun, `inside`: words
+    before the command. `ibq_scale`: path of the command on the nodes (default: the one that submits).
+    """
+
+    partition: Line | None = None
+    account: Line | None = None
+    qos: Line | None = None
+    constraint: Line | None = None
+    time: Line | None = None
+    mem: Line | None = None
+    gpu: Line | None = None
+    gpus_per_node: Annotated[int, Field(ge=0)] | None = None
+    ntasks_per_node: PositiveInt | None = None
+    cpus_per_task: PositiveInt | None = None
+    sbatch: tuple[Line, ...] = ()
+    setup: tuple[Line, ...] = ()
+    env: dict[str, str] = Field(default_factory=dict)
+    srun: tuple[Line, ...] = ()
+    inside: tuple[Line, ...] = ()
+    ibq_scale: Line | None = None
+
+
+def profiles_path() -> Path:
+    """Where profiles are looked for."""
+    return Path(os.environ.get(PATH_VARIABLE) or Path.home() / ".config/ibq-scale/clusters.yaml")
+
+
+def load_profile(name: str | None) -> tuple[str | None, Profile]:
+    """The profile of this name, or the default one, with its name; an empty one where nothing is written down.
+
+    UserError for a file that cannot be read, an unknown key (with the nearest right one), or a name that is not there.
+    """
+    path = profiles_path()
+    if not path.is_file():
+        if name is not None or os.environ.get(PATH_VARIABLE):
+            raise UserError(f"{path} does not exist: write there  profiles: {{{name or 'NAME'}: {{partition: …}}}}")
+        return None, Profile()
+    try:
+        # As texts: YAML would take 24:00:00 for a number of seconds.
+        values = yaml.load(path.read_text(), Loader=yaml.BaseLoader) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise UserError(f"cannot read {path}: {' '.join(str(e).split())}") from None
+    profiles = values.get("profiles") if isinstance(values, dict) else None
+    if not isinstance(profiles, dict) or not set(values) <= {"default", "profiles"}:
+        raise UserError(f"{path}: expected 'profiles: {{NAME: {{partition: …}}}}' and, if you like, 'default: NAME'")
+    chosen = name or values.get("default")
+    if chosen is None:
+        return None, Profile()
+    if chosen not in profiles:
+        near = difflib.get_close_matches(str(chosen), map(str, profiles), n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(map(str, profiles))}"
+        raise UserError(f"{path} has no profile '{chosen}': {hint}")
+    try:
+        return str(chosen), Profile.model_validate(profiles[chosen] or {})
+    except ValidationError as e:
+        raise UserError(explain(e.errors()[0], Profile, f"{path}, {chosen}")) from None

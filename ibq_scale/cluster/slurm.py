@@ -1,0 +1,99 @@
+"""Slurm's commands, as far as jobs of ours need them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ibq_scale.errors import UserError
+
+# A controller that is busy answers late; one that is gone, never.
+PATIENCE_SECONDS = 120.0
+# squeue: id, state, number and names of nodes, reason, work directory, comment.
+COLUMNS = "%i|%T|%D|%N|%r|%k"
+# sbatch writes it in the job's comment, squeue gives it back.
+COMMENT = "ibq-scale "
+
+
+# The commands are installed, but belong to no cluster.
+NO_CLUSTER = "establish a configuration source"
+
+
+class NoSlurmError(UserError):
+    """There is no Slurm here."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job in the queue. `state`: Slurm's own word; `run`: the run directory that `submit` wrote in its comment."""
+
+    id: str
+    state: str
+    node_count: int
+    nodes: str
+    reason: str
+    run: str | None
+
+    @property
+    def pending(self) -> bool:
+        return self.state in ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "SPECIAL_EXIT")
+
+
+def my_jobs() -> list[Job]:
+    """The user's jobs that are queued or running; none where there is no Slurm. UserError where it does not answer."""
+    try:
+        listed = _run("squeue", "--me", "--noheader", "--array", f"--format={COLUMNS}")
+    except NoSlurmError:
+        return []
+    return [_job(line) for line in listed.splitlines()]
+
+
+def submit(script: str, words: Sequence[str], after: str | None) -> str:
+    """Queues a script with its arguments, behind the end of job `after`; returns the job's id. UserError if refused."""
+    dependency = [f"--dependency=afterany:{after}"] if after is not None else []
+    # Of several clusters, their name follows the id.
+    return _run("sbatch", "--parsable", *dependency, script, *words).strip().partition(";")[0]
+
+
+def rehearse(script: str) -> str:
+    """What Slurm says of a script's text without queueing it: when it would start. UserError if it would be refused."""
+    said = _run("sbatch", "--test-only", text=script, both=True)
+    # The number that it names is nobody's.
+    return re.sub(r"(?s).*Job \d+ to start at", "would start at", " ".join(said.split()))
+
+
+def drop(ids: Sequence[str]) -> None:
+    """Removes jobs from the queue; what runs is killed."""
+    if ids:
+        _run("scancel", *ids)
+
+
+def ask_to_save(job: str) -> None:
+    """SIGUSR1 to the job's ranks, not to its batch script, and what comes of it does not go back into the queue."""
+    _run("scontrol", "update", f"JobId={job}", "Requeue=0")
+    _run("scancel", "--signal=USR1", job)
+
+
+def _job(line: str) -> Job:
+    job, state, count, nodes, reason, comment = line.split("|", 5)
+    run = comment.removeprefix(COMMENT).strip() if comment.startswith(COMMENT) else None
+    return Job(job, state, int(count), nodes, reason, run)
+
+
+def _run(*command: str, text: str | None = None, both: bool = False) -> str:
+    try:
+        done = subprocess.run(
+            command, input=text, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False
+        )
+    except FileNotFoundError:
+        raise NoSlurmError(f"there is no {command[0]} here: run this where Slurm is (a login node)") from None
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{command[0]} does not answer in {PATIENCE_SECONDS:.0f} s: is Slurm up? (sinfo)") from None
+    if done.returncode and NO_CLUSTER in done.stderr:
+        raise NoSlurmError(f"{command[0]} finds no cluster: run this where Slurm is (a login node), or set SLURM_CONF")
+    if done.returncode:
+        said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        raise UserError(f"{command[0]}: {said.removeprefix(f'{command[0]}: ').removeprefix('error: ')}")
+    return done.stdout + (done.stderr if both else "")

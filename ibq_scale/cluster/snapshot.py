@@ -1,0 +1,144 @@
+"""What a job runs: code and config as they are when it is submitted, in RUN/submitted/NNN, whatever is edited later."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import ibq_scale
+from ibq_scale.commit import COMMIT
+from ibq_scale.config.layers import to_yaml
+from ibq_scale.config.run import AnyRun
+from ibq_scale.errors import UserError
+
+FOLDER = "submitted"
+CODE, CONFIG, SCRIPT, RECORD = "code", "config.yaml", "job.sbatch", "submission.json"
+# What a run reads of a checkout; its tests and documents stay.
+PARTS = ("ibq_scale", "deepspeed_configs", "slurm", "pyproject.toml")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the running package comes from. `root`: its checkout, None for an installed one, which cannot be edited."""
+
+    version: str
+    root: Path | None = None
+    commit: str | None = None
+    changed: bool = False
+
+    @staticmethod
+    def here() -> Source:
+        root = Path(ibq_scale.__file__).resolve().parents[1]
+        if root.name in ("site-packages", "dist-packages"):
+            return Source(ibq_scale.__version__)
+        commit = _git(root, "rev-parse", "HEAD")
+        changed = bool(commit and _git(root, "status", "--porcelain", "--", *PARTS))
+        return Source(ibq_scale.__version__, root, commit.strip() if commit else None, changed)
+
+    def __str__(self) -> str:
+        if self.root is None:
+            return f"ibq-scale {self.version}, as installed (no copy: an upgrade before the job starts changes it)"
+        commit = f"{self.commit[:12]}{' with changes' if self.changed else ''}" if self.commit else self.version
+        return f"the code of {self.root} ({commit})"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """RUN/submitted/NNN. `pythonpath`: what the job imports from, None for an installed package."""
+
+    folder: Path
+    source: Source
+
+    @property
+    def config(self) -> Path:
+        return self.folder / CONFIG
+
+    @property
+    def script(self) -> Path:
+        return self.folder / SCRIPT
+
+    @property
+    def pythonpath(self) -> Path | None:
+        return None if self.source.root is None else self.folder / CODE
+
+    def forget(self) -> None:
+        """Of a submission that came to nothing."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def record(self, **values: object) -> None:
+        """What was submitted: `jobs` (ids), and whatever tells a person how it came about."""
+        source = asdict(self.source) | {"root": str(self.source.root) if self.source.root else None}
+        (self.folder / RECORD).write_text(json.dumps(values | {"source": source}, indent=1) + "\n")
+
+
+def next_folder(run_dir: Path) -> Path:
+    """Where the next snapshot of this run goes."""
+    taken = [int(p.name) for p in (run_dir / FOLDER).glob("*") if p.name.isdigit()]
+    return run_dir / FOLDER / f"{max(taken, default=0) + 1:03d}"
+
+
+def take(folder: Path, config: AnyRun) -> Snapshot:
+    """Copies the code and writes the config. UserError where that cannot be written."""
+    snapshot = Snapshot(folder, Source.here())
+    try:
+        folder.mkdir(parents=True)
+        (folder.parents[1] / "logs").mkdir(exist_ok=True)
+        if snapshot.source.root is not None:
+            _copy(snapshot.source.root, folder / CODE)
+            if snapshot.source.commit is not None:
+                changes = "+changes" if snapshot.source.changed else ""
+                (folder / CODE / COMMIT).write_text(f"{snapshot.source.commit}{changes}\n")
+        snapshot.config.write_text(to_yaml(_with_own_json(config, folder)))
+    except FileExistsError:
+        raise UserError(f"{folder} has just been made by another submission: run this again") from None
+    except OSError as e:
+        snapshot.forget()
+        raise UserError(f"cannot write {folder} ({e.strerror}): give another out=…, or make room") from None
+    return snapshot
+
+
+def submitted_jobs(run_dir: Path) -> list[str]:
+    """Ids of all jobs that were submitted for this run, oldest first."""
+    jobs: list[str] = []
+    for path in sorted((run_dir / FOLDER).glob(f"*/{RECORD}")):
+        try:
+            jobs += json.loads(path.read_text())["jobs"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return jobs
+
+
+def _with_own_json(config: AnyRun, folder: Path) -> AnyRun:
+    """DeepSpeed's JSON belongs to the config where it is a file of the user's."""
+    if not config.deepspeed.config.endswith(".json"):
+        return config
+    copy = folder / "deepspeed.json"
+    shutil.copyfile(config.deepspeed.config, copy)
+    return config.model_copy(update={"deepspeed": config.deepspeed.model_copy(update={"config": str(copy)})})
+
+
+def _copy(root: Path, to: Path) -> None:
+    for name in _files(root):
+        (to / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / name, to / name)
+
+
+def _files(root: Path) -> list[str]:
+    """Paths below `root`: tracked files as they are now, and new ones that git does not ignore; without git, all."""
+    listed = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *PARTS)
+    if listed:
+        return [name for name in dict.fromkeys(listed.split("\0")) if name and (root / name).is_file()]
+    parts = [root / part for part in PARTS]
+    found = [p for part in parts for p in ([part] if part.is_file() else part.rglob("*"))]
+    return [str(p.relative_to(root)) for p in found if p.is_file() and "__pycache__" not in p.parts]
+
+
+def _git(root: Path, *words: str) -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout if done.returncode == 0 else None

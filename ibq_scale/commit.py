@@ -1,0 +1,21 @@
+"""Which commit of the code this is."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# Beside the package in a copy that is no checkout any more, such as a submitted job's.
+COMMIT = "COMMIT"
+
+
+def current_commit() -> str | None:
+    """Hash of the checkout's commit, or of the one that this is a copy of; None where nobody knows."""
+    if (ROOT / COMMIT).is_file():
+        return (ROOT / COMMIT).read_text().strip()
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found.stdout.strip()
