@@ -28,6 +28,7 @@ FAMILIES = (
     "fetch_weights",
     "config",
     "plan",
+    "doctor",
     "report",
     "demo",
     "bench",

@@ -36,7 +36,7 @@ def check_nodes(world: World, channel: SideChannel, run_dir: Path, cache_dir: Pa
         channel.put("node_check/token", token.name)
     try:
         name = channel.wait("node_check/token", ANSWER_SECONDS)
-        faults = [*_device_faults(world.device), *_disk_faults(cache_dir), *_shared_faults(run_dir, name)]
+        faults = [*device_faults(world.device), *_disk_faults(cache_dir), *_shared_faults(run_dir, name)]
         # Rank 0 says what time it is when all have come, and each reads it within a moment.
         of_main = channel.gather("node_check/time", True, lambda _: _now(), ANSWER_SECONDS)
         mine = {"host": socket.gethostname(), "faults": faults, "skew": _now() - of_main}
@@ -70,7 +70,8 @@ def _judge(ranks: list[dict[str, Any] | None]) -> dict[str, Any]:
     return {"faults": faults, "hosts": [found["host"] if found else "?" for found in ranks]}
 
 
-def _device_faults(device: torch.device) -> list[str]:
+def device_faults(device: torch.device) -> list[str]:
+    """What is wrong with it, as ends of a sentence; nothing where it multiplies as it should."""
     try:
         a_NN = torch.arange(64.0, device=device).repeat(64, 1)
         # Every entry of 1·a is the sum of a column; whole numbers of this size are exact in any precision of products.
