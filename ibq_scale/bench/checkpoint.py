@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import statistics
 import tempfile
@@ -13,13 +12,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from ibq_scale.bench.disk import write_rate
 from ibq_scale.checkpoint.files import TensorFile
 from ibq_scale.checkpoint.retention import Retention
 from ibq_scale.checkpoint.saving import CheckpointFolder
 from ibq_scale.distributed.environment import World
 
 TENSORS = 64
-CHUNK = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def bench_checkpoint(folder: Path, world: World, *, megabytes: int, saves: int) 
         stalls, totals = [], []
         disk = []
         for step in range(saves):
-            disk.append(_write_rate(here / "plain", megabytes * 2**20 * world.size) if world.is_main else 0.0)
+            disk.append(write_rate(here, megabytes * 2**20 * world.size) if world.is_main else 0.0)
             dist.barrier()
             begin = time.perf_counter()
             checkpoints.save({"step": step}, [file])
@@ -87,17 +86,3 @@ def _longest(seconds: float, world: World) -> float:
     longest = torch.tensor([seconds], dtype=torch.float64, device=world.device)
     dist.all_reduce(longest, op=dist.ReduceOp.MAX)
     return float(longest.item())
-
-
-def _write_rate(path: Path, size: int) -> float:
-    """Bytes a second of a plain file of this size, flushed to the disk."""
-    chunk = os.urandom(CHUNK)
-    begin = time.perf_counter()
-    with path.open("wb") as f:
-        for _ in range(max(1, size // CHUNK)):
-            f.write(chunk)
-        f.flush()
-        os.fsync(f.fileno())
-    seconds = time.perf_counter() - begin
-    path.unlink()
-    return max(1, size // CHUNK) * CHUNK / seconds

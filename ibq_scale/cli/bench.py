@@ -72,6 +72,17 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     checkpoint.add_argument("--json", action="store_true", help="print one JSON document")
     add_ranks(checkpoint)
     checkpoint.set_defaults(run=_checkpoint, check=_check_checkpoint)
+    collectives = family.add_parser(
+        "collectives",
+        help="all-reduces between the ranks: bandwidth, latency, right sums",
+        description="All-reduce as training does (NCCL on GPUs, else gloo); under srun or torchrun, over all nodes.",
+        epilog="example: ibq-scale bench collectives --megabytes 256 --ranks 8",
+    )
+    collectives.add_argument("--megabytes", type=int, default=64, metavar="MB", help="of a tensor (default 64)")
+    collectives.add_argument("--repeats", type=int, default=5, metavar="N", help="measured turns (default 5)")
+    collectives.add_argument("--json", action="store_true", help="print one JSON document")
+    add_ranks(collectives)
+    collectives.set_defaults(run=_collectives, check=_check_collectives)
     _add_steps(
         family,
         "tokenizer",
@@ -188,6 +199,28 @@ def _checkpoint(args: argparse.Namespace) -> int:
             print(f"  training stands still for {1e3 * report.stall_s:,.0f} ms; on disk after {report.written_s:.2f} s")
             print(f"  {rates[0]:.2f} GB/s, {report.of_disk:.2f} × a bare write ({rates[1]:.2f} GB/s)")
     return 0
+
+
+def _check_collectives(args: argparse.Namespace) -> None:
+    at_least_one(args, "megabytes", "repeats", "ranks")
+
+
+def _collectives(args: argparse.Namespace) -> int:
+    from ibq_scale.bench.collectives import bench_collectives
+    from ibq_scale.distributed.environment import join
+
+    with join() as world:
+        report = bench_collectives(world, megabytes=args.megabytes, repeats=args.repeats)
+        if world.is_main and args.json:
+            print(json.dumps(asdict(report)))
+        elif world.is_main:
+            where = f"{report.ranks} × {report.device} on {report.nodes} node{'s' * (report.nodes > 1)}"
+            print(f"{where}, {report.backend}: {'sums are right' if report.right else 'SUMS ARE WRONG'}")
+            print(
+                f"  {report.bytes / 1e6:,.0f} MB in {1e3 * report.seconds:.2f} ms (median of {report.repeats}): "
+                f"{report.bus_bytes_per_s / 1e9:.2f} GB/s a rank's link; 8 KiB in {1e6 * report.latency_s:,.0f} µs"
+            )
+    return 0 if report.right else 1
 
 
 def _steps_run(args: argparse.Namespace) -> AnyRun:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ibq_scale.config.batch import accumulation_steps
-from ibq_scale.config.run import AnyRun
+from ibq_scale.config.run import AnyRun, ARRun
 from ibq_scale.errors import UserError
 
 # Set from the run; in a JSON they could only repeat it or contradict it.
@@ -91,6 +91,11 @@ def deepspeed_config(run: AnyRun, world_size: int) -> dict[str, Any]:
     if stage == 3 and run.model.compile:
         raise UserError(
             f"{path.name}: ZeRO-3 gathers weights in hooks that torch.compile cannot take: set model.compile=false"
+        )
+    if stage == 3 and isinstance(run, ARRun) and run.model.fp8:
+        raise UserError(
+            f"{path.name}: ZeRO-3 frees gathered weights after the forward pass, and torchao keeps them for the "
+            f"backward pass: take zero2, or model.fp8=false"
         )
     accumulation = accumulation_steps(run.train, world_size)
     return values | {

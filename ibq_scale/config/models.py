@@ -127,7 +127,9 @@ class TransformerConfig(Section):
     `activation_checkpointing`: in training, ``full`` computes each block again in the backward pass; ``selective``
     keeps what its matrix products and attention gave, and computes only the rest again.
     `compile` gives each block to torch.compile in training.
-    The last three change nothing of what the network is.
+    `fp8`: the blocks' linear layers multiply in fp8 in training (torchao; GPUs of compute capability 8.9 or more); the
+    weights stay in bf16 and fp32.
+    The last four change nothing of what the network is.
     """
 
     codebook_size: PositiveInt = 16384
@@ -147,6 +149,7 @@ class TransformerConfig(Section):
     attention: AttentionKind = "auto"
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     compile: bool = False
+    fp8: bool = False
 
     @property
     def head_dim(self) -> int:
@@ -169,7 +172,8 @@ class TransformerConfig(Section):
 
     def architecture(self) -> TransformerConfig:
         """The same network without a word on how it is computed: what an exported model says of itself."""
-        return self.model_copy(update={"attention": "auto", "activation_checkpointing": "none", "compile": False})
+        free = {"attention": "auto", "activation_checkpointing": "none", "compile": False, "fp8": False}
+        return self.model_copy(update=free)
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> TransformerConfig:

@@ -19,6 +19,7 @@ import hashlib
 import logging
 import os
 import re
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -218,6 +219,13 @@ class ShardCache:
         with (self.folder / "lock").open("w") as f:
             fcntl.flock(f, fcntl.LOCK_EX)
             yield
+
+
+def default_folder() -> Path:
+    """Where shards go unless data.cache_dir says otherwise."""
+    # Slurm's own temporary folder, where a site makes one, is on the node's disk and goes with the job.
+    base = Path(os.environ.get("SLURM_TMPDIR") or tempfile.gettempdir())
+    return base / f"ibq_scale-cache-{os.getuid()}"
 
 
 def bytes_held(folder: Path) -> int:

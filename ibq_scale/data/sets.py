@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from ibq_scale.config.run import DataConfig
-from ibq_scale.data.cache import ShardCache, bytes_held
+from ibq_scale.data.cache import ShardCache, bytes_held, default_folder
 from ibq_scale.data.manifest import Kind, Manifest, load_manifest
 from ibq_scale.data.order import Mixture, quotas
 from ibq_scale.data.store import Store, open_store
@@ -72,9 +71,7 @@ def _cache(data: DataConfig, store: Store) -> ShardCache | None:
         return None
     if data.cache_dir != "auto":
         return ShardCache(Path(data.cache_dir), data.cache_bytes, store)
-    # Slurm's own temporary folder, where a site makes one, is on the node's disk and goes with the job.
-    base = Path(os.environ.get("SLURM_TMPDIR") or tempfile.gettempdir())
-    folder = base / f"ibq_scale-cache-{os.getuid()}"
+    folder = default_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         mine = folder.stat().st_uid == os.getuid()

@@ -39,7 +39,7 @@ def check_nodes(world: World, channel: SideChannel, run_dir: Path, cache_dir: Pa
         channel.put("node_check/token", token.name)
     try:
         name = channel.wait("node_check/token", ANSWER_SECONDS)
-        faults = [*_device_faults(world.device), *_disk_faults(cache_dir), *_shared_faults(run_dir, name)]
+        faults = [*device_faults(world.device), *_disk_faults(cache_dir), *_shared_faults(run_dir, name)]
         # Rank 0 says what time it is when all have come, and each reads it within a moment.
         of_main = channel.gather("node_check/time", True, lambda _: _now(), ANSWER_SECONDS)
         mine = {"faults": faults, "skew": _now() - of_main}
@@ -88,7 +88,8 @@ def _judge(ranks: list[dict[str, Any] | None], places: list[list[str] | None]) -
     return {"faults": faults, "hosts": [place[0] if place else "?" for place in places], "nodes": nodes, "of": of}
 
 
-def _device_faults(device: torch.device) -> list[str]:
+def device_faults(device: torch.device) -> list[str]:
+    """What is wrong with it, as ends of a sentence; nothing where it multiplies as it should."""
     try:
         a_NN = torch.arange(64.0, device=device).repeat(64, 1)
         # Every entry of 1·a is the sum of a column; whole numbers of this size are exact in any precision of products.

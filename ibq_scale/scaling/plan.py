@@ -224,6 +224,8 @@ def _notes(run: AnyRun, machine: Machine, budget: MemoryBudget) -> tuple[str, ..
         notes.append(f"{_unknown(machine.device)}: no time" + ("" if machine.memory else ", and --memory is needed"))
     if run.model.compile:
         notes.append("model.compile keeps less for the backward pass than is counted here")
+    if isinstance(run, ARRun) and run.model.fp8:
+        notes.append("model.fp8: products of the blocks are quicker than the bf16 peak that the time counts with")
     if isinstance(run, ARRun) and run.ema_decay == 0:
         notes.append("no EMA of the weights (ema_decay=0)")
     return tuple(notes)

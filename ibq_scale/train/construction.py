@@ -19,17 +19,22 @@ from ibq_scale.models.initial import Values, drawn, fill
 from ibq_scale.models.transformer import TrainedTransformer
 from ibq_scale.pretrained.loading import stored
 from ibq_scale.train.engine import begin_deepspeed
+from ibq_scale.train.fp8 import check_fp8, use_fp8
 
 
 def build_transformer(run: ARRun, config: dict[str, Any], world: World) -> TrainedTransformer:
     """The run's model for `make_engine`, drawn from its seed or read from its `init`. Collective.
 
-    UserError where `init` holds other sizes, or the DeepSpeed config asks for what cannot be built so.
+    UserError where `init` holds other sizes, or the config asks for what cannot be built so, or not here.
     """
+    if run.model.fp8:
+        check_fp8(run, world.device)
     with torch.device("meta"):
         model = TrainedTransformer(run.model)
     values = drawn(model.initial(), run.train.seed) if run.init is None else stored(run.init, model)
     materialize(model, values, config, world)
+    if run.model.fp8:
+        use_fp8(model)
     if run.model.compile:
         model.compile_regions()
     return model

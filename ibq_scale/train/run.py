@@ -44,7 +44,7 @@ STOPPED_MIRROR_SECONDS = 20.0
 FIXED = ("task", "model", "quantizer", "discriminator")
 # How a network is computed and not what it is: may change between one part of a run and the next.
 FREE = {"backend", "logit_precision", "search", "tile_bytes", "revive_after", "attention"}
-FREE |= {"activation_checkpointing", "compile"}
+FREE |= {"activation_checkpointing", "compile", "fp8"}
 FIXED_DATA = ("lanes", "window", "weights")
 PACKAGES = ("torch", "torchvision", "deepspeed", "webdataset", "s3fs", "numpy", "ibq-scale")
 
@@ -254,18 +254,18 @@ def summary(config: AnyRun, world: World, accumulation: int, resume_from: Checkp
     return (
         f"{config.name}: {begin}; {train.total_steps} steps of {train.global_batch} = {train.micro_batch} micro × "
         f"{accumulation} accumulation × {world.size} ranks; {train.precision}, DeepSpeed {config.deepspeed.config}; "
-        f"{_attention(config, world)}"
+        f"{_kernels(config, world)}"
         f"data {', '.join(config.data.sources)}; run directory {config.run_dir}"
     )
 
 
-def _attention(config: AnyRun, world: World) -> str:
-    """What computes attention. UserError where the kind that is asked for cannot be had."""
+def _kernels(config: AnyRun, world: World) -> str:
+    """What computes attention and products. UserError where the kind that is asked for cannot be had."""
     if isinstance(config, TokenizerRun):
         return ""
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     kind = choose(config.model.attention, world.device, dtype, config.model.head_dim)
-    return f"attention {describe(kind, world.device)}; "
+    return f"attention {describe(kind, world.device)}; " + "linear layers in fp8; " * config.model.fp8
 
 
 def _say(world: World, message: str) -> None:

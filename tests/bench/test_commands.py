@@ -134,3 +134,14 @@ def test_checkpoint(tmp_path: Path) -> None:
     assert 0 < report["stall_s"] < report["written_s"]
     assert report["of_disk"] == pytest.approx(report["bytes_per_s"] / report["disk_bytes_per_s"])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_collectives(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "collectives", "--megabytes", "1", "--repeats", "3", "--ranks", "2", "--json"]) == 0
+    report = json.loads(capfd.readouterr().out)
+    assert (report["ranks"], report["nodes"], report["bytes"], report["right"]) == (2, 1, 2**20, True)
+    # Of two ranks, each sends and receives the tensor once.
+    assert report["bus_bytes_per_s"] == pytest.approx(2**20 / report["seconds"])
+    assert 0 < report["latency_s"] < report["seconds"]

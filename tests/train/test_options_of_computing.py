@@ -39,10 +39,10 @@ def _ar(*overrides: str) -> ARRun:
 
 def test_a_transformer_goes_on_computed_otherwise_and_not_as_another() -> None:
     saved = _ar("model.attention=sdpa_math").model_dump(mode="json")
-    for newer in ("conditioning", "kv_heads", "qk_norm", "compile"):
+    for newer in ("conditioning", "kv_heads", "qk_norm", "compile", "fp8"):
         del saved["model"][newer]
     checkpoint = Checkpoint(Path("run/step"), {"config": saved, "world_size": 1})
-    check_same_run(_ar("model.activation_checkpointing=selective", "model.compile=true"), checkpoint)
+    check_same_run(_ar("model.activation_checkpointing=selective", "model.compile=true", "model.fp8=true"), checkpoint)
     with pytest.raises(UserError, match="'model' has kv_heads=None there and 2 here"):
         check_same_run(_ar("model.kv_heads=2"), checkpoint)
     with pytest.raises(UserError, match="'model' has conditioning=adaln there and prefix here"):

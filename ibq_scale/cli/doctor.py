@@ -1,0 +1,68 @@
+"""``ibq-scale doctor``: what stands between this machine and a run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING
+
+from ibq_scale.cli.ranks import at_least_one
+
+if TYPE_CHECKING:
+    from ibq_scale.doctor.lines import Line
+
+WIDTH = 22
+
+
+def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the command to the command line."""
+    parser = commands.add_parser(
+        "doctor",
+        help="check this machine: packages, GPUs, kernels, ranks, store, disks, weights, Slurm",
+        description="Check what a run needs of this node, each thing within a time limit: ok, warn (may be as you want "
+        "it) or FAIL, and what to do. Exit code 1 where something fails. In a job, checks the node that it runs on.",
+        epilog="example: ibq-scale doctor --data s3://bucket/imagenet --run-dir /shared/runs",
+    )
+    parser.add_argument("--data", metavar="URL", help="a prepared data set: its manifest, and the rate of a shard")
+    parser.add_argument("--run-dir", metavar="DIR", help="where runs will be: room and rate (default: runs)")
+    parser.add_argument("--ranks", type=int, metavar="N", help="of the all-reduce (default: one a GPU, or 2)")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.set_defaults(run=_doctor)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    import platform
+    import time
+    from dataclasses import asdict
+
+    from ibq_scale.doctor.lines import Subject
+    from ibq_scale.doctor.run import examine
+
+    at_least_one(args, "ranks")
+    begin, host = time.perf_counter(), platform.node()
+    if not args.json:
+        print(f"{host}: {platform.system()} {platform.release()}, Python {platform.python_version()}", flush=True)
+    lines = []
+    for line in examine(Subject(args.data, args.run_dir, args.ranks)):
+        lines.append(line)
+        if not args.json:
+            _print(line)
+    failed = [line.what for line in lines if line.state == "FAIL"]
+    seconds = time.perf_counter() - begin
+    if args.json:
+        found = [asdict(line) for line in lines]
+        print(json.dumps({"host": host, "seconds": seconds, "failed": len(failed), "lines": found}, indent=2))
+    else:
+        warned = sum(line.state == "warn" for line in lines)
+        verdict = f"{len(failed)} FAILED ({', '.join(failed)})" if failed else "nothing fails"
+        left_out = "" if args.data else "; not looked at: a data set (--data URL)"
+        print(f"{verdict}, {warned} warning{'s' * (warned != 1)}, {seconds:.0f} s{left_out}")
+    return 1 if failed else 0
+
+
+def _print(line: Line) -> None:
+    print(f"{line.state:<5}{line.what:<{WIDTH}}{line.seen}")
+    if line.todo:
+        print(f"{'':<{5 + WIDTH}}→ {line.todo}")
+    sys.stdout.flush()

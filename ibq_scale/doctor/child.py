@@ -1,0 +1,43 @@
+"""Runs one check in a process of its own: ``python -m ibq_scale.doctor.child MODULE:FUNCTION SECONDS ANSWER``.
+
+The subject comes by standard input, the lines go to the file ANSWER. A library that crashes, hangs or prints harms
+nobody else.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import sys
+from dataclasses import asdict
+from math import ceil
+from pathlib import Path
+
+from ibq_scale.doctor.lines import Subject, fail, first
+from ibq_scale.errors import UserError
+
+
+def main(name: str, seconds: str, answer: str) -> None:
+    """Checks, and writes the answer whole."""
+    # Whoever waits for this process ends it in time; this is for a process that nobody waits for any more.
+    signal.alarm(ceil(float(seconds)) + 5)
+    os.dup2(2, 1)
+    subject = Subject(**json.load(sys.stdin))
+    module, _, function = name.partition(":")
+    try:
+        lines = getattr(importlib.import_module(module), function)(subject)
+    except UserError as e:
+        lines = [fail("", " ".join(str(e).split()), "")]
+    except Exception as e:
+        said = f"the check itself failed: {type(e).__name__}: {first(str(e))}"
+        lines = [fail("", said, "report it; the other lines stand")]
+    Path(answer).write_text(json.dumps([asdict(line) for line in lines]))
+    sys.stdout.flush()
+    # Libraries' own threads and farewells may hang or abort; nothing of theirs is needed.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

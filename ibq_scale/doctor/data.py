@@ -1,0 +1,58 @@
+"""A data set: can its manifest be read, and how fast does one of its shards come."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from ibq_scale.data.manifest import ShardInfo
+from ibq_scale.data.multipart import parallel
+from ibq_scale.data.store import DOWNLOAD_CHUNK, Store, open_store
+from ibq_scale.data.verify import load_any_manifest
+from ibq_scale.doctor.lines import Line, Subject, fail, ok, warn
+
+# As many ranges of a file as a download has under way.
+AT_ONCE = 4
+SECONDS = 5.0
+SLOW = 50e6
+# Below this a request's own time is most of it.
+TELLING = 8 << 20
+
+
+def store(subject: Subject) -> list[Line]:
+    """Reads the manifest, and one shard for some seconds. UserError where they cannot be read."""
+    assert subject.data is not None
+    source = open_store(subject.data)
+    manifest = load_any_manifest(source)
+    shard = max(manifest.shards, key=lambda shard: shard.bytes)
+    size = sum(s.bytes for s in manifest.shards)
+    whole = f"{manifest.samples:,} {manifest.kind} in {len(manifest.shards):,} shards ({size / 1e9:,.3g} GB)"
+    try:
+        read, seconds = _read(source, shard)
+    except FileNotFoundError:
+        todo = f"ibq-scale data verify {source.url} names all that is missing"
+        return [fail("data", f"{source.url}: {whole}, but {shard.name} is missing", todo)]
+    rate = read / seconds
+    samples = rate / (shard.bytes / shard.samples)
+    endpoint = os.environ.get("AWS_ENDPOINT_URL", "") if not source.local else "a folder here"
+    at = f" at {endpoint}" if endpoint and not source.local else ""
+    seen = f"{source.url}{at}: {whole}; one shard at {rate / 1e6:,.0f} MB/s = {samples:,.0f} samples/s"
+    if read < TELLING:
+        return [ok("data", f"{seen} (only {read / 1e6:,.2f} MB: tells little)")]
+    if rate < SLOW:
+        todo = (
+            f"enough for training? 'ibq-scale bench data {source.url}' looks closer, 'bench tokenizer' tells the need"
+        )
+        return [warn("data", seen, todo)]
+    return [ok("data", seen)]
+
+
+def _read(source: Store, shard: ShardInfo) -> tuple[int, float]:
+    """Bytes and seconds of a shard's begin, or all of it."""
+    begin, done = time.perf_counter(), 0
+    while done < shard.bytes and time.perf_counter() - begin < SECONDS:
+        stop = min(done + AT_ONCE * DOWNLOAD_CHUNK, shard.bytes)
+        ranges = [(start, min(start + DOWNLOAD_CHUNK, stop)) for start in range(done, stop, DOWNLOAD_CHUNK)]
+        parallel(lambda span: source.read_range(shard.name, *span), ranges)
+        done = stop
+    return done, time.perf_counter() - begin

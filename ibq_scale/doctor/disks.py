@@ -1,0 +1,115 @@
+"""The folders that a run writes to: room, rate, the kind of their disk, and whether locks and clocks work there."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+from ibq_scale.doctor.lines import Line, Subject, fail, ok, warn
+
+SIZE = 64 << 20
+SHARED = ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "cifs", "9p", "panfs", "fuse.glusterfs", "wekafs", "afs")
+# A checkpoint of a transformer of 2 · 10⁹ parameters is some 34 GB with its moments and averages; two stand at a time.
+ROOM = {"run directory": 50e9, "cache folder": 20e9}
+# What the start-up check of a job refuses.
+LEAST_FREE = 256 << 20
+SLOW = 50e6
+SKEW_SECONDS = 5.0
+
+
+def run_directory(subject: Subject) -> list[Line]:
+    """Where checkpoints go: ``--run-dir``, else ``runs`` here."""
+    return [_folder("run directory", Path(subject.run_dir or "runs"), shared=True)]
+
+
+def cache_folder(subject: Subject) -> list[Line]:
+    """Where shards come to on their way from object storage, unless data.cache_dir says otherwise."""
+    from ibq_scale.data.cache import default_folder
+
+    return [_folder("cache folder", default_folder(), shared=False)]
+
+
+def _folder(what: str, wanted: Path, *, shared: bool) -> Line:
+    other = "out=…" if shared else "data.cache_dir=…"
+    try:
+        folder = existing(wanted)
+        where = f"{wanted}" if folder == wanted else f"{wanted} (to be made in {folder})"
+        if not folder.is_dir():
+            return fail(what, f"{folder} is no folder", f"give another: {other}")
+        usage, inodes = shutil.disk_usage(folder), os.statvfs(folder)
+        if usage.free < LEAST_FREE or (inodes.f_files and not inodes.f_favail):
+            lacking = f"{usage.free / 2**20:,.0f} MiB" if usage.free < LEAST_FREE else "room for no file (inodes)"
+            return fail(what, f"{where}: {lacking} free", f"make room, or give another: {other}")
+        return _tried(what, folder, where, usage.free, other, shared=shared)
+    except OSError as e:
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT)
+        todo = f"make room or raise the quota, or give another: {other}" if full else f"give another: {other}"
+        return fail(what, f"{wanted} cannot be written: {e.strerror or e}", todo)
+
+
+def _tried(what: str, folder: Path, where: str, free: int, other: str, *, shared: bool) -> Line:
+    """Writes, locks, compares clocks. OSError where one cannot be done."""
+    from ibq_scale.bench.disk import write_rate
+
+    skew = _skew_and_lock(folder)
+    rate = write_rate(folder, SIZE)
+    kind = file_system(folder)
+    seen = f"{where}: {rate / 1e6:,.0f} MB/s, {free / 1e9:,.0f} GB free, {kind}"
+    if abs(skew) > SKEW_SECONDS:
+        todo = "this node or the file server has the wrong time: jobs on other nodes will misjudge who is alive"
+        return warn(what, f"{seen}; its clock is {skew:+.0f} s off this node's", todo)
+    if rate < SLOW:
+        todo = "a save hides behind training only where it is quicker than the next is due: train.checkpoint_every"
+        return warn(what, seen, todo if shared else f"a faster disk: {other}")
+    if free < ROOM[what]:
+        todo = "'ibq-scale plan' tells a run's checkpoints" if shared else "data.cache_bytes is kept below what is free"
+        return warn(what, seen, f"may be little: {todo}")
+    if kind in ("tmpfs", "ramfs"):
+        return warn(
+            what, seen, f"it is memory, and gone with the node: {other}" if shared else f"it is memory: {other}"
+        )
+    if not shared and kind in SHARED:
+        return warn(what, seen, f"a node's own disk spares the network: {other}")
+    return ok(what, seen)
+
+
+def _skew_and_lock(folder: Path) -> float:
+    """How far a new file's time, which the file server gives, is ahead of this node's."""
+    with tempfile.TemporaryFile(dir=folder) as f:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        before = time.time()
+        f.write(b"\0")
+        f.flush()
+        os.fsync(f.fileno())
+        stamp, after = os.fstat(f.fileno()).st_mtime, time.time()
+    return stamp - min(max(stamp, before), after)
+
+
+def existing(path: Path) -> Path:
+    """The path itself, or the nearest above it that is there."""
+    path = path.expanduser()
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
+
+
+def file_system(path: Path) -> str:
+    """The kind of file system of a path, as the kernel names it."""
+    here = existing(path).resolve()
+    best, kind = "", "unknown file system"
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        _, mount, of, *_ = line.split(" ")
+        mount = mount.replace("\\040", " ")
+        if here.is_relative_to(mount) and len(mount) >= len(best):
+            best, kind = mount, of
+    return kind
+
+
+def is_shared(path: Path) -> bool:
+    """Whether other nodes may see this folder too."""
+    return file_system(path) in SHARED

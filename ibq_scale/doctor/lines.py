@@ -1,0 +1,66 @@
+"""What a check returns, and what all of them are told."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+State = Literal["ok", "warn", "FAIL"]
+# Of a tool that answers from its own tables: nvidia-smi of a node that just woke is the slowest.
+TOOL_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Line:
+    """One finding. `todo`: what to do about it, empty where all is well."""
+
+    state: State
+    what: str
+    seen: str
+    todo: str = ""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is to be examined besides the machine. None: leave it out (`data`), or the default."""
+
+    data: str | None = None
+    run_dir: str | None = None
+    ranks: int | None = None
+
+
+def ok(what: str, seen: str) -> Line:
+    return Line("ok", what, seen)
+
+
+def warn(what: str, seen: str, todo: str) -> Line:
+    return Line("warn", what, seen, todo)
+
+
+def fail(what: str, seen: str, todo: str) -> Line:
+    return Line("FAIL", what, seen, todo)
+
+
+def ask(*words: str, seconds: float = TOOL_SECONDS) -> tuple[int, str]:
+    """A tool's exit code and what it printed, standard error after standard output; FileNotFoundError without it.
+
+    Code 124 where it gave no answer in time.
+    """
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=seconds, check=False)
+    except subprocess.TimeoutExpired:
+        return 124, f"no answer within {seconds:.0f} s"
+    return done.returncode, "\n".join(text.strip() for text in (done.stdout, done.stderr) if text.strip())
+
+
+def first(text: str) -> str:
+    """The first line that says something."""
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")
+
+
+def several(items: Sequence[str], most: int = 6) -> str:
+    """A list in words, cut short."""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + more

@@ -1,0 +1,96 @@
+"""Cores, memory, limits, the network's ports and the clock of this node."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import shutil
+from pathlib import Path
+
+from ibq_scale.doctor.lines import Line, Subject, ok, several, warn
+
+SHM = Path("/dev/shm")
+LEAST_SHM = 1 << 30
+LEAST_FILES = 4096
+INFINIBAND = Path("/sys/class/infiniband")
+CGROUPS = Path("/sys/fs/cgroup")
+# adjtimex(2): the kernel's clock is not disciplined by anything.
+TIME_ERROR = 5
+
+
+def machine(subject: Subject) -> list[Line]:
+    """All of them."""
+    return [_cores(), _shared_memory(), _files(), *_infiniband(), _clock()]
+
+
+def _cores() -> Line:
+    here, all_of_them = len(os.sched_getaffinity(0)), os.cpu_count() or 1
+    memory = min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_limits()])
+    seen = f"{here} of {all_of_them} cores, {memory / 1e9:,.0f} GB of memory"
+    if here < all_of_them and here == 1:
+        return warn("CPU", seen, "one core decodes few pictures: ask for more (--cpus-per-task)")
+    return ok("CPU", seen)
+
+
+def _limits() -> list[int]:
+    """What control groups allow of the memory: this process's own one, and those above it."""
+    own = [line.partition("::")[2].strip("/") for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    folder = CGROUPS / next(filter(None, own), "")
+    files = [above / "memory.max" for above in (folder, *folder.parents) if above.is_relative_to(CGROUPS)]
+    texts = [path.read_text().strip() for path in files if path.is_file()]
+    return [int(text) for text in texts if text.isdigit()]
+
+
+def _shared_memory() -> Line:
+    what = "shared memory"
+    if not SHM.is_dir():
+        return warn(what, f"no {SHM}", "loader workers and NCCL need it: mount it (docker: --ipc=host)")
+    usage = shutil.disk_usage(SHM)
+    seen = f"{usage.free / 1e9:,.1f} of {usage.total / 1e9:,.1f} GB free in {SHM}"
+    if usage.free < LEAST_SHM:
+        todo = "loader workers and NCCL die without it: remove what others left, or --shm-size=16g (docker)"
+        return warn(what, seen, todo)
+    return ok(what, seen)
+
+
+def _files() -> Line:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < LEAST_FILES:
+        enough = hard == resource.RLIM_INFINITY or hard >= LEAST_FILES
+        todo = "ulimit -n 65536 before the start" if enough else "ask the administrators for a higher hard limit"
+        return warn("open files", f"at most {soft:,} a process", todo)
+    return ok("open files", f"{_number(soft)} a process")
+
+
+def _number(limit: int) -> str:
+    return "unlimited" if limit == resource.RLIM_INFINITY else f"{limit:,}"
+
+
+def _infiniband() -> list[Line]:
+    """Nothing where there are no such adapters."""
+    ports = sorted(INFINIBAND.glob("*/ports/*/state")) if INFINIBAND.is_dir() else []
+    if not ports:
+        return []
+    states = {f"{path.parts[-4]}:{path.parts[-2]}": path.read_text().strip().rpartition(" ")[2] for path in ports}
+    down = [name for name, state in states.items() if state != "ACTIVE"]
+    locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if locked != resource.RLIM_INFINITY:
+        todo = "NCCL over InfiniBand needs ulimit -l unlimited (in jobs: Slurm's PropagateResourceLimitsExcept=MEMLOCK)"
+        return [warn("InfiniBand", f"only {locked:,} bytes of memory may be locked", todo)]
+    if down:
+        todo = "if they should be cabled, tell the administrators; NCCL_IB_HCA names those to use"
+        return [
+            warn("InfiniBand", f"{len(states) - len(down)} of {len(states)} ports active, not {several(down)}", todo)
+        ]
+    return [ok("InfiniBand", f"{len(states)} ports active: {several(sorted(states))}")]
+
+
+def _clock() -> Line:
+    """By the kernel's own word, which needs no server's."""
+    # struct timex is smaller; modes = 0 only reads.
+    state = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(512))
+    if state == TIME_ERROR:
+        todo = "S3 refuses requests 15 minutes off, and nodes must agree within a minute: start chronyd or ntpd"
+        return warn("clock", "nothing on this host says that it is synchronised", todo)
+    return ok("clock", "synchronised" if state >= 0 else "the kernel does not say whether it is synchronised")

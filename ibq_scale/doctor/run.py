@@ -1,0 +1,132 @@
+"""Runs the checks: each in a process with a time limit, most of them side by side, those that measure alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ibq_scale.doctor.lines import Line, Subject, fail
+
+POLL_SECONDS = 0.02
+# Set by launchers: a check is no rank of the job that this may run in.
+OF_RANKS: tuple[str, ...] = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+OF_RANKS += ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_ID", "SLURM_NTASKS")
+
+
+@dataclass(frozen=True)
+class Check:
+    """`function`: ``module:name``, which takes a Subject and returns lines. `alone`: it measures, others would disturb.
+
+    `needs`: the field of the subject without which it is left out.
+    """
+
+    title: str
+    function: str
+    seconds: float
+    alone: bool = False
+    needs: str | None = None
+
+
+# In the order of the report. What imports torch gets the time that a cold shared file system takes.
+CHECKS = (
+    Check("packages", "ibq_scale.doctor.software:packages", 15),
+    Check("machine", "ibq_scale.doctor.machine:machine", 15),
+    Check("GPUs", "ibq_scale.doctor.gpus:topology", 30),
+    Check("device", "ibq_scale.doctor.gpus:device", 90),
+    Check("DeepSpeed", "ibq_scale.doctor.software:deepspeed", 90),
+    Check("weights", "ibq_scale.doctor.software:weights", 30),
+    Check("W&B", "ibq_scale.doctor.software:wandb", 10),
+    Check("Slurm", "ibq_scale.doctor.slurm:slurm", 40),
+    Check("run directory", "ibq_scale.doctor.disks:run_directory", 30, alone=True),
+    Check("cache folder", "ibq_scale.doctor.disks:cache_folder", 30, alone=True),
+    Check("data", "ibq_scale.doctor.data:store", 40, alone=True, needs="data"),
+    Check("all-reduce", "ibq_scale.doctor.ranks:all_reduce", 100, alone=True),
+)
+
+
+def examine(subject: Subject, checks: Sequence[Check] = CHECKS) -> Iterator[Line]:
+    """The lines of all checks in their order, as they come. A check that crashes or hangs is a FAIL line.
+
+    Takes at most the sum of the limits of the checks that measure, and the longest one of the others.
+    """
+    due = [check for check in checks if check.needs is None or getattr(subject, check.needs) is not None]
+    with tempfile.TemporaryDirectory(prefix="ibq_scale-doctor-", ignore_cleanup_errors=True) as folder:
+        running: dict[Check, _Child] = {}
+        try:
+            for check in due:
+                if not check.alone:
+                    running[check] = _Child(check, subject, Path(folder))
+            for check in due:
+                if check.alone:
+                    for other in running.values():
+                        other.wait()
+                    running[check] = _Child(check, subject, Path(folder))
+                yield from running[check].lines()
+        finally:
+            for child in running.values():
+                child.end()
+
+
+class _Child:
+    def __init__(self, check: Check, subject: Subject, folder: Path) -> None:
+        self.check = check
+        self._answer = folder / f"{check.function}.json"
+        self._said = folder / f"{check.function}.log"
+        self._deadline = time.monotonic() + check.seconds
+        words = [sys.executable, "-m", "ibq_scale.doctor.child", check.function, str(check.seconds), str(self._answer)]
+        # Files and no pipes: something that a check started may hold a pipe open after its end.
+        asked = folder / "subject.json"
+        asked.write_text(json.dumps(asdict(subject)))
+        with asked.open() as given, self._said.open("w") as said:
+            self._process = subprocess.Popen(
+                words,
+                stdin=given,
+                stdout=said,
+                stderr=said,
+                env={name: value for name, value in os.environ.items() if name not in OF_RANKS},
+                start_new_session=True,
+            )
+
+    def wait(self) -> None:
+        """Until it ends, by itself or by its time limit."""
+        while self._process.poll() is None and time.monotonic() < self._deadline:
+            time.sleep(POLL_SECONDS)
+
+    def lines(self) -> list[Line]:
+        """What it found."""
+        self.wait()
+        code = self._process.poll()
+        self.end()
+        what = self.check.title
+        if code is None:
+            todo = "something there hangs: a network file system, a driver, a server that does not answer"
+            return [fail(what, f"no answer within {self.check.seconds:.0f} s", todo)]
+        try:
+            found = [Line(**line) for line in json.loads(self._answer.read_text())]
+        except (OSError, ValueError):
+            how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            return [
+                fail(what, f"the check itself died ({how}){self._last_words()}", "report it; the other lines stand")
+            ]
+        return [line if line.what else Line(line.state, what, line.seen, line.todo) for line in found]
+
+    def _last_words(self) -> str:
+        said = self._said.read_text(errors="replace").strip().splitlines() if self._said.is_file() else []
+        return f": {said[-1].strip()}" if said else ""
+
+    def end(self) -> None:
+        """Ends it and all that it started."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        # One inside of a dead file system does not end, and is left.
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(1.0)

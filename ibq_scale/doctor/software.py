@@ -1,0 +1,173 @@
+"""Packages, DeepSpeed's compiler, pretrained weights, W&B."""
+
+from __future__ import annotations
+
+import netrc
+import os
+import re
+import shutil
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from ibq_scale.doctor.disks import file_system, is_shared
+from ibq_scale.doctor.lines import Line, Subject, ask, fail, ok, several, warn
+
+# Named in the line of packages; the others only where they are wrong.
+NAMED = ("torch", "deepspeed", "torchvision", "s3fs", "webdataset", "numpy")
+# What training takes where it is there.
+OPTIONAL = ("flash-attn", "flash-attn-4", "torchao", "pyarrow")
+
+
+def packages(subject: Subject) -> list[Line]:
+    """What is installed, against the bounds of pyproject.toml."""
+    from packaging.requirements import Requirement
+
+    python, wanted = _bounds()
+    faults, found = [], {}
+    for requirement in map(Requirement, wanted):
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        version = installed(requirement.name)
+        if version is None:
+            faults.append((f"{requirement.name} is not installed", requirement))
+        elif not requirement.specifier.contains(version, prereleases=True):
+            faults.append((f"{requirement.name} {version}, where {requirement.specifier} is asked for", requirement))
+        else:
+            found[requirement.name.lower()] = version
+    lines = [fail("packages", said, f"pip install '{wish.name}{wish.specifier}'") for said, wish in faults]
+    optional = [f"{name} {version}" for name in OPTIONAL if (version := installed(name))]
+    if not lines:
+        named = ", ".join(f"{name} {found[name]}" for name in NAMED if name in found)
+        extra = f"; optional: {', '.join(optional)}" if optional else ""
+        lines.append(ok("packages", f"all {len(found)} within their bounds: {named}{extra}"))
+    version = ".".join(map(str, sys.version_info[:3]))
+    if python and not _within(python, version):
+        lines.append(fail("python", f"{version}, where {python} is asked for", "make the environment with a newer one"))
+    return lines
+
+
+def installed(name: str) -> str | None:
+    """A package's version, None where it is not installed."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _within(bounds: str, version: str) -> bool:
+    from packaging.specifiers import SpecifierSet
+
+    return SpecifierSet(bounds).contains(version)
+
+
+def _bounds() -> tuple[str, list[str]]:
+    """Python's and the packages' bounds: the checkout's, else those that were installed with the program."""
+    checkout = Path(__file__).parents[2] / "pyproject.toml"
+    if checkout.is_file():
+        project = tomllib.loads(checkout.read_text())["project"]
+        return project["requires-python"], list(project["dependencies"])
+    own = metadata.distribution("ibq-scale")
+    return str(own.metadata["Requires-Python"] or ""), list(own.requires or [])
+
+
+def deepspeed(subject: Subject) -> list[Line]:
+    """Its accelerator, and whether the operators that it compiles at run time could be."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    name, backend = accelerator._name, accelerator.communication_backend_name()
+    lines = [ok("DeepSpeed", f"{deepspeed.__version__}, accelerator {name}, {backend}")]
+    if cuda and name != "cuda":
+        todo = "unset DS_ACCELERATOR" if "DS_ACCELERATOR" in os.environ else "install DeepSpeed beside this torch"
+        lines = [fail("DeepSpeed", f"{deepspeed.__version__} computes on {name}, though there is a GPU", todo)]
+    return [*lines, _compiler(torch.version.cuda if cuda else None), *extensions()]
+
+
+def _compiler(cuda: str | None) -> Line:
+    what = "compiler"
+    use = "an offloaded optimizer's operator (zero2_offload, zero3_offload) is compiled at the first start"
+    compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
+    lacking = [name for name, path in (("c++", compiler), ("ninja", shutil.which("ninja"))) if path is None]
+    if lacking:
+        todo = f"needed only where {use}: put it on PATH (ninja is in the environment's bin/)"
+        return warn(what, f"no {' and no '.join(lacking)} on PATH", todo)
+    if cuda is None:
+        return ok(what, f"{compiler}, ninja")
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which(f"{home}/bin/nvcc" if home else "nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+    if nvcc is None:
+        return warn(what, f"{compiler}, ninja; no nvcc", f"load CUDA {cuda}'s module where {use}")
+    release = re.search(r"release (\d+)\.(\d+)", ask(nvcc, "--version")[1])
+    if release and release[1] != cuda.split(".")[0]:
+        todo = f"DeepSpeed compiles nothing with it: load CUDA {cuda.split('.')[0]}'s module where {use}"
+        return warn(what, f"nvcc {release[1]}.{release[2]}, but torch is for CUDA {cuda}", todo)
+    return ok(what, f"{compiler}, ninja, {nvcc}")
+
+
+def extensions() -> list[Line]:
+    """The folder of compiled operators: local, and without the lock of a build that was killed."""
+    what = "TORCH_EXTENSIONS_DIR"
+    named = os.environ.get(what)
+    folder = Path(named or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "torch_extensions")
+    locks = sorted(str(path) for path in folder.glob("**/lock")) if folder.is_dir() else []
+    if locks:
+        todo = f"if nothing is compiling now, a killed build left it and the next one waits for ever: rm {locks[0]}"
+        return [warn(what, f"a build's lock in {folder}", todo)]
+    if is_shared(folder):
+        todo = "set it to the node's own disk (the sbatch files do): on a shared one all ranks wait for one lock"
+        return [warn(what, f"{folder} is on {file_system(folder)}", todo)]
+    return [ok(what, f"{folder} ({file_system(folder)})")]
+
+
+def weights(subject: Subject) -> list[Line]:
+    """The pretrained weights of losses and metrics."""
+    from ibq_scale.weights import SOURCES, status, weights_folder
+
+    found = status(list(SOURCES))
+    lines = []
+    for f in found:
+        if f.state == "damaged":
+            lines.append(fail("weights", f"{f.path} is damaged", f"ibq-scale fetch-weights {f.name}"))
+    absent = [f for f in found if f.state == "missing"]
+    if absent:
+        names = " ".join(f.name for f in absent)
+        todo = f"'ibq-scale fetch-weights {names}' where there is internet; runs that need them do not start"
+        lines.append(warn("weights", f"no {several([f.name for f in absent])} in {weights_folder()}", todo))
+    there = [f.name for f in found if f.state == "there"]
+    if there and not absent:
+        lines.append(ok("weights", f"{several(there)} in {weights_folder()}"))
+    return lines
+
+
+def wandb(subject: Subject) -> list[Line]:
+    """Whether metrics could go to W&B."""
+    what = "W&B"
+    version = installed("wandb")
+    if version is None:
+        return [fail(what, "not installed", "pip install wandb")]
+    mode = os.environ.get("WANDB_MODE", "online")
+    if mode != "online":
+        return [ok(what, f"{version}, WANDB_MODE={mode}")]
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    if os.environ.get("WANDB_API_KEY") or _in_netrc(host):
+        return [ok(what, f"{version}, logged in to {host}")]
+    todo = "for runs with wandb.mode=online only: 'wandb login', or wandb.mode=offline"
+    return [warn(what, f"{version}, not logged in to {host}", todo)]
+
+
+def _in_netrc(host: str) -> bool:
+    """Whether a login for this host is kept where 'wandb login' keeps it."""
+    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    try:
+        return host in netrc.netrc(path).hosts
+    except (OSError, netrc.NetrcParseError):
+        return False

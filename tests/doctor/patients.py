@@ -1,0 +1,43 @@
+"""Checks that go wrong, for processes that import them by name."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from ibq_scale.doctor.lines import Line, Subject, ok, warn
+from ibq_scale.errors import UserError
+
+
+def well(subject: Subject) -> list[Line]:
+    print("a library says something")
+    return [ok("", f"data {subject.data}"), warn("second", "seen", "do it")]
+
+
+def misused(subject: Subject) -> list[Line]:
+    raise UserError("the bucket does not exist:\nmake it")
+
+
+def crashes(subject: Subject) -> list[Line]:
+    raise KeyError("unforeseen")
+
+
+def dies(subject: Subject) -> list[Line]:
+    print("last words", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGSEGV)
+    return []
+
+
+def hangs(subject: Subject) -> list[Line]:
+    started = subprocess.Popen(["sleep", "60"])
+    Path(str(subject.run_dir)).write_text(str(started.pid))
+    time.sleep(60)
+    return []
+
+
+def rank(subject: Subject) -> list[Line]:
+    return [ok("rank", os.environ.get("RANK", "none"))]

@@ -1,0 +1,49 @@
+"""A check that crashes, hangs or dies is one line, and harms no other."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from ibq_scale.doctor.lines import Line, Subject
+from ibq_scale.doctor.run import Check, examine
+
+
+def _check(name: str, seconds: float = 30.0, **how: object) -> Check:
+    return Check(name, f"tests.doctor.patients:{name}", seconds, **how)  # type: ignore[arg-type]
+
+
+def test_lines_come_in_order_whatever_a_check_does() -> None:
+    checks = [_check("well"), _check("crashes", alone=True), _check("misused"), _check("dies"), _check("absent")]
+    found = list(examine(Subject(data="x"), checks))
+    assert found[:2] == [Line("ok", "well", "data x"), Line("warn", "second", "seen", "do it")]
+    assert [line.state for line in found[2:]] == ["FAIL"] * 4
+    assert [line.what for line in found[2:]] == ["crashes", "misused", "dies", "absent"]
+    assert "KeyError: 'unforeseen'" in found[2].seen
+    assert found[3].seen == "the bucket does not exist: make it"
+    assert "SIGSEGV" in found[4].seen
+    assert "absent" in found[5].seen
+
+
+def test_one_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
+    begin = time.monotonic()
+    hung, well = examine(Subject(run_dir=str(tmp_path / "pid")), [_check("hangs", 2.0), _check("rank")])
+    assert time.monotonic() - begin < 10.0
+    assert (hung.state, hung.what, hung.seen) == ("FAIL", "hangs", "no answer within 2 s")
+    assert well.state == "ok"
+    status = Path(f"/proc/{(tmp_path / 'pid').read_text()}/status")
+    deadline = time.monotonic() + 5.0
+    while status.exists() and "Z (zombie)" not in status.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_check_is_no_rank_of_the_job_around_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "3")
+    assert list(examine(Subject(), [_check("rank")])) == [Line("ok", "rank", "none")]
+
+
+def test_what_needs_data_is_left_out_without() -> None:
+    assert list(examine(Subject(), [_check("well", needs="data")])) == []

@@ -1,0 +1,64 @@
+"""What Slurm's answers are taken for."""
+
+from __future__ import annotations
+
+import pytest
+
+from ibq_scale.doctor.lines import Line, Subject
+from ibq_scale.doctor.slurm import slurm
+from tests.doctor.conftest import Fake
+
+UP = "Slurmctld(primary) at head0 is UP\n"
+MAIN = (
+    "PartitionName=main AllowGroups=ALL Default=YES DefaultTime=NONE MaxTime=7-00:00:00 State=UP TotalCPUs=8 "
+    "TotalNodes=2 JobDefaults=(null)\n"
+)
+CONFIG = "JobRequeue              = 1\nKillWait                = 30 sec\n"
+
+
+def _look(fake: Fake, ping: str = UP, partitions: str = MAIN, config: str = CONFIG) -> dict[str, Line]:
+    fake("sbatch", {"version": "slurm 22.05.8\n"})
+    fake("scontrol", {"ping": ping, "partition": partitions, "config": config})
+    return {line.what: line for line in slurm(Subject())}
+
+
+def test_a_cluster(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    found = _look(fake)
+    assert found == {
+        "Slurm": Line("ok", "Slurm", "slurm 22.05.8, controller head0"),
+        "partitions": Line("ok", "partitions", "1: main* (2 nodes, at most 7-00:00:00)"),
+    }
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "node[0-1]")
+    assert _look(fake)["Slurm"].seen.endswith("inside job 17 on node[0-1]")
+
+
+def test_a_controller_that_is_down(fake: Fake) -> None:
+    found = _look(fake, "Slurmctld(primary) at head0 is DOWN\n")
+    assert found["Slurm"].state == "FAIL"
+    assert "head0 is DOWN" in found["Slurm"].seen
+
+
+def test_limits_that_surprise(fake: Fake) -> None:
+    short = MAIN + MAIN.replace("main", "debug").replace("DefaultTime=NONE", "DefaultTime=00:10:00").replace(
+        "YES", "NO"
+    )
+    found = _look(fake, partitions=short, config=CONFIG.replace("= 1", "= 0"))
+    assert found["partitions"].state == "warn"
+    assert "debug (2 nodes, at most 7-00:00:00, 00:10:00 by default)" in found["partitions"].seen
+    assert "--time in debug" in found["partitions"].todo
+    assert found["requeue"].seen.startswith("JobRequeue=0")
+    found = _look(fake, partitions=short.replace("State=UP", "State=DOWN"))
+    assert "do not start" in found["partitions"].todo
+    assert _look(fake, partitions="")["partitions"].state == "warn"
+
+
+def test_tools_without_a_cluster(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake("sbatch", {})
+    fake("scontrol", {"ping": "scontrol: fatal: Could not establish a configuration source\n"}, 1)
+    (line,) = slurm(Subject())
+    assert (line.state, line.seen) == ("warn", "its tools are here, but know of no cluster")
+    monkeypatch.setenv("PATH", "/nowhere")
+    (line,) = slurm(Subject())
+    assert (line.state, line.seen) == ("warn", "no sbatch on PATH")
