@@ -27,6 +27,7 @@ FILES = Path(__file__).resolve().parents[2] / "slurm"
 STEPS = 8
 NODES = 6
 PATIENCE = 300.0
+ENDED = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
 # What stands for `ibq-scale` in the jobs. Files beside a run's directory hold it, end it at once, or fail a node.
 PROGRAM = """#!{python}
 import os, sys, time
@@ -100,21 +101,29 @@ class Jobs:
         return self.cluster.command("sbatch", "--parsable", *sizes, *options, file, *words).strip()
 
     def until(self, job: str, condition: Callable[[], bool]) -> None:
-        """Waits until `condition` holds, with no pause before a requeued job; fails where the job ends before."""
+        """Waits until `condition` holds; fails where the job ends before."""
         deadline = time.monotonic() + PATIENCE
         while not condition():
-            record = self.cluster.job(job)
-            assert record["JobState"] in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"), self.log(job)
-            if record["Reason"] == "BeginTime":
-                self.cluster.command("scontrol", "update", f"JobId={job}", "StartTime=now")
+            record = self._hurried(job)
+            assert record["JobState"] not in ENDED or condition(), self.log(job)
             assert time.monotonic() < deadline, f"{record}\n{self.log(job)}"
-            time.sleep(0.2)
 
     def end(self, job: str) -> dict[str, str]:
         """Slurm's record of the job when it has ended for good."""
-        over = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "PREEMPTED")
-        self.until(job, lambda: self.cluster.job(job)["JobState"] in over)
-        return self.cluster.job(job)
+        deadline = time.monotonic() + PATIENCE
+        while (record := self._hurried(job))["JobState"] not in ENDED:
+            assert time.monotonic() < deadline, f"{record}\n{self.log(job)}"
+        return record
+
+    def _hurried(self, job: str) -> dict[str, str]:
+        """The job's record, and no two minutes of pause for one that was requeued."""
+        record = self.cluster.job(job)
+        time.sleep(0.2)
+        if record["Reason"] == "BeginTime":
+            # The pause has its reason: what Slurm starts in the second in which it ended it, it takes for ended.
+            time.sleep(2.0)
+            self.cluster.command("scontrol", "update", f"JobId={job}", "StartTime=now")
+        return record
 
     def log(self, job: str) -> str:
         """All that the job wrote, in this attempt and those before."""
