@@ -42,13 +42,13 @@ def _add_reconstruction(family: argparse._SubParsersAction[argparse.ArgumentPars
     parser.add_argument(
         "--native",
         action="store_true",
-        help="every image at its own size, its sides cropped to what the downsampling divides (default: centre crop)",
+        help="one image at a time at its own size, cropped to what the downsampling divides (default: centre crop)",
     )
     parser.add_argument(
         "--pixels",
         choices=("8bit", "float"),
         default="8bit",
-        help="measure reconstructions as they are stored (default), or before rounding as the published code does",
+        help="reconstructions as files hold them (default), or before rounding, as LPIPS and rFID were published",
     )
     parser.add_argument("--to", type=Path, metavar="DIR", help="write images.jsonl (a line an image) and worst.png")
     _add_usual(parser)
@@ -167,15 +167,10 @@ def _generation(args: argparse.Namespace) -> int:
     print(f"images       {report.images} of {report.samples}, {report.resolution[0]} x {report.resolution[1]}")
     print(f"reference    {report.reference} ({real})")
     print(f"gFID         {report.fid:.4f}")
-    names = {
-        "IS": "inception_score",
-        "IS deviation": "inception_score_std",
-        "precision": "precision",
-        "recall": "recall",
-    }
-    for shown, name in names.items():
-        fault = report.not_measured.get(name.removesuffix("_std"))
-        print(f"{shown:<12} {_value(getattr(report, name), fault)}")
+    spread = "" if report.inception_score_std is None else f" ± {report.inception_score_std:.4f} over ten splits"
+    print(f"IS           {_value(report.inception_score, report.not_measured.get('inception_score'))}{spread}")
+    for name in ("precision", "recall"):
+        print(f"{name:<12} {_value(getattr(report, name), report.not_measured.get(name))}")
     print(f"speed        {report.images_per_s:.1f} img/s")
     return 0
 

@@ -65,5 +65,5 @@ def _sheet(
             small = Image.fromarray(image_CHW.permute(1, 2, 0).contiguous().cpu().numpy())
             small.thumbnail((CELL, CELL))
             sheet.paste(small, (left + column * CELL, top + CELL - small.height))
-        draw.text((left, top + CELL + 1), f"{by} {value:.4g}: {places[i][0]}, {places[i][1]}", INK, font)
+        draw.text((left, top + CELL + 1), f"{by} {value:.4g}, position {int(rows_WC[i, 0])}", INK, font)
     return sheet

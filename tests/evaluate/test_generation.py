@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -181,6 +182,37 @@ def test_results_against_two_references_are_not_compared(tmp_path: Path, capsys:
         lines = capsys.readouterr().err.strip().splitlines()
         assert len(lines) == 1
         assert said in lines[0]
+
+
+def test_from_the_command_line(
+    evaluate: Evaluate,
+    world: World,
+    dataset: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """On the group that is there: a rank of a launcher's does not make processes."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr("ibq_scale.distributed.environment.join", lambda: nullcontext(world))
+    np.savez(tmp_path / "x.npz", _pixels(12, 0))
+    words = ["evaluate", "generation", str(tmp_path / "x.npz"), "--reference", str(tmp_path / "real.npz")]
+    assert main(["evaluate", "reference", dataset, "--to", str(tmp_path / "real.npz")]) == 2
+    assert "say at which --resolution" in capsys.readouterr().err
+    reference_words = ["evaluate", "reference", dataset, "--to", str(tmp_path / "real.npz"), "--resolution", "32"]
+    assert main([*reference_words, "--json"]) == 0
+    stamp = json.loads(capsys.readouterr().out)
+    assert main([*words, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["reference_hash"] == stamp["hash"]
+    assert report["fid"] == pytest.approx(evaluate(tmp_path / "x.npz", tmp_path / "real.npz").fid, rel=1e-6)
+    assert main([*words, "--limit", "9"]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert float(lines["gFID"]) > 0
+    assert lines["IS"] == "not measured: it needs 10 images"
+    assert f"24 images of {dataset}, crop centre, 32 x 32" in lines["reference"]
+    assert main([*words, "--batch", "0"]) == 2
+    assert "--batch must be at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.slow
