@@ -57,10 +57,16 @@ SOURCES = {
         "vgg16-397923af.pth", "torchvision's VGG16 (ImageNet)", "LPIPS, as loss (perceptual=vgg) and metric", _vgg_url
     ),
     "alex": Source(
-        "alexnet-owt-7be5be79.pth", "torchvision's AlexNet (ImageNet)", "LPIPS, as loss (perceptual=alex)", _alex_url
+        "alexnet-owt-7be5be79.pth",
+        "torchvision's AlexNet (ImageNet)",
+        "LPIPS, as loss (perceptual=alex) and metric",
+        _alex_url,
     ),
     "inception": Source(
-        "weights-inception-2015-12-05-6726825d.pth", "torch-fidelity's Inception v3", "FID", _inception_url
+        "weights-inception-2015-12-05-6726825d.pth",
+        "torch-fidelity's Inception v3",
+        "FID, IS, precision, recall",
+        _inception_url,
     ),
 }
 
@@ -88,7 +94,10 @@ def missing(file: str) -> str | None:
     if path.is_file():
         return None
     name = next(name for name, source in SOURCES.items() if source.file == file)
-    return f"{file} is not in {path.parent}: run 'ibq-scale fetch-weights {name}' on a node with internet"
+    return (
+        f"{file} is not in {path.parent}: run 'ibq-scale fetch-weights {name}' on a node with internet "
+        f"for {SOURCES[name].what}"
+    )
 
 
 def weight_file(file: str) -> Path:

@@ -150,5 +150,6 @@ def test_training_is_refused_before_it_starts(
         lines = capsys.readouterr().err.strip().splitlines()
         assert len(lines) == 2
         assert f"{file} is not in {folder}: run 'ibq-scale fetch-weights {net}'" in lines[0]
+        assert SOURCES[net].what in lines[0]
         assert "IBQ_SCALE_WEIGHTS" in lines[1]
     assert not (tmp_path / "run").exists()

@@ -72,22 +72,25 @@ class ImageDataset(torch.utils.data.Dataset[ImageSample]):
     """Samples by `Request`. With caches it reads local files; only what was evicted too soon comes from the store.
 
     In `training` a damaged sample is replaced by the next good one of its shard, the same on every run, and says so;
-    and a large JPEG is decoded at the least fraction of its size that covers the crop.
+    and a large JPEG is decoded at the least fraction of its size that covers the crop. With `resolution` None pictures
+    keep their size, but for a centre crop to sides that `multiple` divides.
     """
 
     def __init__(
         self,
         sets: DataSets,
         *,
-        resolution: int,
+        resolution: int | None,
         random_crop: bool,
         flip: bool,
         seed: int,
         training: bool,
         indices_in_memory: int = 256,
+        multiple: int = 1,
     ) -> None:
         self.sets = sets
         self.resolution = resolution
+        self.multiple = multiple
         self.random_crop = random_crop
         self.flip = flip
         self.seed = seed
@@ -136,11 +139,23 @@ class ImageDataset(torch.utils.data.Dataset[ImageSample]):
             pixels = decode(data, self.resolution if self.training else None)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
             raise BadSampleError(f"{name} is no picture: {e}") from None
-        return self._crop(pixels, request)
+        if self.resolution is None:
+            return self._native(pixels, name)
+        return self._crop(pixels, request, self.resolution)
 
-    def _crop(self, pixels: Pixels, request: Request) -> Pixels:
-        """Shortest side to the resolution, then a square: random and seeded by (seed, epoch, sample), or the centre."""
-        side = self.resolution
+    def _native(self, pixels: Pixels, name: str) -> Pixels:
+        """The middle of a picture, as much of it as `multiple` divides."""
+        sides = [side // self.multiple * self.multiple for side in pixels.shape[:2]]
+        if not all(sides):
+            raise UserError(
+                f"{name} has {pixels.shape[1]} x {pixels.shape[0]} pixels, {self.multiple} are the least: "
+                "prepare the data with --where on width and height"
+            )
+        top, left = ((whole - side) // 2 for whole, side in zip(pixels.shape[:2], sides, strict=True))
+        return pixels[top : top + sides[0], left : left + sides[1]]
+
+    def _crop(self, pixels: Pixels, request: Request, side: int) -> Pixels:
+        """Shortest side to `side`, then a square: random and seeded by (seed, epoch, sample), or the centre."""
         height, width = pixels.shape[:2]
         scale = side / min(height, width)
         size = (max(side, round(width * scale)), max(side, round(height * scale)))

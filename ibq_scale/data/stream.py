@@ -11,7 +11,7 @@ import select
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import count
@@ -111,19 +111,36 @@ def evaluation_codes(
 
 
 def evaluation_images(
-    url: str, *, resolution: int, rank: int, world_size: int, batch: int, limit: int | None = None
+    url: str,
+    *,
+    resolution: int | None,
+    rank: int,
+    world_size: int,
+    batch: int,
+    limit: int | None = None,
+    multiple: int = 1,
 ) -> Iterator[tuple[ImageBatch, Tensor]]:
     """Every image once over the ranks, in natural order, centre-cropped; with weights float (B,).
 
-    All ranks get equally many batches of equal size: places beyond the end repeat a sample with weight 0.
+    All ranks get equally many batches of equal size: places beyond the end repeat a sample with weight 0. With
+    `resolution` None images keep their size, but for a crop to sides that `multiple` divides; `batch` is 1 then.
     """
-    dataset = _centre_cropped(url, resolution)
+    dataset = _centre_cropped(url, resolution, multiple)
     sizes = dataset.sets.parts[0].manifest.shard_sizes
     rows = [(s, r) for s, size in enumerate(sizes) for r in range(size)][:limit]
     for first in range(0, len(rows), batch * world_size):
         places = range(first + rank * batch, first + (rank + 1) * batch)
         samples = dataset.__getitems__([Request(p, 0, 0, *rows[min(p, len(rows) - 1)]) for p in places])
         yield _stack_images(samples), torch.tensor([float(p < len(rows)) for p in places])
+
+
+def single_images(
+    url: str, rows: Iterable[tuple[int, int]], *, resolution: int | None, multiple: int = 1
+) -> Iterator[ImageBatch]:
+    """Chosen images, each (shard, row) a batch of its own, cropped as `evaluation_images` does."""
+    dataset = _centre_cropped(url, resolution, multiple)
+    for place, (shard, row) in enumerate(rows):
+        yield _stack_images([dataset[Request(place, 0, 0, shard, row)]])
 
 
 def shard_images(url: str, shard: int, *, resolution: int, batch: int) -> Iterator[ImageBatch]:
@@ -135,9 +152,11 @@ def shard_images(url: str, shard: int, *, resolution: int, batch: int) -> Iterat
         yield _stack_images(dataset.__getitems__([Request(row, 0, 0, shard, row) for row in rows]))
 
 
-def _centre_cropped(url: str, resolution: int) -> ImageDataset:
+def _centre_cropped(url: str, resolution: int | None, multiple: int = 1) -> ImageDataset:
     sets = open_sets(DataConfig(train=url), "images")
-    return ImageDataset(sets, resolution=resolution, random_crop=False, flip=False, seed=0, training=False)
+    return ImageDataset(
+        sets, resolution=resolution, random_crop=False, flip=False, seed=0, training=False, multiple=multiple
+    )
 
 
 def _requests(order: Mixture, batches: Iterator[range]) -> Iterator[list[Request]]:

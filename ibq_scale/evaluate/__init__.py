@@ -1,1 +1,1 @@
-"""Measures of trained models: reconstruction now; every figure is the same for any number of ranks."""
+"""Measures of trained models and of their samples; every figure is the same for any number of ranks."""

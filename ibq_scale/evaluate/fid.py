@@ -1,76 +1,134 @@
-"""Fréchet distance between Inception features, gathered in float64 sums that ranks simply add."""
+"""Inception's view of images, and the Fréchet distance between two sets of them, from sums that ranks simply add."""
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
+from ibq_scale.download import sha256_of
 from ibq_scale.weights import damaged, weight_file
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 FEATURES = 2048
+# Sums are whole numbers of COARSE, up to 10^13 (as integers), and of FINE for the rest of each batch's.
+COARSE, FINE = 2.0**-20, 2.0**-60
+
+Moments = dict[str, NDArray[np.float64]]
+"""``mu`` (F,) and ``sigma`` (F, F), as torch-fidelity and the usual reference files name them."""
 
 
 class Inception:
-    """torch-fidelity's port of the Inception v3 that FID is defined with.
+    """torch-fidelity's port of the Inception v3 that FID, IS, precision and recall are defined with.
 
     UserError where its weights are absent, damaged or would run code.
     """
 
+    width = FEATURES
+
     def __init__(self, device: torch.device) -> None:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-        path = weight_file(INCEPTION)
+        self.path = weight_file(INCEPTION)
         try:
             # torch-fidelity unpickles without care, so only what can be read with care gets there.
-            torch.load(path, map_location="cpu", weights_only=True)
+            torch.load(self.path, map_location="cpu", weights_only=True)
             network: Any = FeatureExtractorInceptionV3(
-                "inception-v3-compat", [str(FEATURES)], feature_extractor_weights_path=str(path)
+                "inception-v3-compat",
+                [str(FEATURES), "logits_unbiased"],
+                feature_extractor_weights_path=str(self.path),
             )
         except Exception:  # foreign bytes give errors of any type
-            raise damaged(path) from None
+            raise damaged(self.path) from None
         self._network = network.to(device)
 
+    @cached_property
+    def sha256(self) -> str:
+        """Of the weight file, hex."""
+        with self.path.open("rb") as f:
+            return sha256_of(f)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 or float 0 … 255 (B, 3, H, W) → features float32 (B, 2048)."""
+        return self.features_and_logits(images)[0]
+
     @torch.inference_mode()
-    def __call__(self, images_u8: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) → features float32 (B, 2048)."""
-        features: Tensor = self._network(images_u8)[0]
-        return features
+    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 or float 0 … 255 (B, 3, H, W) → features float32 (B, 2048), logits without the bias (B, 1008)."""
+        if images.dtype == torch.uint8:
+            features, logits = self._network(images)
+        else:
+            features, logits = self._of_float(images)
+        return features, logits
+
+    def _of_float(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """torch-fidelity takes 8-bit images only: others enter where it has scaled its own."""
+        from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+
+        side = self._network.INPUT_IMAGE_SIZE
+        resized = interpolate_bilinear_2d_like_tensorflow1x(images.float(), size=(side, side), align_corners=False)
+        first = self._network.Conv2d_1a_3x3
+        hook = first.register_forward_pre_hook(lambda module, inputs: ((resized - 128) / 128,))
+        try:
+            blank = torch.zeros(len(images), 3, side, side, dtype=torch.uint8, device=images.device)
+            features, logits = self._network(blank)
+        finally:
+            hook.remove()
+        return features, logits
 
 
 class FeatureStatistics:
-    """Count, sum and sum of outer products of feature vectors, float64."""
+    """Count, sum and sum of outer products of feature vectors.
+
+    The sums of a batch are float64; those over batches and ranks are of integers, in any order the same to the last
+    bit. So a distance, which takes roots of covariances that may be singular, does not depend on the ranks either.
+    """
 
     def __init__(self, width: int = FEATURES, device: torch.device | str = "cpu") -> None:
-        self.sums = torch.zeros(1 + width + width * width, dtype=torch.float64, device=device)
+        self.sums = torch.zeros(2, 1 + width + width * width, dtype=torch.int64, device=device)
+        self.squares = torch.zeros((), dtype=torch.float64, device=device)
         self.width = width
 
     def update(self, features_BF: Tensor, weights_B: Tensor) -> None:
         """Adds features, each `weights` (0 or 1) times."""
         weights_B = weights_B.to(features_BF.device).double()
         x_BF = features_BF.double() * weights_B[:, None]
-        self.sums += torch.cat([weights_B.sum().view(1), x_BF.sum(0), (x_BF.T @ x_BF).flatten()])
+        sums = torch.cat([weights_B.sum().view(1), x_BF.sum(0), (x_BF.T @ x_BF).flatten()])
+        coarse = (sums / COARSE).round_()
+        self.sums[0] += coarse.long()
+        self.sums[1] += (sums - coarse * COARSE).div_(FINE).round_().long()
+        self.squares += x_BF.square().sum()
 
     def reduce(self) -> None:
         """Adds all ranks' sums, in place. Call it once, before reading."""
         dist.all_reduce(self.sums)
+        dist.all_reduce(self.squares)
 
-    def mean_and_covariance(self) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float64]]]:
-        """``mu`` (F,) and the unbiased ``sigma`` (F, F), as torch-fidelity names them."""
-        sums = self.sums.cpu().numpy()
+    def mean_and_covariance(self) -> Moments:
+        """``mu`` (F,) and the unbiased ``sigma`` (F, F). OverflowError for features not finite or too large."""
+        coarse, fine = self.sums.cpu().numpy()
+        sums = coarse * COARSE + fine * FINE
         count, total = sums[0], sums[1 : 1 + self.width]
         mu = total / count
         outer = sums[1 + self.width :].reshape(self.width, self.width)
+        squares = float(self.squares)
+        if not abs(np.trace(outer) - squares) <= 1e-3 * (1 + squares):
+            raise OverflowError(f"features whose squares sum to {squares:.3g} cannot be added")
         return {"mu": mu, "sigma": (outer - count * np.outer(mu, mu)) / (count - 1)}
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     """FID of two feature sets, by torch-fidelity's formula."""
+    return moments_distance(a.mean_and_covariance(), b.mean_and_covariance())
+
+
+def moments_distance(a: Moments, b: Moments) -> float:
+    """Fréchet distance of two Gaussians, by torch-fidelity's formula."""
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
-    result = fid_statistics_to_metric(a.mean_and_covariance(), b.mean_and_covariance(), verbose=False)
-    return float(result[KEY_METRIC_FID])
+    return float(fid_statistics_to_metric(a, b, verbose=False)[KEY_METRIC_FID])

@@ -1,4 +1,4 @@
-"""PSNR and SSIM of uint8 images, one number an image."""
+"""PSNR and SSIM of images of 0 … 255, one number an image."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ WINDOW, SIGMA = 11, 1.5
 C1, C2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2
 
 
-def psnr(a_u8: Tensor, b_u8: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB, float64 (B,), of uint8 images (B, 3, H, W); infinite for equal images."""
-    mse_B = (a_u8.double() - b_u8.double()).square().flatten(1).mean(dim=1)
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB, float64 (B,), of images (B, 3, H, W); infinite for equal ones."""
+    mse_B = (a.double() - b.double()).square().flatten(1).mean(dim=1)
     return 10.0 * torch.log10(PEAK**2 / mse_B)
 
 
-def ssim(a_u8: Tensor, b_u8: Tensor) -> Tensor:
-    """Structural similarity, float64 (B,), of uint8 images (B, 3, H, W): mean over channels and all whole windows.
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Structural similarity, float64 (B,), of images (B, 3, H, W): mean over channels and all whole windows.
 
     Equal to ``skimage.metrics.structural_similarity(…, gaussian_weights=True, sigma=1.5,
     use_sample_covariance=False, data_range=255, channel_axis=…)``. ValueError below 11 × 11 pixels.
     """
-    if min(a_u8.shape[-2:]) < WINDOW:
-        raise ValueError(f"SSIM needs images of at least {WINDOW} × {WINDOW} pixels, got {tuple(a_u8.shape[-2:])}")
-    a, b = a_u8.double(), b_u8.double()
+    if min(a.shape[-2:]) < WINDOW:
+        raise ValueError(f"SSIM needs images of at least {WINDOW} × {WINDOW} pixels, got {tuple(a.shape[-2:])}")
+    a, b = a.double(), b.double()
     mean_a, mean_b, mean_aa, mean_bb, mean_ab = _blur(torch.cat([a, b, a * a, b * b, a * b])).chunk(5)
     var_a, var_b = mean_aa - mean_a * mean_a, mean_bb - mean_b * mean_b
     covariance = mean_ab - mean_a * mean_b

@@ -6,35 +6,41 @@ import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ibq_scale.data.stream import evaluation_images, to_float
 from ibq_scale.distributed.environment import World
 from ibq_scale.evaluate.fid import INCEPTION, FeatureStatistics, Inception, frechet_distance
+from ibq_scale.evaluate.gather import gather_rows
 from ibq_scale.evaluate.pixels import psnr, ssim
-from ibq_scale.losses.perceptual import BACKBONES, Perceptual
+from ibq_scale.evaluate.worst import write_images
+from ibq_scale.losses.perceptual import BACKBONES, Net, Perceptual
 from ibq_scale.pictures import to_uint8
 from ibq_scale.pretrained.loading import Tokenizer, load_tokenizer
 from ibq_scale.quantize.usage import CodeUsage
 from ibq_scale.weights import missing
 
+Pixels = Literal["8bit", "float"]
+LPIPS: dict[str, Net] = {"lpips": "vgg", "lpips_alex": "alex"}
+
 
 @dataclass(frozen=True)
 class ReconstructionReport:
-    """Means over images, of 8-bit reconstructions of centre crops.
+    """Means over images, of reconstructions of centre crops.
 
-    `psnr` in dB; `ssim` 0 to 1; `usage` the share (0 to 1) of codes chosen at least once over all images;
-    `perplexity` 1 to K; `lpips` (VGG) and `rfid` are None where their weights are absent, and `not_measured` then
-    says for each which file to put where.
+    `resolution` is the crop's side, None where images kept their size; `pixels` ``8bit`` measures reconstructions
+    rounded as files hold them, ``float`` before rounding. `psnr` in dB; `ssim` 0 to 1; `usage` the share (0 to 1) of
+    codes chosen at least once over all images; `perplexity` 1 to K; `lpips` (VGG), `lpips_alex` and `rfid` are None
+    where their weights are absent, and `not_measured` then says for each which file to put where.
     """
 
     data: str
     images: int
-    resolution: int
+    resolution: int | None
+    pixels: Pixels
     tokenizer: str
     codebook_size: int
     psnr: float
@@ -42,6 +48,7 @@ class ReconstructionReport:
     usage: float
     perplexity: float
     lpips: float | None
+    lpips_alex: float | None
     rfid: float | None
     not_measured: dict[str, str]
     seconds: float
@@ -49,87 +56,126 @@ class ReconstructionReport:
 
 
 def evaluate_reconstruction(
-    checkpoint: str | Path, data: str, world: World, *, batch: int, limit: int | None = None
+    checkpoint: str | Path,
+    data: str,
+    world: World,
+    *,
+    batch: int,
+    limit: int | None = None,
+    native: bool = False,
+    pixels: Pixels = "8bit",
+    to: Path | None = None,
 ) -> ReconstructionReport:
     """Reconstructs every image of a prepared data set (or the first `limit`). Collective.
 
-    The figures do not depend on the number of ranks: per-image values are gathered and summed exactly (math.fsum),
-    the histogram of codes is of integers. UserError where the checkpoint or the data cannot be used.
+    `native`: one by one at their own sizes, cropped to what the downsampling divides. `to`: a folder for a table of
+    all images and a picture of the worst. The figures do not depend on the number of ranks: per-image values are
+    gathered and summed exactly (math.fsum), the sums behind rFID and the histogram of codes are of integers. UserError
+    where the checkpoint or the data cannot be used.
     """
     begin = time.perf_counter()
     tokenizer = load_tokenizer(checkpoint, world.device)
-    measures = _Measures(tokenizer, world)
-    resolution = tokenizer.model_config.resolution
+    measures = _Measures(tokenizer, world, pixels)
+    resolution = None if native else tokenizer.model_config.resolution
     stream = evaluation_images(
-        data, resolution=resolution, rank=world.rank, world_size=world.size, batch=batch, limit=limit
+        data,
+        resolution=resolution,
+        rank=world.rank,
+        world_size=world.size,
+        batch=1 if native else batch,
+        limit=limit,
+        multiple=tokenizer.downsampling,
     )
     for images, weights_B in stream:
-        measures.add(images.images_u8.to(world.device), weights_B)
-    values, images_seen = measures.finish()
+        measures.add(images.images_u8.to(world.device), images.requests, weights_B)
+    rows_NC = measures.gather()
+    values = measures.finish(rows_NC)
     seconds = time.perf_counter() - begin
+    if to is not None and world.is_main:
+        write_images(to, data, tokenizer, measures.columns, rows_NC, resolution)
     return ReconstructionReport(
         data=data,
-        images=images_seen,
+        images=len(rows_NC),
         resolution=resolution,
+        pixels=pixels,
         tokenizer=tokenizer.hash,
         codebook_size=tokenizer.quantizer_config.codebook_size,
         seconds=seconds,
-        images_per_s=images_seen / seconds,
+        images_per_s=len(rows_NC) / seconds,
         **values,
     )
 
 
 class _Measures:
-    """Everything that is gathered image by image."""
+    """Everything that is gathered image by image. `columns` names a row's values after position, shard and row."""
 
-    def __init__(self, tokenizer: Tokenizer, world: World) -> None:
+    def __init__(self, tokenizer: Tokenizer, world: World, pixels: Pixels) -> None:
         self.tokenizer = tokenizer
         self.world = world
+        self.pixels = pixels
         self.rows: list[Tensor] = []
         self.usage = CodeUsage(tokenizer.quantizer_config.codebook_size, world.device)
-        faults = {"lpips": missing(BACKBONES["vgg"]), "rfid": missing(INCEPTION)}
+        faults = {name: missing(BACKBONES[net]) for name, net in LPIPS.items()} | {"rfid": missing(INCEPTION)}
         self.not_measured = {name: fault for name, fault in faults.items() if fault is not None}
-        self.perceptual = None if "lpips" in self.not_measured else Perceptual("vgg", world.device)
+        self.perceptual = {
+            name: Perceptual(net, world.device) for name, net in LPIPS.items() if name not in self.not_measured
+        }
+        self.columns = ("psnr", "ssim", *self.perceptual)
         self.inception = None if "rfid" in self.not_measured else Inception(world.device)
-        self.real, self.fake = FeatureStatistics(device=world.device), FeatureStatistics(device=world.device)
+        width = 0 if self.inception is None else self.inception.width
+        self.real, self.fake = (FeatureStatistics(width, world.device) for _ in range(2))
 
     @torch.inference_mode()
-    def add(self, images_u8: Tensor, weights_B: Tensor) -> None:
+    def add(self, images_u8: Tensor, requests_B5: Tensor, weights_B: Tensor) -> None:
         """One batch; images of weight 0 are padding."""
         images = to_float(images_u8)
         codes_Bhw = self.tokenizer.encode(images)
-        decoded_u8 = to_uint8(self.tokenizer.decode(codes_Bhw))
-        self.usage.update(codes_Bhw[weights_B.to(codes_Bhw.device) > 0])
-        columns = [weights_B.double().to(images.device), psnr(images_u8, decoded_u8), ssim(images_u8, decoded_u8)]
-        if self.perceptual is not None:
-            columns.append(self.perceptual(images, to_float(decoded_u8)).double())
-        self.rows.append(torch.stack(columns, dim=1))
+        held = weights_B.to(codes_Bhw.device) > 0
+        self.usage.update(codes_Bhw[held])
+        decoded, decoded_255 = self._decode(codes_Bhw)
+        values = [psnr(images_u8, decoded_255), ssim(images_u8, decoded_255)]
+        values += [perceptual(images, decoded).double() for perceptual in self.perceptual.values()]
+        places = requests_B5[:, [0, 3, 4]].to(images.device).double()
+        self.rows.append(torch.cat([places, torch.stack(values, dim=1)], dim=1)[held])
         if self.inception is not None:
             self.real.update(self.inception(images_u8), weights_B)
-            self.fake.update(self.inception(decoded_u8), weights_B)
+            self.fake.update(self.inception(decoded_255), weights_B)
 
-    def finish(self) -> tuple[dict[str, Any], int]:
-        """Global values and the number of images. Collective."""
-        table = torch.cat(self.rows)
-        gathered = [torch.empty_like(table) for _ in range(self.world.size)]
-        dist.all_gather(gathered, table)
-        rows = torch.cat(gathered)
-        rows = rows[rows[:, 0] > 0].cpu()
-        means = [math.fsum(column.tolist()) / len(rows) for column in rows[:, 1:].unbind(dim=1)]
+    def _decode(self, codes_Bhw: Tensor) -> tuple[Tensor, Tensor]:
+        """Reconstructions, as float of -1 … 1 and in pixels of 0 … 255."""
+        decoded = self.tokenizer.decode(codes_Bhw)
+        if self.pixels == "float":
+            decoded = decoded.clamp(-1.0, 1.0)
+            return decoded, (decoded + 1.0) * 127.5
+        decoded_u8 = to_uint8(decoded)
+        return to_float(decoded_u8), decoded_u8
+
+    def gather(self) -> Tensor:
+        """Rows (N, 3 + C) float64 of all images in order, on the CPU: position, shard, row, values. Collective."""
+        rows_nC = torch.cat(self.rows)
+        return gather_rows(rows_nC[:, 0].long(), rows_nC, self.world).cpu()
+
+    def finish(self, rows_NC: Tensor) -> dict[str, Any]:
+        """Global values. Collective."""
+        columns = zip(self.columns, rows_NC[:, 3:].unbind(dim=1), strict=True)
+        means = {name: math.fsum(column.tolist()) / len(rows_NC) for name, column in columns}
         self.usage.reduce()
-        values = {
-            "psnr": means[0],
-            "ssim": means[1],
-            "lpips": means[2] if self.perceptual is not None else None,
-            "rfid": self._rfid(),
-            "usage": self.usage.usage,
-            "perplexity": self.usage.perplexity,
-            "not_measured": self.not_measured,
-        }
-        return values, len(rows)
+        return (
+            dict.fromkeys(LPIPS)
+            | means
+            | {
+                "rfid": self._rfid(len(rows_NC)),
+                "usage": self.usage.usage,
+                "perplexity": self.usage.perplexity,
+                "not_measured": self.not_measured,
+            }
+        )
 
-    def _rfid(self) -> float | None:
+    def _rfid(self, images: int) -> float | None:
         if self.inception is None:
+            return None
+        if images < 2:
+            self.not_measured["rfid"] = "it needs two images at least"
             return None
         self.real.reduce()
         self.fake.reduce()

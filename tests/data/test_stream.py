@@ -168,6 +168,20 @@ def test_evaluation_sees_every_image_once(dataset: str, world: int) -> None:
     assert seen == dict.fromkeys(range(24), 1)
 
 
+def test_evaluation_at_native_sizes(dataset: str) -> None:
+    """Pictures are 40, 44, … 68 wide and 48 high: cropped in the middle to multiples of 16, never scaled."""
+    options = {"resolution": None, "rank": 0, "world_size": 1, "batch": 1}
+    whole = [images.images_u8[0] for images, _ in evaluation_images(dataset, **options)]
+    cropped = [images.images_u8[0] for images, _ in evaluation_images(dataset, **options, multiple=16)]
+    assert {tuple(image.shape) for image in whole} == {(3, 48, width) for width in range(40, 72, 4)}
+    for full, image in zip(whole, cropped, strict=True):
+        width = full.shape[2] // 16 * 16
+        left = (full.shape[2] - width) // 2
+        assert torch.equal(image, full[:, :, left : left + width])
+    with pytest.raises(UserError, match="48 pixels, 64 are the least"):
+        list(evaluation_images(dataset, **options, multiple=64))
+
+
 def test_shard_images_are_those_of_the_index(dataset: str) -> None:
     batches = list(shard_images(dataset, 1, resolution=32, batch=3))
     size = load_manifest(dataset, "images").shards[1].samples

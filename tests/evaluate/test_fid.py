@@ -11,6 +11,7 @@ import torch
 
 from ibq_scale.errors import UserError
 from ibq_scale.evaluate.fid import INCEPTION, FeatureStatistics, Inception, frechet_distance
+from ibq_scale.evaluate.scores import inception_score
 
 
 def _statistics(features: torch.Tensor, batch: int) -> FeatureStatistics:
@@ -62,24 +63,20 @@ def test_weights_that_would_run_code_or_are_anothers(tmp_path: Path, monkeypatch
     assert not (tmp_path / "mark").exists()
 
 
-@pytest.fixture(scope="module")
-def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A stand-in for the published network: right layout, random numbers. Tests the loading, not the figure."""
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    folder = tmp_path_factory.mktemp("weights")
-    torch.manual_seed(0)
-    empty = torch.nn.Module.load_state_dict
-    try:
-        torch.nn.Module.load_state_dict = lambda self, *a, **k: None  # type: ignore[method-assign]
-        torch.save({}, folder / "none.pth")
-        network = FeatureExtractorInceptionV3(
-            "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(folder / "none.pth")
-        )
-    finally:
-        torch.nn.Module.load_state_dict = empty  # type: ignore[method-assign]
-    torch.save(network.state_dict(), folder / INCEPTION)
-    return folder
+def test_sums_do_not_depend_on_their_order_and_refuse_what_is_no_number() -> None:
+    """To the last bit: covariances of fewer vectors than dimensions are singular, and roots of zeros noise."""
+    features = torch.randn(24, 60, generator=torch.Generator().manual_seed(3))
+    parts = features.split(4)
+    forward, backward = FeatureStatistics(60), FeatureStatistics(60)
+    for statistics, order in ((forward, parts), (backward, parts[::-1])):
+        for part in order:
+            statistics.update(part, torch.ones(4))
+    a, b = forward.mean_and_covariance(), backward.mean_and_covariance()
+    assert all((a[name] == b[name]).all() for name in ("mu", "sigma"))
+    for wrong in (1e8, float("nan")):
+        backward.update(torch.full((1, 60), wrong), torch.ones(1))
+        with pytest.raises(OverflowError, match="cannot be added"):
+            backward.mean_and_covariance()
 
 
 @pytest.mark.slow
@@ -91,17 +88,23 @@ def test_the_whole_calculation_is_torch_fidelitys(inception_weights: Path, monke
     real, fake = (torch.randint(256, (12, 3, 64, 64), dtype=torch.uint8, generator=g) for _ in range(2))
     fake = fake // 2
     network = Inception(torch.device("cpu"))
-    distance = frechet_distance(*(_statistics(network(images), 12) for images in (real, fake)))
+    features, logits = zip(*(network.features_and_logits(images) for images in (real, fake)), strict=True)
     theirs = torch_fidelity.calculate_metrics(
-        input1=_Images(real),
-        input2=_Images(fake),
+        input1=_Images(fake),
+        input2=_Images(real),
         fid=True,
+        isc=True,
         cuda=False,
         verbose=False,
         batch_size=12,
         feature_extractor_weights_path=str(inception_weights / INCEPTION),
     )
+    distance = frechet_distance(*(_statistics(part, 12) for part in features))
     assert distance == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
+    mean, deviation = inception_score(logits[1])
+    assert mean == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
+    assert deviation == pytest.approx(theirs["inception_score_std"], rel=1e-3, abs=1e-9)
+    torch.testing.assert_close(network(real.float()), features[0], rtol=1e-5, atol=1e-5)
 
 
 class _Images(torch.utils.data.Dataset):

@@ -1,0 +1,204 @@
+"""Images to measure: a prepared data set, a folder of pictures, an ``.npz``, or what ``sample`` wrote."""
+
+from __future__ import annotations
+
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from ibq_scale.data.manifest import NAME, load_manifest
+from ibq_scale.data.stream import evaluation_images
+from ibq_scale.distributed.environment import World
+from ibq_scale.errors import UserError
+from ibq_scale.generate.images import SAMPLES
+
+ENDINGS = {".png", ".jpg", ".jpeg", ".webp"}
+Size = tuple[int, int]
+"""Height and width in pixels."""
+
+
+class Part(NamedTuple):
+    """A rank's batch. Images of weight 0 only fill it up."""
+
+    indices_B: Tensor
+    """int64 (B,), in the whole set."""
+    images_u8: Tensor
+    """uint8 (B, 3, H, W)."""
+    weights_B: Tensor
+    """float32 (B,), 0 or 1."""
+
+
+class ImageSet(ABC):
+    """Images of one size. `manifest_hash` is that of a prepared data set, and None for others."""
+
+    manifest_hash: str | None = None
+
+    def __init__(self, name: str, count: int, size: Size) -> None:
+        self.name = name
+        self.count = count
+        self.size = size
+
+    @abstractmethod
+    def batches(self, world: World, batch: int) -> Iterator[Part]:
+        """Every image once over the ranks. All ranks get equally many batches of equal size.
+
+        Batch b of the set goes to rank b mod W, so its content is the same for any number of ranks.
+        """
+
+
+class PreparedImages(ImageSet):
+    """A data set that ``prepare images`` wrote, centre-cropped."""
+
+    def __init__(self, url: str, side: int, limit: int | None) -> None:
+        manifest = load_manifest(url, "images")
+        super().__init__(url, min(manifest.samples, limit or manifest.samples), (side, side))
+        self.manifest_hash = manifest.hash
+
+    def batches(self, world: World, batch: int) -> Iterator[Part]:
+        stream = evaluation_images(
+            self.name,
+            resolution=self.size[0],
+            rank=world.rank,
+            world_size=world.size,
+            batch=batch,
+            limit=self.count,
+        )
+        for images, weights_B in stream:
+            yield Part(images.requests[:, 0], images.images_u8, weights_B)
+
+
+class _ReadImages(ImageSet):
+    @abstractmethod
+    def read(self, places: Sequence[int]) -> NDArray[np.uint8]:
+        """uint8 (B, H, W, 3) of ascending places, which from call to call only grow."""
+
+    def batches(self, world: World, batch: int) -> Iterator[Part]:
+        for first in range(0, self.count, batch * world.size):
+            places = range(first + world.rank * batch, first + (world.rank + 1) * batch)
+            pixels = torch.from_numpy(self.read([min(place, self.count - 1) for place in places]))
+            weights_B = torch.tensor([float(place < self.count) for place in places])
+            yield Part(torch.tensor(places), pixels.permute(0, 3, 1, 2), weights_B)
+
+
+class FolderImages(_ReadImages):
+    """PNG, JPEG or WebP files of one size, at any depth, by their names."""
+
+    def __init__(self, folder: Path, limit: int | None) -> None:
+        self.files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS)[:limit]
+        if not self.files:
+            raise UserError(f"{folder} holds no pictures, no {SAMPLES} and no {NAME}: there is nothing to measure")
+        first = _picture(self.files[0])
+        super().__init__(str(folder), len(self.files), (first.shape[0], first.shape[1]))
+
+    def read(self, places: Sequence[int]) -> NDArray[np.uint8]:
+        pictures = [_picture(self.files[place]) for place in places]
+        for place, picture in zip(places, pictures, strict=True):
+            if picture.shape[:2] != self.size:
+                raise UserError(
+                    f"{self.files[place]} is {picture.shape[0]} x {picture.shape[1]} pixels, others of the folder are "
+                    f"{self.size[0]} x {self.size[1]}: 'prepare images' makes a data set of such a folder"
+                )
+        return np.stack(pictures)
+
+
+class NpzImages(_ReadImages):
+    """``arr_0``, uint8 (N, H, W, 3), of an ``.npz``; read in passing, since 50,000 images are 10 GB."""
+
+    def __init__(self, path: Path, limit: int | None) -> None:
+        self.path = path
+        self._place = 0
+        self._stream, shape = self._open()
+        count = min(shape[0], limit or shape[0])
+        super().__init__(str(path), count, (shape[1], shape[2]))
+
+    def read(self, places: Sequence[int]) -> NDArray[np.uint8]:
+        image = self.size[0] * self.size[1] * 3
+        if places[0] < self._place - 1:
+            self._stream.close()
+            (self._stream, _), self._place = self._open(), 0
+        pictures: list[NDArray[np.uint8]] = []
+        for place in places:
+            if place >= self._place:
+                self._skip((place - self._place) * image)
+                self._last = self._bytes(image)
+                self._place = place + 1
+            pictures.append(np.frombuffer(self._last, np.uint8).reshape(*self.size, 3))
+        return np.stack(pictures)
+
+    def _open(self) -> tuple[Any, tuple[int, ...]]:
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                # It holds the file open by itself.
+                stream = archive.open("arr_0.npy")
+            version = np.lib.format.read_magic(stream)
+            header = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }[version]
+            shape, fortran, dtype = header(stream)
+        except FileNotFoundError:
+            raise UserError(f"{self.path} does not exist") from None
+        except (KeyError, ValueError, OSError, zipfile.BadZipFile):
+            raise UserError(f"{self.path} holds no images: they are looked for as arr_0 of an .npz") from None
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran or not shape[0]:
+            raise UserError(f"{self.path}: arr_0 is {dtype} {shape}, not uint8 (N, height, width, 3)")
+        return stream, shape
+
+    def _skip(self, count: int) -> None:
+        while count:
+            count -= len(self._bytes(min(count, 1 << 24)))
+
+    def _bytes(self, count: int) -> bytes:
+        try:
+            data: bytes = self._stream.read(count)
+        except (OSError, EOFError, zipfile.BadZipFile) as e:
+            raise UserError(f"{self.path} is damaged: {e}") from None
+        if len(data) != count:
+            raise UserError(f"{self.path} is damaged: it ends too soon")
+        return data
+
+
+def open_images(source: str, size: Size | None, limit: int | None = None) -> ImageSet:
+    """The images at `source`. Prepared data are cropped to `size`, a square; others must have it, where it is given.
+
+    UserError where there are none, or of another size.
+    """
+    path = Path(source)
+    prepared = "://" in source or (path / NAME).is_file()
+    images: ImageSet
+    if prepared:
+        if size is None:
+            raise UserError(f"{source} is a prepared data set: say at which --resolution")
+        if size[0] != size[1]:
+            raise UserError(f"{source} can be cropped to squares only, not to {size[0]} x {size[1]}")
+        images = PreparedImages(source, size[0], limit)
+    elif path.suffix == ".npz":
+        images = NpzImages(path, limit)
+    elif (path / SAMPLES).is_file():
+        images = NpzImages(path / SAMPLES, limit)
+    elif path.is_dir():
+        images = FolderImages(path, limit)
+    else:
+        raise UserError(f"{source} does not exist: give a folder of pictures, an .npz or a prepared data set")
+    if size is not None and images.size != size:
+        raise UserError(
+            f"{source} has images of {images.size[0]} x {images.size[1]} pixels, {size[0]} x {size[1]} are needed: "
+            "what differs in resolution is not compared"
+        )
+    return images
+
+
+def _picture(path: Path) -> NDArray[np.uint8]:
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError) as e:
+        raise UserError(f"{path} is no picture: {e}") from None

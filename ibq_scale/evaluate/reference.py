@@ -1,0 +1,191 @@
+"""What generated images are measured against: statistics of real ones, stamped with what they were computed from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ibq_scale import __version__
+from ibq_scale.distributed.environment import World
+from ibq_scale.errors import UserError
+from ibq_scale.evaluate.fid import INCEPTION, FeatureStatistics, Inception, Moments
+from ibq_scale.evaluate.gather import gather_rows
+from ibq_scale.evaluate.images import ImageSet, Size, open_images
+
+# As many real images as the usual evaluation suite takes for precision and recall.
+FEATURES_KEPT = 10_000
+UNSTAMPED = "unstamped"
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What statistics were computed from.
+
+    `content`: a data set's manifest hash, or of other images the sha256 of their pixels in order. `resolution`:
+    height and width. `features`: of how many images features are kept. Hashes are sha256, hex.
+    """
+
+    data: str
+    content: str
+    images: int
+    crop: str
+    resolution: Size
+    features: int
+    extractor: str
+    extractor_sha256: str
+    program: str
+
+    @property
+    def hash(self) -> str:
+        """Tells references apart: sha256 of everything but the data's address and the program's version."""
+        values = asdict(self)
+        del values["data"], values["program"]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Moments of all images, and features (R, F) of some of them for precision and recall, None where unknown.
+
+    `hash` is the stamp's; of a file without one it is ``unstamped:`` and the sha256 of its moments.
+    """
+
+    moments: Moments
+    features_RF: Tensor | None
+    hash: str
+    stamp: Stamp | None
+
+
+def measure_reference(images: ImageSet, inception: Inception, world: World, *, batch: int, features: int) -> Reference:
+    """Statistics of a set, with features of `features` evenly spaced images; the same for any number of ranks.
+
+    Collective. UserError for fewer than two images.
+    """
+    if images.count < 2:
+        raise UserError(f"{images.name} holds {images.count} image: statistics need two at least")
+    kept = torch.from_numpy(np.linspace(0, images.count - 1, min(features, images.count)).round().astype(np.int64))
+    statistics = FeatureStatistics(inception.width, world.device)
+    indices, rows = [], []
+    digests: list[int] = []
+    for part in images.batches(world, batch):
+        features_BF = inception(part.images_u8.to(world.device))
+        statistics.update(features_BF, part.weights_B)
+        # A prepared data set has a hash already.
+        digests.extend(0 if images.manifest_hash else _digest(image) for image in part.images_u8)
+        indices.append(torch.where(part.weights_B > 0, part.indices_B, -1))
+        rows.append(features_BF[torch.isin(indices[-1], kept).to(features_BF.device)])
+    statistics.reduce()
+    index_n = torch.cat(indices)
+    features_RF = gather_rows(index_n[torch.isin(index_n, kept)], torch.cat(rows), world)
+    pixels_N = gather_rows(index_n[index_n >= 0], torch.tensor(digests)[index_n >= 0][:, None].to(world.device), world)
+    stamp = Stamp(
+        data=images.name,
+        content=images.manifest_hash or hashlib.sha256(pixels_N.cpu().numpy().tobytes()).hexdigest(),
+        images=images.count,
+        crop="centre" if images.manifest_hash else "none",
+        resolution=images.size,
+        features=len(features_RF),
+        extractor=INCEPTION,
+        extractor_sha256=inception.sha256,
+        program=__version__,
+    )
+    return Reference(statistics.mean_and_covariance(), features_RF, stamp.hash, stamp)
+
+
+def write_reference(
+    data: str, to: Path, size: Size | None, world: World, *, batch: int, features: int = FEATURES_KEPT
+) -> Stamp:
+    """Measures the images at `data`, prepared ones at the centre crop `size`, and writes an ``.npz``. Collective.
+
+    It holds ``mu`` (F,), ``sigma`` (F, F), ``features`` float32 (R, F) and ``stamp``, JSON. UserError where the images,
+    the extractor's weights or the file cannot be used.
+    """
+    reference = measure_reference(
+        open_images(data, size), Inception(world.device), world, batch=batch, features=features
+    )
+    assert reference.stamp is not None
+    assert reference.features_RF is not None
+    if world.is_main:
+        arrays: dict[str, Any] = {
+            **reference.moments,
+            "features": reference.features_RF.cpu().numpy(),
+            "stamp": np.array(json.dumps(asdict(reference.stamp))),
+        }
+        partial = to.with_name(f".{to.name}.partial")
+        try:
+            to.parent.mkdir(parents=True, exist_ok=True)
+            with partial.open("wb") as f:
+                np.savez(f, **arrays)
+            partial.replace(to)
+        except OSError as e:
+            raise UserError(f"cannot write {to}: {e.strerror}") from None
+    return reference.stamp
+
+
+def load_reference(source: str, inception: Inception, size: Size, world: World, *, batch: int) -> Reference:
+    """The reference for images of `size`: a file of `write_reference`, the usual suite's ``.npz``, or images.
+
+    Collective. UserError where it is damaged, or was measured at another resolution or by another extractor.
+    """
+    path = Path(source)
+    arrays = _moments_file(path) if path.suffix == ".npz" and path.is_file() else None
+    if arrays is None:
+        return measure_reference(open_images(source, size), inception, world, batch=batch, features=FEATURES_KEPT)
+    moments = {"mu": arrays["mu"].astype(np.float64), "sigma": arrays["sigma"].astype(np.float64)}
+    if moments["mu"].shape != (inception.width,) or moments["sigma"].shape != (inception.width, inception.width):
+        raise UserError(f"{path}: mu {arrays['mu'].shape} and sigma {arrays['sigma'].shape} are not Inception's")
+    if "stamp" in arrays:
+        stamp = _fitting_stamp(path, str(arrays["stamp"]), inception, size)
+        features = torch.from_numpy(arrays["features"]).to(world.device)
+        return Reference(moments, features, stamp.hash, stamp)
+    digest = hashlib.sha256(moments["mu"].tobytes() + moments["sigma"].tobytes()).hexdigest()
+    features_RF = None
+    if "arr_0" in arrays:
+        images = open_images(source, size)
+        features_RF = measure_reference(images, inception, world, batch=batch, features=images.count).features_RF
+    return Reference(moments, features_RF, f"{UNSTAMPED}:{digest}", None)
+
+
+def _moments_file(path: Path) -> dict[str, Any] | None:
+    """The small arrays of a statistics file; None for an ``.npz`` of images only. ``arr_0`` is named, not read."""
+    try:
+        with np.load(cast(BinaryIO, path), allow_pickle=False) as file:
+            if not {"mu", "sigma"} <= set(file.files):
+                return None
+            wanted = [name for name in ("mu", "sigma", "features", "stamp") if name in file.files]
+            return {name: file[name] for name in wanted} | {name: None for name in file.files if name == "arr_0"}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
+        raise UserError(f"{path} is damaged or no .npz: {e}") from None
+
+
+def _fitting_stamp(path: Path, text: str, inception: Inception, size: Size) -> Stamp:
+    try:
+        values = json.loads(text)
+        stamp = Stamp(**values | {"resolution": tuple(values["resolution"])})
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{path} has a stamp that this program cannot read: compute it again") from None
+    if stamp.extractor_sha256 != inception.sha256:
+        raise UserError(
+            f"{path} was computed with another extractor (weights {stamp.extractor_sha256[:12]}…, here "
+            f"{inception.sha256[:12]}…): their distances mean nothing"
+        )
+    if stamp.resolution != size:
+        raise UserError(
+            f"{path} was computed at {stamp.resolution[0]} x {stamp.resolution[1]}, the images are "
+            f"{size[0]} x {size[1]}: what differs in resolution is not compared"
+        )
+    return stamp
+
+
+def _digest(image_u8: Tensor) -> int:
+    """63 bits of an image's sha256."""
+    content = np.ascontiguousarray(image_u8.permute(1, 2, 0).numpy()).tobytes()
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big") >> 1

@@ -1,0 +1,83 @@
+"""Measures of generated images from their Inception features: inception score, precision, recall."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ibq_scale.distributed.environment import World
+
+SPLITS = 10
+NEIGHBOURS = 3
+# torch-fidelity's: images that come class by class are shuffled first, or a split would hold few classes.
+SHUFFLE_SEED = 2020
+# Blocks of distances. Which rank has a block does not change its numbers, the block's size would.
+ROWS, COLUMNS = 1024, 8192
+
+
+def inception_score(logits_NC: Tensor) -> tuple[float, float]:
+    """Mean and standard deviation (ddof 0) over ten splits of shuffled logits, as torch-fidelity has it.
+
+    ValueError for fewer than ten images.
+    """
+    count = len(logits_NC)
+    if count < SPLITS:
+        raise ValueError(f"an inception score needs {SPLITS} images, got {count}")
+    order = np.random.RandomState(SHUFFLE_SEED).permutation(count)
+    scores = []
+    for i in range(SPLITS):
+        chosen = torch.from_numpy(order[i * count // SPLITS : (i + 1) * count // SPLITS])
+        log_p = logits_NC[chosen.to(logits_NC.device)].double().log_softmax(dim=1)
+        p = log_p.exp()
+        divergence = (p * (log_p - p.mean(dim=0, keepdim=True).log())).sum(dim=1)
+        scores.append(float(divergence.mean().exp()))
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def precision_and_recall(real_RF: Tensor, fake_GF: Tensor, world: World) -> tuple[float, float]:
+    """Share of generated features within the real ones' manifold, and the other way round (Kynkäänniemi et al. 2019).
+
+    The manifold is the union of balls that reach to the third nearest neighbour. All ranks hold all features, and
+    share the blocks of distances; at most 1024 × 8192 are in memory at once. Collective. ValueError for fewer than
+    four features on a side.
+    """
+    if min(len(real_RF), len(fake_GF)) <= NEIGHBOURS:
+        raise ValueError(f"precision and recall need more than {NEIGHBOURS} images on both sides")
+    precision = _covered(fake_GF, real_RF, _radii(real_RF, world), world)
+    recall = _covered(real_RF, fake_GF, _radii(fake_GF, world), world)
+    return precision, recall
+
+
+def _blocks(count: int, world: World) -> list[slice]:
+    """This rank's rows."""
+    return [slice(first, first + ROWS) for first in range(0, count, ROWS)][world.rank :: world.size]
+
+
+def _radii(features_NF: Tensor, world: World) -> Tensor:
+    """Distance (N,) of each feature to its third nearest neighbour."""
+    radii_N = features_NF.new_zeros(len(features_NF))
+    for rows in _blocks(len(features_NF), world):
+        own = features_NF[rows]
+        nearest = own.new_full((len(own), NEIGHBOURS + 1), torch.inf)
+        for columns in torch.split(features_NF, COLUMNS):
+            both = torch.cat([nearest, torch.cdist(own, columns)], dim=1)
+            # Each is its own nearest, hence one more.
+            nearest = both.topk(NEIGHBOURS + 1, dim=1, largest=False, sorted=True).values
+        radii_N[rows] = nearest[:, -1]
+    dist.all_reduce(radii_N)
+    return radii_N
+
+
+def _covered(queries_QF: Tensor, centres_NF: Tensor, radii_N: Tensor, world: World) -> float:
+    """The share of queries that lie in at least one ball."""
+    inside = torch.zeros((), dtype=torch.int64, device=queries_QF.device)
+    for rows in _blocks(len(queries_QF), world):
+        own = queries_QF[rows]
+        found = torch.zeros(len(own), dtype=torch.bool, device=own.device)
+        for columns, radii in zip(torch.split(centres_NF, COLUMNS), torch.split(radii_N, COLUMNS), strict=True):
+            found |= (torch.cdist(own, columns) <= radii).any(dim=1)
+        inside += found.sum()
+    dist.all_reduce(inside)
+    return int(inside) / len(queries_QF)
