@@ -63,10 +63,10 @@ class Chunks:
     def __init__(self, folder: Path, job: Job) -> None:
         self.folder, self.job = folder, job
         self._parts = folder / PARTS
-        self._parts.mkdir(parents=True, exist_ok=True)
 
     def write(self, number: int, images_BHW3: Images) -> None:
         """Whole or not at all."""
+        self._parts.mkdir(parents=True, exist_ok=True)
         partial = self._parts / f".{number}.{os.getpid()}.partial"
         with partial.open("wb") as f:
             np.savez(f, arr_0=images_BHW3, job=np.array(self.job.hash))

@@ -44,7 +44,7 @@ class SamplingSettings:
         return [1.0 + (self.guidance - 1.0) * self._share(t / tokens, (t + 1) / tokens) for t in range(tokens)]
 
     def _share(self, before: float, after: float) -> float:
-        """How much of it a code has; `before` and `after`: the share of codes that are there, without it and with it."""
+        """How much of it a code has; `before` and `after`: the share of codes there, without it and with it."""
         if self.guidance_schedule == "constant":
             return 1.0
         if self.guidance_schedule == "linear":
