@@ -129,7 +129,7 @@ def _model(source: str) -> Transformer:
     name = source if source.startswith("ar/") else f"ar/{source}"
     if name not in preset_names():
         if not Path(source).exists():
-            raise UserError(f"{source} is neither a preset (ibq-scale config list) nor a model's directory")
+            raise UserError(f"{source} is neither a preset (ibq-scale config presets) nor a model's directory")
         return load_ar(source).transformer
     run = resolve(name, (), "ar").config
     assert isinstance(run, ARRun)
