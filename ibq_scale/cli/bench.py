@@ -16,6 +16,7 @@ from ibq_scale.errors import UserError
 if TYPE_CHECKING:
     from ibq_scale.bench.ar import ARReport
     from ibq_scale.bench.quantizer import Measured, QuantizerReport
+    from ibq_scale.bench.sampling import SamplingReport
     from ibq_scale.bench.steps import StepReport
     from ibq_scale.bench.tokenizer import TokenizerReport
     from ibq_scale.config.run import AnyRun
@@ -83,6 +84,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     collectives.add_argument("--json", action="store_true", help="print one JSON document")
     add_ranks(collectives)
     collectives.set_defaults(run=_collectives, check=_check_collectives)
+    _add_sampling(family)
     _add_steps(
         family,
         "tokenizer",
@@ -99,6 +101,23 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "random codes. Nothing is saved.",
         example="xl train.global_batch=64 train.micro_batch=16",
     )
+
+
+def _add_sampling(family: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    sampling = family.add_parser(
+        "sample",
+        help="images/s and tokens/s beside a loop without a cache",
+        description="Sample codes greedily with guidance in three ways, and compare their codes in fp32. A preset has "
+        "random weights; decoding is no part of it.",
+        epilog="example: ibq-scale bench sample xl --batch 64 --precision bf16 --compile",
+    )
+    sampling.add_argument("source", metavar="AR_CKPT_OR_PRESET")
+    sampling.add_argument("--batch", type=int, default=32, metavar="N", help="images at once (default 32)")
+    sampling.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of what is timed")
+    sampling.add_argument("--compile", action="store_true", help="as of sample")
+    sampling.add_argument("--repeats", type=int, default=3, metavar="N", help="measured batches (default 3)")
+    sampling.add_argument("--json", action="store_true", help="print one JSON document")
+    sampling.set_defaults(run=_sampling)
 
 
 def _add_steps(
@@ -221,6 +240,47 @@ def _collectives(args: argparse.Namespace) -> int:
                 f"{report.bus_bytes_per_s / 1e9:.2f} GB/s a rank's link; 8 KiB in {1e6 * report.latency_s:,.0f} µs"
             )
     return 0 if report.right else 1
+
+
+def _sampling(args: argparse.Namespace) -> int:
+    import torch
+
+    from ibq_scale.bench.sampling import bench_sampling
+
+    at_least_one(args, "batch", "repeats")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    report = bench_sampling(
+        args.source,
+        device,
+        batch=args.batch,
+        precision=args.precision,
+        compiled=args.compile,
+        repeats=args.repeats,
+    )
+    if args.json:
+        print(json.dumps(asdict(report)))
+    else:
+        _print_sampling(report)
+    if not report.same_codes:
+        print("the ways took different codes in fp32", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _print_sampling(report: SamplingReport) -> None:
+    print(
+        f"{report.name}: {report.parameters / 1e6:,.4g} M parameters, batch {report.batch}, guidance "
+        f"{report.guidance:g}, {report.precision}{', compile' * report.compile}, {report.device}"
+    )
+    for way in report.ways:
+        print(
+            f"  {way.name:<22}{way.seconds:>9.3f} s{way.images_per_s:>10.3f} images/s"
+            f"{way.tokens_per_s:>11,.0f} tokens/s{way.times_naive:>9.2f} × naive"
+        )
+    print(f"  {report.weight_bytes / 1e9:.3g} GB of weights a step, a cache of {report.cache_bytes / 1e9:.3g} GB")
+    if report.bound_share is not None and report.bandwidth is not None:
+        rate = report.bandwidth / 1e12
+        print(f"  {100 * report.bound_share:.0f} % of what reading the weights at {rate:.4g} TB/s (data sheet) allows")
 
 
 def _steps_run(args: argparse.Namespace) -> AnyRun:

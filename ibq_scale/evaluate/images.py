@@ -18,7 +18,7 @@ from ibq_scale.data.manifest import NAME, load_manifest
 from ibq_scale.data.stream import evaluation_images
 from ibq_scale.distributed.environment import World
 from ibq_scale.errors import UserError
-from ibq_scale.generate.images import SAMPLES
+from ibq_scale.generate.chunks import SAMPLES
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".webp"}
 Size = tuple[int, int]

@@ -1,42 +1,52 @@
 """Class-conditional images: codes from the transformer, pixels from the tokenizer, an ``.npz`` and a PNG grid.
 
-Image i of a job is a pure function of (weights, settings, i, its label): ranks and batches only divide the work.
+A job is a list of images cut into chunks of one batch, each computed whole and in one shape by whichever rank comes to
+it, and a file until all are there: neither ranks, array tasks nor a restart change a byte of what comes out.
 """
 
 from __future__ import annotations
 
 import json
 import time
-import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
+from ibq_scale.data.progress import Progress
 from ibq_scale.distributed.environment import World
 from ibq_scale.errors import UserError
-from ibq_scale.models.sampling import SamplingSettings
-from ibq_scale.pictures import image_grid, save_png, to_uint8
+from ibq_scale.generate.chunks import Chunks, Job, is_finished
+from ibq_scale.models.sampling import Sampler, SamplingSettings
+from ibq_scale.pictures import to_uint8
 from ibq_scale.pretrained.loading import ARModel, Tokenizer
 
-GRID_CLASSES, GRID_COLUMNS = 16, 8
-CHUNK = 256
-SAMPLES, GRID, FACTS = "samples.npz", "grid.png", "samples.json"
+Part = tuple[int, int]
+"""Task i of n of an array of jobs: chunks i, i + n, …"""
 
 
 @dataclass(frozen=True)
 class SampleReport:
-    """What a job wrote. `tokens_per_s` counts codes of all ranks over the whole job's time, decoding included."""
+    """What a job wrote. Rates are of the images made now (`images` less `reused_images`), decoding included.
+
+    `complete`: every image is there, and the files written. Else other parts of the array have still to run.
+    `images` are this part's. `job` is the sha256 of all that the images depend on.
+    """
 
     folder: str
+    complete: bool
     images: int
+    reused_images: int
     classes: list[int]
     per_class: int
+    batch: int
+    precision: str
     settings: SamplingSettings
     tokenizer: str
+    job: str
     seconds: float
     images_per_s: float
     tokens_per_s: float
@@ -66,108 +76,111 @@ def sample(
     world: World,
     *,
     batch: int,
+    part: Part = (0, 1),
 ) -> SampleReport:
     """Writes `per_class` images of each class: ``samples.npz`` (arr_0 uint8 (N, H, W, 3), arr_1 labels int64 (N,)),
     ``grid.png`` and ``samples.json``. Collective.
 
-    UserError for a class that the model has not, or a tokenizer that is not the transformer's.
+    What an earlier run of the same job has left is verified and kept. Whichever part finds all chunks there writes the
+    files. UserError for a class that the model has not, or a tokenizer that is not the transformer's.
     """
     begin = time.perf_counter()
     check_pair(ar, tokenizer)
     wrong = [c for c in classes if not 0 <= c < ar.config.classes]
     if wrong or not classes:
         raise UserError(f"class {wrong[0] if wrong else '(none)'}: the model has classes 0 to {ar.config.classes - 1}")
-    labels = np.repeat(np.asarray(classes, dtype=np.int64), per_class)
+    side = ar.config.grid * tokenizer.downsampling
+    said: list[Any] = [None, None]
     if world.is_main:
-        to.mkdir(parents=True, exist_ok=True)
+        job = _job(ar, tokenizer, classes, per_class, settings, batch, side)
+        said = [job, is_finished(to, job)]
+    dist.broadcast_object_list(said, src=0, device=world.device)
+    job, finished = said
+    chunks = Chunks(to, job)
+    numbers = list(range(job.chunks))[part[0] :: part[1]]
+    reused, missing = (numbers, []) if finished else _find(chunks, numbers, world)
+    _make(ar, tokenizer, settings, chunks, missing, world)
     dist.barrier()
-    shares = np.array_split(np.arange(len(labels)), world.size)
-    _write_part(ar, tokenizer, labels, shares[world.rank], settings, _part(to, world.rank), batch)
-    dist.barrier()
+    images = sum(job.size(number) for number in numbers)
+    kept = sum(job.size(number) for number in reused)
     seconds = time.perf_counter() - begin
-    report = SampleReport(
-        folder=str(to),
-        images=len(labels),
-        classes=list(classes),
-        per_class=per_class,
-        settings=settings,
-        tokenizer=tokenizer.hash,
-        seconds=seconds,
-        images_per_s=len(labels) / seconds,
-        tokens_per_s=len(labels) * ar.config.tokens / seconds,
-    )
+    facts: dict[str, Any] = {
+        "folder": str(to),
+        "images": images,
+        "reused_images": kept,
+        "classes": list(classes),
+        "per_class": per_class,
+        "batch": job.batch,
+        "precision": _precision(ar),
+        "settings": settings,
+        "tokenizer": tokenizer.hash,
+        "job": job.hash,
+        "seconds": seconds,
+        "images_per_s": (images - kept) / seconds,
+        "tokens_per_s": (images - kept) * ar.config.tokens / seconds,
+    }
+    complete: list[Any] = [None]
     if world.is_main:
-        _assemble(to, [_part(to, rank) for rank in range(world.size)], labels, per_class, report)
-    dist.barrier()
-    return report
+        whole = asdict(SampleReport(complete=True, **facts)) | {"images": len(job.labels)}
+        complete = [finished or chunks.assemble(json.dumps(whole, indent=1) + "\n", part[0])]
+    dist.broadcast_object_list(complete, src=0, device=world.device)
+    return SampleReport(complete=complete[0], **facts)
 
 
-def _part(folder: Path, rank: int) -> Path:
-    return folder / f".part-{rank:05d}.npy"
+def _precision(ar: ARModel) -> str:
+    return "bf16" if ar.transformer.head.weight.dtype == torch.bfloat16 else "fp32"
+
+
+def _job(
+    ar: ARModel,
+    tokenizer: Tokenizer,
+    classes: Sequence[int],
+    per_class: int,
+    settings: SamplingSettings,
+    batch: int,
+    side: int,
+) -> Job:
+    labels = tuple(label for label in classes for _ in range(per_class))
+    depends = {
+        "transformer": ar.hash,
+        "tokenizer": tokenizer.hash,
+        "precision": _precision(ar),
+        "settings": asdict(settings),
+    }
+    return Job(labels, per_class, min(batch, len(labels)), side, depends)
+
+
+def _find(chunks: Chunks, numbers: list[int], world: World) -> tuple[list[int], list[int]]:
+    """Which chunks are whole on disk and which are not; each rank reads its share. Collective."""
+    mine = [number for number in numbers[world.rank :: world.size] if chunks.read(number) is not None]
+    gathered: list[Any] = [None] * world.size
+    dist.all_gather_object(gathered, mine)
+    there = {number for found in gathered for number in found}
+    return sorted(there), [number for number in numbers if number not in there]
 
 
 @torch.inference_mode()
-def _write_part(
+def _make(
     ar: ARModel,
     tokenizer: Tokenizer,
-    labels: np.ndarray[tuple[int, ...], np.dtype[np.int64]],
-    ids: np.ndarray[tuple[int, ...], np.dtype[np.int64]],
     settings: SamplingSettings,
-    path: Path,
-    batch: int,
+    chunks: Chunks,
+    missing: list[int],
+    world: World,
 ) -> None:
-    """One rank's images, in the order of their ids, straight to disk: 50,000 images need no memory."""
-    side = ar.config.grid * tokenizer.downsampling
-    if len(ids) == 0:
-        np.save(path, np.empty((0, side, side, 3), np.uint8))
-        return
-    out = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(len(ids), side, side, 3))
-    for first in range(0, len(ids), batch):
-        chosen = ids[first : first + batch]
-        codes_BT = ar.generate(
-            torch.from_numpy(labels[chosen]),
-            **asdict(settings),
-            ids=torch.from_numpy(chosen),
-        )
-        images = tokenizer.decode(codes_BT.view(len(chosen), ar.config.grid, ar.config.grid))
-        out[first : first + len(chosen)] = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
-    out.flush()
-
-
-def _assemble(
-    folder: Path,
-    parts: list[Path],
-    labels: np.ndarray[tuple[int, ...], np.dtype[np.int64]],
-    per_class: int,
-    report: SampleReport,
-) -> None:
-    arrays = [np.load(part, mmap_mode="r") for part in parts]
-    partial = folder / f".{SAMPLES}.partial"
-    # An .npz is a zip of .npy files: streamed here, because numpy's own writer wants the whole array in memory.
-    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as f:
-            header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *arrays[0].shape[1:])}
-            np.lib.format.write_array_header_1_0(f, header)
-            for array in arrays:
-                for first in range(0, len(array), CHUNK):
-                    f.write(array[first : first + CHUNK].tobytes())
-        with archive.open("arr_1.npy", "w") as f:
-            np.lib.format.write_array(f, labels)
-    partial.replace(folder / SAMPLES)
-    shown = list(_grid_rows(arrays, len(labels), per_class))
-    columns = min(per_class, GRID_COLUMNS)
-    save_png(folder / GRID, image_grid(torch.from_numpy(np.stack(shown)).permute(0, 3, 1, 2), columns))
-    (folder / FACTS).write_text(json.dumps(asdict(report), indent=1) + "\n")
-    for part in parts:
-        part.unlink()
-
-
-def _grid_rows(
-    arrays: list[np.ndarray[tuple[int, ...], np.dtype[np.uint8]]], count: int, per_class: int
-) -> Iterator[np.ndarray[tuple[int, ...], np.dtype[np.uint8]]]:
-    """The first images of the first classes, a class a row."""
-    starts = np.cumsum([0, *(len(a) for a in arrays)])
-    for first in range(0, min(count, GRID_CLASSES * per_class), per_class):
-        for i in range(first, first + min(per_class, GRID_COLUMNS)):
-            part = int(np.searchsorted(starts, i, side="right")) - 1
-            yield np.asarray(arrays[part][i - starts[part]])
+    """Of the missing chunks, rank r makes every W-th, straight to disk: 50,000 images need no memory."""
+    job, mine = chunks.job, missing[world.rank :: world.size]
+    sampler = Sampler(ar.transformer, settings, job.batch) if mine else None
+    progress = Progress("sample", job.batch * len(missing)) if world.is_main else None
+    for done, number in enumerate(mine, start=1):
+        assert sampler is not None
+        labels_B, ids_B = job.rows(number)
+        codes_BT = sampler(torch.tensor(labels_B), torch.tensor(ids_B))
+        images = tokenizer.decode(codes_BT.view(job.batch, ar.config.grid, ar.config.grid))
+        chunks.write(number, to_uint8(images)[: job.size(number)].permute(0, 2, 3, 1).cpu().numpy())
+        if progress is not None:
+            # The others are as far, as all chunks are alike.
+            images_done = min(done * world.size, len(missing)) * job.batch
+            progress.show(images_done, images_done, 0)
+    if progress is not None:
+        progress.close()

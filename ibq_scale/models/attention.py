@@ -55,6 +55,12 @@ def choose(kind: AttentionKind, device: torch.device, dtype: torch.dtype, head_d
     return kind
 
 
+def choose_masked(kind: AttentionKind, device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionKind:
+    """As `choose`, for queries that a mask hides keys from: flash kernels know none, torch's choice stands in."""
+    chosen = choose(kind, device, dtype, head_dim)
+    return "sdpa" if chosen in PACKAGES or chosen in ("sdpa_flash", "sdpa_cudnn") else chosen
+
+
 def describe(kind: AttentionKind, device: torch.device) -> str:
     """A chosen kind in words, for a log."""
     if kind in PACKAGES:
@@ -64,11 +70,14 @@ def describe(kind: AttentionKind, device: torch.device) -> str:
     return f"{kind} (torch)"
 
 
-def attention(q_BTHd: Tensor, k_BSGd: Tensor, v_BSGd: Tensor, *, causal: bool, kind: AttentionKind) -> Tensor:
+def attention(
+    q_BTHd: Tensor, k_BSGd: Tensor, v_BSGd: Tensor, *, causal: bool, kind: AttentionKind, seen_S: Tensor | None = None
+) -> Tensor:
     """softmax(q kᵀ/√d) v, (B, T, H, d); query head h reads head ⌊h·G/H⌋ of keys and values.
 
-    `kind` is one that `choose` returned. `causal` is for T = S: the kernels disagree on how to align a mask with more
-    keys than queries, and one query against a cache needs none. ``sdpa_math`` is torch's plain reference.
+    `kind` is one that `choose` returned, or `choose_masked` where `seen_S`, bool, names the keys that are seen.
+    `causal` is for T = S: the kernels disagree on how to align a mask with more keys than queries, and one query
+    against a cache needs none. ``sdpa_math`` is torch's plain reference.
     """
     assert not causal or q_BTHd.shape[1] == k_BSGd.shape[1]
     if kind in PACKAGES:
@@ -79,20 +88,21 @@ def attention(q_BTHd: Tensor, k_BSGd: Tensor, v_BSGd: Tensor, *, causal: bool, k
         mixed: Tensor = out[0] if isinstance(out, tuple) else out
         return mixed
     q, k, v = (t.transpose(1, 2) for t in (q_BTHd, k_BSGd, v_BSGd))
+    mask = None if seen_S is None else seen_S[None, None, None].expand(len(q), 1, q.shape[2], -1)
     if kind == "sdpa" and not q.is_cuda:
-        return _sdpa(q, k, v, causal).transpose(1, 2)
+        return _sdpa(q, k, v, causal, mask).transpose(1, 2)
     # cuDNN plans a graph for each length anew, and a cache has another with every step.
     backends = ORDER[q.shape[2] == 1 :] if kind == "sdpa" else [BACKENDS[kind]]
     if k.shape[1] != q.shape[1] and kind in ("sdpa", "sdpa_cudnn", "sdpa_efficient"):
         # Not all of these take groups of heads by themselves.
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
     with sdpa_kernel(backends, set_priority=True):
-        return _sdpa(q, k, v, causal).transpose(1, 2)
+        return _sdpa(q, k, v, causal, mask).transpose(1, 2)
 
 
-def _sdpa(q_BHTd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, causal: bool) -> Tensor:
+def _sdpa(q_BHTd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
     grouped = k_BGSd.shape[1] != q_BHTd.shape[1]
-    return F.scaled_dot_product_attention(q_BHTd, k_BGSd, v_BGSd, is_causal=causal, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(q_BHTd, k_BGSd, v_BGSd, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
 
 def _hindrance(kind: AttentionKind, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:

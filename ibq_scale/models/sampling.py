@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ibq_scale.models.transformer import KVCache, Transformer
+from ibq_scale.models.cache import KVCache
+from ibq_scale.models.transformer import Transformer
+
+GuidanceSchedule = Literal["constant", "linear", "power-cosine"]
+# Captured steps of one sampler, each for its share of the codes: early ones do not read the whole cache.
+GRAPHS = 4
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """`top_k` 0 and `top_p` 1 keep every code; `greedy` takes the likeliest and ignores the rest but guidance."""
+    """`top_k` 0 and `top_p` 1 keep every code; `greedy` takes the likeliest and ignores the rest but guidance.
+
+    `guidance` is held over all T codes, or reached from 1 on: ``linear`` is MAR's 1 + (g − 1)·(t + 1)/T (arXiv
+    2406.11838), ``power-cosine`` RAR's 1 + (g − 1)·(1 − cos(π·(t/T)^p))/2 with `guidance_power` p (arXiv 2411.00776).
+    """
 
     guidance: float = 1.0
     temperature: float = 1.0
@@ -21,43 +32,120 @@ class SamplingSettings:
     top_p: float = 1.0
     greedy: bool = False
     seed: int = 0
+    guidance_schedule: GuidanceSchedule = "constant"
+    guidance_power: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
-            raise ValueError("sampling needs temperature > 0, top_k >= 0 and 0 < top_p <= 1")
+        if self.temperature <= 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.guidance_power <= 0:
+            raise ValueError("sampling needs temperature > 0, top_k >= 0, 0 < top_p <= 1 and guidance_power > 0")
+
+    def guidance_at(self, tokens: int) -> list[float]:
+        """The guidance of each of an image's codes."""
+        return [1.0 + (self.guidance - 1.0) * self._share(t / tokens, (t + 1) / tokens) for t in range(tokens)]
+
+    def _share(self, before: float, after: float) -> float:
+        """How much of it a code has; `before` and `after`: the share of codes there, without it and with it."""
+        if self.guidance_schedule == "constant":
+            return 1.0
+        if self.guidance_schedule == "linear":
+            return after
+        return (1 - math.cos(math.pi * before**self.guidance_power)) / 2
 
 
-@torch.no_grad()
-def generate(model: Transformer, labels_B: Tensor, settings: SamplingSettings, ids_B: Tensor | None = None) -> Tensor:
-    """Codes int64 (B, tokens) for labels int64 (B,).
+class Sampler:
+    """Generates batches of one size, over and over in the same memory.
 
-    Row i's randomness is a pure function of (seed, ids_B[i]) (default: its place in the batch), so the same images
-    come out however they are batched. Guidance: uncond + (cond − uncond) · guidance, from one doubled batch.
+    `graphs`: every step after the first is the replay of a CUDA graph (default: on a CUDA device). Then each reads a
+    fixed number of keys, a quarter of all at first, and a mask hides those still to come.
     """
-    config = model.config
-    labels_B = labels_B.to(model.head.weight.device)
-    guided = settings.guidance != 1.0
-    batch = len(labels_B)
-    uniform_BT = _uniform(settings.seed, range(batch) if ids_B is None else ids_B.tolist(), config.tokens)
-    uniform_BT = uniform_BT.to(labels_B.device)
-    labels = torch.cat([labels_B, torch.full_like(labels_B, config.classes)]) if guided else labels_B
-    cache = KVCache(config, len(labels), labels.device, model.head.weight.dtype)
-    codes: list[Tensor] = []
-    for t in range(config.tokens):
-        last = None if not codes else codes[-1].repeat(2) if guided else codes[-1]
-        logits = model.step(last, labels, cache).float()
-        if guided:
-            conditional, free = logits.chunk(2)
-            logits = free + (conditional - free) * settings.guidance
-        codes.append(_pick(logits, uniform_BT[:, t], settings))
-    return torch.stack(codes, dim=1)
+
+    def __init__(
+        self, model: Transformer, settings: SamplingSettings, batch: int, *, graphs: bool | None = None
+    ) -> None:
+        self.model, self.settings, self.batch = model, settings, batch
+        device, tokens = model.head.weight.device, model.config.tokens
+        self._guided = settings.guidance != 1.0
+        self.cache = KVCache(model.config, batch * (1 + self._guided), device, model.head.weight.dtype)
+        self._guidance_T = torch.tensor(settings.guidance_at(tokens), device=device)
+        self._uniform_BT = torch.zeros(batch, tokens, dtype=torch.float64, device=device)
+        self._codes_BT = torch.zeros(batch, tokens, dtype=torch.int64, device=device)
+        self._graphs: dict[int, torch.cuda.CUDAGraph] | None = None
+        if device.type == "cuda" if graphs is None else graphs:
+            self._graphs = {}
+
+    @torch.no_grad()
+    def __call__(self, labels_B: Tensor, ids_B: Tensor | None = None) -> Tensor:
+        """Codes int64 (B, tokens) for labels int64 (B,).
+
+        Row i's randomness is a pure function of (seed, labels_B[i], ids_B[i]) (default: its place in the batch), so
+        the same images come out however they are batched, as far as the device's products do not depend on the batch.
+        Guidance: uncond + (cond − uncond) · guidance, from one doubled batch.
+        """
+        config = self.model.config
+        ids = range(self.batch) if ids_B is None else ids_B.tolist()
+        self._uniform_BT.copy_(_uniform(self.settings.seed, labels_B.tolist(), ids, config.tokens))
+        labels = labels_B.to(self._codes_BT.device)
+        if self._guided:
+            labels = torch.cat([labels, torch.full_like(labels, config.classes)])
+        self.cache.reach = None if self._graphs is None else self._reach(0)
+        self._take(self.model.begin(labels, self.cache))
+        for t in range(1, config.tokens):
+            if self._graphs is None:
+                self._step()
+            else:
+                self._captured(self._graphs, self._reach(t)).replay()
+        return self._codes_BT.clone()
+
+    def _step(self) -> None:
+        """The next code from the last; all that it depends on stands in memory of the device."""
+        last_B = self._codes_BT.index_select(1, self.cache.place_1 - 1).squeeze(1)
+        self._take(self.model.step(last_B.repeat(2) if self._guided else last_B, self.cache))
+
+    def _take(self, logits_BV: Tensor) -> None:
+        at_1 = self.cache.place_1 - 1
+        logits_BV = logits_BV.float()
+        if self._guided:
+            conditional, free = logits_BV.chunk(2)
+            logits_BV = free + (conditional - free) * self._guidance_T.index_select(0, at_1)
+        uniform_B = self._uniform_BT.index_select(1, at_1).squeeze(1)
+        self._codes_BT.index_copy_(1, at_1, _pick(logits_BV, uniform_B, self.settings)[:, None])
+
+    def _reach(self, t: int) -> int:
+        """Keys that the graph of step t reads, a multiple of a quarter of them."""
+        tokens = self.model.config.tokens
+        span = -(-tokens // GRAPHS)
+        return min(tokens, (t // span + 1) * span)
+
+    def _captured(self, graphs: dict[int, torch.cuda.CUDAGraph], reach: int) -> torch.cuda.CUDAGraph:
+        if reach in graphs:
+            return graphs[reach]
+        self.cache.reach = reach
+        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        aside.wait_stream(here)
+        with torch.cuda.stream(aside):
+            # Once uncaptured, for what libraries and the compiler set up at a first call. The replay does it over.
+            self._step()
+            self.cache.place_1.sub_(1)
+        here.wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        pool = next(iter(graphs.values())).pool() if graphs else None
+        # The watchdog of NCCL looks at its events from a thread of its own, which is no part of the capture.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            self._step()
+        graphs[reach] = graph
+        return graph
 
 
-def _uniform(seed: int, ids: range | list[int], steps: int) -> Tensor:
+def generate(model: Transformer, labels_B: Tensor, settings: SamplingSettings, ids_B: Tensor | None = None) -> Tensor:
+    """One batch of `Sampler`, step by step: capturing pays from several batches on."""
+    return Sampler(model, settings, len(labels_B), graphs=False)(labels_B, ids_B)
+
+
+def _uniform(seed: int, labels: list[int], ids: range | list[int], steps: int) -> Tensor:
     """One number in [0, 1) a row and step, float64, from a generator of the row's own on the CPU."""
     rows = []
-    for row in ids:
-        digest = hashlib.blake2b(f"{seed}/{row}".encode(), digest_size=7).digest()
+    for label, row in zip(labels, ids, strict=True):
+        digest = hashlib.blake2b(f"{seed}/{label}/{row}".encode(), digest_size=7).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
         rows.append(torch.rand(steps, generator=generator, dtype=torch.float64))
     return torch.stack(rows)

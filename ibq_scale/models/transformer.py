@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ibq_scale.config.models import AttentionKind, TransformerConfig
-from ibq_scale.models.attention import attention, choose
+from ibq_scale.models.attention import attention, choose, choose_masked
+from ibq_scale.models.cache import KVCache, LayerCache
 from ibq_scale.models.head import Head
 from ibq_scale.models.initial import Normal, drawn, fill
 from ibq_scale.models.recompute import keeping_products
@@ -23,22 +24,6 @@ ROTARY_BASE = 10_000.0
 STD = 0.02
 # Graphs of a block that torch.compile keeps: training and evaluation, and batches of other sizes.
 COMPILED_GRAPHS = 16
-
-
-class KVCache:
-    """Keys and values of all layers, (B, length, kv_heads, d) each, filled from the front."""
-
-    def __init__(self, config: TransformerConfig, batch: int, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (config.depth, 2, batch, config.tokens, config.kv_groups, config.head_dim)
-        self._store = torch.zeros(shape, device=device, dtype=dtype)
-        self.length = 0
-
-    def extend(self, layer: int, k_BTGd: Tensor, v_BTGd: Tensor) -> tuple[Tensor, Tensor]:
-        """Appends to a layer; returns all of its keys and values so far."""
-        end = self.length + k_BTGd.shape[1]
-        self._store[layer, 0, :, self.length : end] = k_BTGd
-        self._store[layer, 1, :, self.length : end] = v_BTGd
-        return self._store[layer, 0, :, :end], self._store[layer, 1, :, :end]
 
 
 def rotary_table(config: TransformerConfig) -> Tensor:
@@ -92,10 +77,9 @@ class AdaLN(nn.Sequential):
 
 
 class Attention(nn.Module):
-    def __init__(self, config: TransformerConfig, layer: int) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.config = config
-        self.layer = layer
         # Rows of queries, keys, values.
         self.heads = [config.heads, config.kv_groups, config.kv_groups]
         self.wqkv = nn.Linear(config.width, sum(self.heads) * config.head_dim, bias=False)
@@ -103,14 +87,14 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
 
-    def forward(self, x_BTE: Tensor, table_2Tp: Tensor, cache: KVCache | None, kind: AttentionKind) -> Tensor:
+    def forward(self, x_BTE: Tensor, table_2Tp: Tensor, cache: LayerCache | None, kind: AttentionKind) -> Tensor:
         b, t, width = x_BTE.shape
         q, k, v = self.wqkv(x_BTE).view(b, t, sum(self.heads), self.config.head_dim).split(self.heads, dim=2)
         q, k = rotate(self.q_norm(q), table_2Tp), rotate(self.k_norm(k), table_2Tp)
-        if cache is not None:
-            assert t == 1 or cache.length == 0, "a chunk after the first would need a mask of its own"
-            k, v = cache.extend(self.layer, k, v)
-        mixed = attention(q, k, v, causal=t > 1, kind=kind)
+        if cache is None:
+            mixed = attention(q, k, v, causal=t > 1, kind=kind)
+        else:
+            mixed = attention(q, *cache.extend(k, v), causal=False, kind=kind, seen_S=cache.seen_S)
         out: Tensor = self.wo(mixed.reshape(b, t, width))
         return out
 
@@ -133,9 +117,9 @@ class FeedForward(nn.Module):
 class PrefixBlock(nn.Module):
     """x + Attn(norm(x)), then the same with SwiGLU; the class is heard through the prefix token alone."""
 
-    def __init__(self, config: TransformerConfig, layer: int) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.attention = Attention(config, layer)
+        self.attention = Attention(config)
         self.feed_forward = FeedForward(config)
         self.attention_norm = RMSNorm(config.width)
         self.ffn_norm = RMSNorm(config.width)
@@ -143,7 +127,7 @@ class PrefixBlock(nn.Module):
         self.checkpointing = config.activation_checkpointing
 
     def forward(
-        self, x_BTE: Tensor, condition_BE: Tensor, table_2Tp: Tensor, cache: KVCache | None, kind: AttentionKind
+        self, x_BTE: Tensor, condition_BE: Tensor, table_2Tp: Tensor, cache: LayerCache | None, kind: AttentionKind
     ) -> Tensor:
         # In here, so that a compiled block is compiled with what it computes again.
         if self.checkpointing == "none" or not (self.training and torch.is_grad_enabled()):
@@ -154,29 +138,39 @@ class PrefixBlock(nn.Module):
         return out
 
     def compute(
-        self, x_BTE: Tensor, condition_BE: Tensor, table_2Tp: Tensor, cache: KVCache | None, kind: AttentionKind
+        self, x_BTE: Tensor, condition_BE: Tensor, table_2Tp: Tensor, cache: LayerCache | None, kind: AttentionKind
     ) -> Tensor:
-        """The block itself."""
+        """The block itself. With a cache, `condition_BE` is what `modulation` made of it."""
         x_BTE = x_BTE + self.dropout(self.attention(self.attention_norm(x_BTE), table_2Tp, cache, kind))
         out: Tensor = x_BTE + self.feed_forward(self.ffn_norm(x_BTE))
         return out
+
+    def modulation(self, condition_BE: Tensor) -> Tensor:
+        """What a block makes of the class alone: generation keeps it, instead of making it anew every step."""
+        return condition_BE
 
 
 class AdaLNBlock(PrefixBlock):
     """x + γ₁·Attn(norm(x)·(1 + s₁) + b₁), then the same with SwiGLU; the six vectors come from the class."""
 
-    def __init__(self, config: TransformerConfig, layer: int) -> None:
-        super().__init__(config, layer)
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config)
         self.ada_lin = AdaLN(config.width, 6)
 
     def compute(
-        self, x_BTE: Tensor, condition_BE: Tensor, table_2Tp: Tensor, cache: KVCache | None, kind: AttentionKind
+        self, x_BTE: Tensor, condition_BE: Tensor, table_2Tp: Tensor, cache: LayerCache | None, kind: AttentionKind
     ) -> Tensor:
-        gain1, gain2, scale1, scale2, shift1, shift2 = self.ada_lin(condition_BE)[:, None].chunk(6, dim=-1)
+        vectors = self.modulation(condition_BE) if cache is None else condition_BE
+        gain1, gain2, scale1, scale2, shift1, shift2 = vectors[:, None].chunk(6, dim=-1)
         h = self.attention(self.attention_norm(x_BTE) * (1 + scale1) + shift1, table_2Tp, cache, kind)
         x_BTE = x_BTE + self.dropout(h) * gain1
         h = self.feed_forward(self.ffn_norm(x_BTE) * (1 + scale2) + shift2)
         out: Tensor = x_BTE + h * gain2
+        return out
+
+    def modulation(self, condition_BE: Tensor) -> Tensor:
+        """The six vectors (B, 6 E)."""
+        out: Tensor = self.ada_lin(condition_BE)
         return out
 
 
@@ -239,7 +233,7 @@ class Transformer(nn.Module):
         self.tok_emb = nn.Embedding(config.codebook_size, config.width)
         self.class_emb = ClassEmbedding(config)
         self.tok_dropout = nn.Dropout(config.token_dropout)
-        self.blocks = nn.ModuleList(block(config, i) for i in range(config.depth))
+        self.blocks = nn.ModuleList(block(config) for _ in range(config.depth))
         self.head_nm = head_norm(config.width)
         self.head = Head(config.width, config.codebook_size)
         # fp32 whatever the parameters are cast to: kept out of the module's buffers, moved with the inputs.
@@ -266,28 +260,43 @@ class Transformer(nn.Module):
     def hidden(self, codes_BT: Tensor, labels_B: Tensor) -> Tensor:
         """What the head reads (B, T, E): ``head(hidden(codes, labels))`` are the logits of `forward`."""
         condition_BE = self.class_emb(labels_B)
-        x_BTE = torch.cat([condition_BE[:, None], self.tok_emb(codes_BT[:, :-1])], dim=1)
-        return self._run(self.tok_dropout(x_BTE), condition_BE, None)
-
-    def step(self, codes_B: Tensor | None, labels_B: Tensor, cache: KVCache) -> Tensor:
-        """One step of generation: the next code's logits (B, V). `codes_B` is the last code, None at the start."""
-        condition_BE = self.class_emb(labels_B)
-        x_BE = condition_BE if codes_B is None else self.tok_emb(codes_B)
-        logits: Tensor = self.head(self._run(x_BE[:, None], condition_BE, cache)[:, 0])
-        return logits
-
-    def _run(self, x_BTE: Tensor, condition_BE: Tensor, cache: KVCache | None) -> Tensor:
-        if self._table_2Tp.device != x_BTE.device:
-            self._table_2Tp = self._table_2Tp.to(x_BTE.device)
-        start = 0 if cache is None else cache.length
-        table = self._table_2Tp[:, start : start + x_BTE.shape[1]]
+        x_BTE = self.tok_dropout(torch.cat([condition_BE[:, None], self.tok_emb(codes_BT[:, :-1])], dim=1))
+        table = self._table_on(x_BTE.device)[:, : x_BTE.shape[1]]
         kind = choose(self.config.attention, x_BTE.device, x_BTE.dtype, self.config.head_dim)
         for block in self.blocks:
-            x_BTE = block(x_BTE, condition_BE, table, cache, kind)
-        if cache is not None:
-            cache.length += x_BTE.shape[1]
+            x_BTE = block(x_BTE, condition_BE, table, None, kind)
         out: Tensor = self.head_nm(x_BTE, condition_BE)
         return out
+
+    def begin(self, labels_B: Tensor, cache: KVCache) -> Tensor:
+        """Empties the cache and fills in what depends on the labels alone; the first code's logits (B, V)."""
+        condition_BE = self.class_emb(labels_B)
+        cache.clear()
+        cache.keep(
+            condition_BE, [block.modulation(condition_BE) for block in self.blocks if isinstance(block, PrefixBlock)]
+        )
+        return self._step(condition_BE, cache)
+
+    def step(self, codes_B: Tensor, cache: KVCache) -> Tensor:
+        """The next code's logits (B, V) after the last code, `codes_B`. `begin` comes first."""
+        return self._step(self.tok_emb(codes_B), cache)
+
+    def _step(self, x_BE: Tensor, cache: KVCache) -> Tensor:
+        x_BTE = x_BE[:, None]
+        table = self._table_on(x_BE.device).index_select(1, cache.place_1)
+        seen_S = cache.seen()
+        choice = choose if seen_S is None else choose_masked
+        kind = choice(self.config.attention, x_BE.device, x_BE.dtype, self.config.head_dim)
+        for i, block in enumerate(self.blocks):
+            x_BTE = block(x_BTE, cache.kept[i], table, cache.layer(i, seen_S), kind)
+        cache.advance()
+        logits: Tensor = self.head(self.head_nm(x_BTE, cache.condition_BE)[:, 0])
+        return logits
+
+    def _table_on(self, device: torch.device) -> Tensor:
+        if self._table_2Tp.device != device:
+            self._table_2Tp = self._table_2Tp.to(device)
+        return self._table_2Tp
 
     def compile_regions(self) -> None:
         """Gives every block to torch.compile, in place: parameters keep their names. Blocks share a graph."""

@@ -25,7 +25,7 @@ from ibq_scale.config.models import AutoencoderConfig, QuantizerConfig, Transfor
 from ibq_scale.errors import UserError
 from ibq_scale.models.autoencoder import Autoencoder, image_of, tokens_of
 from ibq_scale.models.initial import Values
-from ibq_scale.models.sampling import SamplingSettings, generate
+from ibq_scale.models.sampling import GuidanceSchedule, SamplingSettings, generate
 from ibq_scale.models.transformer import Transformer
 from ibq_scale.pretrained.strict import fill_strictly, require_fit
 from ibq_scale.quantize.quantizer import encode, lookup
@@ -98,9 +98,7 @@ class Tokenizer(nn.Module):
         model = self.model_config.model_dump(mode="json", exclude={"activation_checkpointing", "compile"})
         sizes = [model, self.quantizer_config.kind]
         digest.update(json.dumps(sizes, sort_keys=True).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        _add_weights(digest, self)
         return digest.hexdigest()
 
 
@@ -114,6 +112,13 @@ class ARModel(nn.Module):
         self.tokenizer_hash = tokenizer
         """Hash of the tokenizer whose codes it was trained on, where known."""
         self.eval().requires_grad_(False)
+
+    @property
+    def hash(self) -> str:
+        """sha256 (hex) of the architecture and all weights, as they are now."""
+        digest = hashlib.sha256(json.dumps(self.config.architecture().model_dump(mode="json"), sort_keys=True).encode())
+        _add_weights(digest, self)
+        return digest.hexdigest()
 
     def forward(self, codes: Tensor, labels: Tensor) -> Tensor:
         """Codes int64 (B, T), labels int64 (B,) → logits (B, T, V); ``logits[:, t]`` is for code t."""
@@ -130,10 +135,19 @@ class ARModel(nn.Module):
         greedy: bool = False,
         seed: int = 0,
         ids: Tensor | None = None,
+        guidance_schedule: GuidanceSchedule = "constant",
+        guidance_power: float = 1.0,
     ) -> Tensor:
-        """Codes int64 (B, T) in raster order; see `models.sampling.generate`."""
-        settings = SamplingSettings(guidance, temperature, top_k, top_p, greedy, seed)
+        """Codes int64 (B, T) in raster order; see `models.sampling.Sampler`."""
+        schedule = (guidance_schedule, guidance_power)
+        settings = SamplingSettings(guidance, temperature, top_k, top_p, greedy, seed, *schedule)
         return generate(self.transformer, labels, settings, ids)
+
+
+def _add_weights(digest: hashlib._Hash, model: nn.Module) -> None:
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
 
 def load_tokenizer(path: str | Path, device: torch.device | str = "cpu", check_hashes: bool = True) -> Tokenizer:

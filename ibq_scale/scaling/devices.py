@@ -29,6 +29,21 @@ DEVICES = {
     "L4": Device("L4", 121e12, 24e9),
     "L40S": Device("L40S", 362e12, 48e9),
 }
+# Bytes/s of memory from the data sheets, by the names that CUDA gives: boards of one chip differ.
+BANDWIDTHS = {
+    "NVIDIA A10": 600e9,
+    "NVIDIA A100 80GB PCIe": 1935e9,
+    "NVIDIA A100-PCIE-40GB": 1555e9,
+    "NVIDIA A100-SXM4-40GB": 1555e9,
+    "NVIDIA A100-SXM4-80GB": 2039e9,
+    "NVIDIA A40": 696e9,
+    "NVIDIA H100 80GB HBM3": 3350e9,
+    "NVIDIA H100 NVL": 3900e9,
+    "NVIDIA H100 PCIe": 2000e9,
+    "NVIDIA H200": 4800e9,
+    "NVIDIA L4": 300e9,
+    "NVIDIA L40S": 864e9,
+}
 FORMS = ("NVL", "PCIe")
 # Of A100 and A40 all forms have one peak.
 ONE_PEAK = ("A100", "A40")
@@ -41,6 +56,11 @@ def known_peak(name: str) -> float | None:
     form = next((word for word in words[1:] if word in FORMS), None)
     found = DEVICES.get(model if form is None or model in ONE_PEAK else f"{model} {form}")
     return None if found is None else found.peak_bf16
+
+
+def known_bandwidth(name: str) -> float | None:
+    """Bytes/s that a GPU's memory gives, by the name that CUDA gives, None for one that is not in the table."""
+    return BANDWIDTHS.get(name)
 
 
 def named(name: str) -> Device | None:

@@ -145,3 +145,23 @@ def test_collectives(capfd: pytest.CaptureFixture[str]) -> None:
     # Of two ranks, each sends and receives the tensor once.
     assert report["bus_bytes_per_s"] == pytest.approx(2**20 / report["seconds"])
     assert 0 < report["latency_s"] < report["seconds"]
+
+
+def test_sampling(ar_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bench", "sample", str(ar_dir), "--batch", "4", "--repeats", "1"]
+    assert main([*words, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    ways = {way["name"]: way for way in report["ways"]}
+    assert list(ways) == ["naive", "cache, step by step", "sample"]
+    assert ways["sample"]["tokens_per_s"] == pytest.approx(4 * 64 / ways["sample"]["seconds"])
+    assert (ways["naive"]["times_naive"], report["same_codes"]) == (1.0, True)
+    # Two blocks' products and the head's, and the last modulation: width 32, hidden 256, 64 codes.
+    products = 2 * (4 * 32**2 + 3 * 32 * 256) + 32 * 64 + 2 * (32**2 + 32)
+    assert report["weight_bytes"] == 4 * (products + 5 * 32)
+    if report["device"] == "CPU":
+        assert report["bound_share"] is report["bandwidth"] is None
+
+
+def test_sampling_of_nothing_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "sample", "no-such"]) == 2
+    assert "neither a preset" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ibq_scale.bench.device import reference
-from ibq_scale.scaling.devices import DEVICES, known_peak, named
+from ibq_scale.scaling.devices import DEVICES, known_bandwidth, known_peak, named
 
 
 @pytest.mark.parametrize(
@@ -41,3 +41,9 @@ def test_names_that_people_type() -> None:
     assert named("h100") == named("NVIDIA H100") == DEVICES["H100"]
     assert named("a100-40gb") == DEVICES["A100 40GB"]
     assert named("mi300x") is None
+
+
+def test_bandwidths_are_those_of_the_board() -> None:
+    boards = ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3", "NVIDIA H100 PCIe")
+    assert [known_bandwidth(name) for name in boards] == [1555e9, 2039e9, 3350e9, 2000e9]
+    assert known_bandwidth("NVIDIA H100") is known_bandwidth("") is None

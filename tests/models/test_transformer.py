@@ -14,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from ibq_scale.config.layers import resolve
 from ibq_scale.config.models import TransformerConfig
 from ibq_scale.config.run import ARRun
+from ibq_scale.models.cache import KVCache
 from ibq_scale.models.initial import CHUNK, Normal
-from ibq_scale.models.sampling import SamplingSettings, generate
-from ibq_scale.models.transformer import KVCache, Transformer
+from ibq_scale.models.transformer import Transformer
 
 CONFIG = TransformerConfig(codebook_size=50, classes=5, tokens=16, depth=3, heads=2, width=32, adaln_gain_init=1.0)
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -65,7 +65,7 @@ def test_step_by_step_with_a_cache_equals_all_at_once(
     model = _noisy(**changes)
     whole = model(codes, labels)
     cache = KVCache(model.config, 4, codes.device, torch.float32)
-    steps = [model.step(None if t == 0 else codes[:, t - 1], labels, cache) for t in range(16)]
+    steps = [model.begin(labels, cache), *(model.step(codes[:, t], cache) for t in range(15))]
     torch.testing.assert_close(torch.stack(steps, dim=1), whole, rtol=1e-4, atol=1e-4)
     # The label is heard, through the prefix or everywhere.
     assert not torch.allclose(model(codes, labels.roll(1)), whole)
@@ -73,8 +73,7 @@ def test_step_by_step_with_a_cache_equals_all_at_once(
 
 def test_a_cache_of_grouped_heads_is_smaller() -> None:
     def size(**changes: Any) -> int:
-        cache = KVCache(CONFIG.model_copy(update=changes), 4, torch.device("cpu"), torch.float32)
-        return sum(t.nbytes for t in vars(cache).values() if isinstance(t, torch.Tensor))
+        return KVCache(CONFIG.model_copy(update=changes), 4, torch.device("cpu"), torch.float32).nbytes
 
     assert size(heads=8, kv_heads=2) * 4 == size(heads=8)
 
@@ -266,61 +265,3 @@ def test_every_preset_runs_on_the_meta_device(name: str, codes: int) -> None:
 
 def test_the_head_reads_the_hidden_states(model: Transformer, batch: tuple[torch.Tensor, torch.Tensor]) -> None:
     assert torch.equal(model.head(model.hidden(*batch)), model(*batch))
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [SamplingSettings(seed=3), SamplingSettings(guidance=2.5, temperature=0.9, top_k=20, top_p=0.9, seed=3)],
-)
-def test_an_image_does_not_depend_on_its_batch(model: Transformer, settings: SamplingSettings) -> None:
-    labels = torch.tensor([0, 1, 2, 3, 4])
-    together = generate(model, labels, settings)
-    ids = torch.tensor([3, 1])
-    apart = generate(model, labels[ids], settings, ids)
-    assert torch.equal(apart, together[ids])
-    assert not torch.equal(generate(model, labels, SamplingSettings(seed=4)), together)
-
-
-def test_greedy_takes_the_likeliest(model: Transformer) -> None:
-    labels = torch.tensor([2, 4])
-    codes = generate(model, labels, SamplingSettings(greedy=True))
-    assert torch.equal(model(codes, labels).argmax(dim=-1), codes)
-    assert torch.equal(generate(model, labels, SamplingSettings(top_k=1, seed=9)), codes)
-
-
-def test_guidance_is_a_line_through_both_logits(model: Transformer) -> None:
-    labels = torch.tensor([1])
-    codes = generate(model, labels, SamplingSettings(guidance=3.0, greedy=True))
-    with_class, without = model(codes, labels), model(codes, torch.tensor([5]))
-    assert torch.equal((without + 3.0 * (with_class - without)).argmax(dim=-1), codes)
-
-
-def test_samples_follow_the_distribution(model: Transformer) -> None:
-    """First codes of many images against the model's own probabilities (chi-square, 49 degrees: 99.9 % below 85)."""
-    count = 4000
-    labels = torch.zeros(count, dtype=torch.int64)
-    cache = KVCache(CONFIG, 1, labels.device, torch.float32)
-    expected = model.step(None, labels[:1], cache).softmax(dim=-1)[0].detach() * count
-    short = Transformer(CONFIG.model_copy(update={"tokens": 1})).eval()
-    short.load_state_dict(model.state_dict())
-    seen = torch.bincount(generate(short, labels, SamplingSettings(seed=0)).flatten(), minlength=50)
-    assert float(((seen - expected) ** 2 / expected).sum()) < 85
-
-
-def test_top_p_and_top_k_leave_out_the_unlikely(model: Transformer) -> None:
-    labels = torch.zeros(200, dtype=torch.int64)
-    cache = KVCache(CONFIG, 1, labels.device, torch.float32)
-    p = model.step(None, labels[:1], cache).softmax(dim=-1)[0]
-    ordered = p.sort(descending=True)
-    nucleus = set(ordered.indices[: int((ordered.values.cumsum(0) < 0.5).sum()) + 1].tolist())
-    short = Transformer(CONFIG.model_copy(update={"tokens": 1})).eval()
-    short.load_state_dict(model.state_dict())
-    assert set(generate(short, labels, SamplingSettings(top_p=0.5)).flatten().tolist()) <= nucleus
-    best = set(ordered.indices[:3].tolist())
-    assert set(generate(short, labels, SamplingSettings(top_k=3)).flatten().tolist()) == best
-
-
-@pytest.mark.parametrize("wrong", [{"temperature": 0.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}])
-def test_impossible_settings_are_refused(wrong: dict) -> None:
-    with pytest.raises(ValueError, match="sampling needs"):
-        SamplingSettings(**wrong)
