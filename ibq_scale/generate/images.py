@@ -129,8 +129,10 @@ def _write_part(
             **asdict(settings),
             ids=torch.from_numpy(chosen),
         )
-        images = tokenizer.decode(codes_BT.view(len(chosen), ar.config.grid, ar.config.grid))
-        out[first : first + len(chosen)] = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
+        # One by one: convolutions of another number of images round otherwise, and a pixel may be another then.
+        for place, codes_T in enumerate(codes_BT, start=first):
+            image = tokenizer.decode(codes_T.view(1, ar.config.grid, ar.config.grid))
+            out[place] = to_uint8(image)[0].permute(1, 2, 0).cpu().numpy()
     out.flush()
 
 
