@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,7 +35,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("submit")
     write_codes(folder / "codes")
     program = folder / "ibq-scale"
-    program.write_text('#!/bin/sh\nexec python -m ibq_scale "$@"\n')
+    # The environment of the tests may stand on no PATH.
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m ibq_scale "$@"\n')
     program.chmod(0o755)
     (folder / "clusters.yaml").write_text(PROFILE.replace("IBQ_SCALE", str(program)))
     with pytest.MonkeyPatch.context() as patch, slurm(tmp_path_factory.mktemp("slurm") / "s", 2) as running:
