@@ -88,4 +88,4 @@ def test_dead_data_workers_end_the_run(dataset: str, tmp_path: Path) -> None:
     assert "Traceback" not in said
     assert "terminate called" not in said
     logs = [path.read_text() for path in sorted((run / "logs").glob("rank-*.log"))]
-    assert sum("ERROR ibq_scale.train.trainer: a data worker on" in text for text in logs) == 1
+    assert sum("ERROR ibq_scale.data.stream: a data worker on" in text for text in logs) == 1
