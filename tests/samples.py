@@ -25,6 +25,17 @@ def write_pictures(root: Path) -> None:
             picture.save(root / name / f"{i}.{'png' if i % 4 == 3 else 'jpg'}")
 
 
+# A transformer for the codes of `write_codes`.
+SMALL_AR = (
+    "model.codebook_size=40",
+    "model.tokens=16",
+    "model.classes=3",
+    "model.depth=2",
+    "model.width=32",
+    "model.heads=2",
+)
+
+
 def write_codes(folder: Path, seed: int = 0, tokenizer: str = "t" * 64) -> None:
     """Three shards of 20 samples, 4 × 4 codes of 40 each, of three classes that the codes tell."""
     from ibq_scale.data.codes import CodeShard, finish_codes, write_code_shard

@@ -100,15 +100,13 @@ def whole_checkpoints(folder: Path) -> list[Checkpoint]:
 
     UserError where one is of another format: a run that left it out would begin anew.
     """
-    return [found for found in map(_whole_or_fault, _directories(folder)) if isinstance(found, Checkpoint)]
+    return examine(folder)[0]
 
 
-def damaged_checkpoints(folder: Path) -> list[str]:
-    """What is wrong with those under RUN/checkpoints that `whole_checkpoints` leaves out, a line each.
-
-    UserError where one is of another format.
-    """
-    return [found for found in map(_whole_or_fault, _directories(folder)) if isinstance(found, str)]
+def examine(folder: Path) -> tuple[list[Checkpoint], list[str]]:
+    """`whole_checkpoints`, and what is wrong with those that it leaves out, a line each. Raises as it does."""
+    found = [_whole_or_fault(path) for path in _directories(folder)]
+    return [f for f in found if isinstance(f, Checkpoint)], [f for f in found if isinstance(f, str)]
 
 
 def _directories(folder: Path) -> list[Path]:

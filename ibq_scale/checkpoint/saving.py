@@ -31,7 +31,7 @@ from ibq_scale.checkpoint.reading import (
     FORMAT_VERSION,
     MANIFEST,
     Checkpoint,
-    damaged_checkpoints,
+    examine,
     manifest_text,
     verify,
     whole_checkpoints,
@@ -90,8 +90,9 @@ class CheckpointFolder:
         found: list[Any] = [None]
         if self.world.is_main:
             try:
-                found = [whole_checkpoints(self.folder)]
-                for fault in damaged_checkpoints(self.folder):
+                whole_here, damage = examine(self.folder)
+                found = [whole_here]
+                for fault in damage:
                     _tell(f"{fault}: it is left out")
             except UserError as e:
                 found = [e]

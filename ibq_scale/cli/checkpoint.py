@@ -85,9 +85,9 @@ def _ls(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from ibq_scale.checkpoint.reading import damaged_checkpoints, newest_or_this, verify
+    from ibq_scale.checkpoint.reading import examine, newest_or_this, verify
 
-    damaged = damaged_checkpoints(args.path / "checkpoints")
+    _, damaged = examine(args.path / "checkpoints")
     for line in damaged:
         print(line, file=sys.stderr)
     checkpoint = newest_or_this(args.path)

@@ -6,9 +6,11 @@ step covers one unbroken range of positions whatever the number of ranks, and a 
 
 from __future__ import annotations
 
+import logging
 import os
 import select
 import signal
+import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,9 +31,15 @@ from ibq_scale.data.images import ImageDataset, ImageSample, Request
 from ibq_scale.data.order import Mixture
 from ibq_scale.data.sets import DataSets, open_sets
 
+log = logging.getLogger(__name__)
+
 # Batches whose shards are fetched ahead of use, and those that each worker has ready.
 FETCH_AHEAD = 16
 PREFETCH = 4
+
+
+class DataWorkerDiedError(RuntimeError):
+    """A process that reads and decodes samples was killed."""
 
 
 class ImageBatch(NamedTuple):
@@ -194,7 +202,7 @@ def _load(dataset: Any, sampler: _FetchingSampler, stack: Callable[[Any], Any], 
     context = "forkserver" if workers else None
     if workers:
         _start_fork_server()
-    return iter(
+    batches = iter(
         DataLoader(
             dataset,
             batch_sampler=sampler,
@@ -208,6 +216,35 @@ def _load(dataset: Any, sampler: _FetchingSampler, stack: Callable[[Any], Any], 
             pin_memory=torch.cuda.is_available(),
         )
     )
+    return _until_a_worker_dies(batches) if workers else batches
+
+
+def _until_a_worker_dies(batches: Iterator[Any]) -> Iterator[Any]:
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except (RuntimeError, OSError, EOFError) as e:
+            if not _tells_of_a_dead_worker(e):
+                raise
+            why = str(e) or type(e).__name__
+            text = f"a data worker on {socket.gethostname()} died ({why}): killed for want of memory, perhaps"
+            log.error("%s", text)
+            raise DataWorkerDiedError(f"{text}. Run it again, with fewer data.workers if that comes back") from e
+        yield batch
+
+
+def _tells_of_a_dead_worker(error: Exception) -> bool:
+    """By torch's words, or since the memory of its last batch cannot be taken over any more.
+
+    What a living worker met comes as the same kinds of error, but says that it was caught there.
+    """
+    words = str(error)
+    if words.startswith("Caught "):
+        return False
+    torch_says = ("exited unexpectedly", "is killed by signal")
+    return isinstance(error, (ConnectionError, EOFError)) or any(w in words for w in torch_says)
 
 
 # Signals that ask a run to save reach its whole process group. Whoever of the helpers obeyed them would end the run.

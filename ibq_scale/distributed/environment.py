@@ -61,7 +61,8 @@ def map_slurm(environ: MutableMapping[str, str]) -> None:
     environ.setdefault("MASTER_PORT", str(20000 + int(environ.get("SLURM_JOB_ID", "0")) % 20000))
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """One of this machine's, for ranks to meet at."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
@@ -85,7 +86,7 @@ def join() -> Iterator[World]:
     env.setdefault("TORCH_FR_BUFFER_SIZE", env.get("TORCH_NCCL_TRACE_BUFFER_SIZE", FLIGHT_RECORD_ENTRIES))
     if "RANK" not in env:
         env |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-        env["MASTER_ADDR"], env["MASTER_PORT"] = "127.0.0.1", str(_free_port())
+        env["MASTER_ADDR"], env["MASTER_PORT"] = "127.0.0.1", str(free_port())
     local_rank = int(env.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from collections.abc import Sequence
 from functools import partial
 from types import FrameType
 
+from ibq_scale.distributed.environment import free_port
 from ibq_scale.distributed.signals import held, let_in
 from ibq_scale.errors import UserError
 
@@ -73,11 +73,8 @@ def launch(words: Sequence[str], ranks: int | None) -> int:
 
 
 def _start(words: Sequence[str], count: int) -> list[subprocess.Popen[bytes]]:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
-    shared["MASTER_PORT"] = str(port)
+    shared["MASTER_PORT"] = str(free_port())
     # Several ranks with a thread a core each slow one another down; a user's own setting wins.
     threads = max(1, len(os.sched_getaffinity(0)) // count)
     shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))

@@ -61,15 +61,18 @@ def examine(subject: Subject, checks: Sequence[Check] = CHECKS) -> Iterator[Line
     due = [check for check in checks if check.needs is None or getattr(subject, check.needs) is not None]
     with tempfile.TemporaryDirectory(prefix="ibq_scale-doctor-", ignore_cleanup_errors=True) as folder:
         running: dict[Check, _Child] = {}
+        # Files and no pipes: something that a check started may hold a pipe open after its end.
+        asked = Path(folder) / "subject.json"
+        asked.write_text(json.dumps(asdict(subject)))
         try:
             for check in due:
                 if not check.alone:
-                    running[check] = _Child(check, subject, Path(folder))
+                    running[check] = _Child(check, asked)
             for check in due:
                 if check.alone:
                     for other in running.values():
                         other.wait()
-                    running[check] = _Child(check, subject, Path(folder))
+                    running[check] = _Child(check, asked)
                 yield from running[check].lines()
         finally:
             for child in running.values():
@@ -77,15 +80,12 @@ def examine(subject: Subject, checks: Sequence[Check] = CHECKS) -> Iterator[Line
 
 
 class _Child:
-    def __init__(self, check: Check, subject: Subject, folder: Path) -> None:
+    def __init__(self, check: Check, asked: Path) -> None:
         self.check = check
-        self._answer = folder / f"{check.function}.json"
-        self._said = folder / f"{check.function}.log"
+        self._answer = asked.parent / f"{check.function}.json"
+        self._said = asked.parent / f"{check.function}.log"
         self._deadline = time.monotonic() + check.seconds
         words = [sys.executable, "-m", "ibq_scale.doctor.child", check.function, str(check.seconds), str(self._answer)]
-        # Files and no pipes: something that a check started may hold a pipe open after its end.
-        asked = folder / "subject.json"
-        asked.write_text(json.dumps(asdict(subject)))
         with asked.open() as given, self._said.open("w") as said:
             self._process = subprocess.Popen(
                 words,

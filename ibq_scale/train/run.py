@@ -96,7 +96,8 @@ def _train(config: AnyRun, run_dir: Path, world: World, accumulation: int, stop:
             f"{run_dir}/checkpoints: step {outcome.step} could not be saved (see above): make room, then the same "
             f"command goes on from the newest whole checkpoint"
         )
-    if world.is_main:
+    # One that was stopped while it started has nothing to report.
+    if world.is_main and (run_dir / "metrics.jsonl").is_file():
         write_report([run_dir], run_dir / "report.html")
     if outcome.stopped:
         _say(world, f"stopped at step {outcome.step} by a signal, saved; the same command goes on from there")

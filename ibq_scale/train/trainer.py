@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
@@ -47,10 +46,6 @@ class NonFiniteLossError(RuntimeError):
     """The loss became NaN or infinite. Nothing is saved after it."""
 
 
-class DataWorkerDiedError(RuntimeError):
-    """A process that reads and decodes samples was killed."""
-
-
 class _CountedBatches:
     """Measures how long the step waits for data, and notes which samples it got; `requests` since last asked."""
 
@@ -67,14 +62,7 @@ class _CountedBatches:
     def __next__(self) -> Any:
         begin = time.perf_counter()
         self._watchdog.report("waiting for data")
-        try:
-            batch = next(self._batches)
-        except (RuntimeError, OSError) as e:
-            if not _tells_of_a_dead_worker(e):
-                raise
-            text = f"a data worker on {socket.gethostname()} died ({e}): killed for want of memory, perhaps"
-            log.error("%s", text)
-            raise DataWorkerDiedError(f"{text}. Run it again, with fewer data.workers if that comes back") from e
+        batch = next(self._batches)
         self._watchdog.report("step")
         self.waited += time.perf_counter() - begin
         self._once.note(batch.requests)
@@ -247,12 +235,6 @@ class _Window:
         self._sums, self._steps, self._applied = {}, 0, 0
         self._begin, self._batches.waited = time.perf_counter(), 0.0
         return values
-
-
-def _tells_of_a_dead_worker(error: Exception) -> bool:
-    """By torch's words, or since the memory of its last batch cannot be taken over any more."""
-    words = ("exited unexpectedly", "is killed by signal")
-    return isinstance(error, ConnectionError) or any(w in str(error) for w in words)
 
 
 def _check_finite(values: dict[str, float], step: int) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ibq_scale.data.prepare import prepare_images
-from tests.samples import write_codes, write_pictures
+from tests.samples import SMALL_AR, write_codes, write_pictures
 
 SAVE_EVERY = 2
 KEPT = 2
@@ -68,12 +68,7 @@ SCENARIOS = {
         global_batch=18,
         overrides=(
             "train.micro_batch=3",
-            "model.codebook_size=40",
-            "model.tokens=16",
-            "model.classes=3",
-            "model.depth=2",
-            "model.width=32",
-            "model.heads=2",
+            *SMALL_AR,
             "ema_decay=0.9",
             "data.lanes=3",
         ),

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from ibq_scale.data.manifest import load_manifest, save_manifest
 from ibq_scale.data.prepare import shard_info
 from ibq_scale.data.sets import open_sets
 from ibq_scale.data.store import S3Store, open_store
-from ibq_scale.data.stream import ImageBatch, evaluation_images, image_stream, shard_images
+from ibq_scale.data.stream import DataWorkerDiedError, ImageBatch, evaluation_images, image_stream, shard_images
 from ibq_scale.errors import UserError
 
 GLOBAL, MICRO = 8, 2
@@ -363,9 +363,34 @@ def test_a_killed_worker_ends_the_stream_and_does_not_hang(config: DataConfig) -
     assert workers
     for worker in workers:
         worker.kill()
-    # Which of the two depends on what the worker was doing; both come at once.
-    with pytest.raises((RuntimeError, OSError)):
+    # What torch raises depends on what the worker was doing; it is one error here.
+    with pytest.raises(DataWorkerDiedError, match=r"a data worker on .* died"):
         list(islice(stream, 100))
+
+
+@pytest.mark.parametrize(
+    ("met", "raised"),
+    [
+        # Its socket closed, or broke, while a batch's memory was taken over.
+        (EOFError(), DataWorkerDiedError),
+        (ConnectionResetError("reset by peer"), DataWorkerDiedError),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), DataWorkerDiedError),
+        # A living worker met these: they are the sample's or the store's fault.
+        (EOFError("Caught EOFError in DataLoader worker process 0."), EOFError),
+        (ConnectionError("Caught ConnectionError in DataLoader worker process 0."), ConnectionError),
+        (RuntimeError("shapes do not match"), RuntimeError),
+    ],
+)
+def test_a_dead_workers_error_is_told_from_others(met: Exception, raised: type[Exception]) -> None:
+    def batches() -> Iterator[int]:
+        yield 1
+        raise met
+
+    stream = stream_module._until_a_worker_dies(batches())
+    assert next(stream) == 1
+    with pytest.raises(raised) as caught:
+        next(stream)
+    assert type(caught.value) is raised
 
 
 @pytest.mark.slow

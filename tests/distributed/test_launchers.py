@@ -5,23 +5,19 @@ from __future__ import annotations
 import base64
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.samples import write_codes
+from ibq_scale.distributed.environment import free_port
+from tests.samples import SMALL_AR, write_codes
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 SMALL = (
-    "model.codebook_size=40",
-    "model.tokens=16",
-    "model.classes=3",
+    *SMALL_AR,
     "model.depth=1",
-    "model.width=32",
-    "model.heads=2",
     "data.lanes=3",
     "data.workers=0",
     "train.global_batch=4",
@@ -32,15 +28,9 @@ SMALL = (
 PYTHON = (sys.executable, "-m")
 
 
-def _port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
 def _commands(launcher: str, folder: Path) -> list[list[str]]:
     """A command a node."""
-    port = f"--master_port={_port()}"
+    port = f"--master_port={free_port()}"
     if launcher == "torchrun":
         return [[*PYTHON, "torch.distributed.run", "--nproc-per-node=2", "--master-port", port[14:], "-m", "ibq_scale"]]
     if launcher == "deepspeed":

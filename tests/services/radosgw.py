@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
-import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
+
+from tests.services.daemons import free_ports, run_by_hand
 
 PACKAGES = {
     "ceph": "ceph-common",
@@ -83,7 +83,7 @@ def radosgw(folder: Path) -> Iterator[dict[str, str]]:
 
     Needs to be root, and the packages of `missing_packages`.
     """
-    v2, v1, http = _free_ports(3)
+    v2, v1, http = free_ports(3)
     for name in ("mon", "mgr", "osd", "rgw"):
         (folder / name).mkdir(parents=True)
     monitors = f"[v2:127.0.0.1:{v2},v1:127.0.0.1:{v1}]"
@@ -151,27 +151,8 @@ def _wait_for(url: str, daemons: list[subprocess.Popen[bytes]], folder: Path) ->
         time.sleep(0.1)
 
 
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for s in sockets:
-            s.bind(("127.0.0.1", 0))
-        return [s.getsockname()[1] for s in sockets]
-    finally:
-        for s in sockets:
-            s.close()
-
-
 def main() -> None:
-    if missing_packages():
-        raise SystemExit(f"apt-get install --no-install-recommends {' '.join(missing_packages())}")
-    with tempfile.TemporaryDirectory() as folder, radosgw(Path(folder) / "ceph") as environment:
-        print("export", *(f"{name}={value}" for name, value in environment.items()), flush=True)
-        try:
-            while True:
-                time.sleep(3600)
-        except KeyboardInterrupt:
-            pass
+    run_by_hand(missing_packages(), lambda folder: radosgw(folder / "ceph"))
 
 
 if __name__ == "__main__":

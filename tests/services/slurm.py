@@ -11,11 +11,12 @@ import secrets
 import shutil
 import socket
 import subprocess
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+from tests.services.daemons import free_ports, run_by_hand
 
 PACKAGES = {"slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client", "munged": "munge"}
 """Debian's package of each program."""
@@ -80,7 +81,7 @@ class Cluster:
     def start(self) -> None:
         """RuntimeError where it does not come up."""
         (self.folder / "state").mkdir(parents=True)
-        port, *ports = _free_ports(1 + len(self.nodes))
+        port, *ports = free_ports(1 + len(self.nodes))
         config = _CONFIG.format(
             host=socket.gethostname(), port=port, folder=self.folder, first_job=1 + secrets.randbelow(JOBS)
         )
@@ -157,6 +158,16 @@ class Cluster:
             time.sleep(0.1)
 
 
+def skip_without() -> None:
+    """Ends a test that cannot have a cluster here, and says why."""
+    import pytest
+
+    if missing_packages():
+        pytest.skip(f"no Slurm: apt-get install --no-install-recommends {' '.join(missing_packages())}")
+    if os.geteuid():
+        pytest.skip("no Slurm: its nodes are namespaces, which only root can make")
+
+
 @contextmanager
 def slurm(folder: Path, nodes: int) -> Iterator[Cluster]:
     """Runs a cluster with its state in `folder`. Needs to be root, and the packages of `missing_packages`."""
@@ -168,27 +179,14 @@ def slurm(folder: Path, nodes: int) -> Iterator[Cluster]:
         cluster.stop()
 
 
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for s in sockets:
-            s.bind(("127.0.0.1", 0))
-        return [s.getsockname()[1] for s in sockets]
-    finally:
-        for s in sockets:
-            s.close()
-
-
 def main() -> None:
-    if missing_packages():
-        raise SystemExit(f"apt-get install --no-install-recommends {' '.join(missing_packages())}")
-    with tempfile.TemporaryDirectory() as folder, slurm(Path(folder) / "slurm", 4) as cluster:
-        print("export", *(f"{name}={value}" for name, value in cluster.environment.items()), flush=True)
-        try:
-            while True:
-                time.sleep(3600)
-        except KeyboardInterrupt:
-            pass
+    run_by_hand(missing_packages(), _four_nodes)
+
+
+@contextmanager
+def _four_nodes(folder: Path) -> Iterator[Mapping[str, str]]:
+    with slurm(folder / "slurm", 4) as cluster:
+        yield cluster.environment
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ import pytest
 from ibq_scale.cluster.requeue import read_attempts
 from ibq_scale.data.prepare import prepare_images
 from tests.chaos.disk import difference
-from tests.samples import write_codes
+from tests.samples import SMALL_AR, write_codes
 from tests.services.conftest import BUCKET, lead_to
-from tests.services.slurm import Cluster, missing_packages, slurm
+from tests.services.slurm import Cluster, skip_without, slurm
 from tests.train.runs import SMALL, lines
 
 pytestmark = [pytest.mark.slow, pytest.mark.services]
@@ -58,12 +58,7 @@ if __name__ == "__main__":
     sys.exit(main())
 """
 AR = (
-    "model.codebook_size=40",
-    "model.tokens=16",
-    "model.classes=3",
-    "model.depth=2",
-    "model.width=32",
-    "model.heads=2",
+    *SMALL_AR,
     "ema_decay=0.9",
     "data.lanes=3",
     "train.global_batch=18",
@@ -139,10 +134,7 @@ class Jobs:
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
     """A cluster, and where its jobs run."""
-    if missing_packages():
-        pytest.skip(f"no Slurm: apt-get install --no-install-recommends {' '.join(missing_packages())}")
-    if os.geteuid():
-        pytest.skip("no Slurm: its nodes are namespaces, which only root can make")
+    skip_without()
     folder = tmp_path_factory.mktemp("jobs")
     program = folder / "ibq-scale"
     program.write_text(PROGRAM.format(python=sys.executable))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,8 +13,8 @@ import pytest
 
 from ibq_scale.checkpoint.reading import whole_checkpoints
 from ibq_scale.cli.main import main
-from tests.samples import write_codes
-from tests.services.slurm import Cluster, missing_packages, slurm
+from tests.samples import SMALL_AR, write_codes
+from tests.services.slurm import Cluster, skip_without, slurm
 
 pytestmark = [pytest.mark.slow, pytest.mark.services]
 PATIENCE = 120.0
@@ -25,21 +25,18 @@ profiles:
     {partition: main, gpus_per_node: 0, ntasks_per_node: 1, cpus_per_task: 1, time: 00:10:00, ibq_scale: IBQ_SCALE,
      env: {CUDA_VISIBLE_DEVICES: ""}}
 """
-SMALL = ["model.codebook_size=40", "model.tokens=16", "model.classes=3", "model.depth=2", "model.width=32"]
-SMALL += ["model.heads=2", "data.lanes=3", "train.grace=20", "train.checkpoint_every=1000000"]
+SMALL = [*SMALL_AR, "data.lanes=3", "train.grace=20", "train.checkpoint_every=1000000"]
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Two nodes, a profile that fits them, and data; this process's environment leads there."""
-    if missing_packages():
-        pytest.skip(f"no Slurm: apt-get install --no-install-recommends {' '.join(missing_packages())}")
-    if os.geteuid():
-        pytest.skip("no Slurm: its nodes are namespaces, which only root can make")
+    skip_without()
     folder = tmp_path_factory.mktemp("submit")
     write_codes(folder / "codes")
     program = folder / "ibq-scale"
-    program.write_text('#!/bin/sh\nexec python -m ibq_scale "$@"\n')
+    # The environment of the tests may stand on no PATH.
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m ibq_scale "$@"\n')
     program.chmod(0o755)
     (folder / "clusters.yaml").write_text(PROFILE.replace("IBQ_SCALE", str(program)))
     with pytest.MonkeyPatch.context() as patch, slurm(tmp_path_factory.mktemp("slurm") / "s", 2) as running:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from ibq_scale.distributed.environment import free_port
 
 SMALL = (
     "model.channel_multipliers=[1,1]",
@@ -55,10 +56,7 @@ def launched(data: str, out: Path, *more: str) -> Iterator[subprocess.Popen[str]
 @contextmanager
 def each_rank(data: str, out: Path, *more: str, before: str = "") -> Iterator[list[subprocess.Popen[str]]]:
     """Two ranks as srun starts them, so that each one's exit code is seen; code `before` runs in both at first."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    environ = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environ = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM.format(before=before), *words(data, out, *more)],

@@ -22,19 +22,11 @@ from ibq_scale.models.transformer import Transformer
 from ibq_scale.train.codes import HeldOut, check_codes
 from ibq_scale.train.master import pieces, shapes
 from tests.ranks import run_ranks
-from tests.samples import write_codes
+from tests.samples import SMALL_AR, write_codes
 from tests.train.reference import gather
 
 STEPS = 10
 NO_DROPOUT = [f"model.{name}=0" for name in ("token_dropout", "residual_dropout", "ffn_dropout", "label_dropout")]
-SMALL = [
-    "model.codebook_size=40",
-    "model.tokens=16",
-    "model.classes=3",
-    "model.depth=2",
-    "model.width=32",
-    "model.heads=2",
-]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +39,7 @@ def codes(tmp_path_factory: pytest.TempPathFactory) -> str:
 def run_of(codes: str, *overrides: str) -> ARRun:
     """Adam's eps is large, so that its step is smooth in the gradient."""
     words = [f"data.train={codes}", "train.global_batch=8", "train.micro_batch=2", "optimizer.eps=0.01"]
-    run = resolve("ar/tiny", [*words, *SMALL, *NO_DROPOUT, "schedule.warmup_samples=0", *overrides]).config
+    run = resolve("ar/tiny", [*words, *SMALL_AR, *NO_DROPOUT, "schedule.warmup_samples=0", *overrides]).config
     assert isinstance(run, ARRun)
     return run
 

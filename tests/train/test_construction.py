@@ -15,6 +15,7 @@ from ibq_scale.errors import UserError
 from ibq_scale.models.transformer import Transformer
 from ibq_scale.pretrained.loading import ARModel, load_ar, save_ar, stored
 from tests.ranks import run_ranks
+from tests.train.reference import gather
 from tests.train.test_ar import run_of
 
 
@@ -22,7 +23,7 @@ def _weights(rank: int, size: int, runs: list[ARRun]) -> list[dict[str, Any]]:
     """What each run's engine begins with, as its optimizer has it."""
     from ibq_scale.train.construction import build_transformer
     from ibq_scale.train.engine import adamw, make_engine
-    from ibq_scale.train.master import gather, pieces, shapes
+    from ibq_scale.train.master import pieces, shapes
 
     world = World(rank, size, rank, torch.device("cpu"))
     found = []

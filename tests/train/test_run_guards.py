@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import socket
@@ -15,24 +14,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.train.runs import ENDLESS, each_rank, words
+
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
-SMALL = (
-    "model.channel_multipliers=[1,1]",
-    "model.resolution=16",
-    "model.attention_resolutions=[8]",
-    "model.z_channels=8",
-    "quantizer.dim=8",
-    "quantizer.codebook_size=64",
-    "train.global_batch=8",
-    "train.micro_batch=4",
-    "train.log_every=1",
-    "train.steps=100000",
-)
 
 
-def _words(data: str, out: Path, *more: str) -> list[str]:
-    words = ["train", "tokenizer", "tiny", f"data.train={data}", f"out={out}", *SMALL, *more]
-    return [sys.executable, "-m", "ibq_scale", *words]
+def _command(data: str, out: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "ibq_scale", *words(data, out, "train.steps=100000", *more)]
 
 
 def _steps(run: Path, count: int, process: subprocess.Popen[str]) -> None:
@@ -51,25 +39,12 @@ def _line(run: Path) -> dict[str, float]:
 def test_a_rank_stopped_within_a_step_ends_the_run_with_its_name(dataset: str, tmp_path: Path) -> None:
     """Launched as srun does it: each rank's own code counts."""
     run = tmp_path / "run"
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    environ = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    words = _words(dataset, run, "data.workers=0", "train.hang_timeout=12")
-    ranks = [
-        subprocess.Popen(words, env=environ | {"RANK": r, "LOCAL_RANK": r}, stderr=subprocess.PIPE, text=True)
-        for r in "01"
-    ]
-    try:
+    with each_rank(dataset, run, *ENDLESS, "train.hang_timeout=12") as ranks:
         _steps(run, 3, ranks[0])
         ranks[1].send_signal(signal.SIGSTOP)
         begin = time.monotonic()
         said = ranks[0].communicate(timeout=60)[1]
         assert time.monotonic() - begin < 40
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
     assert ranks[0].returncode == 70, said
     host = socket.gethostname()
     assert f"(train.hang_timeout). rank 1 on {host}: no sign of life" in said
@@ -84,10 +59,10 @@ def test_a_rank_stopped_within_a_step_ends_the_run_with_its_name(dataset: str, t
 
 def test_a_second_job_on_the_run_directory_is_refused_and_the_first_goes_on(dataset: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    words = _words(dataset, run, "data.workers=0")
-    first = subprocess.Popen([*words, "--ranks", "1"], stderr=subprocess.PIPE, text=True)
+    command = _command(dataset, run, "data.workers=0")
+    first = subprocess.Popen([*command, "--ranks", "1"], stderr=subprocess.PIPE, text=True)
     _steps(run, 1, first)
-    second = subprocess.run([*words, "--ranks", "2"], capture_output=True, text=True, timeout=120, check=False)
+    second = subprocess.run([*command, "--ranks", "2"], capture_output=True, text=True, timeout=120, check=False)
     assert second.returncode == 2, second.stderr
     rank0 = psutil.Process(first.pid).children()[0].pid
     assert f"another job trains in {run}: process {rank0} on {socket.gethostname()}, since" in second.stderr
@@ -98,8 +73,8 @@ def test_a_second_job_on_the_run_directory_is_refused_and_the_first_goes_on(data
 
 def test_dead_data_workers_end_the_run(dataset: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    words = _words(dataset, run, "data.workers=1", f"data.cache_dir={tmp_path / 'cache'}", "--ranks", "2")
-    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    command = _command(dataset, run, "data.workers=1", f"data.cache_dir={tmp_path / 'cache'}", "--ranks", "2")
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     _steps(run, 2, process)
     helpers = psutil.Process(process.pid).children(recursive=True)
     workers = [p for p in helpers if "forkserver" in " ".join(p.cmdline()) and not p.children()]
@@ -113,4 +88,4 @@ def test_dead_data_workers_end_the_run(dataset: str, tmp_path: Path) -> None:
     assert "Traceback" not in said
     assert "terminate called" not in said
     logs = [path.read_text() for path in sorted((run / "logs").glob("rank-*.log"))]
-    assert sum("ERROR ibq_scale.train.trainer: a data worker on" in text for text in logs) == 1
+    assert sum("ERROR ibq_scale.data.stream: a data worker on" in text for text in logs) == 1

@@ -22,26 +22,14 @@ from ibq_scale.checkpoint.reading import Checkpoint, newest_or_this, verify, who
 from ibq_scale.config.layers import resolve
 from ibq_scale.errors import UserError
 from ibq_scale.train.run import check_same_run
+from tests.train.runs import SMALL, words
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
-SMALL = (
-    "model.channel_multipliers=[1,1]",
-    "model.resolution=16",
-    "model.attention_resolutions=[8]",
-    "model.z_channels=8",
-    "quantizer.dim=8",
-    "quantizer.codebook_size=64",
-    "model.dropout=0.1",
-    "train.global_batch=8",
-    "train.micro_batch=4",
-    "train.log_every=1",
-    "data.workers=0",
-)
+ALONE = ("model.dropout=0.1", "data.workers=0")
 
 
 def _command(data: str, out: Path, *more: str) -> list[str]:
-    words = ["train", "tokenizer", "tiny", f"data.train={data}", f"out={out}", *SMALL, *more, "--ranks", "2"]
-    return [sys.executable, "-m", "ibq_scale", *words]
+    return [sys.executable, "-m", "ibq_scale", *words(data, out, *ALONE, *more), "--ranks", "2"]
 
 
 def _train(data: str, out: Path, *more: str) -> str:
@@ -168,8 +156,8 @@ def test_a_run_that_does_not_fit_its_checkpoint_is_refused(whole: Path, dataset:
     checkpoint: Checkpoint = newest_or_this(whole)
 
     def check(*overrides: str) -> None:
-        words = [f"data.train={dataset}", *SMALL, "train.steps=6", *overrides]
-        config: Any = resolve("tokenizer/tiny", words).config
+        changed = [f"data.train={dataset}", *SMALL, *ALONE, "train.steps=6", *overrides]
+        config: Any = resolve("tokenizer/tiny", changed).config
         check_same_run(config, checkpoint)
 
     check("optimizer.lr=0.5", "train.micro_batch=2", "train.log_every=3", "deepspeed.config=zero3", "codebook_group=1")

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ import pytest
 import torch.distributed as dist
 
 import ibq_scale.train.watchdog as watchdog_module
-from ibq_scale.distributed.environment import join
+from ibq_scale.distributed.environment import free_port, join
 from ibq_scale.train.watchdog import HUNG_EXIT_CODE, Watchdog
 
 TIMEOUT = 4.0
@@ -63,10 +62,12 @@ def hold_pythons_lock(run_dir: Path) -> None:
 
 def _run(folder: Path, victim: int, how: str, size: int = 3) -> list[subprocess.Popen[str]]:
     (folder / "logs").mkdir()
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    environ = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    environ = {
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+    }
     program = f"from {__name__} import Path, train; train(Path({str(folder)!r}), {victim}, {how!r})"
     return [
         subprocess.Popen(
