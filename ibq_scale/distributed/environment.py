@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 TIMEOUT = timedelta(minutes=30)
 FLIGHT_RECORD_ENTRIES = "2000"
+# What a launcher would have set.
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,9 @@ def join() -> Iterator[World]:
     map_slurm(env)
     # Torch's record of the last collectives, which the watchdog writes where one hangs: not every version has it on.
     env.setdefault("TORCH_FR_BUFFER_SIZE", env.get("TORCH_NCCL_TRACE_BUFFER_SIZE", FLIGHT_RECORD_ENTRIES))
-    if "RANK" not in env:
-        env |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-        env["MASTER_ADDR"], env["MASTER_PORT"] = "127.0.0.1", str(free_port())
+    alone = "RANK" not in env
+    if alone:
+        env |= ALONE | {"MASTER_PORT": str(free_port())}
     local_rank = int(env.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
@@ -97,8 +99,12 @@ def join() -> Iterator[World]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         yield World(dist.get_rank(), dist.get_world_size(), local_rank, device)
+        dist.barrier()
+        dist.destroy_process_group()
     except UserError:
         dist.destroy_process_group()
         raise
-    dist.barrier()
-    dist.destroy_process_group()
+    finally:
+        # What this process starts later is no rank of this world.
+        for name in [*ALONE, "MASTER_PORT"] if alone else []:
+            env.pop(name, None)

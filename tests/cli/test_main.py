@@ -167,9 +167,8 @@ def test_sampling_options_are_checked_before_ranks_start(capsys: pytest.CaptureF
 
 def _run(*words: str) -> subprocess.CompletedProcess[str]:
     """In processes of its own, as a user would, on two ranks."""
-    return subprocess.run(
-        [sys.executable, "-m", "ibq_scale", *words, "--ranks", "2"], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-m", "ibq_scale", *words, "--ranks", "2"]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
 
 
 @pytest.mark.slow

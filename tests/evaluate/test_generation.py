@@ -27,11 +27,8 @@ Evaluate = Callable[..., GenerationReport]
 
 @pytest.fixture(scope="module")
 def world() -> Iterator[World]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-            patch.delenv(name, raising=False)
-        with join() as world:
-            yield world
+    with join() as world:
+        yield world
 
 
 @pytest.fixture
