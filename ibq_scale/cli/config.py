@@ -1,4 +1,4 @@
-"""``ibq-scale config show``: the resolved config, each value with the layer that set it."""
+"""``ibq-scale config``: the resolved config, each value with the layer that set it; what a config may say."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the family to the command line."""
-    family = commands.add_parser("config", help="show the resolved config of a run").add_subparsers(
+    family = commands.add_parser("config", help="show a run's config, and what it may say").add_subparsers(
         title="commands", metavar="COMMAND", required=True
     )
     show = family.add_parser(
@@ -22,6 +22,19 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     show.set_defaults(run=_show)
     presets = family.add_parser("presets", help="list the presets", epilog="example: ibq-scale config presets")
     presets.set_defaults(run=_presets)
+    schema = family.add_parser(
+        "schema",
+        help="print the JSON Schema of config files, for editors",
+        epilog="example: ibq-scale config schema ar > ar.schema.json",
+    )
+    schema.add_argument("task", choices=("tokenizer", "ar"))
+    schema.set_defaults(run=_schema)
+    reference = family.add_parser(
+        "reference",
+        help="print every key with its meaning, type and default, as Markdown",
+        epilog="example: ibq-scale config reference > docs/configuration.md",
+    )
+    reference.set_defaults(run=_reference)
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -44,4 +57,18 @@ def _presets(args: argparse.Namespace) -> int:
     from ibq_scale.config.layers import preset_names
 
     print("\n".join(preset_names()))
+    return 0
+
+
+def _schema(args: argparse.Namespace) -> int:
+    from ibq_scale.config.reference import json_schema
+
+    print(json.dumps(json_schema(args.task), indent=2, ensure_ascii=False))
+    return 0
+
+
+def _reference(args: argparse.Namespace) -> int:
+    from ibq_scale.config.reference import markdown
+
+    print(markdown(), end="")
     return 0

@@ -199,12 +199,13 @@ def schema_keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
     """Every dotted key that a config of this schema may set."""
     keys: list[str] = []
     for name, field in schema.model_fields.items():
-        section = _section_of(field.annotation)
+        section = section_of(field.annotation)
         keys += schema_keys(section, f"{prefix}{name}.") if section else [f"{prefix}{name}"]
     return keys
 
 
-def _section_of(annotation: Any) -> type[BaseModel] | None:
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field of this type holds, None where it holds a value."""
     for candidate in (annotation, *get_args(annotation)):
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate

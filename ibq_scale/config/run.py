@@ -175,6 +175,11 @@ class DeepSpeedConfig(Section):
 
 
 class WandbConfig(Section):
+    """Weights & Biases beside metrics.jsonl. ``offline`` writes RUN/wandb, which ``wandb sync`` sends later.
+
+    A resumed run goes on under the same id. `group`: what runs are gathered by.
+    """
+
     mode: Literal["off", "offline", "online"] = "off"
     project: str = "ibq-scale"
     entity: str | None = None
