@@ -14,6 +14,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from ibq_scale.cli.completion import answer_shell
 from ibq_scale.console import tell, tells
 from ibq_scale.distributed.signals import held, ignore
 from ibq_scale.errors import UserError
@@ -36,6 +37,7 @@ FAMILIES = (
     "bench",
     "experiments",
     "job_ended",
+    "completion",
 )
 
 
@@ -81,6 +83,7 @@ def _code(words: list[str]) -> int:
 def _parse(words: list[str]) -> argparse.Namespace:
     """As argparse does, which takes overrides before a command's options only: here they may stand after them too."""
     parser = build_parser()
+    answer_shell(parser)
     args, left = parser.parse_known_args(words)
     if left and not (hasattr(args, "overrides") and all("=" in w and not w.startswith("-") for w in left)):
         parser.error(f"unrecognized arguments: {' '.join(left)}")

@@ -55,13 +55,21 @@ def find_config(name: str) -> Path:
         if not path.is_file():
             raise UserError(f"deepspeed.config: {name} not found")
         return path
-    package = Path(__file__).resolve().parents[1]
-    folders = [package / "deepspeed_configs", package.parent / "deepspeed_configs"]
-    for folder in folders:
+    for folder in _folders():
         if (folder / f"{name}.json").is_file():
             return folder / f"{name}.json"
-    known = sorted({p.stem for f in folders for p in f.glob("*.json")})
-    raise UserError(f"deepspeed.config: no '{name}'; there are {', '.join(known)}, or give the path of a .json file")
+    known = ", ".join(config_names())
+    raise UserError(f"deepspeed.config: no '{name}'; there are {known}, or give the path of a .json file")
+
+
+def config_names() -> list[str]:
+    """What stands in deepspeed_configs/."""
+    return sorted({p.stem for folder in _folders() for p in folder.glob("*.json")})
+
+
+def _folders() -> list[Path]:
+    package = Path(__file__).resolve().parents[1]
+    return [package / "deepspeed_configs", package.parent / "deepspeed_configs"]
 
 
 def deepspeed_config(run: AnyRun, world_size: int) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from ibq_scale.config.deepspeed import config_names
 from ibq_scale.config.layers import MISSING, SCHEMAS, preset_names, section_of
-from ibq_scale.config.run import RunConfig
+from ibq_scale.config.run import DeepSpeedConfig, RunConfig
 
 HEAD = """# Configuration reference
 
@@ -46,6 +47,21 @@ def json_schema(task: str) -> dict[str, Any]:
     named = {"type": "string", "description": "The preset (or another file) under this one.", "examples": presets}
     schema["properties"] = {"preset": named} | schema["properties"]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | schema
+
+
+def choices(schema: type[BaseModel], key: str) -> list[str]:
+    """The words that a dotted key may be, where they can be counted: of a Literal, a boolean, deepspeed_configs/."""
+    name, _, below = key.partition(".")
+    field = schema.model_fields.get(name)
+    if field is None:
+        return []
+    section = section_of(field.annotation)
+    if below:
+        return choices(section, below) if section is not None else []
+    if (schema, name) == (DeepSpeedConfig, "config"):
+        return config_names()
+    of = schema.model_json_schema()["properties"][name]
+    return ["true", "false"] if of.get("type") == "boolean" else [str(word) for word in of.get("enum", [])]
 
 
 def markdown() -> str:
