@@ -23,6 +23,8 @@ from ibq_scale.errors import UserError
 Pixels = NDArray[np.uint8]
 # Samples of a batch that are read at once where each is a request to a remote store: waiting, not work, fills the time.
 REQUESTS_AT_ONCE = 32
+# The most that Pillow decodes.
+MOST_PIXELS = 178_956_970
 
 
 class Request(NamedTuple):
@@ -193,10 +195,14 @@ def decode(data: bytes, least: int | None) -> Pixels:
     """A picture's bytes → uint8 (H, W, 3), a JPEG perhaps at a fraction of its size with no side below `least`.
 
     JPEGs by simplejpeg, 1.4 times as fast as Pillow here; what it does not know (CMYK, say) and all else by Pillow.
-    Raises OSError, ValueError or SyntaxError for what is no picture.
+    Raises OSError, ValueError or SyntaxError for what is no picture, DecompressionBombError above `MOST_PIXELS`.
     """
     if data[:2] == b"\xff\xd8":
         try:
+            # A header of a few bytes may ask for 13 GB.
+            height, width, *_ = simplejpeg.decode_jpeg_header(data)
+            if height * width > MOST_PIXELS:
+                raise Image.DecompressionBombError(f"{width} x {height} are too many pixels")
             pixels: Pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=least or 0, min_width=least or 0)
             return pixels
         except ValueError:

@@ -20,6 +20,8 @@ from ibq_scale.data.store import Store
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 LABELS = ("label", "cls")
+# Of what is read of a sample, into memory and whole.
+MOST_BYTES = 256 << 20
 # As webdataset splits a name.
 _NAME = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")
 
@@ -115,6 +117,9 @@ def read_sample(reader: RangeReader, sample: TarSample, file: str) -> Sample | R
     picture = sample.picture
     if picture is None:
         return Reject(name, f"no picture among its members ({', '.join(sample.members)})")
+    read = [picture, *(sample.members[extension] for extension in ("json", "cls") if extension in sample.members)]
+    if max(place.size for place in read) > MOST_BYTES:
+        return Reject(name, f"its picture, json or cls is larger than {MOST_BYTES >> 20} MiB")
 
     def member(extension: str) -> bytes:
         place = sample.members.get(extension)
