@@ -1,0 +1,62 @@
+"""README and docs say what is so: their commands parse, their files are there, their words come from the code."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from ibq_scale.cli.main import _parse
+from ibq_scale.config.layers import resolve
+from tests.docs.pages import PAGES, ROOT, blocks, commands
+
+CODE = "\n".join(path.read_text() for path in (ROOT / "ibq_scale").rglob("*.py"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_parses_and_its_config_is_right(page: Path) -> None:
+    for words in commands(page):
+        args = _parse(words)
+        if hasattr(args, "overrides") and not args.source.endswith((".yaml", ".yml")):
+            resolve(args.source, args.overrides, getattr(args, "task", None))
+
+
+def test_there_are_commands_to_parse() -> None:
+    assert sum(1 for page in PAGES for _ in commands(page)) > 40
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_of_ours_that_are_named_are_there(page: Path) -> None:
+    named = re.findall(r"`((?:tests|ibq_scale|slurm|docs|deepspeed_configs)/[\w./-]*)`", page.read_text())
+    for name in named:
+        assert (ROOT / name).exists(), name
+
+
+def test_symptoms_are_in_the_words_that_the_program_uses() -> None:
+    text = (ROOT / "docs/troubleshooting.md").read_text()
+    for symptom in (
+        "HANG:",
+        "ALARM",
+        "data_wait",
+        "own_step_s",
+        "save_stall_s",
+        "skipped",
+        "logit_gap",
+        "a data worker on",
+    ):
+        assert symptom in text, symptom
+        assert symptom in CODE, symptom
+
+
+def test_python_blocks_are_python() -> None:
+    found = [block for page in PAGES for block in blocks(page, "python")]
+    assert len(found) >= 3
+    for block in found:
+        compile(block, "page", "exec")
