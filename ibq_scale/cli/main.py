@@ -40,6 +40,12 @@ FAMILIES = (
     "completion",
 )
 
+# By the names that they are imported under.
+OF_TRAINING = {
+    "deepspeed", "lpips", "ninja", "packaging", "psutil", "s3fs", "simplejpeg", "torch_fidelity", "torchvision",
+    "wandb", "webdataset",
+}  # fmt: skip
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line. Imports nothing heavy: each command imports what it needs when it runs."""
@@ -71,6 +77,11 @@ def _code(words: list[str]) -> int:
     except UserError as e:
         _complain(str(e))
         return e.exit_code
+    except ModuleNotFoundError as e:
+        if not _is_for_training(e):
+            raise
+        _complain(f"this needs {e.name}: pip install 'ibq-scale[train]'")
+        return UserError.exit_code
     except KeyboardInterrupt:
         _complain("interrupted")
         return 1
@@ -117,6 +128,8 @@ def _run_rank(args: argparse.Namespace) -> int:
     except (UserError, KeyboardInterrupt, BrokenPipeError):
         raise
     except Exception as e:
+        if _is_for_training(e):
+            raise
         notes = getattr(e, "__notes__", [])
         if not notes:
             traceback.print_exc()
@@ -126,6 +139,11 @@ def _run_rank(args: argparse.Namespace) -> int:
         sys.stdout.flush()
         os._exit(1)
     return code
+
+
+def _is_for_training(error: Exception) -> bool:
+    """Whether it is a package that only the extra 'train' brings."""
+    return isinstance(error, ModuleNotFoundError) and str(error.name).partition(".")[0] in OF_TRAINING
 
 
 def _complain(message: str) -> None:

@@ -17,6 +17,8 @@ from ibq_scale.doctor.lines import Line, Subject, ask, fail, ok, several, warn
 
 # Named in the line of packages; the others only where they are wrong.
 NAMED = ("torch", "deepspeed", "torchvision", "s3fs", "webdataset", "numpy")
+# The extra of pyproject.toml that this is about.
+TRAINING = "train"
 # What training takes where it is there.
 OPTIONAL = ("flash-attn", "flash-attn-4", "torchao", "pyarrow")
 
@@ -28,7 +30,7 @@ def packages(subject: Subject) -> list[Line]:
     python, wanted = _bounds()
     faults, found = [], {}
     for requirement in map(Requirement, wanted):
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": TRAINING}):
             continue
         version = installed(requirement.name)
         if version is None:
@@ -68,7 +70,8 @@ def _bounds() -> tuple[str, list[str]]:
     checkout = Path(__file__).parents[2] / "pyproject.toml"
     if checkout.is_file():
         project = tomllib.loads(checkout.read_text())["project"]
-        return project["requires-python"], list(project["dependencies"])
+        wanted = [*project["dependencies"], *project["optional-dependencies"][TRAINING]]
+        return project["requires-python"], wanted
     own = metadata.distribution("ibq-scale")
     return str(own.metadata["Requires-Python"] or ""), list(own.requires or [])
 
