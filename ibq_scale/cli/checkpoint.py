@@ -114,7 +114,7 @@ def _export(args: argparse.Namespace) -> int:
             print(f"{folder}: for zero_to_fp32")
         return 0
     else:
-        from ibq_scale.pretrained.loading import export
+        from ibq_scale.pretrained.exporting import export
 
         kind = export(args.path, args.to)
     print(f"{args.to}: {kind}")
@@ -123,17 +123,14 @@ def _export(args: argparse.Namespace) -> int:
 
 def _import(args: argparse.Namespace) -> int:
     from ibq_scale.cli.ranks import at_least_one
-    from ibq_scale.pretrained.loading import Tokenizer, refuse_overwrite, save_ar, save_tokenizer
+    from ibq_scale.pretrained.exporting import save_model
+    from ibq_scale.pretrained.loading import refuse_overwrite
     from ibq_scale.pretrained.published import import_published
 
     at_least_one(args, "heads", "tokens")
     refuse_overwrite(args.to)
     imported = import_published(args.file, ema=args.ema, heads=args.heads, tokens=args.tokens)
-    source = {"imported_from": args.file.name, "ema": args.ema}
-    if isinstance(imported.model, Tokenizer):
-        save_tokenizer(args.to, imported.model, source)
-    else:
-        save_ar(args.to, imported.model, source)
+    save_model(args.to, imported.model, {"imported_from": args.file.name, "ema": args.ema})
     left = ", ".join(f"{name} ({count} tensors)" if count else name for name, count in imported.left_aside.items())
     print(f"{args.to}: imported; " + (f"left aside: {left}" if left else "every tensor used"))
     if "model_ema" in imported.left_aside and not args.ema:

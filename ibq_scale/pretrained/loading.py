@@ -231,7 +231,7 @@ def codebook_to_start_from(path: str, quantizer: QuantizerConfig) -> Tensor:
 def load_model(path: str | Path) -> Tokenizer | ARModel:
     """Loads whichever kind of model is at `path`. UserError as `load_tokenizer`."""
     folder = model_directory(Path(path))
-    return load_tokenizer(folder) if _config_of(folder)["kind"] == "tokenizer" else load_ar(folder)
+    return load_tokenizer(folder) if config_of(folder)["kind"] == "tokenizer" else load_ar(folder)
 
 
 def save_tokenizer(folder: Path, tokenizer: Tokenizer, source: Mapping[str, Any]) -> None:
@@ -245,21 +245,6 @@ def save_ar(folder: Path, model: ARModel, source: Mapping[str, Any]) -> None:
     """Writes a whole transformer; `source` says where it comes from."""
     write_config(folder, "ar", model.config.architecture(), None, source, model.tokenizer_hash)
     save_file(_plain(model.transformer.state_dict()), folder / WEIGHTS)
-
-
-def export(path: Path, to: Path) -> Kind:
-    """Writes the model at `path` (as the loaders take it) as a model directory of its own, the codebook in one file.
-
-    Returns its kind. UserError where it cannot be loaded whole, or `to` is taken.
-    """
-    refuse_overwrite(to)
-    model = load_model(path)
-    source = _config_of(model_directory(path)).get("source", {}) | {"exported_from": str(path)}
-    if isinstance(model, Tokenizer):
-        save_tokenizer(to, model, source)
-        return "tokenizer"
-    save_ar(to, model, source)
-    return "ar"
 
 
 def refuse_overwrite(folder: Path) -> None:
@@ -317,7 +302,7 @@ def model_directory(path: Path) -> Path:
 
 def _read_config(path: Path, kind: Kind, check_hashes: bool = True) -> tuple[Path, dict[str, Any]]:
     folder = model_directory(path)
-    config = _config_of(folder)
+    config = config_of(folder)
     if config["kind"] != kind:
         raise UserError(f"{path} is {_A[config['kind']]}; {_A[kind]} is needed here")
     if check_hashes and (folder.parent / MANIFEST).is_file():
@@ -333,7 +318,7 @@ def _check_hashes(checkpoint: Checkpoint, config: dict[str, Any]) -> None:
         raise UserError(f"{checkpoint.path} is damaged ({'; '.join(faults)}): take one that stands beside it")
 
 
-def _config_of(folder: Path) -> dict[str, Any]:
+def config_of(folder: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
     except json.JSONDecodeError as e:

@@ -16,7 +16,8 @@ import ibq_scale
 from ibq_scale.checkpoint.files import StateFile, TextFile
 from ibq_scale.checkpoint.pieces import Piece, piece_file
 from ibq_scale.errors import UserError
-from ibq_scale.pretrained.loading import InCheckpoint, Tokenizer, export, load_ar, load_tokenizer
+from ibq_scale.pretrained.exporting import export
+from ibq_scale.pretrained.loading import InCheckpoint, Tokenizer, load_ar, load_tokenizer
 
 
 def test_the_public_python_api(tokenizer_dir: Path, ar_dir: Path) -> None:
