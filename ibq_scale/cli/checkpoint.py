@@ -54,6 +54,16 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     imported.add_argument("--heads", type=int, metavar="N", help="an AR model's heads (default: width / 64)")
     imported.add_argument("--tokens", type=int, metavar="N", help="its codes an image (default 256)")
     imported.set_defaults(run=_import)
+    push = family.add_parser(
+        "push",
+        help="an exported model to the Hugging Face Hub",
+        description="Upload an exported model. ibq_scale.load_tokenizer('hf://OWNER/NAME') loads it anywhere.",
+        epilog="example: ibq-scale checkpoint push models/tok me/ibq-16384",
+    )
+    push.add_argument("folder", type=Path, metavar="DIR")
+    push.add_argument("repo", metavar="OWNER/NAME")
+    push.add_argument("--private", action="store_true", help="where it is made anew")
+    push.set_defaults(run=_push)
 
 
 def _ls(args: argparse.Namespace) -> int:
@@ -135,4 +145,11 @@ def _import(args: argparse.Namespace) -> int:
     print(f"{args.to}: imported; " + (f"left aside: {left}" if left else "every tensor used"))
     if "model_ema" in imported.left_aside and not args.ema:
         print("these are the live weights; the published figures are of the averaged ones (--ema)")
+    return 0
+
+
+def _push(args: argparse.Namespace) -> int:
+    from ibq_scale.pretrained.hub import push
+
+    print(push(args.folder, args.repo, private=args.private))
     return 0

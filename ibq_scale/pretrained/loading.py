@@ -1,8 +1,9 @@
 """Trained models on disk, and loading them in three lines of Python, without DeepSpeed.
 
 A model directory holds ``config.json``, ``model.safetensors`` and, for tokenizers, the codebook in one or several
-files by rows. `path` arguments take such a directory, a training checkpoint, or a run directory (newest checkpoint). In
-a checkpoint the directory is ``model/``, and its config names the ranks' pieces instead of ``model.safetensors``.
+files by rows. `path` arguments take such a directory, a training checkpoint, or a run directory (newest checkpoint);
+those of `load_tokenizer`, `load_ar` and `load_model` also ``hf://OWNER/NAME``, which is fetched. In a checkpoint the
+directory is ``model/``, and its config names the ranks' pieces instead of ``model.safetensors``.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from ibq_scale.models.autoencoder import Autoencoder, image_of, tokens_of
 from ibq_scale.models.initial import Values
 from ibq_scale.models.sampling import GuidanceSchedule, SamplingSettings, generate
 from ibq_scale.models.transformer import Transformer
+from ibq_scale.pretrained.hub import PREFIX, fetch
 from ibq_scale.pretrained.strict import fill_strictly, require_fit
 from ibq_scale.quantize.quantizer import encode, lookup
 
@@ -155,7 +157,7 @@ def load_tokenizer(path: str | Path, device: torch.device | str = "cpu", check_h
 
     `check_hashes`: whether files of a checkpoint are compared with its manifest first.
     """
-    folder, config = _read_config(Path(path), "tokenizer", check_hashes)
+    folder, config = _read_config(_local(path), "tokenizer", check_hashes)
     tokenizer = Tokenizer(AutoencoderConfig(**config["model"]), QuantizerConfig(**config["quantizer"]))
     tensors = {f"autoencoder.{k}": v for k, v in _weights(folder, config).items()}
     fill_strictly(tokenizer, tensors | {"codebook_KD": _codebook(folder)}, folder)
@@ -164,7 +166,7 @@ def load_tokenizer(path: str | Path, device: torch.device | str = "cpu", check_h
 
 def load_ar(path: str | Path, device: torch.device | str = "cpu", check_hashes: bool = True) -> ARModel:
     """Loads a transformer. `check_hashes` and UserError as `load_tokenizer`."""
-    folder, config = _read_config(Path(path), "ar", check_hashes)
+    folder, config = _read_config(_local(path), "ar", check_hashes)
     with torch.device("meta"):
         model = ARModel(TransformerConfig(**config["model"]), config.get("tokenizer"))
     tensors = {f"transformer.{k}": v for k, v in _weights(folder, config).items()}
@@ -230,8 +232,12 @@ def codebook_to_start_from(path: str, quantizer: QuantizerConfig) -> Tensor:
 
 def load_model(path: str | Path) -> Tokenizer | ARModel:
     """Loads whichever kind of model is at `path`. UserError as `load_tokenizer`."""
-    folder = model_directory(Path(path))
+    folder = model_directory(_local(path))
     return load_tokenizer(folder) if config_of(folder)["kind"] == "tokenizer" else load_ar(folder)
+
+
+def _local(path: str | Path) -> Path:
+    return fetch(path) if isinstance(path, str) and path.startswith(PREFIX) else Path(path)
 
 
 def save_tokenizer(folder: Path, tokenizer: Tokenizer, source: Mapping[str, Any]) -> None:
