@@ -12,6 +12,10 @@ from urllib.parse import unquote
 COMMIT = "c" * 40
 
 
+def _entry(name: str, data: bytes) -> dict[str, object]:
+    return {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha256(data).hexdigest()}
+
+
 class HubServer:
     """`files` by repository and name."""
 
@@ -35,6 +39,9 @@ class HubServer:
                     repo = "/".join(parts[2:4])
                     if repo not in hub.files:
                         self._answer(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
+                        return
+                    if parts[4:5] == ["tree"]:
+                        self._answer(200, [_entry(name, data) for name, data in sorted(hub.files[repo].items())])
                         return
                     siblings = [{"rfilename": name} for name in sorted(hub.files[repo])]
                     self._answer(200, {"id": repo, "modelId": repo, "sha": COMMIT, "siblings": siblings, "tags": []})
