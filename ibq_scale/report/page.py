@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 # A chart of more points than it has pixels only costs bytes.
 MOST_POINTS = 800
+# Pictures below this width are enlarged as they are, without smoothing.
+SMALL_PIXELS = 800
 
 
 class Point(NamedTuple):
@@ -58,7 +60,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG, embedded. Pixels stay sharp squares when it is shown larger."""
+    """A PNG, embedded. A small one's pixels stay sharp squares when it is shown larger."""
 
     png: bytes
     caption: str
@@ -99,17 +101,18 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text; columns of numbers are set right."""
+    """Rows of text. `quoted` are rows of others' figures, set apart; what they lack at their end stays empty."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     caption: str = ""
+    quoted: Sequence[Sequence[str]] = ()
 
     def html(self) -> str:
         head = "".join(f"<th>{escape(cell)}</th>" for cell in self.head)
-        body = "".join(
-            "<tr>" + "".join(f"<td{_numeric(cell)}>{escape(cell)}</td>" for cell in row) + "</tr>" for row in self.rows
-        )
+        body = "".join(f"<tr>{_cells(row)}</tr>" for row in self.rows)
+        quoted = ([*row, *[""] * (len(self.head) - len(row))] for row in self.quoted)
+        body += "".join(f'<tr class="quoted">{_cells(row)}</tr>' for row in quoted)
         caption = f"<caption>{escape(self.caption)}</caption>" if self.caption else ""
         return f'<div class="scroll"><table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
@@ -197,7 +200,13 @@ def thin(points: Sequence[Point]) -> list[list[float]]:
 
 def _image(png: bytes, alt: str) -> str:
     source = base64.b64encode(png).decode()
-    return f'<img alt="{escape(alt, quote=True)}" src="data:image/png;base64,{source}">'
+    # Bytes 16 to 20 of a PNG are its width.
+    sharp = ' class="sharp"' if int.from_bytes(png[16:20], "big") < SMALL_PIXELS else ""
+    return f'<img{sharp} alt="{escape(alt, quote=True)}" src="data:image/png;base64,{source}">'
+
+
+def _cells(row: Sequence[str]) -> str:
+    return "".join(f"<td{_numeric(cell)}>{escape(cell)}</td>" for cell in row)
 
 
 def _row(charts: list[str]) -> list[str]:
