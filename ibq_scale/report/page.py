@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 from importlib.resources import files
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,8 +114,10 @@ class Table:
         body = "".join(f"<tr>{_cells(row)}</tr>" for row in self.rows)
         quoted = ([*row, *[""] * (len(self.head) - len(row))] for row in self.quoted)
         body += "".join(f'<tr class="quoted">{_cells(row)}</tr>' for row in quoted)
-        caption = f"<caption>{escape(self.caption)}</caption>" if self.caption else ""
-        return f'<div class="scroll"><table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        # Not a <caption>, which would be as wide as the table and scroll with it.
+        caption = f'<p class="caption">{escape(self.caption)}</p>' if self.caption else ""
+        table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        return f'{caption}<div class="scroll">{table}</div>'
 
 
 @dataclass(frozen=True)
@@ -135,11 +138,13 @@ class Bars:
 
 
 Block = Chart | Picture | Gallery | Tiles | Table | Bars
+# Blocks that stand side by side where they follow one another, and their place's name.
+BESIDE: dict[type[Block], str] = {Chart: "charts", Picture: "pictures"}
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, a sentence or two, and what belongs under them. Charts of one section stand side by side."""
+    """A heading, a sentence or two, and what belongs under them. Charts stand side by side, and so do pictures."""
 
     title: str
     text: str = ""
@@ -147,17 +152,11 @@ class Section:
 
     def html(self) -> str:
         text = f"<p>{escape(self.text)}</p>" if self.text else ""
-        parts: list[str] = []
-        row: list[str] = []
-        for block in self.blocks:
-            if isinstance(block, Chart):
-                row.append(block.html())
-                continue
-            parts += _row(row)
-            row = []
-            parts.append(block.html())
-        parts += _row(row)
-        return f"<section><h2>{escape(self.title)}</h2>{text}{''.join(parts)}</section>"
+        parts = [f"<section><h2>{escape(self.title)}</h2>{text}"]
+        for kind, blocks in groupby(self.blocks, type):
+            body = "".join(block.html() for block in blocks)
+            parts.append(f'<div class="{BESIDE[kind]}">{body}</div>' if kind in BESIDE else body)
+        return "".join([*parts, "</section>"])
 
 
 def render(title: str, subtitle: str, sections: Sequence[Section]) -> str:
@@ -207,10 +206,6 @@ def _image(png: bytes, alt: str) -> str:
 
 def _cells(row: Sequence[str]) -> str:
     return "".join(f"<td{_numeric(cell)}>{escape(cell)}</td>" for cell in row)
-
-
-def _row(charts: list[str]) -> list[str]:
-    return [f'<div class="charts">{"".join(charts)}</div>'] if charts else []
 
 
 def _note(note: str) -> str:

@@ -13,14 +13,14 @@ from PIL import Image
 
 from ibq_scale.evaluate import generation, reconstruction, worst
 from ibq_scale.generate import chunks
-from ibq_scale.report.page import Block, Gallery, Picture, Section, Table
+from ibq_scale.report.page import Block, Picture, Section, Table
 from ibq_scale.report.published import SOURCE, TOKENIZERS, TRANSFORMERS
 from ibq_scale.report.runs import RunLog
 
 # Pixels of an embedded picture's longer side.
-MOST_PIXELS = 1600
+MOST_PIXELS = 1200
 # Grids of samples, from a training's first to its last.
-GRIDS = 4
+GRIDS = 3
 
 
 @dataclass(frozen=True)
@@ -165,12 +165,13 @@ def _settings(facts: dict[str, Any]) -> str:
 def _grids(run: RunLog) -> list[Block]:
     """What validations drew, evenly from the first to the last."""
     drawn = run.pictures("samples")
-    if not drawn:
-        return []
     last = len(drawn) - 1
-    chosen = sorted({round(i * last / max(GRIDS - 1, 1)) for i in range(GRIDS)})
-    rows = [(f"step {int(drawn[i].stem.rpartition('-')[2]):,}", small(drawn[i])) for i in chosen]
-    return [Gallery(rows, f"{run.name}, samples in training: the same classes and random numbers each time")]
+    chosen = sorted({round(i * last / (GRIDS - 1)) for i in range(GRIDS)}) if drawn else []
+    said = "samples in training (the same classes and random numbers each time)"
+    return [
+        Picture(small(drawn[i]), f"{run.name}, step {int(drawn[i].stem.rpartition('-')[2]):,}: {said}", run.name)
+        for i in chosen
+    ]
 
 
 def _figure(value: float | None, digits: int) -> str:

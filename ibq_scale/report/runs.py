@@ -87,9 +87,11 @@ class RunLog:
         return str(self.config.get("task"))
 
     def last(self, metric: str) -> str:
-        """The metric's newest value, as text."""
+        """The metric's newest value, as text; shares in percent."""
         points = self.points(metric)
-        return f"{points[-1].value:.4g}" if points else "–"
+        if not points:
+            return "–"
+        return f"{100 * points[-1].value:.3g} %" if METRICS[metric][3] == 1.0 else f"{points[-1].value:.4g}"
 
     def pictures(self, name: str) -> list[Path]:
         """What the run drew under a name, by step."""
@@ -153,7 +155,11 @@ def standing(runs: Sequence[RunLog]) -> Table:
         last = run.lines[-1] if run.lines else {}
         minutes = f"{last['time'] / 60:.1f} min" if last else "–"
         rows.append([run.name, str(last.get("step", 0)), minutes, *(run.last(name) for name in shown)])
-    return Table(["run", "step", "time", *(METRICS[name][0] for name in shown)], rows)
+    heads = [
+        title if top == 1.0 or not unit else f"{title}, {unit}"
+        for title, unit, _, top in map(METRICS.__getitem__, shown)
+    ]
+    return Table(["run", "step", "time", *heads], rows)
 
 
 def differences(runs: Sequence[RunLog]) -> Table:

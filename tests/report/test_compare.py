@@ -95,7 +95,12 @@ def test_results_stand_beside_the_published_figures(runs: list[Path], tmp_path: 
     assert rows["IBQ-XXL, published"][2:6] == ["2.85", "1.20", "2.05", "286.7"]
     assert "arXiv 2412.02692: ImageNet" in page
     captions = re.findall("<figcaption>(.*?)</figcaption>", page)
-    for said in ("tok, its worst images", "one, samples of step 200", "two, samples of step 200", "one, samples in tr"):
+    for said in (
+        "tok, its worst images",
+        "one, samples of step 200",
+        "two, samples of step 200",
+        "one, step 2: samples in training",
+    ):
         assert any(caption.startswith(said) for caption in captions), said
 
 
