@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 
 from ibq_scale.checkpoint.files import TensorFile, write_all
+from ibq_scale.checkpoint.reading import newest_or_this
 from ibq_scale.config.layers import resolve
 from ibq_scale.config.run import AnyRun, ARRun, TokenizerRun
 from ibq_scale.data.prepare import prepare_images
@@ -34,6 +36,7 @@ from ibq_scale.weights import SOURCES
 from tests.evaluate.stand_in import QuickInception
 from tests.ranks import run_ranks
 from tests.samples import SMALL_AR, write_codes, write_pictures
+from tests.train.runs import ENDLESS, PATIENCE, launched, lines, wait_until
 
 SMALL = (
     "model.channel_multipliers=[1,1]",
@@ -305,3 +308,18 @@ def test_runs_log_what_they_measure_and_leave_pictures(
     assert pictures == ["samples-00000002.png", "samples-00000003.png"]
     with Image.open(tmp_path / "ar" / "images" / pictures[0]) as grid:
         assert grid.size == (4 * 16 + 3 * 2, 4 * 16 + 3 * 2)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_after_a_signal_no_validation_begins(training: str, dataset: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    more = (f"validation.data={dataset}", "validation.every=1", "validation.samples=8", *ENDLESS)
+    with launched(training, run, *more) as process:
+        wait_until(lambda: len(lines(run)) >= 2, process)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(PATIENCE) == 75
+    *before, last = lines(run)
+    assert all("validation_psnr" in line for line in before)
+    assert "validation_psnr" not in last
+    assert newest_or_this(run).step == last["step"]
