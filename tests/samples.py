@@ -12,9 +12,9 @@ CLASSES = ("apples", "birds", "cars")
 PICTURES_A_CLASS = 8
 
 
-def write_pictures(root: Path) -> None:
+def write_pictures(root: Path, seed: int = 0) -> None:
     """An ImageFolder of 3 classes × 8 small smooth pictures of several sizes, JPEG and PNG."""
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seed)
     for label, name in enumerate(CLASSES):
         (root / name).mkdir(parents=True)
         for i in range(PICTURES_A_CLASS):

@@ -25,7 +25,9 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Results that were measured against different references are refused.",
         epilog="example: ibq-scale evaluate compare b.json l.json",
     )
-    compare.add_argument("results", nargs="+", type=Path, metavar="FILE", help="what --json printed")
+    compare.add_argument(
+        "results", nargs="+", type=Path, metavar="FILE", help="generation.json, or what --json printed"
+    )
     compare.add_argument("--json", action="store_true", help="print one JSON document")
     compare.set_defaults(run=_compare)
 
@@ -50,7 +52,9 @@ def _add_reconstruction(family: argparse._SubParsersAction[argparse.ArgumentPars
         default="8bit",
         help="reconstructions as files hold them (default), or before rounding, as LPIPS and rFID were published",
     )
-    parser.add_argument("--to", type=Path, metavar="DIR", help="write images.jsonl (a line an image) and worst.png")
+    parser.add_argument(
+        "--to", type=Path, metavar="DIR", help="write reconstruction.json, images.jsonl (a line an image) and worst.png"
+    )
     _add_usual(parser)
     parser.set_defaults(run=_reconstruction)
 
@@ -72,6 +76,7 @@ def _add_generation(family: argparse._SubParsersAction[argparse.ArgumentParser])
         help="file of 'evaluate reference', the usual suite's .npz, or images as for SAMPLES",
     )
     _add_resolution(parser)
+    parser.add_argument("--to", type=Path, metavar="DIR", help="write generation.json, for 'report' and 'compare'")
     _add_usual(parser)
     parser.set_defaults(run=_generation)
 
@@ -151,7 +156,7 @@ def _generation(args: argparse.Namespace) -> int:
     at_least_one(args, "batch", "limit", "resolution")
     with join() as world:
         report = evaluate_generation(
-            args.samples, args.reference, world, batch=args.batch, size=_size(args), limit=args.limit
+            args.samples, args.reference, world, batch=args.batch, size=_size(args), limit=args.limit, to=args.to
         )
         if not world.is_main:
             return 0

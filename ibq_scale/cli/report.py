@@ -19,7 +19,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _report(args: argparse.Namespace) -> int:
-    from ibq_scale.report.runs import write_report
+    from ibq_scale.report.compare import write_report
 
     print(write_report(args.runs, args.out or args.runs[0] / "report.html"))
     return 0

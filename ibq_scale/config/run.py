@@ -207,6 +207,38 @@ class RunConfig(Section):
         return self.out or f"runs/{self.name}"
 
 
+class ValidationConfig(Section):
+    """Measures on samples that training does not see, of the averaged weights (the live ones without an average).
+
+    `data`: prepared images for a tokenizer, code shards for a transformer; null for none. `every`: steps from one to
+    the next, and at the end. `samples`: how many, the same ones each time.
+    """
+
+    data: str | None = None
+    every: PositiveInt = 1000
+    samples: PositiveInt = 5000
+
+
+class TokenizerValidationConfig(ValidationConfig):
+    """PSNR, SSIM, usage and perplexity of centre crops, and `metrics` that need weights: null takes those of LPIPS
+    (VGG) and rFID whose files are cached on every node at the start; one that is named and absent ends the start.
+    """
+
+    metrics: tuple[Literal["lpips", "lpips_alex", "rfid"], ...] | None = None
+
+
+class ARValidationConfig(ValidationConfig):
+    """The mean loss, and where the run knows its tokenizer a grid of samples: the same places and numbers each time.
+
+    `images`: how many, of evenly spaced classes; 0 for none. `guidance`, `temperature`: null takes what was published
+    for the model's size, else 1.
+    """
+
+    images: NonNegativeInt = 16
+    guidance: Annotated[float, Field(gt=0)] | None = None
+    temperature: Annotated[float, Field(gt=0)] | None = None
+
+
 class TokenizerRun(RunConfig):
     """Stage 1: the image tokenizer. `codebook_group`: ranks that share one codebook, 0 for all of them."""
 
@@ -216,34 +248,23 @@ class TokenizerRun(RunConfig):
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     loss: TokenizerLossConfig = TokenizerLossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    validation: TokenizerValidationConfig = TokenizerValidationConfig()
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
     codebook_group: NonNegativeInt = 0
-
-
-class ValidationConfig(Section):
-    """The loss on codes that training does not see, without any dropout.
-
-    `data`: their code shards, null for none. `every`: steps from one to the next, and at the end. `samples`: how many,
-    the same ones each time.
-    """
-
-    data: str | None = None
-    every: PositiveInt = 1000
-    samples: PositiveInt = 5000
 
 
 class ARRun(RunConfig):
     """Stage 2: the class-conditional transformer on code shards.
 
-    `tokenizer`: a tokenizer checkpoint or export whose hash the code shards must carry; ``null`` takes the
-    codes' own word.
+    `tokenizer`: a tokenizer checkpoint or export whose hash the code shards must carry, and which decodes the samples
+    of a validation; ``null`` takes the codes' own word.
     """
 
     task: Literal["ar"] = "ar"
     model: TransformerConfig = TransformerConfig()
     optimizer: OptimizerConfig = OptimizerConfig(lr=3e-4, betas=(0.9, 0.95), weight_decay=0.05, grad_clip=1.0)
     tokenizer: str | None = None
-    validation: ValidationConfig = ValidationConfig()
+    validation: ARValidationConfig = ARValidationConfig()
 
 
 AnyRun = TokenizerRun | ARRun

@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import count
 from multiprocessing import forkserver, resource_tracker
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from ibq_scale.data.sets import DataSets, open_sets
 
 log = logging.getLogger(__name__)
 
-# Batches whose shards are fetched ahead of use, and those that each worker has ready.
+# Batches whose shards are fetched ahead of use, and those that each worker (or reader of an evaluation) has ready.
 FETCH_AHEAD = 16
 PREFETCH = 4
 
@@ -60,6 +60,9 @@ class CodeBatch(NamedTuple):
     """int64 (B,)."""
     requests: Tensor
     """int64 (B, 5), a `Request` each: position, source, epoch, shard, row."""
+
+
+Batch = TypeVar("Batch")
 
 
 def to_float(images_u8: Tensor) -> Tensor:
@@ -111,11 +114,11 @@ def evaluation_codes(
     All ranks get equally many batches of equal size: places beyond the end repeat a sample with weight 0.
     """
     dataset = CodeDataset(sets, seed=0, shards_in_memory=4 * sets.config.lanes * len(sets.parts))
-    order, count = sets.order(seed=0), min(limit, sets.samples)
-    for first in range(0, count, batch * world_size):
-        places = range(first + rank * batch, first + (rank + 1) * batch)
-        samples = [dataset[Request(p, *order.locate(min(p, count - 1)))] for p in places]
-        yield _stack_codes(samples), torch.tensor([float(p < count) for p in places])
+
+    def read(requests: list[Request]) -> CodeBatch:
+        return _stack_codes([dataset[request] for request in requests])
+
+    return _shares(read, _shuffled(sets, limit), rank, world_size, batch)
 
 
 def evaluation_images(
@@ -133,35 +136,78 @@ def evaluation_images(
     All ranks get equally many batches of equal size: places beyond the end repeat a sample with weight 0. With
     `resolution` None images keep their size, but for a crop to sides that `multiple` divides; `batch` is 1 then.
     """
-    dataset = _centre_cropped(url, resolution, multiple)
-    sizes = dataset.sets.parts[0].manifest.shard_sizes
-    rows = [(s, r) for s, size in enumerate(sizes) for r in range(size)][:limit]
-    for first in range(0, len(rows), batch * world_size):
+    sets = open_sets(DataConfig(train=url), "images")
+    sizes = sets.parts[0].manifest.shard_sizes
+    requests = [Request(0, 0, 0, s, r) for s, size in enumerate(sizes) for r in range(size)][:limit]
+    return _image_shares(_centre_cropped(sets, resolution, multiple), requests, rank, world_size, batch)
+
+
+def validation_images(
+    sets: DataSets, *, resolution: int, rank: int, world_size: int, batch: int, limit: int
+) -> Iterator[tuple[ImageBatch, Tensor]]:
+    """As `evaluation_images`, of the first `limit` images of a shuffled order that is always the same."""
+    return _image_shares(_centre_cropped(sets, resolution), _shuffled(sets, limit), rank, world_size, batch)
+
+
+def _shuffled(sets: DataSets, limit: int) -> list[Request]:
+    order = sets.order(seed=0)
+    return [Request(0, *order.locate(place)) for place in range(min(limit, sets.samples))]
+
+
+def _image_shares(
+    dataset: ImageDataset, requests: Sequence[Request], rank: int, world_size: int, batch: int
+) -> Iterator[tuple[ImageBatch, Tensor]]:
+    def read(requests: list[Request]) -> ImageBatch:
+        return _stack_images(dataset.__getitems__(requests))
+
+    return _shares(read, requests, rank, world_size, batch)
+
+
+def _shares(
+    read: Callable[[list[Request]], Batch], requests: Sequence[Request], rank: int, world_size: int, batch: int
+) -> Iterator[tuple[Batch, Tensor]]:
+    """A rank's batches, their positions those in `requests`: batch b goes to rank b mod W.
+
+    A thread reads some batches ahead, so that neither store nor device waits for the other.
+    """
+
+    def share(first: int) -> tuple[Batch, Tensor]:
         places = range(first + rank * batch, first + (rank + 1) * batch)
-        samples = dataset.__getitems__([Request(p, 0, 0, *rows[min(p, len(rows) - 1)]) for p in places])
-        yield _stack_images(samples), torch.tensor([float(p < len(rows)) for p in places])
+        wanted = [requests[min(p, len(requests) - 1)]._replace(position=p) for p in places]
+        return read(wanted), torch.tensor([float(p < len(requests)) for p in places])
+
+    waiting: deque[Future[tuple[Batch, Tensor]]] = deque()
+    reader = ThreadPoolExecutor(1)
+    try:
+        for first in range(0, len(requests), batch * world_size):
+            waiting.append(reader.submit(share, first))
+            if len(waiting) > PREFETCH:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        reader.shutdown(wait=False, cancel_futures=True)
 
 
 def single_images(
     url: str, rows: Iterable[tuple[int, int]], *, resolution: int | None, multiple: int = 1
 ) -> Iterator[ImageBatch]:
     """Chosen images, each (shard, row) a batch of its own, cropped as `evaluation_images` does."""
-    dataset = _centre_cropped(url, resolution, multiple)
+    dataset = _centre_cropped(open_sets(DataConfig(train=url), "images"), resolution, multiple)
     for place, (shard, row) in enumerate(rows):
         yield _stack_images([dataset[Request(place, 0, 0, shard, row)]])
 
 
 def shard_images(url: str, shard: int, *, resolution: int, batch: int) -> Iterator[ImageBatch]:
     """One shard's images in its own order, centre-cropped; the last batch may be smaller."""
-    dataset = _centre_cropped(url, resolution)
+    dataset = _centre_cropped(open_sets(DataConfig(train=url), "images"), resolution)
     size = dataset.sets.parts[0].manifest.shards[shard].samples
     for first in range(0, size, batch):
         rows = range(first, min(first + batch, size))
         yield _stack_images(dataset.__getitems__([Request(row, 0, 0, shard, row) for row in rows]))
 
 
-def _centre_cropped(url: str, resolution: int | None, multiple: int = 1) -> ImageDataset:
-    sets = open_sets(DataConfig(train=url), "images")
+def _centre_cropped(sets: DataSets, resolution: int | None, multiple: int = 1) -> ImageDataset:
     return ImageDataset(
         sets, resolution=resolution, random_crop=False, flip=False, seed=0, training=False, multiple=multiple
     )

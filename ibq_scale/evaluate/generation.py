@@ -17,7 +17,11 @@ from ibq_scale.evaluate.fid import FeatureStatistics, Inception, moments_distanc
 from ibq_scale.evaluate.gather import gather_rows
 from ibq_scale.evaluate.images import ImageSet, Size, open_images
 from ibq_scale.evaluate.reference import UNSTAMPED, Reference, Stamp, load_reference
+from ibq_scale.evaluate.results import write_result
 from ibq_scale.evaluate.scores import NEIGHBOURS, SPLITS, inception_score, precision_and_recall
+from ibq_scale.generate.chunks import FACTS
+
+RESULT = "generation.json"
 
 
 @dataclass(frozen=True)
@@ -27,10 +31,12 @@ class GenerationReport:
     `inception_score` is the mean over ten splits, `inception_score_std` their deviation;
     `precision` and `recall` 0 to 1, of 2048 features and three neighbours. What could not be measured is None, and
     `not_measured` says why. `reference_hash` tells references apart, ``unstamped:…`` where a file does not say what it
-    was computed from; `reference_stamp` is what it says. `resolution`: height and width.
+    was computed from; `reference_stamp` is what it says. `resolution`: height and width. `sampled`: what ``sample``
+    says of the images (model, settings, job), None for others.
     """
 
     samples: str
+    sampled: dict[str, Any] | None
     images: int
     resolution: Size
     reference: str
@@ -56,11 +62,13 @@ def evaluate_generation(
     batch: int,
     size: Size | None = None,
     limit: int | None = None,
+    to: Path | None = None,
 ) -> GenerationReport:
     """Measures the images at `samples` (or the first `limit`) against `reference`. Collective.
 
-    The figures do not depend on the number of ranks. `size` is the centre crop where samples are a prepared data set.
-    UserError where images, reference or weights cannot be used or do not fit each other.
+    The figures do not depend on the number of ranks. `size` is the centre crop where samples are a prepared data set,
+    `to` a folder for the report (``generation.json``). UserError where images, reference or weights cannot be used or
+    do not fit each other.
     """
     begin = time.perf_counter()
     images = open_images(samples, size, limit)
@@ -70,8 +78,9 @@ def evaluate_generation(
     real = load_reference(reference, inception, images.size, world, batch=batch)
     values = _measure(images, real, inception, world, batch)
     seconds = time.perf_counter() - begin
-    return GenerationReport(
+    report = GenerationReport(
         samples=samples,
+        sampled=_sampled(Path(samples)),
         images=images.count,
         resolution=images.size,
         reference=reference,
@@ -83,6 +92,17 @@ def evaluate_generation(
         images_per_s=images.count / seconds,
         **values,
     )
+    if to is not None and world.is_main:
+        write_result(to / RESULT, report)
+    return report
+
+
+def _sampled(folder: Path) -> dict[str, Any] | None:
+    try:
+        facts = json.loads((folder / FACTS).read_text())
+        return {name: facts[name] for name in ("model", "settings", "job")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _measure(images: ImageSet, real: Reference, inception: Inception, world: World, batch: int) -> dict[str, Any]:

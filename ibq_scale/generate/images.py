@@ -33,7 +33,8 @@ class SampleReport:
     """What a job wrote. Rates are of the images made now (`images` less `reused_images`), decoding included.
 
     `complete`: every image is there, and the files written. Else other parts of the array have still to run.
-    `images` are this part's. `job` is the sha256 of all that the images depend on.
+    `images` are this part's. `job` is the sha256 of all that the images depend on, `model` the directory that the
+    transformer was read from.
     """
 
     folder: str
@@ -45,6 +46,7 @@ class SampleReport:
     batch: int
     precision: str
     settings: SamplingSettings
+    model: str
     tokenizer: str
     job: str
     seconds: float
@@ -113,6 +115,7 @@ def sample(
         "batch": job.batch,
         "precision": _precision(ar),
         "settings": settings,
+        "model": ar.path,
         "tokenizer": tokenizer.hash,
         "job": job.hash,
         "seconds": seconds,

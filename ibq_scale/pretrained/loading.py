@@ -113,6 +113,8 @@ class ARModel(nn.Module):
         self.config = config
         self.tokenizer_hash = tokenizer
         """Hash of the tokenizer whose codes it was trained on, where known."""
+        self.path = ""
+        """The directory that it was read from."""
         self.eval().requires_grad_(False)
 
     @property
@@ -171,6 +173,7 @@ def load_ar(path: str | Path, device: torch.device | str = "cpu", check_hashes: 
         model = ARModel(TransformerConfig(**config["model"]), config.get("tokenizer"))
     tensors = {f"transformer.{k}": v for k, v in _weights(folder, config).items()}
     fill_strictly(model, tensors, folder)
+    model.path = str(folder.resolve())
     return model.to(device)
 
 

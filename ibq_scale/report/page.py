@@ -8,11 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
 from importlib.resources import files
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
 # A chart of more points than it has pixels only costs bytes.
 MOST_POINTS = 800
+# Pictures below this width are enlarged as they are, without smoothing.
+SMALL_PIXELS = 800
 
 
 class Point(NamedTuple):
@@ -58,7 +61,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG, embedded. Pixels stay sharp squares when it is shown larger."""
+    """A PNG, embedded. A small one's pixels stay sharp squares when it is shown larger."""
 
     png: bytes
     caption: str
@@ -99,19 +102,22 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text; columns of numbers are set right."""
+    """Rows of text. `quoted` are rows of others' figures, set apart; what they lack at their end stays empty."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
     caption: str = ""
+    quoted: Sequence[Sequence[str]] = ()
 
     def html(self) -> str:
         head = "".join(f"<th>{escape(cell)}</th>" for cell in self.head)
-        body = "".join(
-            "<tr>" + "".join(f"<td{_numeric(cell)}>{escape(cell)}</td>" for cell in row) + "</tr>" for row in self.rows
-        )
-        caption = f"<caption>{escape(self.caption)}</caption>" if self.caption else ""
-        return f'<div class="scroll"><table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+        body = "".join(f"<tr>{_cells(row)}</tr>" for row in self.rows)
+        quoted = ([*row, *[""] * (len(self.head) - len(row))] for row in self.quoted)
+        body += "".join(f'<tr class="quoted">{_cells(row)}</tr>' for row in quoted)
+        # Not a <caption>, which would be as wide as the table and scroll with it.
+        caption = f'<p class="caption">{escape(self.caption)}</p>' if self.caption else ""
+        table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        return f'{caption}<div class="scroll">{table}</div>'
 
 
 @dataclass(frozen=True)
@@ -132,11 +138,13 @@ class Bars:
 
 
 Block = Chart | Picture | Gallery | Tiles | Table | Bars
+# Blocks that stand side by side where they follow one another, and their place's name.
+BESIDE: dict[type[Block], str] = {Chart: "charts", Picture: "pictures"}
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, a sentence or two, and what belongs under them. Charts of one section stand side by side."""
+    """A heading, a sentence or two, and what belongs under them. Charts stand side by side, and so do pictures."""
 
     title: str
     text: str = ""
@@ -144,17 +152,11 @@ class Section:
 
     def html(self) -> str:
         text = f"<p>{escape(self.text)}</p>" if self.text else ""
-        parts: list[str] = []
-        row: list[str] = []
-        for block in self.blocks:
-            if isinstance(block, Chart):
-                row.append(block.html())
-                continue
-            parts += _row(row)
-            row = []
-            parts.append(block.html())
-        parts += _row(row)
-        return f"<section><h2>{escape(self.title)}</h2>{text}{''.join(parts)}</section>"
+        parts = [f"<section><h2>{escape(self.title)}</h2>{text}"]
+        for kind, blocks in groupby(self.blocks, type):
+            body = "".join(block.html() for block in blocks)
+            parts.append(f'<div class="{BESIDE[kind]}">{body}</div>' if kind in BESIDE else body)
+        return "".join([*parts, "</section>"])
 
 
 def render(title: str, subtitle: str, sections: Sequence[Section]) -> str:
@@ -197,11 +199,13 @@ def thin(points: Sequence[Point]) -> list[list[float]]:
 
 def _image(png: bytes, alt: str) -> str:
     source = base64.b64encode(png).decode()
-    return f'<img alt="{escape(alt, quote=True)}" src="data:image/png;base64,{source}">'
+    # Bytes 16 to 20 of a PNG are its width.
+    sharp = ' class="sharp"' if int.from_bytes(png[16:20], "big") < SMALL_PIXELS else ""
+    return f'<img{sharp} alt="{escape(alt, quote=True)}" src="data:image/png;base64,{source}">'
 
 
-def _row(charts: list[str]) -> list[str]:
-    return [f'<div class="charts">{"".join(charts)}</div>'] if charts else []
+def _cells(row: Sequence[str]) -> str:
+    return "".join(f"<td{_numeric(cell)}>{escape(cell)}</td>" for cell in row)
 
 
 def _note(note: str) -> str:

@@ -1,4 +1,4 @@
-"""Reports of run directories: their curves laid over one another, their pictures, how their configs differ."""
+"""Run directories as a report sees them: their curves laid over one another, and how their configs differ."""
 
 from __future__ import annotations
 
@@ -12,11 +12,19 @@ import yaml
 
 from ibq_scale.config.layers import flatten
 from ibq_scale.errors import UserError
-from ibq_scale.report.page import Block, Chart, Picture, Point, Section, Series, Table, write
+from ibq_scale.report.page import Block, Chart, Point, Series, Table
 
 # Metrics in reading order: title, unit, what to look for, upper end.
 METRICS: dict[str, tuple[str, str, str, float | None]] = {
     "loss": ("Loss", "", "what the optimizer minimises", None),
+    "validation_loss": ("Loss on held-out codes", "nats a code", "of the averaged weights", None),
+    "validation_rfid": ("rFID on held-out images", "", "of few images it is larger than of 50,000", None),
+    "validation_lpips": ("LPIPS on held-out images", "", "VGG", None),
+    "validation_lpips_alex": ("LPIPS on held-out images, AlexNet", "", "", None),
+    "validation_psnr": ("PSNR on held-out images", "dB", "", None),
+    "validation_ssim": ("SSIM on held-out images", "", "", None),
+    "validation_usage": ("Codebook usage on held-out images", "share of codes", "", 1.0),
+    "validation_perplexity": ("Perplexity on held-out images", "codes", "", None),
     "usage": ("Codebook usage", "share of codes", "codes chosen at least once since the line before", 1.0),
     "perplexity": ("Perplexity of the codes", "codes", "1 = one code for everything, K = all equally often", None),
     "dead": ("Dead codes", "share of codes", "not chosen in the last 1,000 steps", 1.0),
@@ -44,6 +52,13 @@ METRICS: dict[str, tuple[str, str, str, float | None]] = {
 }
 
 
+# What runs of one kind are called together, and the metrics that say where they stand.
+KINDS = {
+    "tokenizer": ("tokenizers", ("loss", "l1", "usage", "validation_psnr", "validation_rfid", "samples_per_s")),
+    "ar": ("transformers", ("loss", "validation_loss", "grad_norm", "samples_per_s")),
+}
+
+
 @dataclass(frozen=True)
 class RunLog:
     """A run directory as a report sees it."""
@@ -67,10 +82,20 @@ class RunLog:
         return Series(self.name, self.points(metric), slot)
 
     @property
-    def newest_picture(self) -> Path | None:
-        """What the run drew last."""
-        pictures = sorted((self.path / "images").glob("step-*.png"))
-        return pictures[-1] if pictures else None
+    def kind(self) -> str:
+        """A key of `KINDS`."""
+        return str(self.config.get("task"))
+
+    def last(self, metric: str) -> str:
+        """The metric's newest value, as text; shares in percent."""
+        points = self.points(metric)
+        if not points:
+            return "–"
+        return f"{100 * points[-1].value:.3g} %" if METRICS[metric][3] == 1.0 else f"{points[-1].value:.4g}"
+
+    def pictures(self, name: str) -> list[Path]:
+        """What the run drew under a name, by step."""
+        return sorted((self.path / "images").glob(f"{name}-*.png"))
 
 
 def load_run(path: Path, name: str | None = None) -> RunLog:
@@ -91,9 +116,9 @@ def load_run(path: Path, name: str | None = None) -> RunLog:
     return RunLog(path, name or str(path), config, facts, lines)
 
 
-def metric_chart(metric: str, runs: Sequence[RunLog]) -> Chart | None:
+def metric_chart(metric: str, runs: Sequence[RunLog], first_slot: int = 0) -> Chart | None:
     """One chart with a line a run, or None where no run logged the metric. A run keeps its colour everywhere."""
-    series = [run.series(metric, slot) for slot, run in enumerate(runs)]
+    series = [run.series(metric, slot) for slot, run in enumerate(runs, first_slot)]
     series = [s for s in series if s.points]
     if not series:
         return None
@@ -101,47 +126,44 @@ def metric_chart(metric: str, runs: Sequence[RunLog]) -> Chart | None:
     return Chart(title, series, unit, note, top)
 
 
-def curves(runs: Sequence[RunLog], metrics: Sequence[str] = tuple(METRICS)) -> list[Block]:
-    """Charts of those metrics that were logged."""
-    return [chart for metric in metrics if (chart := metric_chart(metric, runs)) is not None]
+def curves(runs: Sequence[RunLog], metrics: Sequence[str] = tuple(METRICS), first_slot: int = 0) -> list[Block]:
+    """Charts of those metrics that were logged; runs have the colours from `first_slot` on."""
+    return [chart for metric in metrics if (chart := metric_chart(metric, runs, first_slot)) is not None]
 
 
-def write_report(paths: Sequence[Path], out: Path) -> Path:
-    """Writes the report of one or several runs. UserError where one of them cannot be read."""
-    runs = [load_run(path) for path in paths]
-    title = runs[0].config.get("name", str(paths[0])) if len(runs) == 1 else f"{len(runs)} runs"
-    sections = [Section("Where they stand", "", [_standing(runs)]), Section("Curves", "", curves(runs))]
-    alarms = [
-        [run.name, str(line["step"]), text] for run in runs for line in run.lines for text in line.get("alarms", ())
+def runs_of(paths: Sequence[Path]) -> list[RunLog]:
+    """Reads run directories, each named by its folder's name where that tells them apart. UserError as `load_run`."""
+    names = [path.resolve().name for path in paths]
+    return [
+        load_run(path, name if names.count(name) == 1 else str(path)) for path, name in zip(paths, names, strict=True)
     ]
-    if alarms:
-        sections.insert(1, Section("Alarms", "", [Table(["run", "step", "what was seen"], alarms)]))
-    pictures = [
-        Picture(found.read_bytes(), f"{run.name}, {found.stem}: originals above, reconstructions below", run.name)
-        for run in runs
-        if (found := run.newest_picture) is not None
-    ]
-    if pictures:
-        sections.append(Section("Pictures", "", pictures))
-    if len(runs) > 1:
-        sections.append(Section("What differs", "Keys of the configs with more than one value.", [_differences(runs)]))
-    sections.append(Section("Environment", "", [environments(runs)]))
-    return write(out, str(title), ", ".join(str(path) for path in paths), sections)
 
 
-def _standing(runs: Sequence[RunLog]) -> Table:
-    shown = ("loss", "usage", "l1", "samples_per_s")
+def by_kind(runs: Sequence[RunLog]) -> dict[str, list[RunLog]]:
+    """Runs whose metrics and keys mean the same, by what they are called together."""
+    groups: dict[str, list[RunLog]] = {}
+    for run in runs:
+        groups.setdefault(KINDS.get(run.kind, ("runs", ()))[0], []).append(run)
+    return groups
+
+
+def standing(runs: Sequence[RunLog]) -> Table:
+    """How far runs of one kind have come."""
+    shown = [name for name in KINDS.get(runs[0].kind, ("", ("loss",)))[1] if any(run.points(name) for run in runs)]
     rows = []
     for run in runs:
         last = run.lines[-1] if run.lines else {}
-        values = [f"{last[name]:.4g}" if name in last else "–" for name in shown]
         minutes = f"{last['time'] / 60:.1f} min" if last else "–"
-        rows.append([run.name, str(run.config.get("task", "")), str(last.get("step", 0)), minutes, *values])
-    heads = ["run", "task", "step", "time", *(METRICS[name][0].lower() for name in shown)]
-    return Table(heads, rows)
+        rows.append([run.name, str(last.get("step", 0)), minutes, *(run.last(name) for name in shown)])
+    heads = [
+        title if top == 1.0 or not unit else f"{title}, {unit}"
+        for title, unit, _, top in map(METRICS.__getitem__, shown)
+    ]
+    return Table(["run", "step", "time", *heads], rows)
 
 
-def _differences(runs: Sequence[RunLog]) -> Table:
+def differences(runs: Sequence[RunLog]) -> Table:
+    """Keys of the configs with more than one value."""
     flat = [flatten(run.config) for run in runs]
     keys = sorted({key for values in flat for key in values})
     rows = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -15,14 +15,16 @@ from ibq_scale.data.stream import CodeBatch, code_stream
 from ibq_scale.distributed.environment import World
 from ibq_scale.pretrained.loading import CONFIG, config_text
 from ibq_scale.train.alarms import Rule, Spike
+from ibq_scale.train.averaged import averaged_transformer
 from ibq_scale.train.codes import HeldOut, check_codes
 from ibq_scale.train.construction import build_transformer
 from ibq_scale.train.ema import ShardedEMA
 from ibq_scale.train.engine import adamw, gradient_norm, make_engine, set_rates, step
 from ibq_scale.train.engine_state import engine_file, load_engine
 from ibq_scale.train.randomness import seed_by_position
+from ibq_scale.train.sample_grid import SampleGrid
 from ibq_scale.train.schedule import lr_factor, weight_decay
-from ibq_scale.train.task import Step
+from ibq_scale.train.task import Step, Validation
 
 
 class ARTask:
@@ -37,6 +39,7 @@ class ARTask:
         self.sets = sets
         self.codes = check_codes(run, sets)
         self.held_out = None if run.validation.data is None else HeldOut(run, world, sets)
+        self.grid = SampleGrid(run, world) if run.tokenizer is not None and run.validation.images else None
         config = deepspeed_config(run, world.size)
         self.accumulation = int(config["gradient_accumulation_steps"])
         model = build_transformer(run, config, world)
@@ -79,9 +82,14 @@ class ARTask:
     def log_metrics(self) -> dict[str, float]:
         return {}
 
-    def validate(self, step: int) -> dict[str, float]:
+    def validate(self, step: int, progress: Callable[[], None]) -> Validation:
         due = step % self.run.validation.every == 0 or step == self.run.train.total_steps
-        return {} if self.held_out is None or not due else {"validation_loss": self.held_out.loss(self.engine)}
+        if not due or (self.held_out is None and self.grid is None):
+            return Validation()
+        transformer = averaged_transformer(self.run, self.ema, self.world)
+        values = {} if self.held_out is None else {"validation_loss": self.held_out.loss(transformer, progress)}
+        pictures = {} if self.grid is None else {"samples": self.grid.draw(transformer, progress)}
+        return Validation(values, pictures)
 
     def state(self) -> list[StateFile]:
         files: list[StateFile] = [engine_file(self.engine, "transformer", self.world), *self.ema.state("ema")]
@@ -96,4 +104,4 @@ class ARTask:
         self.ema.load(directory / "ema")
 
     def draw(self, directory: Path, step: int) -> None:
-        """Nothing to draw: pictures need the tokenizer, which `sample` brings."""
+        """Nothing to draw: a validation does, where it has the tokenizer."""

@@ -137,10 +137,23 @@ class ShardedCodebook:
         """This rank's averaged rows as its part of a model directory's codebook."""
         if self.world.rank >= self.group_size:
             return []
-        rows = self.ema_rows if self.ema_decay > 0 and self.learns else self.rows.detach()
+        rows = {CODEBOOK: self._averaged_rows()}
+        return [TensorFile(f"{folder}/{codebook_part(self.world.rank, self.group_size)}", rows)]
+
+    def averages(self) -> Tensor:
+        """The whole averaged codebook (K, D), fp32, as exports have it. Collective."""
+        rows_KD = self._averaged_rows().contiguous()
+        if self.group is None:
+            return rows_KD
+        parts = [torch.empty_like(rows_KD) for _ in range(self.group_size)]
+        dist.all_gather(parts, rows_KD, group=self.group)
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def _averaged_rows(self) -> Tensor:
         if self.projection is not None:
-            rows = self.projection.averaged_codes(self.rows)
-        return [TensorFile(f"{folder}/{codebook_part(self.world.rank, self.group_size)}", {CODEBOOK: rows})]
+            return self.projection.averaged_codes(self.rows)
+        return self.ema_rows if self.ema_decay > 0 and self.learns else self.rows.detach()
 
     def load(self, directory: Path) -> None:
         """Reads this rank's rows from files written by any group size. UserError where rows are missing."""

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 
 from ibq_scale.config.run import ARRun
 from ibq_scale.data.manifest import CodesInfo, Manifest
-from ibq_scale.data.sets import DataSets, open_sets
+from ibq_scale.data.sets import DataSets
 from ibq_scale.data.stream import evaluation_codes
 from ibq_scale.distributed.environment import World
 from ibq_scale.errors import UserError
+from ibq_scale.evaluate.gather import gather_rows
+from ibq_scale.models.transformer import Transformer
 from ibq_scale.pretrained.loading import load_tokenizer
+from ibq_scale.train.held_out import open_held_out, reporting
 
 
 class HeldOut:
@@ -22,35 +25,33 @@ class HeldOut:
     def __init__(self, run: ARRun, world: World, training: DataSets) -> None:
         self.run = run
         self.world = world
-        self.sets = open_sets(run.data.model_copy(update={"train": run.validation.data, "weights": ()}), "codes")
+        self.sets = open_held_out(run, training, "codes")
         here, there = (check_codes(run, sets) for sets in (self.sets, training))
         if here.tokenizer != there.tokenizer:
             raise UserError(f"validation.data={run.validation.data} was written by another tokenizer than data.train")
-        if {part.manifest.hash for part in self.sets.parts} & {part.manifest.hash for part in training.parts}:
-            raise UserError(f"validation.data={run.validation.data} is what the run trains on: give codes of its own")
 
     @torch.no_grad()
-    def loss(self, engine: Any) -> float:
-        """Mean cross-entropy a code, in nats, of the live weights without dropout. Collective, the same for all ranks.
+    def loss(self, transformer: Transformer, progress: Callable[[], None]) -> float:
+        """Mean cross-entropy a code, in nats. Collective, the same for all ranks.
 
         Each sample counts once whatever the number of ranks.
         """
-        sums = torch.zeros(2, dtype=torch.float64, device=self.world.device)
-        engine.eval()
-        for batch, weights_B in evaluation_codes(
+        indices, losses = [], []
+        batches = evaluation_codes(
             self.sets,
             rank=self.world.rank,
             world_size=self.world.size,
             batch=self.run.train.micro_batch,
             limit=self.run.validation.samples,
-        ):
+        )
+        for batch, weights_B in reporting(batches, progress):
             codes_BT, labels_B = batch.codes.to(self.world.device), batch.labels.to(self.world.device)
-            losses_B = engine(codes_BT, labels_B).double().mean(dim=1)
-            counts_B = weights_B.to(self.world.device)
-            sums += torch.stack([(losses_B * counts_B).sum(), counts_B.sum()])
-        engine.train()
-        dist.all_reduce(sums)
-        return float(sums[0] / sums[1])
+            losses_B = transformer.losses(codes_BT, labels_B).double().mean(dim=1)
+            held = weights_B > 0
+            indices.append(batch.requests[held, 0])
+            losses.append(losses_B[held.to(losses_B.device)])
+        losses_N = gather_rows(torch.cat(indices), torch.cat(losses)[:, None], self.world)
+        return math.fsum(losses_N.flatten().tolist()) / len(losses_N)
 
 
 def check_codes(run: ARRun, sets: DataSets) -> CodesInfo:

@@ -5,12 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
 from ibq_scale.checkpoint.files import StateFile
 from ibq_scale.checkpoint.pieces import WEIGHTS, Piece, PieceReader, piece_file
 from ibq_scale.distributed.environment import World
 from ibq_scale.models.ema import EMA
 from ibq_scale.pretrained.loading import InCheckpoint
 from ibq_scale.train.master import pieces, shapes
+
+# Elements that are brought together at a time, in fp32.
+CHUNK = 2**26
 
 
 class ShardedEMA:
@@ -50,5 +57,29 @@ class ShardedEMA:
             return self._live()
         return [Piece(name, self._starts[name], values) for name, values in self.shadow.state_dict().items()]
 
+    @torch.no_grad()
+    def fill(self, network: nn.Module) -> None:
+        """Fills a network's parameters, those of the engine's by name, with `pieces` of all ranks. Collective.
+
+        In the parameters' own dtype and memory; of the engine nothing is touched, on any ZeRO stage.
+        """
+        mine = {piece.name: piece for piece in self.pieces()}
+        for name, parameter in network.named_parameters():
+            flat = parameter.detach().view(-1)
+            for start in range(0, len(flat), CHUNK):
+                part = torch.zeros(min(CHUNK, len(flat) - start), device=self.world.device)
+                if name in mine:
+                    _overlap(mine[name], start, part)
+                # Every element is one rank's, and nothing the others': the sum is exact.
+                dist.all_reduce(part)
+                flat[start : start + len(part)].copy_(part)
+
     def _live(self) -> list[Piece]:
         return pieces(self.engine, self.world)
+
+
+def _overlap(piece: Piece, start: int, out: Tensor) -> None:
+    """Copies what the piece has of elements from `start` on into `out`."""
+    first, last = max(start, piece.start), min(start + len(out), piece.start + len(piece.values))
+    if first < last:
+        out[first - start : last - start].copy_(piece.values[first - piece.start : last - piece.start])

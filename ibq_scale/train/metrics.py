@@ -11,10 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ibq_scale.checkpoint.files import write_whole
 from ibq_scale.config.run import AnyRun
 from ibq_scale.console import duration, tell
+from ibq_scale.pictures import save_png
 
+PICTURES = "images"
 # A shorter stand for a save is in metrics.jsonl only.
 SHOWN_STALL_SECONDS = 1.0
 
@@ -26,6 +30,7 @@ class MetricsLog:
 
     def __init__(self, run_dir: Path, config: AnyRun, start_step: int) -> None:
         self.path = run_dir / "metrics.jsonl"
+        self._pictures = run_dir / PICTURES
         self.total_steps = config.train.total_steps
         self.seconds_before = _keep_until(self.path, start_step)
         self._started = time.monotonic()
@@ -48,6 +53,17 @@ class MetricsLog:
             log.warning("step %d: %s", step, alarm)
             tell(f"ALARM at step {step}: {alarm}")
 
+    def show(self, step: int, pictures: Mapping[str, Tensor]) -> None:
+        """Leaves pictures uint8 (3, H, W) in RUN/images, and with W&B."""
+        for name, picture_CHW in pictures.items():
+            path = self._pictures / f"{name}-{step:08d}.png"
+            try:
+                save_png(path, picture_CHW)
+            except OSError as e:
+                log.warning("could not write %s: %s", path, e)
+            if self._wandb is not None:
+                self._tell_wandb({name: picture_CHW}, step)
+
     def _append(self, text: str) -> None:
         """What cannot be written now, on a full disk perhaps, waits in memory for the next line."""
         try:
@@ -69,7 +85,8 @@ class MetricsLog:
 
     def _tell_wandb(self, line: Mapping[str, Any], step: int) -> None:
         try:
-            self._wandb.log(dict(line), step=step)
+            values = {name: _wandb_image(v) if isinstance(v, Tensor) else v for name, v in line.items()}
+            self._wandb.log(values, step=step)
         except Exception as e:  # an outage of a dashboard must not end a run
             log.warning("W&B refused a line, going on without it: %s", e)
 
@@ -83,6 +100,12 @@ class MetricsLog:
             log.warning("the end of %s is lost: %s", self.path, e)
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _wandb_image(picture_CHW: Tensor) -> Any:
+    import wandb
+
+    return wandb.Image(picture_CHW.permute(1, 2, 0).numpy())
 
 
 def _keep_until(path: Path, step: int) -> float:

@@ -31,7 +31,7 @@ from ibq_scale.distributed.node_check import check_nodes
 from ibq_scale.distributed.side_channel import SideChannel
 from ibq_scale.errors import UserError
 from ibq_scale.models.attention import choose, describe
-from ibq_scale.report.runs import write_report
+from ibq_scale.report.compare import write_report
 from ibq_scale.train.preemption import REQUEUE_EXIT_CODE, StopRequest
 from ibq_scale.train.run_lock import locked
 from ibq_scale.train.task import Task

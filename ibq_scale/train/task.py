@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -25,6 +26,13 @@ class Step(NamedTuple):
     metrics: StepMetrics
     applied: bool
     finite: Tensor
+
+
+class Validation(NamedTuple):
+    """Global values by metric, and pictures by name, uint8 (3, H, W) on the CPU; empty where nothing was due."""
+
+    values: Mapping[str, float] = MappingProxyType({})
+    pictures: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Task(Protocol):
@@ -54,10 +62,11 @@ class Task(Protocol):
         """Metrics gathered since the last call, already global (collective)."""
         ...
 
-    def validate(self, step: int) -> dict[str, float]:
-        """Metrics of samples that training does not see, already global, where they are due after `step`; else empty.
+    def validate(self, step: int, progress: Callable[[], None]) -> Validation:
+        """Measures of samples that training does not see, where they are due after `step`.
 
-        Changes nothing of the state (collective).
+        All ranks have equal shares and answers. Nothing of the state changes: what is trained afterwards is the same
+        to the last bit. `progress` is called as it gets on (collective).
         """
         ...
 

@@ -7,7 +7,7 @@ other's weights of the step before, so that accumulation and rank count do not c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -35,14 +35,16 @@ from ibq_scale.pictures import reconstruction_grid, save_png
 from ibq_scale.pretrained.loading import CONFIG, config_text, start_from
 from ibq_scale.quantize.types import Quantized
 from ibq_scale.train.alarms import Above, Drop, Rule, Spike
+from ibq_scale.train.averaged import averaged_tokenizer
 from ibq_scale.train.codebook import ShardedCodebook
 from ibq_scale.train.ema import ShardedEMA
 from ibq_scale.train.engine import adam, discriminator_config, gradient_norm, make_engine, set_rates, step
 from ibq_scale.train.engine_state import engine_file, load_engine
 from ibq_scale.train.guards import BadSamples
+from ibq_scale.train.held_out import HeldOutImages
 from ibq_scale.train.randomness import seed_by_position
 from ibq_scale.train.schedule import lr_factor
-from ibq_scale.train.task import Step, StepMetrics
+from ibq_scale.train.task import Step, StepMetrics, Validation
 from ibq_scale.train.usage import UsageTracker
 
 LECAM = "lecam.safetensors"
@@ -82,6 +84,7 @@ class TokenizerTask:
         net = run.loss.perceptual
         dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
         self.perceptual = None if net == "none" else Perceptual(net, world.device, dtype)
+        self.held_out = None if run.validation.data is None else HeldOutImages(run, world, sets)
         self.accumulation = int(config["gradient_accumulation_steps"])
         # Every rank starts from the same weights.
         torch.manual_seed(run.train.seed)
@@ -277,9 +280,13 @@ class TokenizerTask:
     def log_metrics(self) -> dict[str, float]:
         return self.usage.log() | self.bad_samples.log()
 
-    def validate(self, step: int) -> dict[str, float]:
-        """Nothing: ``evaluate reconstruction`` does it, on checkpoints."""
-        return {}
+    def validate(self, step: int, progress: Callable[[], None]) -> Validation:
+        due = step % self.run.validation.every == 0 or step == self.run.train.total_steps
+        if not due or self.held_out is None:
+            return Validation()
+        tokenizer = averaged_tokenizer(self.run, self.ema, self.codebook, self.world)
+        values = self.held_out.measure(tokenizer, progress)
+        return Validation({f"validation_{name}": value for name, value in values.items()})
 
     def state(self) -> list[StateFile]:
         files: list[StateFile] = [

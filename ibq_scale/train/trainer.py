@@ -22,11 +22,11 @@ from ibq_scale.data.sets import DataSets
 from ibq_scale.distributed.environment import World
 from ibq_scale.train.alarms import Alarms
 from ibq_scale.train.guards import SkippedSteps
-from ibq_scale.train.metrics import MetricsLog
+from ibq_scale.train.metrics import PICTURES, MetricsLog
 from ibq_scale.train.once import SeenOnce
 from ibq_scale.train.preemption import StopRequest
 from ibq_scale.train.stragglers import Stragglers
-from ibq_scale.train.task import StepMetrics, Task
+from ibq_scale.train.task import StepMetrics, Task, Validation
 from ibq_scale.train.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -130,11 +130,13 @@ class Trainer:
             with stragglers.step():
                 self._train(step, batches, window)
             watchdog.step_ended(step)
-            validation = self._validate(step, window)
-            if step % train.log_every == 0 or step == total or validation:
+            stopping = stop.agreed(self.world)
+            # What is left of the time after a signal is for the checkpoint.
+            validation = Validation() if stopping and step < total else self._validate(step, window)
+            if step % train.log_every == 0 or step == total or validation.values:
                 spread, alarms = stragglers.compare(batches.waited)
                 values = window.close(self.world, train.global_batch) | rates | self.task.log_metrics() | spread
-                values |= validation
+                values |= validation.values
                 values["save_stall_s"], self._stall = self._stall, 0.0
                 _check_finite(values, step)
                 self._logged = values
@@ -142,7 +144,8 @@ class Trainer:
                 if metrics is not None:
                     alarms += self.alarms.look(values)
                     metrics.write(step, step * train.global_batch, values, self.task.shown, alarms)
-            stopping = stop.agreed(self.world)
+            if metrics is not None:
+                metrics.show(step, validation.pictures)
             if stopping or step == total or step % train.checkpoint_every == 0:
                 watchdog.report("save")
                 self._save(step, window)
@@ -160,13 +163,12 @@ class Trainer:
             samples = [] if bool(step.finite) else [self.sets.name(*row[1:2], *row[3:]) for row in requests]
             self.skipped.note(number, samples)
 
-    def _validate(self, step: int, window: _Window) -> dict[str, float]:
-        self.watchdog.report("validation")
+    def _validate(self, step: int, window: _Window) -> Validation:
         begin = time.perf_counter()
-        values = self.task.validate(step)
+        validation = self.task.validate(step, lambda: self.watchdog.report("validation"))
         window.leave_out(time.perf_counter() - begin)
         self.watchdog.report("step")
-        return values
+        return validation
 
     def _save(self, step: int, window: _Window) -> None:
         """A checkpoint of a diverged state would replace the last good one: the loss so far is looked at first.
@@ -189,7 +191,7 @@ class Trainer:
         self._stall += time.perf_counter() - begin
         if self.world.is_main:
             try:
-                self.task.draw(self.run_dir / "images", step)
+                self.task.draw(self.run_dir / PICTURES, step)
             except OSError as e:
                 log.warning("could not draw step %d: %s", step, e)
 

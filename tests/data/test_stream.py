@@ -27,13 +27,21 @@ from PIL import Image
 from ibq_scale.config.run import DataConfig
 from ibq_scale.data import stream as stream_module
 from ibq_scale.data.cache import ShardCache
-from ibq_scale.data.images import BadSampleError, ImageDataset, Request, decode, shard_index
+from ibq_scale.data.images import BadSampleError, ImageDataset, ImageSample, Request, decode, shard_index
 from ibq_scale.data.index import ShardIndex
 from ibq_scale.data.manifest import load_manifest, save_manifest
 from ibq_scale.data.prepare import shard_info
 from ibq_scale.data.sets import open_sets
 from ibq_scale.data.store import S3Store, open_store
-from ibq_scale.data.stream import DataWorkerDiedError, ImageBatch, evaluation_images, image_stream, shard_images
+from ibq_scale.data.stream import (
+    PREFETCH,
+    DataWorkerDiedError,
+    ImageBatch,
+    evaluation_images,
+    image_stream,
+    shard_images,
+    validation_images,
+)
 from ibq_scale.errors import UserError
 
 GLOBAL, MICRO = 8, 2
@@ -166,6 +174,46 @@ def test_evaluation_sees_every_image_once(dataset: str, world: int) -> None:
             seen.update(batch.requests[:, 0][weights > 0].tolist())
     assert len(set(batches)) == 1, "ranks with fewer batches would hang the others' collectives"
     assert seen == dict.fromkeys(range(24), 1)
+
+
+def test_an_evaluation_reads_a_few_batches_ahead(dataset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the first batch is being looked at, the next ones are read; and not all of them."""
+    plain = [batch.images_u8 for batch, _ in evaluation_images(dataset, resolution=32, rank=0, world_size=1, batch=2)]
+    reads: list[int] = []
+    ahead = threading.Event()
+    original = ImageDataset.__getitems__
+
+    def counted(self: ImageDataset, requests: list[Request]) -> list[ImageSample]:
+        found = original(self, requests)
+        reads.append(requests[0].position)
+        if len(reads) == 1 + PREFETCH:
+            ahead.set()
+        return found
+
+    monkeypatch.setattr(ImageDataset, "__getitems__", counted)
+    stream = evaluation_images(dataset, resolution=32, rank=0, world_size=1, batch=2)
+    first, _ = next(stream)
+    assert ahead.wait(30), "nothing is read while the caller computes"
+    time.sleep(0.05)
+    assert reads == [0, 2, 4, 6, 8]
+    rest = [batch.images_u8 for batch, _ in stream]
+    assert all(torch.equal(a, b) for a, b in zip([first.images_u8, *rest], plain, strict=True))
+
+
+def test_validation_takes_images_of_everywhere(dataset: str) -> None:
+    """Not the first, which are of one class, perhaps; the same each time, and on any number of ranks."""
+    sets = open_sets(DataConfig(train=dataset), "images")
+
+    def taken(world_size: int) -> dict[int, tuple[int, ...]]:
+        options = {"resolution": 32, "world_size": world_size, "batch": 2, "limit": 9}
+        streams = [validation_images(sets, rank=rank, **options) for rank in range(world_size)]
+        batches = [(batch.requests, weights) for stream in streams for batch, weights in stream]
+        return {int(r[0]): tuple(r[3:].tolist()) for rs, ws in batches for r, w in zip(rs, ws, strict=True) if w > 0}
+
+    assert taken(1) == taken(1) == taken(3)
+    assert sorted(taken(1)) == list(range(9))
+    natural = evaluation_images(dataset, resolution=32, rank=0, world_size=1, batch=9, limit=9)
+    assert list(taken(1).values()) != [tuple(r[3:].tolist()) for r in next(natural)[0].requests]
 
 
 def test_evaluation_at_native_sizes(dataset: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ibq_scale.errors import UserError
+from ibq_scale.report.compare import write_report
 from ibq_scale.report.page import (
     MOST_POINTS,
     Bars,
@@ -24,7 +25,7 @@ from ibq_scale.report.page import (
     render,
     thin,
 )
-from ibq_scale.report.runs import load_run, write_report
+from ibq_scale.report.runs import load_run
 
 
 def _page() -> str:
@@ -34,7 +35,7 @@ def _page() -> str:
         Chart("Loss", [Series("a </script>", points, 0), Series("b", points, 1)], "nats", "note"),
         Picture(b"\x89PNG", "caption", 'alt "quoted"'),
         Gallery([("cat", b"\x89PNG")], "by class"),
-        Table(["key", "value"], [["lr", "0.1"]]),
+        Table(["key", "value"], [["lr", "0.1"]], "caption", [["another's"]]),
         Bars("Time", [("train", 3.0), ("sample", 1.5)]),
     ]
     return render("Title & more", "subtitle", [Section("Everything", "text", blocks)])

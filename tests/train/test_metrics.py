@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 from ibq_scale.config.layers import resolve
 from ibq_scale.console import duration
@@ -53,6 +55,10 @@ def test_a_full_disk_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCapt
     log.write(10, 160, VALUES, ("loss",))
     log.close()
     assert caplog.text.count("No space left on device") == 2
+    (tmp_path / "images").symlink_to("/dev/full")
+    log.show(10, {"samples": torch.zeros(3, 5, 7, dtype=torch.uint8)})
+    assert "could not write" in caplog.text
+    assert "samples-00000010.png" in caplog.text
 
 
 def test_durations() -> None:
@@ -67,8 +73,13 @@ def test_wandb_offline_and_an_outage(tmp_path: Path, monkeypatch: pytest.MonkeyP
     config = resolve("tokenizer/tiny", ["data.train=x", "wandb.mode=offline"]).config
     log = MetricsLog(tmp_path, config, 0)
     log.write(10, 160, VALUES, ("loss",))
+    log.show(10, {"samples": torch.full((3, 5, 7), 200, dtype=torch.uint8)})
     log.close()
-    assert list((tmp_path / "wandb").glob("offline-run-*"))
+    [picture] = (tmp_path / "wandb").glob("offline-run-*/files/media/images/samples_10_*.png")
+    for path in (picture, tmp_path / "images" / "samples-00000010.png"):
+        with Image.open(path) as image:
+            assert image.size == (7, 5)
+            assert image.getpixel((0, 0)) == (200, 200, 200)
 
     def broken(*args: object, **kwargs: object) -> None:
         raise ConnectionError("no dashboard today")

@@ -1,5 +1,5 @@
 "use strict";
-// Draws every figure.chart from the JSON beside it. Axis (steps, images, minutes) and theme are page-wide choices.
+// Draws every figure.chart from the JSON beside it, and enlarges pictures. Axis (steps, images, minutes) and theme are page-wide choices.
 (() => {
   const NS = "http://www.w3.org/2000/svg";
   const AXES = [
@@ -164,6 +164,13 @@
       this.tip.hidden = true;
       if (this.cross) this.cross.setAttribute("visibility", "hidden");
     }
+  }
+
+  for (const picture of document.querySelectorAll("figure.picture")) {
+    const image = picture.querySelector("img");
+    image.tabIndex = 0;
+    image.onclick = () => picture.classList.toggle("large");
+    image.onkeydown = (event) => { if (event.key === "Enter") image.onclick(); };
   }
 
   const charts = [...document.querySelectorAll("figure.chart")].map((f) => new Chart(f));

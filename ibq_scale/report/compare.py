@@ -1,0 +1,44 @@
+"""The report of one or several runs: where they stand, what was measured of them, curves, pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ibq_scale.report.page import Block, Picture, Section, Table, write
+from ibq_scale.report.results import generation_section, reconstruction_section, small
+from ibq_scale.report.runs import RunLog, by_kind, curves, differences, environments, runs_of, standing
+
+
+def write_report(paths: Sequence[Path], out: Path) -> Path:
+    """Writes the report of one or several runs. UserError where one of them cannot be read."""
+    runs = runs_of(paths)
+    title = runs[0].config.get("name", str(paths[0])) if len(runs) == 1 else f"{len(runs)} runs"
+    return write(out, str(title), ", ".join(str(path) for path in paths), list(_sections(runs)))
+
+
+def _sections(runs: Sequence[RunLog]) -> Iterator[Section]:
+    groups = by_kind(runs)
+    yield Section("Where they stand", "", [standing(group) for group in groups.values()])
+    alarms = [
+        [run.name, str(line["step"]), text] for run in runs for line in run.lines for text in line.get("alarms", ())
+    ]
+    if alarms:
+        yield Section("Alarms", "", [Table(["run", "step", "what was seen"], alarms)])
+    yield from reconstruction_section(runs)
+    yield from generation_section(runs)
+    slot = 0
+    for name, group in groups.items():
+        yield Section(f"Curves of {name}" if len(groups) > 1 else "Curves", "", curves(group, first_slot=slot))
+        slot += len(group)
+    pictures: list[Block] = [
+        Picture(small(drawn[-1]), f"{run.name}, {drawn[-1].stem}: originals above, reconstructions below", run.name)
+        for run in runs
+        if (drawn := run.pictures("step"))
+    ]
+    if pictures:
+        yield Section("Training images", "", pictures)
+    for name, group in groups.items():
+        if len(group) > 1:
+            yield Section(f"What differs between {name}", "Keys with more than one value.", [differences(group)])
+    yield Section("Environment", "", [environments(runs)])

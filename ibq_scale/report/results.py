@@ -1,0 +1,190 @@
+"""What evaluations and samplings left in or beside the runs: tables against the published figures, and pictures."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ibq_scale.evaluate import generation, reconstruction, worst
+from ibq_scale.generate import chunks
+from ibq_scale.report.page import Block, Picture, Section, Table
+from ibq_scale.report.published import SOURCE, TOKENIZERS, TRANSFORMERS
+from ibq_scale.report.runs import RunLog
+
+# Pixels of an embedded picture's longer side.
+MOST_PIXELS = 1200
+# Grids of samples, from a training's first to its last.
+GRIDS = 3
+
+
+@dataclass(frozen=True)
+class Result:
+    """A file that was left for a run. `model`: the directory of the model that it is about, empty where unknown."""
+
+    run: RunLog
+    folder: Path
+    facts: dict[str, Any]
+    model: str
+
+    @property
+    def step(self) -> str:
+        """Of the checkpoint that was looked at."""
+        name = Path(self.model).parent.name
+        return f"{int(name.removeprefix('step-')):,}" if name.startswith("step-") else "–"
+
+    def picture(self, name: str, caption: str) -> list[Block]:
+        """The picture of this name beside the file, if it is there."""
+        path = self.folder / name
+        return [Picture(small(path), f"{self.run.name}, {caption}", caption)] if path.is_file() else []
+
+
+def results_of(run: RunLog, name: str) -> list[Result]:
+    """The files `name` within two folders of the run, or one beside it, that are about the run's model."""
+    home = run.path.resolve()
+    inside = [path for pattern in ("", "*/", "*/*/") for path in sorted(home.glob(pattern + name))]
+    beside = [path for path in sorted(home.parent.glob(f"*/{name}")) if path not in inside]
+    found = []
+    for path in inside + beside:
+        facts = _read(path)
+        model = str((facts.get("sampled") or facts).get("model") or "")
+        ours = Path(model).is_relative_to(home) if model else False
+        # A run that was moved is still the run of what lies in it.
+        if facts and (ours or (path in inside and not (model and Path(model).exists()))):
+            found.append(Result(run, path.parent, facts, model))
+    return found
+
+
+def reconstruction_section(runs: Sequence[RunLog]) -> Iterator[Section]:
+    """A table of what ``evaluate reconstruction --to`` left, and the worst images; nothing where it left nothing."""
+    found = [result for run in runs for result in results_of(run, reconstruction.RESULT)]
+    if not found:
+        return
+    head = ["run", "step", "codes", "rFID", "LPIPS", "PSNR", "SSIM", "usage", "images", "size", "pixels", "data"]
+    quoted = [
+        [f"{p.name}, published", "–", f"{p.codes:,}", f"{p.rfid:.2f}", _figure(p.lpips, 4), "–", "–", _share(p.usage)]
+        for p in TOKENIZERS
+    ]
+    caption = f"LPIPS: VGG. Published: {SOURCE}; figures compare where data, size and pixels are the same."
+    yield Section(
+        "Reconstruction",
+        "",
+        [
+            Table(head, [_reconstruction_row(result) for result in found], caption, quoted),
+            *(block for r in found for block in r.picture(worst.PICTURE, "its worst images: original, reconstruction")),
+        ],
+    )
+
+
+def generation_section(runs: Sequence[RunLog]) -> Iterator[Section]:
+    """Tables of what ``evaluate generation --to`` left, one a reference, and pictures of samples."""
+    found = [result for run in runs for result in results_of(run, generation.RESULT)]
+    blocks: list[Block] = [_generation_table(same) for same in _by_reference(found)]
+    for run in runs:
+        for result in results_of(run, chunks.FACTS):
+            blocks += result.picture(chunks.GRID, f"samples of step {result.step}, {_settings(result.facts)}")
+        blocks += _grids(run)
+    if blocks:
+        yield Section("Generation", "", blocks)
+
+
+def small(path: Path) -> bytes:
+    """A picture as PNG, of not more than `MOST_PIXELS` a side."""
+    content = path.read_bytes()
+    with Image.open(io.BytesIO(content)) as image:
+        if max(image.size) <= MOST_PIXELS:
+            return content
+        shrunk = image.convert("RGB")
+    shrunk.thumbnail((MOST_PIXELS, MOST_PIXELS))
+    out = io.BytesIO()
+    shrunk.save(out, "PNG")
+    return out.getvalue()
+
+
+def _reconstruction_row(result: Result) -> list[str]:
+    facts = result.facts
+    size = "native" if facts["resolution"] is None else f"{facts['resolution']} × {facts['resolution']}"
+    return [
+        result.run.name,
+        result.step,
+        f"{facts['codebook_size']:,}",
+        _figure(facts["rfid"], 2),
+        _figure(facts["lpips"], 4),
+        _figure(facts["psnr"], 2),
+        _figure(facts["ssim"], 4),
+        _share(facts["usage"]),
+        f"{facts['images']:,}",
+        size,
+        facts["pixels"],
+        facts["data"],
+    ]
+
+
+def _by_reference(found: Sequence[Result]) -> list[list[Result]]:
+    """What was measured against one reference, by one extractor, at one size. Others do not compare."""
+    groups: dict[str, list[Result]] = {}
+    for result in found:
+        key = [result.facts[name] for name in ("reference_hash", "extractor_sha256", "resolution")]
+        groups.setdefault(json.dumps(key), []).append(result)
+    return list(groups.values())
+
+
+def _generation_table(found: Sequence[Result]) -> Table:
+    head = ["run", "step", "guidance", "temperature", "gFID", "IS", "precision", "recall", "images"]
+    rows = []
+    for result in found:
+        facts, settings = result.facts, (result.facts["sampled"] or {}).get("settings", {})
+        knobs = [_figure(settings.get(name), 2) for name in ("guidance", "temperature")]
+        measured = [_figure(facts["fid"], 2), _figure(facts["inception_score"], 1)]
+        measured += [_figure(facts[name], 3) for name in ("precision", "recall")]
+        rows.append([result.run.name, result.step, *knobs, *measured, f"{facts['images']:,}"])
+    quoted = []
+    for p in TRANSFORMERS:
+        knobs = [_figure(p.guidance, 2), _figure(p.temperature, 2)]
+        quoted.append([f"{p.name}, published", "–", *knobs, _figure(p.fid, 2), _figure(p.inception_score, 1)])
+    facts = found[0].facts
+    stamp, (height, width) = facts["reference_stamp"], facts["resolution"]
+    of = f"{stamp['images']:,} images of {stamp['data']}" if stamp else f"{facts['reference']}, which bears no stamp"
+    caption = (
+        f"Against {of}, at {height} × {width}. Published: {SOURCE}; figures compare where size, reference and number "
+        f"of images are the same."
+    )
+    return Table(head, rows, caption, quoted)
+
+
+def _settings(facts: dict[str, Any]) -> str:
+    settings = facts["settings"]
+    return f"guidance {settings['guidance']:g}, temperature {settings['temperature']:g}: a class a row"
+
+
+def _grids(run: RunLog) -> list[Block]:
+    """What validations drew, evenly from the first to the last."""
+    drawn = run.pictures("samples")
+    last = len(drawn) - 1
+    chosen = sorted({round(i * last / (GRIDS - 1)) for i in range(GRIDS)}) if drawn else []
+    said = "samples in training (the same classes and random numbers each time)"
+    return [
+        Picture(small(drawn[i]), f"{run.name}, step {int(drawn[i].stem.rpartition('-')[2]):,}: {said}", run.name)
+        for i in chosen
+    ]
+
+
+def _figure(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _share(value: float) -> str:
+    return f"{100 * value:.3g} %"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        facts = json.loads(path.read_text())
+        return facts if isinstance(facts, dict) else {}
+    except (OSError, ValueError):
+        return {}

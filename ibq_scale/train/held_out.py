@@ -1,0 +1,84 @@
+"""Data of `validation.data`, and what a tokenizer in training makes of them."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from ibq_scale.config.run import AnyRun, TokenizerRun
+from ibq_scale.console import tell
+from ibq_scale.data.manifest import Kind
+from ibq_scale.data.sets import DataSets, open_sets
+from ibq_scale.data.stream import validation_images
+from ibq_scale.distributed.environment import World
+from ibq_scale.errors import UserError
+from ibq_scale.evaluate.reconstruction import FILES, Networks, measure
+from ibq_scale.pretrained.loading import Tokenizer
+from ibq_scale.weights import missing
+
+# Without being asked for: AlexNet's LPIPS tells little that VGG's does not.
+METRICS = ("lpips", "rfid")
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+def open_held_out(run: AnyRun, training: DataSets, kind: Kind) -> DataSets:
+    """The data at `validation.data`. UserError where they cannot be used, or are what the run trains on."""
+    sets = open_sets(run.data.model_copy(update={"train": run.validation.data, "weights": ()}), kind)
+    if {part.manifest.hash for part in sets.parts} & {part.manifest.hash for part in training.parts}:
+        raise UserError(f"validation.data={run.validation.data} is what the run trains on: give {kind} of its own")
+    return sets
+
+
+def reporting(batches: Iterable[T], progress: Callable[[], None]) -> Iterator[T]:
+    """The same batches; each that is asked for is progress."""
+    for batch in batches:
+        progress()
+        yield batch
+
+
+class HeldOutImages:
+    """Images of `validation.data`, and the networks to look at them with. Collective.
+
+    UserError where they do not fit, are what is trained on, or the file of a metric that is named is absent.
+    """
+
+    def __init__(self, run: TokenizerRun, world: World, training: DataSets) -> None:
+        self.run = run
+        self.world = world
+        self.sets = open_held_out(run, training, "images")
+        named = run.validation.metrics
+        self.networks = Networks(world.device, _cached_everywhere(world) if named is None else named)
+
+    def measure(self, tokenizer: Tokenizer, progress: Callable[[], None]) -> dict[str, float]:
+        """What ``evaluate reconstruction`` measures, by metric, of 8-bit pixels. Collective, the same for all ranks."""
+        stream = validation_images(
+            self.sets,
+            resolution=self.run.model.resolution,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            batch=self.run.train.micro_batch,
+            limit=self.run.validation.samples,
+        )
+        values, _ = measure(tokenizer, self.networks, reporting(stream, progress), self.world)
+        # The PSNR of a black picture that comes back black is infinite, and no reason to end a run.
+        return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+
+
+def _cached_everywhere(world: World) -> list[str]:
+    """Of `METRICS` those whose files every rank finds; the first rank says what is not measured, and why."""
+    faults: dict[str, str] = {}
+    gathered: list[Any] = [None] * world.size
+    dist.all_gather_object(gathered, {name: fault for name in METRICS if (fault := missing(FILES[name])) is not None})
+    for found in gathered:
+        faults |= found
+    for name, fault in faults.items():
+        log.warning("validation does not measure %s: %s", name, fault)
+        if world.is_main:
+            tell(f"validation does not measure {name}: {fault}")
+    return [name for name in METRICS if name not in faults]

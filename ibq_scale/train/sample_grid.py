@@ -1,0 +1,76 @@
+"""Samples of a transformer in training: always the same places, so that pictures of two steps can be compared."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ibq_scale.config.run import ARRun
+from ibq_scale.distributed.environment import World
+from ibq_scale.errors import UserError
+from ibq_scale.evaluate.gather import gather_rows
+from ibq_scale.generate.published import published_sampling
+from ibq_scale.models.sampling import Sampler, SamplingSettings
+from ibq_scale.models.transformer import Transformer
+from ibq_scale.pictures import image_grid, to_uint8
+from ibq_scale.pretrained.loading import load_tokenizer
+
+# Images that a rank makes at once. Fixed, since the last bits of a product depend on it.
+CHUNK = 4
+
+
+class SampleGrid:
+    """`validation.images` pictures of evenly spaced classes, decoded by the run's tokenizer.
+
+    The tokenizer waits in host memory. UserError where it cannot be loaded.
+    """
+
+    def __init__(self, run: ARRun, world: World) -> None:
+        assert run.tokenizer is not None
+        self.run = run
+        self.world = world
+        self.tokenizer = load_tokenizer(run.tokenizer)
+        count, classes = run.validation.images, run.model.classes
+        self.labels = [place * classes // count for place in range(count)]
+        # Of a class's images each has a number of its own.
+        self.ids = [place - self.labels.index(label) for place, label in enumerate(self.labels)]
+        guidance, temperature = _as_published(run)
+        validation = run.validation
+        self.settings = SamplingSettings(validation.guidance or guidance, validation.temperature or temperature)
+
+    @torch.inference_mode()
+    def draw(self, transformer: Transformer, progress: Callable[[], None]) -> Tensor:
+        """The grid, uint8 (3, H, W) on the CPU, on every rank. Collective; the same for any number of ranks.
+
+        All ranks make equally many images, some of them twice.
+        """
+        device, side = self.world.device, self.run.model.grid
+        tokenizer = self.tokenizer.to(device)
+        sampler = Sampler(transformer, self.settings, CHUNK, graphs=False)
+        count = len(self.labels)
+        chunks = math.ceil(count / CHUNK)
+        indices, rows = [], []
+        for round_ in range(math.ceil(chunks / self.world.size)):
+            progress()
+            first = (round_ * self.world.size + self.world.rank) * CHUNK
+            places = [min(place, count - 1) for place in range(first, first + CHUNK)]
+            codes_BT = sampler(
+                torch.tensor([self.labels[place] for place in places]), torch.tensor([self.ids[p] for p in places])
+            )
+            images_u8 = to_uint8(tokenizer.decode(codes_BT.view(CHUNK, side, side)))
+            held = max(0, min(CHUNK, count - first))
+            indices.append(torch.arange(first, first + held))
+            rows.append(images_u8[:held].flatten(1))
+        pixels_NP = gather_rows(torch.cat(indices), torch.cat(rows), self.world)
+        self.tokenizer.to("cpu")
+        return image_grid(pixels_NP.view(count, *images_u8.shape[1:]), columns=math.ceil(math.sqrt(count)))
+
+
+def _as_published(run: ARRun) -> tuple[float, float]:
+    try:
+        return published_sampling(run.model)
+    except UserError:
+        return 1.0, 1.0
