@@ -175,9 +175,10 @@ class DeepSpeedConfig(Section):
 
 
 class WandbConfig(Section):
-    """Weights & Biases beside metrics.jsonl. ``offline`` writes RUN/wandb, which ``wandb sync`` sends later.
+    """Weights & Biases beside metrics.jsonl. ``offline`` writes RUN/wandb, which ``wandb sync`` sends later, and so
+    does ``online`` where there is no network at the start. A resumed run goes on under the same id.
 
-    A resumed run goes on under the same id. `group`: what runs are gathered by.
+    `group`: what runs are gathered by.
     """
 
     mode: Literal["off", "offline", "online"] = "off"
@@ -189,6 +190,7 @@ class WandbConfig(Section):
 class RunConfig(Section):
     """What both stages share. `out` is the run directory.
 
+    `tensorboard`: whether its events are written to RUN/tensorboard too.
     `init`: a model of the same sizes (an import, an export, a checkpoint, a run) whose weights a new run starts from.
     """
 
@@ -200,6 +202,7 @@ class RunConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     wandb: WandbConfig = WandbConfig()
+    tensorboard: bool = False
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     @property

@@ -34,7 +34,7 @@ def _sections(runs: Sequence[RunLog]) -> Iterator[Section]:
     pictures: list[Block] = [
         Picture(small(drawn[-1]), f"{run.name}, {drawn[-1].stem}: originals above, reconstructions below", run.name)
         for run in runs
-        if (drawn := run.pictures("step"))
+        if (drawn := run.pictures("reconstructions"))
     ]
     if pictures:
         yield Section("Training images", "", pictures)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ibq_scale.checkpoint.files import StateFile, TextFile
 from ibq_scale.config.deepspeed import deepspeed_config
@@ -24,7 +25,7 @@ from ibq_scale.train.engine_state import engine_file, load_engine
 from ibq_scale.train.randomness import seed_by_position
 from ibq_scale.train.sample_grid import SampleGrid
 from ibq_scale.train.schedule import lr_factor, weight_decay
-from ibq_scale.train.task import Step, Validation
+from ibq_scale.train.task import Histogram, Step, Validation
 
 
 class ARTask:
@@ -79,6 +80,9 @@ class ARTask:
         norm = gradient_norm(self.engine, self.world.device)
         return Step({"loss": total, "grad_norm": norm}, applied, total.isfinite())
 
+    def histograms(self) -> dict[str, Histogram]:
+        return {}
+
     def log_metrics(self) -> dict[str, float]:
         return {}
 
@@ -103,5 +107,6 @@ class ARTask:
         load_engine(self.engine, directory / "transformer", self.world)
         self.ema.load(directory / "ema")
 
-    def draw(self, directory: Path, step: int) -> None:
+    def draw(self) -> dict[str, Tensor]:
         """Nothing to draw: a validation does, where it has the tokenizer."""
+        return {}

@@ -1,14 +1,14 @@
-"""One stream of metrics: RUN/metrics.jsonl, a progress line on rank 0, and W&B where the config asks for it."""
+"""One stream of metrics: RUN/metrics.jsonl, a progress line on rank 0, and the dashboards that the config asks for."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
-import secrets
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +17,8 @@ from ibq_scale.checkpoint.files import write_whole
 from ibq_scale.config.run import AnyRun
 from ibq_scale.console import duration, tell
 from ibq_scale.pictures import save_png
+from ibq_scale.train.dashboards import Dashboards
+from ibq_scale.train.task import Histogram
 
 PICTURES = "images"
 # A shorter stand for a save is in metrics.jsonl only.
@@ -35,34 +37,43 @@ class MetricsLog:
         self.seconds_before = _keep_until(self.path, start_step)
         self._started = time.monotonic()
         self._file = self.path.open("a")
-        self._wandb = _open_wandb(run_dir, config)
+        self._dashboards = Dashboards(run_dir, config)
 
     def write(
-        self, step: int, samples: int, values: Mapping[str, float], shown: tuple[str, ...], alarms: Sequence[str] = ()
+        self,
+        step: int,
+        samples: int,
+        values: Mapping[str, float],
+        shown: tuple[str, ...],
+        alarms: Sequence[str] = (),
+        histograms: Mapping[str, Histogram] = MappingProxyType({}),
     ) -> None:
         """Appends one line and prints the progress line with the metrics named in `shown`, and each of the `alarms`."""
         elapsed = self.seconds_before + time.monotonic() - self._started
         line: dict[str, Any] = {"step": step, "samples": samples, "time": round(elapsed, 3), **values}
         if alarms:
             line["alarms"] = list(alarms)
+        if histograms:
+            line["histograms"] = {name: histogram._asdict() for name, histogram in histograms.items()}
         self._append(json.dumps(line) + "\n")
-        if self._wandb is not None:
-            self._tell_wandb(line, step)
+        self._dashboards.values(step, line)
+        for name, histogram in histograms.items():
+            self._dashboards.histogram(step, name, histogram)
         tell(self._progress(step, values, shown))
         for alarm in alarms:
             log.warning("step %d: %s", step, alarm)
             tell(f"ALARM at step {step}: {alarm}")
+            self._dashboards.alarm(step, alarm)
 
     def show(self, step: int, pictures: Mapping[str, Tensor]) -> None:
-        """Leaves pictures uint8 (3, H, W) in RUN/images, and with W&B."""
+        """Leaves pictures uint8 (3, H, W) in RUN/images, and with the dashboards."""
         for name, picture_CHW in pictures.items():
             path = self._pictures / f"{name}-{step:08d}.png"
             try:
                 save_png(path, picture_CHW)
             except OSError as e:
                 log.warning("could not write %s: %s", path, e)
-            if self._wandb is not None:
-                self._tell_wandb({name: picture_CHW}, step)
+            self._dashboards.picture(step, name, picture_CHW)
 
     def _append(self, text: str) -> None:
         """What cannot be written now, on a full disk perhaps, waits in memory for the next line."""
@@ -83,13 +94,6 @@ class MetricsLog:
             parts.append(f"stood still {values['save_stall_s']:.1f} s for a save")
         return "  ".join(parts)
 
-    def _tell_wandb(self, line: Mapping[str, Any], step: int) -> None:
-        try:
-            values = {name: _wandb_image(v) if isinstance(v, Tensor) else v for name, v in line.items()}
-            self._wandb.log(values, step=step)
-        except Exception as e:  # an outage of a dashboard must not end a run
-            log.warning("W&B refused a line, going on without it: %s", e)
-
     def close(self) -> None:
         """Flushes everything to disk, where that has room."""
         try:
@@ -98,14 +102,7 @@ class MetricsLog:
             self._file.close()
         except OSError as e:
             log.warning("the end of %s is lost: %s", self.path, e)
-        if self._wandb is not None:
-            self._wandb.finish()
-
-
-def _wandb_image(picture_CHW: Tensor) -> Any:
-    import wandb
-
-    return wandb.Image(picture_CHW.permute(1, 2, 0).numpy())
+        self._dashboards.close()
 
 
 def _keep_until(path: Path, step: int) -> float:
@@ -124,29 +121,3 @@ def _keep_until(path: Path, step: int) -> float:
         seconds = float(line["time"])
     write_whole(path, "".join(text + "\n" for text in kept))
     return seconds
-
-
-def _open_wandb(run_dir: Path, config: AnyRun) -> Any:
-    """A W&B run under the same id after every resume, or None."""
-    if config.wandb.mode == "off":
-        return None
-    try:
-        import wandb
-
-        id_file = run_dir / "wandb_id"
-        if not id_file.is_file():
-            id_file.write_text(secrets.token_hex(4))
-        return wandb.init(
-            project=config.wandb.project,
-            entity=config.wandb.entity,
-            group=config.wandb.group,
-            name=config.name,
-            id=id_file.read_text().strip(),
-            resume="allow",
-            mode=config.wandb.mode,
-            dir=str(run_dir),
-            config=config.model_dump(mode="json"),
-        )
-    except Exception as e:  # no dashboard is no reason not to train
-        log.warning("W&B could not start, going on without it: %s", e)
-        return None

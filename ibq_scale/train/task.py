@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
@@ -35,6 +35,13 @@ class Validation(NamedTuple):
     pictures: Mapping[str, Tensor] = MappingProxyType({})
 
 
+class Histogram(NamedTuple):
+    """`counts[i]` values lie in [`edges[i]`, `edges[i + 1]`)."""
+
+    counts: Sequence[int]
+    edges: Sequence[int]
+
+
 class Task(Protocol):
     """One stage of training on this rank. Every method is called by all ranks at the same point."""
 
@@ -58,6 +65,10 @@ class Task(Protocol):
         """
         ...
 
+    def histograms(self) -> dict[str, Histogram]:
+        """Of the window that `log_metrics` closed, the same on all ranks."""
+        ...
+
     def log_metrics(self) -> dict[str, float]:
         """Metrics gathered since the last call, already global (collective)."""
         ...
@@ -78,6 +89,6 @@ class Task(Protocol):
         """Restores what `state` gave, on any number of ranks and under any layout."""
         ...
 
-    def draw(self, directory: Path, step: int) -> None:
-        """Rank 0: leaves pictures of the current state, if the stage has any."""
+    def draw(self) -> dict[str, Tensor]:
+        """Rank 0: pictures of the current state by name, uint8 (3, H, W) on the CPU, if the stage has any."""
         ...

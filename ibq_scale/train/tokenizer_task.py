@@ -31,7 +31,7 @@ from ibq_scale.losses.adversarial import (
 from ibq_scale.losses.perceptual import Perceptual
 from ibq_scale.models.autoencoder import TokenizerModel, tokens_of
 from ibq_scale.models.discriminator import PatchDiscriminator
-from ibq_scale.pictures import reconstruction_grid, save_png
+from ibq_scale.pictures import reconstruction_grid
 from ibq_scale.pretrained.loading import CONFIG, config_text, start_from
 from ibq_scale.quantize.types import Quantized
 from ibq_scale.train.alarms import Above, Drop, Rule, Spike
@@ -44,7 +44,7 @@ from ibq_scale.train.guards import BadSamples
 from ibq_scale.train.held_out import HeldOutImages
 from ibq_scale.train.randomness import seed_by_position
 from ibq_scale.train.schedule import lr_factor
-from ibq_scale.train.task import Step, StepMetrics, Validation
+from ibq_scale.train.task import Histogram, Step, StepMetrics, Validation
 from ibq_scale.train.usage import UsageTracker
 
 LECAM = "lecam.safetensors"
@@ -277,6 +277,9 @@ class TokenizerTask:
             tokens_ND = tokens_of(self.generator.module.autoencoder.encode(images))
             self.codebook.revive(dead_K, tokens_ND, self.run.train.seed + self.number)
 
+    def histograms(self) -> dict[str, Histogram]:
+        return {"code_choices": self.usage.choices}
+
     def log_metrics(self) -> dict[str, float]:
         return self.usage.log() | self.bad_samples.log()
 
@@ -318,9 +321,8 @@ class TokenizerTask:
         self.bad_samples.load(directory)
         self.lecam.load_state_dict(load_file(directory / LECAM))
 
-    def draw(self, directory: Path, step: int) -> None:
-        if self._last is not None:
-            save_png(directory / f"step-{step:08d}.png", reconstruction_grid(*self._last))
+    def draw(self) -> dict[str, Tensor]:
+        return {} if self._last is None else {"reconstructions": reconstruction_grid(*self._last)}
 
 
 def _entropies(quantized: Quantized) -> StepMetrics:

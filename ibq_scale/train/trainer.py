@@ -22,7 +22,7 @@ from ibq_scale.data.sets import DataSets
 from ibq_scale.distributed.environment import World
 from ibq_scale.train.alarms import Alarms
 from ibq_scale.train.guards import SkippedSteps
-from ibq_scale.train.metrics import PICTURES, MetricsLog
+from ibq_scale.train.metrics import MetricsLog
 from ibq_scale.train.once import SeenOnce
 from ibq_scale.train.preemption import StopRequest
 from ibq_scale.train.stragglers import Stragglers
@@ -143,12 +143,14 @@ class Trainer:
                 self.once.check(step * train.global_batch)
                 if metrics is not None:
                     alarms += self.alarms.look(values)
-                    metrics.write(step, step * train.global_batch, values, self.task.shown, alarms)
+                    metrics.write(
+                        step, step * train.global_batch, values, self.task.shown, alarms, self.task.histograms()
+                    )
             if metrics is not None:
                 metrics.show(step, validation.pictures)
             if stopping or step == total or step % train.checkpoint_every == 0:
                 watchdog.report("save")
-                self._save(step, window)
+                self._save(step, window, metrics)
                 watchdog.report("step")
             if stopping:
                 return Outcome(step, stopped=step < total, saved=self.checkpoints.finish())
@@ -170,7 +172,7 @@ class Trainer:
         self.watchdog.report("step")
         return validation
 
-    def _save(self, step: int, window: _Window) -> None:
+    def _save(self, step: int, window: _Window, metrics: MetricsLog | None) -> None:
         """A checkpoint of a diverged state would replace the last good one: the loss so far is looked at first.
 
         One that cannot be written, on a full disk perhaps, does not end the run: the one before stands.
@@ -189,11 +191,8 @@ class Trainer:
         state = [*self.task.state(), *self.once.state(), *self.skipped.state()]
         self.checkpoints.save(facts, state)
         self._stall += time.perf_counter() - begin
-        if self.world.is_main:
-            try:
-                self.task.draw(self.run_dir / PICTURES, step)
-            except OSError as e:
-                log.warning("could not draw step %d: %s", step, e)
+        if metrics is not None:
+            metrics.show(step, self.task.draw())
 
 
 class _Window:

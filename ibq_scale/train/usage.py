@@ -12,10 +12,19 @@ from torch import Tensor
 from ibq_scale.checkpoint.files import StateFile, TensorFile
 from ibq_scale.distributed.environment import World
 from ibq_scale.quantize.usage import CodeUsage
+from ibq_scale.train.task import Histogram
 
 FILE = "usage.safetensors"
 DEAD_AFTER = 1000
 """Steps without a token after which a code counts as dead in the metrics."""
+
+
+def by_powers_of_two(counts_K: Tensor) -> Histogram:
+    """Counts int64 (K,) spread over 0, 1, 2 to 3, 4 to 7 … up to the largest."""
+    # frexp's exponent of n is that of the power of two above it, and 0 for 0; exact in float64 below 2^53.
+    bins = torch.bincount(torch.frexp(counts_K.double()).exponent.long())
+    edges = [0, *(2**i for i in range(len(bins)))]
+    return Histogram(bins.tolist(), edges)
 
 
 class UsageTracker:
@@ -29,6 +38,8 @@ class UsageTracker:
         self.age_K = torch.zeros(codebook_size, dtype=torch.int32, device=world.device)
         """Steps since a code was last chosen, exact to the logged window in which that was."""
         self.steps = 0
+        self.choices = Histogram((), ())
+        """How many codes the last window chose never, once, 2 or 3 times, 4 to 7 times, and so on."""
 
     def update(self, indices_N: Tensor) -> None:
         """Counts one micro-batch."""
@@ -62,6 +73,7 @@ class UsageTracker:
             "dead": float((self.age_K >= DEAD_AFTER).double().mean()),
             "code_age": float(self.age_K.max()),
         }
+        self.choices = by_powers_of_two(self.window.counts_K)
         self.window.reset()
         self.steps = 0
         return values

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 from ibq_scale.config.layers import resolve
 from ibq_scale.console import duration
 from ibq_scale.train.metrics import MetricsLog
+from ibq_scale.train.task import Histogram
 
 VALUES = {"loss": 1.0, "samples_per_s": 10.0, "step_s": 0.5, "data_wait": 0.01}
 
@@ -61,31 +61,15 @@ def test_a_full_disk_does_not_end_the_run(tmp_path: Path, caplog: pytest.LogCapt
     assert "samples-00000010.png" in caplog.text
 
 
+def test_alarms_and_histograms_stand_in_the_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = MetricsLog(tmp_path, resolve("tokenizer/tiny", ["data.train=x", "train.steps=100"]).config, 0)
+    log.write(10, 160, VALUES, ("loss",), ["usage fell"], {"code_choices": Histogram([5, 2], [0, 1, 2])})
+    log.close()
+    line = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert line["alarms"] == ["usage fell"]
+    assert line["histograms"] == {"code_choices": {"counts": [5, 2], "edges": [0, 1, 2]}}
+    assert "ALARM at step 10: usage fell" in capsys.readouterr().err
+
+
 def test_durations() -> None:
     assert [duration(s) for s in (8, 750, 11_100)] == ["8s", "12m30s", "3h05m"]
-
-
-@pytest.mark.slow
-def test_wandb_offline_and_an_outage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import wandb
-
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    config = resolve("tokenizer/tiny", ["data.train=x", "wandb.mode=offline"]).config
-    log = MetricsLog(tmp_path, config, 0)
-    log.write(10, 160, VALUES, ("loss",))
-    log.show(10, {"samples": torch.full((3, 5, 7), 200, dtype=torch.uint8)})
-    log.close()
-    [picture] = (tmp_path / "wandb").glob("offline-run-*/files/media/images/samples_10_*.png")
-    for path in (picture, tmp_path / "images" / "samples-00000010.png"):
-        with Image.open(path) as image:
-            assert image.size == (7, 5)
-            assert image.getpixel((0, 0)) == (200, 200, 200)
-
-    def broken(*args: object, **kwargs: object) -> None:
-        raise ConnectionError("no dashboard today")
-
-    monkeypatch.setattr(wandb, "init", broken)
-    log = MetricsLog(tmp_path, config, 10)
-    log.write(20, 320, VALUES, ("loss",))
-    log.close()
-    assert _steps(tmp_path) == [10, 20]

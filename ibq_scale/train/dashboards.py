@@ -1,0 +1,194 @@
+"""Where a run's metrics can be watched beside its own files: W&B and TensorBoard. None of them can end a run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from operator import mul
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ibq_scale.config.run import AnyRun
+from ibq_scale.console import tell
+from ibq_scale.errors import UserError
+from ibq_scale.train.task import Histogram
+
+EVENTS = "tensorboard"
+
+log = logging.getLogger(__name__)
+
+
+class Dashboard(Protocol):
+    """What is told of a run, as it goes. Any method may raise anything."""
+
+    name: str
+
+    def values(self, step: int, line: Mapping[str, Any]) -> None:
+        """A line of metrics.jsonl; numbers are shown."""
+        ...
+
+    def histogram(self, step: int, name: str, histogram: Histogram) -> None:
+        """How a window's values are spread."""
+        ...
+
+    def picture(self, step: int, name: str, picture_CHW: Tensor) -> None:
+        """uint8 (3, H, W)."""
+        ...
+
+    def alarm(self, step: int, text: str) -> None:
+        """Something that a person should look at."""
+        ...
+
+    def close(self) -> None:
+        """The end, of the process at least."""
+        ...
+
+
+class Dashboards:
+    """All that a config asks for. One that fails is told of once, in the log, until it works again."""
+
+    def __init__(self, run_dir: Path, config: AnyRun) -> None:
+        self._failing: set[str] = set()
+        makers: list[Callable[[], Dashboard]] = []
+        if config.tensorboard:
+            makers.append(lambda: TensorBoard(run_dir / EVENTS))
+        if config.wandb.mode != "off":
+            makers.append(lambda: WandB(run_dir, config))
+        self._open = [dashboard for make in makers if (dashboard := _begin(make)) is not None]
+
+    def values(self, step: int, line: Mapping[str, Any]) -> None:
+        """As `Dashboard`, and so are the others."""
+        self._each(lambda d: d.values(step, line))
+
+    def histogram(self, step: int, name: str, histogram: Histogram) -> None:
+        self._each(lambda d: d.histogram(step, name, histogram))
+
+    def picture(self, step: int, name: str, picture_CHW: Tensor) -> None:
+        self._each(lambda d: d.picture(step, name, picture_CHW))
+
+    def alarm(self, step: int, text: str) -> None:
+        self._each(lambda d: d.alarm(step, text))
+
+    def close(self) -> None:
+        self._each(lambda d: d.close())
+
+    def _each(self, do: Callable[[Dashboard], None]) -> None:
+        for dashboard in self._open:
+            try:
+                do(dashboard)
+                self._failing.discard(dashboard.name)
+            except Exception as e:  # theirs are of any type
+                if dashboard.name not in self._failing:
+                    log.warning("%s refused a line, going on without it: %s", dashboard.name, e)
+                self._failing.add(dashboard.name)
+
+
+def _begin(make: Callable[[], Dashboard]) -> Dashboard | None:
+    try:
+        return make()
+    except UserError as e:
+        tell(f"going on without a dashboard: {e}")
+    except Exception as e:  # no dashboard is no reason not to train
+        log.warning("a dashboard could not start, going on without it: %s", e)
+    return None
+
+
+def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in line.items() if isinstance(value, (int, float)) and name != "step"}
+
+
+class WandB:
+    """A W&B run under the same id after every resume; without a network offline, to be sent later."""
+
+    name = "W&B"
+
+    def __init__(self, run_dir: Path, config: AnyRun) -> None:
+        import wandb
+
+        self._module: Any = wandb
+        id_file = run_dir / "wandb_id"
+        if not id_file.is_file():
+            id_file.write_text(secrets.token_hex(4))
+        environment = run_dir / "environment.json"
+        known = {"environment": json.loads(environment.read_text())} if environment.is_file() else {}
+        settings: dict[str, Any] = {
+            "project": config.wandb.project,
+            "entity": config.wandb.entity,
+            "group": config.wandb.group,
+            "name": config.name,
+            "id": id_file.read_text().strip(),
+            "resume": "allow",
+            "dir": str(run_dir),
+            "config": config.model_dump(mode="json") | known,
+        }
+        online = config.wandb.mode == "online"
+        try:
+            self._run: Any = wandb.init(mode="online" if online else "offline", **settings)
+        except Exception as e:
+            if not online:
+                raise
+            self._run = wandb.init(mode="offline", **settings)
+            tell(f"W&B is out of reach ({e}): writing to {run_dir}/wandb; 'wandb sync' sends it later")
+
+    def values(self, step: int, line: Mapping[str, Any]) -> None:
+        self._run.log(_numbers(line), step=step)
+
+    def histogram(self, step: int, name: str, histogram: Histogram) -> None:
+        shown = self._module.Histogram(np_histogram=(list(histogram.counts), list(histogram.edges)))
+        self._run.log({name: shown}, step=step)
+
+    def picture(self, step: int, name: str, picture_CHW: Tensor) -> None:
+        self._run.log({name: self._module.Image(picture_CHW.permute(1, 2, 0).numpy())}, step=step)
+
+    def alarm(self, step: int, text: str) -> None:
+        self._run.alert(title=f"step {step}", text=text, level="WARN")
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class TensorBoard:
+    """Event files. UserError where the package is not installed."""
+
+    name = "TensorBoard"
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ModuleNotFoundError:
+            raise UserError("tensorboard=true needs it: pip install 'ibq-scale[tensorboard]'") from None
+        # Steps after a checkpoint that is gone on from are written again: the last ones count.
+        self._writer: Any = SummaryWriter(str(folder))
+
+    def values(self, step: int, line: Mapping[str, Any]) -> None:
+        for name, value in _numbers(line).items():
+            self._writer.add_scalar(name, value, step)
+
+    def histogram(self, step: int, name: str, histogram: Histogram) -> None:
+        counts, edges = histogram
+        middles = [(a + b) / 2 for a, b in pairwise(edges)]
+        self._writer.add_histogram_raw(
+            name,
+            min=edges[0],
+            max=edges[-1],
+            num=sum(counts),
+            sum=sum(map(mul, counts, middles)),
+            sum_squares=sum(n * m * m for n, m in zip(counts, middles, strict=True)),
+            bucket_limits=list(edges[1:]),
+            bucket_counts=list(counts),
+            global_step=step,
+        )
+
+    def picture(self, step: int, name: str, picture_CHW: Tensor) -> None:
+        self._writer.add_image(name, picture_CHW, step)
+
+    def alarm(self, step: int, text: str) -> None:
+        self._writer.add_text("alarms", text, step)
+
+    def close(self) -> None:
+        self._writer.close()
