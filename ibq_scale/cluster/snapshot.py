@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -102,13 +103,20 @@ def take(folder: Path, config: AnyRun) -> Snapshot:
 
 def submitted_jobs(run_dir: Path) -> list[str]:
     """Ids of all jobs that were submitted for this run, oldest first."""
-    jobs: list[str] = []
+    return [job for chain in _chains(run_dir) for job in chain]
+
+
+def chained_after(run_dir: Path, job: str) -> tuple[str, ...]:
+    """Jobs that were submitted together with this one, to follow it."""
+    return next((chain[chain.index(job) + 1 :] for chain in _chains(run_dir) if job in chain), ())
+
+
+def _chains(run_dir: Path) -> Iterator[tuple[str, ...]]:
     for path in sorted((run_dir / FOLDER).glob(f"*/{RECORD}")):
         try:
-            jobs += json.loads(path.read_text())["jobs"]
+            yield tuple(json.loads(path.read_text())["jobs"])
         except (OSError, ValueError, KeyError, TypeError):
             continue
-    return jobs
 
 
 def _with_own_json(config: AnyRun, folder: Path) -> AnyRun:
