@@ -101,14 +101,17 @@ def test_a_run_is_submitted_followed_cancelled_and_goes_on(
     assert (record["JobState"], record["ExitCode"], record["Restarts"]) == ("FAILED", "75:0", "0"), (
         "and never came back"
     )
+    assert "the job ends: it was stopped by a signal" in log()
+    assert "goes back" not in log()
 
     second = submit(*words, f"train.steps={saved + 2}", "--chain", "2")
     assert any(check["text"] == f"goes on from step {saved} of {saved + 2}" for check in second["checks"])
     _until(lambda: not state()["jobs"], log)
     now = state()
     assert (now["state"], now["step"]) == ("finished", saved + 2), log()
-    ends = [cluster.job(job)["ExitCode"] for job in second["jobs"]]
-    assert ends == ["0:0", "0:0"], "the second of the chain finds nothing to do"
+    ends = [cluster.job(job)["JobState"] for job in second["jobs"]]
+    assert ends == ["COMPLETED", "CANCELLED"], "the second of the chain would find nothing to do"
+    assert f"what was to follow it is taken out of the queue: {second['jobs'][1]}" in log()
 
 
 def test_what_slurm_would_refuse_is_not_submitted(submit: Callable[..., Any], tmp_path: Path) -> None:
