@@ -1,4 +1,7 @@
-"""What a job runs: code and config as they are when it is submitted, in RUN/submitted/NNN, whatever is edited later."""
+"""What a job runs: code and config as they are when it is submitted, in RUN/submitted/NNN, whatever is edited later.
+
+RUN is the run directory, or the folder that another command writes to.
+"""
 
 from __future__ import annotations
 
@@ -81,18 +84,19 @@ def next_folder(run_dir: Path) -> Path:
     return run_dir / FOLDER / f"{max(taken, default=0) + 1:03d}"
 
 
-def take(folder: Path, config: AnyRun) -> Snapshot:
-    """Copies the code and writes the config. UserError where that cannot be written."""
+def take(folder: Path, config: AnyRun | None) -> Snapshot:
+    """Copies the code and writes the config, if there is one. UserError where that cannot be written."""
     snapshot = Snapshot(folder, Source.here())
     try:
         folder.mkdir(parents=True)
-        (folder.parents[1] / "logs").mkdir(exist_ok=True)
         if snapshot.source.root is not None:
             _copy(snapshot.source.root, folder / CODE)
             if snapshot.source.commit is not None:
                 changes = "+changes" if snapshot.source.changed else ""
                 (folder / CODE / COMMIT).write_text(f"{snapshot.source.commit}{changes}\n")
-        snapshot.config.write_text(to_yaml(_with_own_json(config, folder)))
+        if config is not None:
+            (folder.parents[1] / "logs").mkdir(exist_ok=True)
+            snapshot.config.write_text(to_yaml(_with_own_json(config, folder)))
     except FileExistsError:
         raise UserError(f"{folder} has just been made by another submission: run this again") from None
     except OSError as e:

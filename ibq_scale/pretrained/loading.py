@@ -231,7 +231,13 @@ def codebook_to_start_from(path: str, quantizer: QuantizerConfig) -> Tensor:
 def load_model(path: str | Path) -> Tokenizer | ARModel:
     """Loads whichever kind of model is at `path`. UserError as `load_tokenizer`."""
     folder = model_directory(Path(path))
-    return load_tokenizer(folder) if _config_of(folder)["kind"] == "tokenizer" else load_ar(folder)
+    return load_tokenizer(folder) if kind_of(folder) == "tokenizer" else load_ar(folder)
+
+
+def kind_of(path: str | Path) -> Kind:
+    """Which kind of model is at `path`, by its config alone. UserError as `load_tokenizer`."""
+    kind: Kind = _config_of(model_directory(Path(path)))["kind"]
+    return kind
 
 
 def save_tokenizer(folder: Path, tokenizer: Tokenizer, source: Mapping[str, Any]) -> None:
