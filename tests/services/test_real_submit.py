@@ -53,7 +53,7 @@ def submit(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> Callable[...
 
     def submit(*words: str, code: int = 0) -> Any:
         capsys.readouterr()
-        assert main([*words, "--json"]) == code, capsys.readouterr().err
+        assert main([*words, *(["--json"] if "--" not in words else [])]) == code, capsys.readouterr().err
         said = capsys.readouterr()
         return json.loads(said.out) | {"said": said.err} if words[0] == "submit" else json.loads(said.out)[0]
 
@@ -123,3 +123,27 @@ def test_what_slurm_would_refuse_is_not_submitted(submit: Callable[..., Any], tm
     assert "invalid partition specified: nosuch" in refused["said"]
     assert submit(*words, "--nodes", "3", code=2)["jobs"] == [], "there are two nodes"
     assert not (tmp_path / "run").exists()
+
+
+def test_an_array_that_samples_is_submitted_and_runs_from_its_snapshot(
+    cluster: Cluster, submit: Callable[..., Any], tokenizer_dir: Path, ar_dir: Path, tmp_path: Path
+) -> None:
+    to = tmp_path / "images"
+    words = ["sample", str(ar_dir), "--tokenizer", str(tokenizer_dir), "--to", str(to), "--per-class", "2"]
+    sampled = submit("submit", "--nodes", "1", "--array", "2", "--json", "--", *words, "--batch", "2")
+    assert {check["level"] for check in sampled["checks"]} == {"ok"}, sampled["checks"]
+    (job,) = sampled["jobs"]
+
+    def log() -> str:
+        return "".join(path.read_text() for path in to.glob("submitted/job-*.log"))
+
+    states: dict[str, str] = {}
+
+    def ended() -> bool:
+        states.update({task: cluster.job(f"{job}_{task}")["JobState"] for task in "01"})
+        return all(state in ("COMPLETED", "FAILED") for state in states.values())
+
+    _until(ended, log)
+    assert set(states.values()) == {"COMPLETED"}, log()
+    assert (to / "samples.npz").is_file()
+    assert f"{to}/submitted/001/code" in (to / "submitted/001/job.sbatch").read_text()
