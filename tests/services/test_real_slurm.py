@@ -267,6 +267,8 @@ def test_requeued_at_its_time_limit_and_preempted_it_is_one_run(
             words = ("--partition=urgent", "--nodes=2", "--exclusive", f"--nodelist={nodes}", "--output=/dev/null")
             jobs.cluster.command("sbatch", *words, "--wrap", "true")
         jobs.until(job, requeued)
+        # While its last part is still ending, Slurm takes it for one that has finished.
+        jobs.until(job, lambda: jobs.cluster.job(job)["JobState"] in ("PENDING", "RUNNING"))
         jobs.cluster.command("scontrol", "update", f"JobId={job}", "TimeLimit=60")
     held.unlink()
     assert jobs.end(job)["JobState"] == "COMPLETED", jobs.log(job)
@@ -370,7 +372,7 @@ def test_a_sample_array_of_which_one_is_killed_and_rerun_writes_the_bytes_of_one
     parts, whole = jobs.folder / "images", jobs.folder / "images-whole"
     held = parts.with_name("images.held")
     held.touch()
-    array = jobs.submit("sample", "--array=0-2", words=[*words, "--to", str(parts)])
+    array = jobs.submit("sample", "--array=0-2", "--output=%x-%A_%a.log", words=[*words, "--to", str(parts)])
     victim = f"{array}_1"
     jobs.until(victim, lambda: (parts / ".parts/000001.npz").exists())
     jobs.cluster.command("scancel", "--signal=KILL", victim)
