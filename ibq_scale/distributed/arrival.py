@@ -38,14 +38,15 @@ ALL_REDUCE_SECONDS = 180.0
 BEAT_SECONDS = 5.0
 LEAVE_SECONDS = 10.0
 LEAST_HOST_BYTES = 1 << 30
-# Of what the ranks' GPUs usually have free at the start.
+# Of the share of memory that the ranks' GPUs usually have free at the start.
 LEAST_SHARE = 0.9
 
 
 @dataclass(frozen=True)
 class Arrival:
     """What a rank says when it comes. `ranks`: those of its node, as far as its launcher tells; `asked`: GPUs a node
-    that Slurm gave; `gpu`: the UUID of its own, None on a CPU; `free`: its bytes; `faults`: ends of a sentence.
+    that Slurm gave; `gpu`: the UUID of its own, None on a CPU; `free`: the share of its memory that is; `faults`: ends
+    of a sentence.
     """
 
     host: str
@@ -53,7 +54,7 @@ class Arrival:
     ranks: tuple[int, ...]
     asked: int | None = None
     gpu: str | None = None
-    free: int | None = None
+    free: float | None = None
     faults: tuple[str, ...] = ()
 
 
@@ -111,10 +112,16 @@ def _lost(world: World, run_dir: Path | None, error: RuntimeError) -> NodeFaultE
     """Rank 0 keeps the store: without it nobody hears from anybody, and each rank has to judge alone."""
     names = names_of_nodes()
     node = names[0] if names else os.environ["MASTER_ADDR"]
-    fault = f"rank 0 on {node} does not answer, where the ranks meet ({str(error).splitlines()[0]})"
-    # The first that is not on its node, if there is any.
-    if (world.local_rank == 0 and node_name() == names[1]) if len(names) > 1 else world.rank == 1:
+    said = str(error).splitlines()[0]
+    if world.is_main:
+        fault = f"the ranks cannot meet at {os.environ['MASTER_ADDR']}, port {os.environ['MASTER_PORT']} ({said})"
+    else:
+        fault = f"rank 0 on {node} does not answer, where the ranks meet ({said})"
+    # Rank 0, or the first that is not on its node, if there is any.
+    second = (world.local_rank == 0 and node_name() == names[1]) if len(names) > 1 else world.rank == 1
+    if world.is_main or second:
         Faults({node: fault} if names else {}, len(names)).record(run_dir)
+    if second:
         tell(f"ibq-scale: {fault}")
     return NodeFaultError([fault])
 
@@ -127,7 +134,8 @@ def look(world: World) -> Arrival:
         try:
             torch.cuda.set_device(world.device)
             gpu = str(torch.cuda.get_device_properties(world.device).uuid)
-            free = torch.cuda.mem_get_info(world.device)[0]
+            free_bytes, all_bytes = torch.cuda.mem_get_info(world.device)
+            free = free_bytes / all_bytes
         except (RuntimeError, AssertionError) as e:
             faults.append(f"{world.device} cannot be used ({str(e).splitlines()[0]})")
     faults = faults or device_faults(world.device)
@@ -193,7 +201,7 @@ def judge(arrivals: Sequence[Arrival | None], names: Sequence[str]) -> Verdict:
             if not own and arrival.gpu is None and any(a.gpu for a in came.values()):
                 own = ["sees no GPU, where others do"]
             if arrival.free is not None and arrival.free < LEAST_SHARE * usual:
-                own += [f"{arrival.free / 1e9:.1f} GB of its GPU are free, of others {usual / 1e9:.1f} (nvidia-smi)"]
+                own += [f"{arrival.free:.0%} of its GPU's memory is free, of the others' {usual:.0%}: who is there?"]
         if own:
             nodes = [places[rank].node] if rank in places else silent
             on = places[rank].host if rank in places else " or ".join(silent) or "an unknown node"

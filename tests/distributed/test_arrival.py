@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -18,12 +19,10 @@ from ibq_scale.distributed import arrival
 from ibq_scale.distributed.arrival import Arrival, judge, look
 from ibq_scale.distributed.environment import World, free_port
 
-GB = 10**9
-
 
 def _came(rank: int, a_node: int = 2, **more: object) -> Arrival:
     node, first = rank // a_node, rank // a_node * a_node
-    mine = Arrival(f"host{node}", f"node{node}", tuple(range(first, first + a_node)), a_node, f"GPU-{rank}", 80 * GB)
+    mine = Arrival(f"host{node}", f"node{node}", tuple(range(first, first + a_node)), a_node, f"GPU-{rank}", 0.98)
     return replace(mine, **more)  # type: ignore[arg-type]
 
 
@@ -55,7 +54,7 @@ def test_a_node_of_which_nobody_came_is_the_one_that_the_job_has_and_nobody_name
     [
         ({"gpu": None, "free": None}, "sees no GPU, where others do"),
         ({"gpu": "GPU-2"}, "shares its GPU with rank 2: fewer than the 2 that were asked for"),
-        ({"free": 30 * GB}, "30.0 GB of its GPU are free, of others 80.0"),
+        ({"free": 0.3}, "30% of its GPU's memory is free, of the others' 98%"),
         ({"faults": ("cuda:1 cannot be used (ECC)",)}, "cuda:1 cannot be used (ECC)"),
     ],
 )
@@ -74,7 +73,7 @@ def test_more_ranks_than_gpus_were_asked_for_is_no_nodes_fault() -> None:
 
 
 def test_gpus_that_all_are_small_or_taken_are_nobodys_fault() -> None:
-    assert judge([_came(rank, free=3 * GB) for rank in range(4)], NAMES[:2]).faults == []
+    assert judge([_came(rank, free=0.03) for rank in range(4)], NAMES[:2]).faults == []
 
 
 def test_a_rank_looks_at_its_device_and_its_host(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,11 +109,11 @@ except UserError as e:
 """
 
 
-def _ranks(run: Path, how: Sequence[str]) -> list[subprocess.Popen[str]]:
+def _ranks(run: Path, how: Sequence[str], port: int | None = None) -> list[subprocess.Popen[str]]:
     """As srun starts a rank a node; ``absent``: it does not."""
     shared = {
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
+        "MASTER_PORT": str(port or free_port()),
         "WORLD_SIZE": str(len(how)),
         "LOCAL_RANK": "0",
         "LOCAL_WORLD_SIZE": "1",
@@ -158,6 +157,18 @@ def test_ranks_that_come_name_one_that_does_not(tmp_path: Path, how: tuple[str, 
         assert said in text
     written = json.loads((tmp_path / "run/failed_nodes.json").read_text())
     assert ([*written["nodes"]], written["of"]) == ([f"node{how.index('absent')}"], 3)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_meeting_point_that_is_taken_is_its_nodes_fault(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        (rank,) = _ranks(tmp_path / "run", ("comes", "absent"), port=taken.getsockname()[1])
+        (said,) = _ended([rank])
+    assert "the ranks cannot meet at 127.0.0.1, port" in said
+    assert [*json.loads((tmp_path / "run/failed_nodes.json").read_text())["nodes"]] == ["node0"]
 
 
 @pytest.mark.slow
