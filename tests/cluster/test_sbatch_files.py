@@ -17,15 +17,17 @@ STAND_INS = {
     "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
     "apptainer": 'while [ "$1" != /shared/images/ibq-scale.sif ]; do shift; done; shift; exec "$@"',
     "scontrol": 'case "$*" in *hostnames*) printf "node0\\nnode1\\n";; *job*) echo " Requeue=$REQUEUE x=0";; esac',
-    "squeue": 'echo "RUNNING node5"',
+    "squeue": 'case "$*" in *%T*) echo "RUNNING node5";; *) echo node5;; esac',
     "scancel": "",
-    "ibq-scale": 'case "$1" in job-ended) echo "$VERDICT";; train) exit 75;; esac',
+    "ibq-scale": 'case "$1" in job-ended) echo "$VERDICT";; train) exit 75;; *) exit "$CODE";; esac',
 }
 JOB = {
     "SLURM_JOB_ID": "7",
     "SLURM_JOB_NODELIST": "node[0-1]",
     "SLURM_CPUS_PER_TASK": "12",
     "SLURM_SUBMIT_DIR": "/nowhere",
+    "SLURM_JOB_NUM_NODES": "1",
+    "CODE": "0",
     "REQUEUE": "1",
     "VERDICT": "end ",
 }
@@ -39,7 +41,7 @@ def _enabled(text: str, block: str, only: str = "") -> str:
 
 
 def _run(folder: Path, text: str, *words: str, **environ: str) -> list[str]:
-    """Runs a script as Slurm's first node would; how the stand-ins were called."""
+    """Runs a script as Slurm's first node would; how the stand-ins were called. The command's code is the script's."""
     (folder / "bin").mkdir()
     for name, does in STAND_INS.items():
         note = f'[ "$#" = 0 ] || echo "{name} $*" >> {folder}/calls'
@@ -51,7 +53,7 @@ def _run(folder: Path, text: str, *words: str, **environ: str) -> list[str]:
     done = subprocess.run(
         ["bash", str(folder / "job.sbatch"), *words], env=environment, cwd=folder, capture_output=True, text=True
     )
-    assert (done.returncode, done.stderr) == (75 if words[0] == "tiny" else 0, "")
+    assert (done.returncode, done.stderr) == (75 if words[0] == "tiny" else int(environment["CODE"]), "")
     assert [log.read_text() for log in folder.glob("run/logs/*")] == [""] * (words[0] == "tiny")
     return (folder / "calls").read_text().splitlines()
 
@@ -112,11 +114,37 @@ def test_modules_are_loaded_first(name: str, tmp_path: Path) -> None:
     assert calls[:2] == ["module purge", "module load cuda/12.8"]
 
 
+TASK = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "12"}
+TASK |= {"SLURM_ARRAY_TASK_MIN": "10", "SLURM_ARRAY_TASK_COUNT": "4"}
+
+
 @pytest.mark.parametrize("name", ["tokenize", "sample"])
 def test_a_task_of_an_array_makes_its_part(name: str, tmp_path: Path) -> None:
-    task = {"SLURM_ARRAY_TASK_ID": "12", "SLURM_ARRAY_TASK_MIN": "10", "SLURM_ARRAY_TASK_COUNT": "4"}
-    calls = _run(tmp_path, (FILES / f"{name}.sbatch").read_text(), *_words(name, tmp_path), **task)
+    calls = _run(tmp_path, (FILES / f"{name}.sbatch").read_text(), *_words(name, tmp_path), **TASK)
     assert f"srun {OWN} {_command(name, tmp_path)} --part 2/4" in calls
+
+
+@pytest.mark.parametrize(
+    ("code", "more", "goes"),
+    [
+        ("71", {}, True),
+        ("71", {"SLURM_RESTART_COUNT": "3"}, False),
+        ("71", {"SLURM_JOB_NUM_NODES": "2"}, False),
+        ("1", {}, False),
+    ],
+)
+@pytest.mark.parametrize("array", [{}, TASK])
+@pytest.mark.parametrize("name", ["tokenize", "sample"])
+def test_a_task_leaves_a_broken_node(
+    name: str, array: dict[str, str], code: str, more: dict[str, str], goes: bool, tmp_path: Path
+) -> None:
+    """Which of several nodes it was, nobody has written down."""
+    text = (FILES / f"{name}.sbatch").read_text()
+    environ = {"CODE": code, "SLURM_JOB_NODELIST": "node3"} | array | more
+    calls = _run(tmp_path, text, *_words(name, tmp_path), **environ)
+    job = "7_12" if array else "7"
+    does = [f"scontrol requeue {job}", f"scontrol update JobId={job} ExcNodeList=node5,node3"]
+    assert [call for call in calls if "JobId=" in call or "requeue" in call] == does * goes
 
 
 @pytest.mark.parametrize(

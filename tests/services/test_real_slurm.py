@@ -30,7 +30,7 @@ NODES = 6
 PATIENCE = 300.0
 ENDED = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
 # What stands for `ibq-scale` in the jobs. Files beside a run's directory hold it, end it at once, or fail a node; one
-# beside the folder of images holds a task after each batch.
+# beside the folder of images holds a task after each batch, and the last task meets a broken node first.
 PROGRAM = """#!{python}
 import os, sys, time
 from pathlib import Path
@@ -50,6 +50,8 @@ if run and Path(run + ".absent").exists():
 # These GPUs are there in name only.
 os.environ.pop("SLURM_GPUS_ON_NODE", None)
 to = sys.argv[sys.argv.index("--to") + 1] if "--to" in sys.argv else ""
+if "sample" in sys.argv and "2/3" in sys.argv and "SLURM_RESTART_COUNT" not in os.environ:
+    sys.exit(71)
 if "sample" in sys.argv and "1/3" in sys.argv:
     from ibq_scale.generate.chunks import Chunks
     def write(self, number, images, real=Chunks.write):
@@ -378,6 +380,10 @@ def test_a_sample_array_of_which_one_is_killed_and_rerun_writes_the_bytes_of_one
     jobs.cluster.command("scancel", "--signal=KILL", victim)
     tasks = [f"{array}_{task}" for task in range(3)]
     assert [jobs.end(task)["JobState"] for task in tasks] == ["COMPLETED", "CANCELLED", "COMPLETED"], jobs.log(array)
+    # The last one's number is the whole array's too, and yet it alone left its node.
+    records = [jobs.cluster.job(task) for task in tasks]
+    assert [record["Restarts"] for record in records] == ["0", "0", "1"]
+    assert records[2]["ExcNodeList"] not in ("(null)", records[2]["NodeList"])
     assert not (parts / "samples.npz").exists()
     held.unlink()
     jobs.cluster.command("scontrol", "requeue", victim)
