@@ -10,13 +10,15 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Adds the command to the command line."""
     parser = commands.add_parser(
         "job-ended",
-        description="Prints 'requeue' and the nodes to leave out, or 'end'; says why on standard error.",
+        description="Prints 'requeue' and the nodes to leave out, or 'end' and the jobs of its chain that need not "
+        "begin; says why on standard error.",
         epilog="example: ibq-scale job-ended runs/tok --code 75 --seconds 3600",
     )
     parser.add_argument("folder", metavar="RUN", type=Path, help="run directory")
     parser.add_argument("--code", type=int, required=True, metavar="N", help="srun's exit code")
     parser.add_argument("--seconds", type=float, required=True, metavar="S", help="how long the job ran")
     parser.add_argument("--attempts", type=int, default=3, metavar="N", help="in a row without a new step (default 3)")
+    parser.add_argument("--stays", action="store_true", help="it was cancelled, or may not go back into the queue")
     parser.set_defaults(run=_job_ended)
 
 
@@ -24,8 +26,11 @@ def _job_ended(args: argparse.Namespace) -> int:
     from ibq_scale.cluster.requeue import after
     from ibq_scale.console import tell
 
-    attempt = after(args.folder, args.code, args.seconds, args.attempts)
-    end = f", without {', '.join(attempt.excluded)}" if attempt.excluded else ""
-    tell(f"ibq-scale: the job {f'goes back into the queue{end}' if attempt.again else 'ends'}: {attempt.why}")
-    print("requeue" if attempt.again else "end", ",".join(attempt.excluded))
+    end = after(args.folder, args.code, args.seconds, args.attempts, may_requeue=not args.stays)
+    attempt = end.attempt
+    without = f", without {', '.join(attempt.excluded)}" if attempt.excluded else ""
+    tell(f"ibq-scale: the job {f'goes back into the queue{without}' if attempt.again else 'ends'}: {attempt.why}")
+    if end.dropped:
+        tell(f"ibq-scale: what was to follow it is taken out of the queue: {', '.join(end.dropped)}")
+    print("requeue" if attempt.again else "end", ",".join(attempt.excluded or end.dropped))
     return 0

@@ -12,8 +12,15 @@ from ibq_scale.cli.ranks import at_least_one
 from ibq_scale.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from ibq_scale.cluster.checks import Check
+    from ibq_scale.cluster.render import Script
+    from ibq_scale.cluster.snapshot import Snapshot
     from ibq_scale.cluster.submit import Request
+
+# What may stand for a preset; the words behind it are the command's own.
+COMMANDS = ("tokenize", "sample", "evaluate")
 
 # Flags that a cluster's profile has too, under the same name.
 SETTINGS = (
@@ -36,11 +43,12 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "submit",
         help="check a run and submit it to Slurm",
         description="Check a run, copy code and config to RUN/submitted, fill slurm/train_*.sbatch and submit it. "
-        "Flags win over the cluster's profile (~/.config/ibq-scale/clusters.yaml), that over the file's own lines.",
+        "Flags win over the cluster's profile (~/.config/ibq-scale/clusters.yaml), that over the file's own lines. "
+        "The same for another command, behind --: submit --nodes 1 --array 16 -- sample runs/xl --to samples …",
         epilog="example: ibq-scale submit ar/xl data.train=s3://bucket/codes out=/shared/xl --nodes 4 --time 24:00:00",
     )
-    parser.add_argument("source", metavar="PRESET_OR_YAML")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("source", metavar="PRESET_OR_YAML", help="or tokenize, sample, evaluate")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="or that command's own words")
     parser.add_argument("--nodes", type=int, required=True, metavar="N")
     parser.add_argument("--cluster", metavar="NAME", help="profile (default: the file's 'default')")
     for name, kind, metavar, about in SETTINGS:
@@ -48,6 +56,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--sbatch", action="append", default=[], metavar="OPTION", help="any other of sbatch, as reservation=x; repeat"
     )
+    parser.add_argument("--array", type=int, metavar="N", help="jobs that share the work of tokenize or sample")
     parser.add_argument(
         "--chain", type=int, default=1, metavar="N", help="N jobs, each goes on where the one before it stopped"
     )
@@ -57,15 +66,12 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _submit(args: argparse.Namespace) -> int:
-    from ibq_scale.cluster import snapshot
-    from ibq_scale.cluster.checks import Submission, run_checks
-    from ibq_scale.cluster.submit import render, submit
+    from ibq_scale.cluster.submit import next_snapshot, render, submit
 
-    request, cluster = _request(args)
-    preview = snapshot.Snapshot(snapshot.next_folder(request.run_dir), snapshot.Source.here())
-    script = render(request, preview)
+    request, cluster, command = _request(args)
+    script = render(request, next_snapshot(request))
     checks = []
-    for check in run_checks(Submission(request.config, script, request.profile.gpu, queue=not args.dry_run)):
+    for check in _checks(args, request, script, command):
         checks.append(check)
         _say(f"{check.level:<4}  {check.name:<9}  {check.text}")
     failed = [check.name for check in checks if check.level == "FAIL"]
@@ -79,38 +85,88 @@ def _submit(args: argparse.Namespace) -> int:
         return 0
     snapped, jobs = submit(request, chain=args.chain, cluster=cluster)
     if args.json:
-        print(json.dumps(_document(request, checks, jobs, str(snapped.folder))))
+        print(json.dumps(_document(request, checks, jobs, str(snapped.folder) if snapped is not None else None)))
         return 0
-    print(f"submitted {', '.join(jobs)}: {request.run_dir}")
-    print(f"  runs {snapped.source}, {snapped.folder}")
-    print(f"  tail -F {request.log.replace('%j', jobs[0])}")
-    print(f"  ibq-scale jobs {request.run_dir}")
-    print(f"  ibq-scale cancel {request.run_dir}     # saves first")
+    _tell(request, snapped, jobs)
     return 0
 
 
-def _request(args: argparse.Namespace) -> tuple[Request, str | None]:
+def _tell(request: Request, snapped: Snapshot | None, jobs: list[str]) -> None:
+    from ibq_scale.cluster.snapshot import Source
+
+    work = request.work
+    print(f"submitted {', '.join(jobs)}: {work.folder or work.name}")
+    if snapped is not None:
+        print(f"  runs {snapped.source}, {snapped.folder}")
+    else:
+        print(f"  runs {Source.here()}, as that is when it starts: the output is no folder to keep a copy in")
+    print(f"  tail -F {_log(request, jobs[0])}")
+    if work.config is not None:
+        print(f"  ibq-scale jobs {work.folder}")
+        print(f"  ibq-scale cancel {work.folder}     # saves first")
+    else:
+        print(f"  squeue --jobs={','.join(jobs)}")
+        print(f"  scancel {' '.join(jobs)}     # the same command goes on from what it has made")
+
+
+def _log(request: Request, job: str) -> str:
+    return request.log.replace("%j", job).replace("%A", job).replace("%a", "0")
+
+
+def _checks(
+    args: argparse.Namespace, request: Request, script: Script, command: argparse.Namespace | None
+) -> Iterator[Check]:
+    from ibq_scale.cluster import checks, command_checks
+
+    queue, config = not args.dry_run, request.work.config
+    if config is not None:
+        return checks.run_checks(checks.Submission(config, script, request.profile.gpu, queue=queue))
+    assert command is not None
+    return command_checks.run_checks(command_checks.CommandJob(request.work.name, command, script, queue=queue))
+
+
+def _request(args: argparse.Namespace) -> tuple[Request, str | None, argparse.Namespace | None]:
+    """What is asked for, the cluster's name, and the arguments of a command that is no training."""
     from ibq_scale.cluster.profile import load_profile
-    from ibq_scale.cluster.submit import make_request
+    from ibq_scale.cluster.submit import make_request, other_command, training
     from ibq_scale.config.layers import require_complete, resolve
 
-    at_least_one(args, "nodes", "chain", "ntasks_per_node", "cpus_per_task")
+    at_least_one(args, "nodes", "chain", "array", "ntasks_per_node", "cpus_per_task")
     if args.gpus_per_node is not None and args.gpus_per_node < 0:
         raise UserError(f"--gpus-per-node must be at least 0, got {args.gpus_per_node}")
-    config = resolve(args.source, args.overrides).config
-    require_complete(config)
+    command = None
+    if args.source in COMMANDS:
+        command = _parse(args.source, args.overrides)
+        to = getattr(command, "to", None)
+        work = other_command(args.source, args.overrides, None if to is None else str(to), args.array)
+    elif args.array is not None:
+        raise UserError("--array is for tokenize and sample: a run takes more nodes")
+    else:
+        config = resolve(args.source, args.overrides).config
+        require_complete(config)
+        work = training(config)
     cluster, profile = load_profile(args.cluster)
     names = [name.replace("-", "_") for name, *_ in SETTINGS]
     flags = {name: getattr(args, name) for name in names}
-    return make_request(config, args.nodes, profile, flags, args.sbatch), cluster
+    return make_request(work, args.nodes, profile, flags, args.sbatch), cluster, command
+
+
+def _parse(name: str, words: list[str]) -> argparse.Namespace:
+    """As the command itself would, which ends the program where it would."""
+    from ibq_scale.cli.main import build_parser
+
+    command = build_parser().parse_args([name, *words])
+    if hasattr(command, "check"):
+        command.check(command)
+    return command
 
 
 def _document(request: Request, checks: list[Check], jobs: list[str], folder: str | None) -> dict[str, object]:
     return {
-        "run": str(request.run_dir),
+        "run": None if request.work.folder is None else str(request.work.folder),
         "jobs": jobs,
         "submitted": folder,
-        "logs": [request.log.replace("%j", job) for job in jobs],
+        "logs": [_log(request, job) for job in jobs],
         "checks": [asdict(check) for check in checks],
     }
 

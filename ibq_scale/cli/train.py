@@ -47,6 +47,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace) -> int:
     from contextlib import closing
+    from pathlib import Path
 
     from ibq_scale.config.layers import resolve
     from ibq_scale.distributed.environment import join
@@ -54,7 +55,7 @@ def _train(args: argparse.Namespace) -> int:
 
     config = resolve(args.source, args.overrides, args.task).config
     # Before torch is imported and the ranks have met, either of which may take minutes.
-    with closing(StopRequest(config.train.grace)) as stop, join() as world:
+    with closing(StopRequest(config.train.grace)) as stop, join(Path(config.run_dir)) as world:
         from ibq_scale.train.run import train
 
         return train(config, world, stop)

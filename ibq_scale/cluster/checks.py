@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 from ibq_scale.checkpoint.reading import Checkpoint, newest_or_this, whole_checkpoints
 from ibq_scale.cluster import slurm
@@ -53,16 +53,16 @@ class Submission:
 
     @property
     def nodes(self) -> int:
-        return _number(self.script, "nodes")
+        return number(self.script, "nodes")
 
     @property
     def gpus(self) -> int:
         """A node; 0 for ranks on CPUs."""
-        return _number(self.script, "gpus-per-node") if self.script.option("gpus-per-node") else 0
+        return gpus_per_node(self.script)
 
     @property
     def ranks(self) -> int:
-        return self.nodes * _number(self.script, "ntasks-per-node")
+        return self.nodes * number(self.script, "ntasks-per-node")
 
     @property
     def run_dir(self) -> Path:
@@ -89,12 +89,31 @@ class Submission:
         return whole[-1] if whole else None
 
 
+class Checked(Protocol):
+    """What every submission has: its script, and the names of the checks that it failed."""
+
+    @property
+    def script(self) -> Script: ...
+    @property
+    def queue(self) -> bool: ...
+    @property
+    def failed(self) -> set[str]: ...
+
+
 Outcome = tuple[Level, str]
+J = TypeVar("J", bound=Checked)
+# Name, names of others that must be well for it to mean something, and the check.
+Checks = Sequence[tuple[str, tuple[str, ...], Callable[[J], Outcome | None]]]
 
 
 def run_checks(job: Submission) -> Iterator[Check]:
-    """The checks, one after the other, each as soon as it is known. Some need others to be well, and are left out."""
-    for name, needs, check in CHECKS:
+    """A run's checks, one after the other, each as soon as it is known."""
+    return each_check(job, CHECKS)
+
+
+def each_check(job: J, checks: Checks[J]) -> Iterator[Check]:
+    """What they find. Some need others to be well, and are left out; one that does not apply says nothing."""
+    for name, needs, check in checks:
         if job.failed & set(needs):
             continue
         try:
@@ -135,10 +154,8 @@ def _deepspeed(job: Submission) -> Outcome:
 
 
 def _memory(job: Submission) -> Outcome:
-    if job.gpus and job.gpus * job.nodes != job.ranks:
-        return "FAIL", (
-            f"{job.ranks} ranks on {job.gpus * job.nodes} GPUs: a rank takes one GPU, set ntasks-per-node to {job.gpus}"
-        )
+    if (wrong := ranks_without_gpu(job.script)) is not None:
+        return wrong
     plan = job.plan
     needs = f"{_gb(plan.memory.peak)} a GPU"
     if not job.gpus:
@@ -262,15 +279,15 @@ def _time(job: Submission) -> Outcome:
     return "ok", f"{text}; saves and leaves {lead} s before, within {grace:.0f} s (train.grace)"
 
 
-def _slurm(job: Submission) -> Outcome:
+def slurm_takes(job: Checked) -> Outcome:
+    """Whether Slurm would queue the script."""
     try:
         return "ok", slurm.rehearse(job.script.text)
     except slurm.NoSlurmError as e:
         return "FAIL" if job.queue else "warn", str(e)
 
 
-# Name, names of others that must be well for it to mean something, and the check.
-CHECKS: Sequence[tuple[str, tuple[str, ...], Callable[[Submission], Outcome | None]]] = (
+CHECKS: Checks[Submission] = (
     ("config", (), _config),
     ("batch", (), _batch),
     ("codebook", (), _codebook),
@@ -283,7 +300,7 @@ CHECKS: Sequence[tuple[str, tuple[str, ...], Callable[[Submission], Outcome | No
     ("disk", ("batch", "codebook", "deepspeed"), _disk),
     ("run", (), _alone),
     ("time", (), _time),
-    ("slurm", (), _slurm),
+    ("slurm", (), slurm_takes),
 )
 
 
@@ -304,7 +321,21 @@ def seconds(text: str) -> float | None:
     return (first or 0) * 60.0 + (second or 0)
 
 
-def _number(script: Script, key: str) -> int:
+def ranks_without_gpu(script: Script) -> Outcome | None:
+    """Whether there are other than one rank a GPU; None where all is well, or there are no GPUs."""
+    gpus, ranks = gpus_per_node(script), number(script, "ntasks-per-node")
+    if not gpus or gpus == ranks:
+        return None
+    return "FAIL", f"{ranks} ranks on {gpus} GPUs of a node: a rank takes one GPU, set ntasks-per-node to {gpus}"
+
+
+def gpus_per_node(script: Script) -> int:
+    """0 for ranks on CPUs."""
+    return number(script, "gpus-per-node") if script.option("gpus-per-node") else 0
+
+
+def number(script: Script, key: str) -> int:
+    """An option's, of which there is one at least. UserError where it is none."""
     text = script.option(key) or ""
     # gpus-per-node may name a type before the number.
     last = text.rpartition(":")[2]

@@ -1,24 +1,25 @@
 """Whether a job that ended should come back, and to which nodes not: asked by the batch script when srun has ended.
 
-RUN/attempts.jsonl holds a line for each attempt. A job comes back as long as its attempts bring the run on. One that
-has not saved a new step for some attempts stays away, as does one that is done, is used wrongly, or fails at once.
+A job comes back as long as its attempts (RUN/attempts.jsonl) bring the run on. One that has not saved a new step for
+some attempts stays away, as does one that is done, is used wrongly, or fails at once; and then the jobs that were
+chained to it would only meet the same.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ibq_scale.checkpoint.reading import whole_checkpoints
+from ibq_scale.cluster.snapshot import chained_after
+from ibq_scale.distributed.failed_nodes import Faults, NodeFaultError, recorded
 from ibq_scale.distributed.failed_nodes import attempt as this_attempt
-from ibq_scale.distributed.failed_nodes import recorded
 from ibq_scale.errors import UserError
+from ibq_scale.train import attempts
+from ibq_scale.train.attempts import Attempt
 
-ATTEMPTS = "attempts.jsonl"
 # A wrong config, a missing file: what fails so early fails again.
 EARLY_SECONDS = 600.0
 REASONS = {
@@ -30,77 +31,57 @@ REASONS = {
 
 
 @dataclass(frozen=True)
-class Attempt:
-    """One time that a job ran. Steps are those of checkpoints; `seconds` is how long it ran, `time` its end (UTC).
+class End:
+    """What the batch script is told. `dropped`: jobs of its chain that need not begin any more."""
 
-    `excluded`: nodes that it should not come back to. `again`: whether it should come back at all; `why`, in words.
-    """
-
-    job: str
-    restart: int
-    code: int
-    step_before: int
-    step_after: int
-    nodes: str
-    seconds: float
-    excluded: tuple[str, ...]
-    again: bool
-    why: str
-    time: str
+    attempt: Attempt
+    dropped: tuple[str, ...] = ()
 
 
-def after(run_dir: Path, code: int, seconds: float, budget: int) -> Attempt:
+def after(run_dir: Path, code: int, seconds: float, budget: int, *, may_requeue: bool = True) -> End:
     """Judges the attempt that ended with srun's exit code `code` after `seconds`, and adds it to the run's attempts.
 
-    `budget`: attempts in a row without a new step in a checkpoint that a job may have. UserError where `run_dir` cannot
-    be written to: a job that cannot be counted may not come back.
+    `budget`: attempts in a row without a new step in a checkpoint that a job may have. `may_requeue`: False for a job
+    that was cancelled, or may never come back; its chain goes on. UserError where `run_dir` cannot be written to: a job
+    that cannot be counted may not come back.
     """
     job, restart = this_attempt()
-    earlier = read_attempts(run_dir)
+    earlier = attempts.read_attempts(run_dir)
     before = int(earlier[-1]["step_after"]) if earlier else 0
-    step = _newest_step(run_dir)
-    faults, of = recorded(run_dir)
-    idle = 1 if step <= before else 0
+    step = attempts.newest_step(run_dir)
+    faults = recorded(run_dir)
+    if faults is not None and code not in (0, 2):
+        # Of ranks that did not come srun tells how it killed them, which is a higher code.
+        code = NodeFaultError.exit_code
+    again, why = _judge(code, seconds, step - before, _idle(job, earlier, step - before), budget)
+    dropped = () if again else chained_after(run_dir, job)
+    if again and not may_requeue:
+        again, why = False, f"{why}; it is not to go back into the queue"
+    excluded = _excluded(faults) if again and faults is not None else ()
+    if faults is not None and faults.nodes and code == NodeFaultError.exit_code:
+        why += ": " + "; ".join(f"{node} ({fault})" for node, fault in sorted(faults.nodes.items()))
+    nodes = os.environ.get("SLURM_JOB_NODELIST", "")
+    found = Attempt(job, int(restart), code, before, step, nodes, seconds, excluded, again, why, attempts.now())
+    try:
+        attempts.add(run_dir, found)
+    except OSError as e:
+        raise UserError(f"{run_dir / attempts.ATTEMPTS}: {e.strerror}: the job does not come back") from None
+    return End(found, dropped)
+
+
+def _idle(job: str, earlier: Sequence[dict[str, Any]], new_steps: int) -> int:
+    """Attempts of the job in a row, with this one, that saved no new step. What Slurm did by itself does not count."""
+    idle = 1 if new_steps <= 0 else 0
     for line in reversed(earlier):
         if not idle or line["job"] != job or line["step_after"] > line["step_before"]:
             break
-        idle += 1
-    again, why = _judge(code, seconds, step - before, idle, budget)
-    # Where most nodes fail, it is not for the nodes.
-    excluded = sorted(faults) if again and code == 71 and 2 * len(faults) <= max(2, of) else []
-    if faults and code == 71:
-        why += ": " + "; ".join(f"{node} ({fault})" for node, fault in sorted(faults.items()))
-    found = Attempt(
-        job,
-        int(restart),
-        code,
-        before,
-        step,
-        os.environ.get("SLURM_JOB_NODELIST", ""),
-        seconds,
-        tuple(excluded),
-        again,
-        why,
-        datetime.now(UTC).isoformat(timespec="seconds"),
-    )
-    try:
-        with (run_dir / ATTEMPTS).open("a") as f:
-            f.write(json.dumps(asdict(found)) + "\n")
-    except OSError as e:
-        raise UserError(f"{run_dir / ATTEMPTS}: {e.strerror}: the job does not come back") from None
-    return found
+        idle += line["code"] is not None
+    return idle
 
 
-def read_attempts(run_dir: Path) -> list[dict[str, Any]]:
-    """All attempts of a run, oldest first; a line that is cut short, by a full disk say, is left out."""
-    path = run_dir / ATTEMPTS
-    found = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
+def _excluded(faults: Faults) -> tuple[str, ...]:
+    """Where most nodes fail, it is not for the nodes."""
+    return tuple(sorted(faults.nodes)) if 2 * len(faults.nodes) <= max(2, faults.of) else ()
 
 
 def _judge(code: int, seconds: float, new_steps: int, idle: int, budget: int) -> tuple[bool, str]:
@@ -115,11 +96,3 @@ def _judge(code: int, seconds: float, new_steps: int, idle: int, budget: int) ->
         return False, f"{why}, and {idle} attempts in a row saved no new step"
     progress = f"{new_steps} new steps are saved" if new_steps > 0 else f"attempt {idle} of {budget} without a new step"
     return True, f"{why}; {progress}"
-
-
-def _newest_step(run_dir: Path) -> int:
-    try:
-        whole = whole_checkpoints(run_dir / "checkpoints")
-    except UserError:
-        return 0
-    return whole[-1].step if whole else 0

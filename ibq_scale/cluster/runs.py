@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 from ibq_scale.checkpoint.reading import OtherFormatError, whole_checkpoints
 from ibq_scale.cluster import snapshot
-from ibq_scale.cluster.requeue import read_attempts
 from ibq_scale.cluster.slurm import Job
 from ibq_scale.config.layers import load_resolved
 from ibq_scale.config.run import AnyRun
 from ibq_scale.errors import UserError
+from ibq_scale.train.attempts import read_attempts
 from ibq_scale.train.preemption import REQUEUE_EXIT_CODE
 from ibq_scale.train.run_lock import BEAT_SECONDS, look
 

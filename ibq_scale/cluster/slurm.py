@@ -11,11 +11,12 @@ from ibq_scale.errors import UserError
 
 # A controller that is busy answers late; one that is gone, never.
 PATIENCE_SECONDS = 120.0
+# For a look at the cluster, which nothing waits for.
+LOOK_SECONDS = 10.0
 # squeue: id, state, number and names of nodes, reason, work directory, comment.
 COLUMNS = "%i|%T|%D|%N|%r|%k"
 # sbatch writes it in the job's comment, squeue gives it back.
 COMMENT = "ibq-scale "
-
 
 # The commands are installed, but belong to no cluster.
 NO_CLUSTER = "establish a configuration source"
@@ -76,24 +77,50 @@ def ask_to_save(job: str) -> None:
     _run("scancel", "--signal=USR1", job)
 
 
+def version() -> str:
+    """As ``slurm 22.05.8``. UserError as `my_jobs`, NoSlurmError where there is none."""
+    return _run("sbatch", "--version", seconds=LOOK_SECONDS).strip()
+
+
+def controllers() -> list[str]:
+    """Hosts of those that answer. UserError where none does, NoSlurmError without a cluster."""
+    said = _run("scontrol", "ping", seconds=LOOK_SECONDS)
+    up = re.findall(r"Slurmctld\(\w+\) at (\S+) is UP", said)
+    if not up:
+        raise UserError(
+            f"no controller answers: {said.strip().splitlines()[-1].strip() if said.strip() else 'no word'}"
+        )
+    return up
+
+
+def partitions() -> list[dict[str, str]]:
+    """Those that can be seen, in Slurm's own words: PartitionName, State, MaxTime, DefaultTime… UserError as above."""
+    said = _run("scontrol", "show", "partition", "--oneliner", seconds=LOOK_SECONDS)
+    return [dict(re.findall(r"(\w+)=(\S*)", line)) for line in said.splitlines() if "PartitionName=" in line]
+
+
+def settings() -> dict[str, str]:
+    """slurm.conf as the controller has it: JobRequeue, KillWait… UserError as above."""
+    said = _run("scontrol", "show", "config", seconds=LOOK_SECONDS)
+    return dict(re.findall(r"^(\w+)\s*= (.*\S)", said, re.MULTILINE))
+
+
 def _job(line: str) -> Job:
     job, state, count, nodes, reason, comment = line.split("|", 5)
     run = comment.removeprefix(COMMENT).strip() if comment.startswith(COMMENT) else None
     return Job(job, state, int(count), nodes, reason, run)
 
 
-def _run(*command: str, text: str | None = None, both: bool = False) -> str:
+def _run(*command: str, text: str | None = None, both: bool = False, seconds: float = PATIENCE_SECONDS) -> str:
     try:
-        done = subprocess.run(
-            command, input=text, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False
-        )
+        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=seconds, check=False)
     except FileNotFoundError:
         raise NoSlurmError(f"there is no {command[0]} here: run this where Slurm is (a login node)") from None
     except subprocess.TimeoutExpired:
-        raise UserError(f"{command[0]} does not answer in {PATIENCE_SECONDS:.0f} s: is Slurm up? (sinfo)") from None
-    if done.returncode and NO_CLUSTER in done.stderr:
+        raise UserError(f"{command[0]} does not answer in {seconds:.0f} s: is Slurm up? (sinfo)") from None
+    if done.returncode and NO_CLUSTER in done.stderr + done.stdout:
         raise NoSlurmError(f"{command[0]} finds no cluster: run this where Slurm is (a login node), or set SLURM_CONF")
     if done.returncode:
-        said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        said = " ".join((done.stderr or done.stdout).split()) or f"exit code {done.returncode}"
         raise UserError(f"{command[0]}: {said.removeprefix(f'{command[0]}: ').removeprefix('error: ')}")
     return done.stdout + (done.stderr if both else "")

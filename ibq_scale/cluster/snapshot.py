@@ -1,10 +1,14 @@
-"""What a job runs: code and config as they are when it is submitted, in RUN/submitted/NNN, whatever is edited later."""
+"""What a job runs: code and config as they are when it is submitted, in RUN/submitted/NNN, whatever is edited later.
+
+RUN is the run directory, or the folder that another command writes to.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
 import subprocess
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -80,18 +84,19 @@ def next_folder(run_dir: Path) -> Path:
     return run_dir / FOLDER / f"{max(taken, default=0) + 1:03d}"
 
 
-def take(folder: Path, config: AnyRun) -> Snapshot:
-    """Copies the code and writes the config. UserError where that cannot be written."""
+def take(folder: Path, config: AnyRun | None) -> Snapshot:
+    """Copies the code and writes the config, if there is one. UserError where that cannot be written."""
     snapshot = Snapshot(folder, Source.here())
     try:
         folder.mkdir(parents=True)
-        (folder.parents[1] / "logs").mkdir(exist_ok=True)
         if snapshot.source.root is not None:
             _copy(snapshot.source.root, folder / CODE)
             if snapshot.source.commit is not None:
                 changes = "+changes" if snapshot.source.changed else ""
                 (folder / CODE / COMMIT).write_text(f"{snapshot.source.commit}{changes}\n")
-        snapshot.config.write_text(to_yaml(_with_own_json(config, folder)))
+        if config is not None:
+            (folder.parents[1] / "logs").mkdir(exist_ok=True)
+            snapshot.config.write_text(to_yaml(_with_own_json(config, folder)))
     except FileExistsError:
         raise UserError(f"{folder} has just been made by another submission: run this again") from None
     except OSError as e:
@@ -102,13 +107,20 @@ def take(folder: Path, config: AnyRun) -> Snapshot:
 
 def submitted_jobs(run_dir: Path) -> list[str]:
     """Ids of all jobs that were submitted for this run, oldest first."""
-    jobs: list[str] = []
+    return [job for chain in _chains(run_dir) for job in chain]
+
+
+def chained_after(run_dir: Path, job: str) -> tuple[str, ...]:
+    """Jobs that were submitted together with this one, to follow it."""
+    return next((chain[chain.index(job) + 1 :] for chain in _chains(run_dir) if job in chain), ())
+
+
+def _chains(run_dir: Path) -> Iterator[tuple[str, ...]]:
     for path in sorted((run_dir / FOLDER).glob(f"*/{RECORD}")):
         try:
-            jobs += json.loads(path.read_text())["jobs"]
+            yield tuple(json.loads(path.read_text())["jobs"])
         except (OSError, ValueError, KeyError, TypeError):
             continue
-    return jobs
 
 
 def _with_own_json(config: AnyRun, folder: Path) -> AnyRun:

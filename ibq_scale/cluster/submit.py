@@ -1,10 +1,13 @@
-"""From a config and a cluster's profile to jobs in the queue."""
+"""From a config, or a command's words, and a cluster's profile to jobs in the queue."""
 
 from __future__ import annotations
 
 import math
 import re
 import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,47 +15,95 @@ from typing import Any
 from ibq_scale.cluster import slurm, snapshot
 from ibq_scale.cluster.profile import Profile
 from ibq_scale.cluster.render import Script, environment_lines, parse_option
-from ibq_scale.cluster.snapshot import Snapshot
+from ibq_scale.cluster.snapshot import Snapshot, Source
 from ibq_scale.config.run import AnyRun
 from ibq_scale.errors import UserError
 
 # Between the end of the grace time and Slurm's kill.
 SPARE_SECONDS = 30
+# Commands whose work an array of jobs can share.
+IN_PARTS = ("tokenize", "sample")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a job does: slurm/FILE.sbatch with `words`, or with a snapshot's `config`. `folder`: where its snapshots and
+    logs go, None where its output is no folder; `options`: of sbatch, that follow from the work.
+    """
+
+    file: str
+    name: str
+    folder: Path | None
+    options: Mapping[str, str | None]
+    words: tuple[str, ...] = ()
+    config: AnyRun | None = None
+
+
+def training(config: AnyRun) -> Work:
+    """A run. UserError where Slurm could not write its log."""
+    folder = Path(config.run_dir).absolute()
+    _check_percent(f"out={folder}")
+    options = {
+        "signal": f"USR1@{math.ceil(config.train.grace) + SPARE_SECONDS}",
+        "comment": f"{slurm.COMMENT}{folder}",
+        "output": f"{folder}/logs/job-%j.log",
+    }
+    absolute = config.model_copy(update={"out": str(folder)})
+    return Work(f"train_{config.task}", config.name, folder, options, config=absolute)
+
+
+def other_command(name: str, words: Sequence[str], to: str | None, tasks: int | None) -> Work:
+    """``ibq-scale NAME WORDS``, of `tasks` jobs of an array; `to`: its output, in a file system or in a store.
+
+    UserError for an array of what has no parts, or where Slurm could not write the log.
+    """
+    if tasks is not None and name not in IN_PARTS:
+        raise UserError(f"--array is for {' and '.join(IN_PARTS)}: {name} takes more nodes")
+    number = "%j" if tasks is None else "%A_%a"
+    folder = Path(to).absolute() if to is not None and "://" not in to and not to.endswith(".npz") else None
+    _check_percent(f"--to {to}")
+    output = f"ibq-{name}-{number}.log" if folder is None else f"{folder}/{snapshot.FOLDER}/job-{number}.log"
+    options = {"output": output} | ({} if tasks is None else {"array": f"0-{tasks - 1}"})
+    return Work(name, name, folder, options, words=tuple(words))
+
+
+def _check_percent(text: str) -> None:
+    if "%" in text:
+        raise UserError(f"{text}: Slurm reads a % in the path of a log as its own: choose a path without")
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be submitted. `profile`: with flags on top; `config.out` is absolute."""
+    """What is to be submitted, and how. `profile`: with flags on top."""
 
-    config: AnyRun
+    work: Work
     nodes: int
     profile: Profile
     cwd: Path
 
     @property
-    def run_dir(self) -> Path:
-        return Path(self.config.run_dir)
-
-    @property
     def log(self) -> str:
         """The job's log, for Slurm to fill in its id."""
-        return str(self.run_dir / "logs" / "job-%j.log")
+        return str(self.cwd / str(self.work.options["output"]))
 
 
-def make_request(config: AnyRun, nodes: int, profile: Profile, flags: dict[str, Any], sbatch: list[str]) -> Request:
+def make_request(work: Work, nodes: int, profile: Profile, flags: dict[str, Any], sbatch: list[str]) -> Request:
     """Flags that are not None win over the profile; lines for sbatch come after its own."""
     given = {key: value for key, value in flags.items() if value is not None}
     merged = profile.model_copy(update=given | {"sbatch": (*profile.sbatch, *sbatch)})
-    out = str(Path(config.run_dir).absolute())
-    if "%" in out:
-        raise UserError(f"out={out}: Slurm reads a % in the path of a log as its own: choose a path without")
-    return Request(config.model_copy(update={"out": out}), nodes, merged, Path.cwd())
+    return Request(work, nodes, merged, Path.cwd())
 
 
-def render(request: Request, snapped: Snapshot) -> Script:
-    """slurm/train_*.sbatch for this job. What neither flags nor profile say stays as the file has it."""
-    profile, config = request.profile, request.config
-    script = Script.of(f"train_{config.task}").with_options(_options(request))
+def next_snapshot(request: Request) -> Snapshot | None:
+    """What a submission would take; None for work without a folder, whose job runs the code as it is by then."""
+    folder = request.work.folder
+    return None if folder is None else Snapshot(snapshot.next_folder(folder), Source.here())
+
+
+def render(request: Request, snapped: Snapshot | None) -> Script:
+    """The work's file for this job. What neither flags nor profile say stays as the file has it."""
+    profile = request.profile
+    script = Script.of(request.work.file).with_options(_options(request))
     script = script.with_options(dict(map(parse_option, profile.sbatch)))
     script = script.with_command(profile.ibq_scale or _own_command())
     container = []
@@ -61,7 +112,7 @@ def render(request: Request, snapped: Snapshot) -> Script:
     if profile.inside:
         container.append(f"INSIDE=({' '.join(map(_word, profile.inside))})")
     environment = environment_lines(profile.env)
-    if snapped.pythonpath is not None:
+    if snapped is not None and snapped.pythonpath is not None:
         # A folder that a job is submitted from may hold another copy, which `python -m` would take.
         variables = {"PYTHONPATH": f"{snapped.pythonpath}${{PYTHONPATH:+:$PYTHONPATH}}", "PYTHONSAFEPATH": "1"}
         environment += ["# The code as it was when this was submitted.", *environment_lines(variables)]
@@ -69,45 +120,56 @@ def render(request: Request, snapped: Snapshot) -> Script:
     return script.with_block("environment", environment)
 
 
-def words(request: Request, snapped: Snapshot) -> list[str]:
+def words(request: Request, snapped: Snapshot | None) -> list[str]:
     """Arguments of the script."""
-    return [str(snapped.config), f"out={request.run_dir}"]
+    if request.work.config is None or snapped is None:
+        return list(request.work.words)
+    return [str(snapped.config), f"out={request.work.folder}"]
 
 
-def submit(request: Request, *, chain: int, cluster: str | None) -> tuple[Snapshot, list[str]]:
+def submit(request: Request, *, chain: int, cluster: str | None) -> tuple[Snapshot | None, list[str]]:
     """Takes the snapshot and queues `chain` jobs, each behind the one before. UserError where Slurm refuses the first;
     of a chain that breaks later, the jobs so far stay.
     """
-    snapped = snapshot.take(snapshot.next_folder(request.run_dir), request.config)
+    folder = request.work.folder
+    snapped = None if folder is None else snapshot.take(snapshot.next_folder(folder), request.work.config)
     jobs: list[str] = []
     try:
-        snapped.script.write_text(render(request, snapped).text)
-        for _ in range(chain):
-            jobs.append(slurm.submit(str(snapped.script), words(request, snapped), jobs[-1] if jobs else None))
-    except UserError as e:
-        if not jobs:
+        with _script_file(render(request, snapped), snapped) as path:
+            for _ in range(chain):
+                jobs.append(slurm.submit(str(path), words(request, snapped), jobs[-1] if jobs else None))
+    except (UserError, OSError) as e:
+        if snapped is not None and not jobs:
             snapped.forget()
+        if isinstance(e, OSError):
+            raise UserError(f"cannot write the job's script ({e.strerror}): make room") from None
+        if not jobs:
             raise
-        raise UserError(f"{e}; submitted before that: {', '.join(jobs)} (ibq-scale cancel {request.run_dir})") from None
-    except OSError as e:
-        snapped.forget()
-        raise UserError(f"cannot write {snapped.script} ({e.strerror}): make room") from None
+        ends = f"ibq-scale cancel {folder}" if request.work.config is not None else f"scancel {' '.join(jobs)}"
+        raise UserError(f"{e}; submitted before that: {', '.join(jobs)} ({ends})") from None
     finally:
-        if jobs:
+        if jobs and snapped is not None:
             snapped.record(jobs=jobs, words=words(request, snapped), cwd=str(request.cwd), cluster=cluster)
     return snapped, jobs
 
 
+@contextmanager
+def _script_file(script: Script, snapped: Snapshot | None) -> Iterator[Path]:
+    """sbatch takes a copy of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = snapped.script if snapped is not None else Path(folder) / snapshot.SCRIPT
+        path.write_text(script.text)
+        yield path
+
+
 def _options(request: Request) -> dict[str, str | None]:
-    profile, config = request.profile, request.config
+    profile, work = request.profile, request.work
     options: dict[str, str | None] = {
-        "job-name": "ibq-" + re.sub(r"[^\w.-]+", "-", config.name),
+        "job-name": "ibq-" + re.sub(r"[^\w.-]+", "-", work.name),
         "nodes": str(request.nodes),
-        "signal": f"USR1@{math.ceil(config.train.grace) + SPARE_SECONDS}",
-        "output": request.log,
         "chdir": str(request.cwd),
-        "comment": f"{slurm.COMMENT}{request.run_dir}",
     }
+    options |= work.options
     for key in ("partition", "account", "qos", "constraint", "time", "mem"):
         value = getattr(profile, key)
         options |= {key: value} if value is not None else {}

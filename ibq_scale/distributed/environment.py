@@ -12,6 +12,7 @@ from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ibq_scale.distributed.signals import let_in
@@ -71,15 +72,18 @@ def free_port() -> int:
 
 
 @contextmanager
-def join() -> Iterator[World]:
+def join(run_dir: Path | None = None) -> Iterator[World]:
     """Initialises torch.distributed (nccl on CUDA, else gloo) and leaves it at the end; a lone process is a world of 1.
 
+    NodeFaultError where a rank does not come, or cannot compute (`arrival`); `run_dir` then has the names of the nodes.
     An exception on the way out skips the orderly farewell: the other ranks would wait for this one. After a UserError,
     which comes of no collective, only the group is closed: with its threads alive, an exit may end in an abort, and the
     exit code would be that one's.
     """
     import torch
     import torch.distributed as dist
+
+    from ibq_scale.distributed.arrival import together
 
     let_in()
     env = os.environ
@@ -92,13 +96,14 @@ def join() -> Iterator[World]:
     local_rank = int(env.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
         env.setdefault("DS_ACCELERATOR", "cpu")
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+    world = World(int(env["RANK"]), int(env["WORLD_SIZE"]), local_rank, device)
+    with together(world, run_dir):
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), local_rank, device)
+        yield world
         dist.barrier()
         dist.destroy_process_group()
     except UserError:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ibq_scale.errors import UserError
@@ -19,31 +22,68 @@ class NodeFaultError(UserError):
     # EX_OSERR of sysexits.h.
     exit_code = 71
 
+    def __init__(self, faults: Sequence[str]) -> None:
+        super().__init__("; ".join(faults) + ". Leave that node out (sbatch --exclude) or mend it")
+
+
+@dataclass(frozen=True)
+class Faults:
+    """Of a job's nodes (`of`: how many it has) those that failed, and why."""
+
+    nodes: dict[str, str]
+    of: int
+
+    def record(self, run_dir: Path | None) -> None:
+        """Writes it down for who starts the job again."""
+        if run_dir is None:
+            return
+        found = {"attempt": attempt()} | asdict(self)
+        # The failure itself is being told; that it cannot be written down as well changes nothing.
+        with suppress(OSError):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            (run_dir / FILE).write_text(json.dumps(found, indent=1) + "\n")
+
+
+def recorded(run_dir: Path) -> Faults | None:
+    """What this attempt of this job has recorded; None where its nodes passed."""
+    try:
+        found = json.loads((run_dir / FILE).read_text())
+        if found["attempt"] == attempt():
+            return Faults(dict(found["nodes"]), int(found["of"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return None
+
+
+def attempt() -> list[str]:
+    """Job, and how often Slurm has started it again."""
+    return [os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "0")]
+
 
 def node_name() -> str:
     """This node's name for its scheduler, or its host name where there is none."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def record(run_dir: Path, faults: dict[str, str], of: int) -> None:
-    """Writes which of a job's nodes (`of`: how many it has) failed, and why, for who starts it again."""
-    found = {"attempt": attempt(), "of": of, "faults": faults}
-    # The failure itself is being told; that it cannot be written down as well changes nothing.
-    with suppress(OSError):
-        (run_dir / FILE).write_text(json.dumps(found, indent=1) + "\n")
+def names_of_nodes() -> list[str]:
+    """All nodes of this job step, the one of rank 0 first; none without Slurm, or under names that cannot be read."""
+    return expand(os.environ.get("SLURM_STEP_NODELIST", ""))
 
 
-def recorded(run_dir: Path) -> tuple[dict[str, str], int]:
-    """What this attempt of this job has recorded: faults by node, and the number of all its nodes."""
-    try:
-        found = json.loads((run_dir / FILE).read_text())
-        if found["attempt"] == attempt():
-            return dict(found["faults"]), int(found["of"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    return {}, 0
+def expand(listed: str) -> list[str]:
+    """``gpu[01-03,7],login`` → gpu01, gpu02, gpu03, gpu7, login: as Slurm writes lists; ``[]`` for other forms.
 
-
-def attempt() -> list[str]:
-    """Job, and how often Slurm has started it again."""
-    return [os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "0")]
+    Not `scontrol show hostnames`: a container has none.
+    """
+    names: list[str] = []
+    for word in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", listed):
+        found = re.fullmatch(r"([^\[\]]*)(?:\[([\d,-]+)\])?([^\[\]]*)", word)
+        if found is None:
+            return []
+        head, numbers, tail = found.groups()
+        for span in numbers.split(",") if numbers else [""]:
+            first, _, last = span.partition("-")
+            width = len(first)
+            numbered = [f"{n:0{width}}" for n in range(int(first), int(last or first) + 1)] if span else [""]
+            names += [f"{head}{number}{tail}" for number in numbered]
+    return names

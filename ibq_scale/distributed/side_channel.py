@@ -28,7 +28,7 @@ class NoAnswerError(RuntimeError):
 
 
 class SideChannel:
-    """Small JSON values under names. Joining ranks have met before (`join`), so the store is there."""
+    """Small JSON values under names, where `open_store` has been called before."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -74,7 +74,17 @@ class SideChannel:
                 missing = [rank for rank in missing if self.get(f"{name}/{rank}") is None]
                 time.sleep(0.01 if missing else 0)
             self.put(f"{name}/answer", decide(self.of_each_rank(name)))
-        return self.wait(f"{name}/answer", 2 * seconds)
+        answer = self.wait(f"{name}/answer", 2 * seconds)
+        self.count(f"{name}/read")
+        return answer
+
+    def all_have_read(self, name: str, ranks: int, seconds: float) -> None:
+        """Returns when so many ranks have the answer of `gather`, or the time is over: before rank 0, which may keep
+        the store, ends after bad news.
+        """
+        deadline = time.monotonic() + seconds
+        while self.world.is_main and self.count(f"{name}/read", 0) < ranks and time.monotonic() < deadline:
+            time.sleep(0.01)
 
     def _poll(self, name: str, seconds: float) -> Any:
         deadline = time.monotonic() + seconds
@@ -86,10 +96,24 @@ class SideChannel:
         return f"{self._prefix}/{name}"
 
     def _connect(self) -> TCPStore:
-        from torch._C._distributed_c10d import TCPStore
+        return _connect(is_master=False, timeout=timedelta(seconds=60))
 
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60))
+
+def open_store(world: World, timeout: timedelta) -> TCPStore:
+    """The store at the ranks' meeting point: rank 0 keeps it, unless torchrun's agent does; the others wait for it.
+
+    It ends with what this returns. RuntimeError where nobody keeps it within `timeout`.
+    """
+    agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return _connect(is_master=world.is_main and not agent, timeout=timeout)
+
+
+def _connect(*, is_master: bool, timeout: timedelta) -> TCPStore:
+    from torch._C._distributed_c10d import TCPStore
+
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    # Of several tenants: the process group's own store is the same one.
+    return TCPStore(host, port, is_master=is_master, wait_for_workers=False, timeout=timeout, multi_tenant=is_master)
 
 
 def within(seconds: float, ask: Callable[[], T | None], what: str) -> T:

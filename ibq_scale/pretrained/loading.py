@@ -236,7 +236,13 @@ def codebook_to_start_from(path: str, quantizer: QuantizerConfig) -> Tensor:
 def load_model(path: str | Path) -> Tokenizer | ARModel:
     """Loads whichever kind of model is at `path`. UserError as `load_tokenizer`."""
     folder = model_directory(_local(path))
-    return load_tokenizer(folder) if config_of(folder)["kind"] == "tokenizer" else load_ar(folder)
+    return load_tokenizer(folder) if kind_of(folder) == "tokenizer" else load_ar(folder)
+
+
+def kind_of(path: str | Path) -> Kind:
+    """Which kind of model is at `path`, by its config alone. UserError as `load_tokenizer`."""
+    kind: Kind = config_of(model_directory(_local(path)))["kind"]
+    return kind
 
 
 def _local(path: str | Path) -> Path:

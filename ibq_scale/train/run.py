@@ -7,7 +7,8 @@ import logging
 import os
 import platform
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,16 @@ from ibq_scale.config.batch import accumulation_steps
 from ibq_scale.config.layers import require_complete, to_yaml
 from ibq_scale.config.run import AnyRun, TokenizerRun
 from ibq_scale.console import tell
+from ibq_scale.data.manifest import NAME as MANIFEST
 from ibq_scale.data.sets import DataSets, open_sets
+from ibq_scale.data.store import open_store
 from ibq_scale.distributed.environment import World
 from ibq_scale.distributed.node_check import check_nodes
 from ibq_scale.distributed.side_channel import SideChannel
 from ibq_scale.errors import UserError
 from ibq_scale.models.attention import choose, describe
 from ibq_scale.report.compare import write_report
+from ibq_scale.train.attempts import add_unnoticed
 from ibq_scale.train.preemption import REQUEUE_EXIT_CODE, StopRequest
 from ibq_scale.train.run_lock import locked
 from ibq_scale.train.task import Task
@@ -62,7 +66,13 @@ def train(config: AnyRun, world: World, stop: StopRequest) -> int:
     run_dir = Path(config.run_dir)
     try:
         with locked(run_dir, world):
-            return _train(config, run_dir, world, accumulation, stop)
+            if world.is_main:
+                # It is only said; a full disk is met later, where it matters.
+                with suppress(OSError):
+                    add_unnoticed(run_dir)
+            # Before anything else is read or written there, or waited for.
+            hosts = check_nodes(world, SideChannel(world), run_dir, _cache_dir(config), partial(_ask_stores, config))
+            return _train(config, run_dir, world, accumulation, stop, hosts)
     except UserError:
         raise
     except Exception as e:
@@ -73,7 +83,7 @@ def train(config: AnyRun, world: World, stop: StopRequest) -> int:
         raise
 
 
-def _train(config: AnyRun, run_dir: Path, world: World, accumulation: int, stop: StopRequest) -> int:
+def _train(config: AnyRun, run_dir: Path, world: World, accumulation: int, stop: StopRequest, hosts: list[str]) -> int:
     with closing(
         CheckpointFolder(run_dir / "checkpoints", world, Retention.of(config.train), Mirror.of(config.train.mirror))
     ) as checkpoints:
@@ -88,7 +98,7 @@ def _train(config: AnyRun, run_dir: Path, world: World, accumulation: int, stop:
             checkpoints.start_mirror()
             checkpoints.finish_mirror()
             return 0
-        outcome = _watched(config, world, accumulation, stop, checkpoints, resume_from)
+        outcome = _watched(config, world, accumulation, stop, checkpoints, resume_from, hosts)
         # Unwatched, since it may take its time: but a signal leaves little. The next start sends the rest.
         checkpoints.finish_mirror(STOPPED_MIRROR_SECONDS if outcome.stopped else None)
     if not outcome.saved:
@@ -113,10 +123,10 @@ def _watched(
     stop: StopRequest,
     checkpoints: CheckpointFolder,
     resume_from: Checkpoint | None,
+    hosts: list[str],
 ) -> Outcome:
     """Builds and trains, and ends the process where nothing moves any more."""
     run_dir, timeout = Path(config.run_dir), config.train.hang_timeout
-    hosts = check_nodes(world, SideChannel(world), run_dir, _cache_dir(config))
     start = resume_from.step if resume_from is not None else 0
     with closing(Watchdog(run_dir, world, hosts, timeout, start, stop.stand_down)) as watchdog:
         if stop.agreed(world):
@@ -174,6 +184,13 @@ def _check_ranks_agree(config: AnyRun, sets: DataSets, world: World) -> None:
             f"rank {others[0]} sees other data in {', '.join(config.data.sources)} than rank 0 does (the manifests "
             f"differ): give all nodes the same"
         )
+
+
+def _ask_stores(config: AnyRun) -> None:
+    """UserError where this node cannot read of the data that there is any."""
+    for url in config.data.sources:
+        if not open_store(url).exists(MANIFEST):
+            raise UserError(f"{url} has no {MANIFEST}")
 
 
 def _cache_dir(config: AnyRun) -> Path | None:

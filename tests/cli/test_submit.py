@@ -187,3 +187,94 @@ def test_jobs_and_cancel(
     assert main(["cancel", run]) == 2
     assert "nobody trains" in capsys.readouterr().err
     assert main(["cancel", f"{run}-absent"]) == 2
+
+
+def _submit(*words: str) -> list[str]:
+    """Of the other commands, whose words stand behind ``--``."""
+    return ["submit", *CPU, "--ntasks-per-node", "2", *words]
+
+
+def test_an_array_that_samples(
+    slurm: FakeSlurm, tokenizer_dir: Path, ar_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    to = tmp_path / "images"
+    command = ["sample", str(ar_dir), "--tokenizer", str(tokenizer_dir), "--to", str(to), "--per-class", "4"]
+    words = _submit("--array", "3", "--json")
+    assert main([*words, "--dry-run", "--", *command]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert {check["name"]: check["level"] for check in document["checks"]} == dict.fromkeys(
+        ("ranks", "model", "output", "slurm"), "ok"
+    )
+    assert document["script"] == slurm.tested
+    assert not to.exists()
+    assert main([*words, "--", *command]) == 0
+    document = json.loads(capsys.readouterr().out)
+    folder = to / "submitted/001"
+    assert slurm.calls == [f"sbatch --parsable {folder}/job.sbatch {' '.join(command[1:])}"]
+    assert document["logs"] == [f"{to}/submitted/job-101_0.log"]
+    script = Script((folder / "job.sbatch").read_text())
+    assert (script.option("array"), script.option("output")) == ("0-2", f"{to}/submitted/job-%A_%a.log")
+    assert (script.option("nodes"), script.option("signal")) == ("2", Script.of("sample").option("signal"))
+    assert f'export PYTHONPATH="{folder}/code' in script.text
+    assert (folder / "code/ibq_scale/__init__.py").is_file()
+
+
+def test_what_writes_to_no_folder_runs_the_code_as_it_is(
+    slurm: FakeSlurm,
+    tokenizer_dir: Path,
+    dataset: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ["evaluate", "reconstruction", str(tokenizer_dir), dataset, "--json"]
+    assert main([*_submit(), "--", *command]) == 0
+    (call,) = slurm.calls
+    assert call.startswith("sbatch --parsable /")
+    assert call.endswith(f"/job.sbatch {' '.join(command[1:])}")
+    said = capsys.readouterr().out
+    assert "no folder to keep a copy in" in said
+    assert f"tail -F {tmp_path}/ibq-evaluate-101.log" in said
+    assert "scancel 101" in said
+    assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--array", "2", "--", "evaluate", "compare", "a"], "--array is for tokenize and sample: evaluate"),
+        (["--", "tokenize", "TOK", "DATA", "--to", "a%b"], "choose a path without"),
+        (["--", "sample", "TOK", "--tokenizer", "TOK", "--to", "x"], "kind tokenizer, ar is needed"),
+        (["--", "sample", "AR", "--tokenizer", "nosuch", "--to", "x"], "nosuch does not exist"),
+        (["--", "sample", "AR", "--tokenizer", "TOK", "--to", "x", "--per-class", "0"], "--per-class must be at least"),
+        (["--", "tokenize", "TOK", "nosuch", "--to", "x"], "has no manifest.json"),
+        (["--", "evaluate", "generation", "nosuch", "--reference", "DATA"], "nosuch does not exist"),
+        (["--gpus-per-node", "4", "--", "tokenize", "TOK", "DATA", "--to", "x"], "2 ranks on 4 GPUs of a node"),
+    ],
+)
+def test_misuse_of_other_commands(
+    slurm: FakeSlurm,
+    tokenizer_dir: Path,
+    ar_dir: Path,
+    dataset: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = {"TOK": str(tokenizer_dir), "AR": str(ar_dir), "DATA": dataset}
+    assert main(_submit(*(names.get(word, word) for word in words))) == 2
+    assert said in capsys.readouterr().err
+    assert slurm.calls == []
+
+
+def test_a_word_that_the_command_does_not_know_ends_as_it_would_there(
+    slurm: FakeSlurm, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(_submit("--", "sample", "ar", "--per-clas", "4", "--wrong"))
+    assert end.value.code == 2
+    assert "usage: ibq-scale" in capsys.readouterr().err

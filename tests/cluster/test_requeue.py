@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from ibq_scale.checkpoint.reading import MANIFEST, manifest_text
 from ibq_scale.cli.main import main
-from ibq_scale.cluster.requeue import ATTEMPTS, Attempt, after, read_attempts
-from ibq_scale.distributed.failed_nodes import record
+from ibq_scale.cluster.requeue import after
+from ibq_scale.distributed.failed_nodes import Faults
+from ibq_scale.train.attempts import ATTEMPTS, Attempt, add_unnoticed, read_attempts
 
 BUDGET = 3
 
@@ -29,7 +31,7 @@ def _save(run: Path, step: int) -> None:
 
 
 def _after(run: Path, code: int, seconds: float = 3600.0) -> Attempt:
-    return after(run, code, seconds, BUDGET)
+    return after(run, code, seconds, BUDGET).attempt
 
 
 @pytest.mark.parametrize(
@@ -65,14 +67,71 @@ def test_a_job_that_somebody_submitted_anew_has_its_own_attempts(
 
 
 def test_a_failed_node_is_left_out_unless_most_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    record(tmp_path, {"node2": "rank 9: cuda:1 cannot be used"}, of=4)
+    Faults({"node2": "rank 9: cuda:1 cannot be used"}, of=4).record(tmp_path)
     attempt = _after(tmp_path, 71, 30.0)
     assert (attempt.again, attempt.excluded) == (True, ("node2",))
     assert "node2 (rank 9: cuda:1 cannot be used)" in attempt.why
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert _after(tmp_path, 71, 30.0).excluded == (), "what an earlier attempt found is not this one's"
-    record(tmp_path, dict.fromkeys(("node0", "node1", "node3"), "no room"), of=4)
+    Faults(dict.fromkeys(("node0", "node1", "node3"), "no room"), of=4).record(tmp_path)
     assert _after(tmp_path, 71, 30.0).excluded == ()
+
+
+def test_a_failed_node_counts_whatever_code_its_killed_ranks_gave(tmp_path: Path) -> None:
+    """Of a rank that never came srun says that it killed it, and its code is the highest."""
+    Faults({"node2": "rank 9: did not come within 600 s"}, of=4).record(tmp_path)
+    attempt = _after(tmp_path, 137, 600.0)
+    assert (attempt.code, attempt.again, attempt.excluded) == (71, True, ("node2",))
+
+
+def _begins(run: Path, restart: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+    add_unnoticed(run)
+
+
+def test_what_slurm_started_again_by_itself_has_a_line_too_and_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_unnoticed(tmp_path)
+    assert read_attempts(tmp_path) == []
+    assert _after(tmp_path, 75).again
+    _begins(tmp_path, 1, monkeypatch)
+    _save(tmp_path, 10)
+    # Once more, and another time before anything could be written.
+    _begins(tmp_path, 3, monkeypatch)
+    found = [(a["restart"], a["code"], a["step_before"], a["step_after"]) for a in read_attempts(tmp_path)]
+    assert found == [(0, 75, 0, 0), (1, None, 0, 10), (2, None, 10, 10)]
+    add_unnoticed(tmp_path)
+    assert len(read_attempts(tmp_path)) == 3
+    for restart, again in ((3, True), (5, True), (6, False)):
+        _begins(tmp_path, restart, monkeypatch)
+        assert _after(tmp_path, 75).again is again
+
+
+@pytest.mark.parametrize(("code", "dropped"), [(0, ("8", "9")), (2, ("8", "9")), (1, ("8", "9")), (75, ())])
+def test_a_chain_ends_with_what_will_not_mend(tmp_path: Path, code: int, dropped: tuple[str, ...]) -> None:
+    folder = tmp_path / "submitted/002"
+    folder.mkdir(parents=True)
+    (folder / "submission.json").write_text(json.dumps({"jobs": ["6", "7", "8", "9"]}))
+    assert after(tmp_path, code, 30.0, BUDGET).dropped == dropped
+
+
+def test_a_cancelled_job_does_not_say_that_it_goes_back_and_leaves_its_chain(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "submitted/001"
+    folder.mkdir(parents=True)
+    (folder / "submission.json").write_text(json.dumps({"jobs": ["7", "8"]}))
+    words = ["job-ended", str(tmp_path), "--seconds", "30", "--code"]
+    assert main([*words, "75", "--stays"]) == 0
+    said = capsys.readouterr()
+    assert said.out == "end \n"
+    assert "the job ends: it was stopped by a signal" in said.err
+    assert read_attempts(tmp_path)[0]["again"] is False
+    assert main([*words, "2"]) == 0
+    said = capsys.readouterr()
+    assert said.out == "end 8\n"
+    assert "what was to follow it is taken out of the queue: 8" in said.err
 
 
 def test_a_line_that_was_cut_short_is_left_out(tmp_path: Path) -> None:
@@ -85,10 +144,11 @@ def test_a_line_that_was_cut_short_is_left_out(tmp_path: Path) -> None:
 
 
 def test_the_batch_script_reads_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    record(tmp_path, {"node2": "no room"}, of=4)
+    Faults({"node2": "no room"}, of=4).record(tmp_path)
     words = ["job-ended", str(tmp_path), "--seconds", "30", "--code"]
     assert main([*words, "71"]) == 0
     assert capsys.readouterr().out == "requeue node2\n"
+    (tmp_path / "failed_nodes.json").unlink()
     assert main([*words, "1"]) == 0
     said = capsys.readouterr()
     assert said.out == "end \n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -14,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from ibq_scale.cluster.requeue import read_attempts
 from ibq_scale.data.prepare import prepare_images
+from ibq_scale.train.attempts import read_attempts
 from tests.chaos.disk import difference
 from tests.samples import SMALL_AR, write_codes
 from tests.services.conftest import BUCKET, lead_to
@@ -28,7 +29,8 @@ STEPS = 8
 NODES = 6
 PATIENCE = 300.0
 ENDED = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
-# What stands for `ibq-scale` in the jobs. Files beside a run's directory hold it, end it at once, or fail a node.
+# What stands for `ibq-scale` in the jobs. Files beside a run's directory hold it, end it at once, or fail a node; one
+# beside the folder of images holds a task after each batch, and the last task meets a broken node first.
 PROGRAM = """#!{python}
 import os, sys, time
 from pathlib import Path
@@ -40,6 +42,23 @@ if run and Path(run + ".fault").exists() and os.environ.get("SLURM_NODEID") == "
     if "SLURM_RESTART_COUNT" not in os.environ:
         import shutil
         shutil.disk_usage = lambda _: SimpleNamespace(free=0)
+if run and Path(run + ".absent").exists():
+    if os.environ.get("SLURM_NODEID") == "1" and "SLURM_RESTART_COUNT" not in os.environ:
+        time.sleep(600)
+    from ibq_scale.distributed import arrival
+    arrival.ARRIVAL_SECONDS = 8.0
+# These GPUs are there in name only.
+os.environ.pop("SLURM_GPUS_ON_NODE", None)
+to = sys.argv[sys.argv.index("--to") + 1] if "--to" in sys.argv else ""
+if "sample" in sys.argv and "2/3" in sys.argv and "SLURM_RESTART_COUNT" not in os.environ:
+    sys.exit(71)
+if "sample" in sys.argv and "1/3" in sys.argv:
+    from ibq_scale.generate.chunks import Chunks
+    def write(self, number, images, real=Chunks.write):
+        real(self, number, images)
+        while Path(to + ".held").exists():
+            time.sleep(0.05)
+    Chunks.write = write
 if run:
     from ibq_scale.train.preemption import StopRequest
     # Asked twice before the first step, and after each.
@@ -227,6 +246,9 @@ def test_a_node_that_loses_its_power_costs_the_steps_since_the_last_save(
     assert jobs.end(job)["JobState"] == "COMPLETED", jobs.log(job)
     jobs.cluster.start_node(names[1])
     assert "resuming from" in jobs.log(job)
+    first, last = read_attempts(run)
+    assert (first["code"], first["restart"], first["step_after"]) == (None, 0, last["step_before"])
+    assert "by itself (a node failed" in first["why"]
     assert difference(undisturbed["tokenizer-3"], run) == []
 
 
@@ -247,10 +269,13 @@ def test_requeued_at_its_time_limit_and_preempted_it_is_one_run(
             words = ("--partition=urgent", "--nodes=2", "--exclusive", f"--nodelist={nodes}", "--output=/dev/null")
             jobs.cluster.command("sbatch", *words, "--wrap", "true")
         jobs.until(job, requeued)
+        # While its last part is still ending, Slurm takes it for one that has finished.
+        jobs.until(job, lambda: jobs.cluster.job(job)["JobState"] in ("PENDING", "RUNNING"))
         jobs.cluster.command("scontrol", "update", f"JobId={job}", "TimeLimit=60")
     held.unlink()
     assert jobs.end(job)["JobState"] == "COMPLETED", jobs.log(job)
-    assert [attempt["code"] for attempt in read_attempts(run)] == [75, 75, 0]
+    # Of the first, nobody could ask.
+    assert [attempt["code"] for attempt in read_attempts(run)] == [None, 75, 75, 0]
     assert jobs.log(job).count("by a signal, saved") == 3
     assert difference(undisturbed["ar-2"], run) == []
 
@@ -263,6 +288,8 @@ def test_a_run_of_three_nodes_goes_on_with_two(jobs: Jobs, undisturbed: dict[str
     jobs.cluster.command("scontrol", "update", f"JobId={job}", "Requeue=0")
     jobs.cluster.command("scancel", "--signal=USR1", job)
     assert jobs.end(job)["ExitCode"] == "75:0", jobs.log(job)
+    assert "the job ends: it was stopped by a signal" in jobs.log(job)
+    assert "goes back" not in jobs.log(job)
     held.unlink()
     job = jobs.train("ar", run, codes, 2)
     assert jobs.end(job)["JobState"] == "COMPLETED", jobs.log(job)
@@ -293,14 +320,23 @@ def test_a_cancelled_job_saves_and_stays_away(jobs: Jobs, codes: str, run: Path)
         time.sleep(0.2)
 
 
-def test_a_node_that_fails_its_check_is_named_and_left_out(jobs: Jobs, codes: str, run: Path) -> None:
-    run.with_name(f"{run.name}.fault").touch()
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        ("fault", "rank 1 on {node} failed its start-up check: "),
+        ("absent", "rank 1 on {node} failed its start-up check: did not come within 8 s"),
+    ],
+)
+def test_a_node_that_fails_its_check_is_named_and_left_out(
+    jobs: Jobs, codes: str, run: Path, harm: str, said: str
+) -> None:
+    run.with_name(f"{run.name}.{harm}").touch()
     job = jobs.train("ar", run, codes, 2, options=("--exclude=node5",))
     jobs.until(job, jobs.again(job))
     attempt = read_attempts(run)[0]
     names = jobs.cluster.command("scontrol", "show", "hostnames", attempt["nodes"]).split()
     assert (attempt["code"], attempt["excluded"]) == (71, [names[1]])
-    assert f"rank 1 on {names[1]} failed its start-up check" in jobs.log(job)
+    assert said.format(node=names[1]) in jobs.log(job)
     assert f"goes back into the queue, without {names[1]}: a node failed its check" in jobs.log(job)
     record = jobs.end(job)
     assert record["JobState"] == "COMPLETED", jobs.log(job)
@@ -329,3 +365,50 @@ def test_an_array_of_which_one_is_killed_and_rerun_writes_the_same_bytes(
     assert len(json.loads((whole / "manifest.json").read_text())["shards"]) >= 4
     assert names == sorted(path.name for path in parts.iterdir())
     assert [name for name in names if (whole / name).read_bytes() != (parts / name).read_bytes()] == []
+
+
+def test_a_sample_array_of_which_one_is_killed_and_rerun_writes_the_bytes_of_one_process(
+    jobs: Jobs, tokenizer_dir: Path, ar_dir: Path
+) -> None:
+    words = [str(ar_dir), "--tokenizer", str(tokenizer_dir), "--per-class", "4", "--batch", "2", "--guidance", "2"]
+    parts, whole = jobs.folder / "images", jobs.folder / "images-whole"
+    held = parts.with_name("images.held")
+    held.touch()
+    array = jobs.submit("sample", "--array=0-2", "--output=%x-%A_%a.log", words=[*words, "--to", str(parts)])
+    victim = f"{array}_1"
+    jobs.until(victim, lambda: (parts / ".parts/000001.npz").exists())
+    jobs.cluster.command("scancel", "--signal=KILL", victim)
+    tasks = [f"{array}_{task}" for task in range(3)]
+    assert [jobs.end(task)["JobState"] for task in tasks] == ["COMPLETED", "CANCELLED", "COMPLETED"], jobs.log(array)
+    # The last one's number is the whole array's too, and yet it alone left its node.
+    records = [jobs.cluster.job(task) for task in tasks]
+    assert [record["Restarts"] for record in records] == ["0", "0", "1"]
+    assert records[2]["ExcNodeList"] not in ("(null)", records[2]["NodeList"])
+    assert not (parts / "samples.npz").exists()
+    held.unlink()
+    jobs.cluster.command("scontrol", "requeue", victim)
+    assert jobs.end(victim)["JobState"] == "COMPLETED", jobs.log(victim)
+    assert "(2 from an earlier run)" in jobs.log(victim)
+    _direct("sample", *words, "--to", str(whole))
+    for name in ("samples.npz", "grid.png"):
+        assert (parts / name).read_bytes() == (whole / name).read_bytes()
+    assert sorted(path.name for path in parts.iterdir()) == ["grid.png", "samples.json", "samples.npz"]
+
+
+def test_evaluate_on_two_nodes_finds_what_one_process_does(jobs: Jobs, tokenizer_dir: Path, dataset: str) -> None:
+    words = ["reconstruction", str(tokenizer_dir), dataset, "--batch", "5", "--json"]
+    job = jobs.submit("evaluate", "--nodes=2", words=words)
+    assert jobs.end(job)["JobState"] == "COMPLETED", jobs.log(job)
+    (line,) = [line for line in jobs.log(job).splitlines() if line.startswith("{")]
+    found, alone = (json.loads(text) for text in (line, _direct("evaluate", *words)))
+    for report in (found, alone):
+        assert report.pop("seconds") > 0
+        assert report.pop("images_per_s") > 0
+    assert found == alone
+    assert found["images"] == 24
+
+
+def _direct(*words: str) -> str:
+    """One process, without Slurm; what it printed."""
+    command = [sys.executable, "-m", "ibq_scale", *words, "--ranks", "1"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout

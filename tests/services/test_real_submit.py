@@ -53,7 +53,7 @@ def submit(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> Callable[...
 
     def submit(*words: str, code: int = 0) -> Any:
         capsys.readouterr()
-        assert main([*words, "--json"]) == code, capsys.readouterr().err
+        assert main([*words, *(["--json"] if "--" not in words else [])]) == code, capsys.readouterr().err
         said = capsys.readouterr()
         return json.loads(said.out) | {"said": said.err} if words[0] == "submit" else json.loads(said.out)[0]
 
@@ -101,14 +101,17 @@ def test_a_run_is_submitted_followed_cancelled_and_goes_on(
     assert (record["JobState"], record["ExitCode"], record["Restarts"]) == ("FAILED", "75:0", "0"), (
         "and never came back"
     )
+    assert "the job ends: it was stopped by a signal" in log()
+    assert "goes back" not in log()
 
     second = submit(*words, f"train.steps={saved + 2}", "--chain", "2")
     assert any(check["text"] == f"goes on from step {saved} of {saved + 2}" for check in second["checks"])
     _until(lambda: not state()["jobs"], log)
     now = state()
     assert (now["state"], now["step"]) == ("finished", saved + 2), log()
-    ends = [cluster.job(job)["ExitCode"] for job in second["jobs"]]
-    assert ends == ["0:0", "0:0"], "the second of the chain finds nothing to do"
+    ends = [cluster.job(job)["JobState"] for job in second["jobs"]]
+    assert ends == ["COMPLETED", "CANCELLED"], "the second of the chain would find nothing to do"
+    assert f"what was to follow it is taken out of the queue: {second['jobs'][1]}" in log()
 
 
 def test_what_slurm_would_refuse_is_not_submitted(submit: Callable[..., Any], tmp_path: Path) -> None:
@@ -120,3 +123,27 @@ def test_what_slurm_would_refuse_is_not_submitted(submit: Callable[..., Any], tm
     assert "invalid partition specified: nosuch" in refused["said"]
     assert submit(*words, "--nodes", "3", code=2)["jobs"] == [], "there are two nodes"
     assert not (tmp_path / "run").exists()
+
+
+def test_an_array_that_samples_is_submitted_and_runs_from_its_snapshot(
+    cluster: Cluster, submit: Callable[..., Any], tokenizer_dir: Path, ar_dir: Path, tmp_path: Path
+) -> None:
+    to = tmp_path / "images"
+    words = ["sample", str(ar_dir), "--tokenizer", str(tokenizer_dir), "--to", str(to), "--per-class", "2"]
+    sampled = submit("submit", "--nodes", "1", "--array", "2", "--json", "--", *words, "--batch", "2")
+    assert {check["level"] for check in sampled["checks"]} == {"ok"}, sampled["checks"]
+    (job,) = sampled["jobs"]
+
+    def log() -> str:
+        return "".join(path.read_text() for path in to.glob("submitted/job-*.log"))
+
+    states: dict[str, str] = {}
+
+    def ended() -> bool:
+        states.update({task: cluster.job(f"{job}_{task}")["JobState"] for task in "01"})
+        return all(state in ("COMPLETED", "FAILED") for state in states.values())
+
+    _until(ended, log)
+    assert set(states.values()) == {"COMPLETED"}, log()
+    assert (to / "samples.npz").is_file()
+    assert f"{to}/submitted/001/code" in (to / "submitted/001/job.sbatch").read_text()

@@ -1,0 +1,99 @@
+"""What of a tokenize, sample or evaluate job can be found wrong before it waits in a queue."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ibq_scale.cluster.checks import Check, Checks, Outcome, each_check, number, ranks_without_gpu, slurm_takes
+from ibq_scale.cluster.render import Script
+from ibq_scale.cluster.room import can_hold, nearest
+from ibq_scale.errors import UserError
+
+
+@dataclass(frozen=True)
+class CommandJob:
+    """What is checked: the command's own arguments, as parsed, and the script as it would be submitted."""
+
+    name: str
+    args: argparse.Namespace
+    script: Script
+    # Whether it is to be submitted now, and not just looked at.
+    queue: bool = True
+    failed: set[str] = field(default_factory=set)
+
+    def given(self, name: str) -> str | None:
+        """An argument of the command, None where it has none of this name."""
+        value = getattr(self.args, name, None)
+        return None if value is None else str(value)
+
+
+def run_checks(job: CommandJob) -> Iterator[Check]:
+    """The checks, one after the other, each as soon as it is known."""
+    return each_check(job, CHECKS)
+
+
+def _ranks(job: CommandJob) -> Outcome:
+    nodes, ranks = number(job.script, "nodes"), number(job.script, "ntasks-per-node")
+    array = job.script.option("array")
+    each = f"in each of the jobs {array}" if array else "in one job"
+    return ranks_without_gpu(job.script) or ("ok", f"{job.name}: {ranks} ranks on {nodes} nodes, {each}")
+
+
+def _model(job: CommandJob) -> Outcome | None:
+    from ibq_scale.pretrained.loading import kind_of
+
+    kinds = {"checkpoint": "ar" if job.name == "sample" else "tokenizer", "tokenizer": "tokenizer"}
+    given = [(path, kind) for name, kind in kinds.items() if (path := job.given(name)) is not None]
+    for path, kind in given:
+        if (found := kind_of(path)) != kind:
+            return "FAIL", f"{path} holds a model of kind {found}, {kind} is needed"
+    return ("ok", ", ".join(f"{path} ({kind})" for path, kind in given)) if given else None
+
+
+def _data(job: CommandJob) -> Outcome | None:
+    url = job.given("data")
+    if url is None or (job.name == "evaluate" and job.given("checkpoint") is None):
+        return None
+    from ibq_scale.data.manifest import load_manifest
+    from ibq_scale.data.store import open_store
+
+    manifest = load_manifest(open_store(url), "images")
+    return "ok", f"{manifest.samples:,} images in {url}"
+
+
+def _images(job: CommandJob) -> Outcome | None:
+    """Pictures and statistics that `evaluate` takes as files, folders or prepared data."""
+    given = [text for name in ("samples", "reference") if (text := job.given(name)) is not None]
+    absent = [text for text in given if "://" not in text and not Path(text).exists()]
+    if absent:
+        return "FAIL", f"{absent[0]} does not exist"
+    return ("ok", f"{' and '.join(given)}; must be seen by all nodes") if given else None
+
+
+def _output(job: CommandJob) -> Outcome | None:
+    to = job.given("to")
+    if to is None:
+        return None
+    from ibq_scale.data.store import open_store
+
+    if "://" in to:
+        # That it answers; whether it may be written to is not tried.
+        open_store(to).exists("manifest.json")
+        return "ok", f"{to} answers"
+    folder = nearest(Path(to))
+    if can_hold(folder, 1) is False:
+        raise UserError(f"{folder} has no room: make some, or give another --to")
+    return "ok", f"{to} can be written"
+
+
+CHECKS: Checks[CommandJob] = (
+    ("ranks", (), _ranks),
+    ("model", (), _model),
+    ("data", (), _data),
+    ("images", (), _images),
+    ("output", (), _output),
+    ("slurm", (), slurm_takes),
+)

@@ -1,0 +1,169 @@
+"""The files of slurm/ as bash runs them: which commands, with containers and modules too."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+FILES = Path(__file__).resolve().parents[2] / "slurm"
+TRAIN = ["train_tokenizer", "train_ar"]
+NAMES = [*TRAIN, "tokenize", "sample", "evaluate"]
+# Each notes how it was called, a line of words. srun goes on with its command, without its own options.
+STAND_INS = {
+    "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
+    "apptainer": 'while [ "$1" != /shared/images/ibq-scale.sif ]; do shift; done; shift; exec "$@"',
+    "scontrol": 'case "$*" in *hostnames*) printf "node0\\nnode1\\n";; *job*) echo " Requeue=$REQUEUE x=0";; esac',
+    "squeue": 'case "$*" in *%T*) echo "RUNNING node5";; *) echo node5;; esac',
+    "scancel": "",
+    "ibq-scale": 'case "$1" in job-ended) echo "$VERDICT";; train) exit 75;; *) exit "$CODE";; esac',
+}
+JOB = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_JOB_NODELIST": "node[0-1]",
+    "SLURM_CPUS_PER_TASK": "12",
+    "SLURM_SUBMIT_DIR": "/nowhere",
+    "SLURM_JOB_NUM_NODES": "1",
+    "CODE": "0",
+    "REQUEUE": "1",
+    "VERDICT": "end ",
+}
+
+
+def _enabled(text: str, block: str, only: str = "") -> str:
+    """The lines that a block offers, as a person takes the '#' away; `only`: those that begin so."""
+    begin, end = text.index(f"# >>> {block}\n") + len(f"# >>> {block}\n"), text.index(f"# <<< {block}\n")
+    offered = re.compile(rf"^# (?={only}[\w+]*=|{only}export |{only}module )", re.MULTILINE)
+    return text[:begin] + offered.sub("", text[begin:end]) + text[end:]
+
+
+def _run(folder: Path, text: str, *words: str, **environ: str) -> list[str]:
+    """Runs a script as Slurm's first node would; how the stand-ins were called. The command's code is the script's."""
+    (folder / "bin").mkdir()
+    for name, does in STAND_INS.items():
+        note = f'[ "$#" = 0 ] || echo "{name} $*" >> {folder}/calls'
+        (folder / "bin" / name).write_text(f"#!/bin/bash\n{note}\n{does}\n")
+        (folder / "bin" / name).chmod(0o755)
+    (folder / "job.sbatch").write_text(text)
+    environment = os.environ | JOB | {"IBQ_SCALE": f"{folder}/bin/ibq-scale"} | environ
+    environment["PATH"] = f"{folder / 'bin'}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", str(folder / "job.sbatch"), *words], env=environment, cwd=folder, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (75 if words[0] == "tiny" else int(environment["CODE"]), "")
+    assert [log.read_text() for log in folder.glob("run/logs/*")] == [""] * (words[0] == "tiny")
+    return (folder / "calls").read_text().splitlines()
+
+
+def _words(name: str, folder: Path) -> list[str]:
+    return ["tiny", f"out={folder}/run"] if name in TRAIN else ["/shared/runs/tok", "--json"]
+
+
+def _command(name: str, folder: Path) -> str:
+    return f"{folder}/bin/ibq-scale {name.replace('_', ' ')} {' '.join(_words(name, folder))}"
+
+
+OWN = "--cpus-per-task=12 --kill-on-bad-exit=1"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_all_that_a_file_offers_is_right_for_bash(name: str) -> None:
+    text = (FILES / f"{name}.sbatch").read_text()
+    for block in ("modules", "container", "environment"):
+        before = text
+        text = _enabled(text, block)
+        assert text.count("\n#") < before.count("\n#"), f"{name} offers nothing in '{block}'"
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_plainly(name: str, tmp_path: Path) -> None:
+    calls = _run(tmp_path, (FILES / f"{name}.sbatch").read_text(), *_words(name, tmp_path))
+    assert f"srun {OWN} {_command(name, tmp_path)}" in calls
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_in_a_container_of_pyxis(name: str, tmp_path: Path) -> None:
+    text = _enabled((FILES / f"{name}.sbatch").read_text(), "container", "SRUN")
+    calls = _run(tmp_path, text, *_words(name, tmp_path))
+    options = "--container-image=/shared/images/ibq-scale.sqsh --container-mounts=/shared:/shared,/tmp:/tmp"
+    assert f"srun {OWN} {options} {_command(name, tmp_path)}" in calls
+    steps = [call for call in calls if call.startswith("srun ")]
+    assert all(options in step for step in steps), "job-ended runs in there too"
+    assert len(steps) == (2 if name in TRAIN else 1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_in_a_container_of_apptainer(name: str, tmp_path: Path) -> None:
+    text = _enabled((FILES / f"{name}.sbatch").read_text(), "container", "INSIDE")
+    calls = _run(tmp_path, text, *_words(name, tmp_path))
+    inside = "exec --nv --bind /shared,/tmp /shared/images/ibq-scale.sif"
+    assert f"srun {OWN} apptainer {inside} {_command(name, tmp_path)}" in calls
+    assert f"apptainer {inside} {_command(name, tmp_path)}" in calls
+    assert f"ibq-scale {_command(name, tmp_path).partition(' ')[2]}" in calls
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_modules_are_loaded_first(name: str, tmp_path: Path) -> None:
+    text = _enabled((FILES / f"{name}.sbatch").read_text(), "modules")
+    shell = f'module() {{ echo "module $*" >> {tmp_path}/calls; }}\n'
+    calls = _run(tmp_path, text.replace("\n# >>> modules", f"\n{shell}# >>> modules"), *_words(name, tmp_path))
+    assert calls[:2] == ["module purge", "module load cuda/12.8"]
+
+
+TASK = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "12"}
+TASK |= {"SLURM_ARRAY_TASK_MIN": "10", "SLURM_ARRAY_TASK_COUNT": "4"}
+
+
+@pytest.mark.parametrize("name", ["tokenize", "sample"])
+def test_a_task_of_an_array_makes_its_part(name: str, tmp_path: Path) -> None:
+    calls = _run(tmp_path, (FILES / f"{name}.sbatch").read_text(), *_words(name, tmp_path), **TASK)
+    assert f"srun {OWN} {_command(name, tmp_path)} --part 2/4" in calls
+
+
+@pytest.mark.parametrize(
+    ("code", "more", "goes"),
+    [
+        ("71", {}, True),
+        ("71", {"SLURM_RESTART_COUNT": "3"}, False),
+        ("71", {"SLURM_JOB_NUM_NODES": "2"}, False),
+        ("1", {}, False),
+    ],
+)
+@pytest.mark.parametrize("array", [{}, TASK])
+@pytest.mark.parametrize("name", ["tokenize", "sample"])
+def test_a_task_leaves_a_broken_node(
+    name: str, array: dict[str, str], code: str, more: dict[str, str], goes: bool, tmp_path: Path
+) -> None:
+    """Which of several nodes it was, nobody has written down."""
+    text = (FILES / f"{name}.sbatch").read_text()
+    environ = {"CODE": code, "SLURM_JOB_NODELIST": "node3"} | array | more
+    calls = _run(tmp_path, text, *_words(name, tmp_path), **environ)
+    job = "7_12" if array else "7"
+    does = [f"scontrol requeue {job}", f"scontrol update JobId={job} ExcNodeList=node5,node3"]
+    assert [call for call in calls if "JobId=" in call or "requeue" in call] == does * goes
+
+
+@pytest.mark.parametrize(
+    ("verdict", "requeue", "does"),
+    [
+        ("requeue ", "1", ["scontrol requeue 7"]),
+        ("requeue node1,node3", "1", ["scontrol requeue 7", "scontrol update JobId=7 ExcNodeList=node5,node1,node3"]),
+        ("end ", "1", []),
+        ("end 8,9", "1", ["scancel --state=PENDING 8 9"]),
+        ("end ", "0", []),
+    ],
+)
+@pytest.mark.parametrize("name", TRAIN)
+def test_the_end_of_a_training_job(name: str, verdict: str, requeue: str, does: list[str], tmp_path: Path) -> None:
+    text = (FILES / f"{name}.sbatch").read_text()
+    calls = _run(tmp_path, text, *_words(name, tmp_path), VERDICT=verdict, REQUEUE=requeue)
+    (asked,) = [call for call in calls if call.startswith("ibq-scale job-ended")]
+    assert re.sub(r"--seconds \d+", "--seconds N", asked) == (
+        f"ibq-scale job-ended {tmp_path}/run --code 75 --seconds N --attempts 3{' --stays' * (requeue == '0')}"
+    )
+    after = calls[calls.index(asked) + 1 :]
+    assert [call for call in after if not call.startswith("squeue")] == does
