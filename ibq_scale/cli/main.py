@@ -30,6 +30,7 @@ FAMILIES = (
     "fetch_weights",
     "config",
     "plan",
+    "scale",
     "doctor",
     "report",
     "demo",

@@ -8,6 +8,7 @@ from pathlib import Path
 from ibq_scale.data.manifest import NAME as MANIFEST
 from ibq_scale.distributed.launch import launch
 from ibq_scale.errors import UserError
+from ibq_scale.experiments.plan import Pictures
 from ibq_scale.experiments.tiles import prepare_tiles
 from ibq_scale.ladder.rungs import PARTS, code_urls
 from ibq_scale.ladder.schema import LadderConfig, TilesConfig
@@ -36,7 +37,7 @@ def _make(ladder: LadderConfig, tiles: TilesConfig, codebook: int) -> int:
     pictures = Path(tiles.pictures or ".")
     if tiles.pictures is not None and not pictures.is_dir():
         raise UserError(f"tiles.pictures={tiles.pictures} is no folder: give one with photographs")
-    kind = "ten" if tiles.pictures is None else "photographs"
+    kind: Pictures = "ten" if tiles.pictures is None else "photographs"
     images = prepare_tiles(kind, pictures, ladder.folder / TILES)
     tokenizer = str(ladder.folder / TOKENIZERS / str(codebook))
     _say(f"tokenizer of {codebook} codes")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ibq_scale.errors import UserError
@@ -11,6 +13,7 @@ from ibq_scale.ladder.results import Result
 from ibq_scale.scaling.laws import REPLICAS, Interval, Law, fit_law
 from ibq_scale.scaling.optimum import Cost, Optimum, compute_optimal
 
+FIT = "fit.json"
 # Budgets that a report looks at without being asked, in parts of the most that a rung took.
 BUDGETS = (1.0, 10.0, 100.0)
 # Passes over the data up to which they are worth about as much as new data (arXiv 2305.16264).
@@ -43,6 +46,11 @@ class Fit:
         named = {f"L(N, D), K = {self.codebook:,}": self.joint, **self.singles}
         return {name: law for name, law in named.items() if isinstance(law, Law)}
 
+    @property
+    def not_fitted(self) -> list[NotFitted]:
+        """The others."""
+        return [law for law in (self.joint, *self.singles.values()) if isinstance(law, NotFitted)]
+
 
 def fit_ladder(
     results: Sequence[Result], *, flops: Sequence[float] = (), replicas: int = REPLICAS, seed: int = 0
@@ -61,7 +69,9 @@ def document(fits: Sequence[Fit]) -> list[dict[str, Any]]:
         {
             "codebook": fit.codebook,
             "laws": {name: _law(law) for name, law in fit.laws.items()},
-            "not_fitted": {law.name: law.why for law in (fit.joint, *fit.singles.values()) if isinstance(law, NotFitted)},
+            "not_fitted": {
+                law.name: law.why for law in (fit.joint, *fit.singles.values()) if isinstance(law, NotFitted)
+            },
             "optima": [_optimum(optimum) for optimum in fit.optima],
             "warnings": list(fit.warnings),
         }
@@ -85,7 +95,8 @@ def _fit(results: Sequence[Result], codebook: int, flops: Sequence[float], repli
     for parameters, rungs in _alike(results, "N"):
         name = f"L(D) at {parameters:,.0f} parameters, K = {codebook:,}"
         singles[name] = law(name, rungs, "D")
-    cost, optima = None, ()
+    cost: Cost | None = None
+    optima: tuple[Optimum, ...] = ()
     if isinstance(joint, Law):
         cost = Cost.of([r.parameters for r in results], [r.tokens for r in results], [r.flops for r in results])
         budgets = list(flops) or [share * cost.high for share in BUDGETS]
@@ -114,8 +125,8 @@ def _of_results(results: Sequence[Result]) -> tuple[str, ...]:
     epochs = [r.epochs for r in results if r.epochs is not None]
     if epochs and max(epochs) > EPOCHS:
         lines.append(
-            f"REPEATED DATA: up to {max(epochs):.3g} passes; beyond about {EPOCHS:.0f}, tokens seen again are worth less "
-            f"than new ones, and the law takes them for the same"
+            f"REPEATED DATA: up to {max(epochs):.3g} passes; beyond about {EPOCHS:.0f}, tokens seen again are worth "
+            f"less than new ones, and the law takes them for the same"
         )
     return tuple(lines)
 
@@ -151,3 +162,10 @@ def _optimum(optimum: Optimum) -> dict[str, Any]:
 
 def _interval(interval: Interval) -> list[float]:
     return [interval.value, interval.low, interval.high]
+
+
+def save(values: Sequence[dict[str, Any]], folder: Path) -> Path:
+    """Writes a document as ``fit.json``."""
+    path = folder / FIT
+    path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+    return path

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from ibq_scale.errors import UserError
-from ibq_scale.ladder.rungs import Rung
 from ibq_scale.ladder.run import is_finished
+from ibq_scale.ladder.rungs import Rung
 from ibq_scale.report.runs import RunLog, load_run
 from ibq_scale.scaling import networks
 
@@ -108,7 +108,9 @@ def _loss(log: RunLog, rung: Rung) -> tuple[float, bool]:
         found = log.points("validation_loss")
         if found and found[-1].step == rung.run.train.total_steps:
             return found[-1].value, True
-        raise UserError(f"{rung.folder}/metrics.jsonl lacks the held-out loss of its last step: remove it, run it again")
+        raise UserError(
+            f"{rung.folder}/metrics.jsonl lacks the held-out loss of its last step: remove it, run it again"
+        )
     losses = [point.value for point in log.points("loss")]
     if not losses:
         raise UserError(f"{rung.folder}/metrics.jsonl holds no loss: set a smaller train.log_every")

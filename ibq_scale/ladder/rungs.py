@@ -74,9 +74,7 @@ def code_urls(ladder: LadderConfig, codebook: int) -> tuple[str, str | None]:
     return train.replace(PLACE, str(codebook)), validation and validation.replace(PLACE, str(codebook))
 
 
-def _rung(
-    ladder: LadderConfig, size: SizeConfig, label: str, budget: float | None, codebook: int, seed: int
-) -> Rung:
+def _rung(ladder: LadderConfig, size: SizeConfig, label: str, budget: float | None, codebook: int, seed: int) -> Rung:
     preset = size.preset or ladder.preset
     name = f"{size.name}{label}-k{codebook}-seed{seed}"
     train, validation = code_urls(ladder, codebook)

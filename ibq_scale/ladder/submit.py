@@ -11,8 +11,8 @@ from ibq_scale.cluster.checks import Check, Submission, run_checks
 from ibq_scale.cluster.profile import Profile
 from ibq_scale.cluster.submit import make_request, render, submit
 from ibq_scale.config.layers import require_complete
-from ibq_scale.ladder.rungs import Rung
 from ibq_scale.ladder.run import is_finished
+from ibq_scale.ladder.rungs import Rung
 
 
 @dataclass(frozen=True)

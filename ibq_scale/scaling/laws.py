@@ -1,10 +1,10 @@
 """Laws of scaling: L(N) = E + A·N^−α, L(D) = E + B·D^−β, L(N, D) = E + A·N^−α + B·D^−β, with what is not known of them.
 
-Fitted as Hoffmann et al. fit theirs (arXiv 2203.15556, approach 3; see `robust`). Intervals are of a bootstrap: losses are
-drawn anew around the fitted law and fitted again. The noise drawn is normal, and not the residuals themselves: a fit that
-is nearly one of absolute values passes through as many points as it has parameters, whose residuals are zero. Its standard
-deviation is that of the residuals over n − p degrees of freedom, widened as a t interval is wider than a normal one
-(Hesterberg, The American Statistician 69, 2015), so that few rungs give wide intervals.
+Fitted as Hoffmann et al. fit theirs (arXiv 2203.15556, approach 3; see `robust`). Intervals are of a bootstrap: losses
+are drawn anew around the fitted law and fitted again. The noise drawn is normal, and not the residuals themselves: a
+fit that is nearly one of absolute values passes through as many points as it has parameters, whose residuals are zero.
+Its standard deviation is that of the residuals over n − p degrees of freedom, widened as a t interval is wider than a
+normal one (Hesterberg, The American Statistician 69, 2015), so that few rungs give wide intervals.
 
 What no interval shows: that the law may be another. A value outside of what was fitted therefore never comes without a
 warning, and by how much it is outside.
@@ -115,7 +115,8 @@ class Law:
         found = {"E": Interval.of(math.exp(self.theta_M[0]), np.exp(self.replicas_PM[:, 0]))}
         for i, variable in enumerate(self.variables):
             factor, exponent = NAMES[variable]
-            found[factor] = Interval.of(*(np.exp(log_factor) for log_factor in self._log_factors(i)))
+            value, replicas_P = self._log_factors(i)
+            found[factor] = Interval.of(math.exp(value), np.exp(replicas_P))
             found[exponent] = Interval.of(self.theta_M[2 * i + 2], self.replicas_PM[:, 2 * i + 2])
         return found
 
@@ -258,7 +259,9 @@ def _warnings(law: Law, bounds: Bounds) -> tuple[str, ...]:
     share_M = bounds.touched(law.replicas_PM).mean(axis=0)
     for label, at_bound, share in zip(labels, at_bound_M, share_M, strict=True):
         if at_bound:
-            lines.append(f"AT A BOUND: {label} of the fit is at the end of what is looked at: these rungs do not tell it")
+            lines.append(
+                f"AT A BOUND: {label} of the fit is at the end of what is looked at: these rungs do not tell it"
+            )
         elif share > OFTEN:
             lines.append(f"NOT RESOLVED: {label} ends at a bound in {100 * share:.0f} % of the replicas")
     correlation_MM = _correlation(law.replicas_PM)
@@ -266,8 +269,8 @@ def _warnings(law: Law, bounds: Bounds) -> tuple[str, ...]:
         together = abs(correlation_MM[0, 2 * i + 2])
         if together > BOUND_TOGETHER:
             lines.append(
-                f"BOUND TOGETHER: E and {NAMES[variable][1]} (correlation {together:.3f} over the replicas): the law is "
-                f"known within its range, its parts are not"
+                f"BOUND TOGETHER: E and {NAMES[variable][1]} (correlation {together:.3f} over the replicas): the law "
+                f"is known within its range, its parts are not"
             )
     return tuple(lines)
 

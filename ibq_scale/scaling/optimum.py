@@ -1,8 +1,8 @@
 """The best use of a budget of FLOPs, by a law L(N, D): how many parameters, how many tokens, what loss.
 
-FLOPs of a training are c·N^γ·D here, with c and γ fitted to the ladder's own runs: the usual 6·N·D leaves out attention,
-and counts layers that work once an image (AdaLN) once a token. Where D = C / (c·N^γ), the law's derivative by log N is
-zero at (Hoffmann et al., arXiv 2203.15556, equation 4, has γ = 1 and c = 6)
+FLOPs of a training are c·N^γ·D here, with c and γ fitted to the ladder's own runs: the usual 6·N·D leaves out
+attention, and counts layers that work once an image (AdaLN) once a token. Where D = C / (c·N^γ), the law's derivative
+by log N is zero at (Hoffmann et al., arXiv 2203.15556, equation 4, has γ = 1 and c = 6)
 
     N* = (α·A / (γ·β·B))^(1 / (α + γ·β)) · (C / c)^(β / (α + γ·β)),   D* = C / (c·N*^γ)
 """

@@ -1,7 +1,7 @@
 """Sums of powers fitted to losses: many problems at once, each from several starts (`laws` says what is fitted).
 
-The objective is Hoffmann et al.'s (arXiv 2203.15556, appendix D.2, approach 3): Huber's loss, δ = 1e-3, of the log of the
-loss, with the terms of the law as exponentials, so that they stay positive:
+The objective is Hoffmann et al.'s (arXiv 2203.15556, appendix D.2, approach 3): Huber's loss, δ = 1e-3, of the log of
+the loss, with the terms of the law as exponentials, so that they stay positive:
 
     log L = logsumexp(e, a_1 − α_1 x_1, a_2 − α_2 x_2),   x = log of the variable over its geometric mean
 
