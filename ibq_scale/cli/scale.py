@@ -7,6 +7,7 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
+from ibq_scale.cli import simulate
 from ibq_scale.cli.ranks import at_least_one
 from ibq_scale.cli.submit import SETTINGS
 from ibq_scale.errors import UserError
@@ -51,6 +52,7 @@ def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     _fit_options(fit)
     fit.set_defaults(run=_fit)
+    simulate.add_command(leaves)
 
 
 def _ladder(

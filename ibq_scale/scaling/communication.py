@@ -42,8 +42,8 @@ GATHERED, SCATTERED = 3, 3
 
 @dataclass(frozen=True)
 class Transfer:
-    """A collective of a step: `size` bytes of the whole tensor, `times` a step, over `ranks`; `spread`: whether these
-    ranks are one of each group of neighbours (replicas), and not neighbours.
+    """A collective of a step: `size` bytes of the whole tensor, `times` a step, each time in `messages` parts, over
+    `ranks`; `spread`: whether these ranks are one of each group of neighbours (replicas), and not neighbours.
     """
 
     name: str
@@ -52,6 +52,7 @@ class Transfer:
     times: int
     ranks: int
     spread: bool = False
+    messages: int = 1
 
     @property
     def sent(self) -> float:
@@ -69,17 +70,20 @@ def engine_transfers(network: Network, zero: Zero, name: str = "") -> list[Trans
     n = Shares.of(network.groups, zero)
     b, world, micro_batches = zero.weight_bytes, zero.world, zero.accumulation
     gradients, weights = f"{name}gradients", f"{name}weights"
+    buckets = -(-n.whole // zero.reduce_bucket)
     if zero.stage == 3:
         moved = n.whole - n.persistent
-        persistent = [Transfer(f"{weights}, small ones", "all-gather", b * n.persistent, 1, world)] if n.persistent else []
-        return [
-            Transfer(f"{weights}, forward", "all-gather", b * moved, micro_batches, world),
-            Transfer(f"{weights}, backward", "all-gather", b * moved, micro_batches, world),
-            Transfer(gradients, "reduce-scatter", FP32 * n.whole, micro_batches, world),
-            *persistent,
+        tensors = sum(size > zero.persistence_threshold for group in network.groups for size in group)
+        found = [
+            Transfer(f"{weights}, forward", "all-gather", b * moved, micro_batches, world, messages=tensors),
+            Transfer(f"{weights}, backward", "all-gather", b * moved, micro_batches, world, messages=tensors),
+            Transfer(gradients, "reduce-scatter", FP32 * n.whole, micro_batches, world, messages=buckets),
         ]
+        return found + (
+            [Transfer(f"{weights}, small ones", "all-gather", b * n.persistent, 1, world)] if n.persistent else []
+        )
     times = micro_batches if zero.stage == 2 else 1
-    reduced = Transfer(gradients, "all-reduce", FP32 * n.whole, times, world)
+    reduced = Transfer(gradients, "all-reduce", FP32 * n.whole, times, world, messages=buckets)
     return [reduced] if zero.stage == 0 else [reduced, Transfer(weights, "all-gather", b * n.whole, 1, world)]
 
 
