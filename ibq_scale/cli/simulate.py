@@ -94,10 +94,12 @@ def _codebook(run: TokenizerRun, device: Device, fabric: Fabric, args: argparse.
     taken = other_bytes(run, fabric.node)
     rows = codebook_rows(run, device, fabric, args.most, taken)
     if args.json:
-        print(json.dumps({"rows": [asdict(r) for r in rows], "best": [asdict(r) for r in best_groups(rows)]}, indent=2))
+        best_of_each = [asdict(row) for row in best_groups(rows)]
+        print(json.dumps({"rows": [asdict(row) for row in rows], "best": best_of_each}, indent=2))
         return 0
     _head(run, device, fabric)
-    print(f"codes of {run.quantizer.dim}, micro-batch {run.train.micro_batch}; the rest of the run: {taken / 1e9:.1f} GB")
+    micro = run.train.micro_batch
+    print(f"codes of {run.quantizer.dim}, micro-batch {micro}; the rest of the run: {taken / 1e9:.1f} GB")
     print(f"\n{'K':>10}{'GPUs':>8}{'products':>12}{'replicated':>22}{'over all':>22}{'best group':>22}")
     best = {(row.codes, row.gpus): row for row in best_groups(rows)}
     for (codes, gpus), quickest in best.items():
@@ -106,7 +108,7 @@ def _codebook(run: TokenizerRun, device: Device, fabric: Fabric, args: argparse.
         )
         cells = [_cell(whole), _cell(shared), f"{quickest.group}: {_cell(quickest)}"]
         print(f"{codes:>10,}{gpus:>8,}{1000 * whole.products:>9,.1f} ms" + "".join(f"{cell:>22}" for cell in cells))
-    print("\neach: exchange and optimizer, beside the products, of a step of one micro-batch; memory of a GPU; !: does not fit")
+    print("\nexchange and optimizer of a step of one micro-batch, beside the products; memory; !: does not fit")
     return 0
 
 

@@ -13,7 +13,7 @@ from ibq_scale.scaling import networks
 from ibq_scale.scaling.budget import MemoryBudget, ar_budget, tokenizer_budget
 from ibq_scale.scaling.states import Zero
 
-# By what they cost: less memory of states at little or no time, then work done again, then traffic, then the host's bus.
+# By what they cost: states that are shared at little cost, then more traffic, then the host's bus.
 ZERO = ("zero2", "zero3", "zero2_offload", "zero3_offload")
 CODEBOOK_LINES = ("codebook", "quantizer's work")
 

@@ -15,14 +15,23 @@ from ibq_scale.config.deepspeed import deepspeed_config
 from ibq_scale.config.run import AnyRun, ARRun, TokenizerRun
 from ibq_scale.errors import UserError
 from ibq_scale.scaling import networks
-from ibq_scale.scaling.budget import CODEBOOK_STATES, TOKEN_TENSORS, MemoryBudget, ar_budget
+from ibq_scale.scaling.budget import (
+    CODEBOOK_STATES,
+    FIXED,
+    FRAGMENTATION,
+    TOKEN_TENSORS,
+    MemoryBudget,
+    ar_budget,
+    ema_bytes,
+    engine_lines,
+)
 from ibq_scale.scaling.communication import codebook_transfers, engine_transfers
 from ibq_scale.scaling.devices import Device
 from ibq_scale.scaling.fabric import Fabric
 from ibq_scale.scaling.flops import TRITON_PRODUCTS, ar_executed
 from ibq_scale.scaling.networks import Network
 from ibq_scale.scaling.roofline import MEMORY, OPTIMIZER_BYTES, PRODUCTS, StepTime, Work, step_time
-from ibq_scale.scaling.states import FP32, Zero
+from ibq_scale.scaling.states import FP32, Zero, engine_states
 
 Mode = Literal["strong", "weak"]
 STAGES = (1, 2, 3)
@@ -165,13 +174,10 @@ class _Rehearsed:
 
     def _peak(self, zero: Zero, micro: int) -> float:
         """States of this layout, and the rehearsed activations in proportion."""
-        from ibq_scale.scaling.budget import FIXED, FRAGMENTATION, ema_bytes, engine_lines
-        from ibq_scale.scaling.states import engine_states
-
         states = engine_states(self.network.groups, zero)
         lines = engine_lines("", states, ema_bytes(self.network, zero, self.run.ema_decay))
-        moving = sum(line.passes for line in self.budget.lines if line.name in ("activations", "logits and loss"))
-        moving = (1 + FRAGMENTATION) * moving * micro / self.run.train.micro_batch
+        rehearsed = sum(line.passes for line in self.budget.lines if line.name in ("activations", "logits and loss"))
+        moving = (1 + FRAGMENTATION) * rehearsed * micro / self.run.train.micro_batch
         passes, step = sum(line.passes for line in lines) + moving, sum(line.step for line in lines)
         return max(passes, step) + FIXED
 

@@ -67,6 +67,7 @@ def _steps(rank: int, world_size: int, codes: str, config: str, precision: str) 
 
     from ibq_scale.data.sets import open_sets
     from ibq_scale.train.ar_task import ARTask
+
     run = _run(codes, config, precision)
     task = ARTask(run, World(rank, world_size, rank, torch.device("cpu")), open_sets(run.data, "codes"))
     batches = task.batches(0)
