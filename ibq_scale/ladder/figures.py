@@ -27,7 +27,9 @@ def draw_fit(fit: Fit) -> str:
     law = fit.joint if isinstance(fit.joint, Law) else None
     panels = [_losses(fit, law)]
     if law is not None and fit.cost is not None:
-        panels += [_residuals(fit, law), _best(fit, law, fit.cost)]
+        panels.append(_residuals(fit, law))
+        if compute_optimal(law, fit.cost, fit.cost.high).told:
+            panels.append(_best(fit, law, fit.cost))
     measured = "held out" if all(r.held_out for r in fit.results) else "of training"
     return figure(f"Loss by size and data, K = {fit.codebook:,}", f"nats a code, {measured}; dots: rungs", panels)
 
@@ -92,7 +94,7 @@ def _residuals(fit: Fit, law: Law) -> Panel:
 
 def _best(fit: Fit, law: Law, cost: Cost) -> Panel:
     """Within the FLOPs that were fitted drawn through, beyond dashed."""
-    most = max([cost.high, *(optimum.flops for optimum in fit.optima)])
+    most = max([cost.high, *(optimum.flops for optimum in fit.optima if optimum.told)])
     spans = [(cost.low, cost.high, False)] + ([(cost.high, most, True)] if most > cost.high else [])
     series, values = [], []
     for low, high, dashed in spans:

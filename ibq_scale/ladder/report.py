@@ -26,7 +26,9 @@ class Drawn(Section):
     figures: Sequence[str] = field(default_factory=tuple)
 
     def html(self) -> str:
-        body = "".join(f'<figure class="picture">{svg}</figure>' for svg in self.figures)
+        # As wide as the page allows; the documents themselves have a size of their own.
+        fluid = [svg.replace("<svg ", '<svg style="max-width:100%;height:auto" ', 1) for svg in self.figures]
+        body = "".join(f'<figure class="picture">{svg}</figure>' for svg in fluid)
         return super().html().removesuffix("</section>") + body + "</section>"
 
 
@@ -111,7 +113,8 @@ def _held_out(law: Law) -> str:
 
 
 def _optimum_row(optimum: Optimum) -> list[str]:
-    return [f"{optimum.flops:.3g}", *(_between(v) for v in (optimum.parameters, optimum.tokens, optimum.loss))]
+    sizes = [_between(v) if optimum.told else "not told" for v in (optimum.parameters, optimum.tokens)]
+    return [f"{optimum.flops:.3g}", *sizes, _between(optimum.loss)]
 
 
 def _between(interval: Interval) -> str:

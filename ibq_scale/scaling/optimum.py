@@ -10,7 +10,7 @@ by log N is zero at (Hoffmann et al., arXiv 2203.15556, equation 4, has γ = 1 a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,8 +18,10 @@ from ibq_scale.errors import UserError
 from ibq_scale.scaling.laws import Interval, Law, outside
 from ibq_scale.scaling.robust import log_loss
 
-# An interval over so many orders of magnitude names no size.
-ORDERS = 1.0
+# An interval with a larger factor between its ends names no size.
+MOST_SPREAD = 10.0
+# Of log N: replicas without an optimum run off to either side.
+FARTHEST = 100.0
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,11 @@ class Optimum:
     loss: Interval
     warnings: tuple[str, ...]
 
+    @property
+    def told(self) -> bool:
+        """Whether the rungs name a size: within a factor of `MOST_SPREAD`."""
+        return self.parameters.high <= MOST_SPREAD * self.parameters.low
+
 
 def compute_optimal(law: Law, cost: Cost, flops: float) -> Optimum:
     """Of a law L(N, D), at a budget of FLOPs."""
@@ -63,7 +70,7 @@ def compute_optimal(law: Law, cost: Cost, flops: float) -> Optimum:
     log_b, beta = law.powers("D")
     room = np.log(flops) - cost.log_c
     ratio = np.log(alpha) + log_a - np.log(cost.gamma * beta) - log_b
-    log_n = (ratio + beta * room) / (alpha + cost.gamma * beta)
+    log_n = np.clip((ratio + beta * room) / (alpha + cost.gamma * beta), -FARTHEST, FARTHEST)
     log_d = room - cost.gamma * log_n
     theta_PM = np.concatenate([law.theta_M[None], law.replicas_PM])
     centre_n, centre_d = law.centre_V
@@ -75,9 +82,8 @@ def compute_optimal(law: Law, cost: Cost, flops: float) -> Optimum:
     parameters, tokens = (Interval.of(np.exp(v[0]), np.exp(v[1:])) for v in (log_n, log_d))
     warnings = [line] if (line := outside("FLOPs", flops, cost.low, cost.high)) else []
     warnings += law.beyond({"N": parameters.value, "D": tokens.value})
-    if np.log10(parameters.high / parameters.low) > ORDERS:
-        warnings.append(
-            f"OPEN: the best size lies between {parameters.low:.3g} and {parameters.high:.3g} parameters: these rungs "
-            f"do not tell it"
-        )
-    return Optimum(flops, parameters, tokens, Interval.of(losses[0], np.array(losses[1:])), tuple(warnings))
+    optimum = Optimum(flops, parameters, tokens, Interval.of(losses[0], np.array(losses[1:])), tuple(warnings))
+    if optimum.told:
+        return optimum
+    line = f"OPEN: the best size's interval spans more than a factor of {MOST_SPREAD:.0f}: these rungs do not tell it"
+    return replace(optimum, warnings=(*warnings, line))
