@@ -28,7 +28,7 @@ def add_command(leaves: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     parser.add_argument("source", metavar="PRESET_OR_YAML")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--device", required=True, metavar="GPU", help="as of 'ibq-scale plan'")
+    parser.add_argument("--device", "--gpu", required=True, metavar="GPU", help="as of 'ibq-scale plan'")
     parser.add_argument("--gpus", type=int, default=8, metavar="N", help="a node, where tables begin (default 8)")
     parser.add_argument("--most", type=int, default=1024, metavar="N", help="where they end (default 1024)")
     parser.add_argument("--link", type=float, metavar="GB/S", help="of a GPU within its node, one direction")
