@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from ibq_scale.ladder.schema import LadderConfig, TilesConfig
 
 TILES, TOKENIZERS = "tiles", "tokenizers"
 BATCH = "256"
+STDOUT, STDERR = 1, 2
 
 
 def make_codes(ladder: LadderConfig) -> int:
@@ -42,12 +44,23 @@ def _make(ladder: LadderConfig, tiles: TilesConfig, codebook: int) -> int:
     tokenizer = str(ladder.folder / TOKENIZERS / str(codebook))
     _say(f"tokenizer of {codebook} codes")
     words = [*tiles.overrides, f"quantizer.codebook_size={codebook}", f"data.train={images['train']}"]
-    code = launch(["train", "tokenizer", tiles.tokenizer, *words, f"out={tokenizer}", "--ranks", "1"], ranks=1)
+    code = _launch(["train", "tokenizer", tiles.tokenizer, *words, f"out={tokenizer}"])
     for part, url in zip(PARTS, code_urls(ladder, codebook), strict=True):
         if code == 0:
-            words = ["tokenize", tokenizer, images[part], "--to", str(url), "--batch", BATCH, "--ranks", "1"]
-            code = launch(words, ranks=1)
+            code = _launch(["tokenize", tokenizer, images[part], "--to", str(url), "--batch", BATCH])
     return code
+
+
+def _launch(words: list[str]) -> int:
+    """On one rank, what it prints among the progress: the output of a ladder's command is its fit."""
+    sys.stdout.flush()
+    kept = os.dup(STDOUT)
+    os.dup2(STDERR, STDOUT)
+    try:
+        return launch([*words, "--ranks", "1"], ranks=1)
+    finally:
+        os.dup2(kept, STDOUT)
+        os.close(kept)
 
 
 def _say(line: str) -> None:

@@ -120,5 +120,5 @@ def test_the_published_ladder_is_the_published_recipe(capsys: pytest.CaptureFixt
 def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["scale", "plan", "cpu"]) == 0
     said = capsys.readouterr().out
-    assert "w16-3e11-k1024-seed0" in said
-    assert "together: 8 rungs, 6e+12 FLOPs, hours unknown" in said
+    assert "w24-2.5e11-k256-seed0" in said
+    assert "together: 8 rungs, 5e+12 FLOPs, hours unknown" in said
