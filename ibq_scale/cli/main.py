@@ -31,6 +31,7 @@ FAMILIES = (
     "fetch_weights",
     "config",
     "plan",
+    "scale",
     "doctor",
     "report",
     "demo",

@@ -12,7 +12,10 @@ from ibq_scale.cli.ranks import at_least_one
 from ibq_scale.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ibq_scale.scaling.budget import MemoryBudget
+    from ibq_scale.scaling.fitting import Switch
     from ibq_scale.scaling.plan import Plan
 
 
@@ -27,7 +30,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("source", metavar="PRESET_OR_YAML")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--device", metavar="GPU", help="a100, h100, h200, b200, l40s …: its memory and its peak")
+    parser.add_argument("--device", "--gpu", metavar="GPU", help="a100, h100, l40s …: its memory and its peak")
     parser.add_argument("--memory", type=float, metavar="GB", help="memory of one GPU (10⁹ bytes), instead of its own")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs a node (default 1)")
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="default 1")
@@ -38,6 +41,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="SHARE",
         help="assumed share of the peak (default 0.45), for the time",
     )
+    parser.add_argument("--net", type=float, metavar="GB/S", help="of a GPU to other nodes, one direction (default 50)")
     parser.add_argument("--measured", type=Path, metavar="FILE", help="a bench's JSON: its rate instead of --mfu")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.set_defaults(run=_plan)
@@ -45,6 +49,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _plan(args: argparse.Namespace) -> int:
     from ibq_scale.config.layers import resolve
+    from ibq_scale.scaling.fitting import largest_micro_batch, switches
     from ibq_scale.scaling.plan import Machine, Rate, make_plan
 
     at_least_one(args, "gpus", "nodes")
@@ -53,13 +58,20 @@ def _plan(args: argparse.Namespace) -> int:
     if args.memory is not None and args.memory <= 0:
         raise UserError(f"--memory must be above 0 GB, got {args.memory}")
     run = resolve(args.source, args.overrides).config
+    if args.net is not None and args.net <= 0:
+        raise UserError(f"--net must be above 0 GB/s, got {args.net}")
     measured = Rate.read(args.measured) if args.measured else None
-    machine = Machine(args.gpus, args.nodes, args.device, args.memory * 1e9 if args.memory else None)
+    net = args.net * 1e9 if args.net else None
+    machine = Machine(args.gpus, args.nodes, args.device, args.memory * 1e9 if args.memory else None, net)
     plan = make_plan(run, machine, mfu=args.mfu, measured=measured)
+    memory = machine.gpu_memory
+    fitting = None if memory is None else largest_micro_batch(run, machine.world, memory)
+    mends = () if memory is None or plan.fits else tuple(switches(run, machine.world, memory))
     if args.json:
-        print(json.dumps(_document(plan), indent=2))
+        more = {"largest_micro_batch": fitting, "switches": [asdict(mend) for mend in mends]}
+        print(json.dumps(_document(plan) | more, indent=2))
     else:
-        _print(plan)
+        _print(plan, fitting, mends)
     return 0
 
 
@@ -75,12 +87,15 @@ def _document(plan: Plan) -> dict[str, object]:
         "gpu_memory": machine.gpu_memory,
         "fits": plan.fits,
     }
+    values["communication"] = [asdict(t) | {"sent": t.sent} for t in plan.communication]
+    if plan.roofline is not None:
+        values["roofline"] |= {"passes": plan.roofline.passes, "total": plan.roofline.total}
     values["flops"] |= {"per_image": plan.flops.total, "per_step": plan.flops_per_step}
     values["machine"] |= {"world": machine.world, "peak_bf16": machine.known.peak_bf16 if machine.known else None}
     return values
 
 
-def _print(plan: Plan) -> None:
+def _print(plan: Plan, fitting: int | None, mends: Sequence[Switch]) -> None:
     machine = plan.machine
     gpu = machine.known.name if machine.known else machine.device or "GPU"
     print(
@@ -99,8 +114,14 @@ def _print(plan: Plan) -> None:
     _print_flops(plan)
     _print_memory(plan.memory)
     _print_fit(plan)
-    print(f"\ncheckpoint, each{'':<20}{_gb(plan.checkpoint_bytes):>10}")
+    if fitting is not None:
+        print(f"  largest micro-batch that fits: {fitting or 'none'}")
+    for mend in mends:
+        print(f"  would fit with {' '.join(mend.words)}: {_gb(mend.peak)}")
+    _print_communication(plan)
+    print(f"\ncheckpoint, each{'':<20}{_gb(plan.checkpoint_bytes):>10}{_gb(plan.storage_bytes):>12} kept at the most")
     _print_time(plan)
+    _print_roofline(plan)
     for note in plan.notes:
         print(f"note: {note}")
 
@@ -112,6 +133,10 @@ def _print_flops(plan: Plan) -> None:
         print(f"  {name:<34}{_short(number):>10}{100 * number / flops.total:>7.1f} %")
     if flops.executed > 1.001 * flops.total:
         print(f"  {'done, with what is computed again':<34}{_short(flops.executed):>10}")
+    if plan.task == "ar":
+        again = flops.executed - flops.total
+        parts = {"forward": flops.total / 3, "backward": flops.total * 2 / 3, "computed again": again}
+        print("  " + ", ".join(f"{name} {_short(number)}" for name, number in parts.items()))
     print(f"  {'a step':<34}{_short(plan.flops_per_step):>10}")
     print(f"  = {flops.formula}")
 
@@ -144,6 +169,29 @@ def _print_time(plan: Plan) -> None:
         return
     print(f"time{'':<32}{time.hours:>8,.1f} h{time.gpu_hours:>12,.0f} GPU hours")
     print(f"  {time.step_s:.4g} s a step, {time.images_per_s:,.4g} images/s; {time.basis}")
+
+
+def _print_communication(plan: Plan) -> None:
+    if not plan.communication:
+        return
+    print(f"\n{'a step sends, of each GPU':<36}{_gb(sum(t.sent for t in plan.communication)):>10}")
+    for t in plan.communication:
+        times = f"{t.times} × " if t.times > 1 else ""
+        print(f"  {t.name:<34}{_gb(t.sent):>10}  {times}{t.kind} of {_gb(t.size)} over {t.ranks} GPUs")
+
+
+def _print_roofline(plan: Plan) -> None:
+    from ibq_scale.scaling.roofline import BASIS
+
+    line = plan.roofline
+    if line is None:
+        return
+    hours = line.total * plan.steps / 3600
+    print(f"time by the roofline{'':<16}{hours:>8,.1f} h{hours * plan.machine.world:>12,.0f} GPU hours; {BASIS}")
+    print(
+        f"  {line.total:.4g} s a step: passes {line.passes:.3g} (products {line.products:.3g}, memory "
+        f"{line.memory:.3g}), optimizer {line.optimizer:.3g}, exchange {line.exposed:.3g}"
+    )
 
 
 def _gb(size: float) -> str:

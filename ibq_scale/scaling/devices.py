@@ -7,27 +7,31 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Device:
-    """`peak_bf16`: dense bf16 products with fp32 sums, FLOP/s. `memory`: bytes, as the data sheet counts them."""
+    """`peak_bf16`: dense bf16 products with fp32 sums, FLOP/s. `memory`: bytes, as the data sheet counts them.
+    `bandwidth`: bytes/s of it. `link`: bytes/s to the other GPUs of a node, in one direction.
+    """
 
     name: str
     peak_bf16: float
     memory: float
+    bandwidth: float
+    link: float
 
 
-# From NVIDIA's data sheets, which print twice as many FLOP/s, "with sparsity". A form factor of its own has its own
-# clock and memory.
+# From NVIDIA's data sheets, which print twice as many FLOP/s, "with sparsity", and links in both directions together. A
+# form factor of its own has its own clock and memory. Links are NVLink, or PCIe where a board has none to all others.
 DEVICES = {
-    "A10": Device("A10", 125e12, 24e9),
-    "A100": Device("A100", 312e12, 80e9),
-    "A100 40GB": Device("A100 40GB", 312e12, 40e9),
-    "A40": Device("A40", 149.7e12, 48e9),
-    "B200": Device("B200", 2250e12, 180e9),
-    "H100": Device("H100", 989.4e12, 80e9),
-    "H100 NVL": Device("H100 NVL", 835e12, 94e9),
-    "H100 PCIe": Device("H100 PCIe", 756e12, 80e9),
-    "H200": Device("H200", 989.4e12, 141e9),
-    "L4": Device("L4", 121e12, 24e9),
-    "L40S": Device("L40S", 362e12, 48e9),
+    "A10": Device("A10", 125e12, 24e9, 600e9, 32e9),
+    "A100": Device("A100", 312e12, 80e9, 2039e9, 300e9),
+    "A100 40GB": Device("A100 40GB", 312e12, 40e9, 1555e9, 300e9),
+    "A40": Device("A40", 149.7e12, 48e9, 696e9, 32e9),
+    "B200": Device("B200", 2250e12, 180e9, 8000e9, 900e9),
+    "H100": Device("H100", 989.4e12, 80e9, 3350e9, 450e9),
+    "H100 NVL": Device("H100 NVL", 835e12, 94e9, 3900e9, 64e9),
+    "H100 PCIe": Device("H100 PCIe", 756e12, 80e9, 2000e9, 64e9),
+    "H200": Device("H200", 989.4e12, 141e9, 4800e9, 450e9),
+    "L4": Device("L4", 121e12, 24e9, 300e9, 32e9),
+    "L40S": Device("L40S", 362e12, 48e9, 864e9, 32e9),
 }
 # Bytes/s of memory from the data sheets, by the names that CUDA gives: boards of one chip differ.
 BANDWIDTHS = {

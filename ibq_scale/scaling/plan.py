@@ -15,8 +15,11 @@ from ibq_scale.config.run import AnyRun, ARRun, TokenizerRun
 from ibq_scale.errors import UserError
 from ibq_scale.scaling import networks
 from ibq_scale.scaling.budget import MemoryBudget, ar_budget, checkpoint_bytes, tokenizer_budget
+from ibq_scale.scaling.communication import Transfer, engine_transfers, tokenizer_transfers
 from ibq_scale.scaling.devices import DEVICES, Device, named
+from ibq_scale.scaling.fabric import Fabric
 from ibq_scale.scaling.flops import AR_FORMULA, TOKENIZER_FORMULA, ar_executed, ar_flops, step_flops
+from ibq_scale.scaling.roofline import StepTime, Work, step_time
 from ibq_scale.scaling.states import Zero
 
 # Of rates that a model's FLOPs explain: a measured file of another model is refused beyond it.
@@ -25,12 +28,15 @@ SAME_FLOPS = 1e-3
 
 @dataclass(frozen=True)
 class Machine:
-    """What is asked for. `device`: a GPU's name; `memory`: bytes of one GPU, where the name does not tell."""
+    """What is asked for. `device`: a GPU's name; `memory`: bytes of one GPU, where the name does not tell; `net`:
+    bytes/s of a GPU to other nodes, None for `fabric.NDR`.
+    """
 
     gpus: int = 1
     nodes: int = 1
     device: str | None = None
     memory: float | None = None
+    net: float | None = None
 
     @property
     def world(self) -> int:
@@ -72,11 +78,14 @@ class Rate:
 
 @dataclass(frozen=True)
 class Flops:
-    """Of training, an image: what is needed, by part, and what is done, with what is computed again."""
+    """Of training, an image: what is needed, by part, and what is done, with what is computed again. `tf32`: of that,
+    what runs at half of bf16's rate.
+    """
 
     parts: dict[str, float]
     executed: float
     formula: str
+    tf32: float = 0.0
 
     @property
     def total(self) -> float:
@@ -96,7 +105,11 @@ class Time:
 
 @dataclass(frozen=True)
 class Plan:
-    """See the module's docstring. Bytes and FLOP/s are plain numbers, of one GPU where not said otherwise."""
+    """See the module's docstring. Bytes and FLOP/s are plain numbers, of one GPU where not said otherwise.
+
+    `communication`: of a step. `storage_bytes`: of all checkpoints that are kept, and one that is being written.
+    `roofline`: where a bf16 run's GPU is known.
+    """
 
     name: str
     task: str
@@ -115,7 +128,10 @@ class Plan:
     flops: Flops
     memory: MemoryBudget
     checkpoint_bytes: int
+    storage_bytes: int
+    communication: tuple[Transfer, ...]
     time: Time
+    roofline: StepTime | None
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -143,16 +159,22 @@ def make_plan(run: AnyRun, machine: Machine, *, mfu: float, measured: Rate | Non
         lpips = networks.perceptual(run)
         frozen = ({} if learns else {"codebook": rows}) | ({"LPIPS": lpips} if lpips else {})
         budget = tokenizer_budget(run, zero, nets[0], nets[1], lpips)
+        transfers = tuple(tokenizer_transfers(run, zero, nets[0], nets[1]))
     else:
         tokens, codebook, frozen = run.model.tokens, {}, {}
         parts = ar_flops(run.model)
         flops = Flops(parts.training(), ar_executed(run.model), AR_FORMULA)
         nets = [networks.transformer(run)]
         budget = ar_budget(run, zero, nets[0])
+        transfers = tuple(engine_transfers(nets[0], zero))
     parameters: dict[str, int] = {}
     for net in nets:
         parameters |= net.parts
     train = run.train
+    size = checkpoint_bytes(run, nets)
+    # A product at half the rate takes the time of two.
+    work = Work(flops.executed + flops.tf32, budget.kept_per_image, sum(net.parameters for net in nets))
+    overlap = bool(config.get("zero_optimization", {}).get("overlap_comm"))
     return Plan(
         name=run.name,
         task=run.task,
@@ -170,10 +192,31 @@ def make_plan(run: AnyRun, machine: Machine, *, mfu: float, measured: Rate | Non
         frozen=frozen,
         flops=flops,
         memory=budget,
-        checkpoint_bytes=checkpoint_bytes(run, nets),
+        checkpoint_bytes=size,
+        storage_bytes=size * _kept(run),
+        communication=transfers,
         time=_time(run, machine, flops.total, mfu, measured),
+        roofline=_roofline(run, machine, zero, work, transfers, overlap=overlap),
         notes=_notes(run, machine, budget),
     )
+
+
+def _kept(run: AnyRun) -> int:
+    """Checkpoints at the most."""
+    train = run.train
+    for_good = train.total_steps // train.keep_every if train.keep_every else 0
+    return train.keep_checkpoints + 1 + for_good + (train.keep_best is not None)
+
+
+def _roofline(
+    run: AnyRun, machine: Machine, zero: Zero, work: Work, transfers: tuple[Transfer, ...], *, overlap: bool
+) -> StepTime | None:
+    device = machine.known
+    if device is None or run.train.precision != "bf16":
+        return None
+    images = run.train.micro_batch * zero.accumulation
+    fabric = Fabric.of(device, machine.gpus, net=machine.net)
+    return step_time(work, zero, device, fabric, transfers, images, overlap=overlap)
 
 
 def _tokenizer_flops(run: TokenizerRun, world: int) -> Flops:
@@ -188,7 +231,8 @@ def _tokenizer_flops(run: TokenizerRun, world: int) -> Flops:
     again = step.quantizer_executed - step.quantizer
     if run.model.activation_checkpointing:
         again += step.autoencoder / 3
-    return Flops(parts, step.total + again, TOKENIZER_FORMULA)
+    half = step.quantizer_executed if run.quantizer.logit_precision == "tf32" else 0.0
+    return Flops(parts, step.total + again, TOKENIZER_FORMULA, half)
 
 
 def _time(run: AnyRun, machine: Machine, flops: float, mfu: float, measured: Rate | None) -> Time:

@@ -1,0 +1,171 @@
+"""From a ladder's results to its laws, and to what they say of budgets not yet spent."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ibq_scale.errors import UserError
+from ibq_scale.ladder.results import Result
+from ibq_scale.scaling.laws import REPLICAS, Interval, Law, fit_law
+from ibq_scale.scaling.optimum import Cost, Optimum, compute_optimal
+
+FIT = "fit.json"
+# Budgets that a report looks at without being asked, in parts of the most that a rung took.
+BUDGETS = (1.0, 10.0, 100.0)
+# Passes over the data up to which they are worth about as much as new data (arXiv 2305.16264).
+EPOCHS = 4.0
+
+
+@dataclass(frozen=True)
+class NotFitted:
+    """A law that these rungs cannot tell, and why."""
+
+    name: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Of one codebook's rungs. `joint` is L(N, D); `singles` are L(N) at a number of tokens, L(D) of a size."""
+
+    codebook: int
+    results: tuple[Result, ...]
+    joint: Law | NotFitted
+    singles: dict[str, Law | NotFitted]
+    cost: Cost | None
+    optima: tuple[Optimum, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def laws(self) -> dict[str, Law]:
+        """Those that were fitted, by a name that tells what was held."""
+        named = {f"L(N, D), K = {self.codebook:,}": self.joint, **self.singles}
+        return {name: law for name, law in named.items() if isinstance(law, Law)}
+
+    @property
+    def not_fitted(self) -> list[NotFitted]:
+        """The others."""
+        return [law for law in (self.joint, *self.singles.values()) if isinstance(law, NotFitted)]
+
+
+def fit_ladder(
+    results: Sequence[Result], *, flops: Sequence[float] = (), replicas: int = REPLICAS, seed: int = 0
+) -> list[Fit]:
+    """A fit for each codebook, since a code of another codebook is another unit and losses do not compare.
+
+    `flops`: budgets to look at; without any, the largest rung's, and 10 and 100 times as much.
+    """
+    codebooks = sorted({result.codebook for result in results})
+    return [_fit([r for r in results if r.codebook == k], k, flops, replicas, seed) for k in codebooks]
+
+
+def document(fits: Sequence[Fit]) -> list[dict[str, Any]]:
+    """As JSON: every number of the report."""
+    return [
+        {
+            "codebook": fit.codebook,
+            "laws": {name: _law(law) for name, law in fit.laws.items()},
+            "not_fitted": {
+                law.name: law.why for law in (fit.joint, *fit.singles.values()) if isinstance(law, NotFitted)
+            },
+            "optima": [_optimum(optimum) for optimum in fit.optima],
+            "warnings": list(fit.warnings),
+        }
+        for fit in fits
+    ]
+
+
+def _fit(results: Sequence[Result], codebook: int, flops: Sequence[float], replicas: int, seed: int) -> Fit:
+    def law(name: str, rungs: Sequence[Result], *variables: str) -> Law | NotFitted:
+        points = {v: [_VALUES[v](r) for r in rungs] for v in variables}
+        try:
+            return fit_law(points, [r.loss for r in rungs], replicas=replicas, seed=seed)
+        except UserError as e:
+            return NotFitted(name, str(e))
+
+    joint = law("L(N, D)", results, "N", "D")
+    singles: dict[str, Law | NotFitted] = {}
+    for tokens, rungs in _alike(results, "D"):
+        name = f"L(N) at {tokens:,.0f} tokens, K = {codebook:,}"
+        singles[name] = law(name, rungs, "N")
+    for parameters, rungs in _alike(results, "N"):
+        name = f"L(D) at {parameters:,.0f} parameters, K = {codebook:,}"
+        singles[name] = law(name, rungs, "D")
+    cost: Cost | None = None
+    optima: tuple[Optimum, ...] = ()
+    if isinstance(joint, Law):
+        cost = Cost.of([r.parameters for r in results], [r.tokens for r in results], [r.flops for r in results])
+        budgets = list(flops) or [share * cost.high for share in BUDGETS]
+        optima = tuple(compute_optimal(joint, cost, budget) for budget in budgets)
+    return Fit(codebook, tuple(results), joint, singles, cost, optima, _of_results(results))
+
+
+_VALUES: dict[str, Callable[[Result], float]] = {"N": lambda r: float(r.parameters), "D": lambda r: float(r.tokens)}
+
+
+def _alike(results: Sequence[Result], held: str) -> list[tuple[float, list[Result]]]:
+    """Rungs that share this variable, where more than one value of the other is there."""
+    value, other = _VALUES[held], _VALUES["N" if held == "D" else "D"]
+    groups = [(v, [r for r in results if value(r) == v]) for v in sorted({value(r) for r in results})]
+    return [(v, group) for v, group in groups if len({other(r) for r in group}) > 1]
+
+
+def _of_results(results: Sequence[Result]) -> tuple[str, ...]:
+    lines = []
+    trained = [r.name for r in results if not r.held_out]
+    if trained:
+        lines.append(
+            f"TRAINING LOSS: {len(trained)} of {len(results)} rungs have no held-out loss; theirs is of the end of "
+            f"training, with its dropout"
+        )
+    epochs = [r.epochs for r in results if r.epochs is not None]
+    if epochs and max(epochs) > EPOCHS:
+        lines.append(
+            f"REPEATED DATA: up to {max(epochs):.3g} passes; beyond about {EPOCHS:.0f}, tokens seen again are worth "
+            f"less than new ones, and the law takes them for the same"
+        )
+    return tuple(lines)
+
+
+def _law(law: Law) -> dict[str, Any]:
+    held_out = law.held_out
+    return {
+        "formula": law.formula,
+        "parameters": {name: _interval(interval) for name, interval in law.parameters().items()},
+        "noise": law.noise,
+        "residuals": [float(value) for value in law.residuals()],
+        "held_out": None
+        if held_out is None
+        else {
+            "point": held_out.point,
+            "measured": held_out.measured,
+            "predicted": _interval(held_out.predicted),
+            "error": held_out.error,
+        },
+        "warnings": list(law.warnings),
+    }
+
+
+def _optimum(optimum: Optimum) -> dict[str, Any]:
+    return {
+        "flops": optimum.flops,
+        "parameters": _interval(optimum.parameters),
+        "tokens": _interval(optimum.tokens),
+        "loss": _interval(optimum.loss),
+        "warnings": list(optimum.warnings),
+    }
+
+
+def _interval(interval: Interval) -> list[float]:
+    return [interval.value, interval.low, interval.high]
+
+
+def save(values: Sequence[dict[str, Any]], folder: Path) -> Path:
+    """Writes a document as ``fit.json``."""
+    path = folder / FIT
+    path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+    return path

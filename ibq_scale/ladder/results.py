@@ -1,0 +1,128 @@
+"""What the rungs' runs have left, in one JSON file: enough to fit the laws and draw the report without the runs."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from ibq_scale.errors import UserError
+from ibq_scale.ladder.run import is_finished
+from ibq_scale.ladder.rungs import Rung
+from ibq_scale.report.runs import RunLog, load_run
+from ibq_scale.scaling import networks
+
+RESULTS = "results.json"
+VERSION = 1
+# Of the training loss, where no held-out one was taken: the last so many parts of the logged lines.
+LAST = 0.1
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished rung. `loss`: nats a code, held out (`held_out`) or of the end of training. `flops`: of the whole
+    training. `epochs`: passes over its data, None where that could not be asked. `seconds`: of training, all parts.
+    """
+
+    name: str
+    size: str
+    codebook: int
+    seed: int
+    parameters: int
+    tokens: int
+    epochs: float | None
+    flops: float
+    lr: float
+    steps: int
+    loss: float
+    held_out: bool
+    seconds: float
+    ranks: int
+    device: str
+    torch: str
+    commit: str
+
+
+def collect(rungs: Sequence[Rung]) -> tuple[list[Result], list[str]]:
+    """Every finished rung, and the names of the others. UserError where none is finished."""
+    done = [rung for rung in rungs if is_finished(rung)]
+    if not done:
+        raise UserError(f"no rung is finished in {rungs[0].folder.parent}: train them with 'ibq-scale scale run'")
+    results = [_read(rung) for rung in done]
+    return results, [rung.name for rung in rungs if rung not in done]
+
+
+def save(results: Sequence[Result], path: Path) -> None:
+    """One line a rung, so that a change of one is a change of one line."""
+    lines = ",\n".join(json.dumps(asdict(result), ensure_ascii=False) for result in results)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(f'{{"version": {VERSION}, "rungs": [\n{lines}\n]}}\n')
+    partial.replace(path)
+
+
+def load(path: Path) -> list[Result]:
+    """What `save` wrote. UserError where the file is missing, damaged or of another version."""
+    try:
+        values = json.loads(path.read_text())
+        names = {field.name for field in fields(Result)}
+        if values["version"] == VERSION and all(set(rung) == names for rung in values["rungs"]):
+            return [Result(**rung) for rung in values["rungs"]]
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: write it with 'ibq-scale scale collect'") from None
+    except (OSError, ValueError, TypeError, KeyError):
+        pass
+    raise UserError(f"{path} is damaged or of another version: write it again with 'ibq-scale scale collect'")
+
+
+def _read(rung: Rung) -> Result:
+    log = load_run(rung.folder)
+    loss, held_out = _loss(log, rung)
+    facts = log.environment
+    return Result(
+        name=rung.name,
+        size=rung.size,
+        codebook=rung.codebook,
+        seed=rung.seed,
+        parameters=networks.transformer(rung.run).parameters,
+        tokens=rung.tokens,
+        epochs=_epochs(rung),
+        flops=rung.flops,
+        lr=rung.run.optimizer.lr,
+        steps=rung.run.train.total_steps,
+        loss=loss,
+        held_out=held_out,
+        seconds=float(log.lines[-1]["time"]),
+        ranks=int(facts.get("world_size", 1)),
+        device=str(facts.get("device", "")),
+        torch=str(facts.get("packages", {}).get("torch", "")),
+        commit=str(facts.get("git") or ""),
+    )
+
+
+def _loss(log: RunLog, rung: Rung) -> tuple[float, bool]:
+    """The last held-out loss, else the mean of the last lines' training loss."""
+    if rung.run.validation.data is not None:
+        found = log.points("validation_loss")
+        if found and found[-1].step == rung.run.train.total_steps:
+            return found[-1].value, True
+        raise UserError(
+            f"{rung.folder}/metrics.jsonl lacks the held-out loss of its last step: remove it, run it again"
+        )
+    losses = [point.value for point in log.points("loss")]
+    if not losses:
+        raise UserError(f"{rung.folder}/metrics.jsonl holds no loss: set a smaller train.log_every")
+    return statistics.fmean(losses[-max(1, round(LAST * len(losses))) :]), False
+
+
+def _epochs(rung: Rung) -> float | None:
+    """From the data's manifest, which may be out of reach by now."""
+    from ibq_scale.data.sets import open_sets
+
+    try:
+        sets = open_sets(rung.run.data.model_copy(update={"cache_dir": None}), "codes")
+    except UserError:
+        return None
+    return rung.run.train.total_samples / sets.samples

@@ -1,0 +1,55 @@
+"""Runs a ladder on this machine, one rung after the other, each by the command that a user would type."""
+
+from __future__ import annotations
+
+import sys
+
+from ibq_scale.checkpoint.reading import whole_checkpoints
+from ibq_scale.config.layers import flatten, load_resolved
+from ibq_scale.config.run import AnyRun
+from ibq_scale.distributed.launch import launch
+from ibq_scale.errors import UserError
+from ibq_scale.ladder.codes import make_codes
+from ibq_scale.ladder.rungs import Rung, rungs_of
+from ibq_scale.ladder.schema import LadderConfig
+
+# A run's own keys that are places, or follow from where it runs.
+PLACES = ("out", "data.train", "data.cache_dir", "data.cache_bytes", "data.workers", "validation.data")
+
+
+def run_ladder(ladder: LadderConfig) -> int:
+    """Makes codes where the ladder says so, and trains every rung: finished ones are skipped, unfinished ones go on.
+
+    Returns 0, or the exit code of the first command that did not succeed (75: stopped by a signal, everything saved).
+    UserError where a rung's folder holds a run of another config, before anything is trained.
+    """
+    rungs = rungs_of(ladder)
+    finished = [is_finished(rung) for rung in rungs]
+    code = 0 if all(finished) else make_codes(ladder)
+    for number, (rung, done) in enumerate(zip(rungs, finished, strict=True), 1):
+        if code:
+            return code
+        if done:
+            continue
+        print(f"\n[{number}/{len(rungs)}] {rung.name}", file=sys.stderr, flush=True)
+        ranks = ladder.machine.ranks
+        options = [] if ranks is None else ["--ranks", str(ranks)]
+        code = launch(["train", "ar", rung.preset, *rung.words, *options], ranks=ranks)
+    return code
+
+
+def is_finished(rung: Rung) -> bool:
+    """Whether all its steps are in a whole checkpoint. UserError where its folder holds a run of another config."""
+    config = rung.folder / "config.yaml"
+    if not config.is_file():
+        return False
+    if _what(load_resolved(config)) != _what(rung.run):
+        raise UserError(f"{rung.folder} is a run of another config: remove it, or give the ladder another out=…")
+    whole = whole_checkpoints(rung.folder / "checkpoints")
+    return bool(whole) and whole[-1].step >= rung.run.train.total_steps
+
+
+def _what(config: AnyRun) -> dict[str, object]:
+    """The config without its places, which are other words for the same from another working directory."""
+    flat = flatten(config.model_dump(mode="json"))
+    return {key: value for key, value in flat.items() if key not in PLACES}

@@ -1,0 +1,168 @@
+"""The config of a ladder: one YAML file, from which every rung's run follows."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import Field, ValidationError, model_validator
+
+from ibq_scale.config.base import Section
+from ibq_scale.config.layers import explain
+from ibq_scale.config.models import PositiveInt
+from ibq_scale.config.run import NonNegativeInt
+from ibq_scale.errors import UserError
+
+LADDERS = Path(__file__).parent / "ladders"
+PositiveFloat = Annotated[float, Field(gt=0)]
+# In the URLs of codes, for the size of their codebook.
+PLACE = "{codebook}"
+
+
+class SizeConfig(Section):
+    """One size of the transformer. What is None is the preset's; `preset`: another than the ladder's."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9]+$")]
+    preset: str | None = None
+    depth: PositiveInt | None = None
+    heads: PositiveInt | None = None
+    width: PositiveInt | None = None
+    overrides: tuple[str, ...] = ()
+
+
+class CodesConfig(Section):
+    """What is learned. `codebooks`: sizes, each with code shards of its own where `{codebook}` stands in the URLs."""
+
+    train: str = "???"
+    validation: str | None = None
+    codebooks: tuple[PositiveInt, ...] = (16384,)
+
+    @model_validator(mode="after")
+    def _each_has_a_place(self) -> CodesConfig:
+        for url in (self.train, self.validation):
+            if len(self.codebooks) > 1 and url not in (None, "???") and PLACE not in str(url):
+                raise ValueError(f"{url}: several codebooks need {PLACE} in it, for the size of each")
+        return self
+
+
+class TilesConfig(Section):
+    """Codes that are made first, for ladders of minutes: of 16×16 tiles of photographs, by a tokenizer trained on them.
+
+    `pictures`: a folder of photographs; null takes ten that scikit-image and scikit-learn ship.
+    """
+
+    pictures: str | None = None
+    tokenizer: str = "tokenizer/experiment"
+    overrides: tuple[str, ...] = ()
+
+
+class BudgetConfig(Section):
+    """How long rungs train: every size with each of `samples` (images), or with each of `flops` (of the whole training:
+    larger sizes see less). With neither, each size's preset says.
+    """
+
+    samples: tuple[PositiveInt, ...] = ()
+    flops: tuple[PositiveFloat, ...] = ()
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> BudgetConfig:
+        if self.samples and self.flops:
+            raise ValueError("give budgets as samples or as flops, not as both")
+        return self
+
+
+class RateConfig(Section):
+    """Learning rates. ``constant``: each preset's, or `lr`. ``width``: lr · base_width / width, the rule of µP for the
+    matrices of hidden layers under Adam (arXiv 2203.03466, table 8), here for all parameters.
+    """
+
+    rule: Literal["constant", "width"] = "constant"
+    lr: PositiveFloat | None = None
+    base_width: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _width_has_a_base(self) -> RateConfig:
+        if self.rule == "width" and (self.lr is None or self.base_width is None):
+            raise ValueError("rule=width needs lr and base_width: the width that this lr was found at")
+        return self
+
+
+class MachineConfig(Section):
+    """What the plan is for; `ranks`: of a local run (null: one a GPU, else 1). `mfu`: the share of the peak assumed."""
+
+    device: str | None = None
+    gpus: PositiveInt = 1
+    nodes: PositiveInt = 1
+    mfu: Annotated[float, Field(gt=0, le=1)] = 0.45
+    ranks: PositiveInt | None = None
+
+
+class LadderConfig(Section):
+    """Sizes × budgets × codebooks × seeds. `overrides`: ``key=value`` of every rung; a size's own come after them.
+
+    `warmup`: share of each rung's samples, null for what the preset says.
+    """
+
+    name: str
+    out: str | None = None
+    preset: str
+    overrides: tuple[str, ...] = ()
+    sizes: Annotated[tuple[SizeConfig, ...], Field(min_length=1)]
+    budget: BudgetConfig = BudgetConfig()
+    codes: CodesConfig = CodesConfig()
+    tiles: TilesConfig | None = None
+    rate: RateConfig = RateConfig()
+    warmup: Annotated[float, Field(ge=0, lt=1)] | None = None
+    seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)] = (0,)
+    machine: MachineConfig = MachineConfig()
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> LadderConfig:
+        names = [size.name for size in self.sizes]
+        if len(set(names)) < len(names):
+            raise ValueError(f"sizes must have names of their own, got {', '.join(names)}")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """Where rungs, results and report go."""
+        return Path(self.out or f"runs/{self.name}")
+
+
+def ladder_names() -> list[str]:
+    """Of the ladders that come with the package."""
+    return sorted(path.stem for path in LADDERS.glob("*.yaml"))
+
+
+def load_ladder(source: str, overrides: Sequence[str] = ()) -> LadderConfig:
+    """A ladder that comes with the package, or a YAML file, with ``key=value`` on top.
+
+    UserError for an unknown name, unreadable YAML, a misspelt key (with the nearest right one) or a wrong value.
+    """
+    path = _find(source)
+    try:
+        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        values: Any = OmegaConf.to_container(merged, resolve=True)
+    except (OSError, yaml.YAMLError, OmegaConfBaseException, ValueError) as e:
+        raise UserError(f"cannot read {source}: {' '.join(str(e).split())}") from None
+    try:
+        return LadderConfig.model_validate(values)
+    except ValidationError as e:
+        raise UserError("\n".join(explain(error, LadderConfig, source) for error in e.errors())) from None
+
+
+def _find(source: str) -> Path:
+    if source in ladder_names():
+        return LADDERS / f"{source}.yaml"
+    if source.endswith((".yaml", ".yml")):
+        if not Path(source).is_file():
+            raise UserError(f"ladder file {source} not found")
+        return Path(source)
+    near = difflib.get_close_matches(source, ladder_names(), n=1, cutoff=0.3)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    raise UserError(f"no ladder named '{source}': {hint}There are {', '.join(ladder_names())}; or give a .yaml file")

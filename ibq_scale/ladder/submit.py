@@ -1,0 +1,65 @@
+"""A ladder's rungs as Slurm jobs: each is checked, copied and queued as ``ibq-scale submit`` does with a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ibq_scale.cluster import snapshot
+from ibq_scale.cluster.checks import Check, Submission, run_checks
+from ibq_scale.cluster.profile import Profile
+from ibq_scale.cluster.submit import make_request, render, submit
+from ibq_scale.config.layers import require_complete
+from ibq_scale.ladder.run import is_finished
+from ibq_scale.ladder.rungs import Rung
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """What became of a rung: its jobs, or the checks that keep it back. Neither for one that is finished."""
+
+    rung: Rung
+    finished: bool = False
+    jobs: tuple[str, ...] = ()
+    checks: tuple[Check, ...] = ()
+    script: str = ""
+
+    @property
+    def failed(self) -> list[Check]:
+        return [check for check in self.checks if check.level == "FAIL"]
+
+
+@dataclass(frozen=True)
+class Order:
+    """How they are to be queued; see `cluster.submit`."""
+
+    nodes: int
+    profile: Profile
+    cluster: str | None
+    flags: dict[str, Any]
+    sbatch: Sequence[str]
+    chain: int
+    dry_run: bool
+
+
+def submit_rungs(rungs: Sequence[Rung], order: Order) -> Iterator[Submitted]:
+    """Each rung in turn, as soon as it is known. One that fails a check is left out and does not hold up the others.
+
+    UserError where a rung leaves the data open, its folder holds a run of another config, or Slurm refuses a job.
+    """
+    for rung in rungs:
+        require_complete(rung.run)
+        if is_finished(rung):
+            yield Submitted(rung, finished=True)
+            continue
+        request = make_request(rung.run, order.nodes, order.profile, order.flags, list(order.sbatch))
+        preview = snapshot.Snapshot(snapshot.next_folder(request.run_dir), snapshot.Source.here())
+        script = render(request, preview)
+        job = Submission(request.config, script, request.profile.gpu, queue=not order.dry_run)
+        held = Submitted(rung, checks=tuple(run_checks(job)), script=script.text)
+        if order.dry_run or held.failed:
+            yield held
+            continue
+        _, jobs = submit(request, chain=order.chain, cluster=order.cluster)
+        yield Submitted(rung, jobs=tuple(jobs), checks=held.checks)

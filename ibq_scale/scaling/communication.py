@@ -1,0 +1,123 @@
+"""What a training step sends, collective by collective, as DeepSpeed 0.19.8 and the sharded quantizer do it.
+
+DeepSpeed (Rajbhandari et al., arXiv 1910.02054, section 7, counts 2 ψ elements for ZeRO-1 and 2, 3 ψ for ZeRO-3; here ψ
+parameters in their bytes, and what the code really calls, counted on ranks in tests/scaling/test_communication.py):
+
+    ZeRO-0      all-reduce of the gradients, once a step, in fp32 (`communication_data_type`)
+    ZeRO-1      the same, then an all-gather of the weights
+    ZeRO-2      the same, but all-reduced anew for each micro-batch: the sum is needed by one rank only, yet a bucket is
+                all-reduced whole (`use_multi_rank_bucket_allreduce`)
+    ZeRO-3      for each micro-batch an all-gather of the weights forward, another backward, and a reduce-scatter of the
+                gradients; then an all-gather of the small weights that stay whole
+
+The quantizer (`quantize.function`), for each micro-batch, with M tokens of a group of W ranks, D dimensions, in fp32:
+
+    forward     all-gather of z (M·D) and of each shard's 4 sums and index of every token (W·M·24 bytes); reduce-scatter
+                of the chosen codes (M·D) and of p·C (M·D); q̄ is all-reduced over replicas (K/W)
+    backward    all-gather of two gradients at z_q (M·D each) and of a number a token; all-reduce of one more; reduce-
+                scatter of ∂L/∂z (M·D)
+    step        the codebook's gradient (K/W · D), all-reduced over replicas, once
+
+A codebook on one rank (W = 1) is replicated everywhere: then only the two over replicas are left. Sharded traffic grows
+with the tokens of the whole group, and its sums with the square of the group's size; replicated traffic grows with the
+codebook.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ibq_scale.config.batch import codebook_group_size
+from ibq_scale.config.run import TokenizerRun
+from ibq_scale.scaling.networks import Network
+from ibq_scale.scaling.states import FP32, Shares, Zero
+
+Kind = Literal["all-reduce", "all-gather", "reduce-scatter"]
+# Bytes a token that a shard tells of it: maximum, two sums and a weighted one, and an index.
+OF_A_SHARD = 4 * FP32 + 8
+# Tensors (M, D) that are gathered, and that are summed to where their tokens are.
+GATHERED, SCATTERED = 3, 3
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A collective of a step: `size` bytes of the whole tensor, `times` a step, each time in `messages` parts, over
+    `ranks`; `spread`: whether these ranks are one of each group of neighbours (replicas), and not neighbours.
+    """
+
+    name: str
+    kind: Kind
+    size: float
+    times: int
+    ranks: int
+    spread: bool = False
+    messages: int = 1
+
+    @property
+    def sent(self) -> float:
+        """Bytes a step that each rank sends, by a ring: (n − 1)/n of the tensor, twice that for an all-reduce
+        (Patarasuk and Yuan, J. Parallel Distrib. Comput. 69, 2009).
+        """
+        passes = 2 if self.kind == "all-reduce" else 1
+        return passes * (self.ranks - 1) / self.ranks * self.size * self.times
+
+
+def engine_transfers(network: Network, zero: Zero, name: str = "") -> list[Transfer]:
+    """Of a DeepSpeed engine around a network."""
+    if zero.world == 1:
+        return []
+    n = Shares.of(network.groups, zero)
+    b, world, micro_batches = zero.weight_bytes, zero.world, zero.accumulation
+    gradients, weights = f"{name}gradients", f"{name}weights"
+    buckets = -(-n.whole // zero.reduce_bucket)
+    if zero.stage == 3:
+        moved = n.whole - n.persistent
+        tensors = sum(size > zero.persistence_threshold for group in network.groups for size in group)
+        found = [
+            Transfer(f"{weights}, forward", "all-gather", b * moved, micro_batches, world, messages=tensors),
+            Transfer(f"{weights}, backward", "all-gather", b * moved, micro_batches, world, messages=tensors),
+            Transfer(gradients, "reduce-scatter", FP32 * n.whole, micro_batches, world, messages=buckets),
+        ]
+        return found + (
+            [Transfer(f"{weights}, small ones", "all-gather", b * n.persistent, 1, world)] if n.persistent else []
+        )
+    times = micro_batches if zero.stage == 2 else 1
+    reduced = Transfer(gradients, "all-reduce", FP32 * n.whole, times, world, messages=buckets)
+    return [reduced] if zero.stage == 0 else [reduced, Transfer(weights, "all-gather", b * n.whole, 1, world)]
+
+
+def codebook_transfers(codes: int, dim: int, tokens: int, micro_batches: int, group: int, world: int) -> list[Transfer]:
+    """Of an IBQ codebook of K = `codes` rows over groups of `group` ranks; `tokens`: of a rank's micro-batch."""
+    rows, all_tokens = codes // group, tokens * group
+    found = []
+    if group > 1:
+        wide = FP32 * all_tokens * dim
+        gathered = GATHERED * wide + (OF_A_SHARD * group + FP32) * all_tokens
+        found = [
+            Transfer("tokens and their gradients", "all-gather", gathered, micro_batches, group),
+            Transfer("codes, p·C and gradients", "reduce-scatter", SCATTERED * wide, micro_batches, group),
+            Transfer("a number a token", "all-reduce", FP32 * all_tokens, micro_batches, group),
+        ]
+    if group < world:
+        replicas = world // group
+        found += [
+            Transfer("q̄ over replicas", "all-reduce", FP32 * rows, micro_batches, replicas, spread=True),
+            Transfer("codebook's gradient", "all-reduce", FP32 * rows * dim, 1, replicas, spread=True),
+        ]
+    return found
+
+
+def tokenizer_transfers(run: TokenizerRun, zero: Zero, network: Network, judge: Network) -> list[Transfer]:
+    """Of the tokenizer's step. The codebook of VQ, SimVQ and LFQ is left out: little beside IBQ's."""
+    from ibq_scale.scaling.budget import judge_zero
+
+    found = engine_transfers(network, zero)
+    if run.loss.adversarial_weight > 0:
+        found += engine_transfers(judge, judge_zero(zero), "discriminator's ")
+    if run.quantizer.kind == "ibq":
+        group = codebook_group_size(run, zero.world)
+        tokens = run.train.micro_batch * (run.model.resolution // run.model.downsampling) ** 2
+        size, dim = run.quantizer.codebook_size, run.quantizer.dim
+        found += codebook_transfers(size, dim, tokens, zero.accumulation, group, zero.world)
+    return found

@@ -1,0 +1,123 @@
+"""What fits a GPU: the largest micro-batch, and, where a run does not fit, which switch makes it fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from ibq_scale.config.deepspeed import deepspeed_config
+from ibq_scale.config.layers import flatten
+from ibq_scale.config.run import AnyRun, TokenizerRun
+from ibq_scale.errors import UserError
+from ibq_scale.scaling import networks
+from ibq_scale.scaling.budget import MemoryBudget, ar_budget, tokenizer_budget
+from ibq_scale.scaling.states import Zero
+
+# By what they cost: states that are shared at little cost, then more traffic, then the host's bus.
+ZERO = ("zero2", "zero3", "zero2_offload", "zero3_offload")
+CODEBOOK_LINES = ("codebook", "quantizer's work")
+
+
+@dataclass(frozen=True)
+class Switch:
+    """Words for the command line that make a run fit, and its peak then (bytes)."""
+
+    words: tuple[str, ...]
+    peak: int
+
+
+def budget_of(run: AnyRun, world: int) -> MemoryBudget:
+    """A GPU's memory. UserError for what training refuses too."""
+    zero = Zero.of(deepspeed_config(run, world), world=world)
+    if isinstance(run, TokenizerRun):
+        nets = networks.autoencoder(run), networks.discriminator(run)
+        return tokenizer_budget(run, zero, *nets, networks.perceptual(run))
+    return ar_budget(run, zero, networks.transformer(run))
+
+
+def other_bytes(run: TokenizerRun, world: int) -> float:
+    """A tokenizer's peak without all that the codebook takes. Its micro-batch is kept whatever the ranks."""
+    batch = run.train.model_copy(update={"global_batch": run.train.micro_batch * world})
+    budget = budget_of(run.model_copy(update={"train": batch, "codebook_group": 1}), world)
+    own = [line for line in budget.lines if line.name.startswith(CODEBOOK_LINES)]
+    return max(budget.passes - sum(line.passes for line in own), budget.step - sum(line.step for line in own))
+
+
+def largest_micro_batch(run: AnyRun, world: int, memory: float) -> int:
+    """Of those that the global batch allows on so many ranks; 0 where not even one image fits."""
+    share = run.train.global_batch // world
+    fitting = [m for m in range(1, share + 1) if share % m == 0]
+    low, high = 0, len(fitting)
+    # Memory grows with the micro-batch: halve what is open.
+    while low < high:
+        middle = (low + high) // 2
+        if budget_of(_with_micro_batch(run, fitting[middle]), world).peak <= memory:
+            low = middle + 1
+        else:
+            high = middle
+    return fitting[low - 1] if low else 0
+
+
+def switches(run: AnyRun, world: int, memory: float) -> list[Switch]:
+    """Single changes that make a run fit, the cheapest first; where none does, the first pair."""
+    options = list(_options(run, world))
+    found = [fit for words in options if (fit := _fits(run, [words], world, memory))]
+    if found:
+        return found
+    for i, one in enumerate(options):
+        for two in options[i + 1 :]:
+            fit = _fits(run, [one, two], world, memory)
+            if fit is not None and one.partition("=")[0] != two.partition("=")[0]:
+                return [fit]
+    return []
+
+
+def _options(run: AnyRun, world: int) -> Iterator[str]:
+    if isinstance(run, TokenizerRun):
+        if run.codebook_group not in (0, world) and run.quantizer.codebook_size % world == 0:
+            yield "codebook_group=0"
+    elif run.model.activation_checkpointing == "none":
+        yield "model.activation_checkpointing=selective"
+    known = ZERO.index(run.deepspeed.config) if run.deepspeed.config in ZERO else -1
+    if world > 1 and known < 0:
+        yield "deepspeed.config=zero2"
+    if isinstance(run, TokenizerRun):
+        if not run.model.activation_checkpointing:
+            yield "model.activation_checkpointing=true"
+    elif run.model.activation_checkpointing != "full":
+        yield "model.activation_checkpointing=full"
+    share = run.train.global_batch // world
+    smaller = [m for m in range(1, run.train.micro_batch) if share % m == 0]
+    if smaller:
+        yield f"train.micro_batch={smaller[-1]}"
+        yield from [f"train.micro_batch={smaller[0]}"] if len(smaller) > 1 else []
+    for name in ZERO[max(known, 0) + 1 :]:
+        if world > 1 or "offload" in name:
+            yield f"deepspeed.config={name}"
+
+
+def _fits(run: AnyRun, words: Sequence[str], world: int, memory: float) -> Switch | None:
+    try:
+        peak = budget_of(_with(run, words), world).peak
+    except UserError:
+        # What training refuses, such as ZeRO-3 with fp8.
+        return None
+    return Switch(tuple(words), peak) if peak <= memory else None
+
+
+def _with(run: AnyRun, words: Sequence[str]) -> AnyRun:
+    """The run with some of its keys set anew, all of them one or two deep."""
+    import yaml
+
+    values = run.model_dump()
+    known = flatten(values)
+    for word in words:
+        key, _, text = word.partition("=")
+        assert key in known, key
+        section, _, name = key.rpartition(".")
+        (values[section] if section else values)[name] = yaml.safe_load(text)
+    return type(run).model_validate(values)
+
+
+def _with_micro_batch(run: AnyRun, size: int) -> AnyRun:
+    return _with(run, [f"train.micro_batch={size}"])
