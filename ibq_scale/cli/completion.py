@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 SHELLS = ("bash", "zsh", "fish")
 
@@ -39,6 +42,8 @@ def answer_shell(parser: argparse.ArgumentParser) -> None:
     for action in _actions(parser):
         if action.dest == "source":
             action.completer = _sources  # type: ignore[attr-defined]
+        elif action.dest == "ladder":
+            action.completer = _ladders  # type: ignore[attr-defined]
         elif action.dest == "overrides":
             action.completer = _overrides  # type: ignore[attr-defined]
     argcomplete.autocomplete(parser)
@@ -64,12 +69,30 @@ def _sources(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str
     return [*(name.removeprefix(f"{stage}/") for name in presets), *FilesCompleter(("yaml", "yml"))(prefix)]
 
 
-def _overrides(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]:
-    """Keys of the stage's schema; after the ``=`` the words that a key may be."""
-    from ibq_scale.config.layers import SCHEMAS, schema_keys
+def _ladders(prefix: str, **_: Any) -> list[str]:
+    from argcomplete.completers import FilesCompleter
 
+    from ibq_scale.ladder.schema import ladder_names
+
+    return [*ladder_names(), *FilesCompleter(("yaml", "yml"))(prefix)]
+
+
+def _schemas(parsed_args: argparse.Namespace) -> list[type[BaseModel]]:
+    """What the command's keys are of: a ladder, a stage, or either stage."""
+    from ibq_scale.config.layers import SCHEMAS
+    from ibq_scale.ladder.schema import LadderConfig
+
+    if hasattr(parsed_args, "ladder"):
+        return [LadderConfig]
     stage = getattr(parsed_args, "task", None) or str(getattr(parsed_args, "source", "")).partition("/")[0]
-    schemas = [SCHEMAS[stage]] if stage in SCHEMAS else list(SCHEMAS.values())
+    return [SCHEMAS[stage]] if stage in SCHEMAS else list(SCHEMAS.values())
+
+
+def _overrides(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]:
+    """Keys of the schema; after the ``=`` the words that a key may be."""
+    from ibq_scale.config.layers import schema_keys
+
+    schemas = _schemas(parsed_args)
     key, given, _value = prefix.partition("=")
     if not given:
         return [f"{key}=" for key in dict.fromkeys(key for schema in schemas for key in schema_keys(schema))]

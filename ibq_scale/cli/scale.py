@@ -60,7 +60,7 @@ def _ladder(
 ) -> argparse.ArgumentParser:
     description = f"{about[0].upper()}{about[1:]}. {more}"
     parser = leaves.add_parser(name, help=about, description=description, epilog=f"example: ibq-scale {example}")
-    parser.add_argument("source", metavar="LADDER", help="cpu, published, or a YAML file")
+    parser.add_argument("ladder", metavar="LADDER", help="cpu, published, or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     return parser
@@ -86,7 +86,7 @@ def _submit_options(parser: argparse.ArgumentParser) -> None:
 def _load(args: argparse.Namespace) -> LadderConfig:
     from ibq_scale.ladder.schema import load_ladder
 
-    return load_ladder(args.source, args.overrides)
+    return load_ladder(args.ladder, args.overrides)
 
 
 def _plan(args: argparse.Namespace) -> int:

@@ -6,10 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ibq_scale.cluster import snapshot
 from ibq_scale.cluster.checks import Check, Submission, run_checks
 from ibq_scale.cluster.profile import Profile
-from ibq_scale.cluster.submit import make_request, render, submit
+from ibq_scale.cluster.submit import make_request, next_snapshot, render, submit, training
 from ibq_scale.config.layers import require_complete
 from ibq_scale.ladder.run import is_finished
 from ibq_scale.ladder.rungs import Rung
@@ -53,10 +52,10 @@ def submit_rungs(rungs: Sequence[Rung], order: Order) -> Iterator[Submitted]:
         if is_finished(rung):
             yield Submitted(rung, finished=True)
             continue
-        request = make_request(rung.run, order.nodes, order.profile, order.flags, list(order.sbatch))
-        preview = snapshot.Snapshot(snapshot.next_folder(request.run_dir), snapshot.Source.here())
-        script = render(request, preview)
-        job = Submission(request.config, script, request.profile.gpu, queue=not order.dry_run)
+        request = make_request(training(rung.run), order.nodes, order.profile, order.flags, list(order.sbatch))
+        script = render(request, next_snapshot(request))
+        assert request.work.config is not None, "it trains"
+        job = Submission(request.work.config, script, request.profile.gpu, queue=not order.dry_run)
         held = Submitted(rung, checks=tuple(run_checks(job)), script=script.text)
         if order.dry_run or held.failed:
             yield held

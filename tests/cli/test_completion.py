@@ -43,6 +43,8 @@ def _complete(line: str, tmp_path: Path) -> set[str]:
         ("ibq-scale train tokenizer x.yaml quantizer.kind=", {"quantizer.kind=ibq", "quantizer.kind=lfq"}, set()),
         ("ibq-scale submit ar/xl deepspeed.config=zero", {"deepspeed.config=zero3"}, {"deepspeed.config=zero4"}),
         ("ibq-scale submit ar/xl model.compile=", {"model.compile=true"}, set()),
+        ("ibq-scale scale plan ", {"cpu", "published", "mine.yaml"}, {"ar/xl"}),
+        ("ibq-scale scale plan cpu rate.", {"rate.lr="}, {"train.grace="}),
         ("ibq-scale train ar mi", {"mine.yaml"}, {"mine.txt"}),
         ("ibq-scale sample x --guidance-s", {"--guidance-schedule"}, {"--guidance"}),
     ],

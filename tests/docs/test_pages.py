@@ -9,6 +9,7 @@ import pytest
 
 from ibq_scale.cli.main import _parse
 from ibq_scale.config.layers import resolve
+from ibq_scale.ladder.schema import load_ladder
 from tests.docs.pages import PAGES, ROOT, blocks, commands
 
 CODE = "\n".join(path.read_text() for path in (ROOT / "ibq_scale").rglob("*.py"))
@@ -18,7 +19,12 @@ CODE = "\n".join(path.read_text() for path in (ROOT / "ibq_scale").rglob("*.py")
 def test_every_command_parses_and_its_config_is_right(page: Path) -> None:
     for words in commands(page):
         args = _parse(words)
-        if hasattr(args, "overrides") and not args.source.endswith((".yaml", ".yml")):
+        given = getattr(args, "source", getattr(args, "ladder", ""))
+        if str(given).endswith((".yaml", ".yml")):
+            continue
+        if hasattr(args, "ladder"):
+            load_ladder(args.ladder, args.overrides)
+        elif hasattr(args, "overrides"):
             resolve(args.source, args.overrides, getattr(args, "task", None))
 
 
