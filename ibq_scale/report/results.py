@@ -21,6 +21,17 @@ from ibq_scale.report.runs import RunLog
 MOST_PIXELS = 1200
 # Grids of samples, from a training's first to its last.
 GRIDS = 3
+# What is shown of each kind of file. One that lacks some of it is another program's.
+SHOWN = {
+    reconstruction.RESULT: {
+        *("data", "images", "resolution", "pixels", "codebook_size", "rfid", "lpips", "psnr", "ssim", "usage"),
+    },
+    generation.RESULT: {
+        *("sampled", "images", "resolution", "reference", "reference_hash", "reference_stamp", "extractor_sha256"),
+        *("fid", "inception_score", "precision", "recall"),
+    },
+    chunks.FACTS: {"settings"},
+}
 
 
 @dataclass(frozen=True)
@@ -55,7 +66,7 @@ def results_of(run: RunLog, name: str) -> list[Result]:
         model = str((facts.get("sampled") or facts).get("model") or "")
         ours = Path(model).is_relative_to(home) if model else False
         # A run that was moved is still the run of what lies in it.
-        if facts and (ours or (path in inside and not (model and Path(model).exists()))):
+        if facts.keys() >= SHOWN[name] and (ours or (path in inside and not (model and Path(model).exists()))):
             found.append(Result(run, path.parent, facts, model))
     return found
 

@@ -17,7 +17,7 @@ from ibq_scale.distributed.environment import World, join
 from ibq_scale.errors import UserError
 from ibq_scale.evaluate import generation, reference
 from ibq_scale.evaluate.fid import Inception
-from ibq_scale.evaluate.generation import GenerationReport, evaluate_generation
+from ibq_scale.evaluate.generation import GenerationReport, evaluate_generation, load_results
 from ibq_scale.evaluate.images import open_images
 from ibq_scale.evaluate.reference import write_reference
 from tests.evaluate.stand_in import QuickInception
@@ -73,6 +73,18 @@ def test_a_folder_and_npz_files_are_the_same_images(evaluate: Evaluate, tmp_path
     assert "10 images" in fewer.not_measured["inception_score"]
     with pytest.raises(UserError, match="a distance needs two"):
         evaluate(tmp_path / "plain.npz", tmp_path / "real.npz", limit=1)
+
+
+def test_a_result_is_left_that_names_what_was_sampled(evaluate: Evaluate, tmp_path: Path) -> None:
+    np.savez(tmp_path / "samples.npz", _pixels(12, 0))
+    facts = {"model": "/runs/l/model", "settings": {"guidance": 2.0}, "job": "abc", "images": 12}
+    (tmp_path / "samples.json").write_text(json.dumps(facts))
+    np.savez(tmp_path / "real.npz", _pixels(12, 1))
+    report = evaluate(tmp_path, tmp_path / "real.npz", to=tmp_path / "results")
+    assert report.sampled == {"model": "/runs/l/model", "settings": {"guidance": 2.0}, "job": "abc"}
+    [result] = load_results([tmp_path / "results" / "generation.json"])
+    assert (result["fid"], result["sampled"]) == (report.fid, report.sampled)
+    assert evaluate(tmp_path / "real.npz", tmp_path / "real.npz").sampled is None
 
 
 def test_images_come_in_order_and_again(world: World, tmp_path: Path) -> None:

@@ -90,6 +90,9 @@ def test_figures_do_not_depend_on_the_ranks(tokenizer_dir: Path, dataset: str, s
     assert [row["position"] for row in rows] == list(range(24))
     assert np.mean([row["psnr"] for row in rows]) == pytest.approx(first["crops"]["psnr"], rel=1e-12)
     assert rows[0].keys() == {"position", "shard", "row", "psnr", "ssim", "lpips", "lpips_alex"}
+    result = json.loads((tmp_path / "4" / "crops" / "reconstruction.json").read_text())
+    assert {name: result[name] for name in first["crops"]} == first["crops"]
+    assert result["model"] == str(tokenizer_dir)
     with Image.open(tmp_path / "4" / "crops" / "worst.png") as sheet:
         assert sheet.width > 5 * 2 * 32
     assert not list(tmp_path.rglob("*.partial"))

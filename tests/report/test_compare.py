@@ -125,6 +125,8 @@ def test_runs_of_different_kinds_share_no_chart(runs: list[Path], tmp_path: Path
 
 
 def test_a_result_belongs_to_the_run_of_its_model(runs: list[Path], tmp_path: Path) -> None:
+    (runs[0] / "generation.json").write_text('{"fid": 1.0}')
+    (runs[0] / "val" / "generation.json").write_text("{")
     found = {run.name: len(results_of(load_run(run), "generation.json")) for run in runs}
     assert found == {"tok": 0, "one": 1, "two": 1}
     Path(_model(runs[1], 200)).mkdir(parents=True)
