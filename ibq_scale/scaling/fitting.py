@@ -47,7 +47,9 @@ def largest_micro_batch(run: AnyRun, world: int, memory: float) -> int:
     """Of those that the global batch allows on so many ranks; 0 where not even one image fits."""
     share = run.train.global_batch // world
     fitting = [m for m in range(1, share + 1) if share % m == 0]
-    low, high = 0, len(fitting)
+    if budget_of(_with_micro_batch(run, fitting[0]), world).peak > memory:
+        return 0
+    low, high = 1, len(fitting)
     # Memory grows with the micro-batch: halve what is open.
     while low < high:
         middle = (low + high) // 2
@@ -55,14 +57,16 @@ def largest_micro_batch(run: AnyRun, world: int, memory: float) -> int:
             low = middle + 1
         else:
             high = middle
-    return fitting[low - 1] if low else 0
+    return fitting[low - 1]
 
 
 def switches(run: AnyRun, world: int, memory: float) -> list[Switch]:
     """Single changes that make a run fit, the cheapest first; where none does, the first pair."""
     options = list(_options(run, world))
     found = [fit for words in options if (fit := _fits(run, [words], world, memory))]
-    if found:
+    # The last one of a key saves most: where all of them together do not do, no pair does.
+    together = list({word.partition("=")[0]: word for word in options}.values())
+    if found or _fits(run, together, world, memory) is None:
         return found
     for i, one in enumerate(options):
         for two in options[i + 1 :]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from ibq_scale.cli.main import main
 from ibq_scale.errors import UserError
+from ibq_scale.ladder.figures import draw_fit
 from ibq_scale.ladder.fit import Fit, NotFitted, document, fit_ladder
 from ibq_scale.ladder.report import text, write_report
 from ibq_scale.ladder.results import Result, load, save
@@ -136,3 +138,20 @@ def test_scale_fit_from_a_file_of_results(tmp_path: Path, capsys: pytest.Capture
     assert {Path(path).name for path in said["files"]} == {"fit.json", "report.html"}
     assert main([*words[:-2], "--flops", "0"]) == 2
     assert "--flops must be above 0" in capsys.readouterr().err
+
+
+def test_the_committed_fit_is_that_of_the_committed_results() -> None:
+    """Each line of it, but for the last digits, which another machine may round otherwise."""
+    docs = Path(__file__).resolve().parents[2] / "docs"
+    said = (docs / "experiments.md").read_text().partition("<!-- fit -->")[2].partition("<!-- end: fit -->")[0]
+    (fit,) = fit_ladder(load(docs / "scaling/results.json"))
+    lines = text([fit], [])
+    numbers = re.compile(r"-?\d[\d.e+-]*")
+    committed = said.strip().strip("`").strip("\n").split("\n")
+    assert [numbers.sub("#", line) for line in lines] == [numbers.sub("#", line) for line in committed]
+    rungs = [line for line in lines if "seed0" in line]
+    assert len(rungs) == 8
+    assert [line in committed for line in rungs] == [True] * 8
+    # Its words and numbers; of a curve the last pixel's tenth may differ.
+    words = re.compile(r">([^<]+)<")
+    assert words.findall(draw_fit(fit)) == words.findall((docs / "scaling/ladder.svg").read_text())
