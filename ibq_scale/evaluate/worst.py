@@ -63,6 +63,9 @@ def _sheet(
         decoded = tokenizer.reconstruct(to_float(batch.images_u8))
         for column, image_CHW in enumerate((batch.images_u8[0], to_uint8(decoded[0]))):
             small = Image.fromarray(image_CHW.permute(1, 2, 0).contiguous().cpu().numpy())
+            times = CELL // max(small.size)
+            if times > 1:
+                small = small.resize((times * small.width, times * small.height), Image.Resampling.NEAREST)
             small.thumbnail((CELL, CELL))
             sheet.paste(small, (left + column * CELL, top + CELL - small.height))
         draw.text((left, top + CELL + 1), f"{by} {value:.4g}, position {int(rows_WC[i, 0])}", INK, font)
