@@ -40,8 +40,9 @@ def test_switches_that_are_named_make_it_fit() -> None:
     assert switches(run, 1, 1e9) == []
 
 
+@pytest.mark.slow
 def test_states_that_are_too_large_need_more_than_a_smaller_batch() -> None:
-    words = ["model.depth=4", "model.width=1024", "model.heads=8", *WORDS, "train.micro_batch=1"]
+    words = ["model.depth=12", "model.width=1024", "model.heads=8", *WORDS, "train.micro_batch=1"]
     run = resolve("ar/tiny", words).config
     zero1, zero3 = (
         budget_of(resolve("ar/tiny", [*words, f"deepspeed.config={name}"]).config, 8).peak
