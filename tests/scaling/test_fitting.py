@@ -84,3 +84,22 @@ def test_a_plan_names_the_switch(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert f"would fit with {plan['switches'][0]['words'][0]}" in said
     assert f"largest micro-batch that fits: {plan['largest_micro_batch']}" in said
+
+
+def test_a_plan_tells_of_a_better_group_for_the_codebook(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "tokenizer/tiny",
+        "quantizer.codebook_size=65536",
+        "train.micro_batch=2",
+        "--device",
+        "h100",
+        "--gpus",
+        "8",
+    ]
+    many = [*words, "train.global_batch=1024", "--nodes", "64"]
+    (note,) = [n for n in _plan(capsys, *many)["notes"] if "codebook" in n]
+    assert note.startswith("the codebook over groups of 512 GPUs takes")
+    better = note.partition("codebook_group=")[2].split()[0]
+    assert int(better) < 512
+    assert not [n for n in _plan(capsys, *many, f"codebook_group={better}")["notes"] if "codebook" in n]
+    assert not [n for n in _plan(capsys, *words, "train.global_batch=16")["notes"] if "codebook over" in n]
