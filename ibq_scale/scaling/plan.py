@@ -10,12 +10,13 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ibq_scale.config.batch import codebook_group_size
 from ibq_scale.config.deepspeed import deepspeed_config
 from ibq_scale.config.run import AnyRun, ARRun, TokenizerRun
 from ibq_scale.errors import UserError
 from ibq_scale.scaling import networks
 from ibq_scale.scaling.budget import MemoryBudget, ar_budget, checkpoint_bytes, tokenizer_budget
-from ibq_scale.scaling.communication import Transfer, engine_transfers, tokenizer_transfers
+from ibq_scale.scaling.communication import Transfer, codebook_transfers, engine_transfers, tokenizer_transfers
 from ibq_scale.scaling.devices import DEVICES, Device, named
 from ibq_scale.scaling.fabric import Fabric
 from ibq_scale.scaling.flops import AR_FORMULA, TOKENIZER_FORMULA, ar_executed, ar_flops, step_flops
@@ -197,8 +198,31 @@ def make_plan(run: AnyRun, machine: Machine, *, mfu: float, measured: Rate | Non
         communication=transfers,
         time=_time(run, machine, flops.total, mfu, measured),
         roofline=_roofline(run, machine, zero, work, transfers, overlap=overlap),
-        notes=_notes(run, machine, budget),
+        notes=(*_notes(run, machine, budget), *_codebook_note(run, machine, zero)),
     )
+
+
+def _codebook_note(run: AnyRun, machine: Machine, zero: Zero) -> list[str]:
+    """Where other groups would exchange the codebook in less than half of the time."""
+    device = machine.known
+    if not isinstance(run, TokenizerRun) or run.quantizer.kind != "ibq" or device is None:
+        return []
+    world, codes = machine.world, run.quantizer.codebook_size
+    tokens = run.train.micro_batch * (run.model.resolution // run.model.downsampling) ** 2
+    fabric = Fabric.of(device, machine.gpus, net=machine.net)
+
+    def seconds(group: int) -> float:
+        transfers = codebook_transfers(codes, run.quantizer.dim, tokens, zero.accumulation, group, world)
+        return sum(fabric.seconds(transfer, world) for transfer in transfers)
+
+    mine = codebook_group_size(run, world)
+    best = min((g for g in range(1, world + 1) if world % g == 0 and codes % g == 0), key=seconds)
+    if seconds(best) > 0.5 * seconds(mine):
+        return []
+    return [
+        f"the codebook over groups of {mine} GPUs takes {1000 * seconds(mine):.3g} ms a step to exchange (links: "
+        f"assumed); codebook_group={best} would take {1000 * seconds(best):.3g} ms"
+    ]
 
 
 def _kept(run: AnyRun) -> int:

@@ -40,8 +40,9 @@ def test_switches_that_are_named_make_it_fit() -> None:
     assert switches(run, 1, 1e9) == []
 
 
+@pytest.mark.slow
 def test_states_that_are_too_large_need_more_than_a_smaller_batch() -> None:
-    words = ["model.depth=4", "model.width=1024", "model.heads=8", *WORDS, "train.micro_batch=1"]
+    words = ["model.depth=12", "model.width=1024", "model.heads=8", *WORDS, "train.micro_batch=1"]
     run = resolve("ar/tiny", words).config
     zero1, zero3 = (
         budget_of(resolve("ar/tiny", [*words, f"deepspeed.config={name}"]).config, 8).peak
@@ -83,3 +84,22 @@ def test_a_plan_names_the_switch(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert f"would fit with {plan['switches'][0]['words'][0]}" in said
     assert f"largest micro-batch that fits: {plan['largest_micro_batch']}" in said
+
+
+def test_a_plan_tells_of_a_better_group_for_the_codebook(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "tokenizer/tiny",
+        "quantizer.codebook_size=65536",
+        "train.micro_batch=2",
+        "--device",
+        "h100",
+        "--gpus",
+        "8",
+    ]
+    many = [*words, "train.global_batch=1024", "--nodes", "64"]
+    (note,) = [n for n in _plan(capsys, *many)["notes"] if "codebook" in n]
+    assert note.startswith("the codebook over groups of 512 GPUs takes")
+    better = note.partition("codebook_group=")[2].split()[0]
+    assert int(better) < 512
+    assert not [n for n in _plan(capsys, *many, f"codebook_group={better}")["notes"] if "codebook" in n]
+    assert not [n for n in _plan(capsys, *words, "train.global_batch=16")["notes"] if "codebook over" in n]
