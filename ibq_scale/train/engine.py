@@ -78,7 +78,10 @@ def step(engine: Any) -> bool:
         # ZeRO and bf16 optimizers look for themselves (DeepSpeed 0.19.8); a plain one, stage 0 in fp32, does not.
         # Gradients are averages over the ranks by now, so every rank finds the same.
         grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        if not bool(torch.nn.utils.get_total_norm(grads).isfinite()):
+        norm = torch.nn.utils.get_total_norm(grads)
+        # What the others note of themselves, and `gradient_norm` asks for.
+        engine._global_grad_norm = norm
+        if not bool(norm.isfinite()):
             for parameter in engine.module.parameters():
                 parameter.grad = None
             engine.step()

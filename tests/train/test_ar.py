@@ -109,6 +109,38 @@ def test_every_layout_with_accumulation_clipping_and_decay_equals_plain_torch(co
         assert losses[-1] < losses[0]
 
 
+def _norms(rank: int, world_size: int, runs: dict[str, ARRun]) -> dict[str, list[float]]:
+    """What is logged as `grad_norm`, by run."""
+    from ibq_scale.train.ar_task import ARTask
+
+    world = World(rank, world_size, rank, torch.device("cpu"))
+    norms = {}
+    for name, run in runs.items():
+        task = ARTask(run, world, open_sets(run.data, "codes"))
+        batches = task.batches(0)
+        norms[name] = []
+        for step in range(3):
+            task.set_rates(step * 8)
+            norms[name].append(float(task.train_step(batches).metrics["grad_norm"]))
+    return norms
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_logged_norm_is_the_gradients_in_every_layout(codes: str) -> None:
+    runs = {name: run_of(codes, f"deepspeed.config={name}") for name in ("zero0", "zero1", "zero2", "zero3")}
+    norms = run_ranks(_norms, 2, runs)[0]
+    run = run_of(codes)
+    model = Transformer(run.model, run.train.seed)
+    sets = open_sets(run.data, "codes")
+    batch = next(code_stream(sets, seed=0, rank=0, world_size=1, micro_batch=8, start=0))
+    F.cross_entropy(model(batch.codes, batch.labels).flatten(0, 1), batch.codes.flatten()).backward()
+    expected = float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
+    for name, found in norms.items():
+        assert found[0] == pytest.approx(expected, rel=1e-4), name
+        assert found == pytest.approx(norms["zero1"], rel=1e-3), name
+
+
 def _validated(rank: int, world_size: int, run: ARRun) -> float:
     """The loss on held-out codes after two steps."""
     from ibq_scale.train.ar_task import ARTask
