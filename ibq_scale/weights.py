@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from ibq_scale.config.run import AnyRun, TokenizerRun
 from ibq_scale.download import NoNetworkError, Watch, download, sha256_of
 from ibq_scale.errors import UserError
 
@@ -69,6 +70,18 @@ SOURCES = {
         _inception_url,
     ),
 }
+
+# Of a tokenizer's validation, by metric.
+OF_METRICS = {"lpips": "vgg", "lpips_alex": "alex", "rfid": "inception"}
+
+
+def files_of_run(config: AnyRun) -> list[str]:
+    """The files without which a run does not start: its loss's, and those of the metrics that it names."""
+    if not isinstance(config, TokenizerRun):
+        return []
+    metrics = config.validation.metrics if config.validation.data is not None else None
+    names = [config.loss.perceptual, *(OF_METRICS[metric] for metric in metrics or ())]
+    return list(dict.fromkeys(SOURCES[name].file for name in names if name in SOURCES))
 
 
 @dataclass(frozen=True)

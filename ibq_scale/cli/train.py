@@ -34,15 +34,14 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Wrong configs, and losses whose pretrained weights are absent, are refused before any rank is started."""
+    """Wrong configs, and runs whose pretrained weights are absent, are refused before any rank is started."""
     from ibq_scale.config.layers import require_complete, resolve
-    from ibq_scale.config.run import TokenizerRun
-    from ibq_scale.weights import SOURCES, weight_file
+    from ibq_scale.weights import files_of_run, weight_file
 
     config = resolve(args.source, args.overrides, args.task).config
     require_complete(config)
-    if isinstance(config, TokenizerRun) and config.loss.perceptual in SOURCES:
-        weight_file(SOURCES[config.loss.perceptual].file)
+    for name in files_of_run(config):
+        weight_file(name)
 
 
 def _train(args: argparse.Namespace) -> int:

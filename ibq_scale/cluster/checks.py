@@ -175,15 +175,17 @@ def _memory(job: Submission) -> Outcome:
 
 def _data(job: Submission) -> Outcome:
     from ibq_scale.train.codes import check_codes
+    from ibq_scale.train.held_out import open_held_out
 
     sets = job.sets
-    if not isinstance(job.config, TokenizerRun):
+    validates = job.config.validation.data is not None
+    if isinstance(job.config, TokenizerRun):
+        if validates:
+            open_held_out(job.config, sets, "images")
+    else:
         check_codes(job.config, sets)
-        if job.config.validation.data is not None:
-            from ibq_scale.data.sets import open_sets
-
-            held_out = {"train": job.config.validation.data, "weights": ()}
-            check_codes(job.config, open_sets(sets.config.model_copy(update=held_out), "codes"))
+        if validates:
+            check_codes(job.config, open_held_out(job.config, sets, "codes"))
     here = [part.store.url for part in sets.parts if part.store.local]
     seen = f"; {', '.join(here)} must be seen by all nodes" if here else ""
     return "ok", f"{sets.samples:,} samples in {', '.join(job.config.data.sources)}{seen}"
@@ -208,13 +210,13 @@ def _resume(job: Submission) -> Outcome:
 
 
 def _weights(job: Submission) -> Outcome | None:
-    from ibq_scale.weights import SOURCES, missing
+    from ibq_scale.weights import files_of_run, missing
 
-    if not isinstance(job.config, TokenizerRun) or job.config.loss.perceptual not in SOURCES:
-        return None
-    file = SOURCES[job.config.loss.perceptual].file
-    fault = missing(file)
-    return ("FAIL", fault) if fault is not None else ("ok", f"{file} is there")
+    files = files_of_run(job.config)
+    faults = [fault for name in files if (fault := missing(name)) is not None]
+    if faults:
+        return "FAIL", "; ".join(faults)
+    return ("ok", f"{', '.join(files)}: there") if files else None
 
 
 def _wandb(job: Submission) -> Outcome | None:

@@ -14,22 +14,22 @@ from torch import Tensor
 
 from ibq_scale.data.stream import ImageBatch, evaluation_images, to_float
 from ibq_scale.distributed.environment import World
-from ibq_scale.evaluate.fid import INCEPTION, FeatureStatistics, Inception, frechet_distance
+from ibq_scale.evaluate.fid import FeatureStatistics, Inception, frechet_distance
 from ibq_scale.evaluate.gather import gather_rows
 from ibq_scale.evaluate.pixels import psnr, ssim
 from ibq_scale.evaluate.results import write_result
 from ibq_scale.evaluate.worst import write_images
-from ibq_scale.losses.perceptual import BACKBONES, Net, Perceptual
+from ibq_scale.losses.perceptual import Net, Perceptual
 from ibq_scale.pictures import to_uint8
 from ibq_scale.pretrained.loading import Tokenizer, load_tokenizer, model_directory
 from ibq_scale.quantize.usage import CodeUsage
-from ibq_scale.weights import missing
+from ibq_scale.weights import OF_METRICS, SOURCES, missing
 
 RESULT = "reconstruction.json"
 Pixels = Literal["8bit", "float"]
 LPIPS: dict[str, Net] = {"lpips": "vgg", "lpips_alex": "alex"}
 # Files that measures need, by measure.
-FILES = {name: BACKBONES[net] for name, net in LPIPS.items()} | {"rfid": INCEPTION}
+FILES = {metric: SOURCES[name].file for metric, name in OF_METRICS.items()}
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,8 @@ def test_data_of_the_right_kind_and_size(dataset: str, tmp_path: Path) -> None:
         ("tokenizer/tiny", [f"data.train={tmp_path}"], "has no manifest.json"),
         ("ar/tiny", [f"data.train={tmp_path / 'codes'}"], "set model.codebook_size=40"),
         ("ar/tiny", [f"data.train={tmp_path / 'codes'}", *fitting, f"validation.data={dataset}"], "codes are needed"),
+        ("tokenizer/tiny", [f"data.train={dataset}", f"validation.data={tmp_path}"], "has no manifest.json"),
+        ("tokenizer/tiny", [f"data.train={dataset}", f"validation.data={dataset}"], "is what the run trains on"),
     ):
         found = data(source, *overrides)
         assert found.level == "FAIL"
@@ -163,6 +165,10 @@ def test_weights_of_the_loss_must_be_cached(tmp_path: Path, monkeypatch: pytest.
     assert (found.level, "'ibq-scale fetch-weights vgg'" in found.text) == ("FAIL", True)
     (tmp_path / "vgg16-397923af.pth").touch()
     assert _found(job, ["weights"])["weights"].level == "ok"
+    named = _job("tokenizer/tiny", tmp_path / "run", "validation.data=x", "validation.metrics=[lpips,rfid]")
+    found = _found(named, ["weights"])["weights"]
+    assert (found.level, "'ibq-scale fetch-weights inception'" in found.text) == ("FAIL", True)
+    assert "vgg" not in found.text
 
 
 def test_wandb_wants_a_login(slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
