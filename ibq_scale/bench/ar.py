@@ -23,7 +23,7 @@ from ibq_scale.data.manifest import CodesInfo, Manifest
 from ibq_scale.data.sets import DataSet, DataSets, open_sets
 from ibq_scale.data.store import open_store
 from ibq_scale.data.stream import CodeBatch
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 from ibq_scale.models.transformer import PrefixBlock, Transformer
 from ibq_scale.scaling.flops import AR_FORMULA, ar_flops
 from ibq_scale.train.ar_task import ARTask

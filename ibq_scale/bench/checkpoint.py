@@ -16,7 +16,7 @@ from ibq_scale.bench.disk import write_rate
 from ibq_scale.checkpoint.files import TensorFile
 from ibq_scale.checkpoint.retention import Retention
 from ibq_scale.checkpoint.saving import CheckpointFolder
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 
 TENSORS = 64
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 
 SMALL = 8 << 10
 

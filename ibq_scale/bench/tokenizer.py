@@ -18,7 +18,7 @@ from ibq_scale.config.layers import MISSING
 from ibq_scale.config.run import TokenizerRun
 from ibq_scale.data.sets import DataSets, open_sets
 from ibq_scale.data.stream import ImageBatch
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 from ibq_scale.quantize.backend import choose
 from ibq_scale.scaling.flops import TOKENIZER_FORMULA, step_flops
 from ibq_scale.train.tokenizer_task import TokenizerTask

@@ -21,8 +21,8 @@ from ibq_scale.checkpoint.mirror import Copies, Mirror, shares
 from ibq_scale.checkpoint.reading import Checkpoint, NotWholeError, read_checkpoint, verify, whole_checkpoints
 from ibq_scale.checkpoint.retention import Retention, retire
 from ibq_scale.console import tell
-from ibq_scale.distributed.environment import World
 from ibq_scale.distributed.side_channel import SideChannel
+from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 
 # How often a thread looks for another rank's word, and how long for a checkpoint that rank 0 sees already.

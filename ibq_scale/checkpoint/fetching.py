@@ -12,7 +12,7 @@ import torch.distributed as dist
 from ibq_scale.checkpoint.mirror import Mirror, shares
 from ibq_scale.checkpoint.reading import Checkpoint, NotWholeError
 from ibq_scale.console import tell
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 
 T = TypeVar("T")

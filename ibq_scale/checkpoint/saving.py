@@ -38,7 +38,7 @@ from ibq_scale.checkpoint.reading import (
 )
 from ibq_scale.checkpoint.retention import Retention, retire
 from ibq_scale.console import tell
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 
 T = TypeVar("T")

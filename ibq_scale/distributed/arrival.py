@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ibq_scale.console import tell
-from ibq_scale.distributed.environment import World
 from ibq_scale.distributed.failed_nodes import Faults, NodeFaultError, names_of_nodes, node_name
 from ibq_scale.distributed.heartbeats import Heartbeats, Place, find_missing, leave
 from ibq_scale.distributed.side_channel import NoAnswerError, SideChannel, open_store
 from ibq_scale.distributed.waiting import collective_in_progress
+from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 
 if TYPE_CHECKING:

@@ -10,35 +10,17 @@ import os
 import socket
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from ibq_scale.distributed.signals import let_in
+from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
-
-if TYPE_CHECKING:
-    import torch
 
 TIMEOUT = timedelta(minutes=30)
 FLIGHT_RECORD_ENTRIES = "2000"
 # What a launcher would have set.
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-
-
-@dataclass(frozen=True)
-class World:
-    """This process's place: `rank` of `size`, `local_rank` on its node, and the device it computes on."""
-
-    rank: int
-    size: int
-    local_rank: int
-    device: torch.device
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
 
 
 def is_launched(environ: MutableMapping[str, str] | None = None) -> bool:

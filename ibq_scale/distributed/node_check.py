@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ibq_scale.distributed.environment import World
 from ibq_scale.distributed.failed_nodes import Faults, NodeFaultError, node_name
 from ibq_scale.distributed.side_channel import NoAnswerError, SideChannel, within
+from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 
 # A file system of a cluster may show a new file to other nodes some seconds late.

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import TCPStore

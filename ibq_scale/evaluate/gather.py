@@ -7,7 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 
 
 def gather_rows(indices_n: Tensor, rows_nC: Tensor, world: World) -> Tensor:

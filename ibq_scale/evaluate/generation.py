@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from ibq_scale.evaluate.fid import FeatureStatistics, Inception, moments_distance
 from ibq_scale.evaluate.gather import gather_rows

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ibq_scale.data.manifest import NAME, load_manifest
 from ibq_scale.data.stream import evaluation_images
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from ibq_scale.generate.chunks import SAMPLES
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ibq_scale.data.stream import ImageBatch, evaluation_images, to_float
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 from ibq_scale.evaluate.fid import FeatureStatistics, Inception, frechet_distance
 from ibq_scale.evaluate.gather import gather_rows
 from ibq_scale.evaluate.pixels import psnr, ssim

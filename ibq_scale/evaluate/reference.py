@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ibq_scale import __version__
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from ibq_scale.evaluate.fid import INCEPTION, FeatureStatistics, Inception, Moments
 from ibq_scale.evaluate.gather import gather_rows

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 
 SPLITS = 10
 NEIGHBOURS = 3

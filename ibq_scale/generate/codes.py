@@ -15,7 +15,7 @@ from ibq_scale.data.codes import CodeShard, code_shard_name, find_code_shard, fi
 from ibq_scale.data.manifest import CodesInfo, Manifest, ShardInfo, load_manifest
 from ibq_scale.data.store import Store, open_store
 from ibq_scale.data.stream import shard_images, to_float
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from ibq_scale.pretrained.loading import Tokenizer, load_tokenizer
 from ibq_scale.quantize.usage import CodeUsage

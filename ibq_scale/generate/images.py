@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from ibq_scale.data.progress import Progress
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from ibq_scale.generate.chunks import Chunks, Job, is_finished
 from ibq_scale.models.sampling import Sampler, SamplingSettings

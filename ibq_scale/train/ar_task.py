@@ -13,7 +13,7 @@ from ibq_scale.config.deepspeed import deepspeed_config
 from ibq_scale.config.run import ARRun
 from ibq_scale.data.sets import DataSets
 from ibq_scale.data.stream import CodeBatch, code_stream
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 from ibq_scale.pretrained.loading import CONFIG, config_text
 from ibq_scale.train.alarms import Rule, Spike
 from ibq_scale.train.averaged import averaged_transformer

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from ibq_scale.config.run import ARRun, TokenizerRun
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 from ibq_scale.models.transformer import Transformer
 from ibq_scale.pretrained.loading import Tokenizer
 from ibq_scale.train.codebook import ShardedCodebook

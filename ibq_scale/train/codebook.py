@@ -16,7 +16,7 @@ from ibq_scale.checkpoint.files import StateFile, TensorFile
 from ibq_scale.checkpoint.pieces import Piece, PieceReader, piece_file
 from ibq_scale.config.batch import codebook_group_size
 from ibq_scale.config.run import TokenizerRun
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 from ibq_scale.pretrained.loading import CODEBOOK, codebook_part, codebook_to_start_from
 from ibq_scale.quantize.collectives import Group, Shards
 from ibq_scale.quantize.quantizer import initial_codebook, rows_of

@@ -11,7 +11,7 @@ from ibq_scale.config.run import ARRun
 from ibq_scale.data.manifest import CodesInfo, Manifest
 from ibq_scale.data.sets import DataSets
 from ibq_scale.data.stream import evaluation_codes
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from ibq_scale.evaluate.gather import gather_rows
 from ibq_scale.models.transformer import Transformer

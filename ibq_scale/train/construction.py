@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ibq_scale.config.run import ARRun
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from ibq_scale.models.initial import Values, drawn, fill
 from ibq_scale.models.transformer import TrainedTransformer

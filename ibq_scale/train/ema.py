@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ibq_scale.checkpoint.files import StateFile
 from ibq_scale.checkpoint.pieces import WEIGHTS, Piece, PieceReader, piece_file
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 from ibq_scale.models.ema import EMA
 from ibq_scale.pretrained.loading import InCheckpoint
 from ibq_scale.train.master import pieces, shapes

@@ -14,7 +14,7 @@ import torch
 
 from ibq_scale.checkpoint.files import TensorFile
 from ibq_scale.checkpoint.pieces import WEIGHTS, Piece, PieceReader, piece_file
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 from ibq_scale.train.master import Fragment, fragments, held, shapes
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

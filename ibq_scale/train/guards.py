@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ibq_scale.checkpoint.files import StateFile, TextFile
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 
 BAD_SAMPLES = "bad_samples.json"
 SKIPPED = "skipped_steps.json"

@@ -14,7 +14,7 @@ from ibq_scale.console import tell
 from ibq_scale.data.manifest import Kind
 from ibq_scale.data.sets import DataSets, open_sets
 from ibq_scale.data.stream import validation_images
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from ibq_scale.evaluate.reconstruction import FILES, Networks, measure
 from ibq_scale.pretrained.loading import Tokenizer

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ibq_scale.checkpoint.pieces import Piece
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 
 
 class Fragment(NamedTuple):

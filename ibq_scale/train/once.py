@@ -20,7 +20,7 @@ from torch import Tensor
 from ibq_scale.checkpoint.files import StateFile, TextFile
 from ibq_scale.data.order import Pass
 from ibq_scale.data.sets import DataSets
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 
 FILE = "epochs.json"
 

@@ -18,7 +18,7 @@ from ibq_scale.console import tell, tells
 from ibq_scale.distributed.signals import ASKING, ignore, let_in
 
 if TYPE_CHECKING:
-    from ibq_scale.distributed.environment import World
+    from ibq_scale.distributed.world import World
 
 # EX_TEMPFAIL of sysexits.h: "try again later". A batch script requeues on it and on nothing else.
 REQUEUE_EXIT_CODE = 75

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ibq_scale.checkpoint.files import StateFile, TensorFile
 from ibq_scale.config.run import TokenizerRun
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 from ibq_scale.models.ema import EMA
 from ibq_scale.train.engine import adam
 

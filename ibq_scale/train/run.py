@@ -29,9 +29,9 @@ from ibq_scale.console import tell
 from ibq_scale.data.manifest import NAME as MANIFEST
 from ibq_scale.data.sets import DataSets, open_sets
 from ibq_scale.data.store import open_store
-from ibq_scale.distributed.environment import World
 from ibq_scale.distributed.node_check import check_nodes
 from ibq_scale.distributed.side_channel import SideChannel
+from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from ibq_scale.models.attention import choose, describe
 from ibq_scale.report.compare import write_report

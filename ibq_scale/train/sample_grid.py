@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ibq_scale.config.run import ARRun
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from ibq_scale.evaluate.gather import gather_rows
 from ibq_scale.generate.published import published_sampling

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ibq_scale.distributed.environment import World
 from ibq_scale.distributed.waiting import CollectiveClock
+from ibq_scale.distributed.world import World
 
 # A straggler takes so many times the median's time, on so many logged lines running.
 SLOW, LINES = 1.5, 3

@@ -20,7 +20,7 @@ from ibq_scale.config.deepspeed import deepspeed_config
 from ibq_scale.config.run import TokenizerRun
 from ibq_scale.data.sets import DataSets
 from ibq_scale.data.stream import ImageBatch, image_stream, to_float
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 from ibq_scale.losses.adversarial import (
     LastLayer,
     LeCAM,

@@ -19,7 +19,7 @@ from ibq_scale.checkpoint.reading import Checkpoint
 from ibq_scale.checkpoint.saving import CheckpointFolder
 from ibq_scale.config.run import AnyRun
 from ibq_scale.data.sets import DataSets
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 from ibq_scale.train.alarms import Alarms
 from ibq_scale.train.guards import SkippedSteps
 from ibq_scale.train.metrics import MetricsLog

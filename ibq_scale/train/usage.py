@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ibq_scale.checkpoint.files import StateFile, TensorFile
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 from ibq_scale.quantize.usage import CodeUsage
 from ibq_scale.train.task import Histogram
 

@@ -16,10 +16,10 @@ import torch._C._distributed_c10d as c10d
 
 from ibq_scale.checkpoint.files import write_whole
 from ibq_scale.console import tell
-from ibq_scale.distributed.environment import World
 from ibq_scale.distributed.heartbeats import Heartbeats, Missing, Place, find_missing, leave
 from ibq_scale.distributed.side_channel import NoAnswerError, SideChannel
 from ibq_scale.distributed.waiting import collective_in_progress
+from ibq_scale.distributed.world import World
 
 # EX_SOFTWARE of sysexits.h. Not 75: what hung once may hang again, and somebody should look.
 HUNG_EXIT_CODE = 70

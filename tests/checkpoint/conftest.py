@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 
 
 @pytest.fixture

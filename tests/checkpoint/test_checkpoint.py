@@ -24,7 +24,7 @@ from ibq_scale.checkpoint.reading import (
 )
 from ibq_scale.checkpoint.retention import Retention
 from ibq_scale.checkpoint.saving import CheckpointFolder
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from tests.ranks import run_ranks
 

@@ -11,7 +11,7 @@ import torch
 from ibq_scale.checkpoint.files import TensorFile, TextFile
 from ibq_scale.checkpoint.saving import CheckpointFolder, Retention
 from ibq_scale.cli.main import main
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 from tests.ranks import run_ranks
 
 

@@ -23,7 +23,7 @@ from ibq_scale.checkpoint.retention import Retention
 from ibq_scale.checkpoint.saving import CheckpointFolder
 from ibq_scale.data import store as store_module
 from ibq_scale.data.store import open_store
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from tests.faults import Exchange, FaultProxy, slow_down
 from tests.ranks import run_ranks

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from ibq_scale.checkpoint.files import TextFile
 from ibq_scale.checkpoint.reading import whole_checkpoints
 from ibq_scale.checkpoint.saving import CheckpointFolder, Retention
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 from tests.ranks import run_ranks
 
 # Dies within the first removal, when some of the files are gone.

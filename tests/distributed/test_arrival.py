@@ -17,7 +17,8 @@ import torch
 
 from ibq_scale.distributed import arrival
 from ibq_scale.distributed.arrival import Arrival, judge, look
-from ibq_scale.distributed.environment import World, free_port
+from ibq_scale.distributed.environment import free_port
+from ibq_scale.distributed.world import World
 
 
 def _came(rank: int, a_node: int = 2, **more: object) -> Arrival:

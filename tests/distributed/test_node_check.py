@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from ibq_scale.distributed import node_check
-from ibq_scale.distributed.environment import World
 from ibq_scale.distributed.node_check import check_nodes
 from ibq_scale.distributed.side_channel import SideChannel
+from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from tests.ranks import run_ranks
 

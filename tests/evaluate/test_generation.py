@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from ibq_scale.cli.main import main
-from ibq_scale.distributed.environment import World, join
+from ibq_scale.distributed.environment import join
+from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from ibq_scale.evaluate import generation, reference
 from ibq_scale.evaluate.fid import Inception

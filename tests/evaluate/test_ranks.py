@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 from ibq_scale.evaluate import generation, reconstruction, reference
 from ibq_scale.evaluate.generation import evaluate_generation
 from ibq_scale.evaluate.reconstruction import evaluate_reconstruction

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ibq_scale.data.stream import evaluation_images, to_float
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 from ibq_scale.evaluate.pixels import psnr, ssim
 from ibq_scale.evaluate.reconstruction import evaluate_reconstruction
 from ibq_scale.pictures import to_uint8

@@ -10,7 +10,7 @@ import torch
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_prc import calculate_precision_recall_full
 
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 from ibq_scale.evaluate import scores
 from ibq_scale.evaluate.fid import moments_distance
 from ibq_scale.evaluate.gather import gather_rows

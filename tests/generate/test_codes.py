@@ -14,7 +14,7 @@ from ibq_scale.data.codes import read_code_shard
 from ibq_scale.data.manifest import load_manifest
 from ibq_scale.data.store import open_store
 from ibq_scale.data.stream import shard_images, to_float
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 from ibq_scale.generate.codes import ten_crops, tokenize
 from ibq_scale.pretrained.loading import load_tokenizer
 from tests.ranks import run_ranks

@@ -19,7 +19,8 @@ from PIL import Image
 
 from ibq_scale.cli.sample import parse_classes
 from ibq_scale.config.layers import resolve
-from ibq_scale.distributed.environment import World, join
+from ibq_scale.distributed.environment import join
+from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from ibq_scale.generate.chunks import Chunks, Job
 from ibq_scale.generate.images import check_pair, sample

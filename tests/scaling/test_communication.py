@@ -16,7 +16,7 @@ from ibq_scale.config.deepspeed import deepspeed_config
 from ibq_scale.config.layers import resolve
 from ibq_scale.config.models import QuantizerConfig
 from ibq_scale.config.run import ARRun
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 from ibq_scale.scaling.communication import Transfer, codebook_transfers, engine_transfers
 from ibq_scale.scaling.networks import transformer
 from ibq_scale.scaling.states import Zero

@@ -31,7 +31,7 @@ from ibq_scale.data.prepare import prepare_images
 from ibq_scale.data.sets import open_sets
 from ibq_scale.data.store import open_store
 from ibq_scale.data.stream import ImageBatch, image_stream
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from tests.faults import Exchange, cut, fault_proxy, slow_down
 from tests.services.conftest import BUCKET, lead_to

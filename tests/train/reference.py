@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ibq_scale.checkpoint.pieces import Piece
 from ibq_scale.config.run import TokenizerRun
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 from ibq_scale.losses.adversarial import LeCAM, discriminator_hinge, generator_non_saturating
 from ibq_scale.models.autoencoder import TokenizerModel
 from ibq_scale.models.discriminator import PatchDiscriminator

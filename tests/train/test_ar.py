@@ -16,7 +16,7 @@ from ibq_scale.config.layers import resolve
 from ibq_scale.config.run import ARRun
 from ibq_scale.data.sets import open_sets
 from ibq_scale.data.stream import code_stream
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from ibq_scale.models.transformer import Transformer
 from ibq_scale.train.codes import HeldOut, check_codes

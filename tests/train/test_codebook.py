@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ibq_scale.checkpoint.files import write_all
 from ibq_scale.config.layers import resolve
 from ibq_scale.config.run import TokenizerRun
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from ibq_scale.quantize.quantizer import quantize
 from ibq_scale.train.codebook import ShardedCodebook

@@ -10,7 +10,7 @@ import torch
 
 from ibq_scale.config.deepspeed import deepspeed_config
 from ibq_scale.config.run import ARRun
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from ibq_scale.models.transformer import Transformer
 from ibq_scale.pretrained.loading import ARModel, load_ar, save_ar, stored

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from ibq_scale.checkpoint.files import write_all
 from ibq_scale.config.run import ARRun, TokenizerRun
 from ibq_scale.data.sets import DataSets, open_sets
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 from ibq_scale.train.master import shapes
 from tests.ranks import run_ranks
 from tests.train.reference import gather, smooth_leaky_relu

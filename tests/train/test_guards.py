@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from ibq_scale.checkpoint.files import write_all
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 from ibq_scale.train.guards import BadSamples, SkippedSteps, TooManyBadSamplesError, TooManySkippedStepsError
 from tests.ranks import run_ranks
 

@@ -14,7 +14,7 @@ from ibq_scale.config.models import QuantizerConfig
 from ibq_scale.data.manifest import CodesInfo, Manifest, ShardInfo
 from ibq_scale.data.sets import DataSet, DataSets
 from ibq_scale.data.store import LocalStore
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from ibq_scale.pretrained.loading import codebook_to_start_from, load_ar, load_tokenizer
 from tests.conftest import tiny_tokenizer_sizes

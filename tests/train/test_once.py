@@ -11,7 +11,7 @@ import torch
 from ibq_scale.checkpoint.files import write_all
 from ibq_scale.config.run import DataConfig
 from ibq_scale.data.sets import DataSets, open_sets
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 from ibq_scale.train.once import NotOnceError, SeenOnce
 from tests.ranks import run_ranks
 

@@ -10,7 +10,7 @@ import torch
 from ibq_scale.checkpoint.reading import Checkpoint
 from ibq_scale.config.layers import resolve
 from ibq_scale.config.run import ARRun, TokenizerRun
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from ibq_scale.train.run import check_same_run, summary
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ibq_scale.distributed.environment import World
 from ibq_scale.distributed.waiting import collective_in_progress
+from ibq_scale.distributed.world import World
 from ibq_scale.train.stragglers import Stragglers
 from tests.ranks import run_ranks
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from ibq_scale.checkpoint.files import write_all
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 from ibq_scale.train.usage import UsageTracker
 from tests.ranks import run_ranks
 

@@ -22,7 +22,7 @@ from ibq_scale.config.layers import resolve
 from ibq_scale.config.run import AnyRun, ARRun, TokenizerRun
 from ibq_scale.data.prepare import prepare_images
 from ibq_scale.data.sets import open_sets
-from ibq_scale.distributed.environment import World
+from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from ibq_scale.evaluate import reconstruction
 from ibq_scale.evaluate.reconstruction import evaluate_reconstruction
