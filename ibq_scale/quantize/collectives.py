@@ -84,6 +84,14 @@ def scatter_sum_uneven(x_MX: Tensor, sizes: Sequence[int], group: Group) -> Tens
     return scatter_sum_rows(padded, group)[: sizes[rank_in(group)]]
 
 
+def exchange_uneven(x_MX: Tensor, sizes: Sequence[int], group: dist.ProcessGroup) -> Tensor:
+    """Of every rank's rows (M, …), those of this rank's own tokens: (W, N, …), in rank order. Rank r has sizes[r]."""
+    mine, ranks = sizes[rank_in(group)], len(sizes)
+    out = x_MX.new_empty((ranks * mine, *x_MX.shape[1:]))
+    dist.all_to_all_single(out, x_MX.contiguous(), [mine] * ranks, list(sizes), group=group)
+    return out.view(ranks, mine, *x_MX.shape[1:])
+
+
 def sizes_in(tokens: int, group: Group, device: torch.device) -> list[int]:
     """Every rank's number of tokens. On a GPU it waits for the device: for callers whose ranks' numbers differ."""
     if group is None:

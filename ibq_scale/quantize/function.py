@@ -208,7 +208,7 @@ def _statistics(
         return RowStatistics.of(sums), mean_GK, z_MD.new_empty((0, z_MD.shape[1]))
     sums = passes.sums(z_MD, rows_KD)
     if layout.group is not None:
-        sums = combine_shards(sums, rows_KD.shape[0], temperature, layout.group)
+        sums = combine_shards(sums, rows_KD.shape[0], temperature, layout.sizes, layout.group)
     statistics = RowStatistics.of(sums)
     mean_GK = passes.means(z_MD, rows_KD, statistics, layout.segments)
     assert sums.mixed_MD is not None

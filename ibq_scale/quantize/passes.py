@@ -14,13 +14,15 @@ unless whole rows of S are at hand.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from ibq_scale.quantize.collectives import Group, gather_rows, rank_in, size_of
+from ibq_scale.quantize.collectives import exchange_uneven, gather_uneven
 
 Segments = tuple[slice, ...]
 """Consecutive ranges of tokens, each with a q̄ of its own: one for all, or one a rank."""
@@ -146,17 +148,32 @@ def combine(parts: list[PartSums], first_codes: list[int], temperature: float) -
     )
 
 
-def combine_shards(sums: PartSums, codes: int, temperature: float, group: Group) -> PartSums:
-    """`combine` over the shards of a group. `mixed_MD` stays this shard's part of the sum, rescaled."""
-    floats_W4M = gather_rows(torch.stack([sums.top, sums.total, sums.total_tau, sums.weighted])[None], group)
-    index_WM = gather_rows(sums.index[None], group)
-    ranks = size_of(group)
-    parts = [
-        PartSums(index, top, total, total_tau, weighted, None)
-        for index, (top, total, total_tau, weighted) in zip(index_WM, floats_W4M, strict=True)
-    ]
-    whole = combine(parts, [rank * codes for rank in range(ranks)], temperature)
+def combine_shards(
+    sums: PartSums, codes: int, temperature: float, sizes: Sequence[int], group: dist.ProcessGroup
+) -> PartSums:
+    """`combine` over the shards of a group, whose ranks have `sizes` tokens. `mixed_MD` stays this shard's part of the
+    sum, rescaled.
+
+    Each rank combines its own tokens and tells the others: what all shards know of all tokens, W·M rows, is nowhere
+    whole, and would be 25 GB at 1,024 ranks of 1,024 tokens.
+    """
+    parts_WNX = exchange_uneven(_packed(sums), sizes, group)
+    own = combine([_unpacked(part) for part in parts_WNX], [rank * codes for rank in range(len(sizes))], temperature)
+    whole = _unpacked(gather_uneven(_packed(own), sizes, group))
     mixed_MD = sums.mixed_MD
     if mixed_MD is not None:
-        mixed_MD = mixed_MD * (floats_W4M[rank_in(group), 0] - whole.top).exp()[:, None]
-    return PartSums(whole.index, whole.top, whole.total, whole.total_tau, whole.weighted, mixed_MD)
+        mixed_MD = mixed_MD * (sums.top - whole.top).exp()[:, None]
+    return replace(whole, mixed_MD=mixed_MD)
+
+
+def _packed(sums: PartSums) -> Tensor:
+    """All but `mixed_MD` as rows (M, X) of integers: bits that no collective may take for a number."""
+    floats_M4 = torch.stack([sums.top, sums.total, sums.total_tau, sums.weighted], dim=1)
+    bits = torch.int32 if floats_M4.element_size() == 4 else torch.int64
+    return torch.cat([floats_M4.view(bits), sums.index[:, None].view(bits)], dim=1)
+
+
+def _unpacked(bits_MX: Tensor) -> PartSums:
+    dtype = torch.float32 if bits_MX.dtype == torch.int32 else torch.float64
+    top, total, total_tau, weighted = bits_MX[:, :4].T.contiguous().view(dtype)
+    return PartSums(bits_MX[:, 4:].contiguous().view(torch.int64)[:, 0], top, total, total_tau, weighted, None)

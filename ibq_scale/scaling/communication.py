@@ -12,15 +12,15 @@ parameters in their bytes, and what the code really calls, counted on ranks in t
 
 The quantizer (`quantize.function`), for each micro-batch, with M tokens of a group of W ranks, D dimensions, in fp32:
 
-    forward     all-gather of z (M·D) and of each shard's 4 sums and index of every token (W·M·24 bytes); reduce-scatter
-                of the chosen codes (M·D) and of p·C (M·D); q̄ is all-reduced over replicas (K/W)
+    forward     all-gather of z (M·D); all-to-all of each shard's 4 sums and index of every token (M·24 bytes a rank) to
+                the token's own rank, and all-gather of what that makes of them (M·24); reduce-scatter of the chosen
+                codes (M·D) and of p·C (M·D); q̄ is all-reduced over replicas (K/W)
     backward    all-gather of two gradients at z_q (M·D each) and of a number a token; all-reduce of one more; reduce-
                 scatter of ∂L/∂z (M·D)
     step        the codebook's gradient (K/W · D), all-reduced over replicas, once
 
 A codebook on one rank (W = 1) is replicated everywhere: then only the two over replicas are left. Sharded traffic grows
-with the tokens of the whole group, and its sums with the square of the group's size; replicated traffic grows with the
-codebook.
+with the tokens of the whole group, replicated traffic with the codebook.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from ibq_scale.scaling.budget import judge_zero
 from ibq_scale.scaling.networks import Network
 from ibq_scale.scaling.states import FP32, Shares, Zero
 
-Kind = Literal["all-reduce", "all-gather", "reduce-scatter"]
+Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all"]
 # Bytes a token that a shard tells of it: maximum, two sums and a weighted one, and an index.
 OF_A_SHARD = 4 * FP32 + 8
 # Tensors (M, D) that are gathered, and that are summed to where their tokens are.
@@ -57,7 +57,8 @@ class Transfer:
 
     @property
     def sent(self) -> float:
-        """Bytes a step that each rank sends, by a ring: (n − 1)/n of the tensor, twice that for an all-reduce
+        """Bytes a step that each rank sends, by a ring: (n − 1)/n of the tensor (of what a rank has for an all-to-all,
+        whose messages go straight to where they belong), twice that for an all-reduce
         (Patarasuk and Yuan, J. Parallel Distrib. Comput. 69, 2009).
         """
         passes = 2 if self.kind == "all-reduce" else 1
@@ -94,9 +95,11 @@ def codebook_transfers(codes: int, dim: int, tokens: int, micro_batches: int, gr
     found = []
     if group > 1:
         wide = FP32 * all_tokens * dim
-        gathered = GATHERED * wide + (OF_A_SHARD * group + FP32) * all_tokens
+        sums = OF_A_SHARD * all_tokens
+        gathered = GATHERED * wide + sums + FP32 * all_tokens
         found = [
             Transfer("tokens and their gradients", "all-gather", gathered, micro_batches, group),
+            Transfer("a shard's sums of all tokens", "all-to-all", sums, micro_batches, group),
             Transfer("codes, p·C and gradients", "reduce-scatter", SCATTERED * wide, micro_batches, group),
             Transfer("a number a token", "all-reduce", FP32 * all_tokens, micro_batches, group),
         ]

@@ -29,6 +29,7 @@ RANKS, TOKENS, CODES, DIM = 2, 24, 64, 8
 SMALL = 4096
 KINDS = {"all_reduce": "all-reduce", "reduce": "all-reduce", "broadcast": "broadcast", "all_gather": "all-gather"}
 KINDS |= {"all_gather_into_tensor": "all-gather", "reduce_scatter_tensor": "reduce-scatter"}
+KINDS |= {"all_to_all_single": "all-to-all"}
 
 
 class Counted:
@@ -118,9 +119,13 @@ def _quantized(rank: int, world_size: int, group_size: int) -> dict[str, int]:
     collectives._all_gather = counted.around(collectives._all_gather, "all_gather")  # type: ignore[assignment]
     collectives._reduce_scatter = counted.around(collectives._reduce_scatter, "reduce_scatter_tensor")  # type: ignore[assignment]
     plain, dist.all_reduce = dist.all_reduce, counted.around(dist.all_reduce, "all_reduce")
+    exchange, dist.all_to_all_single = (
+        dist.all_to_all_single,
+        counted.around(dist.all_to_all_single, "all_to_all_single"),
+    )
     found = quantize(z, rows, settings, Shards(group, replicas))
     (found.z_q_ND.square().sum() + found.quantization_loss + found.entropy_loss).backward()
-    dist.all_reduce = plain
+    dist.all_reduce, dist.all_to_all_single = plain, exchange
     return dict(counted.bytes)
 
 
@@ -132,7 +137,7 @@ def test_the_quantizer_sends_what_is_said(group: int) -> None:
     transfers = codebook_transfers(CODES, DIM, TOKENS, 1, group, RANKS)
     expected = _expected([t for t in transfers if t.name != "codebook's gradient"])
     for counted in run_ranks(_quantized, RANKS, group):
-        for kind in ("all-gather", "reduce-scatter", "all-reduce"):
+        for kind in ("all-gather", "reduce-scatter", "all-reduce", "all-to-all"):
             # A few scalars beside.
             assert counted.get(kind, 0) == pytest.approx(expected.get(kind, 0), abs=64), kind
 
