@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ibq_scale.cli import simulate
 from ibq_scale.cli.ranks import at_least_one
-from ibq_scale.cli.submit import SETTINGS
+from ibq_scale.cli.submit import add_settings, settings_of
 from ibq_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -74,11 +74,7 @@ def _fit_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _submit_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--nodes", type=int, required=True, metavar="N", help="of each job")
-    parser.add_argument("--cluster", metavar="NAME", help="profile (default: the file's 'default')")
-    for name, kind, metavar, about in SETTINGS:
-        parser.add_argument(f"--{name}", type=kind, metavar=metavar, help=about or None)
-    parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="any other of sbatch; repeat")
+    add_settings(parser)
     parser.add_argument("--chain", type=int, default=1, metavar="N", help="N jobs a rung, one behind the other")
     parser.add_argument("--dry-run", action="store_true", help="check, and submit nothing")
 
@@ -155,10 +151,8 @@ def _submit(args: argparse.Namespace) -> int:
     from ibq_scale.ladder.rungs import rungs_of
     from ibq_scale.ladder.submit import Order, submit_rungs
 
-    at_least_one(args, "nodes", "chain", "ntasks_per_node", "cpus_per_task")
+    flags = settings_of(args)
     cluster, profile = load_profile(args.cluster)
-    names = [name.replace("-", "_") for name, *_ in SETTINGS]
-    flags = {name: getattr(args, name) for name in names}
     order = Order(args.nodes, profile, cluster, flags, args.sbatch, args.chain, args.dry_run)
     failed, rows = [], []
     for done in submit_rungs(rungs_of(_load(args)), order):

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ibq_scale.cli.ranks import at_least_one
 from ibq_scale.errors import UserError
@@ -49,13 +49,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("source", metavar="PRESET_OR_YAML", help="or tokenize, sample, evaluate")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="or that command's own words")
-    parser.add_argument("--nodes", type=int, required=True, metavar="N")
-    parser.add_argument("--cluster", metavar="NAME", help="profile (default: the file's 'default')")
-    for name, kind, metavar, about in SETTINGS:
-        parser.add_argument(f"--{name}", type=kind, metavar=metavar, help=about or None)
-    parser.add_argument(
-        "--sbatch", action="append", default=[], metavar="OPTION", help="any other of sbatch, as reservation=x; repeat"
-    )
+    add_settings(parser)
     parser.add_argument("--array", type=int, metavar="N", help="jobs that share the work of tokenize or sample")
     parser.add_argument(
         "--chain", type=int, default=1, metavar="N", help="N jobs, each goes on where the one before it stopped"
@@ -63,6 +57,25 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--dry-run", action="store_true", help="check, print the sbatch file, and submit nothing")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.set_defaults(run=_submit)
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Nodes, and what a cluster's profile says too."""
+    parser.add_argument("--nodes", type=int, required=True, metavar="N", help="of each job")
+    parser.add_argument("--cluster", metavar="NAME", help="profile (default: the file's 'default')")
+    for name, kind, metavar, about in SETTINGS:
+        parser.add_argument(f"--{name}", type=kind, metavar=metavar, help=about or None)
+    parser.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION", help="any other of sbatch, as reservation=x; repeat"
+    )
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_settings` was given for the profile's names, None where it was not. UserError for what cannot be."""
+    at_least_one(args, "nodes", "chain", "ntasks_per_node", "cpus_per_task")
+    if args.gpus_per_node is not None and args.gpus_per_node < 0:
+        raise UserError(f"--gpus-per-node must be at least 0, got {args.gpus_per_node}")
+    return {name: getattr(args, name) for name in (name.replace("-", "_") for name, *_ in SETTINGS)}
 
 
 def _submit(args: argparse.Namespace) -> int:
@@ -131,9 +144,8 @@ def _request(args: argparse.Namespace) -> tuple[Request, str | None, argparse.Na
     from ibq_scale.cluster.submit import make_request, other_command, training
     from ibq_scale.config.layers import require_complete, resolve
 
-    at_least_one(args, "nodes", "chain", "array", "ntasks_per_node", "cpus_per_task")
-    if args.gpus_per_node is not None and args.gpus_per_node < 0:
-        raise UserError(f"--gpus-per-node must be at least 0, got {args.gpus_per_node}")
+    at_least_one(args, "array")
+    flags = settings_of(args)
     command = None
     if args.source in COMMANDS:
         command = _parse(args.source, args.overrides)
@@ -146,8 +158,6 @@ def _request(args: argparse.Namespace) -> tuple[Request, str | None, argparse.Na
         require_complete(config)
         work = training(config)
     cluster, profile = load_profile(args.cluster)
-    names = [name.replace("-", "_") for name, *_ in SETTINGS]
-    flags = {name: getattr(args, name) for name in names}
     return make_request(work, args.nodes, profile, flags, args.sbatch), cluster, command
 
 

@@ -69,9 +69,7 @@ def document(fits: Sequence[Fit]) -> list[dict[str, Any]]:
         {
             "codebook": fit.codebook,
             "laws": {name: _law(law) for name, law in fit.laws.items()},
-            "not_fitted": {
-                law.name: law.why for law in (fit.joint, *fit.singles.values()) if isinstance(law, NotFitted)
-            },
+            "not_fitted": {law.name: law.why for law in fit.not_fitted},
             "optima": [_optimum(optimum) for optimum in fit.optima],
             "warnings": list(fit.warnings),
         }

@@ -36,9 +36,7 @@ def documents(planned: Planned) -> list[dict[str, Any]]:
 
 def table(planned: Planned) -> list[str]:
     """Lines for a terminal."""
-    rows = [_HEAD, *(_row(rung, plan) for rung, plan in planned)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_HEAD))]
-    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = aligned([_HEAD, *(_row(rung, plan) for rung, plan in planned)])
     plans = [plan for _, plan in planned]
     hours = [plan.time.gpu_hours for plan in plans if plan.time.gpu_hours is not None]
     kept = sum(plan.checkpoint_bytes * rung.run.train.keep_checkpoints for rung, plan in planned)
@@ -48,6 +46,12 @@ def table(planned: Planned) -> list[str]:
     bases = dict.fromkeys(plan.time.basis for plan in plans)
     notes = dict.fromkeys(note for plan in plans for note in plan.notes)
     return [*lines, *bases, *(f"note: {note}" for note in notes)]
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table, every column as wide as its longest cell."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _row(rung: Rung, plan: Plan) -> tuple[str, ...]:

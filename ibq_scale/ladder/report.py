@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ibq_scale.ladder.figures import draw_fit, short
 from ibq_scale.ladder.fit import Fit
+from ibq_scale.ladder.plan import aligned
 from ibq_scale.report.page import Section, Table, write
 from ibq_scale.scaling.laws import Interval, Law
 from ibq_scale.scaling.optimum import Optimum
@@ -46,14 +47,14 @@ def text(fits: Sequence[Fit], missing: Sequence[str]) -> list[str]:
     """Lines for a terminal, warnings among them."""
     lines = []
     for fit in fits:
-        lines += [f"K = {fit.codebook:,}: {len(fit.results)} rungs", *_aligned(_RUNG_HEAD, _rung_rows(fit))]
+        lines += [f"K = {fit.codebook:,}: {len(fit.results)} rungs", *_indented(_RUNG_HEAD, _rung_rows(fit))]
         for name, law in fit.laws.items():
             lines += ["", name, f"  {law.formula}"]
             lines += [f"  {label:<6}{_between(interval)}" for label, interval in law.parameters().items()]
             lines += [f"  {_held_out(law)}", *(f"  WARNING {line}" for line in law.warnings)]
         lines += ["", *(f"{law.name}: not fitted: {law.why}" for law in fit.not_fitted)]
         if fit.optima:
-            lines += [*_aligned(_OPTIMUM_HEAD, [_optimum_row(o) for o in fit.optima])]
+            lines += _indented(_OPTIMUM_HEAD, [_optimum_row(o) for o in fit.optima])
             lines += [f"  WARNING at {o.flops:.3g} FLOPs: {line}" for o in fit.optima for line in o.warnings]
         lines += [f"WARNING {line}" for line in fit.warnings]
     return [*lines, *(f"not finished: {rung}" for rung in missing)]
@@ -129,9 +130,5 @@ def _number(value: float) -> str:
     return f"{value:.3g}" if value >= 1e4 or value < 1e-3 else f"{value:.4g}"
 
 
-def _aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    return [
-        "  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in [head, *rows]
-    ]
+def _indented(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"  {line}" for line in aligned([head, *rows])]

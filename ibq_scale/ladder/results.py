@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from ibq_scale.checkpoint.files import write_whole
 from ibq_scale.errors import UserError
 from ibq_scale.ladder.run import is_finished
 from ibq_scale.ladder.rungs import Rung
@@ -58,9 +59,7 @@ def save(results: Sequence[Result], path: Path) -> None:
     """One line a rung, so that a change of one is a change of one line."""
     lines = ",\n".join(json.dumps(asdict(result), ensure_ascii=False) for result in results)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(f'{{"version": {VERSION}, "rungs": [\n{lines}\n]}}\n')
-    partial.replace(path)
+    write_whole(path, f'{{"version": {VERSION}, "rungs": [\n{lines}\n]}}\n')
 
 
 def load(path: Path) -> list[Result]:
