@@ -36,6 +36,11 @@ class AutoencoderConfig(Section):
         """Pixels per code along one side."""
         return int(2 ** (len(self.channel_multipliers) - 1))
 
+    @property
+    def tokens(self) -> int:
+        """Codes of an image at `resolution`."""
+        return (self.resolution // self.downsampling) ** 2
+
     def architecture(self) -> AutoencoderConfig:
         """The same network without a word on how it is computed: what an exported model says of itself."""
         return self.model_copy(update={"activation_checkpointing": False, "compile": False})

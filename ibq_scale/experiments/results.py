@@ -86,7 +86,7 @@ def _read(configuration: Configuration, run: Path) -> Result:
     config = load_resolved(run / "config.yaml")
     assert isinstance(config, TokenizerRun)
     log, evaluation = load_run(run), json.loads((run / EVALUATION).read_text())
-    tokens_a_tile = (config.model.resolution // config.model.downsampling) ** 2
+    tokens_a_tile = config.model.tokens
     return Result(
         name=configuration.name,
         seed=_seed(run),

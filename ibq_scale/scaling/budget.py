@@ -82,7 +82,7 @@ def tokenizer_budget(run: TokenizerRun, zero: Zero, network: Network, judge: Net
     size = codebook_group_size(run, zero.world)
     rows = FP32 * -(-run.quantizer.codebook_size // size) * run.quantizer.dim
     copies = CODEBOOK_STATES if run.quantizer.kind in ("ibq", "vq") else 2
-    tokens = run.train.micro_batch * (run.model.resolution // run.model.downsampling) ** 2 * size
+    tokens = run.train.micro_batch * run.model.tokens * size
     work = FP32 * TOKEN_TENSORS * tokens * run.quantizer.dim
     if run.quantizer.backend == "tiled" or run.quantizer.dim > 256:
         work += run.quantizer.tile_bytes or TILE

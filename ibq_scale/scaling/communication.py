@@ -119,7 +119,7 @@ def tokenizer_transfers(run: TokenizerRun, zero: Zero, network: Network, judge: 
         found += engine_transfers(judge, judge_zero(zero), "discriminator's ")
     if run.quantizer.kind == "ibq":
         group = codebook_group_size(run, zero.world)
-        tokens = run.train.micro_batch * (run.model.resolution // run.model.downsampling) ** 2
+        tokens = run.train.micro_batch * run.model.tokens
         size, dim = run.quantizer.codebook_size, run.quantizer.dim
         found += codebook_transfers(size, dim, tokens, zero.accumulation, group, zero.world)
     return found

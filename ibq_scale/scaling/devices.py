@@ -33,21 +33,21 @@ DEVICES = {
     "L4": Device("L4", 121e12, 24e9, 300e9, 32e9),
     "L40S": Device("L40S", 362e12, 48e9, 864e9, 32e9),
 }
-# Bytes/s of memory from the data sheets, by the names that CUDA gives: boards of one chip differ.
-BANDWIDTHS = {
-    "NVIDIA A10": 600e9,
-    "NVIDIA A100 80GB PCIe": 1935e9,
-    "NVIDIA A100-PCIE-40GB": 1555e9,
-    "NVIDIA A100-SXM4-40GB": 1555e9,
-    "NVIDIA A100-SXM4-80GB": 2039e9,
-    "NVIDIA A40": 696e9,
-    "NVIDIA H100 80GB HBM3": 3350e9,
-    "NVIDIA H100 NVL": 3900e9,
-    "NVIDIA H100 PCIe": 2000e9,
-    "NVIDIA H200": 4800e9,
-    "NVIDIA L4": 300e9,
-    "NVIDIA L40S": 864e9,
+# By the names that CUDA gives, where that tells the board: those of one chip differ in their memory.
+BOARDS = {
+    "NVIDIA A10": "A10",
+    "NVIDIA A100-PCIE-40GB": "A100 40GB",
+    "NVIDIA A100-SXM4-40GB": "A100 40GB",
+    "NVIDIA A100-SXM4-80GB": "A100",
+    "NVIDIA A40": "A40",
+    "NVIDIA H100 80GB HBM3": "H100",
+    "NVIDIA H100 NVL": "H100 NVL",
+    "NVIDIA H100 PCIe": "H100 PCIe",
+    "NVIDIA H200": "H200",
+    "NVIDIA L4": "L4",
+    "NVIDIA L40S": "L40S",
 }
+BANDWIDTHS = {name: DEVICES[board].bandwidth for name, board in BOARDS.items()} | {"NVIDIA A100 80GB PCIe": 1935e9}
 FORMS = ("NVL", "PCIe")
 # Of A100 and A40 all forms have one peak.
 ONE_PEAK = ("A100", "A40")

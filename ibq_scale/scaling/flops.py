@@ -182,7 +182,7 @@ def perceptual_on_meta(net: Net, dtype: torch.dtype) -> Perceptual:
 def _quantizer(run: TokenizerRun, backend: str, sharded: bool) -> tuple[float, float]:
     """FLOPs an image that are needed, and that are done."""
     settings = run.quantizer
-    tokens = (run.model.resolution // run.model.downsampling) ** 2
+    tokens = run.model.tokens
     product = 2.0 * tokens * settings.codebook_size * settings.dim
     if settings.kind == "lfq":
         return 0.0, 0.0

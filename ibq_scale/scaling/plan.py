@@ -151,7 +151,7 @@ def make_plan(run: AnyRun, machine: Machine, *, mfu: float, measured: Rate | Non
     config = deepspeed_config(run, machine.world)
     zero = Zero.of(config, world=machine.world)
     if isinstance(run, TokenizerRun):
-        tokens = (run.model.resolution // run.model.downsampling) ** 2
+        tokens = run.model.tokens
         flops = _tokenizer_flops(run, machine.world)
         nets = [networks.autoencoder(run), networks.discriminator(run)]
         rows = run.quantizer.codebook_size * run.quantizer.dim
@@ -208,7 +208,7 @@ def _codebook_note(run: AnyRun, machine: Machine, zero: Zero) -> list[str]:
     if not isinstance(run, TokenizerRun) or run.quantizer.kind != "ibq" or device is None:
         return []
     world, codes = machine.world, run.quantizer.codebook_size
-    tokens = run.train.micro_batch * (run.model.resolution // run.model.downsampling) ** 2
+    tokens = run.train.micro_batch * run.model.tokens
     fabric = Fabric.of(device, machine.gpus, net=machine.net)
 
     def seconds(group: int) -> float:

@@ -108,7 +108,7 @@ def codebook_rows(run: AnyRun, device: Device, fabric: Fabric, most: int, taken:
     """
     if not isinstance(run, TokenizerRun):
         raise UserError(f"{run.name} is a transformer, which has no codebook")
-    tokens = run.train.micro_batch * (run.model.resolution // run.model.downsampling) ** 2
+    tokens = run.train.micro_batch * run.model.tokens
     rows = []
     for codes in CODEBOOKS:
         for world in worlds(fabric.node, most):

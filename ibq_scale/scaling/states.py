@@ -15,8 +15,6 @@ Place = Literal["gpu", "host"]
 FP32 = 4
 # DeepSpeed's own defaults, where a JSON is silent.
 BUCKET, PERSISTENCE, LIVE = 500_000_000, 100_000, 1_000_000_000
-# Elements that the engine's plain all-reduce (ZeRO-0, and ZeRO-1 under bf16) joins to one message.
-REDUCED_TOGETHER = 500_000_000
 
 
 @dataclass(frozen=True)
