@@ -10,12 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ibq_scale.config.models import TransformerConfig
 from ibq_scale.models.cache import KVCache
 from ibq_scale.models.sampling import Sampler, SamplingSettings, _keep_nucleus, _pick, generate
 from ibq_scale.models.transformer import Transformer
+from tests.models.noisy import CONFIG, noisy
 
-CONFIG = TransformerConfig(codebook_size=50, classes=5, tokens=16, depth=3, heads=2, width=32, adaln_gain_init=1.0)
 VARIANTS: dict[str, dict[str, Any]] = {
     "published": {},
     "prefix": {"conditioning": "prefix"},
@@ -23,17 +22,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _noisy(**changes: Any) -> Transformer:
-    made = Transformer(CONFIG.model_copy(update=changes))
-    torch.manual_seed(0)
-    for parameter in made.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return made.eval()
-
-
 @pytest.fixture(scope="module")
 def model() -> Transformer:
-    return _noisy()
+    return noisy()
 
 
 @pytest.mark.parametrize(
@@ -98,7 +89,7 @@ def test_impossible_settings_are_refused(wrong: dict) -> None:
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
 def test_a_step_of_static_shapes_sees_the_keys_that_are_there(changes: dict[str, Any]) -> None:
-    model, labels = _noisy(**changes), torch.tensor([0, 1, 5])
+    model, labels = noisy(**changes), torch.tensor([0, 1, 5])
     codes = torch.randint(50, (3, 16), generator=torch.Generator().manual_seed(1))
     cache = KVCache(model.config, 3, labels.device, torch.float32)
     # Keys of an earlier batch, which no step may see.
@@ -142,7 +133,7 @@ def test_one_compiled_step_serves_every_place(model: Transformer) -> None:
 )
 @pytest.mark.parametrize("settings", [SamplingSettings(greedy=True, guidance=2.0), SamplingSettings(top_k=9, seed=3)])
 def test_captured_steps_pick_the_same_codes(settings: SamplingSettings) -> None:
-    model = _noisy().cuda()
+    model = noisy().cuda()
     captured = Sampler(model, settings, 3)
     for labels in (torch.tensor([0, 1, 2]), torch.tensor([4, 3, 0])):
         assert torch.equal(captured(labels), generate(model, labels, settings))
@@ -157,7 +148,7 @@ def test_a_sampler_forgets_the_batch_before(model: Transformer) -> None:
 
 def test_images_of_one_place_and_different_classes_draw_different_numbers(model: Transformer) -> None:
     """Two classes that the model cannot tell apart."""
-    twins = _noisy()
+    twins = noisy()
     table = twins.class_emb.embedding_table.weight
     table.data[1] = table.data[0]
     codes = generate(twins, torch.tensor([0, 1]), SamplingSettings(seed=1), torch.tensor([5, 5]))

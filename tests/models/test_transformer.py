@@ -12,13 +12,12 @@ from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from ibq_scale.config.layers import resolve
-from ibq_scale.config.models import TransformerConfig
 from ibq_scale.config.run import ARRun
 from ibq_scale.models.cache import KVCache
 from ibq_scale.models.initial import CHUNK, Normal
 from ibq_scale.models.transformer import Transformer
+from tests.models.noisy import CONFIG, noisy
 
-CONFIG = TransformerConfig(codebook_size=50, classes=5, tokens=16, depth=3, heads=2, width=32, adaln_gain_init=1.0)
 VARIANTS: dict[str, dict[str, Any]] = {
     "published": {},
     "prefix": {"conditioning": "prefix"},
@@ -28,17 +27,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _noisy(**changes: Any) -> Transformer:
-    made = Transformer(CONFIG.model_copy(update=changes))
-    torch.manual_seed(0)
-    for parameter in made.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return made.eval()
-
-
 @pytest.fixture(scope="module")
 def model() -> Transformer:
-    return _noisy()
+    return noisy()
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +53,7 @@ def test_step_by_step_with_a_cache_equals_all_at_once(
     changes: dict[str, Any], batch: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     codes, labels = batch
-    model = _noisy(**changes)
+    model = noisy(**changes)
     whole = model(codes, labels)
     cache = KVCache(model.config, 4, codes.device, torch.float32)
     steps = [model.begin(labels, cache), *(model.step(codes[:, t], cache) for t in range(15))]
@@ -111,14 +102,14 @@ def _llamagen(weights: dict[str, torch.Tensor], codes: torch.Tensor, labels: tor
 
 
 def test_the_prefix_backbone_is_llamagens(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
-    model = _noisy(conditioning="prefix")
+    model = noisy(conditioning="prefix")
     expected = _llamagen(dict(model.named_parameters()), *batch)
     torch.testing.assert_close(model(*batch), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_query_and_key_are_normed_by_head(batch: tuple[torch.Tensor, torch.Tensor]) -> None:
     """So their length in wqkv no longer matters."""
-    model = _noisy(qk_norm=True)
+    model = noisy(qk_norm=True)
     before = model(*batch)
     with torch.no_grad():
         for block in model.blocks:
@@ -210,7 +201,7 @@ def test_compiled_blocks_share_a_graph_and_give_the_same_gradients(
 ) -> None:
     still = {f"{name}_dropout": 0.0 for name in ("token", "residual", "ffn", "label")}
     changes = still | {"activation_checkpointing": checkpointing, "kv_heads": 1}
-    plain, compiled = _noisy(**changes).train(), _noisy(**changes).train()
+    plain, compiled = noisy(**changes).train(), noisy(**changes).train()
     torch._dynamo.reset()
     counters.clear()
     compiled.compile_regions()
