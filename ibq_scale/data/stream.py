@@ -118,7 +118,7 @@ def evaluation_codes(
     def read(requests: list[Request]) -> CodeBatch:
         return _stack_codes([dataset[request] for request in requests])
 
-    return _shares(read, _shuffled(sets, limit), rank, world_size, batch)
+    return _read_shares(read, _shuffled(sets, limit), rank, world_size, batch)
 
 
 def evaluation_images(
@@ -149,6 +149,17 @@ def validation_images(
     return _image_shares(_centre_cropped(sets, resolution), _shuffled(sets, limit), rank, world_size, batch)
 
 
+def shares(count: int, rank: int, world_size: int, batch: int) -> Iterator[tuple[range, list[int], Tensor]]:
+    """A rank's batches of the places 0 … count − 1: batch b goes to rank b mod W, and so is the same for any W.
+
+    Each has its places, those that are taken for them (the last for all beyond the end), and weights float (B,), 0
+    where one only fills up. All ranks get equally many batches of equal size.
+    """
+    for first in range(0, count, batch * world_size):
+        places = range(first + rank * batch, first + (rank + 1) * batch)
+        yield places, [min(place, count - 1) for place in places], torch.tensor([float(p < count) for p in places])
+
+
 def _shuffled(sets: DataSets, limit: int) -> list[Request]:
     order = sets.order(seed=0)
     return [Request(0, *order.locate(place)) for place in range(min(limit, sets.samples))]
@@ -160,27 +171,25 @@ def _image_shares(
     def read(requests: list[Request]) -> ImageBatch:
         return _stack_images(dataset.__getitems__(requests))
 
-    return _shares(read, requests, rank, world_size, batch)
+    return _read_shares(read, requests, rank, world_size, batch)
 
 
-def _shares(
+def _read_shares(
     read: Callable[[list[Request]], Batch], requests: Sequence[Request], rank: int, world_size: int, batch: int
 ) -> Iterator[tuple[Batch, Tensor]]:
-    """A rank's batches, their positions those in `requests`: batch b goes to rank b mod W.
+    """A rank's `shares`, their positions those in `requests`.
 
     A thread reads some batches ahead, so that neither store nor device waits for the other.
     """
 
-    def share(first: int) -> tuple[Batch, Tensor]:
-        places = range(first + rank * batch, first + (rank + 1) * batch)
-        wanted = [requests[min(p, len(requests) - 1)]._replace(position=p) for p in places]
-        return read(wanted), torch.tensor([float(p < len(requests)) for p in places])
+    def share(places: range, taken: list[int], weights_B: Tensor) -> tuple[Batch, Tensor]:
+        return read([requests[t]._replace(position=p) for p, t in zip(places, taken, strict=True)]), weights_B
 
     waiting: deque[Future[tuple[Batch, Tensor]]] = deque()
     reader = ThreadPoolExecutor(1)
     try:
-        for first in range(0, len(requests), batch * world_size):
-            waiting.append(reader.submit(share, first))
+        for own in shares(len(requests), rank, world_size, batch):
+            waiting.append(reader.submit(share, *own))
             if len(waiting) > PREFETCH:
                 yield waiting.popleft().result()
         while waiting:

@@ -16,12 +16,11 @@ from ibq_scale.errors import UserError
 from ibq_scale.evaluate.fid import FeatureStatistics, Inception, moments_distance
 from ibq_scale.evaluate.gather import gather_rows
 from ibq_scale.evaluate.images import ImageSet, Size, open_images
+from ibq_scale.evaluate.names import GENERATION
 from ibq_scale.evaluate.reference import UNSTAMPED, Reference, Stamp, load_reference
 from ibq_scale.evaluate.results import write_result
 from ibq_scale.evaluate.scores import NEIGHBOURS, SPLITS, inception_score, precision_and_recall
-from ibq_scale.generate.chunks import FACTS
-
-RESULT = "generation.json"
+from ibq_scale.generate.names import FACTS
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def evaluate_generation(
         **values,
     )
     if to is not None and world.is_main:
-        write_result(to / RESULT, report)
+        write_result(to / GENERATION, report)
     return report
 
 
@@ -120,7 +119,7 @@ def _measure(images: ImageSet, real: Reference, inception: Inception, world: Wor
     values: dict[str, Any] = dict.fromkeys(("inception_score", "inception_score_std", "precision", "recall"))
     faults: dict[str, str] = {}
     if images.count >= SPLITS:
-        logits_NC = gather_rows(index_n, torch.cat(logits), world)
+        logits_NC = gather_rows(index_n, torch.cat(logits))
         values["inception_score"], values["inception_score_std"] = inception_score(logits_NC)
     else:
         faults["inception_score"] = f"it needs {SPLITS} images"
@@ -129,7 +128,7 @@ def _measure(images: ImageSet, real: Reference, inception: Inception, world: Wor
     elif min(len(real.features_RF), images.count) <= NEIGHBOURS:
         faults["precision"] = faults["recall"] = f"they need more than {NEIGHBOURS} images on both sides"
     else:
-        features_NF = gather_rows(index_n, torch.cat(features), world)
+        features_NF = gather_rows(index_n, torch.cat(features))
         values["precision"], values["recall"] = precision_and_recall(real.features_RF, features_NF, world)
     fid = moments_distance(statistics.mean_and_covariance(), real.moments)
     return values | {"fid": fid, "not_measured": faults}

@@ -15,10 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from ibq_scale.data.manifest import NAME, load_manifest
-from ibq_scale.data.stream import evaluation_images
+from ibq_scale.data.stream import evaluation_images, shares
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
-from ibq_scale.generate.chunks import SAMPLES
+from ibq_scale.generate.names import SAMPLES
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".webp"}
 Size = tuple[int, int]
@@ -81,10 +81,8 @@ class _ReadImages(ImageSet):
         """uint8 (B, H, W, 3) of ascending places, which from call to call only grow."""
 
     def batches(self, world: World, batch: int) -> Iterator[Part]:
-        for first in range(0, self.count, batch * world.size):
-            places = range(first + world.rank * batch, first + (world.rank + 1) * batch)
-            pixels = torch.from_numpy(self.read([min(place, self.count - 1) for place in places]))
-            weights_B = torch.tensor([float(place < self.count) for place in places])
+        for places, taken, weights_B in shares(self.count, world.rank, world.size, batch):
+            pixels = torch.from_numpy(self.read(taken))
             yield Part(torch.tensor(places), pixels.permute(0, 3, 1, 2), weights_B)
 
 

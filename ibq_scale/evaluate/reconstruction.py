@@ -16,6 +16,7 @@ from ibq_scale.data.stream import ImageBatch, evaluation_images, to_float
 from ibq_scale.distributed.world import World
 from ibq_scale.evaluate.fid import FeatureStatistics, Inception, frechet_distance
 from ibq_scale.evaluate.gather import gather_rows
+from ibq_scale.evaluate.names import RECONSTRUCTION
 from ibq_scale.evaluate.pixels import psnr, ssim
 from ibq_scale.evaluate.results import write_result
 from ibq_scale.evaluate.worst import write_images
@@ -25,7 +26,6 @@ from ibq_scale.pretrained.loading import Tokenizer, load_tokenizer, model_direct
 from ibq_scale.quantize.usage import CodeUsage
 from ibq_scale.weights import OF_METRICS, SOURCES, missing
 
-RESULT = "reconstruction.json"
 Pixels = Literal["8bit", "float"]
 LPIPS: dict[str, Net] = {"lpips": "vgg", "lpips_alex": "alex"}
 # Files that measures need, by measure.
@@ -112,7 +112,7 @@ def evaluate_reconstruction(
     )
     if to is not None and world.is_main:
         write_images(to, data, tokenizer, networks.columns, rows_NC, resolution)
-        write_result(to / RESULT, report)
+        write_result(to / RECONSTRUCTION, report)
     return report
 
 
@@ -191,7 +191,7 @@ class _Measures:
     def gather(self) -> Tensor:
         """Rows (N, 3 + C) float64 of all images in order, on the CPU: position, shard, row, values. Collective."""
         rows_nC = torch.cat(self.rows)
-        return gather_rows(rows_nC[:, 0].long(), rows_nC, self.world).cpu()
+        return gather_rows(rows_nC[:, 0].long(), rows_nC).cpu()
 
     def finish(self, rows_NC: Tensor) -> dict[str, Any]:
         """Global values. Collective."""

@@ -84,8 +84,8 @@ def measure_reference(images: ImageSet, inception: Inception, world: World, *, b
         rows.append(features_BF[torch.isin(indices[-1], kept).to(features_BF.device)])
     statistics.reduce()
     index_n = torch.cat(indices)
-    features_RF = gather_rows(index_n[torch.isin(index_n, kept)], torch.cat(rows), world)
-    pixels_N = gather_rows(index_n[index_n >= 0], torch.tensor(digests)[index_n >= 0][:, None].to(world.device), world)
+    features_RF = gather_rows(index_n[torch.isin(index_n, kept)], torch.cat(rows))
+    pixels_N = gather_rows(index_n[index_n >= 0], torch.tensor(digests)[index_n >= 0][:, None].to(world.device))
     stamp = Stamp(
         data=images.name,
         content=images.manifest_hash or hashlib.sha256(pixels_N.cpu().numpy().tobytes()).hexdigest(),

@@ -13,11 +13,11 @@ from torch import Tensor
 from ibq_scale.data.manifest import load_manifest
 from ibq_scale.data.stream import single_images, to_float
 from ibq_scale.errors import UserError
+from ibq_scale.evaluate.names import TABLE, WORST
 from ibq_scale.pictures import to_uint8
 from ibq_scale.pretrained.loading import Tokenizer
 
-TABLE, PICTURE = "images.jsonl", "worst.png"
-WORST, COLUMNS = 50, 5
+MOST, COLUMNS = 50, 5
 CELL, GAP, LINE = 128, 12, 14
 GROUND, INK = (255, 255, 255), (20, 20, 20)
 
@@ -33,7 +33,7 @@ def write_images(
     shards = [info.name for info in load_manifest(data, "images").shards]
     by = next((name for name in ("lpips", "lpips_alex") if name in columns), "psnr")
     value_N = rows_NC[:, 3 + list(columns).index(by)]
-    worst = torch.argsort(value_N, descending=by != "psnr", stable=True)[:WORST]
+    worst = torch.argsort(value_N, descending=by != "psnr", stable=True)[:MOST]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / TABLE).open("w") as f:
@@ -43,7 +43,7 @@ def write_images(
                 place = {"position": int(position), "shard": shards[int(shard)], "row": int(row)}
                 f.write(json.dumps(place | dict(zip(columns, known, strict=True))) + "\n")
         sheet = _sheet(data, tokenizer, rows_NC[worst], value_N[worst].tolist(), by, resolution)
-        sheet.save(folder / PICTURE, "PNG")
+        sheet.save(folder / WORST, "PNG")
     except OSError as e:
         raise UserError(f"cannot write to {folder}: {e.strerror or e}") from None
 

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from ibq_scale.generate.names import FACTS, GRID, SAMPLES
 from ibq_scale.pictures import image_grid, save_png
 
 GRID_CLASSES, GRID_COLUMNS = 16, 8
-SAMPLES, GRID, FACTS = "samples.npz", "grid.png", "samples.json"
 PARTS = ".parts"
 Images = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 

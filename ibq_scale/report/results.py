@@ -11,8 +11,8 @@ from typing import Any
 
 from PIL import Image
 
-from ibq_scale.evaluate import generation, reconstruction, worst
-from ibq_scale.generate import chunks
+from ibq_scale.evaluate.names import GENERATION, RECONSTRUCTION, WORST
+from ibq_scale.generate.names import FACTS, GRID
 from ibq_scale.report.page import Block, Picture, Section, Table
 from ibq_scale.report.published import SOURCE, TOKENIZERS, TRANSFORMERS
 from ibq_scale.report.runs import RunLog
@@ -23,14 +23,14 @@ MOST_PIXELS = 1200
 GRIDS = 3
 # What is shown of each kind of file. One that lacks some of it is another program's.
 SHOWN = {
-    reconstruction.RESULT: {
+    RECONSTRUCTION: {
         *("data", "images", "resolution", "pixels", "codebook_size", "rfid", "lpips", "psnr", "ssim", "usage"),
     },
-    generation.RESULT: {
+    GENERATION: {
         *("sampled", "images", "resolution", "reference", "reference_hash", "reference_stamp", "extractor_sha256"),
         *("fid", "inception_score", "precision", "recall"),
     },
-    chunks.FACTS: {"settings"},
+    FACTS: {"settings"},
 }
 
 
@@ -73,7 +73,7 @@ def results_of(run: RunLog, name: str) -> list[Result]:
 
 def reconstruction_section(runs: Sequence[RunLog]) -> Iterator[Section]:
     """A table of what ``evaluate reconstruction --to`` left, and the worst images; nothing where it left nothing."""
-    found = [result for run in runs for result in results_of(run, reconstruction.RESULT)]
+    found = [result for run in runs for result in results_of(run, RECONSTRUCTION)]
     if not found:
         return
     head = ["run", "step", "codes", "rFID", "LPIPS", "PSNR", "SSIM", "usage", "images", "size", "pixels", "data"]
@@ -87,18 +87,18 @@ def reconstruction_section(runs: Sequence[RunLog]) -> Iterator[Section]:
         "",
         [
             Table(head, [_reconstruction_row(result) for result in found], caption, quoted),
-            *(block for r in found for block in r.picture(worst.PICTURE, "its worst images: original, reconstruction")),
+            *(block for r in found for block in r.picture(WORST, "its worst images: original, reconstruction")),
         ],
     )
 
 
 def generation_section(runs: Sequence[RunLog]) -> Iterator[Section]:
     """Tables of what ``evaluate generation --to`` left, one a reference, and pictures of samples."""
-    found = [result for run in runs for result in results_of(run, generation.RESULT)]
+    found = [result for run in runs for result in results_of(run, GENERATION)]
     blocks: list[Block] = [_generation_table(same) for same in _by_reference(found)]
     for run in runs:
-        for result in results_of(run, chunks.FACTS):
-            blocks += result.picture(chunks.GRID, f"samples of step {result.step}, {_settings(result.facts)}")
+        for result in results_of(run, FACTS):
+            blocks += result.picture(GRID, f"samples of step {result.step}, {_settings(result.facts)}")
         blocks += _grids(run)
     if blocks:
         yield Section("Generation", "", blocks)

@@ -18,7 +18,7 @@ from ibq_scale.config.batch import codebook_group_size
 from ibq_scale.config.run import TokenizerRun
 from ibq_scale.distributed.world import World
 from ibq_scale.pretrained.loading import CODEBOOK, codebook_part, codebook_to_start_from
-from ibq_scale.quantize.collectives import Group, Shards
+from ibq_scale.quantize.collectives import Group, Shards, gather_rows
 from ibq_scale.quantize.quantizer import initial_codebook, rows_of
 from ibq_scale.train.engine import adam
 from ibq_scale.train.engine_state import MOMENTS
@@ -142,12 +142,7 @@ class ShardedCodebook:
 
     def averages(self) -> Tensor:
         """The whole averaged codebook (K, D), fp32, as exports have it. Collective."""
-        rows_KD = self._averaged_rows().contiguous()
-        if self.group is None:
-            return rows_KD
-        parts = [torch.empty_like(rows_KD) for _ in range(self.group_size)]
-        dist.all_gather(parts, rows_KD, group=self.group)
-        return torch.cat(parts)
+        return gather_rows(self._averaged_rows(), self.group)
 
     @torch.no_grad()
     def _averaged_rows(self) -> Tensor:

@@ -50,7 +50,7 @@ class HeldOut:
             held = weights_B > 0
             indices.append(batch.requests[held, 0])
             losses.append(losses_B[held.to(losses_B.device)])
-        losses_N = gather_rows(torch.cat(indices), torch.cat(losses)[:, None], self.world)
+        losses_N = gather_rows(torch.cat(indices), torch.cat(losses)[:, None])
         return math.fsum(losses_N.flatten().tolist()) / len(losses_N)
 
 

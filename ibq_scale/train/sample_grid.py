@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ibq_scale.config.run import ARRun
+from ibq_scale.data.stream import shares
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from ibq_scale.evaluate.gather import gather_rows
@@ -51,20 +52,16 @@ class SampleGrid:
         tokenizer = self.tokenizer.to(device)
         sampler = Sampler(transformer, self.settings, CHUNK, graphs=False)
         count = len(self.labels)
-        chunks = math.ceil(count / CHUNK)
         indices, rows = [], []
-        for round_ in range(math.ceil(chunks / self.world.size)):
+        for places, taken, weights_B in shares(count, self.world.rank, self.world.size, CHUNK):
             progress()
-            first = (round_ * self.world.size + self.world.rank) * CHUNK
-            places = [min(place, count - 1) for place in range(first, first + CHUNK)]
-            codes_BT = sampler(
-                torch.tensor([self.labels[place] for place in places]), torch.tensor([self.ids[p] for p in places])
-            )
+            labels_B, ids_B = (torch.tensor([of[t] for t in taken]) for of in (self.labels, self.ids))
+            codes_BT = sampler(labels_B, ids_B)
             images_u8 = to_uint8(tokenizer.decode(codes_BT.view(CHUNK, side, side)))
-            held = max(0, min(CHUNK, count - first))
-            indices.append(torch.arange(first, first + held))
-            rows.append(images_u8[:held].flatten(1))
-        pixels_NP = gather_rows(torch.cat(indices), torch.cat(rows), self.world)
+            held = weights_B > 0
+            indices.append(torch.tensor(places)[held])
+            rows.append(images_u8.flatten(1)[held.to(device)])
+        pixels_NP = gather_rows(torch.cat(indices), torch.cat(rows))
         self.tokenizer.to("cpu")
         return image_grid(pixels_NP.view(count, *images_u8.shape[1:]), columns=math.ceil(math.sqrt(count)))
 

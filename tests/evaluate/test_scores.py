@@ -62,7 +62,7 @@ def _on_ranks(rank: int, world_size: int) -> dict[str, Any]:
         "same": precision_and_recall(real, real.flip(0), world),
         # Real ones, and some that are one of two clusters only.
         "half": precision_and_recall(torch.cat([real, real + 100]), real, world),
-        "rows": gather_rows(places, torch.stack([places, places**2], dim=1), world).tolist(),
+        "rows": gather_rows(places, torch.stack([places, places**2], dim=1)).tolist(),
     }
 
 
