@@ -31,9 +31,10 @@ def test_the_variable_names_another_file(profiles: Path, tmp_path: Path, monkeyp
     assert load_profile("x")[1].partition == "mine"
 
 
-def test_the_readmes_example(profiles: Path) -> None:
-    readme = Path(__file__).parents[2] / "README.md"
-    profiles.write_text(readme.read_text().split("```yaml\n")[1].split("```")[0])
+def test_the_documented_example(profiles: Path) -> None:
+    usage = Path(__file__).parents[2] / "docs" / "usage.md"
+    (example,) = [block.split("```")[0] for block in usage.read_text().split("```yaml\n")[1:] if "\nprofiles:" in block]
+    profiles.write_text(example)
     name, profile = load_profile(None)
     assert (name, profile.time, profile.gpus_per_node) == ("alps", "24:00:00", 8), "YAML's own 24:00:00 is 86400"
     assert profile.env == {"NCCL_IB_HCA": "mlx5"}
