@@ -7,9 +7,14 @@ import sys
 from pathlib import Path
 
 
+def rank() -> int:
+    """This process's, as its launcher has it; 0 where there is none."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+
+
 def tells() -> bool:
     """Whether this process is the one of all ranks that says what concerns all of them."""
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+    return rank() == 0
 
 
 def tell(message: str) -> None:

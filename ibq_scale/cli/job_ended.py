@@ -10,8 +10,8 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Adds the command to the command line."""
     parser = commands.add_parser(
         "job-ended",
-        description="Prints 'requeue' and the nodes to leave out, or 'end' and the jobs of its chain that need not "
-        "begin; says why on standard error.",
+        description="Prints 'requeue', the exit code and the nodes to leave out, or 'end', the exit code and the jobs "
+        "of its chain that need not begin; says why, and what ranks failed of, on standard error.",
         epilog="example: ibq-scale job-ended runs/tok --code 75 --seconds 3600",
     )
     parser.add_argument("folder", metavar="RUN", type=Path, help="run directory")
@@ -25,12 +25,15 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def _job_ended(args: argparse.Namespace) -> int:
     from ibq_scale.cluster.requeue import after
     from ibq_scale.console import tell
+    from ibq_scale.distributed.failures import tell_of_job_step
 
-    end = after(args.folder, args.code, args.seconds, args.attempts, may_requeue=not args.stays)
+    # Of ranks that failed srun has the highest code, which may be that of one which it killed.
+    code = tell_of_job_step() or args.code
+    end = after(args.folder, code, args.seconds, args.attempts, may_requeue=not args.stays)
     attempt = end.attempt
     without = f", without {', '.join(attempt.excluded)}" if attempt.excluded else ""
     tell(f"ibq-scale: the job {f'goes back into the queue{without}' if attempt.again else 'ends'}: {attempt.why}")
     if end.dropped:
         tell(f"ibq-scale: what was to follow it is taken out of the queue: {', '.join(end.dropped)}")
-    print("requeue" if attempt.again else "end", ",".join(attempt.excluded or end.dropped))
+    print("requeue" if attempt.again else "end", attempt.code, ",".join(attempt.excluded or end.dropped))
     return 0

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Sequence
 
 from ibq_scale.cli.completion import answer_shell
-from ibq_scale.console import tell, tells
+from ibq_scale.console import rank, tell, tells
 from ibq_scale.distributed.signals import held, ignore
 from ibq_scale.errors import UserError
 
@@ -124,18 +124,22 @@ def _run_rank(args: argparse.Namespace) -> int:
     """One rank's part. After a failure, threads of an open process group may turn an orderly exit into an abort, with
     its code and a trace of C++ for last words: so this one is not orderly.
     """
+    from ibq_scale.distributed.failures import describe, leave
+
     try:
         code: int = args.run(args)
-    except (UserError, KeyboardInterrupt, BrokenPipeError):
+    except UserError as e:
+        if leave(e, e.exit_code):
+            return e.exit_code
         raise
     except Exception as e:
-        if _is_for_training(e):
+        if isinstance(e, BrokenPipeError) or _is_for_training(e):
             raise
-        notes = getattr(e, "__notes__", [])
-        if not notes:
-            traceback.print_exc()
-        reason = " ".join(str(e).split())
-        tell(f"ibq-scale: rank {os.environ.get('RANK', '0')}: {type(e).__name__}: {' '.join([reason, *notes])}")
+        # Whoever started the ranks may gather what they say. Else each tells of itself.
+        if not leave(e, 1):
+            if not getattr(e, "__notes__", []):
+                traceback.print_exc()
+            tell(f"ibq-scale: rank {rank()}: {describe(e)}")
         logging.shutdown()
         sys.stdout.flush()
         os._exit(1)

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from types import FrameType
 
+from ibq_scale.console import tell
 from ibq_scale.distributed.environment import free_port
+from ibq_scale.distributed.failures import FOLDER, collect, explain
 from ibq_scale.distributed.signals import held, let_in
 from ibq_scale.errors import UserError
 
@@ -40,13 +45,15 @@ def default_ranks() -> int:
 def launch(words: Sequence[str], ranks: int | None) -> int:
     """Runs ``ibq-scale WORDS`` on `ranks` processes of this node.
 
-    Returns 0 when all ranks did, else the first failing rank's exit code (128 + n for a signal n). The first
-    failure ends the others. SIGTERM and SIGUSR1 are passed on to every rank; Ctrl-C reaches them from the terminal.
+    Returns 0 when all ranks did, else the exit code of the first that failed (128 + n for a signal n). The first
+    failure ends the others; what all of them had to say is told as one message. SIGTERM and SIGUSR1 are passed on to
+    every rank; Ctrl-C reaches them from the terminal.
     """
     count = default_ranks() if ranks is None else ranks
     if count < 1:
         raise UserError(f"--ranks {count}: at least one rank is needed")
     children: list[subprocess.Popen[bytes]] = []
+    failures = Path(tempfile.mkdtemp(prefix="ibq-scale-"))
 
     def forward(signum: int, frame: FrameType | None) -> None:
         for child in children:
@@ -59,22 +66,23 @@ def launch(words: Sequence[str], ranks: int | None) -> int:
         # Not ignored: ranks would inherit that.
         before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)
         try:
-            children += _start(words, count)
+            children += _start(words, count, failures)
             if signal.SIGINT in signal.sigpending():
                 # The terminal sent it before there were ranks.
                 forward(signal.SIGINT, None)
             let_in()
-            return _wait(children)
+            return _wait(children, failures)
         finally:
             _end(children, 0.0)
+            shutil.rmtree(failures, ignore_errors=True)
             signal.pthread_sigmask(signal.SIG_BLOCK, before)
             for s, handler in before.items():
                 signal.signal(s, handler)
 
 
-def _start(words: Sequence[str], count: int) -> list[subprocess.Popen[bytes]]:
+def _start(words: Sequence[str], count: int, failures: Path) -> list[subprocess.Popen[bytes]]:
     shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
-    shared["MASTER_PORT"] = str(free_port())
+    shared |= {"MASTER_PORT": str(free_port()), FOLDER: str(failures)}
     # Several ranks with a thread a core each slow one another down; a user's own setting wins.
     threads = max(1, len(os.sched_getaffinity(0)) // count)
     shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
@@ -98,16 +106,27 @@ def _die_with_parent(parent: int) -> None:
         os._exit(1)
 
 
-def _wait(children: list[subprocess.Popen[bytes]]) -> int:
+def _wait(children: list[subprocess.Popen[bytes]], failures: Path) -> int:
     while True:
         codes = [child.poll() for child in children]
-        failed = [c for c in codes if c]
-        if failed:
+        if any(codes):
             _end(children, GRACE_SECONDS)
-            return failed[0] if failed[0] > 0 else 128 - failed[0]
+            return _explain(codes, failures)
         if all(c == 0 for c in codes):
             return 0
         time.sleep(0.05)
+
+
+def _explain(codes: Sequence[int | None], failures: Path) -> int:
+    """Tells why ranks failed, and returns the code of the first cause. `codes`: before any rank was ended from here."""
+    left = collect(failures)
+    killed = {rank: -code for rank, code in enumerate(codes) if code is not None and code < 0}
+    if said := explain(left, killed):
+        tell(said)
+    if left and not left[0].follows:
+        return left[0].code
+    first = next(iter(killed), None)
+    return 128 + killed[first] if first is not None else next(code for code in codes if code)
 
 
 def _end(children: list[subprocess.Popen[bytes]], grace: float) -> None:

@@ -91,7 +91,7 @@ def test_tokenizer_on_data_and_two_ranks(dataset: str, capfd: pytest.CaptureFixt
     out = capfd.readouterr().out
     assert f"2 × CPU of 1 threads; data {dataset}" in out
     assert "no MFU" in out
-    assert "of the best product measured here (2048² in bfloat16" in out
+    assert "of the best product measured here (1024² in bfloat16" in out
 
 
 def test_tokenizer_refuses_a_wrong_config_before_it_starts(capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,7 +34,7 @@ def test_a_cpu_has_no_mfu_but_a_best_product() -> None:
     found = reference(torch.device("cpu"), torch.float32)
     assert found.sheet is found.mfu(1e9) is None
     assert found.product > 1e8
-    assert (found.side, found.dtype) == (2048, "float32")
+    assert (found.side, found.dtype) == (1024, "float32")
 
 
 def test_names_that_people_type() -> None:

@@ -11,6 +11,8 @@ from ibq_scale.checkpoint.reading import MANIFEST, manifest_text
 from ibq_scale.cli.main import main
 from ibq_scale.cluster.requeue import after
 from ibq_scale.distributed.failed_nodes import Faults
+from ibq_scale.distributed.failures import FOLDER, leave
+from ibq_scale.errors import UserError
 from ibq_scale.train.attempts import ATTEMPTS, Attempt, add_unnoticed, read_attempts
 
 BUDGET = 3
@@ -125,12 +127,12 @@ def test_a_cancelled_job_does_not_say_that_it_goes_back_and_leaves_its_chain(
     words = ["job-ended", str(tmp_path), "--seconds", "30", "--code"]
     assert main([*words, "75", "--stays"]) == 0
     said = capsys.readouterr()
-    assert said.out == "end \n"
+    assert said.out == "end 75 \n"
     assert "the job ends: it was stopped by a signal" in said.err
     assert read_attempts(tmp_path)[0]["again"] is False
     assert main([*words, "2"]) == 0
     said = capsys.readouterr()
-    assert said.out == "end 8\n"
+    assert said.out == "end 2 8\n"
     assert "what was to follow it is taken out of the queue: 8" in said.err
 
 
@@ -147,9 +149,24 @@ def test_the_batch_script_reads_one_line(tmp_path: Path, capsys: pytest.CaptureF
     Faults({"node2": "no room"}, of=4).record(tmp_path)
     words = ["job-ended", str(tmp_path), "--seconds", "30", "--code"]
     assert main([*words, "71"]) == 0
-    assert capsys.readouterr().out == "requeue node2\n"
+    assert capsys.readouterr().out == "requeue 71 node2\n"
     (tmp_path / "failed_nodes.json").unlink()
     assert main([*words, "1"]) == 0
     said = capsys.readouterr()
-    assert said.out == "end \n"
+    assert said.out == "end 1 \n"
     assert "failed with code 1 after 30 s, before it saved a new step" in said.err
+
+
+def test_the_code_is_that_of_the_rank_which_failed_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """srun's is the highest, of a rank that it killed: after that one the job would come back."""
+    monkeypatch.setenv(FOLDER, str(tmp_path / "failures"))
+    assert leave(UserError("step 8 could not be saved: make room"), UserError.exit_code)
+    assert main(["job-ended", str(tmp_path), "--seconds", "7200", "--code", "143"]) == 0
+    said = capsys.readouterr()
+    assert said.out == "end 2 \n"
+    assert said.err.splitlines()[0] == "ibq-scale: step 8 could not be saved: make room"
+    assert read_attempts(tmp_path)[0]["code"] == 2
+    assert main(["job-ended", str(tmp_path), "--seconds", "7200", "--code", "143"]) == 0
+    assert capsys.readouterr().out == "requeue 143 \n", "what ranks had to say is of one attempt"

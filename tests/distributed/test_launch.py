@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,19 @@ rank = os.environ["RANK"]
 (folder / f"started-{rank}").write_text(f"{os.getpid()} {os.environ['WORLD_SIZE']} {os.environ['OMP_NUM_THREADS']}")
 if what == "codes":
     sys.exit(7 if rank == "1" else 0)
+if what in ("fail", "mistake", "kill"):
+    from ibq_scale.distributed.failures import leave
+    from ibq_scale.errors import UserError
+    if rank == "0":
+        while not (folder / "ended-1").exists():
+            time.sleep(0.01)
+        leave(RuntimeError("Connection closed by peer"), 1)
+        os._exit(1)
+    (folder / "ended-1").touch()
+    if what == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    leave(UserError("no such file") if what == "mistake" else ValueError("boom"), 2 if what == "mistake" else 1)
+    os._exit(2 if what == "mistake" else 1)
 if what == "signal":
     signal.signal(signal.SIGTERM, lambda *a: ((folder / f"asked-{rank}").touch(), sys.exit(75)))
     signal.signal(signal.SIGUSR1, lambda *a: ((folder / f"asked-{rank}").touch(), sys.exit(75)))
@@ -43,7 +57,7 @@ sys.exit(launch.launch(sys.argv[2:], ranks=2))
 def _launch(tmp_path: Path, what: str) -> subprocess.Popen[bytes]:
     program = tmp_path / "rank.py"
     program.write_text(RANK_PROGRAM)
-    return subprocess.Popen([sys.executable, "-c", LAUNCHER, str(program), what, str(tmp_path)])
+    return subprocess.Popen([sys.executable, "-c", LAUNCHER, str(program), what, str(tmp_path)], stderr=subprocess.PIPE)
 
 
 def _wait_for(tmp_path: Path, name: str) -> None:
@@ -57,6 +71,24 @@ def _wait_for(tmp_path: Path, name: str) -> None:
 def test_the_first_failures_code_is_returned_and_the_others_ended(tmp_path: Path) -> None:
     launcher = _launch(tmp_path, "codes")
     assert launcher.wait(30) == 7
+
+
+@pytest.mark.parametrize(
+    ("what", "code", "said"),
+    [
+        ("fail", 1, "ibq-scale: rank 1 of 2 on .* failed first: ValueError: boom\n$"),
+        ("mistake", 2, "^ibq-scale: no such file\n$"),
+        ("kill", 128 + signal.SIGKILL, "ibq-scale: rank 1 killed by SIGKILL: the kernel does that"),
+    ],
+)
+def test_what_all_ranks_had_to_say_is_one_message_and_the_code_is_the_causes(
+    tmp_path: Path, what: str, code: int, said: str
+) -> None:
+    launcher = _launch(tmp_path, what)
+    assert launcher.stderr is not None
+    told = launcher.stderr.read().decode()
+    assert launcher.wait(30) == code
+    assert re.search(said, told), told
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])

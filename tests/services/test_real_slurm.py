@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -28,15 +29,13 @@ STEPS = 8
 NODES = 6
 PATIENCE = 300.0
 ENDED = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
-# What stands for `ibq-scale` in the jobs. Files beside a run's directory hold it, end it at once, or fail a node; one
+# What stands for `ibq-scale` in the jobs. Files beside a run's directory hold it, fail a rank, or a node; one
 # beside the folder of images holds a task after each batch, and the last task meets a broken node first.
 PROGRAM = """#!{python}
 import os, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 run = next((word[4:] for word in sys.argv if word.startswith("out=")), None)
-if run and Path(run + ".broken").exists():
-    raise RuntimeError("broken")
 if run and Path(run + ".fault").exists() and os.environ.get("SLURM_NODEID") == "1":
     if "SLURM_RESTART_COUNT" not in os.environ:
         import shutil
@@ -64,6 +63,8 @@ if run:
     asked = 0
     def agreed(self, world, real=StopRequest.agreed):
         global asked
+        if Path(run + ".broken").exists() and world.rank == 1:
+            raise RuntimeError("broken")
         held = Path(run + ".held")
         while held.exists() and asked == int(held.read_text()) + 1 and self._deadline == float("inf"):
             Path(run + ".waits-" + os.environ.get("SLURM_RESTART_COUNT", "0")).touch()
@@ -302,10 +303,18 @@ def test_a_run_of_three_nodes_goes_on_with_two(jobs: Jobs, undisturbed: dict[str
 def test_what_fails_at_once_does_not_come_back(jobs: Jobs, codes: str, run: Path, how: str, code: int) -> None:
     if how == "broken":
         run.with_name(f"{run.name}.broken").touch()
-    job = jobs.train("ar", run, codes, 1, *(["model.dept=3"] if how == "misspelt" else []))
+    job = jobs.train("ar", run, codes, 2, *(["model.dept=3"] if how == "misspelt" else []))
     record = jobs.end(job)
     assert (record["JobState"], record["ExitCode"], record["Restarts"]) == ("FAILED", f"{code}:0", "0")
-    assert "the job ends: it" in jobs.log(job)
+    said = jobs.log(job)
+    assert "the job ends: it" in said
+    if how == "broken":
+        told = re.findall(r"ibq-scale: rank (\d) of 2 on \S+ failed first: RuntimeError: broken", said)
+        assert told == ["1"], said
+        assert said.index("failed first") < said.index("the job ends")
+    else:
+        assert said.count("did you mean 'model.depth'?") == 1, said
+    assert not [*(run / "logs").glob("failures-*")]
 
 
 def test_a_cancelled_job_saves_and_stays_away(jobs: Jobs, codes: str, run: Path) -> None:

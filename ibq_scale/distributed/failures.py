@@ -1,0 +1,160 @@
+"""Why ranks failed, told once: each leaves its error with whoever started it, who then names the first cause.
+
+The first rank to fail ends the others inside their collectives, and their errors are all that a reader would see of a
+thousand ranks. No torch: launchers and batch scripts read what ranks leave.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ibq_scale.console import rank, tell
+from ibq_scale.errors import UserError
+
+# Names the folder, for ranks whose starter will ask. Others tell of themselves.
+FOLDER = "IBQ_SCALE_FAILURES"
+# Ranks named in a line.
+NAMED = 16
+# What a collective says when another rank has gone, by the error's class or in its words (gloo, NCCL, the store).
+OF_OTHERS = (
+    "DistBackendError", "DistNetworkError", "DistStoreError", "NoAnswerError", "gloo/transport", "Broken pipe",
+    "Connection closed by peer", "Connection reset by peer", "NCCL communicator was aborted", "ncclRemoteError",
+    "ncclSystemError",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How one rank `of` so many ended. `time`: seconds since the epoch, by its node's clock; `trace`: empty for a
+    user's mistake; `follows`: another rank's end will have caused it.
+    """
+
+    rank: int
+    of: int
+    host: str
+    time: float
+    code: int
+    said: str
+    trace: str
+    follows: bool
+
+
+def leave(error: Exception, code: int) -> bool:
+    """Leaves what ended this rank where its starter looks. False where nobody does, or nothing can be written there."""
+    if (folder := asked()) is None:
+        return False
+    trace = "" if isinstance(error, UserError) else "".join(traceback.format_exception(error)).rstrip()
+    words = f"{type(error).__name__}: {error}"
+    follows = any(mark in words for mark in OF_OTHERS) and not isinstance(error, UserError)
+    of = int(os.environ.get("WORLD_SIZE", "1"))
+    failure = Failure(rank(), of, socket.gethostname(), time.time(), code, describe(error), trace, follows)
+    path = folder / f"rank-{failure.rank:05d}.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(asdict(failure)))
+        part.replace(path)
+    except OSError:
+        return False
+    return True
+
+
+def describe(error: Exception) -> str:
+    """One line: the message of a user's mistake, else class, message, and notes on it."""
+    if isinstance(error, UserError):
+        return str(error)
+    words = " ".join([" ".join(str(error).split()), *getattr(error, "__notes__", [])])
+    return f"{type(error).__name__}: {words}"
+
+
+def asked() -> Path | None:
+    """Where the ranks of this job step leave what they have to say, if anybody is to gather it."""
+    folder = os.environ.get(FOLDER)
+    return Path(folder) if folder else None
+
+
+def collect(folder: Path) -> list[Failure]:
+    """All that ranks have left, the first cause first: what follows from another's end comes last, whatever the nodes'
+    clocks say.
+    """
+    found = []
+    for path in sorted(folder.glob("rank-*.json")):
+        with suppress(OSError, ValueError, TypeError):
+            found.append(Failure(**json.loads(path.read_text())))
+    return sorted(found, key=lambda f: (f.follows, f.time, f.rank))
+
+
+def explain(failures: Sequence[Failure], killed: Mapping[int, int]) -> str:
+    """One message on `failures` (as `collect` sorts them) and on ranks that a signal killed (signal by rank).
+
+    A user's mistake is said as it is. Else: the first cause's traceback, a line for each kind of what came after it,
+    and last, where one looks first, the first cause. Empty where there is nothing to tell.
+    """
+    mistakes = dict.fromkeys(f.said for f in failures if not f.trace)
+    if mistakes:
+        return "\n".join(f"ibq-scale: {said}" for said in mistakes)
+    causes = [failure for failure in failures if not failure.follows][:1]
+    groups: dict[str, list[Failure]] = {}
+    for failure in failures[len(causes) :]:
+        groups.setdefault(failure.said.partition(" (traceback in ")[0], []).append(failure)
+    lines = [first.trace for first in causes]
+    lines += [f"ibq-scale: then {_ranks([f.rank for f in g])}: {said}{_place(g[0])}" for said, g in groups.items()]
+    lines += [f"ibq-scale: {_killed(killed)}"] if killed else []
+    lines += [f"ibq-scale: rank {f.rank} of {f.of} on {f.host} failed first: {f.said}" for f in causes]
+    if failures and not causes and not killed:
+        lines.append("ibq-scale: no rank tells of a first cause: one was ended from outside, or its node is gone")
+    return "\n".join(lines)
+
+
+def tell_of_job_step() -> int | None:
+    """Tells what the ranks of this job's step have left, once, and clears it away; the exit code of the first cause,
+    None where no rank has named one.
+    """
+    if (folder := asked()) is None or not folder.is_dir():
+        return None
+    failures = collect(folder)
+    if said := explain(failures, {}):
+        tell(said)
+    shutil.rmtree(folder, ignore_errors=True)
+    return failures[0].code if failures and not failures[0].follows else None
+
+
+def _killed(killed: Mapping[int, int]) -> str:
+    by: dict[int, list[int]] = {}
+    for number, signum in killed.items():
+        by.setdefault(signum, []).append(number)
+    words = []
+    for signum, ranks in by.items():
+        why = ": the kernel does that when memory runs out ('dmesg' tells)" if signum == signal.SIGKILL else ""
+        words.append(f"{_ranks(ranks)} killed by {_signal(signum)}{why}")
+    return "; ".join(words)
+
+
+def _signal(signum: int) -> str:
+    try:
+        return signal.Signals(signum).name
+    except ValueError:
+        return f"signal {signum}"
+
+
+def _place(failure: Failure) -> str:
+    """Where in our own code it was."""
+    ours = [
+        line.strip() for line in failure.trace.splitlines() if "ibq_scale" in line and line.strip().startswith("File")
+    ]
+    return f" [{ours[-1]}]" if ours else ""
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    more = f" and {len(ranks) - NAMED} more" if len(ranks) > NAMED else ""
+    return f"rank{'s' * (len(ranks) > 1)} " + ", ".join(map(str, sorted(ranks)[:NAMED])) + more
