@@ -31,3 +31,16 @@ def duration(seconds: float) -> str:
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}h{m:02d}m" if hours else f"{m}m{s:02d}s" if m else f"{s}s"
+
+
+def gigabytes(size: float) -> str:
+    """``3.08 GB`` or, where that is less than 0.01, ``7.25 MB`` (10⁹ and 10⁶ bytes)."""
+    return f"{size / 1e9:,.2f} GB" if size >= 1e7 else f"{size / 1e6:,.2f} MB"
+
+
+def short(number: float) -> str:
+    """Four digits and a prefix: ``16.38 k``, ``128.3 M``."""
+    for unit, name in ((1e18, " E"), (1e15, " P"), (1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if number >= unit:
+            return f"{number / unit:.4g}{name}"
+    return f"{number:.4g}"

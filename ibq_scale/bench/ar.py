@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from ibq_scale.bench.clock import OTHER, Clock
-from ibq_scale.bench.device import peak_bytes
 from ibq_scale.bench.steps import DATA, StepReport, measure, timed_batches
 from ibq_scale.config.layers import MISSING
 from ibq_scale.config.run import ARRun
@@ -23,6 +22,7 @@ from ibq_scale.data.manifest import CodesInfo, Manifest
 from ibq_scale.data.sets import DataSet, DataSets, open_sets
 from ibq_scale.data.store import open_store
 from ibq_scale.data.stream import CodeBatch
+from ibq_scale.distributed.memory import peak_bytes
 from ibq_scale.distributed.world import World
 from ibq_scale.models.transformer import PrefixBlock, Transformer
 from ibq_scale.scaling.flops import AR_FORMULA, ar_flops

@@ -1,10 +1,9 @@
-"""What a device can do at most, and how much memory a process has taken on it."""
+"""What a device can do at most."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -45,7 +44,7 @@ def _best_product(device: torch.device, dtype: torch.dtype, side: int) -> float:
     CPUs without bf16 in hardware take a hundred times as long as for fp32, so time is what limits the tries.
     """
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    seconds = []
+    seconds: list[float] = []
     while len(seconds) < 10 and sum(seconds) < TRIES_SECONDS:
         wait(device)
         begin = time.perf_counter()
@@ -59,12 +58,3 @@ def wait(device: torch.device) -> None:
     """Until the device has done everything."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Highest memory so far: of the allocator on a GPU, of the whole process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    # Not ru_maxrss: that one survives exec and would tell of the parent.
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmHWM:")[2].split()[0]) * 1024

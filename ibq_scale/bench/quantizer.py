@@ -17,8 +17,9 @@ import psutil
 import torch
 from torch import Tensor
 
-from ibq_scale.bench.device import peak_bytes, wait
+from ibq_scale.bench.device import wait
 from ibq_scale.config.models import QuantizerConfig
+from ibq_scale.distributed.memory import peak_bytes
 from ibq_scale.errors import UserError
 from ibq_scale.quantize.backend import choose
 from ibq_scale.quantize.ibq import ibq_dense

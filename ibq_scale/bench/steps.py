@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 
 from ibq_scale.bench.clock import Clock
-from ibq_scale.bench.device import peak_bytes, reference
+from ibq_scale.bench.device import reference
 from ibq_scale.config.layers import MISSING
 from ibq_scale.config.run import AnyRun
+from ibq_scale.distributed.memory import peak_bytes
 from ibq_scale.distributed.world import World
 from ibq_scale.scaling.rehearse import compute_dtype
 from ibq_scale.train.task import Task

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 
 from ibq_scale.bench.clock import OTHER, Clock
-from ibq_scale.bench.device import peak_bytes
 from ibq_scale.bench.steps import DATA, StepReport, measure, timed_batches
 from ibq_scale.config.layers import MISSING
 from ibq_scale.config.run import TokenizerRun
 from ibq_scale.data.sets import DataSets, open_sets
 from ibq_scale.data.stream import ImageBatch
+from ibq_scale.distributed.memory import peak_bytes
 from ibq_scale.distributed.world import World
 from ibq_scale.quantize.backend import choose
 from ibq_scale.scaling.flops import TOKENIZER_FORMULA, step_flops

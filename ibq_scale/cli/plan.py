@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ibq_scale.cli.ranks import at_least_one
+from ibq_scale.console import gigabytes, short
 from ibq_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -104,22 +105,23 @@ def _print(plan: Plan, fitting: int | None, mends: Sequence[Switch]) -> None:
     )
     print(
         f"  batch {plan.global_batch:,} = {plan.micro_batch} micro × {plan.accumulation} accumulation × "
-        f"{machine.world} GPUs; {plan.steps:,} steps, {plan.samples:,} images, {_short(plan.tokens)} tokens"
+        f"{machine.world} GPUs; {plan.steps:,} steps, {plan.samples:,} images, {short(plan.tokens)} tokens"
     )
-    print(f"\nparameters{'':<26}{_short(sum(plan.parameters.values())):>10}")
+    print(f"\nparameters{'':<26}{short(sum(plan.parameters.values())):>10}")
     for name, number in plan.parameters.items():
-        print(f"  {name:<34}{_short(number):>10}")
+        print(f"  {name:<34}{short(number):>10}")
     for name, number in plan.frozen.items():
-        print(f"  {name + ', frozen':<34}{_short(number):>10}")
+        print(f"  {name + ', frozen':<34}{short(number):>10}")
     _print_flops(plan)
     _print_memory(plan.memory)
     _print_fit(plan)
     if fitting is not None:
         print(f"  largest micro-batch that fits: {fitting or 'none'}")
     for mend in mends:
-        print(f"  would fit with {' '.join(mend.words)}: {_gb(mend.peak)}")
+        print(f"  would fit with {' '.join(mend.words)}: {gigabytes(mend.peak)}")
     _print_communication(plan)
-    print(f"\ncheckpoint, each{'':<20}{_gb(plan.checkpoint_bytes):>10}{_gb(plan.storage_bytes):>12} kept at the most")
+    each, kept = gigabytes(plan.checkpoint_bytes), gigabytes(plan.storage_bytes)
+    print(f"\ncheckpoint, each{'':<20}{each:>10}{kept:>12} kept at the most")
     _print_time(plan)
     _print_roofline(plan)
     for note in plan.notes:
@@ -128,16 +130,16 @@ def _print(plan: Plan, fitting: int | None, mends: Sequence[Switch]) -> None:
 
 def _print_flops(plan: Plan) -> None:
     flops = plan.flops
-    print(f"\nFLOPs of training, an image{'':<9}{_short(flops.total):>10}")
+    print(f"\nFLOPs of training, an image{'':<9}{short(flops.total):>10}")
     for name, number in flops.parts.items():
-        print(f"  {name:<34}{_short(number):>10}{100 * number / flops.total:>7.1f} %")
+        print(f"  {name:<34}{short(number):>10}{100 * number / flops.total:>7.1f} %")
     if flops.executed > 1.001 * flops.total:
-        print(f"  {'done, with what is computed again':<34}{_short(flops.executed):>10}")
+        print(f"  {'done, with what is computed again':<34}{short(flops.executed):>10}")
     if plan.task == "ar":
         again = flops.executed - flops.total
         parts = {"forward": flops.total / 3, "backward": flops.total * 2 / 3, "computed again": again}
-        print("  " + ", ".join(f"{name} {_short(number)}" for name, number in parts.items()))
-    print(f"  {'a step':<34}{_short(plan.flops_per_step):>10}")
+        print("  " + ", ".join(f"{name} {short(number)}" for name, number in parts.items()))
+    print(f"  {'a step':<34}{short(plan.flops_per_step):>10}")
     print(f"  = {flops.formula}")
 
 
@@ -146,20 +148,20 @@ def _print_memory(budget: MemoryBudget) -> None:
     print(f"\n{'memory of a GPU':<36}{'passes':>10}{'step':>10}" + (f"{'host':>10}" if host else ""))
     for line in budget.lines:
         cells = (line.passes, line.step, line.host) if host else (line.passes, line.step)
-        print(f"  {line.name:<34}" + "".join(f"{_gb(cell) if cell else '':>10}" for cell in cells))
+        print(f"  {line.name:<34}" + "".join(f"{gigabytes(cell) if cell else '':>10}" for cell in cells))
     total = (budget.passes, budget.step, budget.host) if host else (budget.passes, budget.step)
-    print(f"  {'together':<34}" + "".join(f"{_gb(cell):>10}" for cell in total))
-    print(f"  {'of it kept for the way back, an image':<38}{_gb(budget.kept_per_image):>6}")
+    print(f"  {'together':<34}" + "".join(f"{gigabytes(cell):>10}" for cell in total))
+    print(f"  {'of it kept for the way back, an image':<38}{gigabytes(budget.kept_per_image):>6}")
 
 
 def _print_fit(plan: Plan) -> None:
     memory, peak = plan.machine.gpu_memory, plan.memory.peak
     if memory is None:
-        print(f"  needs {_gb(peak)}; say --device or --memory to know whether it fits")
+        print(f"  needs {gigabytes(peak)}; say --device or --memory to know whether it fits")
     elif plan.fits:
-        print(f"  fits: {_gb(peak)} of {_gb(memory)}, {_gb(memory - peak)} free")
+        print(f"  fits: {gigabytes(peak)} of {gigabytes(memory)}, {gigabytes(memory - peak)} free")
     else:
-        print(f"  DOES NOT FIT: {_gb(peak)} of {_gb(memory)}, {_gb(peak - memory)} too much")
+        print(f"  DOES NOT FIT: {gigabytes(peak)} of {gigabytes(memory)}, {gigabytes(peak - memory)} too much")
 
 
 def _print_time(plan: Plan) -> None:
@@ -174,10 +176,10 @@ def _print_time(plan: Plan) -> None:
 def _print_communication(plan: Plan) -> None:
     if not plan.communication:
         return
-    print(f"\n{'a step sends, of each GPU':<36}{_gb(sum(t.sent for t in plan.communication)):>10}")
+    print(f"\n{'a step sends, of each GPU':<36}{gigabytes(sum(t.sent for t in plan.communication)):>10}")
     for t in plan.communication:
         times = f"{t.times} × " if t.times > 1 else ""
-        print(f"  {t.name:<34}{_gb(t.sent):>10}  {times}{t.kind} of {_gb(t.size)} over {t.ranks} GPUs")
+        print(f"  {t.name:<34}{gigabytes(t.sent):>10}  {times}{t.kind} of {gigabytes(t.size)} over {t.ranks} GPUs")
 
 
 def _print_roofline(plan: Plan) -> None:
@@ -192,14 +194,3 @@ def _print_roofline(plan: Plan) -> None:
         f"  {line.total:.4g} s a step: passes {line.passes:.3g} (products {line.products:.3g}, memory "
         f"{line.memory:.3g}), optimizer {line.optimizer:.3g}, exchange {line.exposed:.3g}"
     )
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:,.2f} GB" if size >= 1e7 else f"{size / 1e6:,.2f} MB"
-
-
-def _short(number: float) -> str:
-    for unit, name in ((1e18, " E"), (1e15, " P"), (1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if number >= unit:
-            return f"{number / unit:.4g}{name}"
-    return f"{number:.4g}"

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ibq_scale.models.initial import Uninitialized
 from ibq_scale.models.layout import convolution_layout
 from ibq_scale.weights import SOURCES, damaged, weight_file
 
@@ -28,13 +29,14 @@ class Perceptual(nn.Module):
         import lpips
 
         path = None if net == "random" else weight_file(BACKBONES[net])
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        with Uninitialized(), warnings.catch_warnings():
             # lpips 0.1.4 calls torchvision by an argument that it has renamed.
             warnings.simplefilter("ignore", UserWarning)
-            torch.manual_seed(0)
             # pnet_rand keeps lpips from downloading the backbone; its own five linear layers come in its wheel.
             self.metric = lpips.LPIPS(net="vgg" if net == "random" else net, pnet_rand=True, verbose=False)
-        if path is not None:
+        if path is None:
+            _draw(self.metric.net)
+        else:
             _fill(self.metric.net, path)
         self.requires_grad_(False).eval().to(device)
         # Frozen weights can lie as GPUs want them, once and for all.
@@ -57,6 +59,16 @@ class Perceptual(nn.Module):
         scaled = self.metric.scaling_layer(x_BCHW.float())
         features: tuple[Tensor, ...] = self.metric.net(convolution_layout(scaled, self.dtype))
         return features
+
+
+def _draw(slices: nn.Module) -> None:
+    """As torchvision initializes VGG's convolutions (arXiv 1502.01852), from a seed of its own."""
+    generator = torch.Generator().manual_seed(0)
+    for layer in slices.modules():
+        if isinstance(layer, nn.Conv2d):
+            assert layer.bias is not None
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu", generator=generator)
+            nn.init.zeros_(layer.bias)
 
 
 def _fill(slices: nn.Module, path: Path) -> None:

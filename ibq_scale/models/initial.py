@@ -1,13 +1,16 @@
-"""Initial weights as pure functions of (seed, parameter's name, element), so that a rank makes just what it holds."""
+"""Initial weights as pure functions of (seed, parameter's name, element), so that a rank makes just what it holds; and
+modules without any, where weights follow from elsewhere.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 # Elements that are drawn from one generator, and that are in host memory at a time.
 CHUNK = 2**20
@@ -61,3 +64,17 @@ def _chunks(key: str, size: int, start: int, end: int) -> Iterator[Tensor]:
         begin = number * CHUNK
         whole = torch.randn(min(CHUNK, size - begin), generator=generator)
         yield whole[max(start - begin, 0) : end - begin]
+
+
+class Uninitialized(TorchFunctionMode):
+    """Modules that are made inside keep whatever their memory holds: for those that are filled afterwards, or have no
+    memory. Random numbers for VGG's 138 million weights take seconds.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = dict(kwargs or {})
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return given.get("tensor", args[0] if args else None)
+        return func(*args, **given)

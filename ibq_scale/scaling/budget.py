@@ -60,6 +60,11 @@ class MemoryBudget:
         return sum(line.host for line in self.lines)
 
 
+def ar_states(run: ARRun, zero: Zero, network: Network) -> list[Line]:
+    """What stands between the passes of the transformer's training."""
+    return engine_lines("", engine_states(network.groups, zero), ema_bytes(network, zero, run.ema_decay))
+
+
 def ar_budget(run: ARRun, zero: Zero, network: Network) -> MemoryBudget:
     """Of the transformer's training."""
     states = engine_states(network.groups, zero)
@@ -67,7 +72,7 @@ def ar_budget(run: ARRun, zero: Zero, network: Network) -> MemoryBudget:
     # They are there at the end of the forward pass; at most, perhaps, later.
     logits = max(0, held.kept + logit_bytes(run) - held.peak)
     lines = [
-        *engine_lines("", states, ema_bytes(network, zero, run.ema_decay)),
+        *ar_states(run, zero, network),
         Line("activations", held.peak, 0),
         Line("logits and loss", logits, 0),
     ]
@@ -77,25 +82,32 @@ def ar_budget(run: ARRun, zero: Zero, network: Network) -> MemoryBudget:
 def tokenizer_budget(run: TokenizerRun, zero: Zero, network: Network, judge: Network, perceptual: int) -> MemoryBudget:
     """Of the tokenizer's training. UserError where `codebook_group` does not divide the ranks."""
     states = engine_states(network.groups, zero)
-    judge_states = engine_states(judge.groups, judge_zero(zero))
     held = rehearse_tokenizer(run, keeps_gradients=states.keeps_gradients and zero.accumulation == 1)
     size = codebook_group_size(run, zero.world)
-    rows = FP32 * -(-run.quantizer.codebook_size // size) * run.quantizer.dim
-    copies = CODEBOOK_STATES if run.quantizer.kind in ("ibq", "vq") else 2
     tokens = run.train.micro_batch * run.model.tokens * size
     work = FP32 * TOKEN_TENSORS * tokens * run.quantizer.dim
     if run.quantizer.backend == "tiled" or run.quantizer.dim > 256:
         work += run.quantizer.tile_bytes or TILE
-    lpips = zero.weight_bytes * perceptual
     lines = [
-        *engine_lines("", states, ema_bytes(network, zero, run.ema_decay)),
-        *[_joined("discriminator, all states", engine_lines("", judge_states, 0))],
-        Line(f"codebook, 1/{size} of {copies} copies", copies * rows, copies * rows),
-        *([Line("LPIPS, frozen", lpips, lpips)] if perceptual else []),
+        *tokenizer_states(run, zero, network, judge, perceptual),
         Line("activations", held.peak, 0),
         Line("quantizer's work", work, 0),
     ]
     return _budget(lines, held.kept / run.train.micro_batch, states)
+
+
+def tokenizer_states(run: TokenizerRun, zero: Zero, network: Network, judge: Network, perceptual: int) -> list[Line]:
+    """What stands between the passes of the tokenizer's training. UserError as for `tokenizer_budget`."""
+    size = codebook_group_size(run, zero.world)
+    rows = FP32 * -(-run.quantizer.codebook_size // size) * run.quantizer.dim
+    copies = CODEBOOK_STATES if run.quantizer.kind in ("ibq", "vq") else 2
+    lpips = zero.weight_bytes * perceptual
+    return [
+        *engine_lines("", engine_states(network.groups, zero), ema_bytes(network, zero, run.ema_decay)),
+        _joined("discriminator, all states", engine_lines("", engine_states(judge.groups, judge_zero(zero)), 0)),
+        Line(f"codebook, 1/{size} of {copies} copies", copies * rows, copies * rows),
+        *([Line("LPIPS, frozen", lpips, lpips)] if perceptual else []),
+    ]
 
 
 def judge_zero(zero: Zero) -> Zero:

@@ -7,7 +7,8 @@ operator of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
@@ -16,13 +17,15 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ibq_scale.config.models import TransformerConfig
-from ibq_scale.config.run import TokenizerRun
+from ibq_scale.config.run import AnyRun, TokenizerRun
 from ibq_scale.losses.perceptual import Net, Perceptual
 from ibq_scale.models.autoencoder import Autoencoder
 from ibq_scale.models.discriminator import PatchDiscriminator
+from ibq_scale.models.initial import Uninitialized
 from ibq_scale.models.transformer import Transformer
 
 META = torch.device("meta")
+
 # Products that the quantizer's step needs: S once, then S and g Cᵀ, ∂S C and ∂Sᵀ z.
 STEP_PRODUCTS = 5
 # Products that backends do where whole rows are not at hand: S and p C for the sums, S for q̄, S for π, then S, g Cᵀ,
@@ -42,6 +45,13 @@ AR_FORMULA = (
 
 # Kernels that need a GPU, and the compiler, are no matter of the meta device.
 ANYWHERE = {"attention": "auto", "compile": False}
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Modules and tensors that are made inside have shapes and dtypes alone."""
+    with META, Uninitialized():
+        yield
 
 
 @dataclass(frozen=True)
@@ -105,7 +115,7 @@ def ar_executed(model: TransformerConfig) -> float:
 
 
 def _counted(config: TransformerConfig) -> float:
-    with META:
+    with on_meta():
         model = Transformer(config.model_copy(update=ANYWHERE))
         codes_BT, labels_B = torch.zeros((1, config.tokens), dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
     return count(lambda: model(codes_BT, labels_B))
@@ -141,6 +151,15 @@ def step_flops(run: TokenizerRun, *, backend: str, sharded: bool) -> StepFlops:
     )
 
 
+def training_flops(run: AnyRun) -> float:
+    """FLOPs that an image's share of a training step needs, of either stage: what MFU counts. A tokenizer's take
+    seconds to count.
+    """
+    if isinstance(run, TokenizerRun):
+        return step_flops(run, backend="triton", sharded=False).total
+    return ar_flops(run.model).total
+
+
 def count(call: Callable[[], Tensor]) -> float:
     """FLOPs of computing a tensor and going back from it."""
     with FlopCounterMode(display=False) as counter:
@@ -149,14 +168,14 @@ def count(call: Callable[[], Tensor]) -> float:
 
 
 def _autoencoder(run: TokenizerRun, image: Tensor) -> float:
-    with META:
+    with on_meta():
         model = Autoencoder(run.model.architecture(), run.quantizer.dim)
     return count(lambda: model.decode(model.encode(image)))
 
 
 def _discriminator(run: TokenizerRun, image: Tensor) -> float:
     """Three passes: real and fake for its own weights, and once for the generator, back to the picture."""
-    with META:
+    with on_meta():
         model = PatchDiscriminator(run.discriminator)
     own = count(lambda: model(image))
     model.requires_grad_(False)
@@ -176,7 +195,8 @@ def _perceptual(run: TokenizerRun, image: Tensor) -> float:
 @cache
 def perceptual_on_meta(net: Net, dtype: torch.dtype) -> Perceptual:
     """LPIPS without numbers. The random network is the same VGG as the real one, and reads no file."""
-    return Perceptual("random" if net == "vgg" else net, META, dtype)
+    with on_meta():
+        return Perceptual("random" if net == "vgg" else net, META, dtype)
 
 
 def _quantizer(run: TokenizerRun, backend: str, sharded: bool) -> tuple[float, float]:

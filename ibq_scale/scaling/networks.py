@@ -11,10 +11,10 @@ from torch import nn
 from ibq_scale.config.run import ARRun, TokenizerRun
 from ibq_scale.models.autoencoder import Autoencoder
 from ibq_scale.models.discriminator import PatchDiscriminator
+from ibq_scale.models.optimizers import adam, adamw
 from ibq_scale.models.transformer import Transformer
-from ibq_scale.scaling.flops import META, perceptual_on_meta
+from ibq_scale.scaling.flops import on_meta, perceptual_on_meta
 from ibq_scale.scaling.rehearse import compute_dtype
-from ibq_scale.train.engine import adam, adamw
 
 
 @dataclass(frozen=True)
@@ -32,21 +32,21 @@ class Network:
 
 def transformer(run: ARRun) -> Network:
     """Of stage 2."""
-    with META:
+    with on_meta():
         module = Transformer(run.model)
     return _network(module, _transformer_part, adamw(module, run.optimizer))
 
 
 def autoencoder(run: TokenizerRun) -> Network:
     """What stage 1's first engine trains."""
-    with META:
+    with on_meta():
         module = Autoencoder(run.model, run.quantizer.dim)
     return _network(module, _autoencoder_part, adam(module.parameters(), run.optimizer))
 
 
 def discriminator(run: TokenizerRun) -> Network:
     """What stage 1's second engine trains."""
-    with META:
+    with on_meta():
         module = PatchDiscriminator(run.discriminator)
     return _network(module, lambda _: "discriminator", adam(module.parameters(), run.optimizer))
 

@@ -20,7 +20,7 @@ from ibq_scale.models.autoencoder import Autoencoder, image_of, tokens_of
 from ibq_scale.models.discriminator import PatchDiscriminator
 from ibq_scale.models.head import chunk_tokens
 from ibq_scale.models.transformer import Transformer
-from ibq_scale.scaling.flops import ANYWHERE, META, perceptual_on_meta
+from ibq_scale.scaling.flops import ANYWHERE, on_meta, perceptual_on_meta
 from ibq_scale.scaling.memory import Allocations, as_on_cuda
 
 
@@ -34,7 +34,7 @@ class Held:
 
 def rehearse_ar(run: ARRun, *, keeps_gradients: bool) -> Held:
     """A micro-batch of the transformer, without the chunk of logits that the loss has at a time."""
-    with META:
+    with on_meta():
         model = Transformer(run.model.model_copy(update=ANYWHERE)).to(compute_dtype(run))
         codes_BT = torch.zeros((run.train.micro_batch, run.model.tokens), dtype=torch.int64)
         labels_B = torch.zeros(run.train.micro_batch, dtype=torch.int64)
@@ -50,7 +50,7 @@ def logit_bytes(run: ARRun) -> int:
 def rehearse_tokenizer(run: TokenizerRun, *, keeps_gradients: bool) -> Held:
     """A micro-batch of the tokenizer as `TokenizerTask` runs it, without the quantizer, which is counted by formula."""
     dtype = compute_dtype(run)
-    with META:
+    with on_meta():
         model = Autoencoder(run.model.model_copy(update={"compile": False}), run.quantizer.dim).to(dtype)
         judge = PatchDiscriminator(run.discriminator).to(dtype)
         images = torch.zeros((run.train.micro_batch, 3, run.model.resolution, run.model.resolution))

@@ -14,13 +14,14 @@ from ibq_scale.config.run import ARRun
 from ibq_scale.data.sets import DataSets
 from ibq_scale.data.stream import CodeBatch, code_stream
 from ibq_scale.distributed.world import World
+from ibq_scale.models.optimizers import adamw
 from ibq_scale.pretrained.loading import CONFIG, config_text
 from ibq_scale.train.alarms import Rule, Spike
 from ibq_scale.train.averaged import averaged_transformer
 from ibq_scale.train.codes import HeldOut, check_codes
 from ibq_scale.train.construction import build_transformer
 from ibq_scale.train.ema import ShardedEMA
-from ibq_scale.train.engine import adamw, gradient_norm, make_engine, set_rates, step
+from ibq_scale.train.engine import gradient_norm, make_engine, set_rates, step
 from ibq_scale.train.engine_state import engine_file, load_engine
 from ibq_scale.train.randomness import seed_by_position
 from ibq_scale.train.sample_grid import SampleGrid

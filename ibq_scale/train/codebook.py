@@ -17,10 +17,10 @@ from ibq_scale.checkpoint.pieces import Piece, PieceReader, piece_file
 from ibq_scale.config.batch import codebook_group_size
 from ibq_scale.config.run import TokenizerRun
 from ibq_scale.distributed.world import World
+from ibq_scale.models.optimizers import adam
 from ibq_scale.pretrained.loading import CODEBOOK, codebook_part, codebook_to_start_from
 from ibq_scale.quantize.collectives import Group, Shards, gather_rows
 from ibq_scale.quantize.quantizer import initial_codebook, rows_of
-from ibq_scale.train.engine import adam
 from ibq_scale.train.engine_state import MOMENTS
 from ibq_scale.train.projection import Projection
 

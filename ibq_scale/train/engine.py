@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-
-from ibq_scale.config.run import OptimizerConfig
 
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast", "reduce", "reduce_scatter_tensor")
 
@@ -46,27 +44,6 @@ def discriminator_config(config: dict[str, Any]) -> dict[str, Any]:
     """The discriminator is small: ZeRO-1 whatever the generator uses (0 stays 0), and never clipped."""
     stage = min(1, config.get("zero_optimization", {}).get("stage", 0))
     return config | {"zero_optimization": {"stage": stage}, "gradient_clipping": 0.0}
-
-
-def adam(parameters: Iterable[nn.Parameter], settings: OptimizerConfig) -> torch.optim.Optimizer:
-    """Adam without decay, as the published tokenizer is trained."""
-    return torch.optim.Adam(parameters, lr=settings.lr, betas=settings.betas, eps=settings.eps)
-
-
-def adamw(module: nn.Module, settings: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW that decays matrices only: norms, biases and embeddings stay out of it, in schedules too."""
-    embeddings = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    decayed: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
-    for parameter in module.parameters():
-        # Under ZeRO-3 a rank's own part has lost the shape.
-        ndim = len(getattr(parameter, "ds_shape", parameter.shape))
-        (free if ndim < 2 or id(parameter) in embeddings else decayed).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": settings.weight_decay},
-        {"params": free, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr, betas=settings.betas, eps=settings.eps)
 
 
 def step(engine: Any) -> bool:

@@ -89,7 +89,11 @@ class MetricsLog:
         left = (self.total_steps - step) * values["step_s"]
         parts = [f"step {step:>{width}}/{self.total_steps}"]
         parts += [f"{name} {values[name]:.4g}" for name in shown if name in values]
-        parts += [f"{rate:.1f} img/s", f"wait {100 * values['data_wait']:.0f} %", f"ETA {duration(left)}"]
+        parts += [f"{rate:.1f} img/s"]
+        if "mfu" in values:
+            parts.append(f"MFU {100 * values['mfu']:.1f} %")
+        parts += [f"wait {100 * values['data_wait']:.0f} %", f"mem {values['memory_bytes'] / 1e9:.1f} GB"]
+        parts.append(f"ETA {duration(left)}")
         if values.get("save_stall_s", 0.0) >= SHOWN_STALL_SECONDS:
             parts.append(f"stood still {values['save_stall_s']:.1f} s for a save")
         return "  ".join(parts)

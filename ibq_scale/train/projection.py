@@ -17,7 +17,7 @@ from ibq_scale.checkpoint.files import StateFile, TensorFile
 from ibq_scale.config.run import TokenizerRun
 from ibq_scale.distributed.world import World
 from ibq_scale.models.ema import EMA
-from ibq_scale.train.engine import adam
+from ibq_scale.models.optimizers import adam
 
 FILE = "projection.safetensors"
 

@@ -33,9 +33,9 @@ from ibq_scale.distributed.node_check import check_nodes
 from ibq_scale.distributed.side_channel import SideChannel
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
-from ibq_scale.models.attention import choose, describe
 from ibq_scale.report.compare import write_report
 from ibq_scale.train.attempts import add_unnoticed
+from ibq_scale.train.opening import opening
 from ibq_scale.train.preemption import REQUEUE_EXIT_CODE, StopRequest
 from ibq_scale.train.run_lock import locked
 from ibq_scale.train.task import Task
@@ -62,7 +62,7 @@ def train(config: AnyRun, world: World, stop: StopRequest) -> int:
     the same run directory. Any other error carries a note on where its traceback is.
     """
     require_complete(config)
-    accumulation = accumulation_steps(config.train, world.size)
+    accumulation_steps(config.train, world.size)
     run_dir = Path(config.run_dir)
     try:
         with locked(run_dir, world):
@@ -72,7 +72,7 @@ def train(config: AnyRun, world: World, stop: StopRequest) -> int:
                     add_unnoticed(run_dir)
             # Before anything else is read or written there, or waited for.
             hosts = check_nodes(world, SideChannel(world), run_dir, _cache_dir(config), partial(_ask_stores, config))
-            return _train(config, run_dir, world, accumulation, stop, hosts)
+            return _train(config, run_dir, world, stop, hosts)
     except UserError:
         raise
     except Exception as e:
@@ -83,7 +83,7 @@ def train(config: AnyRun, world: World, stop: StopRequest) -> int:
         raise
 
 
-def _train(config: AnyRun, run_dir: Path, world: World, accumulation: int, stop: StopRequest, hosts: list[str]) -> int:
+def _train(config: AnyRun, run_dir: Path, world: World, stop: StopRequest, hosts: list[str]) -> int:
     with closing(
         CheckpointFolder(run_dir / "checkpoints", world, Retention.of(config.train), Mirror.of(config.train.mirror))
     ) as checkpoints:
@@ -98,7 +98,7 @@ def _train(config: AnyRun, run_dir: Path, world: World, accumulation: int, stop:
             checkpoints.start_mirror()
             checkpoints.finish_mirror()
             return 0
-        outcome = _watched(config, world, accumulation, stop, checkpoints, resume_from, hosts)
+        outcome = _watched(config, world, stop, checkpoints, resume_from, hosts)
         # Unwatched, since it may take its time: but a signal leaves little. The next start sends the rest.
         checkpoints.finish_mirror(STOPPED_MIRROR_SECONDS if outcome.stopped else None)
     if not outcome.saved:
@@ -119,7 +119,6 @@ def _train(config: AnyRun, run_dir: Path, world: World, accumulation: int, stop:
 def _watched(
     config: AnyRun,
     world: World,
-    accumulation: int,
     stop: StopRequest,
     checkpoints: CheckpointFolder,
     resume_from: Checkpoint | None,
@@ -136,9 +135,10 @@ def _watched(
         if resume_from is not None:
             check_same_data(config, resume_from, sets.hash)
         watchdog.report("building")
-        first_line = summary(config, world, accumulation, resume_from)
+        begin = f"resuming from {resume_from.path}" if resume_from else "starting"
+        said = opening(config, world, hosts, sets, begin)
         task = _make_task(config, world, sets)
-        _say(world, first_line)
+        _say(world, said)
         return Trainer(config, task, world, sets, checkpoints, watchdog).run(resume_from, stop)
 
 
@@ -263,27 +263,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def summary(config: AnyRun, world: World, accumulation: int, resume_from: Checkpoint | None) -> str:
-    """What a run says first. UserError where it asks for an attention kernel that cannot be had here."""
-    train = config.train
-    begin = f"resuming from {resume_from.path}" if resume_from else "starting"
-    return (
-        f"{config.name}: {begin}; {train.total_steps} steps of {train.global_batch} = {train.micro_batch} micro × "
-        f"{accumulation} accumulation × {world.size} ranks; {train.precision}, DeepSpeed {config.deepspeed.config}; "
-        f"{_kernels(config, world)}"
-        f"data {', '.join(config.data.sources)}; run directory {config.run_dir}"
-    )
-
-
-def _kernels(config: AnyRun, world: World) -> str:
-    """What computes attention and products. UserError where the kind that is asked for cannot be had."""
-    if isinstance(config, TokenizerRun):
-        return ""
-    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    kind = choose(config.model.attention, world.device, dtype, config.model.head_dim)
-    return f"attention {describe(kind, world.device)}; " + "linear layers in fp8; " * config.model.fp8
 
 
 def _say(world: World, message: str) -> None:

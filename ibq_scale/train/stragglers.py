@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ibq_scale.distributed.memory import peak_bytes
 from ibq_scale.distributed.waiting import CollectiveClock
 from ibq_scale.distributed.world import World
 
@@ -47,18 +48,19 @@ class Stragglers:
         self._steps += 1
 
     def compare(self, data_seconds: float) -> tuple[dict[str, float], list[str]]:
-        """Metrics over the ranks since the last call, and a line for each straggler. Collective: three floats a rank.
+        """Metrics over the ranks since the last call, and a line for each straggler. Collective: four floats a rank.
 
         `data_seconds`: this rank's, of its steps, waiting for data.
         """
         steps = max(1, self._steps)
-        mine = [max(0.0, self._seconds) / steps, data_seconds / steps, _probe(self._world.device)]
+        device = self._world.device
+        mine = [max(0.0, self._seconds) / steps, data_seconds / steps, _probe(device), float(peak_bytes(device))]
         self._seconds, self._steps = 0.0, 0
-        here = torch.tensor(mine, device=self._world.device, dtype=torch.float32)
-        ranks = torch.empty(self._world.size * 3, device=self._world.device)
+        here = torch.tensor(mine, device=device, dtype=torch.float32)
+        ranks = torch.empty(self._world.size * len(mine), device=device)
         dist.all_gather_into_tensor(ranks, here)
-        own, data, probe = ranks.cpu().view(-1, 3).T.contiguous()
-        values = _quantiles("own_step_s", own)
+        own, data, probe, memory = ranks.cpu().view(-1, len(mine)).T.contiguous()
+        values = _quantiles("own_step_s", own) | {"memory_bytes": float(memory.max())}
         if bool(probe.any()):
             values |= _quantiles("probe_s", probe)
         return values, self.judge(own.tolist(), data.tolist(), probe.tolist())

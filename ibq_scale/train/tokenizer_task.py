@@ -31,6 +31,7 @@ from ibq_scale.losses.adversarial import (
 from ibq_scale.losses.perceptual import Perceptual
 from ibq_scale.models.autoencoder import TokenizerModel, tokens_of
 from ibq_scale.models.discriminator import PatchDiscriminator
+from ibq_scale.models.optimizers import adam
 from ibq_scale.pictures import reconstruction_grid
 from ibq_scale.pretrained.loading import CONFIG, config_text, start_from
 from ibq_scale.quantize.types import Quantized
@@ -38,7 +39,7 @@ from ibq_scale.train.alarms import Above, Drop, Rule, Spike
 from ibq_scale.train.averaged import averaged_tokenizer
 from ibq_scale.train.codebook import ShardedCodebook
 from ibq_scale.train.ema import ShardedEMA
-from ibq_scale.train.engine import adam, discriminator_config, gradient_norm, make_engine, set_rates, step
+from ibq_scale.train.engine import discriminator_config, gradient_norm, make_engine, set_rates, step
 from ibq_scale.train.engine_state import engine_file, load_engine
 from ibq_scale.train.guards import BadSamples
 from ibq_scale.train.held_out import HeldOutImages

@@ -27,6 +27,7 @@ from ibq_scale.train.once import SeenOnce
 from ibq_scale.train.preemption import StopRequest
 from ibq_scale.train.stragglers import Stragglers
 from ibq_scale.train.task import StepMetrics, Task, Validation
+from ibq_scale.train.utilization import Utilization
 from ibq_scale.train.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -98,6 +99,7 @@ class Trainer:
         self.once = SeenOnce(sets, config.train.seed, world)
         self.skipped = SkippedSteps(config.train.skipped_steps, world)
         self.alarms = Alarms(task.alarms)
+        self.utilization = Utilization.of(config, world)
         self._logged: dict[str, float] = {}
         self._stall = 0.0
 
@@ -137,6 +139,8 @@ class Trainer:
                 spread, alarms = stragglers.compare(batches.waited)
                 values = window.close(self.world, train.global_batch) | rates | self.task.log_metrics() | spread
                 values |= validation.values
+                if self.utilization is not None:
+                    values["mfu"] = self.utilization.mfu(values["samples_per_s"])
                 values["save_stall_s"], self._stall = self._stall, 0.0
                 _check_finite(values, step)
                 self._logged = values

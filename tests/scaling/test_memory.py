@@ -155,7 +155,8 @@ def _everything() -> list[torch.Tensor]:
 def _allocated(rank: int, world: int, config: str, precision: str) -> dict[str, int]:
     """Bytes of this rank's optimizer by kind, and the most alive within a step beyond what was before the engine."""
     from ibq_scale.config.deepspeed import deepspeed_config
-    from ibq_scale.train.engine import adamw, make_engine, step
+    from ibq_scale.models.optimizers import adamw
+    from ibq_scale.train.engine import make_engine, step
 
     run = _zero_run(config, precision)
     before = storage_bytes(_everything())

@@ -5,14 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from ibq_scale.checkpoint.reading import Checkpoint
 from ibq_scale.config.layers import resolve
 from ibq_scale.config.run import ARRun, TokenizerRun
-from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
-from ibq_scale.train.run import check_same_run, summary
+from ibq_scale.train.run import check_same_run
 
 
 def _run(*overrides: str) -> TokenizerRun:
@@ -47,11 +45,3 @@ def test_a_transformer_goes_on_computed_otherwise_and_not_as_another() -> None:
         check_same_run(_ar("model.kv_heads=2"), checkpoint)
     with pytest.raises(UserError, match="'model' has conditioning=adaln there and prefix here"):
         check_same_run(_ar("model.conditioning=prefix"), checkpoint)
-
-
-def test_what_computes_attention_is_told_at_the_start_or_refused() -> None:
-    world = World(0, 1, 0, torch.device("cpu"))
-    assert "; attention sdpa (torch); " in summary(_ar(), world, 1, None)
-    assert "attention" not in summary(_run(), world, 1, None)
-    with pytest.raises(UserError, match=r"model\.attention=flash3 needs a CUDA device, this is cpu"):
-        summary(_ar("model.attention=flash3"), world, 1, None)

@@ -1,0 +1,16 @@
+"""How much memory this process has taken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Highest memory so far: of the allocator on a GPU, of the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Not ru_maxrss: that one survives exec and would tell of the parent.
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024

@@ -1,0 +1,32 @@
+"""How well a run uses its GPUs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ibq_scale.config.run import AnyRun
+from ibq_scale.distributed.world import World
+from ibq_scale.scaling.devices import known_peak
+from ibq_scale.scaling.flops import training_flops
+
+
+@dataclass(frozen=True)
+class Utilization:
+    """`flops`: that an image's training needs. `peak`: FLOP/s in bf16 of all GPUs, by their data sheet."""
+
+    flops: float
+    peak: float
+
+    @staticmethod
+    def of(config: AnyRun, world: World) -> Utilization | None:
+        """None where no peak is known: on CPUs, in fp32, for a GPU that is not in the table (`scaling.devices`)."""
+        if world.device.type != "cuda" or config.train.precision != "bf16":
+            return None
+        peak = known_peak(torch.cuda.get_device_name(world.device))
+        return None if peak is None else Utilization(training_flops(config), peak * world.size)
+
+    def mfu(self, images_per_s: float) -> float:
+        """Model FLOPs utilization (PaLM, arXiv 2204.02311, appendix B), in 0 … 1."""
+        return self.flops * images_per_s / self.peak
