@@ -36,7 +36,7 @@ SMALL_AR = (
 )
 
 
-def write_codes(folder: Path, seed: int = 0, tokenizer: str = "t" * 64) -> None:
+def write_codes(folder: Path | str, seed: int = 0, tokenizer: str = "t" * 64) -> None:
     """Three shards of 20 samples, 4 × 4 codes of 40 each, of three classes that the codes tell."""
     from ibq_scale.data.codes import CodeShard, finish_codes, write_code_shard
     from ibq_scale.data.manifest import CodesInfo

@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError
 from ibq_scale.config.base import Section
 from ibq_scale.config.layers import explain
 from ibq_scale.config.models import PositiveInt
+from ibq_scale.config.secrets import refuse_secrets
 from ibq_scale.errors import UserError
 
 PATH_VARIABLE = "IBQ_SCALE_CLUSTERS"
@@ -82,6 +83,8 @@ def load_profile(name: str | None) -> tuple[str | None, Profile]:
         hint = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(map(str, profiles))}"
         raise UserError(f"{path} has no profile '{chosen}': {hint}")
     try:
-        return str(chosen), Profile.model_validate(profiles[chosen] or {})
+        profile = Profile.model_validate(profiles[chosen] or {})
     except ValidationError as e:
         raise UserError(explain(e.errors()[0], Profile, f"{path}, {chosen}")) from None
+    refuse_secrets(profile.env, profile.setup, f"{path}, {chosen}")
+    return str(chosen), profile

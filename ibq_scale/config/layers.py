@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
 
 from ibq_scale.config.run import AnyRun, ARRun, TokenizerRun
+from ibq_scale.config.secrets import refuse_credentials
 from ibq_scale.errors import UserError
 
 Task = Literal["tokenizer", "ar"]
@@ -58,10 +59,24 @@ def resolve(source: str, overrides: Sequence[str] = (), task: Task | None = None
 
 def validate(schema: type[TokenizerRun] | type[ARRun], values: Mapping[str, Any], source: str) -> AnyRun:
     """Checks plain values against a schema; UserError with one line a fault."""
+    for value in _texts(values):
+        refuse_credentials(value)
     try:
         return schema.model_validate(values)
     except ValidationError as e:
         raise UserError("\n".join(explain(err, schema, source) for err in e.errors())) from None
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All strings in nested values."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _texts(inner)
+    elif isinstance(value, Sequence):
+        for inner in value:
+            yield from _texts(inner)
 
 
 def require_complete(config: AnyRun) -> None:

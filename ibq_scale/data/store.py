@@ -24,6 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
+from ibq_scale.config.secrets import refuse_credentials
 from ibq_scale.data.multipart import Content, parallel, send_parts
 from ibq_scale.data.s3_errors import ANONYMOUS, PastEndError, ShortReadError, denied, fault, first_line
 from ibq_scale.errors import UserError
@@ -455,6 +456,7 @@ def _too_short(name: str, stop: int) -> UserError:
 
 def open_store(url: str) -> Store:
     """The store at a plain path, ``file://`` path or ``s3://bucket/prefix``. Nothing is read yet."""
+    refuse_credentials(url)
     if url.startswith("s3://"):
         return S3Store(url)
     scheme, separator, rest = url.partition("://")

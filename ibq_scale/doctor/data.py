@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 
+from ibq_scale.config.secrets import without_credentials
 from ibq_scale.data.manifest import ShardInfo
 from ibq_scale.data.multipart import parallel
 from ibq_scale.data.store import DOWNLOAD_CHUNK, Store, open_store
@@ -34,7 +35,7 @@ def store(subject: Subject) -> list[Line]:
         return [fail("data", f"{source.url}: {whole}, but {shard.name} is missing", todo)]
     rate = read / seconds
     samples = rate / (shard.bytes / shard.samples)
-    endpoint = os.environ.get("AWS_ENDPOINT_URL", "") if not source.local else "a folder here"
+    endpoint = without_credentials(os.environ.get("AWS_ENDPOINT_URL", "")) if not source.local else "a folder here"
     at = f" at {endpoint}" if endpoint and not source.local else ""
     seen = f"{source.url}{at}: {whole}; one shard at {rate / 1e6:,.0f} MB/s = {samples:,.0f} samples/s"
     if read < TELLING:

@@ -1,0 +1,48 @@
+"""Secrets stay in the environment and in the files that AWS's, W&B's and Hugging Face's own tools read: what is written
+into configs, batch scripts, run directories and reports is for others to see. No message here repeats one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from ibq_scale.errors import UserError
+
+# WANDB_API_KEY, HF_TOKEN, AWS_SECRET_ACCESS_KEY, DB_PASSWORD …
+SECRET_NAME = re.compile(r"(?:^|_)(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(?:_|$)", re.IGNORECASE)
+ASSIGNMENT = re.compile(r"\b([A-Za-z_][A-Za-z0-9_]*)=([\"']?)([^\s\"';]+)")
+
+
+def is_secret(variable: str, value: str) -> bool:
+    """Whether this looks like a secret in plain words; ``$NAME`` and ``$(cat file)`` are none."""
+    return bool(SECRET_NAME.search(variable)) and bool(value) and not value.lstrip("\"'").startswith(("$", "`"))
+
+
+def refuse_secrets(variables: Mapping[str, str], lines: tuple[str, ...], where: str) -> None:
+    """UserError where one of `variables`, or a shell line that sets one, holds a secret."""
+    set_by_lines = [(found[1], found[3]) for line in lines for found in ASSIGNMENT.finditer(line)]
+    for name, value in [*variables.items(), *set_by_lines]:
+        if is_secret(name, value):
+            raise UserError(
+                f"{where}: {name} is a secret, and batch scripts are kept in the run directory for all to read. Export "
+                f"it in the shell that submits (Slurm takes the environment along), or read it there: {name}=$(cat …)"
+            )
+
+
+def refuse_credentials(url: str) -> None:
+    """UserError where an address holds a user or a password."""
+    scheme, separator, rest = url.partition("://")
+    head = rest.partition("/")[0]
+    # A key may have a slash itself.
+    if separator and ("@" in head or (":" in head and "@" in rest)):
+        raise UserError(
+            f"{scheme}://…@{rest.rpartition('@')[2]}: an address holds no credentials, since it is written into "
+            f"configs and logs. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment, or AWS_PROFILE"
+        )
+
+
+def without_credentials(url: str) -> str:
+    """The address of a server, without user and password."""
+    scheme, separator, rest = url.partition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2]}"
