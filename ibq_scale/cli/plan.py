@@ -118,6 +118,8 @@ def _print(plan: Plan, fitting: int | None, mends: Sequence[Switch]) -> None:
         print(f"  largest micro-batch that fits: {fitting or 'none'}")
     for mend in mends:
         print(f"  would fit with {' '.join(mend.words)}: {_gb(mend.peak)}")
+    if plan.fits is False and not mends:
+        print("  no switch, and no two of them, make it fit: take more GPUs (--gpus, --nodes) or a smaller model")
     _print_communication(plan)
     print(f"\ncheckpoint, each{'':<20}{_gb(plan.checkpoint_bytes):>10}{_gb(plan.storage_bytes):>12} kept at the most")
     _print_time(plan)
