@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,20 @@ def write_pictures(root: Path, seed: int = 0) -> None:
             size = (40 + 4 * i, 48)
             picture = Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC)
             picture.save(root / name / f"{i}.{'png' if i % 4 == 3 else 'jpg'}")
+
+
+def damaged_copy(dataset: str, folder: Path, rows: list[int]) -> Path:
+    """A copy whose first shard has a wrong byte inside these samples."""
+    from ibq_scale.data.index import ShardIndex, index_name
+
+    shutil.copytree(dataset, folder)
+    tar = folder / "images-000000.tar"
+    members = ShardIndex.from_json((folder / index_name(tar.name)).read_text()).members
+    content = bytearray(tar.read_bytes())
+    for row in rows:
+        content[members[row].offset + 20] ^= 1
+    tar.write_bytes(content)
+    return folder
 
 
 # A transformer for the codes of `write_codes`.

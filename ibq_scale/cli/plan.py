@@ -119,6 +119,8 @@ def _print(plan: Plan, fitting: int | None, mends: Sequence[Switch]) -> None:
         print(f"  largest micro-batch that fits: {fitting or 'none'}")
     for mend in mends:
         print(f"  would fit with {' '.join(mend.words)}: {gigabytes(mend.peak)}")
+    if plan.fits is False and not mends:
+        print("  no switch, and no two of them, make it fit: take more GPUs (--gpus, --nodes) or a smaller model")
     _print_communication(plan)
     each, kept = gigabytes(plan.checkpoint_bytes), gigabytes(plan.storage_bytes)
     print(f"\ncheckpoint, each{'':<20}{each:>10}{kept:>12} kept at the most")

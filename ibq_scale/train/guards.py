@@ -94,8 +94,8 @@ class SkippedSteps:
         if recent > self.budget:
             raise TooManySkippedStepsError(
                 f"{text}. That makes {recent} of the last {PERIOD} steps, train.skipped_steps allows {self.budget}: go "
-                f"on from the newest checkpoint with a lower optimizer.lr; 'ibq-scale data trace RUN --step {step}' "
-                f"names all samples"
+                f"on from the newest checkpoint with a lower optimizer.lr, and where that stops again, from the one "
+                f"before; 'ibq-scale data trace RUN --step {step}' names all samples"
             )
 
     def state(self) -> list[StateFile]:

@@ -77,6 +77,8 @@ def train(config: AnyRun, world: World, stop: StopRequest) -> int:
         raise
     except Exception as e:
         stop.leave_if_due()
+        if isinstance(e, torch.OutOfMemoryError):
+            e.add_note(f"('ibq-scale plan {run_dir}/config.yaml --device GPU --gpus N' names settings that would fit)")
         if (path := _log_path(run_dir, world)).is_file():
             log.exception("the run ends")
             e.add_note(f"(traceback in {path})")

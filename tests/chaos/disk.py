@@ -16,7 +16,7 @@ from ibq_scale.data.sets import DataSets, open_sets
 from tests.chaos.scenario import KEPT
 
 # Of a line of metrics.jsonl: what depends on the clock or on how a run was cut, and not on what it computes.
-OF_THE_CLOCK = ("time", "step_s", "samples_per_s", "data_wait", "save_stall_s", "alarms")
+OF_THE_CLOCK = ("time", "step_s", "samples_per_s", "data_wait", "save_stall_s", "alarms", "memory_bytes")
 WORD = 2**64
 
 

@@ -43,6 +43,7 @@ from ibq_scale.data.stream import (
     validation_images,
 )
 from ibq_scale.errors import UserError
+from tests.samples import damaged_copy
 
 GLOBAL, MICRO = 8, 2
 
@@ -295,22 +296,11 @@ def test_requests_of_a_batch_wait_together(
     assert torch.equal(batch.images_u8, expected.images_u8)
 
 
-def _damaged(dataset: str, folder: Path, rows: list[int]) -> Path:
-    """A copy whose first shard has a wrong byte inside these samples."""
-    shutil.copytree(dataset, folder)
-    tar = folder / "images-000000.tar"
-    content = bytearray(tar.read_bytes())
-    for row in rows:
-        content[load_index(folder).members[row].offset + 20] ^= 1
-    tar.write_bytes(content)
-    return folder
-
-
 def test_a_damaged_sample_is_replaced_by_its_neighbour_on_any_number_of_ranks(
     dataset: str, config: DataConfig, tmp_path: Path
 ) -> None:
     plain = config.model_copy(update={"augment": "center_crop", "flip": False})
-    damaged = plain.model_copy(update={"train": str(_damaged(dataset, tmp_path / "store", [1]))})
+    damaged = plain.model_copy(update={"train": str(damaged_copy(dataset, tmp_path / "store", [1]))})
     order = open_sets(plain, "images").order(5)
     bad, neighbour = (next(p for p in range(24) if order.locate(p)[2:] == (0, row)) for row in (1, 2))
     streams = {world: [batch for rank in range(world) for batch in _stream(damaged, rank, world)] for world in (1, 2)}
@@ -328,13 +318,13 @@ def test_a_damaged_sample_is_replaced_by_its_neighbour_on_any_number_of_ranks(
 
 def test_a_shard_without_one_good_sample_stops(dataset: str, config: DataConfig, tmp_path: Path) -> None:
     rows = list(range(len(load_index(Path(dataset)).members)))
-    damaged = config.model_copy(update={"train": str(_damaged(dataset, tmp_path / "store", rows))})
+    damaged = config.model_copy(update={"train": str(damaged_copy(dataset, tmp_path / "store", rows))})
     with pytest.raises(BadSampleError, match="no sample of the shard is good"):
         _global(damaged, 1)
 
 
 def test_a_cache_takes_no_shard_that_has_changed(dataset: str, config: DataConfig, tmp_path: Path) -> None:
-    damaged = config.model_copy(update={"train": str(_damaged(dataset, tmp_path / "store", [2]))})
+    damaged = config.model_copy(update={"train": str(damaged_copy(dataset, tmp_path / "store", [2]))})
     with pytest.raises(UserError, match="is not what the manifest says"):
         _global(damaged.model_copy(update={"cache_dir": str(tmp_path / "cache")}), 1)
 

@@ -6,19 +6,27 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import dedent
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+# In a list, a block is indented.
+_BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 
 
-def blocks(page: Path, language: str) -> list[str]:
-    """The page's blocks of code in this language, in order."""
-    return [text for kind, text in _BLOCK.findall(page.read_text()) if kind == language]
+def blocks(page: Path | str, language: str) -> list[str]:
+    """The blocks of code in this language, in order, of a page or of a part of one."""
+    text = page.read_text() if isinstance(page, Path) else page
+    return [dedent(block) for _, kind, block in _BLOCK.findall(text) if kind == language]
 
 
-def commands(page: Path) -> Iterator[list[str]]:
-    """The words of every `ibq-scale` command in the page's bash blocks, without its name."""
+def sections(page: Path) -> list[str]:
+    """A page's parts, each from its heading of the second level to the next."""
+    return re.split(r"^## ", page.read_text(), flags=re.MULTILINE)[1:]
+
+
+def commands(page: Path | str) -> Iterator[list[str]]:
+    """The words of every `ibq-scale` command in the bash blocks of a page or a part of one, without its name."""
     for block in blocks(page, "bash"):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line, comments=True)

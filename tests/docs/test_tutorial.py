@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -31,6 +32,7 @@ def test_from_a_folder_of_pictures_to_samples(tmp_path: Path) -> None:
         assert (tmp_path / name).stat().st_size > 1000, name
     with np.load(tmp_path / "samples/samples.npz") as samples:
         assert samples["arr_0"].shape == (12, 64, 64, 3)
+    _metrics(tmp_path)
     _python_blocks(tmp_path)
 
 
@@ -39,6 +41,14 @@ def _run(words: list[str], folder: Path) -> None:
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, f"{' '.join(words)}: {done.stderr}"
+
+
+def _metrics(folder: Path) -> None:
+    """Every name in the runs' metrics is explained."""
+    page = (ROOT / "docs/metrics.md").read_text()
+    for log in folder.glob("runs/*/metrics.jsonl"):
+        names = {name for line in log.read_text().splitlines() for name in json.loads(line)}
+        assert {name for name in names if f"`{name}`" not in page} == set(), log
 
 
 def _python_blocks(folder: Path) -> None:

@@ -148,3 +148,5 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     for words in ("1.743 M", "AdaLN 2·E·(6L + 2)·E", "Adam's moments", "DOES NOT FIT", "ASSUMED: 45 %", "checkpoint"):
         assert words in said
+    # What CUDA takes alone is more than that.
+    assert "no switch, and no two of them, make it fit" in said

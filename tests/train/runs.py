@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from ibq_scale.distributed.environment import free_port
 
 SMALL = (
@@ -82,6 +84,12 @@ def wait_until(condition: Callable[[], bool], *processes: subprocess.Popen[str],
             assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def data_workers(trainer: int) -> list[psutil.Process]:
+    """Processes that read and decode for a rank, or for the ranks of a launcher."""
+    helpers = psutil.Process(trainer).children(recursive=True)
+    return [p for p in helpers if "forkserver" in " ".join(p.cmdline()) and not p.children()]
 
 
 def lines(run: Path) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from ibq_scale.train.metrics import MetricsLog
 from ibq_scale.train.task import Histogram
 from ibq_scale.train.usage import by_powers_of_two
 
-VALUES = {"loss": 1.5, "samples_per_s": 10.0, "step_s": 0.5, "data_wait": 0.01}
+VALUES = {"loss": 1.5, "samples_per_s": 10.0, "step_s": 0.5, "data_wait": 0.01, "memory_bytes": 2e9}
 PICTURE = torch.full((3, 5, 7), 200, dtype=torch.uint8)
 CHOICES = Histogram([5, 0, 3], [0, 1, 2, 4])
 

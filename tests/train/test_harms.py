@@ -10,11 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import pytest
 
 from ibq_scale.checkpoint.reading import newest_or_this, whole_checkpoints
-from tests.train.runs import ENDLESS, PATIENCE, each_rank, launched, lines, wait_until
+from tests.train.runs import ENDLESS, PATIENCE, data_workers, each_rank, launched, lines, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -115,8 +114,7 @@ def test_a_stopped_data_worker_is_ended_by_the_watchdog_and_its_rank_named(datas
     more = ("train.steps=100000", "data.workers=1", f"data.cache_dir={tmp_path / 'cache'}", "train.hang_timeout=20")
     with each_rank(dataset, run, *more) as ranks:
         wait_until(lambda: len(lines(run)) > 1, *ranks)
-        helpers = psutil.Process(ranks[1].pid).children(recursive=True)
-        (worker,) = [p for p in helpers if "forkserver" in " ".join(p.cmdline()) and not p.children()]
+        (worker,) = data_workers(ranks[1].pid)
         worker.suspend()
         said = ranks[0].communicate(timeout=PATIENCE)[1]
         assert (ranks[0].returncode, ranks[1].wait(60)) == (70, 70), said

@@ -13,7 +13,7 @@ from ibq_scale.console import duration
 from ibq_scale.train.metrics import MetricsLog
 from ibq_scale.train.task import Histogram
 
-VALUES = {"loss": 1.0, "samples_per_s": 10.0, "step_s": 0.5, "data_wait": 0.01}
+VALUES = {"loss": 1.0, "samples_per_s": 10.0, "step_s": 0.5, "data_wait": 0.01, "memory_bytes": 2.04e9}
 
 
 def _steps(path: Path) -> list[int]:
@@ -27,7 +27,7 @@ def test_a_resumed_run_drops_what_it_will_write_again(tmp_path: Path, capsys: py
         log.write(step, 16 * step, VALUES, ("loss",))
     log.close()
     said = capsys.readouterr().err.splitlines()
-    assert said[0] == "step  10/100  loss 1  10.0 img/s  wait 1 %  ETA 45s"
+    assert said[0] == "step  10/100  loss 1  10.0 img/s  wait 1 %  mem 2.0 GB  ETA 45s"
     with (tmp_path / "metrics.jsonl").open("a") as f:
         f.write('{"step": 40, "los')
     log = MetricsLog(tmp_path, config, 20)
@@ -37,6 +37,13 @@ def test_a_resumed_run_drops_what_it_will_write_again(tmp_path: Path, capsys: py
     assert _steps(tmp_path) == [10, 20, 30]
     times = [json.loads(line)["time"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert times == sorted(times), "a resumed run's clock goes on"
+
+
+def test_utilization_is_shown_where_it_is_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = MetricsLog(tmp_path, resolve("tokenizer/tiny", ["data.train=x", "train.steps=100"]).config, 0)
+    log.write(10, 160, VALUES | {"mfu": 0.4123}, ("loss",))
+    log.close()
+    assert "10.0 img/s  MFU 41.2 %  wait 1 %" in capsys.readouterr().err
 
 
 def test_a_long_stand_for_a_save_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.train.runs import ENDLESS, each_rank, words
+from tests.train.runs import ENDLESS, data_workers, each_rank, words
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -76,8 +76,7 @@ def test_dead_data_workers_end_the_run(dataset: str, tmp_path: Path) -> None:
     command = _command(dataset, run, "data.workers=1", f"data.cache_dir={tmp_path / 'cache'}", "--ranks", "2")
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     _steps(run, 2, process)
-    helpers = psutil.Process(process.pid).children(recursive=True)
-    workers = [p for p in helpers if "forkserver" in " ".join(p.cmdline()) and not p.children()]
+    workers = data_workers(process.pid)
     assert len(workers) == 2
     workers[0].kill()
     said = process.communicate(timeout=120)[1]
