@@ -94,6 +94,8 @@ class MetricsLog:
             parts.append(f"MFU {100 * values['mfu']:.1f} %")
         parts += [f"wait {100 * values['data_wait']:.0f} %", f"mem {values['memory_bytes'] / 1e9:.1f} GB"]
         parts.append(f"ETA {duration(left)}")
+        if values.get("skipped"):
+            parts.append(f"skipped {values['skipped']:.0f}")
         if values.get("save_stall_s", 0.0) >= SHOWN_STALL_SECONDS:
             parts.append(f"stood still {values['save_stall_s']:.1f} s for a save")
         return "  ".join(parts)

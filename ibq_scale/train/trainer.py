@@ -127,10 +127,11 @@ class Trainer:
         train, total, watchdog = self.config.train, self.config.train.total_steps, self.watchdog
         batches = _CountedBatches(self.task.batches(start * train.global_batch), self.once, watchdog)
         window = _Window(batches)
+        save_due = False
         for step in range(start + 1, total + 1):
             rates = self.task.set_rates((step - 1) * train.global_batch)
             with stragglers.step():
-                self._train(step, batches, window)
+                applied = self._train(step, batches, window)
             watchdog.step_ended(step)
             stopping = stop.agreed(self.world)
             # What is left of the time after a signal is for the checkpoint.
@@ -152,22 +153,26 @@ class Trainer:
                     )
             if metrics is not None:
                 metrics.show(step, validation.pictures)
-            if stopping or step == total or step % train.checkpoint_every == 0:
+            save_due |= step % train.checkpoint_every == 0
+            # Weights that have just gone bad skip every step from then on, and would take a good checkpoint's place.
+            if stopping or step == total or (save_due and applied):
                 watchdog.report("save")
                 self._save(step, window, metrics)
                 watchdog.report("step")
+                save_due = False
             if stopping:
                 return Outcome(step, stopped=step < total, saved=self.checkpoints.finish())
         return Outcome(total, stopped=False, saved=self.checkpoints.finish())
 
-    def _train(self, number: int, batches: _CountedBatches, window: _Window) -> None:
-        """One step; one that was skipped is no part of the metrics' means."""
+    def _train(self, number: int, batches: _CountedBatches, window: _Window) -> bool:
+        """One step, and whether it was applied; one that was skipped is no part of the metrics' means."""
         step = self.task.train_step(batches)
         requests = batches.requests()
         window.add(step.metrics if step.applied else {})
         if not step.applied:
             samples = [] if bool(step.finite) else [self.sets.name(*row[1:2], *row[3:]) for row in requests]
             self.skipped.note(number, samples)
+        return step.applied
 
     def _validate(self, step: int, window: _Window) -> Validation:
         begin = time.perf_counter()

@@ -120,8 +120,8 @@ def test_a_start_that_is_refused(runs: Runs, tmp_path: Path, capsys: pytest.Capt
 
 
 def test_a_loss_that_became_nan(runs: Runs, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The fifth step spoils the weights, and the sixth, which is skipped, is saved with them."""
-    diverging = ("train.steps=12", "train.checkpoint_every=2", "optimizer.lr=1e20", "train.skipped_steps=2")
+    """The fifth step spoils the weights, and is saved with them; those after it are skipped, and not saved."""
+    diverging = ("train.steps=12", "train.checkpoint_every=1", "optimizer.lr=1e20", "train.skipped_steps=2")
     said = runs.ends(1, run, *diverging)
     assert [line["skipped"] for line in lines(run)] == [0.0] * 5 + [1.0] * 2
     found = section("OVERFLOW! Skipping step", said)
@@ -135,6 +135,7 @@ def test_a_loss_that_became_nan(runs: Runs, run: Path, capsys: pytest.CaptureFix
     assert "It ends again at once, whatever the rate" in flat(found)
     assert "TooManySkippedStepsError" in runs.ends(1, run, *diverging, lower)
     newest = newest_or_this(run).path
+    assert newest.name == "step-00000005"
     (line,) = [line for block in blocks(found, "bash") for line in block.splitlines() if line.startswith("mv ")]
     subprocess.run(shlex.split(here(line, run=run, checkpoint=newest.name)), check=True)
     assert f"resuming from {run}/checkpoints/step-00000004" in runs.ends(0, run, *diverging, lower, "train.steps=8")

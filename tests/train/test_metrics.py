@@ -39,11 +39,15 @@ def test_a_resumed_run_drops_what_it_will_write_again(tmp_path: Path, capsys: py
     assert times == sorted(times), "a resumed run's clock goes on"
 
 
-def test_utilization_is_shown_where_it_is_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_utilization_and_skipped_steps_are_shown_where_there_are_any(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     log = MetricsLog(tmp_path, resolve("tokenizer/tiny", ["data.train=x", "train.steps=100"]).config, 0)
-    log.write(10, 160, VALUES | {"mfu": 0.4123}, ("loss",))
+    log.write(10, 160, VALUES | {"mfu": 0.4123, "skipped": 2.0}, ("loss",))
     log.close()
-    assert "10.0 img/s  MFU 41.2 %  wait 1 %" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "10.0 img/s  MFU 41.2 %  wait 1 %" in said
+    assert said.endswith("ETA 45s  skipped 2\n")
 
 
 def test_a_long_stand_for_a_save_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
