@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ibq_scale.quantize.backend import choose
 from ibq_scale.quantize.checks import not_finite
-from ibq_scale.quantize.collectives import Group, gather_rows, gather_uneven, rank_in, size_of
+from ibq_scale.quantize.collectives import Group, exchange_uneven, gather_uneven, rank_in, size_of
 from ibq_scale.quantize.product import Precision, product_into
 from ibq_scale.quantize.tiled import best_codes, scratch, tile_tokens
 
@@ -73,13 +73,13 @@ def best_rows(
     rescored = ambiguous_M.sum()
     if group is None:
         return Found(index_M, rescored)
-    # Shards are compared by exact scores: else a code's shard could decide.
-    top_WM = gather_rows(judge.exact(torch.arange(len(z_MD), device=z_MD.device), index_M)[None], group)
+    # Shards are compared by exact scores: else a code's shard could decide. Each rank gets those of its own tokens: all
+    # tokens' of all shards would be W² N of them.
+    top_WN = exchange_uneven(judge.exact(torch.arange(len(z_MD), device=z_MD.device), index_M), sizes, group)
     codes = rows_KD.shape[0]
-    index_WM = gather_rows((index_M + rank_in(group) * codes)[None], group)
-    best_M = torch.where(top_WM == top_WM.amax(dim=0), index_WM, size_of(group) * codes).amin(dim=0)
-    start = sum(sizes[: rank_in(group)])
-    return Found(best_M[start : start + len(z_ND)].clone(), rescored)
+    index_WN = exchange_uneven(index_M + rank_in(group) * codes, sizes, group)
+    best_N = torch.where(top_WN == top_WN.amax(dim=0), index_WN, size_of(group) * codes).amin(dim=0)
+    return Found(best_N, rescored)
 
 
 def _search_by_kernel(judge: _Judge, tile_bytes: int | None) -> tuple[Tensor, Tensor]:
