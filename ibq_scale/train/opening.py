@@ -104,10 +104,11 @@ def _data(config: AnyRun, sets: DataSets) -> list[str]:
 
 def _batch(config: AnyRun, world: World, sets: DataSets) -> str:
     train = config.train
+    epochs = train.total_samples / sets.samples
     return (
         f"{train.global_batch:,} = {train.micro_batch} micro × {accumulation_steps(train, world.size)} accumulation × "
         f"{world.size} ranks; {train.total_steps:,} steps, {train.total_samples:,} images "
-        f"({train.total_samples / sets.samples:.3g} epochs)"
+        f"({epochs:,.{0 if epochs >= 100 else 1}f} epochs)"
     )
 
 

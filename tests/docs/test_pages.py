@@ -63,6 +63,9 @@ def test_symptoms_are_in_the_words_that_the_program_uses() -> None:
         "THIS CHECKPOINT COULD NOT BE WRITTEN",
         "is less than the shards in use",
         "changed while it was read",
+        "failed first",
+        "killed by",
+        "no rank tells of a first cause",
     ):
         assert symptom in text, symptom
         assert symptom in CODE, symptom

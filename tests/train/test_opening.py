@@ -46,7 +46,7 @@ def test_of_a_tokenizer(dataset: str, tmp_path: Path) -> None:
     assert "1,024 codes × 16 (16.38 k), ibq; activation checkpointing" in said["model"][1]
     assert said["data"][0].startswith(f"{dataset}: 24 images, 3 classes, ")
     assert said["data"][1] == "validation /data/val: 5,000 at the most, every 10 steps"
-    assert said["batch"] == ["16 = 2 micro × 2 accumulation × 4 ranks; 30 steps, 480 images (20 epochs)"]
+    assert said["batch"] == ["16 = 2 micro × 2 accumulation × 4 ranks; 30 steps, 480 images (20.0 epochs)"]
     assert said["ranks"] == ["4 on 2 nodes (CPU); fp32, DeepSpeed zero2 (ZeRO-2); the codebook over groups of 2"]
     assert said["memory"][0].startswith("states ")
     assert f"{tmp_path}/run: metrics.jsonl" in said["files"][0]
