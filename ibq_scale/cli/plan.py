@@ -154,6 +154,8 @@ def _print_memory(budget: MemoryBudget) -> None:
     total = (budget.passes, budget.step, budget.host) if host else (budget.passes, budget.step)
     print(f"  {'together':<34}" + "".join(f"{gigabytes(cell):>10}" for cell in total))
     print(f"  {'of it kept for the way back, an image':<38}{gigabytes(budget.kept_per_image):>6}")
+    if budget.validation:
+        print(f"  {'in a validation, averaged weights and all':<44}{gigabytes(budget.validation):>10}")
 
 
 def _print_fit(plan: Plan) -> None:

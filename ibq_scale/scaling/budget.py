@@ -18,6 +18,7 @@ FRAGMENTATION = 0.05
 # Tensors of all gathered tokens (M, D) in fp32 within the quantizer's step: z, its gradient, the decoder's, p C.
 TOKEN_TENSORS = 4
 TILE = 1 << 30
+SCRATCH = "optimizer's scratch"
 CODEBOOK_STATES = 5  # rows, gradient, two moments, average
 
 
@@ -33,10 +34,13 @@ class Line:
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """`kept_per_image`: bytes that an image leaves for the backward pass."""
+    """`kept_per_image`: bytes that an image leaves for the backward pass. `validation`: most bytes between steps, with
+    a whole copy of the averaged weights; 0 where the run has none.
+    """
 
     lines: tuple[Line, ...]
     kept_per_image: float
+    validation: int
     notes: tuple[str, ...]
 
     @property
@@ -52,7 +56,7 @@ class MemoryBudget:
     @property
     def peak(self) -> int:
         """Most bytes of the GPU."""
-        return max(self.passes, self.step)
+        return max(self.passes, self.step, self.validation)
 
     @property
     def host(self) -> int:
@@ -76,7 +80,9 @@ def ar_budget(run: ARRun, zero: Zero, network: Network) -> MemoryBudget:
         Line("activations", held.peak, 0),
         Line("logits and loss", logits, 0),
     ]
-    return _budget(lines, held.kept / run.train.micro_batch, states)
+    shows = run.tokenizer is not None and run.validation.images > 0
+    copy = zero.weight_bytes * network.parameters if run.validation.data is not None or shows else 0
+    return _budget(lines, held.kept / run.train.micro_batch, copy, states)
 
 
 def tokenizer_budget(run: TokenizerRun, zero: Zero, network: Network, judge: Network, perceptual: int) -> MemoryBudget:
@@ -93,7 +99,9 @@ def tokenizer_budget(run: TokenizerRun, zero: Zero, network: Network, judge: Net
         Line("activations", held.peak, 0),
         Line("quantizer's work", work, 0),
     ]
-    return _budget(lines, held.kept / run.train.micro_batch, states)
+    whole = network.parameters + run.quantizer.codebook_size * run.quantizer.dim
+    copy = FP32 * whole if run.validation.data is not None else 0
+    return _budget(lines, held.kept / run.train.micro_batch, copy, states)
 
 
 def tokenizer_states(run: TokenizerRun, zero: Zero, network: Network, judge: Network, perceptual: int) -> list[Line]:
@@ -129,7 +137,7 @@ def engine_lines(prefix: str, states: States, ema: int) -> list[Line]:
         ("Adam's moments", "moments", "moments"),
         ("communication buckets", "buckets", "buckets"),
         ("ZeRO-3: whole weights in use", "gathered", ""),
-        ("optimizer's scratch", "", "step"),
+        (SCRATCH, "", "step"),
     ]
     lines = []
     for name, passes, step in fields:
@@ -160,7 +168,8 @@ def _joined(name: str, lines: Iterable[Line]) -> Line:
     return Line(name, sum(r.passes for r in rows), sum(r.step for r in rows), sum(r.host for r in rows))
 
 
-def _budget(lines: list[Line], kept_per_image: float, states: States) -> MemoryBudget:
+def _budget(lines: list[Line], kept_per_image: float, copy: int, states: States) -> MemoryBudget:
+    """`copy`: bytes of the averaged weights that a validation measures, whole on every rank."""
     moving = sum(line.passes for line in lines if line.name in ("activations", "logits and loss"))
     lines += [
         Line(f"fragmentation ({100 * FRAGMENTATION:.0f} % of activations)", int(FRAGMENTATION * moving), 0),
@@ -169,4 +178,5 @@ def _budget(lines: list[Line], kept_per_image: float, states: States) -> MemoryB
     notes = []
     if states.gradients > states.weights * 2 and states.places.get("gradients") != "host":
         notes.append("ZeRO-1 under bf16 keeps whole fp32 gradients on every GPU; zero2 shares them")
-    return MemoryBudget(tuple(lines), kept_per_image, tuple(notes))
+    standing = sum(line.step for line in lines if line.name != SCRATCH)
+    return MemoryBudget(tuple(lines), kept_per_image, standing + copy if copy else 0, tuple(notes))

@@ -143,6 +143,20 @@ def test_offloading_moves_states_to_the_host(capsys: pytest.CaptureFixture[str])
     assert there["host"] >= here["step"] - there["step"] > 0
 
 
+def test_a_validation_holds_the_averaged_weights_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("ar/tiny", "train.precision=bf16", "deepspeed.config=zero3", "train.global_batch=64", "--gpus", "8")
+    without = _plan(capsys, *words)
+    memory = _plan(capsys, *words, "validation.data=/data/held-out")["memory"]
+    assert without["memory"]["validation"] == 0
+    states = sum(line["step"] for line in memory["lines"] if line["name"] != "optimizer's scratch")
+    assert memory["validation"] == states + 2 * sum(without["parameters"].values())
+    assert memory["peak"] == max(memory["passes"], memory["step"], memory["validation"])
+    tokenizer = _plan(capsys, "tokenizer/tiny", "validation.data=/data/held-out")
+    generator = sum(n for part, n in tokenizer["parameters"].items() if part != "discriminator")
+    states = sum(line["step"] for line in tokenizer["memory"]["lines"] if line["name"] != "optimizer's scratch")
+    assert tokenizer["memory"]["validation"] == states + 4 * generator
+
+
 def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "ar/tiny", "train.precision=bf16", "--device", "l4", "--memory", "0.5"]) == 0
     said = capsys.readouterr().out
