@@ -34,8 +34,8 @@ def duration(seconds: float) -> str:
 
 
 def gigabytes(size: float) -> str:
-    """``3.08 GB`` or, where that is less than 0.01, ``7.25 MB`` (10⁹ and 10⁶ bytes)."""
-    return f"{size / 1e9:,.2f} GB" if size >= 1e7 else f"{size / 1e6:,.2f} MB"
+    """``3.08 GB``; ``87.25 MB`` where that is less than 0.1 (10⁹ and 10⁶ bytes)."""
+    return f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size / 1e6:,.2f} MB"
 
 
 def short(number: float) -> str:

@@ -78,4 +78,4 @@ def test_the_memory_is_that_of_the_plan(dataset: str, tmp_path: Path) -> None:
     passes = ("activations", "quantizer's work", "fragmentation", "CUDA, ")
     states = sum(line.passes for line in plan.memory.lines if not line.name.startswith(passes))
     said = _said("tokenizer/tiny", FOUR, *words)
-    assert said["memory"][0].startswith(f"states {states / 1e9:,.2f} GB a rank (")
+    assert said["memory"][0].startswith(f"states {states / 1e6:,.2f} MB a rank (")
