@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -44,3 +45,9 @@ def short(number: float) -> str:
         if number >= unit:
             return f"{number / unit:.4g}{name}"
     return f"{number:.4g}"
+
+
+def several(items: Sequence[str], most: int = 6) -> str:
+    """A list in words, cut short."""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + more

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ibq_scale.scaling.devices import known_peak
+from ibq_scale.train.utilization import sheet_peak
 
 TRIES_SECONDS = 2.0
 
@@ -31,9 +31,7 @@ class Reference:
 
 def reference(device: torch.device, dtype: torch.dtype) -> Reference:
     """Looks the device up, and measures a product on it."""
-    sheet = None
-    if device.type == "cuda" and dtype == torch.bfloat16:
-        sheet = known_peak(torch.cuda.get_device_name(device))
+    sheet = sheet_peak(device, dtype)
     side = 8192 if device.type == "cuda" else 1024
     return Reference(sheet, _best_product(device, dtype, side), side, str(dtype).removeprefix("torch."))
 

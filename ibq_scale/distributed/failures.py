@@ -18,7 +18,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ibq_scale.console import rank, tell
+from ibq_scale.console import rank, several, tell
 from ibq_scale.errors import UserError
 
 # Names the folder, for ranks whose starter will ask. Others tell of themselves.
@@ -156,5 +156,4 @@ def _place(failure: Failure) -> str:
 
 
 def _ranks(ranks: Sequence[int]) -> str:
-    more = f" and {len(ranks) - NAMED} more" if len(ranks) > NAMED else ""
-    return f"rank{'s' * (len(ranks) > 1)} " + ", ".join(map(str, sorted(ranks)[:NAMED])) + more
+    return f"rank{'s' * (len(ranks) > 1)} {several([*map(str, sorted(ranks))], NAMED)}"

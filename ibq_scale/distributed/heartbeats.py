@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ibq_scale.console import several
 from ibq_scale.distributed.side_channel import SideChannel, within
 
 # Ranks named in a line.
@@ -132,8 +133,7 @@ def _rest(beats: Sequence[dict[str, Any] | None], missing: Sequence[int]) -> str
 
 
 def _names(ranks: Sequence[int], hosts: Sequence[str]) -> str:
-    more = f" and {len(ranks) - NAMED} more" if len(ranks) > NAMED else ""
-    return ", ".join(_name(rank, hosts) for rank in ranks[:NAMED]) + more
+    return several([_name(rank, hosts) for rank in ranks], NAMED)
 
 
 def _name(rank: int, hosts: Sequence[str]) -> str:

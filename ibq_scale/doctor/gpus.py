@@ -11,7 +11,8 @@ from collections.abc import Callable
 from itertools import combinations
 from typing import TYPE_CHECKING
 
-from ibq_scale.doctor.lines import Line, Subject, ask, fail, first, ok, several, warn
+from ibq_scale.console import several
+from ibq_scale.doctor.lines import Line, Subject, ask, fail, first, ok, warn
 
 if TYPE_CHECKING:
     import torch

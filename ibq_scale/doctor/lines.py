@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,9 +57,3 @@ def ask(*words: str, seconds: float = TOOL_SECONDS) -> tuple[int, str]:
 def first(text: str) -> str:
     """The first line that says something."""
     return next((line.strip() for line in text.splitlines() if line.strip()), "")
-
-
-def several(items: Sequence[str], most: int = 6) -> str:
-    """A list in words, cut short."""
-    more = f" and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(items[:most]) + more

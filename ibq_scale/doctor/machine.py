@@ -8,7 +8,8 @@ import resource
 import shutil
 from pathlib import Path
 
-from ibq_scale.doctor.lines import Line, Subject, ok, several, warn
+from ibq_scale.console import several
+from ibq_scale.doctor.lines import Line, Subject, ok, warn
 
 SHM = Path("/dev/shm")
 LEAST_SHM = 1 << 30

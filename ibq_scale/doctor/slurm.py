@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 
 from ibq_scale.cluster import slurm as commands
-from ibq_scale.doctor.lines import Line, Subject, fail, ok, several, warn
+from ibq_scale.console import several
+from ibq_scale.doctor.lines import Line, Subject, fail, ok, warn
 from ibq_scale.errors import UserError
 
 UNSET = ("NONE", "UNLIMITED", "INFINITE")

@@ -12,8 +12,9 @@ from importlib import metadata
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from ibq_scale.console import several
 from ibq_scale.doctor.disks import file_system, is_shared
-from ibq_scale.doctor.lines import Line, Subject, ask, fail, ok, several, warn
+from ibq_scale.doctor.lines import Line, Subject, ask, fail, ok, warn
 
 # Named in the line of packages; the others only where they are wrong.
 NAMED = ("torch", "deepspeed", "torchvision", "s3fs", "webdataset", "numpy")

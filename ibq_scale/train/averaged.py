@@ -12,6 +12,7 @@ from ibq_scale.config.run import ARRun, TokenizerRun
 from ibq_scale.distributed.world import World
 from ibq_scale.models.transformer import Transformer
 from ibq_scale.pretrained.loading import Tokenizer
+from ibq_scale.scaling.rehearse import compute_dtype
 from ibq_scale.train.codebook import ShardedCodebook
 from ibq_scale.train.ema import ShardedEMA
 
@@ -30,7 +31,7 @@ def averaged_transformer(run: ARRun, ema: ShardedEMA, world: World) -> Transform
     """What `load_ar` would read from a checkpoint of now, in the precision that the run trains in. Collective."""
     with torch.device("meta"):
         transformer = Transformer(run.model).eval().requires_grad_(False)
-    transformer.to(torch.bfloat16 if run.train.precision == "bf16" else torch.float32)
+    transformer.to(compute_dtype(run))
     transformer.to_empty(device=world.device)
     ema.fill(transformer)
     return transformer

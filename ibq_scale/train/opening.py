@@ -19,6 +19,7 @@ from ibq_scale.models.attention import choose, describe
 from ibq_scale.scaling import networks
 from ibq_scale.scaling.budget import Line, ar_states, checkpoint_bytes, tokenizer_states
 from ibq_scale.scaling.networks import Network
+from ibq_scale.scaling.rehearse import compute_dtype
 from ibq_scale.scaling.states import Zero
 
 WIDTH = 10
@@ -65,8 +66,7 @@ def _tokenizer(run: TokenizerRun, nets: Sequence[Network]) -> list[str]:
 
 def _transformer(run: ARRun, net: Network, world: World) -> list[str]:
     model = run.model
-    dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
-    kind = describe(choose(model.attention, world.device, dtype, model.head_dim), world.device)
+    kind = describe(choose(model.attention, world.device, compute_dtype(run), model.head_dim), world.device)
     return [
         f"{short(net.parameters)}: {_parts([net])}",
         f"{model.depth} blocks × {model.width}, {model.heads} heads; {model.tokens} tokens of {model.codebook_size:,} "

@@ -35,6 +35,7 @@ from ibq_scale.models.optimizers import adam
 from ibq_scale.pictures import reconstruction_grid
 from ibq_scale.pretrained.loading import CONFIG, config_text, start_from
 from ibq_scale.quantize.types import Quantized
+from ibq_scale.scaling.rehearse import compute_dtype
 from ibq_scale.train.alarms import Above, Drop, Rule, Spike
 from ibq_scale.train.averaged import averaged_tokenizer
 from ibq_scale.train.codebook import ShardedCodebook
@@ -83,7 +84,7 @@ class TokenizerTask:
         config = deepspeed_config(run, world.size)
         # First, since its file may be absent: engines take their time.
         net = run.loss.perceptual
-        dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
+        dtype = compute_dtype(run)
         self.perceptual = None if net == "none" else Perceptual(net, world.device, dtype)
         self.held_out = None if run.validation.data is None else HeldOutImages(run, world, sets)
         self.accumulation = int(config["gradient_accumulation_steps"])

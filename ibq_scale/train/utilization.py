@@ -10,6 +10,14 @@ from ibq_scale.config.run import AnyRun
 from ibq_scale.distributed.world import World
 from ibq_scale.scaling.devices import known_peak
 from ibq_scale.scaling.flops import training_flops
+from ibq_scale.scaling.rehearse import compute_dtype
+
+
+def sheet_peak(device: torch.device, dtype: torch.dtype) -> float | None:
+    """FLOP/s of one device by its data sheet, which is known of bf16 on some GPUs."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return None
+    return known_peak(torch.cuda.get_device_name(device))
 
 
 @dataclass(frozen=True)
@@ -22,9 +30,7 @@ class Utilization:
     @staticmethod
     def of(config: AnyRun, world: World) -> Utilization | None:
         """None where no peak is known: on CPUs, in fp32, for a GPU that is not in the table (`scaling.devices`)."""
-        if world.device.type != "cuda" or config.train.precision != "bf16":
-            return None
-        peak = known_peak(torch.cuda.get_device_name(world.device))
+        peak = sheet_peak(world.device, compute_dtype(config))
         return None if peak is None else Utilization(training_flops(config), peak * world.size)
 
     def mfu(self, images_per_s: float) -> float:
