@@ -116,6 +116,7 @@ def test_nothing_anywhere_is_a_new_run(alone: World, tmp_path: Path) -> None:
     assert _newest(0, 1, tmp_path / "checkpoints", str(tmp_path / "mirror")) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("keep", "left"),
     [(Retention(1), [5]), (Retention(2, every=2), [2, 4, 5]), (Retention(1, best="l1"), [1, 5])],
@@ -151,6 +152,7 @@ def test_a_copy_loses_its_manifest_first(
     assert gone[0] == "manifest.json"
 
 
+@pytest.mark.slow
 def test_the_same_step_saved_anew_is_sent_anew_and_no_copy_in_between(
     alone: World, tmp_path: Path, new_prefix: Callable[[], str], proxy: FaultProxy
 ) -> None:
@@ -172,6 +174,7 @@ def test_the_same_step_saved_anew_is_sent_anew_and_no_copy_in_between(
     assert (here / "step-00000001/rank-0.txt").read_text() == "another text"
 
 
+@pytest.mark.slow
 def test_a_store_that_was_away_is_caught_up_with_newest_first(
     alone: World,
     tmp_path: Path,
@@ -226,6 +229,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     let.set()
 
 
+@pytest.mark.slow
 def test_a_slow_mirror_holds_up_no_save_and_leaves_out_what_it_cannot_keep_up_with(
     alone: World, tmp_path: Path, url: str, held: Callable[[], None]
 ) -> None:
@@ -290,6 +294,7 @@ Mirror(sys.argv[1]).put(Path(sys.argv[2]), ["large"])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_parts")
 def test_uploads_that_nobody_goes_on_with_are_aborted(
     alone: World, tmp_path: Path, new_prefix: Callable[[], str], proxy: FaultProxy
@@ -306,6 +311,7 @@ def test_uploads_that_nobody_goes_on_with_are_aborted(
     assert [upload.path for upload in store.unfinished()] == ["others/file"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["changed", "missing", "manifest"])
 def test_a_damaged_newest_copy_falls_back_to_the_one_before(
     alone: World, tmp_path: Path, url: str, damage: str, capfd: pytest.CaptureFixture[str]
@@ -330,6 +336,7 @@ def test_copies_that_are_all_damaged_begin_no_new_run(alone: World, tmp_path: Pa
         _newest(0, 1, here, url)
 
 
+@pytest.mark.slow
 def test_a_store_that_is_away_is_not_taken_for_damage(
     alone: World, tmp_path: Path, new_prefix: Callable[[], str], proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,6 +66,7 @@ def test_the_index_finds_each_picture_and_the_tars_stay(
     assert verify(str(tmp_path)).faults == ()
 
 
+@pytest.mark.slow
 def test_the_stream_reads_an_adopted_set_from_s3(
     originals: list[Picture], new_prefix: Callable[[], str], tmp_path: Path
 ) -> None:

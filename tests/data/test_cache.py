@@ -219,6 +219,7 @@ ShardCache(Path(sys.argv[2]), 10**9, source).fetch(load_manifest(source, "images
 """
 
 
+@pytest.mark.slow
 def test_kill_9_in_the_middle_of_a_download_harms_nobody(
     dataset: str, new_prefix: Callable[[], str], proxy: FaultProxy, folder: Path
 ) -> None:

@@ -85,6 +85,7 @@ def _same(batch: ImageBatch, expected: ImageBatch) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [slow_down, cut, truncated, shortened])
 def test_a_burst_passes(data: DataConfig, expected: ImageBatch, proxy: FaultProxy, fault: Fault) -> None:
     for name in (r"manifest\.json$", INDEX, TAR):
@@ -100,6 +101,7 @@ def test_every_other_request_fails_somehow(data: DataConfig, expected: ImageBatc
     assert len(proxy.log) >= 20
 
 
+@pytest.mark.slow
 def test_two_seconds_of_silence_are_waited_for(data: DataConfig, expected: ImageBatch, proxy: FaultProxy) -> None:
     proxy.inject(stalled(2.0), TAR, skip=1, times=1)
     assert _same(_epoch(data), expected)
@@ -113,6 +115,7 @@ def test_a_longer_silence_is_given_up_and_asked_again(
     assert _same(_epoch(data), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [slow_down, cut, truncated, shortened])
 def test_what_does_not_pass_is_an_error_by_the_deadline(
     data: DataConfig, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, fault: Fault
@@ -129,6 +132,7 @@ def test_expired_credentials_are_an_error(data: DataConfig, proxy: FaultProxy) -
         _epoch(data)
 
 
+@pytest.mark.slow
 def test_credentials_that_are_replaced_in_time_go_unnoticed(
     data: DataConfig, expected: ImageBatch, proxy: FaultProxy
 ) -> None:
@@ -146,6 +150,7 @@ def _unhashed(fault: Fault) -> Fault:
     return damage
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [flipped, overwritten])
 def test_other_bytes_once_are_seen(data: DataConfig, expected: ImageBatch, proxy: FaultProxy, fault: Fault) -> None:
     """By the shard's hash or the sample's: the right ones are read again, or the run stops."""
@@ -167,6 +172,7 @@ def test_a_changed_shard_never_enters_the_cache(
     assert {path.name for path in (tmp_path / "cache").iterdir() if path.suffix != ".partial"} == {"lock"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [10, 100_000], ids=["shorter", "longer"])
 def test_an_object_overwritten_between_ranges_is_never_mixed(
     url: str, tmp_path: Path, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, size: int

@@ -6,6 +6,7 @@ import math
 import time
 from collections import Counter
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -87,6 +88,7 @@ def test_several_sources_without_weights_are_one_set(
     assert seen == Counter(samples)
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(weights=st.lists(st.floats(0.01, 10), min_size=2, max_size=5), seed=st.integers(0, 99))
 def test_weights_hold_in_every_block_and_each_source_keeps_its_own_order(weights: list[float], seed: int) -> None:
@@ -104,6 +106,7 @@ def test_weights_hold_in_every_block_and_each_source_keeps_its_own_order(weights
         assert [tuple(p[1:]) for p in places if p.source == source] == expected
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     parts=st.lists(st.tuples(st.integers(1, 16), st.integers(1, 4), st.integers(0, 5)), min_size=1, max_size=4),

@@ -252,6 +252,7 @@ def test_patterns_files_and_folders(originals: list[Picture], tmp_path: Path) ->
         names("source/{00000..00001.tar")
 
 
+@pytest.mark.slow
 def test_sources_in_s3(originals: list[Picture], new_prefix: Callable[[], str], pictures: Path, tmp_path: Path) -> None:
     write_tars(tmp_path / "tars", originals, "img2dataset")
     write_parquet(tmp_path / "hub", originals, label=[p.label for p in originals])

@@ -65,6 +65,7 @@ def test_large_files_come_in_ranges(store: Store, tmp_path: Path, monkeypatch: p
     assert (tmp_path / "copy").read_bytes() == content == store.read("large")
 
 
+@pytest.mark.slow
 def test_large_files_go_in_parts_each_retried_alone(
     new_prefix: Callable[[], str], proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -141,6 +142,7 @@ def test_no_part_of_another_content_is_completed(new_prefix: Callable[[], str], 
     assert store.read("large") == large.read_bytes()
 
 
+@pytest.mark.slow
 def test_the_fullest_of_several_uploads_is_gone_on_with(
     new_prefix: Callable[[], str], proxy: FaultProxy, large: Path
 ) -> None:
@@ -173,6 +175,7 @@ def test_where_the_store_encrypts_parts_are_sent_again(
     assert store.read("large") == large.read_bytes()
 
 
+@pytest.mark.slow
 def test_who_may_not_list_uploads_sends_everything(
     new_prefix: Callable[[], str], proxy: FaultProxy, large: Path
 ) -> None:
@@ -184,6 +187,7 @@ def test_who_may_not_list_uploads_sends_everything(
     assert store.read("large") == large.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [slow_down, cut, expired])
 def test_a_lost_answer_is_no_lost_upload(
     new_prefix: Callable[[], str], proxy: FaultProxy, large: Path, fault: Fault
@@ -366,6 +370,7 @@ def credentials(tmp_path: Path, proxy: FaultProxy, monkeypatch: pytest.MonkeyPat
     return Credentials(tmp_path, proxy, monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["read", "size"])
 def test_credentials_that_expire_are_read_again(
     new_prefix: Callable[[], str], credentials: Credentials, method: str
@@ -419,6 +424,7 @@ def test_anonymous_requests_are_unsigned(
         open_store(url).read("file")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("setting", "method", "header"),
     [

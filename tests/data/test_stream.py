@@ -237,6 +237,7 @@ def test_shard_images_are_those_of_the_index(dataset: str) -> None:
     assert sum(len(b.labels) for b in batches) == size
 
 
+@pytest.mark.slow
 def test_s3_gives_the_same_stream_as_a_folder(
     config: DataConfig, pictures: Path, new_prefix: Callable[[], str]
 ) -> None:
@@ -248,6 +249,7 @@ def test_s3_gives_the_same_stream_as_a_folder(
     assert torch.equal(images, _global(config, 2)[0])
 
 
+@pytest.mark.slow
 def test_s3_is_read_through_a_cache_unless_one_asks_for_ranges(
     config: DataConfig, pictures: Path, new_prefix: Callable[[], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -273,6 +275,7 @@ def test_s3_is_read_through_a_cache_unless_one_asks_for_ranges(
         open_sets(remote, "images")
 
 
+@pytest.mark.slow
 def test_requests_of_a_batch_wait_together(
     config: DataConfig, pictures: Path, new_prefix: Callable[[], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from ibq_scale.distributed.environment import is_launched, map_slurm
 
 SRUN = {
@@ -52,6 +54,7 @@ except UserError:
 """
 
 
+@pytest.mark.slow
 def test_wrong_use_closes_the_group_so_that_its_own_exit_code_comes_back() -> None:
     """Threads of an open one now and then turn an exit into an abort. What it starts later is no rank of it either."""
     without = {k: v for k, v in os.environ.items() if k not in ("RANK", "SLURM_PROCID")}

@@ -39,6 +39,7 @@ def test_what_is_no_data_set(tmp_path: Path) -> None:
         _look("gs://bucket/x")
 
 
+@pytest.mark.slow
 def test_object_storage(dataset: str, new_prefix: Callable[[], str], proxy: FaultProxy) -> None:
     from ibq_scale.data.store import open_store
 

@@ -64,6 +64,7 @@ def test_a_grid_gives_all_three_kinds_of_law() -> None:
     assert fit.not_fitted == []
 
 
+@pytest.mark.slow
 def test_budgets_nobody_trained_are_marked() -> None:
     fit = _fit(GRID)
     most = max(r.flops for r in GRID)
@@ -140,6 +141,7 @@ def test_scale_fit_from_a_file_of_results(tmp_path: Path, capsys: pytest.Capture
     assert "--flops must be above 0" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_committed_fit_is_that_of_the_committed_results() -> None:
     """Each line of it, but for the last digits, which another machine may round otherwise."""
     docs = Path(__file__).resolve().parents[2] / "docs"

@@ -107,6 +107,7 @@ def test_pictures_that_are_no_folder(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "is no folder" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_rungs_become_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "slurm").mkdir()
     slurm = install(tmp_path / "slurm", monkeypatch)

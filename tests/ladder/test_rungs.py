@@ -99,6 +99,7 @@ def test_names_of_ladders(tmp_path: Path) -> None:
         load_ladder(str(tmp_path / "no.yaml"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ladder_names())
 def test_every_ladder_that_comes_along_is_planned(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["scale", "plan", name, "--json"]) == 0
@@ -117,6 +118,7 @@ def test_the_published_ladder_is_the_published_recipe(capsys: pytest.CaptureFixt
         assert rung.run.train.total_samples == preset.train.total_samples
 
 
+@pytest.mark.slow
 def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["scale", "plan", "cpu"]) == 0
     said = capsys.readouterr().out

@@ -57,6 +57,7 @@ def test_the_random_network_is_the_same_every_time() -> None:
     assert float(first) > 0
 
 
+@pytest.mark.slow
 def test_a_backbone_in_bf16_stays_near_fp32() -> None:
     """8 bits in 13 convolutions: the distance within 1 %, its gradient within 11° of fp32's, and both in fp32."""
     g = torch.Generator().manual_seed(0)

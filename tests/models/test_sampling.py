@@ -103,6 +103,7 @@ def test_a_step_of_static_shapes_sees_the_keys_that_are_there(changes: dict[str,
     torch.testing.assert_close(torch.stack(steps, dim=1), model(codes, labels), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_one_compiled_step_serves_every_place(model: Transformer) -> None:
     """Without a break of its graph, and without compiling again as the cache fills: what a CUDA graph needs too."""
     compiled: list[int] = []

@@ -238,6 +238,7 @@ MILLIONS = {"b": 342, "l": 649, "xl": 1076, "xxl": 2063, "3b": 3147, "7b": 6918}
 MILLIONS |= {"llamagen-b": 111, "llamagen-l": 343, "llamagen-xl": 775, "llamagen-xxl": 1411}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codes", [16384, 262144])
 @pytest.mark.parametrize("name", MILLIONS)
 def test_every_preset_runs_on_the_meta_device(name: str, codes: int) -> None:

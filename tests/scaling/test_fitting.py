@@ -18,6 +18,7 @@ def _peak(*words: str, world: int = 1) -> int:
     return budget_of(resolve("ar/tiny", [*WORDS, *words]).config, world).peak
 
 
+@pytest.mark.slow
 def test_the_largest_micro_batch() -> None:
     run = resolve("ar/tiny", WORDS).config
     assert _peak("train.micro_batch=16") < _peak("train.micro_batch=32")
@@ -29,6 +30,7 @@ def test_the_largest_micro_batch() -> None:
     assert largest_micro_batch(run, 1, 1e9) == 0
 
 
+@pytest.mark.slow
 def test_switches_that_are_named_make_it_fit() -> None:
     run = resolve("ar/tiny", [*WORDS, "train.micro_batch=32"]).config
     memory = 0.5 * (_peak("train.micro_batch=16") + _peak("train.micro_batch=32"))
@@ -61,6 +63,7 @@ def _plan(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
     return document
 
 
+@pytest.mark.slow
 def test_a_plan_says_what_fits_and_what_is_sent(capsys: pytest.CaptureFixture[str]) -> None:
     plan = _plan(capsys, "ar/tiny", *WORDS, "--device", "h100", "--gpus", "8")
     assert (plan["largest_micro_batch"], plan["switches"]) == (8, [])
@@ -75,6 +78,7 @@ def test_a_plan_says_what_fits_and_what_is_sent(capsys: pytest.CaptureFixture[st
     assert _plan(capsys, "ar/tiny", "--device", "h100")["roofline"] is None, "the peak is bf16's"
 
 
+@pytest.mark.slow
 def test_a_plan_names_the_switch(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["ar/tiny", *WORDS, "train.micro_batch=64", "--device", "h100", "--memory", "2.2"]
     plan = _plan(capsys, *words)
@@ -86,6 +90,7 @@ def test_a_plan_names_the_switch(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"largest micro-batch that fits: {plan['largest_micro_batch']}" in said
 
 
+@pytest.mark.slow
 def test_a_plan_tells_of_a_better_group_for_the_codebook(capsys: pytest.CaptureFixture[str]) -> None:
     words = [
         "tokenizer/tiny",

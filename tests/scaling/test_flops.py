@@ -51,6 +51,7 @@ def test_perceptual_loss_is_two_passes_forward_and_one_back() -> None:
     assert step_flops(_run(), backend="tiled", sharded=False).perceptual == pytest.approx(3 * forward, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_the_discriminator_is_three_passes_and_the_codebook_five_products() -> None:
     run = _run()
     flops = step_flops(run, backend="tiled", sharded=False)
@@ -64,6 +65,7 @@ def test_the_discriminator_is_three_passes_and_the_codebook_five_products() -> N
     assert flops.total == flops.autoencoder + flops.quantizer + flops.discriminator + flops.perceptual
 
 
+@pytest.mark.slow
 def test_what_is_off_counts_nothing_and_what_saves_memory_counts_once() -> None:
     flops = step_flops(_run(), backend="tiled", sharded=False)
     lean = _run("loss.perceptual=none", "loss.adversarial_weight=0", "model.activation_checkpointing=true")

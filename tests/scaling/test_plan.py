@@ -31,6 +31,7 @@ def _refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     return capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", preset_names())
 def test_every_preset_is_planned(preset: str, capsys: pytest.CaptureFixture[str]) -> None:
     """The dry run: networks built, a micro-batch rehearsed, FLOPs counted, the DeepSpeed JSON read and completed."""
@@ -54,6 +55,7 @@ def test_every_preset_is_planned(preset: str, capsys: pytest.CaptureFixture[str]
             assert real == pytest.approx(PUBLISHED[preset], rel=0.03)
 
 
+@pytest.mark.slow
 def test_the_published_tokenizer(capsys: pytest.CaptureFixture[str]) -> None:
     plan = _plan(capsys, "tokenizer/ibq-16384")
     # With codebook, discriminator and LPIPS: what the authors' trainer counts.
@@ -78,6 +80,7 @@ def test_the_formula_is_what_is_counted(overrides: tuple[str, ...]) -> None:
     assert ar_flops(run.model).total == ar_executed(run.model)
 
 
+@pytest.mark.slow
 def test_what_is_computed_again_is_done_and_not_needed(capsys: pytest.CaptureFixture[str]) -> None:
     plain = _plan(capsys, "ar/tiny")["flops"]
     again = _plan(capsys, "ar/tiny", "model.activation_checkpointing=full")["flops"]
@@ -86,6 +89,7 @@ def test_what_is_computed_again_is_done_and_not_needed(capsys: pytest.CaptureFix
     assert 1.2 < again["executed"] / plain["executed"] < 1.34
 
 
+@pytest.mark.slow
 def test_an_unknown_gpu_gets_no_time(capsys: pytest.CaptureFixture[str]) -> None:
     plan = _plan(capsys, "ar/tiny", "train.precision=bf16", "--device", "mi300x")
     assert plan["time"]["hours"] is plan["memory"]["fits"] is plan["machine"]["peak_bf16"] is None
@@ -93,6 +97,7 @@ def test_an_unknown_gpu_gets_no_time(capsys: pytest.CaptureFixture[str]) -> None
     assert _plan(capsys, "ar/tiny", "--device", "mi300x", "--memory", "192")["memory"]["fits"] is True
 
 
+@pytest.mark.slow
 def test_time_follows_from_what_is_assumed(capsys: pytest.CaptureFixture[str]) -> None:
     words = ("ar/b", "train.micro_batch=16", "--gpus", "8", "--nodes", "2", "--device", "h100")
     plan = _plan(capsys, *words, "--mfu", "0.3")
@@ -102,6 +107,7 @@ def test_time_follows_from_what_is_assumed(capsys: pytest.CaptureFixture[str]) -
     assert plan["time"]["basis"].startswith("ASSUMED")
 
 
+@pytest.mark.slow
 def test_time_follows_from_what_was_measured(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     per_image = _plan(capsys, "ar/tiny")["flops"]["per_image"]
     report = {"images_per_s": 100.0, "ranks": 2, "flops_per_image": per_image, "device": "NVIDIA H200"}
@@ -143,6 +149,7 @@ def test_offloading_moves_states_to_the_host(capsys: pytest.CaptureFixture[str])
     assert there["host"] >= here["step"] - there["step"] > 0
 
 
+@pytest.mark.slow
 def test_a_validation_holds_the_averaged_weights_whole(capsys: pytest.CaptureFixture[str]) -> None:
     words = ("ar/tiny", "train.precision=bf16", "deepspeed.config=zero3", "train.global_batch=64", "--gpus", "8")
     without = _plan(capsys, *words)
@@ -157,6 +164,7 @@ def test_a_validation_holds_the_averaged_weights_whole(capsys: pytest.CaptureFix
     assert tokenizer["memory"]["validation"] == states + 4 * generator
 
 
+@pytest.mark.slow
 def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "ar/tiny", "train.precision=bf16", "--device", "l4", "--memory", "0.5"]) == 0
     said = capsys.readouterr().out

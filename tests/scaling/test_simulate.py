@@ -83,6 +83,7 @@ def test_strong_scaling_stops_paying_and_weak_does_not(rows: list[Any]) -> None:
     assert of("weak", 3)[-1].time.exchange > of("weak", 1)[-1].time.exchange
 
 
+@pytest.mark.slow
 def test_slower_networks_pay_less(rows: list[Any]) -> None:
     slow = transformer_rows(resolve("ar/b").config, H100, replace(FABRIC, net=1e9), 1024)
     for fast_row, slow_row in zip(rows, slow, strict=True):

@@ -163,6 +163,7 @@ def test_a_job_on_another_host_is_gone_when_its_file_is_old_by_the_file_systems_
     RunLock(tmp_path / "old").release()
 
 
+@pytest.mark.slow
 def test_a_file_systems_clock_that_jumps_takes_no_lock_from_a_living_job_nor_keeps_a_dead_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ from ibq_scale.train.utilization import Utilization
 GPUS = World(0, 16, 0, torch.device("cuda", 0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["tokenizer/tiny", "ar/tiny"])
 def test_it_is_the_share_of_all_gpus_peak(preset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
