@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context
 from typing import Any, TypeVar
 
 from ibq_scale.data.progress import Progress
@@ -40,6 +40,8 @@ def run_jobs(work: Callable[[J, Report], R], jobs: Iterable[J], *, workers: int,
             yield work(job, report)
         progress.close()
         return
+    # Imported once, by the server, and not by each worker.
+    forkserver.set_forkserver_preload([work.__module__])
     context = get_context("forkserver")
     shared = context.Array("q", 3)
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(shared,)) as pool:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from ibq_scale.cli.main import main
+from tests import nursery
 
 
 @pytest.mark.slow
@@ -124,10 +123,8 @@ def test_ar_refuses_a_wrong_config_before_it_starts(capsys: pytest.CaptureFixtur
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_checkpoint(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "ibq_scale", "bench", "checkpoint", str(tmp_path), "--megabytes", "8"]
-    done = subprocess.run(
-        [*words, "--saves", "2", "--ranks", "2", "--json"], capture_output=True, text=True, check=False
-    )
+    words = ["bench", "checkpoint", str(tmp_path), "--megabytes", "8", "--saves", "2", "--ranks", "2", "--json"]
+    done = nursery.run(words)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["bytes"] == 2 * 8 * 2**20

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from ibq_scale.cli.main import build_parser, main
+from tests import nursery
 
 
 def _leaves(parser: ArgumentParser) -> Iterator[ArgumentParser]:
@@ -167,8 +168,7 @@ def test_sampling_options_are_checked_before_ranks_start(capsys: pytest.CaptureF
 
 def _run(*words: str) -> subprocess.CompletedProcess[str]:
     """In processes of its own, as a user would, on two ranks."""
-    command = [sys.executable, "-m", "ibq_scale", *words, "--ranks", "2"]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    return nursery.run([*words, "--ranks", "2"])
 
 
 @pytest.mark.slow

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,6 +17,7 @@ from ibq_scale.distributed import arrival
 from ibq_scale.distributed.arrival import Arrival, judge, look
 from ibq_scale.distributed.environment import free_port
 from ibq_scale.distributed.world import World
+from tests.nursery import Forked, program
 
 
 def _came(rank: int, a_node: int = 2, **more: object) -> Arrival:
@@ -110,7 +109,7 @@ except UserError as e:
 """
 
 
-def _ranks(run: Path, how: Sequence[str], port: int | None = None) -> list[subprocess.Popen[str]]:
+def _ranks(run: Path, how: Sequence[str], port: int | None = None) -> list[Forked]:
     """As srun starts a rank a node; ``absent``: it does not."""
     shared = {
         "MASTER_ADDR": "127.0.0.1",
@@ -120,20 +119,15 @@ def _ranks(run: Path, how: Sequence[str], port: int | None = None) -> list[subpr
         "LOCAL_WORLD_SIZE": "1",
         "SLURM_STEP_NODELIST": f"node[0-{len(how) - 1}]",
     }
-    command = [sys.executable, "-c", PROGRAM.format(run=str(run))]
+    code = PROGRAM.format(run=str(run))
     return [
-        subprocess.Popen(
-            command,
-            env=os.environ | shared | {"RANK": str(rank), "SLURMD_NODENAME": f"node{rank}", "HOW": what},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        program(code, os.environ | shared | {"RANK": str(rank), "SLURMD_NODENAME": f"node{rank}", "HOW": what})
         for rank, what in enumerate(how)
         if what != "absent"
     ]
 
 
-def _ended(ranks: Sequence[subprocess.Popen[str]]) -> list[str]:
+def _ended(ranks: Sequence[Forked]) -> list[str]:
     """What they said; each ends with 71 by itself."""
     try:
         said = [rank.communicate(timeout=60)[1] for rank in ranks]

@@ -10,7 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -22,8 +22,9 @@ from ibq_scale.data.prepare import prepare_images
 from ibq_scale.pretrained.loading import load_tokenizer
 from tests.docs.pages import ROOT, blocks, commands, sections
 from tests.faults import FaultProxy, stalled
+from tests.nursery import Forked
+from tests.nursery import commands as start_commands
 from tests.samples import damaged_copy
-from tests.train.forks import Forked, Nursery
 from tests.train.runs import ENDLESS, data_workers, lines, wait_until, words
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
@@ -67,28 +68,25 @@ def command(begin: Sequence[str], found: str, **places: object) -> list[str]:
 class Runs:
     """Small runs on one data set, each from its command line."""
 
-    def __init__(self, nursery: Nursery, data: str) -> None:
-        self._nursery = nursery
+    def __init__(self, data: str) -> None:
         self._data = data
 
     def start(self, run: Path, *more: str, ranks: int = 1, data: str | None = None) -> list[Forked]:
         """The command with these words behind it."""
         common = ("data.workers=0", f"train.micro_batch={8 // ranks}")
-        return self._nursery.start(words(data or self._data, run, *common, *more), ranks)
+        return start_commands(words(data or self._data, run, *common, *more), ranks)
 
     def ends(self, code: int, run: Path, *more: str, data: str | None = None) -> str:
         """All that the command said, which ends with this exit code."""
         (process,) = self.start(run, *more, data=data)
-        said = process.communicate()[1]
+        said = "".join(process.communicate())
         assert process.returncode == code, said
         return said
 
 
 @pytest.fixture(scope="module")
-def runs(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    nursery = Nursery(tmp_path_factory.mktemp("said"))
-    yield Runs(nursery, dataset)
-    nursery.close()
+def runs(dataset: str) -> Runs:
+    return Runs(dataset)
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,13 @@ import json
 import os
 import signal
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -29,6 +29,7 @@ from ibq_scale.models.sampling import SamplingSettings
 from ibq_scale.pictures import to_uint8
 from ibq_scale.pretrained.loading import Tokenizer, load_ar, load_tokenizer
 from tests.conftest import tiny_tokenizer_sizes
+from tests.nursery import nursery
 from tests.ranks import run_ranks
 
 SETTINGS = SamplingSettings(guidance=2.0, top_k=32, seed=7)
@@ -117,10 +118,8 @@ def test_a_killed_job_goes_on_to_the_same_bytes(
     damaged: bool, whole: Path, tokenizer_dir: Path, ar_dir: Path, tmp_path: Path
 ) -> None:
     words = (str(ar_dir), str(tokenizer_dir), str(tmp_path))
-    process = mp.get_context("spawn").Process(target=_killed, args=words)
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    process = nursery().start(partial(_killed, *words), os.environ)
+    assert process.wait() == -signal.SIGKILL
     chunk = tmp_path / ".parts/000000.npz"
     content = bytearray(chunk.read_bytes())
     assert not (tmp_path / "samples.npz").exists()

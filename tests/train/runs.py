@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from ibq_scale.distributed.environment import free_port
+from tests.nursery import PATIENCE, Forked, command, commands
 
 SMALL = (
     "model.channel_multipliers=[1,1]",
@@ -28,14 +25,6 @@ SMALL = (
     "train.log_every=1",
 )
 ENDLESS = ("train.steps=100000", "data.workers=0")
-# Of a start, on a machine with other things to do.
-PATIENCE = 300.0
-PROGRAM = """
-import sys
-{before}
-from ibq_scale.cli.main import main
-sys.exit(main())
-"""
 
 
 def words(data: str, out: Path, *more: str) -> list[str]:
@@ -44,39 +33,27 @@ def words(data: str, out: Path, *more: str) -> list[str]:
 
 
 @contextmanager
-def launched(data: str, out: Path, *more: str) -> Iterator[subprocess.Popen[str]]:
+def launched(data: str, out: Path, *more: str) -> Iterator[Forked]:
     """Two ranks under the package's own launcher."""
-    command = [sys.executable, "-m", "ibq_scale", *words(data, out, *more), "--ranks", "2"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = command([*words(data, out, *more), "--ranks", "2"])
     try:
         yield process
     finally:
         process.kill()
-        process.wait()
 
 
 @contextmanager
-def each_rank(data: str, out: Path, *more: str, before: str = "") -> Iterator[list[subprocess.Popen[str]]]:
+def each_rank(data: str, out: Path, *more: str, before: str = "") -> Iterator[list[Forked]]:
     """Two ranks as srun starts them, so that each one's exit code is seen; code `before` runs in both at first."""
-    environ = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM.format(before=before), *words(data, out, *more)],
-            env=environ | {"RANK": rank, "LOCAL_RANK": rank},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
-    ]
+    ranks = commands(words(data, out, *more), 2, before)
     try:
         yield ranks
     finally:
         for rank in ranks:
             rank.kill()
-            rank.wait()
 
 
-def wait_until(condition: Callable[[], bool], *processes: subprocess.Popen[str], seconds: float = PATIENCE) -> None:
+def wait_until(condition: Callable[[], bool], *processes: Forked, seconds: float = PATIENCE) -> None:
     """Looks often; fails where a process ends before."""
     deadline = time.monotonic() + seconds
     while not condition():

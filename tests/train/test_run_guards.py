@@ -6,24 +6,24 @@ import json
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests import nursery
+from tests.nursery import Forked
 from tests.train.runs import ENDLESS, data_workers, each_rank, words
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
 
 def _command(data: str, out: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "ibq_scale", *words(data, out, "train.steps=100000", *more)]
+    return [*words(data, out, "train.steps=100000", *more)]
 
 
-def _steps(run: Path, count: int, process: subprocess.Popen[str]) -> None:
+def _steps(run: Path, count: int, process: Forked) -> None:
     """Waits until `count` steps are logged."""
     deadline = time.monotonic() + 120
     while not (run / "metrics.jsonl").is_file() or (run / "metrics.jsonl").read_text().count("\n") < count:
@@ -60,9 +60,9 @@ def test_a_rank_stopped_within_a_step_ends_the_run_with_its_name(dataset: str, t
 def test_a_second_job_on_the_run_directory_is_refused_and_the_first_goes_on(dataset: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = _command(dataset, run, "data.workers=0")
-    first = subprocess.Popen([*command, "--ranks", "1"], stderr=subprocess.PIPE, text=True)
+    first = nursery.command([*command, "--ranks", "1"])
     _steps(run, 1, first)
-    second = subprocess.run([*command, "--ranks", "2"], capture_output=True, text=True, timeout=120, check=False)
+    second = nursery.run([*command, "--ranks", "2"])
     assert second.returncode == 2, second.stderr
     rank0 = psutil.Process(first.pid).children()[0].pid
     assert f"another job trains in {run}: process {rank0} on {socket.gethostname()}, since" in second.stderr
@@ -74,7 +74,7 @@ def test_a_second_job_on_the_run_directory_is_refused_and_the_first_goes_on(data
 def test_dead_data_workers_end_the_run(dataset: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = _command(dataset, run, "data.workers=1", f"data.cache_dir={tmp_path / 'cache'}", "--ranks", "2")
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = nursery.command(command)
     _steps(run, 2, process)
     workers = data_workers(process.pid)
     assert len(workers) == 2

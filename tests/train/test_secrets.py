@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests import nursery
 from tests.samples import SMALL_AR, write_codes
 
 SECRETS = {
@@ -40,7 +39,7 @@ def test_no_secret_is_in_what_a_run_says_or_leaves(
         "train.log_every=1",
     ]
     words += ["wandb.mode=offline", "tensorboard=true", "train.global_batch=4", "train.micro_batch=4", "--ranks", "1"]
-    done = subprocess.run([sys.executable, "-m", "ibq_scale", *words], capture_output=True, text=True, timeout=300)
+    done = nursery.run(words)
     assert done.returncode == 0, done.stderr
     left = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     names = {path.relative_to(run).parts[0] for path in left if path.is_relative_to(run)}

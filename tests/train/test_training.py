@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from ibq_scale.checkpoint.reading import Checkpoint, newest_or_this, verify, who
 from ibq_scale.config.layers import resolve
 from ibq_scale.errors import UserError
 from ibq_scale.train.run import check_same_run
+from tests import nursery
 from tests.train.runs import SMALL, words
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
@@ -29,11 +28,11 @@ ALONE = ("model.dropout=0.1", "data.workers=0")
 
 
 def _command(data: str, out: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "ibq_scale", *words(data, out, *ALONE, *more), "--ranks", "2"]
+    return [*words(data, out, *ALONE, *more), "--ranks", "2"]
 
 
 def _train(data: str, out: Path, *more: str) -> str:
-    done = subprocess.run(_command(data, out, *more), capture_output=True, text=True, check=False)
+    done = nursery.run(_command(data, out, *more))
     assert done.returncode == 0, done.stderr
     return done.stderr
 
@@ -68,7 +67,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_with_the_same_samples(
     """kill -9 of the launcher: ranks and workers die with it, and nothing half-made is used."""
     more = ("train.steps=6", "train.checkpoint_every=2", "data.workers=1", f"data.cache_dir={tmp_path / 'cache'}")
     run = tmp_path / "run"
-    started = subprocess.Popen(_command(dataset, run, *more), stderr=subprocess.DEVNULL)
+    started = nursery.command(_command(dataset, run, *more))
     deadline = time.monotonic() + 120
     while not (run / "checkpoints" / "latest").is_file():
         assert started.poll() is None, "it ended before it could be killed"
@@ -88,11 +87,10 @@ def test_a_stopped_and_resumed_run_ends_in_the_same_bits(whole: Path, dataset: s
     """Stopped by SIGUSR1 somewhere, then the same command again: losses, weights and optimizer states are equal."""
     run = tmp_path / "run"
     more = ("train.steps=6", "train.checkpoint_every=100")
-    process = subprocess.Popen(_command(dataset, run, *more), stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
+    process = nursery.command(_command(dataset, run, *more))
     deadline = time.monotonic() + 120
     while not (run / "metrics.jsonl").is_file() or not _losses(run):
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, process.said()
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGUSR1)
@@ -134,7 +132,7 @@ def test_a_run_is_mirrored_and_a_bare_directory_goes_on_from_there(dataset: str,
 def test_sigterm_of_one_rank_alone_stops_all_of_them(dataset: str, tmp_path: Path) -> None:
     """Slurm's signals do not reach all ranks at the same step: they agree first."""
     run = tmp_path / "run"
-    process = subprocess.Popen(_command(dataset, run, "train.steps=100000"), stderr=subprocess.DEVNULL)
+    process = nursery.command(_command(dataset, run, "train.steps=100000"))
     deadline = time.monotonic() + 120
     while not (run / "metrics.jsonl").is_file() or not _losses(run):
         assert process.poll() is None

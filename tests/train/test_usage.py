@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests import nursery
 
 STEPS = 60
 
 
 def _ibq_scale(*words: str) -> str:
-    command = [sys.executable, "-m", "ibq_scale", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = nursery.run(words)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

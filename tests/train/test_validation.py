@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import random
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +31,7 @@ from ibq_scale.pretrained.loading import load_ar, load_tokenizer
 from ibq_scale.train.held_out import HeldOutImages
 from ibq_scale.train.sample_grid import CHUNK
 from ibq_scale.weights import SOURCES
+from tests import nursery
 from tests.evaluate.stand_in import QuickInception
 from tests.ranks import run_ranks
 from tests.samples import SMALL_AR, write_codes, write_pictures
@@ -271,12 +270,7 @@ def test_weights_that_are_absent_show_at_the_start(training: str, dataset: str, 
 
 
 def _train(*words: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "ibq_scale", "train", *words, "--ranks", "2"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = nursery.run(["train", *words, "--ranks", "2"])
     assert done.returncode == 0, done.stderr
     return done.stderr
 

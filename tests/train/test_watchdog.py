@@ -11,14 +11,16 @@ import subprocess
 import sys
 import time
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 import ibq_scale.train.watchdog as watchdog_module
-from ibq_scale.distributed.environment import free_port, join
+from ibq_scale.distributed.environment import join
 from ibq_scale.train.watchdog import HUNG_EXIT_CODE, Watchdog
+from tests.nursery import Forked, nursery, rank_environ
 
 TIMEOUT = 4.0
 HOSTS = ("node0", "node1", "node2")
@@ -60,34 +62,18 @@ def hold_pythons_lock(run_dir: Path) -> None:
         ctypes.PyDLL(None).sleep(60)
 
 
-def _run(folder: Path, victim: int, how: str, size: int = 3) -> list[subprocess.Popen[str]]:
+def _run(folder: Path, victim: int, how: str, size: int = 3) -> list[Forked]:
     (folder / "logs").mkdir()
-    environ = {
-        "WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "OMP_NUM_THREADS": "1",
-    }
-    program = f"from {__name__} import Path, train; train(Path({str(folder)!r}), {victim}, {how!r})"
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", program],
-            env=os.environ | environ | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
+    return [nursery().start(partial(train, folder, victim, how), environ) for environ in rank_environ(size)]
 
 
-def _ended(ranks: list[subprocess.Popen[str]], but: int | None = None) -> list[str]:
+def _ended(ranks: list[Forked], but: int | None = None) -> list[str]:
     """What they wrote to stderr, those that end, each within a minute; kills the one that does not."""
     try:
         return ["" if rank == but else process.communicate(timeout=60)[1] for rank, process in enumerate(ranks)]
     finally:
         for process in ranks:
             process.kill()
-            process.wait()
 
 
 @pytest.mark.slow

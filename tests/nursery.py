@@ -1,0 +1,306 @@
+"""Processes that start in milliseconds: forked from one that has imported torch, DeepSpeed and this package, and did
+nothing else. The imports take seconds, of each rank of each test.
+
+What a fork cannot show (the order of imports, the environment that they read, strings hashed anew in each rank) is
+shown by the tests that start commands as a user does: of the launchers, the tutorial, the demo, Slurm, chaos.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+from ibq_scale.distributed.environment import free_port
+
+# Of a start, on a machine with other things to do.
+PATIENCE = 300.0
+IMPORTED = (
+    "pytest",
+    "hypothesis",
+    "torch._inductor.compile_fx",
+    # The first engine imports it.
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "ibq_scale.evaluate.generation",
+    "ibq_scale.evaluate.reconstruction",
+    "ibq_scale.generate.images",
+    "ibq_scale.train.ar_task",
+    "ibq_scale.train.opening",
+    "ibq_scale.train.run",
+    "ibq_scale.train.tokenizer_task",
+)
+
+
+class Request(NamedTuple):
+    """What to fork. `call`: a pickled function of no arguments, whose result is the exit code."""
+
+    call: bytes
+    environ: dict[str, str]
+    folder: str
+    out: str
+    err: str
+
+
+def serve() -> None:
+    """Takes a pickled Request, or the id of a process to look at; answers with an id, or an exit code or None."""
+    requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    # What is imported prints there.
+    os.dup2(2, 1)
+    _import()
+    while True:
+        try:
+            request = pickle.load(requests)
+        except EOFError:
+            return
+        if isinstance(request, int):
+            pid, status = os.waitpid(request, os.WNOHANG)
+            answer = os.waitstatus_to_exitcode(status) if pid else None
+        else:
+            answer = os.fork()
+            if not answer:
+                os.close(requests.fileno())
+                os.close(answers.fileno())
+                _end(partial(_become, request))
+        pickle.dump(answer, answers)
+        answers.flush()
+
+
+def _import() -> None:
+    for name in IMPORTED:
+        import_module(name)
+    # Threads are not forked.
+    assert threading.active_count() == 1, threading.enumerate()
+
+
+def _become(request: Request) -> object:
+    """As if it had been started so."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    os.environ.clear()
+    os.environ.update(request.environ)
+    os.chdir(request.folder)
+    for path, standard in ((request.out, 1), (request.err, 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), standard)
+    return pickle.loads(request.call)()
+
+
+def _end(what: Callable[[], object]) -> None:
+    """Calls it and leaves this process as an interpreter does, but for the frames of who forked it."""
+    code: object = 1
+    random.seed()
+    try:
+        code = what()
+    except SystemExit as e:
+        code = e.code
+    except BaseException:
+        traceback.print_exc()
+    if code is not None and not isinstance(code, int):
+        print(code, file=sys.stderr)
+        code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code or 0)
+
+
+def _command(words: Sequence[str], before: str) -> int:
+    """``ibq-scale WORDS``; ranks that its launcher starts are forks of it."""
+    from ibq_scale.cli.main import main
+    from ibq_scale.distributed import launch
+
+    exec(before, {})
+    vars(launch)["subprocess"] = SimpleNamespace(**{**vars(subprocess), "Popen": _fork_rank})
+    sys.argv = ["ibq-scale", *words]
+    return main()
+
+
+def _program(code: str) -> int:
+    exec(code, {"__name__": "__main__"})
+    return 0
+
+
+class _Child:
+    """A forked process, with what a launcher asks of a Popen."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        deadline = time.monotonic() + (PATIENCE if timeout is None else timeout)
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("a rank", timeout or PATIENCE)
+            time.sleep(0.005)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def _fork_rank(command: Sequence[str], env: Mapping[str, str], preexec_fn: Callable[[], None]) -> _Child:
+    """A rank as `ibq_scale.distributed.launch` starts it: ``python -m ibq_scale WORDS``."""
+    begun, words = list(command[:3]), command[3:]
+    assert begun == [sys.executable, "-m", "ibq_scale"]
+    if pid := os.fork():
+        return _Child(pid)
+    # A new program has no handlers of the old one.
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    preexec_fn()
+    environ = dict(env)
+    os.environ.clear()
+    os.environ.update(environ)
+    _end(partial(_command, words, ""))
+    raise AssertionError
+
+
+class Forked:
+    """A process of the nursery, with what `subprocess.Popen` has. `out` and `err`: files of what it prints."""
+
+    def __init__(self, nursery: Nursery, pid: int, out: Path, err: Path) -> None:
+        self._nursery = nursery
+        self.pid = pid
+        self.out = out
+        self.err = err
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        """Its exit code, None while it runs."""
+        if self.returncode is None:
+            self.returncode = self._nursery.ask(self.pid)
+        return self.returncode
+
+    def wait(self, timeout: float = PATIENCE) -> int:
+        """Its exit code, at its end. `timeout`: in seconds; fails after that."""
+        deadline = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            assert time.monotonic() < deadline, self.said()
+            time.sleep(0.01)
+        return code
+
+    def said(self) -> str:
+        """All that it printed, standard output first."""
+        return self.out.read_text() + self.err.read_text()
+
+    def communicate(self, timeout: float = PATIENCE) -> tuple[str, str]:
+        """What it printed on standard output and on standard error, at its end."""
+        self.wait(timeout)
+        return self.out.read_text(), self.err.read_text()
+
+    def send_signal(self, number: int) -> None:
+        """Where it runs still."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Ends it, where it runs still."""
+        self.send_signal(signal.SIGKILL)
+        self.wait()
+
+
+class Nursery:
+    """Starts processes. One serves a whole session of tests: `nursery()`."""
+
+    def __init__(self) -> None:
+        self._logs = Path(tempfile.mkdtemp(prefix="nursery-"))
+        self._count = 0
+        program = f"from {__name__} import serve; serve()"
+        environ = os.environ | {"DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu")}
+        self._server = subprocess.Popen(
+            [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environ
+        )
+
+    def start(self, call: Callable[[], object], environ: Mapping[str, str]) -> Forked:
+        """A process that calls this, a picklable function whose result is the exit code, with `environ` and no more."""
+        self._count += 1
+        out, err = (self._logs / f"{self._count}.{name}" for name in ("out", "err"))
+        out.touch()
+        err.touch()
+        pid = self.ask(Request(pickle.dumps(call), dict(environ), str(Path.cwd()), str(out), str(err)))
+        assert pid is not None
+        return Forked(self, pid, out, err)
+
+    def ask(self, request: Request | int) -> int | None:
+        """What the server answers."""
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        pickle.dump(request, self._server.stdin)
+        self._server.stdin.flush()
+        answer: int | None = pickle.load(self._server.stdout)
+        return answer
+
+    def close(self) -> None:
+        """Ends the server, and with it whatever it started."""
+        self._server.kill()
+        self._server.wait()
+        shutil.rmtree(self._logs, ignore_errors=True)
+
+
+@lru_cache(1)
+def nursery() -> Nursery:
+    """This session's, started by the first call."""
+    made = Nursery()
+    atexit.register(made.close)
+    return made
+
+
+def command(words: Sequence[str], environ: Mapping[str, str] = os.environ, before: str = "") -> Forked:
+    """Starts ``ibq-scale WORDS``, under its own launcher where it wants one. `before`: code that runs in it first."""
+    return nursery().start(partial(_command, list(words), before), environ)
+
+
+def program(code: str, environ: Mapping[str, str] = os.environ) -> Forked:
+    """Starts ``python -c CODE``."""
+    return nursery().start(partial(_program, code), environ)
+
+
+def run(words: Sequence[str], environ: Mapping[str, str] = os.environ) -> subprocess.CompletedProcess[str]:
+    """``ibq-scale WORDS``, to its end."""
+    process = command(words, environ)
+    try:
+        out, err = process.communicate()
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(list(words), process.wait(), out, err)
+
+
+def rank_environ(ranks: int) -> list[dict[str, str]]:
+    """What a launcher other than this package's sets for each of so many ranks on this node, and the rest."""
+    shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+    shared |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    return [os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
+def commands(words: Sequence[str], ranks: int, before: str = "") -> list[Forked]:
+    """Starts ``ibq-scale WORDS`` on so many ranks, as srun does."""
+    return [command(words, environ, before) for environ in rank_environ(ranks)]
