@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 import tempfile
 import time
 import traceback
@@ -50,7 +51,9 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
         finally:
             for worker in workers:
                 worker.kill()
-                print(worker.said(), end="")
+                out, err = worker.communicate()
+                print(out, end="")
+                print(err, end="", file=sys.stderr)
         return [pickle.loads(result.read_bytes())[0] for result in results]
 
 

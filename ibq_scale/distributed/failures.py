@@ -56,7 +56,8 @@ def leave(error: Exception, code: int) -> bool:
     trace = "" if isinstance(error, UserError) else "".join(traceback.format_exception(error)).rstrip()
     words = f"{type(error).__name__}: {error}"
     follows = any(mark in words for mark in OF_OTHERS) and not isinstance(error, UserError)
-    of = int(os.environ.get("WORLD_SIZE", "1"))
+    # Under srun torch's own name is there from the joining on.
+    of = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS", "1"))
     failure = Failure(rank(), of, socket.gethostname(), time.time(), code, describe(error), trace, follows)
     path = folder / f"rank-{failure.rank:05d}.json"
     try:

@@ -57,6 +57,15 @@ def test_the_first_cause_is_named_last_and_its_traceback_shown(folder: Path, mon
     assert explain(found, {}).count("Traceback") == 1
 
 
+def test_a_rank_that_fails_before_it_joins_knows_of_the_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setenv("SLURM_NTASKS", "16")
+    monkeypatch.setenv("SLURM_PROCID", "9")
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    assert leave(_fail(ZeroDivisionError("no tokens")), 1)
+    assert "rank 9 of 16 on " in explain(collect(folder), {})
+
+
 def test_of_two_causes_the_earlier_is_the_first(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _leave(monkeypatch, 2, ValueError("early"))
     _leave(monkeypatch, 0, ValueError("late"))
