@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.nursery import Forked, nursery, rank_environ
+from tests.nursery import Forked, Nursery, nursery, rank_environ
 
 _CPU = {"DS_ACCELERATOR": "cpu"}
 
@@ -34,16 +34,18 @@ def _entry(rank: int, world_size: int, fn: Callable[..., Any], args: tuple[Any, 
     return 0
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300.0) -> list[Any]:
+def run_ranks(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 300.0, of: Nursery | None = None
+) -> list[Any]:
     """Calls ``fn(rank, world_size, *args)`` on `world_size` gloo ranks; returns their results in rank order.
 
-    `fn` is a module-level function with a picklable result. `timeout`: of the whole, in seconds. Raises AssertionError
-    with the traceback of the first rank that failed.
+    `fn` is a module-level function with a picklable result. `timeout`: of the whole, in seconds. `of`: who forks them,
+    where the session's own would not do. Raises AssertionError with the traceback of the first rank that failed.
     """
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         results = [Path(folder, str(rank)) for rank in range(world_size)]
         workers = [
-            nursery().start(partial(_entry, rank, world_size, fn, args, results[rank]), environ | _CPU)
+            (of or nursery()).start(partial(_entry, rank, world_size, fn, args, results[rank]), environ | _CPU)
             for rank, environ in enumerate(rank_environ(world_size))
         ]
         try:
