@@ -8,7 +8,6 @@ shown by the tests that start commands as a user does: of the launchers, the tut
 from __future__ import annotations
 
 import atexit
-import ctypes
 import os
 import pickle
 import random
@@ -28,6 +27,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 from ibq_scale.distributed.environment import free_port
+from ibq_scale.distributed.launch import _die_with_parent
 
 # Of a start, on a machine with other things to do.
 PATIENCE = 300.0
@@ -70,8 +70,7 @@ def serve() -> None:
         except EOFError:
             return
         if isinstance(request, int):
-            pid, status = os.waitpid(request, os.WNOHANG)
-            answer = os.waitstatus_to_exitcode(status) if pid else None
+            answer = _exit_code(request)
         else:
             answer = os.fork()
             if not answer:
@@ -91,8 +90,7 @@ def _import() -> None:
 
 def _become(request: Request) -> object:
     """As if it had been started so."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    _die_with_parent(os.getppid())
     os.environ.clear()
     os.environ.update(request.environ)
     os.chdir(request.folder)
@@ -137,41 +135,54 @@ def _program(code: str) -> int:
     return 0
 
 
-class _Child:
-    """A forked process, with what a launcher asks of a Popen."""
+class _Process:
+    """What `subprocess.Popen` has, of a process that was forked here or by the nursery."""
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
+        """Its exit code, None while it runs."""
         if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+            self.returncode = self._look()
         return self.returncode
 
-    def wait(self, timeout: float | None = None) -> int:
-        deadline = time.monotonic() + (PATIENCE if timeout is None else timeout)
+    def wait(self, timeout: float = PATIENCE) -> int:
+        """Its exit code, at its end. `timeout`: in seconds; raises subprocess.TimeoutExpired after that."""
+        deadline = time.monotonic() + timeout
         while (code := self.poll()) is None:
             if time.monotonic() > deadline:
-                raise subprocess.TimeoutExpired("a rank", timeout or PATIENCE)
-            time.sleep(0.005)
+                raise subprocess.TimeoutExpired(f"process {self.pid}", timeout)
+            time.sleep(0.01)
         return code
 
     def send_signal(self, number: int) -> None:
+        """Where it runs still."""
         if self.poll() is None:
             os.kill(self.pid, number)
 
     def kill(self) -> None:
+        """Ends it, where it runs still."""
         self.send_signal(signal.SIGKILL)
+        self.wait()
+
+    def _look(self) -> int | None:
+        return _exit_code(self.pid)
 
 
-def _fork_rank(command: Sequence[str], env: Mapping[str, str], preexec_fn: Callable[[], None]) -> _Child:
+def _exit_code(child: int) -> int | None:
+    """Of a child of this process, None while it runs."""
+    pid, status = os.waitpid(child, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if pid else None
+
+
+def _fork_rank(command: Sequence[str], env: Mapping[str, str], preexec_fn: Callable[[], None]) -> _Process:
     """A rank as `ibq_scale.distributed.launch` starts it: ``python -m ibq_scale WORDS``."""
     begun, words = list(command[:3]), command[3:]
     assert begun == [sys.executable, "-m", "ibq_scale"]
     if pid := os.fork():
-        return _Child(pid)
+        return _Process(pid)
     # A new program has no handlers of the old one.
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
@@ -184,48 +195,33 @@ def _fork_rank(command: Sequence[str], env: Mapping[str, str], preexec_fn: Calla
     raise AssertionError
 
 
-class Forked:
-    """A process of the nursery, with what `subprocess.Popen` has. `out` and `err`: files of what it prints."""
+class Forked(_Process):
+    """A process of the nursery. `out` and `err`: files of what it prints."""
 
     def __init__(self, nursery: Nursery, pid: int, out: Path, err: Path) -> None:
+        super().__init__(pid)
         self._nursery = nursery
-        self.pid = pid
         self.out = out
         self.err = err
-        self.returncode: int | None = None
-
-    def poll(self) -> int | None:
-        """Its exit code, None while it runs."""
-        if self.returncode is None:
-            self.returncode = self._nursery.ask(self.pid)
-        return self.returncode
-
-    def wait(self, timeout: float = PATIENCE) -> int:
-        """Its exit code, at its end. `timeout`: in seconds; fails after that."""
-        deadline = time.monotonic() + timeout
-        while (code := self.poll()) is None:
-            assert time.monotonic() < deadline, self.said()
-            time.sleep(0.01)
-        return code
 
     def said(self) -> str:
         """All that it printed, standard output first."""
         return self.out.read_text() + self.err.read_text()
+
+    def wait(self, timeout: float = PATIENCE) -> int:
+        """As of any process, but that what it printed is shown where it does not end."""
+        try:
+            return super().wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(self.said()) from None
 
     def communicate(self, timeout: float = PATIENCE) -> tuple[str, str]:
         """What it printed on standard output and on standard error, at its end."""
         self.wait(timeout)
         return self.out.read_text(), self.err.read_text()
 
-    def send_signal(self, number: int) -> None:
-        """Where it runs still."""
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def kill(self) -> None:
-        """Ends it, where it runs still."""
-        self.send_signal(signal.SIGKILL)
-        self.wait()
+    def _look(self) -> int | None:
+        return self._nursery.ask(self.pid)
 
 
 class Nursery:

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
 
 def _command(data: str, out: Path, *more: str) -> list[str]:
-    return [*words(data, out, "train.steps=100000", *more)]
+    return words(data, out, "train.steps=100000", *more)
 
 
 def _steps(run: Path, count: int, process: Forked) -> None:
