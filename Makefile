@@ -2,6 +2,8 @@
 # make test      all tests                                     make check   lint, types, fast tests
 # make chaos     50 random kill -9 over a tokenizer run and 50 over a transformer's: about 40 minutes on 2 cores
 # make services  the Debian packages of tests/services, where this is root with apt-get
+# Images of Linux often set it: each of the thousands of processes of the tests would then compile this package anew.
+unexport PYTHONDONTWRITEBYTECODE
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -29,7 +31,7 @@ services:
 	fi
 
 check: $(VENV)/.dev lint
-	$(BIN)/python -m pytest -m "not slow and not distributed"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not distributed"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -145,6 +145,7 @@ def test_collectives(capfd: pytest.CaptureFixture[str]) -> None:
     assert 0 < report["latency_s"] < report["seconds"]
 
 
+@pytest.mark.slow
 def test_sampling(ar_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["bench", "sample", str(ar_dir), "--batch", "4", "--repeats", "1"]
     assert main([*words, "--json"]) == 0

@@ -158,6 +158,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_taken(
     assert "part/rank-1.bin: content changed (sha256 differs)" in capfd.readouterr().err
 
 
+@pytest.mark.distributed
 def test_hashes_can_be_left_unread(alone: World, saved: Path, tmp_path: Path) -> None:
     shutil.copytree(saved, tmp_path / "run")
     path = tmp_path / "run/checkpoints/step-00000003/part/rank-1.bin"
@@ -167,6 +168,7 @@ def test_hashes_can_be_left_unread(alone: World, saved: Path, tmp_path: Path) ->
     assert [checkpoint and checkpoint.step for checkpoint in found] == [2, 3]
 
 
+@pytest.mark.distributed
 def test_the_pointer_is_mended(alone: World, saved: Path, tmp_path: Path) -> None:
     """A kill between a checkpoint's rename and its pointer leaves the one before's, or none."""
     shutil.copytree(saved, tmp_path / "run")
@@ -186,6 +188,7 @@ def _of_format(version: int, manifest: Path) -> str:
     return json.dumps(content)
 
 
+@pytest.mark.distributed
 def test_the_format_before_is_read(alone: World, saved: Path, tmp_path: Path) -> None:
     shutil.copytree(saved, tmp_path / "run")
     manifest = tmp_path / "run/checkpoints/step-00000003/manifest.json"
@@ -195,6 +198,7 @@ def test_the_format_before_is_read(alone: World, saved: Path, tmp_path: Path) ->
     assert found.step == 3
 
 
+@pytest.mark.distributed
 def test_a_run_of_another_format_is_refused_and_not_begun_anew(alone: World, saved: Path, tmp_path: Path) -> None:
     shutil.copytree(saved, tmp_path / "run")
     manifest = tmp_path / "run/checkpoints/step-00000002/manifest.json"

@@ -130,6 +130,7 @@ def test_the_mirror_keeps_what_is_kept_here(
     assert {path.split("/")[0] for path in open_store(url).files()} == {f"step-{step:08d}" for step in left}
 
 
+@pytest.mark.slow
 def test_only_what_was_never_a_copy_of_this_run_goes_besides(alone: World, tmp_path: Path, url: str) -> None:
     store, here = open_store(url), tmp_path / "checkpoints"
     stays = ["notes.txt", "step-3/manifest.json", "older/step-00000001/x", "step-00000009/part"]
@@ -142,6 +143,7 @@ def test_only_what_was_never_a_copy_of_this_run_goes_besides(alone: World, tmp_p
     assert names == {*stays, strange}
 
 
+@pytest.mark.slow
 def test_a_copy_loses_its_manifest_first(
     alone: World, tmp_path: Path, new_prefix: Callable[[], str], proxy: FaultProxy
 ) -> None:
@@ -201,6 +203,7 @@ def test_a_store_that_was_away_is_caught_up_with_newest_first(
     assert not [line for line in proxy.log[sent:] if line.startswith("PUT")]
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_not_sent_at_the_next_start(
     alone: World, tmp_path: Path, url: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -327,6 +330,7 @@ def test_a_damaged_newest_copy_falls_back_to_the_one_before(
     assert f"{url}/step-00000002 is damaged and left out" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_copies_that_are_all_damaged_begin_no_new_run(alone: World, tmp_path: Path, url: str) -> None:
     here = tmp_path / "checkpoints"
     _save(0, 1, here, url, Retention(1), (1,))

@@ -32,6 +32,7 @@ def _complete(line: str, tmp_path: Path) -> set[str]:
     return {word.strip() for word in answer.read_text().split("\n")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "among", "absent"),
     [

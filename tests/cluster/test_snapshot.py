@@ -94,6 +94,7 @@ def test_a_json_of_deepspeed_belongs_to_the_config(tmp_path: Path) -> None:
     assert json.loads(kept.read_text()) == {"zero_optimization": {"stage": 1}}
 
 
+@pytest.mark.slow
 def test_two_submissions_at_once_do_not_share_a_snapshot(tmp_path: Path) -> None:
     folder = snapshot.next_folder(tmp_path / "run")
     snapshot.take(folder, CONFIG)

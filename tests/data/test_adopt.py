@@ -106,6 +106,7 @@ def test_what_is_unusable_or_unwanted_is_only_not_indexed(originals: list[Pictur
     assert [s.name for s in load_manifest(str(tmp_path), "images").shards] == ["00001.tar", "00002.tar", "00003.tar"]
 
 
+@pytest.mark.slow
 def test_a_second_run_and_more_workers_write_the_same(
     originals: list[Picture], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

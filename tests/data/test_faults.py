@@ -93,6 +93,7 @@ def test_a_burst_passes(data: DataConfig, expected: ImageBatch, proxy: FaultProx
     assert _same(_epoch(data), expected)
 
 
+@pytest.mark.slow
 def test_every_other_request_fails_somehow(data: DataConfig, expected: ImageBatch, proxy: FaultProxy) -> None:
     faults = [slow_down, cut, truncated, shortened]
     for i, fault in enumerate(faults * 5):
@@ -107,6 +108,7 @@ def test_two_seconds_of_silence_are_waited_for(data: DataConfig, expected: Image
     assert _same(_epoch(data), expected)
 
 
+@pytest.mark.slow
 def test_a_longer_silence_is_given_up_and_asked_again(
     data: DataConfig, expected: ImageBatch, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,6 +128,7 @@ def test_what_does_not_pass_is_an_error_by_the_deadline(
         _epoch(data)
 
 
+@pytest.mark.slow
 def test_expired_credentials_are_an_error(data: DataConfig, proxy: FaultProxy) -> None:
     proxy.inject(expired, TAR, skip=2)
     with pytest.raises(UserError, match=r"the credentials have expired .*: renew them"):
@@ -160,6 +163,7 @@ def test_other_bytes_once_are_seen(data: DataConfig, expected: ImageBatch, proxy
         assert _same(_epoch(data), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [flipped, overwritten])
 def test_a_changed_shard_never_enters_the_cache(
     shared_url: str, tmp_path: Path, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, fault: Fault
@@ -189,6 +193,7 @@ def test_an_object_overwritten_between_ranges_is_never_mixed(
         _epoch(data)
 
 
+@pytest.mark.slow
 def test_a_cache_smaller_than_what_is_in_use_gives_the_same(shared_url: str, dataset: str, tmp_path: Path) -> None:
     largest = max(path.stat().st_size for path in Path(dataset).glob("*.tar"))
     data = DataConfig(

@@ -98,6 +98,7 @@ def _write_all(folder: Path, originals: list[Picture]) -> list[Path]:
     return [folder / "tars", folder / "parquet"]
 
 
+@pytest.mark.slow
 def test_a_second_run_more_workers_and_a_resumed_run_write_the_same_bytes(
     originals: list[Picture], tmp_path: Path
 ) -> None:

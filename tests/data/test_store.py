@@ -48,6 +48,7 @@ def test_a_missing_file_is_a_missing_file(store: Store) -> None:
         store.size("absent")
 
 
+@pytest.mark.slow
 def test_a_range_beyond_the_end_is_an_error_and_not_fewer_bytes(store: Store) -> None:
     store.write("short", b"abc")
     for start in (1, 5):
@@ -116,6 +117,7 @@ def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_an_upload_goes_on_with_the_parts_that_are_there(
     new_prefix: Callable[[], str], proxy: FaultProxy, large: Path
 ) -> None:
@@ -131,6 +133,7 @@ def test_an_upload_goes_on_with_the_parts_that_are_there(
     assert _parts_sent(proxy) == [], "it is there already"
 
 
+@pytest.mark.slow
 def test_no_part_of_another_content_is_completed(new_prefix: Callable[[], str], proxy: FaultProxy, large: Path) -> None:
     store = open_store(new_prefix())
     _cut_short(store, proxy, large, 3)
@@ -158,6 +161,7 @@ def test_the_fullest_of_several_uploads_is_gone_on_with(
     assert store.unfinished() == []
 
 
+@pytest.mark.slow
 def test_where_the_store_encrypts_parts_are_sent_again(
     new_prefix: Callable[[], str], proxy: FaultProxy, large: Path
 ) -> None:
@@ -209,6 +213,7 @@ def test_a_lost_answer_is_no_lost_upload(
     assert store.read("large") == large.read_bytes()
 
 
+@pytest.mark.slow
 def test_parts_pass_through_what_networks_do(new_prefix: Callable[[], str], proxy: FaultProxy, large: Path) -> None:
     store = open_store(new_prefix())
     for i, fault in enumerate([slow_down, cut, slow_down]):
@@ -252,6 +257,7 @@ def test_a_missing_bucket_is_named(s3_server: None) -> None:
         store.read("file")
 
 
+@pytest.mark.slow
 def test_an_unreachable_endpoint_is_named(s3_server: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setattr(store_module, "DEADLINE_SECONDS", 0.0)
@@ -274,6 +280,7 @@ def test_transient_failures_are_retried(new_prefix: Callable[[], str], monkeypat
     assert not left
 
 
+@pytest.mark.slow
 def test_one_loop_retries_and_none_inside_it(
     new_prefix: Callable[[], str], proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -325,6 +332,7 @@ def test_an_endpoint_that_has_answered_may_come_back(
     assert store._call(action) == "done"
 
 
+@pytest.mark.slow
 def test_an_object_overwritten_during_a_download_is_an_error(
     new_prefix: Callable[[], str], tmp_path: Path, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -410,6 +418,7 @@ def test_profile_and_region_are_the_environments(
         open_store(url).read("file")
 
 
+@pytest.mark.slow
 def test_anonymous_requests_are_unsigned(
     new_prefix: Callable[[], str], proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -446,6 +455,7 @@ def test_checksums_are_left_out_where_not_required(
     assert header not in map(str.lower, _request(open_store(url), proxy, method).headers)
 
 
+@pytest.mark.slow
 def test_a_store_travels_to_a_worker_without_its_client(new_prefix: Callable[[], str]) -> None:
     store = open_store(new_prefix())
     store.write("file", b"x")

@@ -91,6 +91,7 @@ def test_what_all_ranks_had_to_say_is_one_message_and_the_code_is_the_causes(
     assert re.search(said, told), told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
 def test_signals_reach_every_rank_and_their_answer_comes_back(tmp_path: Path, signum: int) -> None:
     """Also those that come before a rank can answer."""

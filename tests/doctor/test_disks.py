@@ -25,6 +25,7 @@ def roomy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disks, "file_system", lambda path: "ext4")
 
 
+@pytest.mark.slow
 def test_a_folder_and_one_to_be_made(tmp_path: Path, roomy: None) -> None:
     assert _run_dir(tmp_path).state == "ok"
     line = _run_dir(tmp_path / "runs/new")
@@ -51,6 +52,7 @@ def test_a_disk_without_room(tmp_path: Path, roomy: None, monkeypatch: pytest.Mo
     assert _run_dir(tmp_path).seen == f"{tmp_path}: 1 MiB free"
 
 
+@pytest.mark.slow
 def test_what_is_unusual_about_a_disk(tmp_path: Path, roomy: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disks, "SLOW", 1e18)
     assert "train.checkpoint_every" in _run_dir(tmp_path).todo

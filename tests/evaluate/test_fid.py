@@ -53,6 +53,7 @@ class _Evil:
         return (os.system, (f"touch {self.mark}",))
 
 
+@pytest.mark.slow
 def test_weights_that_would_run_code_or_are_anothers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch-fidelity would unpickle anything."""
     monkeypatch.setenv("IBQ_SCALE_WEIGHTS", str(tmp_path))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from ibq_scale.evaluate.pixels import psnr, ssim
 
@@ -19,13 +18,19 @@ def pair(request: pytest.FixtureRequest) -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(x.mul(255).round().clamp(0, 255).to(torch.uint8) for x in (smooth, noisy))
 
 
+@pytest.mark.slow
 def test_psnr(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+    from skimage.metrics import peak_signal_noise_ratio
+
     a, b = pair
     expected = [peak_signal_noise_ratio(x.numpy(), y.numpy(), data_range=255) for x, y in zip(a, b, strict=True)]
     np.testing.assert_allclose(psnr(a, b).numpy(), expected, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_ssim(pair: tuple[torch.Tensor, torch.Tensor]) -> None:
+    from skimage.metrics import structural_similarity
+
     a, b = pair
     expected = [
         structural_similarity(

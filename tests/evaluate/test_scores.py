@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch_fidelity.metric_isc import isc_features_to_metric
-from torch_fidelity.metric_prc import calculate_precision_recall_full
 
 from ibq_scale.distributed.world import World
 from ibq_scale.evaluate import scores
@@ -22,7 +20,10 @@ def _normal(count: int, width: int, seed: int) -> torch.Tensor:
     return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.mark.slow
 def test_the_inception_score_is_torch_fidelitys() -> None:
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
     logits = 3 * _normal(57, 20, 0)
     theirs = isc_features_to_metric(logits)
     assert inception_score(logits) == pytest.approx(tuple(theirs.values()), rel=1e-9)
@@ -69,6 +70,8 @@ def _on_ranks(rank: int, world_size: int) -> dict[str, Any]:
 @pytest.mark.distributed
 def test_precision_and_recall() -> None:
     """torch-fidelity's on three ranks that share the blocks; and what is plain without calculation."""
+    from torch_fidelity.metric_prc import calculate_precision_recall_full
+
     real, fake = _normal(150, 8, 1), 0.8 * _normal(90, 8, 2) + 0.3
     theirs = calculate_precision_recall_full(fake, real)
     for found in run_ranks(_on_ranks, 3):

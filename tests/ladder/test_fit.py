@@ -54,6 +54,7 @@ def _fit(results: list[Result], **options: object) -> Fit:
     return fit
 
 
+@pytest.mark.slow
 def test_a_grid_gives_all_three_kinds_of_law() -> None:
     fit = _fit(GRID)
     assert isinstance(fit.joint, Law)
@@ -76,6 +77,7 @@ def test_budgets_nobody_trained_are_marked() -> None:
     assert [o.flops for o in _fit(GRID, flops=[1e16]).optima] == [1e16]
 
 
+@pytest.mark.slow
 def test_codebooks_are_fitted_apart() -> None:
     """Their losses are of other units."""
     fits = fit_ladder([*GRID, *(_result(n, d, 16384) for n in SIZES for d in DATA)], replicas=10)
@@ -95,6 +97,7 @@ def test_what_two_budgets_cannot_tell_is_said_and_not_fitted() -> None:
     assert "WARNING FEW RUNGS" in said
 
 
+@pytest.mark.slow
 def test_repeated_data_and_training_losses_are_warned_of() -> None:
     fit = _fit([replace(r, epochs=r.tokens / 1e8, held_out=r.tokens > 1e8) for r in GRID])
     repeated, trained = sorted(fit.warnings)
@@ -102,6 +105,7 @@ def test_repeated_data_and_training_losses_are_warned_of() -> None:
     assert trained.startswith("TRAINING LOSS: 4 of 16")
 
 
+@pytest.mark.slow
 def test_the_page_holds_everything_and_needs_no_network(tmp_path: Path) -> None:
     fit = _fit([*GRID])
     page = write_report([fit], ["rung-not-done"], "mine", tmp_path).read_text()
@@ -111,6 +115,7 @@ def test_the_page_holds_everything_and_needs_no_network(tmp_path: Path) -> None:
     assert "https://" not in page
 
 
+@pytest.mark.slow
 def test_the_document_is_json() -> None:
     (values,) = json.loads(json.dumps(document([_fit(GRID)])))
     law = values["laws"]["L(N, D), K = 1,024"]
@@ -129,6 +134,7 @@ def test_results_come_back_as_they_were(tmp_path: Path) -> None:
         load(tmp_path / "no.json")
 
 
+@pytest.mark.slow
 def test_scale_fit_from_a_file_of_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(GRID, tmp_path / "results.json")
     words = ["scale", "fit", "cpu", f"out={tmp_path}", "--replicas", "20", "--flops", "1e17"]

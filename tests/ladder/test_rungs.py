@@ -28,6 +28,7 @@ def _ladder(tmp_path: Path, *overrides: str, **changes: object) -> list[Rung]:
     return rungs_of(load_ladder(str(file), [f"out={tmp_path}", *overrides]))
 
 
+@pytest.mark.slow
 def test_sizes_budgets_codebooks_and_seeds_are_crossed(tmp_path: Path) -> None:
     rungs = _ladder(tmp_path, "budget.samples=[160,320]", "seeds=[0,1]")
     assert len({rung.name for rung in rungs}) == len(rungs) == 16

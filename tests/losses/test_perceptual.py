@@ -50,6 +50,7 @@ def test_torchvisions_weights_are_those_that_lpips_would_use(tmp_path: Path, mon
     assert torch.equal(ours(a, a), torch.zeros(2))
 
 
+@pytest.mark.slow
 def test_the_random_network_is_the_same_every_time() -> None:
     a, b = torch.zeros(1, 3, 32, 32), torch.ones(1, 3, 32, 32)
     first, second = (Perceptual("random", torch.device("cpu"))(a, b) for _ in range(2))

@@ -102,6 +102,7 @@ def test_regional_compilation_keeps_names_and_numbers_and_shares_graphs(checkpoi
     assert counters["stats"]["unique_graphs"] == 6, "another batch size has graphs of its own"
 
 
+@pytest.mark.slow
 def test_bf16_stays_near_fp32() -> None:
     """Weights and activations keep 8 bits: outputs within 5 %, the gradient within 5° of fp32's."""
     images = _images(batch=4)

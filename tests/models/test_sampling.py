@@ -187,6 +187,7 @@ def test_scheduled_guidance_is_each_steps_own(model: Transformer) -> None:
     assert not torch.equal(*drawn)
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(st.integers(0, 2**31), st.integers(1, 60), st.floats(0.01, 1.0))
 def test_the_nucleus_is_the_smallest_that_reaches_top_p(seed: int, codes: int, top_p: float) -> None:

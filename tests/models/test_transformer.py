@@ -141,6 +141,7 @@ def test_activation_checkpointing_changes_no_gradient(
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_selective_checkpointing_multiplies_nothing_twice_and_keeps_less(
     batch: tuple[torch.Tensor, torch.Tensor],
 ) -> None:

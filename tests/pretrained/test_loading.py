@@ -79,6 +79,7 @@ def _by_hand(tokenizer: Tokenizer, images: Tensor) -> tuple[Tensor, Tensor]:
     return codes, conv(F.silu(norm(h, "decoder.norm_out")), "decoder.conv_out", 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (4, 64), (72, 20), (96, 128)])
 def test_any_sides_that_the_downsampling_divides(tokenizer_dir: Path, height: int, width: int) -> None:
     tokenizer = load_tokenizer(tokenizer_dir)

@@ -51,6 +51,7 @@ def state(tokenizer_dir: Path) -> dict[str, Tensor]:
     return {k: v + 0.25 if k.startswith("model_ema.") and v.ndim else v for k, v in state.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", PUBLISHED_PRESETS)
 def test_the_sizes_of_every_published_tokenizer_are_read_off_its_tensors(
     preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -90,6 +91,7 @@ def test_sizes_other_than_the_published_ones(tmp_path: Path) -> None:
     assert found.hash == tokenizer.hash
 
 
+@pytest.mark.slow
 def test_live_and_averaged_weights(state: dict[str, Tensor], tokenizer_dir: Path, tmp_path: Path) -> None:
     file = _foreign(state, tmp_path / "a.ckpt")
     original = load_tokenizer(tokenizer_dir).state_dict()
@@ -171,6 +173,7 @@ def test_a_checkpoint_without_an_average_says_so_once(state: dict[str, Tensor], 
     assert len(str(refused.value)) < 400
 
 
+@pytest.mark.slow
 def test_a_tokenizer_comes_back_bit_for_bit(tokenizer_dir: Path, tmp_path: Path) -> None:
     original = load_tokenizer(tokenizer_dir)
     assert export_published(tokenizer_dir, tmp_path / "new/tok.ckpt") == "tokenizer"
@@ -229,6 +232,7 @@ def test_a_published_transformer_is_written_back_as_it_was(parity_dir: Path, tmp
     assert all(torch.equal(back[name], tensor) for name, tensor in original.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inside", [True, False], ids=["with its tokenizer", "alone"])
 @pytest.mark.parametrize("preset", ["b", "l", "xl", "xxl"])
 def test_the_sizes_of_every_published_transformer_are_read_off_its_tensors(

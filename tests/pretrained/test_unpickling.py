@@ -48,6 +48,7 @@ def _loads_without_care(source: str) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_nothing_in_the_package_unpickles_without_care() -> None:
     files = sorted(Path(ibq_scale.__file__).parent.rglob("*.py"))
     assert len(files) > 100

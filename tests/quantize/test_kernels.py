@@ -37,9 +37,9 @@ def _run(form: Any, size: tuple[int, int, int], scale: float = 1.0, **changes: A
         ((1, 1, 3), 1.0, {}),
         ((1, 70, 16), 1.0, {}),
         ((33, 1, 8), 1.0, {}),
-        ((37, 101, 20), 1.0, {}),
+        pytest.param((37, 101, 20), 1.0, {}, marks=pytest.mark.slow),
         ((37, 101, 20), 1.0, {"batch_entropy_weight": 0.0}),
-        ((64, 260, 32), 0.3, {"entropy_temperature": 0.01}),
+        pytest.param((64, 260, 32), 0.3, {"entropy_temperature": 0.01}, marks=pytest.mark.slow),
         ((20, 64, 8), 30.0, {"entropy_temperature": 0.01}),
     ],
 )
@@ -67,6 +67,7 @@ def _rounding_of_exponents(size: tuple[int, int, int], scale: float, temperature
     return torch.finfo(torch.float32).eps * largest / temperature
 
 
+@pytest.mark.slow
 def test_bf16_products_are_coarser_and_no_more() -> None:
     expected, expected_grads = _run(ibq_dense, (50, 77, 16))
     found, grads = _run(quantize, (50, 77, 16), backend="triton", logit_precision="bf16")
@@ -85,6 +86,7 @@ def test_the_lowest_index_wins_a_tie_in_every_tile() -> None:
     assert find(z, codebook, config).index_N.tolist() == [7]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ibq", "vq"])
 @pytest.mark.parametrize("search", ["fp32", "bf16"])
 def test_the_kernels_search_is_exact(kind: str, search: str) -> None:

@@ -42,6 +42,7 @@ def test_an_attention_block() -> None:
     assert count(lambda: block(x)) == 3 * forward
 
 
+@pytest.mark.slow
 def test_perceptual_loss_is_two_passes_forward_and_one_back() -> None:
     forward = 0.0
     for level, widths in enumerate(VGG):

@@ -70,6 +70,7 @@ def test_without_noise_the_law_is_exact() -> None:
     assert law.predict({"N": 1e8, "D": 1e9}).warnings == ()
 
 
+@pytest.mark.slow
 def test_the_minimum_is_that_of_lbfgs() -> None:
     """From every start, in one batch, against torch's L-BFGS on one start after the other."""
     n, d = GRID

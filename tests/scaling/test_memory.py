@@ -63,6 +63,7 @@ def _saved(run: ARRun) -> int:
     return storage_bytes(kept)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 @pytest.mark.parametrize("size", SIZES)
@@ -73,6 +74,7 @@ def test_what_is_kept_is_what_autograd_saves(size: tuple[str, ...], checkpointin
     assert held.peak > held.kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize("keeps_gradients", [False, True])
 def test_the_peak_is_that_of_real_passes(checkpointing: str, keeps_gradients: bool) -> None:
@@ -87,6 +89,7 @@ def test_the_peak_is_that_of_real_passes(checkpointing: str, keeps_gradients: bo
     assert rehearse_ar(run, keeps_gradients=keeps_gradients).peak == pytest.approx(memory.peak, rel=0.01)
 
 
+@pytest.mark.slow
 def test_what_saves_memory_saves_it() -> None:
     none, selective, full = (
         rehearse_ar(_run("model.depth=4", f"model.activation_checkpointing={how}"), keeps_gradients=False)

@@ -121,6 +121,7 @@ def test_time_follows_from_what_was_measured(capsys: pytest.CaptureFixture[str],
     assert "is no report" in _refused(capsys, "ar/tiny", "--measured", str(file))
 
 
+@pytest.mark.slow
 def test_what_training_refuses(capsys: pytest.CaptureFixture[str]) -> None:
     assert "is no multiple of micro_batch × ranks" in _refused(capsys, "ar/tiny", "--gpus", "5")
     assert "does not divide the 2 ranks" in _refused(capsys, "tokenizer/tiny", "codebook_group=3", "--gpus", "2")
@@ -130,6 +131,7 @@ def test_what_training_refuses(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--gpus" in _refused(capsys, "ar/tiny", "--gpus", "0")
 
 
+@pytest.mark.slow
 def test_more_gpus_share_the_states(capsys: pytest.CaptureFixture[str]) -> None:
     def lines(gpus: int) -> dict[str, int]:
         plan = _plan(capsys, "ar/tiny", f"train.global_batch={8 * gpus}", "deepspeed.config=zero3", "--gpus", str(gpus))
@@ -141,6 +143,7 @@ def test_more_gpus_share_the_states(capsys: pytest.CaptureFixture[str]) -> None:
     assert four["activations"] == one["activations"]
 
 
+@pytest.mark.slow
 def test_offloading_moves_states_to_the_host(capsys: pytest.CaptureFixture[str]) -> None:
     words = ("ar/tiny", "train.precision=bf16")
     here = _plan(capsys, *words, "deepspeed.config=zero2")["memory"]

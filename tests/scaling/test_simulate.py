@@ -118,6 +118,7 @@ def test_what_has_no_tables_is_refused() -> None:
         transformer_rows(resolve("ar/tiny").config, H100, FABRIC, 16)
 
 
+@pytest.mark.slow
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["scale", "simulate", "ar/tiny", "train.precision=bf16", "--device", "h100", "--gpus", "4", "--most", "8"]
     assert main(words) == 0

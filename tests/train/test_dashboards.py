@@ -77,6 +77,7 @@ class _Run:
         raise ConnectionError("nor at the end")
 
 
+@pytest.mark.slow
 def test_an_outage_costs_lines_and_is_told_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

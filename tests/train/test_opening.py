@@ -70,6 +70,7 @@ def test_of_a_transformer(tmp_path: Path) -> None:
         _said("ar/tiny", world, *words, "model.attention=flash3")
 
 
+@pytest.mark.slow
 def test_the_memory_is_that_of_the_plan(dataset: str, tmp_path: Path) -> None:
     from ibq_scale.scaling.plan import Machine, make_plan
 

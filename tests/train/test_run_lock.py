@@ -153,6 +153,7 @@ def test_a_requeued_job_and_a_rebooted_host_need_not_wait(tmp_path: Path, monkey
         assert time.perf_counter() - begin < 1.0
 
 
+@pytest.mark.slow
 def test_a_job_on_another_host_is_gone_when_its_file_is_old_by_the_file_systems_clock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -181,6 +182,7 @@ def test_a_file_systems_clock_that_jumps_takes_no_lock_from_a_living_job_nor_kee
     RunLock(tmp_path / "back").release()
 
 
+@pytest.mark.slow
 def test_a_job_on_another_host_that_shows_life_is_waited_for_and_refuses(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -202,6 +204,7 @@ def test_a_holder_that_was_taken_for_gone_ends_itself(tmp_path: Path) -> None:
         assert first.wait(5.0) == 1
 
 
+@pytest.mark.slow
 def test_who_died_before_it_wrote_its_name_holds_the_lock_for_a_minute_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
