@@ -11,12 +11,13 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = commands.add_parser(
         "job-ended",
         description="Prints 'requeue', the exit code and the nodes to leave out, or 'end', the exit code and the jobs "
-        "of its chain that need not begin; says why, and what ranks failed of, on standard error.",
+        "of its chain that need not begin; of a job that trains nothing, 'end' and the exit code. Says why, and what "
+        "ranks failed of, on standard error.",
         epilog="example: ibq-scale job-ended runs/tok --code 75 --seconds 3600",
     )
-    parser.add_argument("folder", metavar="RUN", type=Path, help="run directory")
+    parser.add_argument("folder", metavar="RUN", type=Path, nargs="?", help="run directory, of a job that trains")
     parser.add_argument("--code", type=int, required=True, metavar="N", help="srun's exit code")
-    parser.add_argument("--seconds", type=float, required=True, metavar="S", help="how long the job ran")
+    parser.add_argument("--seconds", type=float, default=0.0, metavar="S", help="how long the job ran")
     parser.add_argument("--attempts", type=int, default=3, metavar="N", help="in a row without a new step (default 3)")
     parser.add_argument("--stays", action="store_true", help="it was cancelled, or may not go back into the queue")
     parser.set_defaults(run=_job_ended)
@@ -29,6 +30,9 @@ def _job_ended(args: argparse.Namespace) -> int:
 
     # Of ranks that failed srun has the highest code, which may be that of one which it killed.
     code = tell_of_job_step() or args.code
+    if args.folder is None:
+        print("end", code)
+        return 0
     end = after(args.folder, code, args.seconds, args.attempts, may_requeue=not args.stays)
     attempt = end.attempt
     without = f", without {', '.join(attempt.excluded)}" if attempt.excluded else ""

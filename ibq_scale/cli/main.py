@@ -11,11 +11,10 @@ import importlib
 import logging
 import os
 import sys
-import traceback
 from collections.abc import Sequence
 
 from ibq_scale.cli.completion import answer_shell
-from ibq_scale.console import rank, tell, tells
+from ibq_scale.console import tells
 from ibq_scale.distributed.signals import held, ignore
 from ibq_scale.errors import UserError
 
@@ -124,22 +123,20 @@ def _run_rank(args: argparse.Namespace) -> int:
     """One rank's part. After a failure, threads of an open process group may turn an orderly exit into an abort, with
     its code and a trace of C++ for last words: so this one is not orderly.
     """
-    from ibq_scale.distributed.failures import describe, leave
+    from ibq_scale.distributed.failures import leave, tell_alone
 
     try:
         code: int = args.run(args)
     except UserError as e:
-        if leave(e, e.exit_code):
-            return e.exit_code
-        raise
+        if not leave(e, e.exit_code):
+            tell_alone(e)
+        return e.exit_code
     except Exception as e:
         if isinstance(e, BrokenPipeError) or _is_for_training(e):
             raise
         # Whoever started the ranks may gather what they say. Else each tells of itself.
         if not leave(e, 1):
-            if not getattr(e, "__notes__", []):
-                traceback.print_exc()
-            tell(f"ibq-scale: rank {rank()}: {describe(e)}")
+            tell_alone(e)
         logging.shutdown()
         sys.stdout.flush()
         os._exit(1)

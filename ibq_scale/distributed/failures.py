@@ -23,6 +23,8 @@ from ibq_scale.errors import UserError
 
 # Names the folder, for ranks whose starter will ask. Others tell of themselves.
 FOLDER = "IBQ_SCALE_FAILURES"
+# Names the file of which torchrun reads why a rank ended.
+TORCHRUN = "TORCHELASTIC_ERROR_FILE"
 # Ranks named in a line.
 NAMED = 16
 # What a collective says when another rank has gone, by the error's class or in its words (gloo, NCCL, the store).
@@ -50,24 +52,57 @@ class Failure:
 
 
 def leave(error: Exception, code: int) -> bool:
-    """Leaves what ended this rank where its starter looks. False where nobody does, or nothing can be written there."""
-    if (folder := asked()) is None:
+    """Leaves what ended this rank where its starter looks. False where nobody does, or nothing can be written there:
+    a folder that is not there may be one that this rank's container does not see, and is not made.
+    """
+    if (folder := asked()) is None or not folder.is_dir():
         return False
     trace = "" if isinstance(error, UserError) else "".join(traceback.format_exception(error)).rstrip()
-    words = f"{type(error).__name__}: {error}"
-    follows = any(mark in words for mark in OF_OTHERS) and not isinstance(error, UserError)
     # Under srun torch's own name is there from the joining on.
     of = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS", "1"))
-    failure = Failure(rank(), of, socket.gethostname(), time.time(), code, describe(error), trace, follows)
+    failure = Failure(rank(), of, socket.gethostname(), time.time(), code, describe(error), trace, _follows(error))
     path = folder / f"rank-{failure.rank:05d}.json"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
         part.write_text(json.dumps(asdict(failure)))
         part.replace(path)
     except OSError:
         return False
     return True
+
+
+def tell_alone(error: Exception) -> None:
+    """Tells what ended this rank, where nobody gathers what ranks say. torchrun reads the first cause from a file that
+    it names, and has it in its last words.
+    """
+    if torchrun := os.environ.get(TORCHRUN):
+        _leave_with_torchrun(Path(torchrun), error)
+    if isinstance(error, UserError):
+        # Mostly of all ranks: where torchrun tells of one that is not rank 0, once is enough.
+        if rank() == 0 or not torchrun:
+            tell(f"ibq-scale: {f'rank {rank()}: ' * (rank() > 0)}{error}")
+        return
+    # A note says where the traceback is.
+    if not getattr(error, "__notes__", []):
+        traceback.print_exception(error)
+    tell(f"ibq-scale: rank {rank()}: {describe(error)}")
+
+
+def _leave_with_torchrun(path: Path, error: Exception) -> None:
+    """As torch.distributed.elastic.multiprocessing.errors records an exception; the earliest of all ranks is the root
+    cause, so what follows from another's end says nothing.
+    """
+    if _follows(error):
+        return
+    trace = "".join(traceback.format_exception(error))
+    extra = {"py_callstack": trace, "timestamp": str(int(time.time()))}
+    with suppress(OSError):
+        path.write_text(json.dumps({"message": {"message": describe(error), "extraInfo": extra}}))
+
+
+def _follows(error: Exception) -> bool:
+    words = f"{type(error).__name__}: {error}"
+    return any(mark in words for mark in OF_OTHERS) and not isinstance(error, UserError)
 
 
 def describe(error: Exception) -> str:

@@ -162,6 +162,7 @@ def test_the_code_is_that_of_the_rank_which_failed_first(
 ) -> None:
     """srun's is the highest, of a rank that it killed: after that one the job would come back."""
     monkeypatch.setenv(FOLDER, str(tmp_path / "failures"))
+    (tmp_path / "failures").mkdir()
     assert leave(UserError("step 8 could not be saved: make room"), UserError.exit_code)
     assert main(["job-ended", str(tmp_path), "--seconds", "7200", "--code", "143"]) == 0
     said = capsys.readouterr()
@@ -170,3 +171,16 @@ def test_the_code_is_that_of_the_rank_which_failed_first(
     assert read_attempts(tmp_path)[0]["code"] == 2
     assert main(["job-ended", str(tmp_path), "--seconds", "7200", "--code", "143"]) == 0
     assert capsys.readouterr().out == "requeue 143 \n", "what ranks had to say is of one attempt"
+
+
+def test_a_job_that_trains_nothing_ends_with_the_first_causes_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(FOLDER, str(tmp_path / "failures"))
+    (tmp_path / "failures").mkdir()
+    assert leave(UserError("no GPU answers"), 71)
+    assert main(["job-ended", "--code", "143"]) == 0
+    assert capsys.readouterr() == ("end 71\n", "ibq-scale: no GPU answers\n")
+    assert main(["job-ended", "--code", "9"]) == 0
+    assert capsys.readouterr() == ("end 9\n", "")
+    assert not list(tmp_path.iterdir())

@@ -19,13 +19,13 @@ STAND_INS = {
     "scontrol": 'case "$*" in *hostnames*) printf "node0\\nnode1\\n";; *job*) echo " Requeue=$REQUEUE x=0";; esac',
     "squeue": 'case "$*" in *%T*) echo "RUNNING node5";; *) echo node5;; esac',
     "scancel": "",
-    "ibq-scale": 'case "$1" in job-ended) echo "$VERDICT";; train) exit 75;; *) exit "$CODE";; esac',
+    "ibq-scale": 'case "$1 $2" in "job-ended --code") echo "end $CAUSE";; job-ended*) echo "$VERDICT";; '
+    'train*) exit 75;; *) exit "$CODE";; esac',
 }
 JOB = {
     "SLURM_JOB_ID": "7",
     "SLURM_JOB_NODELIST": "node[0-1]",
     "SLURM_CPUS_PER_TASK": "12",
-    "SLURM_SUBMIT_DIR": "/nowhere",
     "SLURM_JOB_NUM_NODES": "1",
     "CODE": "0",
     "REQUEUE": "1",
@@ -48,15 +48,17 @@ def _run(folder: Path, text: str, *words: str, **environ: str) -> list[str]:
         (folder / "bin" / name).write_text(f"#!/bin/bash\n{note}\n{does}\n")
         (folder / "bin" / name).chmod(0o755)
     (folder / "job.sbatch").write_text(text)
-    environment = os.environ | JOB | {"IBQ_SCALE": f"{folder}/bin/ibq-scale"} | environ
+    environment = os.environ | JOB | {"IBQ_SCALE": f"{folder}/bin/ibq-scale", "SLURM_SUBMIT_DIR": str(folder)} | environ
+    environment.setdefault("CAUSE", environment["CODE"])
     environment["PATH"] = f"{folder / 'bin'}:{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", str(folder / "job.sbatch"), *words], env=environment, cwd=folder, capture_output=True, text=True
     )
     # The end of a run is judged; where it could not be, it is srun's code.
     _, *judged = environment["VERDICT"].split() or [""]
-    code = int(judged[0] if judged else 75) if words[0] == "tiny" else int(environment["CODE"])
+    code = int(judged[0] if judged else 75) if words[0] == "tiny" else int(environment["CAUSE"] or environment["CODE"])
     assert (done.returncode, done.stderr) == (code, "")
+    assert not list(folder.glob(".failures-*")), "what the ranks would have left was to be cleared away"
     assert [log.read_text() for log in folder.glob("run/logs/*")] == [""] * (words[0] == "tiny")
     return (folder / "calls").read_text().splitlines()
 
@@ -131,6 +133,8 @@ def test_a_task_of_an_array_makes_its_part(name: str, tmp_path: Path) -> None:
     ("code", "more", "goes"),
     [
         ("71", {}, True),
+        ("143", {"CAUSE": "71"}, True),
+        ("71", {"CAUSE": ""}, True),
         ("71", {"SLURM_RESTART_COUNT": "3"}, False),
         ("71", {"SLURM_JOB_NUM_NODES": "2"}, False),
         ("1", {}, False),

@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from ibq_scale.distributed.failures import FOLDER, collect, describe, explain, leave, tell_of_job_step
+from ibq_scale.distributed.failures import (
+    FOLDER,
+    TORCHRUN,
+    collect,
+    describe,
+    explain,
+    leave,
+    tell_alone,
+    tell_of_job_step,
+)
 from ibq_scale.errors import UserError
 
 
@@ -28,6 +37,7 @@ def _fail(error: Exception) -> Exception:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(FOLDER, str(tmp_path / "failures"))
+    (tmp_path / "failures").mkdir()
     monkeypatch.setenv("WORLD_SIZE", "4")
     return tmp_path / "failures"
 
@@ -120,6 +130,24 @@ def test_nothing_is_left_where_nobody_asks_or_nothing_can_be_written(
     (tmp_path / "file").touch()
     monkeypatch.setenv(FOLDER, str(tmp_path / "file" / "folder"))
     assert not leave(ValueError("x"), 1)
+    # A container's own file system: what would be written there is gone with it.
+    monkeypatch.setenv(FOLDER, str(tmp_path / "elsewhere"))
+    assert not leave(ValueError("x"), 1)
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_where_nobody_gathers_each_rank_tells_of_itself(
+    rank: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv(TORCHRUN, raising=False)
+    monkeypatch.setenv("RANK", str(rank))
+    tell_alone(UserError("give out=…"))
+    assert capsys.readouterr().err == ("ibq-scale: rank 3: give out=…\n" if rank else "ibq-scale: give out=…\n")
+    tell_alone(_fail(ValueError("boom")))
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "Traceback (most recent call last):"
+    assert said[-1] == f"ibq-scale: rank {rank}: ValueError: boom"
 
 
 def test_an_error_is_one_line_with_its_notes() -> None:

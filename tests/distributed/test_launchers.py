@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from ibq_scale.distributed.environment import free_port
+from ibq_scale.distributed.failures import FOLDER
 from tests.samples import SMALL_AR, write_codes
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
@@ -70,3 +71,33 @@ def test_ranks_of_other_launchers_join(launcher: str, tmp_path: Path) -> None:
     environment_json = json.loads((tmp_path / "run/environment.json").read_text())
     assert environment_json["world_size"] == 2
     assert "1 accumulation × 2 ranks" in "".join(said)
+
+
+FAILING = """
+import os, time
+from types import SimpleNamespace
+from ibq_scale.cli.main import _run
+from ibq_scale.errors import UserError
+
+def end(args):
+    if os.environ["RANK"] == "1":
+        raise UserError("s3://b is not to be seen from here")
+    time.sleep(1.5)
+    raise RuntimeError("Connection closed by peer")
+
+raise SystemExit(_run(SimpleNamespace(distributed=True, run=end), []))
+"""
+
+
+def test_torchrun_names_the_first_cause(tmp_path: Path) -> None:
+    """A mistake that rank 0 does not meet."""
+    (tmp_path / "fails.py").write_text(FAILING)
+    words = ["--nproc-per-node=2", f"--master-port={free_port()}", str(tmp_path / "fails.py")]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "SLURM_PROCID", FOLDER)}
+    done = subprocess.run(
+        [*PYTHON, "torch.distributed.run", *words], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode != 0
+    cause = done.stderr[done.stderr.index("Root Cause") :]
+    assert "rank      : 1" in cause
+    assert "s3://b is not to be seen from here" in cause

@@ -417,6 +417,14 @@ def test_evaluate_on_two_nodes_finds_what_one_process_does(jobs: Jobs, tokenizer
     assert found["images"] == 24
 
 
+def test_ranks_of_other_commands_say_once_what_is_wrong(jobs: Jobs, dataset: str) -> None:
+    job = jobs.submit("evaluate", "--nodes=2", words=["reconstruction", str(jobs.folder / "nothing"), dataset])
+    assert jobs.end(job)["ExitCode"] == "2:0", jobs.log(job)
+    (said,) = [line for line in jobs.log(job).splitlines() if line.startswith("ibq-scale: ")]
+    assert "nothing" in said
+    assert not list(jobs.folder.glob(".failures-*"))
+
+
 def _direct(*words: str) -> str:
     """One process, without Slurm; what it printed."""
     command = [sys.executable, "-m", "ibq_scale", *words, "--ranks", "1"]
