@@ -19,8 +19,10 @@ install: $(VENV)/.demo
 demo: $(VENV)/.demo
 	$(BIN)/ibq-scale demo --to $(RUN)
 
+# Two at a time, since much of it waits; a file stays in one process, which makes what its tests share once.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not services and not alone"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "services or alone"
 
 chaos: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --kills 50 --to runs/chaos.json
@@ -31,7 +33,7 @@ services:
 	fi
 
 check: $(VENV)/.dev lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not distributed"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not distributed and not alone"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

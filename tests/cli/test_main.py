@@ -34,6 +34,7 @@ def test_every_command_has_an_example() -> None:
         assert leaf.epilog.split()[1:3][1] == leaf.prog.split()[1], f"{leaf.prog}: the example is of another command"
 
 
+@pytest.mark.alone
 def test_help_is_quick_and_imports_nothing_heavy() -> None:
     code = (
         "import sys; from ibq_scale.cli.main import build_parser; build_parser().format_help();"

@@ -378,6 +378,7 @@ def test_the_index_of_many_shards_stays_small(dataset: str, config: DataConfig) 
         assert len(images._indices) <= 2
 
 
+@pytest.mark.alone
 def test_a_failed_fetch_is_told_at_once_and_not_after_those_behind_it() -> None:
     def fetch(source: int, shard: int) -> None:
         if shard == 0:

@@ -169,6 +169,7 @@ def test_a_meeting_point_that_is_taken_is_its_nodes_fault(tmp_path: Path) -> Non
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("victim", [0, 2])
+@pytest.mark.alone
 def test_a_first_all_reduce_that_does_not_end_names_who_is_missing(tmp_path: Path, victim: int) -> None:
     how = ["stops" if rank == victim else "comes" for rank in range(3)]
     ranks = _ranks(tmp_path / "run", how)

@@ -81,6 +81,7 @@ CASES = {
 
 @pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.alone
 def test_all_ranks_are_told_which_failed_and_why(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     first, second = run_ranks(_check, 2, tmp_path)

@@ -28,6 +28,7 @@ def test_lines_come_in_order_whatever_a_check_does() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_one_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
     begin = time.monotonic()
     hung, well = examine(Subject(run_dir=str(tmp_path / "pid")), [_check("hangs", 2.0), _check("rank")])

@@ -36,6 +36,7 @@ def _line(run: Path) -> dict[str, float]:
     return json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
 
 
+@pytest.mark.alone
 def test_a_rank_stopped_within_a_step_ends_the_run_with_its_name(dataset: str, tmp_path: Path) -> None:
     """Launched as srun does it: each rank's own code counts."""
     run = tmp_path / "run"

@@ -90,6 +90,7 @@ def test_a_second_job_is_refused_and_told_who_holds_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_after_kill_9_the_next_has_it_at_once(tmp_path: Path) -> None:
     with _holder(tmp_path) as first:
         first.send_signal(signal.SIGKILL)
@@ -141,6 +142,7 @@ def test_a_number_that_was_overtaken_is_not_kept(tmp_path: Path) -> None:
     assert [p.name for p in late.folder.iterdir()] == ["00000003"]
 
 
+@pytest.mark.alone
 def test_a_requeued_job_and_a_rebooted_host_need_not_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")

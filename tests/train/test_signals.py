@@ -78,6 +78,7 @@ def test_signals_again_and_again_change_nothing(dataset: str, tmp_path: Path) ->
     assert (run / "report.html").is_file()
 
 
+@pytest.mark.alone
 def test_a_save_that_the_grace_time_is_too_short_for_leaves_the_one_before(dataset: str, tmp_path: Path) -> None:
     """Every rank leaves with 75 at the same time: srun takes the highest code of all."""
     run, flag = tmp_path / "run", tmp_path / "slow"
@@ -101,6 +102,7 @@ def test_a_save_that_the_grace_time_is_too_short_for_leaves_the_one_before(datas
     assert verify(whole[found[1]]) == []
 
 
+@pytest.mark.alone
 def test_a_signalled_rank_whose_step_does_not_end_leaves_in_time_by_itself(dataset: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with each_rank(dataset, run, *ENDLESS, "train.grace=3") as ranks:
