@@ -19,13 +19,16 @@ install: $(VENV)/.demo
 demo: $(VENV)/.demo
 	$(BIN)/ibq-scale demo --to $(RUN)
 
+# The cores are for ranks and for tests side by side.
+test chaos check: export OMP_NUM_THREADS = 1
+
 # Two at a time, since much of it waits; a file stays in one process, which makes what its tests share once.
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not services and not alone"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "services or alone"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not services and not alone"
+	$(BIN)/python -m pytest -m "services or alone"
 
 chaos: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --kills 50 --to runs/chaos.json
+	$(BIN)/python -m tests.chaos --kills 50 --to runs/chaos.json
 
 services:
 	@if [ -n "$(PACKAGES)" ] && [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
@@ -33,7 +36,7 @@ services:
 	fi
 
 check: $(VENV)/.dev lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not distributed and not alone"
+	$(BIN)/python -m pytest -n 2 -m "not slow and not distributed and not alone"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""``ibq-scale job-ended``: for batch scripts, so not in the list of commands."""
+"""``ibq-scale job-ended`` and ``step-ended``: for batch scripts, so not in the list of commands."""
 
 from __future__ import annotations
 
@@ -7,33 +7,46 @@ from pathlib import Path
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command to the command line."""
+    """Adds the commands to the command line."""
     parser = commands.add_parser(
         "job-ended",
         description="Prints 'requeue', the exit code and the nodes to leave out, or 'end', the exit code and the jobs "
-        "of its chain that need not begin; of a job that trains nothing, 'end' and the exit code. Says why, and what "
-        "ranks failed of, on standard error.",
+        "of its chain that need not begin; says why, and what ranks failed of, on standard error.",
         epilog="example: ibq-scale job-ended runs/tok --code 75 --seconds 3600",
     )
-    parser.add_argument("folder", metavar="RUN", type=Path, nargs="?", help="run directory, of a job that trains")
+    parser.add_argument("folder", metavar="RUN", type=Path, help="run directory")
     parser.add_argument("--code", type=int, required=True, metavar="N", help="srun's exit code")
-    parser.add_argument("--seconds", type=float, default=0.0, metavar="S", help="how long the job ran")
+    parser.add_argument("--seconds", type=float, required=True, metavar="S", help="how long the job ran")
     parser.add_argument("--attempts", type=int, default=3, metavar="N", help="in a row without a new step (default 3)")
     parser.add_argument("--stays", action="store_true", help="it was cancelled, or may not go back into the queue")
     parser.set_defaults(run=_job_ended)
+    parser = commands.add_parser(
+        "step-ended",
+        description="Prints the exit code of the first cause, of a job that trains nothing; says what ranks failed of "
+        "on standard error.",
+        epilog="example: ibq-scale step-ended --code 143",
+    )
+    parser.add_argument("--code", type=int, required=True, metavar="N", help="srun's exit code")
+    parser.set_defaults(run=_step_ended)
+
+
+def _first_code(args: argparse.Namespace) -> int:
+    """Of ranks that failed srun has the highest code, which may be that of one which it killed."""
+    from ibq_scale.distributed.failures import tell_of_job_step
+
+    return tell_of_job_step() or int(args.code)
+
+
+def _step_ended(args: argparse.Namespace) -> int:
+    print(_first_code(args))
+    return 0
 
 
 def _job_ended(args: argparse.Namespace) -> int:
     from ibq_scale.cluster.requeue import after
     from ibq_scale.console import tell
-    from ibq_scale.distributed.failures import tell_of_job_step
 
-    # Of ranks that failed srun has the highest code, which may be that of one which it killed.
-    code = tell_of_job_step() or args.code
-    if args.folder is None:
-        print("end", code)
-        return 0
-    end = after(args.folder, code, args.seconds, args.attempts, may_requeue=not args.stays)
+    end = after(args.folder, _first_code(args), args.seconds, args.attempts, may_requeue=not args.stays)
     attempt = end.attempt
     without = f", without {', '.join(attempt.excluded)}" if attempt.excluded else ""
     tell(f"ibq-scale: the job {f'goes back into the queue{without}' if attempt.again else 'ends'}: {attempt.why}")

@@ -123,20 +123,17 @@ def _run_rank(args: argparse.Namespace) -> int:
     """One rank's part. After a failure, threads of an open process group may turn an orderly exit into an abort, with
     its code and a trace of C++ for last words: so this one is not orderly.
     """
-    from ibq_scale.distributed.failures import leave, tell_alone
+    from ibq_scale.distributed.failures import leave_or_tell
 
     try:
         code: int = args.run(args)
     except UserError as e:
-        if not leave(e, e.exit_code):
-            tell_alone(e)
+        leave_or_tell(e, e.exit_code)
         return e.exit_code
     except Exception as e:
         if isinstance(e, BrokenPipeError) or _is_for_training(e):
             raise
-        # Whoever started the ranks may gather what they say. Else each tells of itself.
-        if not leave(e, 1):
-            tell_alone(e)
+        leave_or_tell(e, 1)
         logging.shutdown()
         sys.stdout.flush()
         os._exit(1)

@@ -51,6 +51,12 @@ class Failure:
     follows: bool
 
 
+def leave_or_tell(error: Exception, code: int) -> None:
+    """Whoever started the ranks may gather what they say. Else each tells of itself."""
+    if not leave(error, code):
+        tell_alone(error)
+
+
 def leave(error: Exception, code: int) -> bool:
     """Leaves what ended this rank where its starter looks. False where nobody does, or nothing can be written there:
     a folder that is not there may be one that this rank's container does not see, and is not made.

@@ -179,8 +179,8 @@ def test_a_job_that_trains_nothing_ends_with_the_first_causes_code(
     monkeypatch.setenv(FOLDER, str(tmp_path / "failures"))
     (tmp_path / "failures").mkdir()
     assert leave(UserError("no GPU answers"), 71)
-    assert main(["job-ended", "--code", "143"]) == 0
-    assert capsys.readouterr() == ("end 71\n", "ibq-scale: no GPU answers\n")
-    assert main(["job-ended", "--code", "9"]) == 0
-    assert capsys.readouterr() == ("end 9\n", "")
+    assert main(["step-ended", "--code", "143"]) == 0
+    assert capsys.readouterr() == ("71\n", "ibq-scale: no GPU answers\n")
+    assert main(["step-ended", "--code", "9"]) == 0
+    assert capsys.readouterr() == ("9\n", "")
     assert not list(tmp_path.iterdir())

@@ -19,8 +19,8 @@ STAND_INS = {
     "scontrol": 'case "$*" in *hostnames*) printf "node0\\nnode1\\n";; *job*) echo " Requeue=$REQUEUE x=0";; esac',
     "squeue": 'case "$*" in *%T*) echo "RUNNING node5";; *) echo node5;; esac',
     "scancel": "",
-    "ibq-scale": 'case "$1 $2" in "job-ended --code") echo "end $CAUSE";; job-ended*) echo "$VERDICT";; '
-    'train*) exit 75;; *) exit "$CODE";; esac',
+    "ibq-scale": 'case "$1" in job-ended) echo "$VERDICT";; step-ended) echo "$CAUSE";; train) exit 75;; '
+    '*) [ "$CODE" != 138 ] || { kill -USR1 $PPID; sleep 1; }; exit "$CODE";; esac',
 }
 JOB = {
     "SLURM_JOB_ID": "7",
@@ -152,6 +152,15 @@ def test_a_task_leaves_a_broken_node(
     job = "7_12" if array else "7"
     does = [f"scontrol requeue {job}", f"scontrol update JobId={job} ExcNodeList=node5,node3"]
     assert [call for call in calls if "JobId=" in call or "requeue" in call] == does * goes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tokenize", "sample"])
+def test_the_time_limit_is_no_failure(name: str, tmp_path: Path) -> None:
+    """The signal before it ends the waiting for ranks that are at work."""
+    calls = _run(tmp_path, (FILES / f"{name}.sbatch").read_text(), *_words(name, tmp_path), CODE="138")
+    assert "scontrol requeue 7" in calls
+    assert not [call for call in calls if "step-ended" in call]
 
 
 @pytest.mark.parametrize(
