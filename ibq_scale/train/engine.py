@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import warnings
 from collections.abc import Callable
@@ -20,6 +21,7 @@ def make_engine(
     import deepspeed
 
     begin_deepspeed(device)
+    _import_muon()
     engine, _, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
     return engine
 
@@ -38,6 +40,20 @@ def begin_deepspeed(device: torch.device) -> None:
         # leaves a lock that hangs the next one; gloo's own all-reduce is what small CPU runs need.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False)
+
+
+def _import_muon() -> None:
+    """Imports DeepSpeed's Muon without torch._inductor, which takes 2 CPU s and 150 MB a rank.
+
+    DeepSpeed 0.19.8 imports this module to test an optimizer's class, and the module compiles three functions when it
+    is imported. Nothing here calls them.
+    """
+    compile_ = torch.compile
+    vars(torch)["compile"] = lambda function=None, **_: function or (lambda decorated: decorated)
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        vars(torch)["compile"] = compile_
 
 
 def discriminator_config(config: dict[str, Any]) -> dict[str, Any]:
