@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 
 from ibq_scale.cli.main import OF_TRAINING
 from ibq_scale.distributed.environment import free_port
+from tests.train.runs import words
 
 ROOT = Path(__file__).resolve().parents[1]
 # As if none of these packages were there.
@@ -38,7 +39,7 @@ COMMAND = "from ibq_scale.cli.main import main; raise SystemExit(main(sys.argv[1
 
 def _python(program: str, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command, env = [sys.executable, "-c", WITHOUT + program, *words], os.environ | environment
-    return subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
 
 
 def test_the_names_are_those_of_the_extra() -> None:
@@ -64,3 +65,22 @@ def test_a_command_that_needs_more_says_so_in_a_line(dataset: str, tokenizer_dir
     assert done.returncode == 2, done.stderr
     assert done.stderr == "ibq-scale: this needs simplejpeg: pip install 'ibq-scale[train]'\n"
     assert _python(COMMAND, "config", "show", "ar/xl").returncode == 0
+
+
+@pytest.mark.slow
+def test_a_rank_that_compiles_nothing_does_not_import_the_compiler(dataset: str, tmp_path: Path) -> None:
+    """A real start, since the tests' own fork server has imported it."""
+    tell = "import atexit; atexit.register(lambda: print('torch._inductor.compile_fx' in sys.modules))"
+    run = "from ibq_scale.cli.main import main; main()"
+    command = words(dataset, tmp_path / "run", "train.steps=1", "train.micro_batch=8", "data.workers=0")
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    rank["MASTER_PORT"] = str(free_port())
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{tell}\n{run}", *command],
+        env=os.environ | rank,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "False"

@@ -7,11 +7,15 @@ check, 75 stopped by a signal with everything saved (run it again).
 from __future__ import annotations
 
 import argparse
+import atexit
 import importlib
 import logging
 import os
 import sys
+import threading
 from collections.abc import Sequence
+from contextlib import suppress
+from typing import NoReturn
 
 from ibq_scale.cli.completion import answer_shell
 from ibq_scale.console import tells
@@ -66,7 +70,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         # The process ends now, and a signal may not replace its exit code by another.
         ignore()
+        _leave(code)
     return code
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the process as an interpreter does, without the teardown of modules: that takes 1 to 3 CPU s after torch.
+
+    Threads are joined, exit handlers run (of W&B, multiprocessing, temporary folders) and output is flushed.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except BrokenPipeError:
+        pass
+    except OSError as e:
+        code = code or 1
+        with suppress(OSError):
+            os.write(2, f"ibq-scale: the output could not be written: {e}\n".encode())
+    os._exit(code)
 
 
 def _code(words: list[str]) -> int:
