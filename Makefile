@@ -1,8 +1,8 @@
 # make install   the environment in .venv (exactly pinned)     make demo    the whole path in minutes, on 2 CPU ranks
-# make test      all tests                                     make check   lint, types, fast tests
-# make chaos     50 random kill -9 over a tokenizer run and 50 over a transformer's: about 40 minutes on 2 cores
+# make check     lint, types, fast tests                       make test    what a change must pass, real S3 and Slurm included
+# make test-all  also what takes minutes a test                make chaos   50 random kill -9 over each kind of run: 40 minutes
 # make services  the Debian packages of tests/services, where this is root with apt-get
-# Images of Linux often set it: each of the thousands of processes of the tests would then compile this package anew.
+# Container images often set it. Each of the thousands of test processes would then compile this package anew.
 unexport PYTHONDONTWRITEBYTECODE
 PYTHON ?= python3
 VENV := .venv
@@ -12,7 +12,7 @@ RUN := $(CURDIR)/runs/demo
 
 PACKAGES = $(shell $(PYTHON) -c 'from tests.services import browser, radosgw, slurm; print(*browser.missing_packages(), *radosgw.missing_packages(), *slurm.missing_packages())')
 
-.PHONY: install demo test chaos services check lint format constraints clean
+.PHONY: install demo test test-all chaos services check lint format constraints clean
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.demo
@@ -20,12 +20,16 @@ demo: $(VENV)/.demo
 	$(BIN)/ibq-scale demo --to $(RUN)
 
 # The cores are for ranks and for tests side by side.
-test chaos check: export OMP_NUM_THREADS = 1
+test test-all chaos check: export OMP_NUM_THREADS = 1
 
-# Two at a time, since much of it waits; a file stays in one process, which makes what its tests share once.
+# Three workers on two cores, since the tests of Slurm and of hangs mostly wait.
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
+
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not services and not alone"
-	$(BIN)/python -m pytest -m "services or alone"
+	$(PYTEST) -m "not long"
+
+test-all: $(VENV)/.test
+	$(PYTEST)
 
 chaos: $(VENV)/.test
 	$(BIN)/python -m tests.chaos --kills 50 --to runs/chaos.json
@@ -36,7 +40,7 @@ services:
 	fi
 
 check: $(VENV)/.dev lint
-	$(BIN)/python -m pytest -n 2 -m "not slow and not distributed and not alone"
+	$(BIN)/python -m pytest -n 2 -m "not slow and not distributed"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests import nursery
 from tests.faults import FaultProxy, fault_proxy
 from tests.samples import write_pictures
 from tests.web import WebServer
@@ -21,6 +23,51 @@ if not torch.cuda.is_available():
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 # Not the demo's own, which a test of the demo makes in this same process.
 TEST_BUCKET = "ibq-tests"
+
+
+LONGEST_FIRST = ("services", "long", "distributed", "slow")
+_SESSION = ExitStack()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Starts the session's fork server in the controller: xdist workers inherit its address."""
+    if not hasattr(config, "workerinput") and not config.option.collectonly:
+        os.environ[nursery.ADDRESS] = _SESSION.enter_context(nursery.server())
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Ends the fork server, where this process started it."""
+    _SESSION.close()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Groups tests for ``--dist loadgroup``, and puts what takes long first so that no worker is left with it.
+
+    A group runs in one worker. A slow test is a group of its own, unless it shares a fixture of its module. The real
+    Slurm cluster is one group, since two of them would take the same cores.
+    """
+    for item in items:
+        if group := _group(item):
+            item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=_rank)
+
+
+def _group(item: pytest.Item) -> str | None:
+    """The group's name, None for a test that can run anywhere."""
+    path = item.nodeid.partition("::")[0]
+    if item.get_closest_marker("services"):
+        return "slurm" if "slurm" in path or "submit" in path else path
+    if item.get_closest_marker("slow") is None:
+        return path
+    fixtures = getattr(item, "_fixtureinfo").name2fixturedefs.values()  # noqa: B009
+    shared = any(fixture.scope == "module" for fixtures_of_name in fixtures for fixture in fixtures_of_name)
+    return path if shared else None
+
+
+def _rank(item: pytest.Item) -> int:
+    """0 runs first."""
+    return next((rank for rank, mark in enumerate(LONGEST_FIRST) if item.get_closest_marker(mark)), len(LONGEST_FIRST))
 
 
 def _shared(name: str, what: str) -> Path:

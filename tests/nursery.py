@@ -1,8 +1,11 @@
-"""Processes that start in milliseconds: forked from one that has imported torch, DeepSpeed and this package, and did
-nothing else. The imports take seconds, of each rank of each test.
+"""A fork server for tests: processes that start in milliseconds.
 
-What a fork cannot show (the order of imports, the environment that they read, strings hashed anew in each rank) is
-shown by the tests that start commands as a user does: of the launchers, the tutorial, the demo, Slurm, chaos.
+The server imports torch, DeepSpeed and this package once, at the first request, and forks a child per request. These
+imports take seconds in each rank of each test. One server serves a whole test session: the pytest controller starts it
+(tests/conftest.py) and the xdist workers connect to its Unix socket.
+
+A fork cannot show import order, import-time environment variables or hash randomization. The tests of the launchers,
+the tutorial, the demo, Slurm and chaos start commands as a user does and cover these.
 """
 
 from __future__ import annotations
@@ -13,13 +16,15 @@ import pickle
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from importlib import import_module
 from pathlib import Path
@@ -29,8 +34,10 @@ from typing import NamedTuple
 from ibq_scale.distributed.environment import free_port
 from ibq_scale.distributed.launch import _die_with_parent
 
-# Of a start, on a machine with other things to do.
+# Seconds that a start may take on a loaded machine.
 PATIENCE = 300.0
+# The environment variable with the address of the session's fork server.
+ADDRESS = "IBQ_SCALE_TEST_NURSERY"
 IMPORTED = (
     "pytest",
     "hypothesis",
@@ -57,28 +64,30 @@ class Request(NamedTuple):
     err: str
 
 
-def serve() -> None:
-    """Takes a pickled Request, or the id of a process to look at; answers with an id, or an exit code or None."""
-    requests, answers = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+def serve(address: str) -> None:
+    """Answers pickled requests on a Unix socket: a Request with a process id, an id with its exit code or None."""
+    # Children must not read the terminal.
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    # What is imported prints there.
-    os.dup2(2, 1)
-    _import()
-    while True:
-        try:
-            request = pickle.load(requests)
-        except EOFError:
-            return
-        if isinstance(request, int):
-            answer = _exit_code(request)
-        else:
-            answer = os.fork()
-            if not answer:
-                os.close(requests.fileno())
-                os.close(answers.fileno())
-                _end(partial(_become, request))
-        pickle.dump(answer, answers)
-        answers.flush()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen(64)
+        imported = False
+        while True:
+            client, _ = listener.accept()
+            with client, client.makefile("rwb") as stream:
+                request = pickle.load(stream)
+                if not imported:
+                    _import()
+                    imported = True
+                if isinstance(request, int):
+                    answer = _exit_code(request)
+                else:
+                    answer = os.fork()
+                    if not answer:
+                        listener.close()
+                        os.close(client.fileno())
+                        _end(partial(_become, request))
+                pickle.dump(answer, stream)
 
 
 def _import() -> None:
@@ -225,16 +234,13 @@ class Forked(_Process):
 
 
 class Nursery:
-    """Starts processes. One serves a whole session of tests: `nursery()`."""
+    """A client of the fork server at `address`."""
 
-    def __init__(self) -> None:
-        self._logs = Path(tempfile.mkdtemp(prefix="nursery-"))
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._logs = Path(tempfile.mkdtemp(prefix="nursery-logs-"))
+        atexit.register(shutil.rmtree, self._logs, ignore_errors=True)
         self._count = 0
-        program = f"from {__name__} import serve; serve()"
-        environ = os.environ | {"DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu")}
-        self._server = subprocess.Popen(
-            [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environ
-        )
 
     def start(self, call: Callable[[], object], environ: Mapping[str, str]) -> Forked:
         """A process that calls this, a picklable function whose result is the exit code, with `environ` and no more."""
@@ -247,27 +253,56 @@ class Nursery:
         return Forked(self, pid, out, err)
 
     def ask(self, request: Request | int) -> int | None:
-        """What the server answers."""
-        assert self._server.stdin is not None
-        assert self._server.stdout is not None
-        pickle.dump(request, self._server.stdin)
-        self._server.stdin.flush()
-        answer: int | None = pickle.load(self._server.stdout)
+        """The server's answer."""
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(self._address)
+            with client.makefile("rwb") as stream:
+                pickle.dump(request, stream)
+                stream.flush()
+                answer: int | None = pickle.load(stream)
         return answer
 
-    def close(self) -> None:
-        """Ends the server, and with it whatever it started."""
-        self._server.kill()
-        self._server.wait()
-        shutil.rmtree(self._logs, ignore_errors=True)
+
+@contextmanager
+def server() -> Iterator[str]:
+    """Runs a fork server; yields the address of its socket. The server and its children end with this context."""
+    folder = tempfile.mkdtemp(prefix="nursery-")
+    address = f"{folder}/socket"
+    environ = os.environ | {"DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu")}
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"from {__name__} import serve; serve({address!r})"],
+        env=environ,
+        preexec_fn=partial(_die_with_parent, os.getpid()),
+    )
+    try:
+        deadline = time.monotonic() + PATIENCE
+        while not Path(address).exists():
+            assert process.poll() is None, "the fork server ended"
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        yield address
+    finally:
+        process.kill()
+        process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @lru_cache(1)
 def nursery() -> Nursery:
-    """This session's, started by the first call."""
-    made = Nursery()
-    atexit.register(made.close)
-    return made
+    """The session's fork server, or outside of pytest one of this process."""
+    if ADDRESS in os.environ:
+        return Nursery(os.environ[ADDRESS])
+    own = server()
+    address = own.__enter__()
+    atexit.register(own.__exit__, None, None, None)
+    return Nursery(address)
+
+
+def rank_environ(ranks: int) -> list[dict[str, str]]:
+    """The environment of each rank on this node as another launcher than this package's sets it."""
+    shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+    shared |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    return [os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
 def command(words: Sequence[str], environ: Mapping[str, str] = os.environ, before: str = "") -> Forked:
@@ -288,13 +323,6 @@ def run(words: Sequence[str], environ: Mapping[str, str] = os.environ) -> subpro
     finally:
         process.kill()
     return subprocess.CompletedProcess(list(words), process.wait(), out, err)
-
-
-def rank_environ(ranks: int) -> list[dict[str, str]]:
-    """What a launcher other than this package's sets for each of so many ranks on this node, and the rest."""
-    shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
-    shared |= {"MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    return [os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
 def commands(words: Sequence[str], ranks: int, before: str = "") -> list[Forked]:

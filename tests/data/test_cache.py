@@ -22,6 +22,7 @@ from ibq_scale.data.manifest import ShardInfo, load_manifest
 from ibq_scale.data.store import LocalStore, Store, open_store
 from ibq_scale.errors import UserError
 from tests.faults import Exchange, FaultProxy
+from tests.nursery import PATIENCE
 
 
 class CountingStore(LocalStore):
@@ -246,7 +247,7 @@ def test_kill_9_in_the_middle_of_a_download_harms_nobody(
             process.wait()
             proxy.clear()
             killed.set()
-            content = waiting.result(timeout=30)
+            content = waiting.result(PATIENCE)
     finally:
         process.kill()
         killed.set()

@@ -66,7 +66,7 @@ def test_ranks_of_other_launchers_join(launcher: str, tmp_path: Path) -> None:
         )
         for command in _commands(launcher, tmp_path)
     ]
-    said = [node.communicate(timeout=300)[0] for node in nodes]
+    said = [node.communicate()[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0] * len(nodes), "\n".join(said)
     environment_json = json.loads((tmp_path / "run/environment.json").read_text())
     assert environment_json["world_size"] == 2
@@ -95,7 +95,7 @@ def test_torchrun_names_the_first_cause(tmp_path: Path) -> None:
     words = ["--nproc-per-node=2", f"--master-port={free_port()}", str(tmp_path / "fails.py")]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "SLURM_PROCID", FOLDER)}
     done = subprocess.run(
-        [*PYTHON, "torch.distributed.run", *words], env=environment, capture_output=True, text=True, timeout=300
+        [*PYTHON, "torch.distributed.run", *words], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode != 0
     cause = done.stderr[done.stderr.index("Root Cause") :]

@@ -33,9 +33,9 @@ def dies(subject: Subject) -> list[Line]:
 
 
 def hangs(subject: Subject) -> list[Line]:
-    started = subprocess.Popen(["sleep", "60"])
+    started = subprocess.Popen(["sleep", "3600"])
     Path(str(subject.run_dir)).write_text(str(started.pid))
-    time.sleep(60)
+    time.sleep(3600)
     return []
 
 

@@ -33,7 +33,7 @@ def _python(hub: HubServer, home: Path, *words: str) -> subprocess.CompletedProc
         "HF_TOKEN": "hf_secret",
         "HF_HUB_DISABLE_XET": "1",
     }
-    return subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.slow

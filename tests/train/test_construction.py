@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from ibq_scale.models.transformer import Transformer
 from ibq_scale.pretrained.loading import ARModel, load_ar, save_ar, stored
-from tests.nursery import Nursery
+from tests.nursery import Nursery, server
 from tests.ranks import run_ranks
 from tests.train.reference import gather
 from tests.train.test_ar import run_of
@@ -143,8 +142,8 @@ def test_under_zero3_a_rank_holds_its_share_and_never_the_model(monkeypatch: pyt
     words += [f"deepspeed.overrides.zero_optimization.{name}=1000000" for name in buffers]
     small = run_of("none", *words)
     large = run_of("none", *words, "model.width=768", "model.heads=6", "model.depth=9", "model.codebook_size=4096")
-    with closing(Nursery()) as own:  # the C library reads that setting when a program starts
-        found_by_rank = run_ranks(_memory, 2, small, large, of=own)
+    with server() as own:  # the C library reads that setting when a program starts
+        found_by_rank = run_ranks(_memory, 2, small, large, of=Nursery(own))
     for taken in found_by_rank:
         for found, whole in zip(taken, (4, 12, 20), strict=True):
             assert found < 0.6 * whole, f"{taken} bytes a parameter"

@@ -76,7 +76,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_with_the_same_samples(
     children = psutil.Process(started.pid).children(recursive=True)
     started.kill()
     started.wait()
-    _, alive = psutil.wait_procs(children, timeout=20)
+    _, alive = psutil.wait_procs(children, timeout=nursery.PATIENCE)
     assert not alive
     _train(dataset, run, *more)
     assert _losses(run) == _losses(whole)
@@ -94,7 +94,7 @@ def test_a_stopped_and_resumed_run_ends_in_the_same_bits(whole: Path, dataset: s
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGUSR1)
-    said = process.communicate(timeout=120)[1]
+    said = process.communicate()[1]
     assert process.returncode == 75, said
     assert "saved; the same command goes on from there" in said
     stopped_at = newest_or_this(run).step
@@ -141,7 +141,7 @@ def test_sigterm_of_one_rank_alone_stops_all_of_them(dataset: str, tmp_path: Pat
     ranks = _children(process.pid)
     assert len(ranks) == 2
     os.kill(ranks[1], signal.SIGTERM)
-    assert process.wait(timeout=60) == 75
+    assert process.wait() == 75
     newest = newest_or_this(run)
     assert newest.step == max(_losses(run))
 
