@@ -23,7 +23,7 @@ demo: $(VENV)/.demo
 test test-all chaos check: export OMP_NUM_THREADS = 1
 
 # Three workers on two cores, since the tests of Slurm and of hangs mostly wait.
-PYTEST := $(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadscope --no-loadscope-reorder
 
 test: $(VENV)/.test
 	$(PYTEST) -m "not long"

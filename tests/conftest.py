@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import cache
 from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from tests import nursery
 from tests.faults import FaultProxy, fault_proxy
@@ -20,12 +23,15 @@ if not torch.cuda.is_available():
     # Triton decides when a kernel is defined: before anything imports them.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
 # Not the demo's own, which a test of the demo makes in this same process.
 TEST_BUCKET = "ibq-tests"
 
 
 LONGEST_FIRST = ("services", "long", "distributed", "slow")
+# Two clusters side by side would take the same cores.
+SLURM = ("tests/services/test_real_slurm.py", "tests/services/test_real_submit.py")
 _SESSION = ExitStack()
 
 
@@ -40,29 +46,32 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     _SESSION.close()
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Groups tests for ``--dist loadgroup``, and puts what takes long first so that no worker is left with it.
-
-    A group runs in one worker. A slow test is a group of its own, unless it shares a fixture of its module. The real
-    Slurm cluster is one group, since two of them would take the same cores.
-    """
-    for item in items:
-        if group := _group(item):
-            item.add_marker(pytest.mark.xdist_group(group))
+    """Puts what takes long first, so that no worker is left with it at the end."""
     items.sort(key=_rank)
 
 
-def _group(item: pytest.Item) -> str | None:
-    """The group's name, None for a test that can run anywhere."""
-    path = item.nodeid.partition("::")[0]
-    if item.get_closest_marker("services"):
-        return "slurm" if "slurm" in path or "submit" in path else path
-    if item.get_closest_marker("slow") is None:
-        return path
-    fixtures = getattr(item, "_fixtureinfo").name2fixturedefs.values()  # noqa: B009
-    shared = any(fixture.scope == "module" for fixtures_of_name in fixtures for fixture in fixtures_of_name)
-    return path if shared else None
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling:
+    """Spreads single tests over the workers, but for those of a group: see `_Scheduler`."""
+    return _Scheduler(config, log)
+
+
+class _Scheduler(LoadScopeScheduling):
+    """A group runs in one worker: the tests of a file with module fixtures, and those of the real Slurm.
+
+    xdist's own groups are markers, which it loses with pytest 9.2.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        path = nodeid.partition("::")[0]
+        if path in SLURM:
+            return "slurm"
+        return path if _shares_fixtures(path) else nodeid
+
+
+@cache
+def _shares_fixtures(path: str) -> bool:
+    return 'scope="module"' in (ROOT / path).read_text()
 
 
 def _rank(item: pytest.Item) -> int:

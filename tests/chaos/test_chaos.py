@@ -18,6 +18,7 @@ from tests.chaos.scenario import SCENARIOS
 SEEDS = {"tokenizer": 36, "ar": 55}
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("task", list(SCENARIOS))

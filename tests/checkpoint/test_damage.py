@@ -12,6 +12,7 @@ from ibq_scale.checkpoint.files import TensorFile, TextFile
 from ibq_scale.checkpoint.saving import CheckpointFolder, Retention
 from ibq_scale.cli.main import main
 from ibq_scale.distributed.world import World
+from tests.docs.pages import commands, section
 from tests.ranks import run_ranks
 
 
@@ -72,4 +73,5 @@ def test_what_is_damaged_is_named_and_the_one_before_taken(
     told = capfd.readouterr().err
     assert said in told
     assert str(newest) in told
-    assert "left out" in told
+    (symptom,) = [words for words in ("is damaged and left out", "is no whole checkpoint") if words in told]
+    assert ["checkpoint", "verify", "runs/tok"] in list(commands(section(symptom, told)))

@@ -18,6 +18,7 @@ from ibq_scale.errors import UserError
 PLAN = Plan(crops=4, tokenizer_steps=4, ar_steps=4, per_class=2)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_photographs_to_samples_through_a_bucket(tmp_path: Path) -> None:

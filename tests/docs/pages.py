@@ -10,6 +10,7 @@ from textwrap import dedent
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+TROUBLESHOOTING = ROOT / "docs/troubleshooting.md"
 # In a list, a block is indented.
 _BLOCK = re.compile(r"^( *)```(\w*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 
@@ -32,3 +33,22 @@ def commands(page: Path | str) -> Iterator[list[str]]:
             words = shlex.split(line, comments=True)
             if words and words[0].rpartition("/")[2] == "ibq-scale":
                 yield words[1 : words.index(">")] if ">" in words else words[1:]
+
+
+def flat(text: str) -> str:
+    """The same on one line: a phrase may be broken anywhere."""
+    return " ".join(text.split())
+
+
+def section(symptom: str, said: str) -> str:
+    """The one section of the troubleshooting page with `symptom`, words that the program printed."""
+    assert symptom in said
+    (found,) = [text for text in sections(TROUBLESHOOTING) if symptom in flat(text)]
+    return found
+
+
+def setting(key: str, found: str) -> str:
+    """``key=value``, as the section gives it."""
+    match = re.search(rf"`({re.escape(key)}=[^`\s]+)`", found)
+    assert match, key
+    return match[1]

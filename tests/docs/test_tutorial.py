@@ -17,6 +17,7 @@ from tests.samples import write_pictures
 STEPS = 4
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_from_a_folder_of_pictures_to_samples(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_trained_evaluated_collected_and_then_left_alone(photographs: Path, tmp_path: Path) -> None:

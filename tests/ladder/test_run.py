@@ -42,6 +42,7 @@ def _file(tmp_path: Path, sizes: list[dict[str, object]], samples: list[int]) ->
     return str(tmp_path / "ladder.yaml")
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_one_command_trains_collects_fits_and_reports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

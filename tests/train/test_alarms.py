@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from ibq_scale.train.alarms import LEAST, Above, Alarms, Drop, Spike
+from tests.docs.pages import section, setting
 
 
 def test_a_spike_is_told_once_and_again_after_it_has_passed() -> None:
@@ -28,6 +29,9 @@ def test_a_codebook_that_collapses_is_told() -> None:
     usage = [0.2 + 0.05 * i for i in range(16)] + [0.9] * 5 + [0.8, 0.65, 0.3, 0.2]
     told = [(i, a) for i, value in enumerate(usage) for a in alarms.look({"usage": value})]
     assert told == [(23, "usage fell to 0.3 from 0.95")] or told == [(22, "usage fell to 0.65 from 0.95")]
+    found = section("usage fell to", told[0][1])
+    assert setting("quantizer.kind", found.partition("Take ")[2]) == "quantizer.kind=ibq"
+    assert setting("quantizer.revive_after", found).partition("=")[2].isdigit()
 
 
 def test_a_limit_has_to_be_passed_for_long_and_absent_metrics_are_nothing() -> None:

@@ -89,7 +89,11 @@ def plain_training(run: ARRun, steps: int) -> tuple[Transformer, list[float]]:
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_every_layout_with_accumulation_clipping_and_decay_equals_plain_torch(codes: str, world_size: int) -> None:
     kinds = {"adaln": [], "prefix": ["model.conditioning=prefix", "model.kv_heads=1", "model.qk_norm=true"]}
-    layouts = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
+    layouts = (
+        ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
+        if world_size == 2
+        else ["zero1", "zero3"]
+    )
     runs = {
         f"{kind}, {layout}": run_of(codes, f"deepspeed.config={layout}", *words)
         for kind, words in kinds.items()

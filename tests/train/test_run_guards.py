@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 from tests import nursery
-from tests.nursery import Forked
+from tests.docs.pages import flat, section, setting
+from tests.nursery import PATIENCE, Forked
 from tests.train.runs import ENDLESS, data_workers, each_rank, words
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
@@ -25,7 +26,7 @@ def _command(data: str, out: Path, *more: str) -> list[str]:
 
 def _steps(run: Path, count: int, process: Forked) -> None:
     """Waits until `count` steps are logged."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while not (run / "metrics.jsonl").is_file() or (run / "metrics.jsonl").read_text().count("\n") < count:
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
@@ -46,6 +47,12 @@ def test_a_rank_stopped_within_a_step_ends_the_run_with_its_name(dataset: str, t
     assert ranks[0].returncode == 70, said
     host = socket.gethostname()
     assert f"(train.hang_timeout). rank 1 on {host}: no sign of life" in said
+    found = section("HANG:", said)
+    assert found == section("no sign of life", said)
+    assert "exit code 70" in flat(found)
+    assert "the same command goes on" in flat(found)
+    (pattern,) = re.findall(r"`RUN/(logs/stacks-\S+)`", found)
+    assert any(path.stat().st_size for path in run.glob(pattern))
     # Where it waits depends on the moment: in one of the step's collectives, or in the one after it.
     stacks = (run / "logs" / "stacks-rank-00000.txt").read_text()
     assert "distributed_c10d.py" in stacks
@@ -66,7 +73,7 @@ def test_a_second_job_on_the_run_directory_is_refused_and_the_first_goes_on(data
     assert f"another job trains in {run}: process {rank0} on {socket.gethostname()}, since" in second.stderr
     assert "Traceback" not in second.stderr
     first.send_signal(signal.SIGTERM)
-    assert first.wait(60) == 75, first.communicate()[1]
+    assert first.wait() == 75, first.communicate()[1]
 
 
 def test_dead_data_workers_end_the_run(dataset: str, tmp_path: Path) -> None:
@@ -86,6 +93,7 @@ def test_dead_data_workers_end_the_run(dataset: str, tmp_path: Path) -> None:
         told[-1],
     ), said
     assert len(told) == 2, "and one for the other rank"
+    assert setting("data.workers", section("a data worker on", said)) == "data.workers=0"
     assert "terminate called" not in said
     logs = [path.read_text() for path in sorted((run / "logs").glob("rank-*.log"))]
     assert sum("ERROR ibq_scale.data.stream: a data worker on" in text for text in logs) == 1

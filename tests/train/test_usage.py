@@ -18,6 +18,7 @@ def _ibq_scale(*words: str) -> str:
     return done.stdout
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_ibq_uses_the_codebook_that_vq_does_not(imagenet_mini_dir: Path, tmp_path: Path) -> None:
