@@ -107,6 +107,8 @@ def _code(words: list[str]) -> int:
         _complain(f"this needs {e.name}: pip install 'ibq-scale[train]'")
         return UserError.exit_code
     except KeyboardInterrupt:
+        # A terminal's Ctrl-C comes again by the launcher.
+        ignore()
         _complain("interrupted")
         return 1
     except BrokenPipeError:

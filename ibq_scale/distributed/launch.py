@@ -25,7 +25,9 @@ from ibq_scale.distributed.failures import FOLDER, collect, explain
 from ibq_scale.distributed.signals import held, let_in
 from ibq_scale.errors import UserError
 
-FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
+# SIGINT too: a supervisor or an IDE sends it to this process alone. From a terminal it reaches a rank twice, which changes
+# nothing.
+FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # Ranks that outlive a failed one wait for it inside a collective: they get this long to end by themselves.
 GRACE_SECONDS = 20.0
 
@@ -46,8 +48,8 @@ def launch(words: Sequence[str], ranks: int | None) -> int:
     """Runs ``ibq-scale WORDS`` on `ranks` processes of this node.
 
     Returns 0 when all ranks did, else the exit code of the first that failed (128 + n for a signal n). The first
-    failure ends the others; what all of them had to say is told as one message. SIGTERM and SIGUSR1 are passed on to
-    every rank; Ctrl-C reaches them from the terminal.
+    failure ends the others; what all of them had to say is told as one message. SIGTERM, SIGUSR1 and SIGINT are passed
+    on to every rank.
     """
     count = default_ranks() if ranks is None else ranks
     if count < 1:
@@ -63,13 +65,8 @@ def launch(words: Sequence[str], ranks: int | None) -> int:
     # Ranks start with signals held back too, until they can answer them.
     with held():
         before = {s: signal.signal(s, forward) for s in FORWARDED}
-        # Not ignored: ranks would inherit that.
-        before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)
         try:
             children += _start(words, count, failures)
-            if signal.SIGINT in signal.sigpending():
-                # The terminal sent it before there were ranks.
-                forward(signal.SIGINT, None)
             let_in()
             return _wait(children, failures)
         finally:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.nursery import PATIENCE
+
 # Stands in for the command line: the launcher starts ``python -m ibq_scale WORDS`` and this package shadows it.
 RANK_PROGRAM = """
 import os, pathlib, signal, sys, time
@@ -34,13 +36,14 @@ if what in ("fail", "mistake", "kill"):
     leave(UserError("no such file") if what == "mistake" else ValueError("boom"), 2 if what == "mistake" else 1)
     os._exit(2 if what == "mistake" else 1)
 if what == "signal":
-    signal.signal(signal.SIGTERM, lambda *a: ((folder / f"asked-{rank}").touch(), sys.exit(75)))
-    signal.signal(signal.SIGUSR1, lambda *a: ((folder / f"asked-{rank}").touch(), sys.exit(75)))
+    asking = [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]
+    for number in asking:
+        signal.signal(number, lambda *a: ((folder / f"asked-{rank}").touch(), sys.exit(75)))
     # Held back from the rank's first moment on, until it can answer: time enough for a signal to come before.
     (folder / f"held-{rank}").touch()
     time.sleep(1.0)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM, signal.SIGUSR1])
-time.sleep(60)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, asking)
+time.sleep(3600)
 """
 LAUNCHER = """
 import sys
@@ -61,7 +64,7 @@ def _launch(tmp_path: Path, what: str) -> subprocess.Popen[bytes]:
 
 
 def _wait_for(tmp_path: Path, name: str) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE
     while len(list(tmp_path.glob(f"{name}-*"))) < 2:
         assert time.monotonic() < deadline, f"no {name}"
         time.sleep(0.02)
@@ -70,7 +73,7 @@ def _wait_for(tmp_path: Path, name: str) -> None:
 
 def test_the_first_failures_code_is_returned_and_the_others_ended(tmp_path: Path) -> None:
     launcher = _launch(tmp_path, "codes")
-    assert launcher.wait(30) == 7
+    assert launcher.wait(PATIENCE) == 7
 
 
 @pytest.mark.parametrize(
@@ -87,18 +90,18 @@ def test_what_all_ranks_had_to_say_is_one_message_and_the_code_is_the_causes(
     launcher = _launch(tmp_path, what)
     assert launcher.stderr is not None
     told = launcher.stderr.read().decode()
-    assert launcher.wait(30) == code
+    assert launcher.wait(PATIENCE) == code
     assert re.search(said, told), told
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_signals_reach_every_rank_and_their_answer_comes_back(tmp_path: Path, signum: int) -> None:
     """Also those that come before a rank can answer."""
     launcher = _launch(tmp_path, "signal")
     _wait_for(tmp_path, "held")
     launcher.send_signal(signum)
-    assert launcher.wait(30) == 75
+    assert launcher.wait(PATIENCE) == 75
     assert len(list(tmp_path.glob("asked-*"))) == 2
 
 
@@ -107,8 +110,8 @@ def test_ranks_die_with_their_launcher(tmp_path: Path) -> None:
     _wait_for(tmp_path, "started")
     pids = [int(p.read_text().split()[0]) for p in tmp_path.glob("started-*")]
     launcher.kill()
-    launcher.wait(30)
-    deadline = time.monotonic() + 10
+    launcher.wait(PATIENCE)
+    deadline = time.monotonic() + PATIENCE
     while any(_runs(pid) for pid in pids):
         assert time.monotonic() < deadline, "a rank outlived its launcher"
         time.sleep(0.05)
