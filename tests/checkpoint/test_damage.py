@@ -73,5 +73,5 @@ def test_what_is_damaged_is_named_and_the_one_before_taken(
     told = capfd.readouterr().err
     assert said in told
     assert str(newest) in told
-    (symptom,) = [words for words in ("is damaged and left out", "is no whole checkpoint") if words in told]
+    (symptom,) = [words for words in ("is damaged and left out", "it is left out") if words in told]
     assert ["checkpoint", "verify", "runs/tok"] in list(commands(section(symptom, told)))
