@@ -21,6 +21,9 @@ def make_engine(
 
     begin_deepspeed(device)
     engine, _, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
+    if engine.dp_world_size == 1 and engine.zero_optimization_stage() == 0:
+        # The mean over one rank: 0.19.8 would copy all gradients into a buffer and back.
+        engine.enable_backward_allreduce = False
     return engine
 
 
