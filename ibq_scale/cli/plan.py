@@ -101,7 +101,7 @@ def _print(plan: Plan, fitting: int | None, mends: Sequence[Switch]) -> None:
     gpu = machine.known.name if machine.known else machine.device or "GPU"
     print(
         f"{plan.name}: {machine.world} × {gpu} on {machine.nodes} node{'s' * (machine.nodes > 1)}; {plan.precision}, "
-        f"DeepSpeed {plan.deepspeed} (ZeRO-{plan.zero_stage})"
+        f"DeepSpeed {plan.deepspeed} ({plan.sharding})"
     )
     print(
         f"  batch {plan.global_batch:,} = {plan.micro_batch} micro × {plan.accumulation} accumulation × "

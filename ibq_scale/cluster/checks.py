@@ -17,7 +17,7 @@ from ibq_scale.cluster.render import Script
 from ibq_scale.cluster.room import can_hold, free_bytes, nearest
 from ibq_scale.cluster.runs import jobs_of
 from ibq_scale.config.batch import accumulation_steps, codebook_group_size
-from ibq_scale.config.deepspeed import deepspeed_config
+from ibq_scale.config.deepspeed import deepspeed_config, zero_words
 from ibq_scale.config.run import AnyRun, TokenizerRun
 from ibq_scale.errors import UserError
 from ibq_scale.train.run_lock import look
@@ -150,7 +150,7 @@ def _codebook(job: Submission) -> Outcome | None:
 
 def _deepspeed(job: Submission) -> Outcome:
     stage = deepspeed_config(job.config, job.ranks).get("zero_optimization", {}).get("stage", 0)
-    return "ok", f"{job.config.deepspeed.config}: ZeRO stage {stage}"
+    return "ok", f"{job.config.deepspeed.config}: {zero_words(stage, job.ranks)}"
 
 
 def _memory(job: Submission) -> Outcome:

@@ -27,6 +27,7 @@ DERIVED = {
     "scheduler": "schedule",
 }
 STAGES = (0, 1, 2, 3)
+OFFLOADS = ("offload_optimizer", "offload_param")
 ALLOWED = {
     "zero_optimization",
     "zero_allow_untested_optimizer",
@@ -106,7 +107,7 @@ def deepspeed_config(run: AnyRun, world_size: int) -> dict[str, Any]:
             f"backward pass: take zero2, or model.fp8=false"
         )
     accumulation = accumulation_steps(run.train, world_size)
-    return values | {
+    return unsharded(values, run, world_size) | {
         "train_batch_size": run.train.global_batch,
         "train_micro_batch_size_per_gpu": run.train.micro_batch,
         "gradient_accumulation_steps": accumulation,
@@ -115,6 +116,27 @@ def deepspeed_config(run: AnyRun, world_size: int) -> dict[str, Any]:
         # The trainer prints one calm line of its own; DeepSpeed's would come every 10 steps.
         "steps_per_print": 2**62,
     }
+
+
+def offloaded(zero: dict[str, Any], key: str) -> bool:
+    """Whether the `key` of `OFFLOADS` moves states off the GPU."""
+    return zero.get(key, {}).get("device", "none") not in ("none", None)
+
+
+def zero_words(stage: int, world_size: int) -> str:
+    """How a network is shared, in words."""
+    return "ZeRO off: one rank has nothing to share" if stage == 0 and world_size == 1 else f"ZeRO-{stage}"
+
+
+def unsharded(values: dict[str, Any], run: AnyRun, world_size: int) -> dict[str, Any]:
+    """`values` without ZeRO where one rank has nothing to share: it would only copy gradients and weights.
+
+    bf16 keeps its stage, since its fp32 weights are ZeRO's; so does offloading, which moves states to the host.
+    """
+    zero = values.get("zero_optimization", {})
+    if world_size > 1 or run.train.precision == "bf16" or any(offloaded(zero, key) for key in OFFLOADS):
+        return values
+    return values | {"zero_optimization": zero | {"stage": 0}}
 
 
 def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

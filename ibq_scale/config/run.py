@@ -166,6 +166,7 @@ class TrainConfig(Section):
 
 class DeepSpeedConfig(Section):
     """`config`: a name in deepspeed_configs/ (``zero2``) or a path to a JSON file; `overrides` go on top.
+    One rank in fp32 runs without ZeRO, since there is nothing to share, unless states are offloaded.
 
     Batch sizes, precision, clipping and optimizer are derived from the run and may not stand in either.
     """

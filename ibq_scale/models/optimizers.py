@@ -1,18 +1,24 @@
-"""Which parameters an optimizer takes, and how it decays them."""
+"""Adam as torch's fused kernel, which parameters it decays, and its state where a checkpoint restores it.
+
+The fused kernel reads and writes each value once. The other kernels make temporaries as large as the parameters: on a
+CPU they took eight times the CPU seconds and 8 bytes a parameter.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ibq_scale.config.run import OptimizerConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def adam(parameters: Iterable[nn.Parameter], settings: OptimizerConfig) -> torch.optim.Optimizer:
     """Adam without decay, as the published tokenizer is trained."""
-    return torch.optim.Adam(parameters, lr=settings.lr, betas=settings.betas, eps=settings.eps)
+    return torch.optim.Adam(parameters, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
 
 
 def adamw(module: nn.Module, settings: OptimizerConfig) -> torch.optim.Optimizer:
@@ -28,4 +34,18 @@ def adamw(module: nn.Module, settings: OptimizerConfig) -> torch.optim.Optimizer
         {"params": decayed, "weight_decay": settings.weight_decay},
         {"params": free, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr, betas=settings.betas, eps=settings.eps)
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+
+
+def restored_state(optimizer: torch.optim.Optimizer, parameter: Tensor, steps: float) -> dict[str, Tensor]:
+    """The optimizer's state of `parameter` after `steps` steps, its moments to be filled in (0 where there were none).
+
+    The step count is a tensor on the parameter's device: the fused kernel reads it there.
+    """
+    state: dict[str, Tensor] = optimizer.state[parameter]
+    for moment in MOMENTS:
+        if moment not in state:
+            state[moment] = torch.zeros_like(parameter, requires_grad=False)
+    state["step"] = torch.tensor(steps, dtype=torch.float32, device=parameter.device)
+    return state

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ibq_scale.config.batch import codebook_group_size
-from ibq_scale.config.deepspeed import deepspeed_config
+from ibq_scale.config.deepspeed import deepspeed_config, zero_words
 from ibq_scale.config.run import AnyRun, ARRun, TokenizerRun
 from ibq_scale.errors import UserError
 from ibq_scale.scaling import networks
@@ -140,6 +140,11 @@ class Plan:
         """None where the GPU's memory is unknown."""
         memory = self.machine.gpu_memory
         return None if memory is None else self.memory.peak <= memory
+
+    @property
+    def sharding(self) -> str:
+        """In words."""
+        return zero_words(self.zero_stage, self.machine.world)
 
     @property
     def flops_per_step(self) -> float:

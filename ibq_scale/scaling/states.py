@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ibq_scale.config.deepspeed import OFFLOADS, offloaded
+
 Place = Literal["gpu", "host"]
 FP32 = 4
 # DeepSpeed's own defaults, where a JSON is silent.
@@ -40,16 +42,12 @@ class Zero:
             world=world,
             weight_bytes=2 if config["bf16"]["enabled"] else FP32,
             accumulation=config["gradient_accumulation_steps"],
-            offload_optimizer=_offloaded(zero, "offload_optimizer"),
-            offload_weights=_offloaded(zero, "offload_param"),
+            offload_optimizer=offloaded(zero, OFFLOADS[0]),
+            offload_weights=offloaded(zero, OFFLOADS[1]),
             reduce_bucket=int(zero.get("reduce_bucket_size", BUCKET)),
             persistence_threshold=int(zero.get("stage3_param_persistence_threshold", PERSISTENCE)),
             live_parameters=int(zero.get("stage3_max_live_parameters", LIVE)),
         )
-
-
-def _offloaded(zero: dict[str, Any], key: str) -> bool:
-    return zero.get(key, {}).get("device", "none") not in ("none", None)
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,7 @@ def engine_states(groups: Sequence[Sequence[int]], zero: Zero) -> States:
         gradients=gradients,
         buckets=_buckets(n, zero),
         gathered=0,
-        step=FP32 * n.share,
+        step=_scratch(n, zero),
         places=places,
         keeps_gradients=zero.stage < 2,
     )
@@ -152,6 +150,12 @@ def _gradients(n: Shares, zero: Zero) -> tuple[int, int]:
     return again * FP32 * n.share, FP32 * n.share
 
 
+def _scratch(n: Shares, zero: Zero) -> int:
+    """The fused Adam takes none, but DeepSpeed flattens gradients for it where it has not accumulated them flat."""
+    flat = zero.stage == 0 or zero.offload_optimizer or (zero.stage < 3 and zero.weight_bytes < FP32)
+    return 0 if flat else FP32 * n.share
+
+
 def _buckets(n: Shares, zero: Zero) -> int:
     if zero.world == 1:
         return 0
@@ -171,7 +175,7 @@ def _zero3(n: Shares, zero: Zero, places: dict[str, Place]) -> States:
         # Made whole at the start, and kept.
         buckets=FP32 * zero.reduce_bucket,
         gathered=b * min(n.whole - n.persistent, zero.live_parameters + n.largest),
-        step=2 * FP32 * n.share,
+        step=_scratch(n, zero),
         places=places,
         keeps_gradients=False,
     )

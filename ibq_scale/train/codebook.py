@@ -17,11 +17,10 @@ from ibq_scale.checkpoint.pieces import Piece, PieceReader, piece_file
 from ibq_scale.config.batch import codebook_group_size
 from ibq_scale.config.run import TokenizerRun
 from ibq_scale.distributed.world import World
-from ibq_scale.models.optimizers import adam
+from ibq_scale.models.optimizers import MOMENTS, adam, restored_state
 from ibq_scale.pretrained.loading import CODEBOOK, codebook_part, codebook_to_start_from
 from ibq_scale.quantize.collectives import Group, Shards, gather_rows
 from ibq_scale.quantize.quantizer import initial_codebook, rows_of
-from ibq_scale.train.engine_state import MOMENTS
 from ibq_scale.train.projection import Projection
 
 
@@ -107,7 +106,7 @@ class ShardedCodebook:
             dist.broadcast(fresh, src=dist.get_global_rank(self.replicas, 0), group=self.replicas)
         self.rows[places] = fresh
         self.ema_rows[places] = fresh
-        for moment in ("exp_avg", "exp_avg_sq"):
+        for moment in MOMENTS:
             if moment in self.optimizer.state.get(self.rows, {}):
                 self.optimizer.state[self.rows][moment][places] = 0
         return len(places)
@@ -155,8 +154,7 @@ class ShardedCodebook:
         reader = PieceReader(directory)
         steps = reader.facts["steps"]
         if steps:
-            moments = {moment: torch.zeros_like(self.rows, requires_grad=False) for moment in MOMENTS}
-            self.optimizer.state[self.rows] = {"step": torch.tensor(steps), **moments}
+            restored_state(self.optimizer, self.rows, steps)
         reader.read_all(self._pieces(with_moments=steps > 0))
         if self.projection is not None:
             self.projection.load(directory)

@@ -15,9 +15,8 @@ import torch
 from ibq_scale.checkpoint.files import TensorFile
 from ibq_scale.checkpoint.pieces import WEIGHTS, Piece, PieceReader, piece_file
 from ibq_scale.distributed.world import World
+from ibq_scale.models.optimizers import MOMENTS, restored_state
 from ibq_scale.train.master import Fragment, fragments, held, shapes
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def engine_file(engine: Any, folder: str, world: World) -> TensorFile:
@@ -45,7 +44,7 @@ def load_engine(engine: Any, folder: Path, world: World) -> None:
     steps = reader.facts["steps"]
     if steps:
         for fragment in mine:
-            _prepare(engine, fragment, steps)
+            restored_state(_adam(engine), fragment.flat, steps)
         reader.read_all(_moments(engine, mine))
     reader.read_all(_buffers(engine))
     _refresh(engine)
@@ -80,15 +79,6 @@ def _steps(engine: Any, world: World) -> float:
     for fragment in held(engine, world):
         return float(_adam(engine).state.get(fragment.flat, {}).get("step", 0))
     return 0.0
-
-
-def _prepare(engine: Any, fragment: Fragment, steps: float) -> None:
-    """Moments for the optimizer's parameter, where it has none yet, and its step count."""
-    state = _adam(engine).state[fragment.flat]
-    for moment in MOMENTS:
-        if moment not in state:
-            state[moment] = torch.zeros_like(fragment.flat, requires_grad=False)
-    state["step"] = torch.tensor(steps)
 
 
 def _refresh(engine: Any) -> None:

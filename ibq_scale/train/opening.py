@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ibq_scale.config.batch import accumulation_steps, codebook_group_size
-from ibq_scale.config.deepspeed import deepspeed_config
+from ibq_scale.config.deepspeed import deepspeed_config, zero_words
 from ibq_scale.config.run import AnyRun, ARRun, TokenizerRun
 from ibq_scale.console import gigabytes, short
 from ibq_scale.data.sets import DataSets
@@ -120,7 +120,7 @@ def _ranks(config: AnyRun, world: World, hosts: Sequence[str], zero: Zero) -> st
         codebook = f"; the codebook over groups of {codebook_group_size(config, world.size)}"
     return (
         f"{world.size} on {nodes} node{'s' * (nodes > 1)} ({device}); {config.train.precision}, DeepSpeed "
-        f"{config.deepspeed.config} (ZeRO-{zero.stage}){codebook}"
+        f"{config.deepspeed.config} ({zero_words(zero.stage, world.size)}){codebook}"
     )
 
 

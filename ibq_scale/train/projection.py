@@ -17,7 +17,7 @@ from ibq_scale.checkpoint.files import StateFile, TensorFile
 from ibq_scale.config.run import TokenizerRun
 from ibq_scale.distributed.world import World
 from ibq_scale.models.ema import EMA
-from ibq_scale.models.optimizers import adam
+from ibq_scale.models.optimizers import MOMENTS, adam, restored_state
 
 FILE = "projection.safetensors"
 
@@ -84,7 +84,7 @@ class Projection:
             state = self.optimizer.state.get(parameter, {})
             tensors[name] = parameter.detach()
             tensors[f"ema_{name}"] = self.ema.state_dict()[name]
-            for moment in ("exp_avg", "exp_avg_sq"):
+            for moment in MOMENTS:
                 tensors[f"{moment}_{name}"] = state.get(moment, torch.zeros_like(parameter))
             tensors[f"step_{name}"] = torch.as_tensor(float(state.get("step", 0)))
         return [TensorFile(f"{folder}/{FILE}", tensors)]
@@ -96,6 +96,7 @@ class Projection:
         self.ema.load_state_dict({name: tensors[f"ema_{name}"] for name in self.parameters})
         for name, parameter in self.parameters.items():
             parameter.copy_(tensors[name])
-            if float(tensors[f"step_{name}"]):
-                moments = {m: tensors[f"{m}_{name}"].to(parameter.device) for m in ("exp_avg", "exp_avg_sq")}
-                self.optimizer.state[parameter] = {"step": tensors[f"step_{name}"], **moments}
+            if steps := float(tensors[f"step_{name}"]):
+                state = restored_state(self.optimizer, parameter, steps)
+                for moment in MOMENTS:
+                    state[moment].copy_(tensors[f"{moment}_{name}"])

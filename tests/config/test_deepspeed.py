@@ -49,7 +49,7 @@ def test_contradicting_or_unknown_keys_are_refused(content: object, message: str
 
 
 def test_overrides_go_on_top_without_replacing_their_section() -> None:
-    config = deepspeed_config(_run("deepspeed.overrides.zero_optimization.reduce_bucket_size=1000"), 1)
+    config = deepspeed_config(_run("deepspeed.overrides.zero_optimization.reduce_bucket_size=1000"), 2)
     assert config["zero_optimization"]["reduce_bucket_size"] == 1000
     assert config["zero_optimization"]["stage"] == 2
 
@@ -74,3 +74,15 @@ def test_zero3_is_not_compiled() -> None:
 def test_a_stage_that_does_not_exist_is_refused() -> None:
     with pytest.raises(UserError, match="ZeRO stage 4 does not exist"):
         deepspeed_config(_run("deepspeed.overrides={zero_optimization: {stage: 4}}"), 2)
+
+
+@pytest.mark.parametrize("name", ["zero0", "zero1", "zero2", "zero3"])
+def test_one_rank_in_fp32_shares_nothing(name: str) -> None:
+    config = deepspeed_config(_run(f"deepspeed.config={name}"), 1)
+    assert config["zero_optimization"]["stage"] == 0
+    assert config["data_types"]["grad_accum_dtype"] == "fp32"
+
+
+@pytest.mark.parametrize("changes", [("train.precision=bf16",), ("deepspeed.config=zero2_offload",)])
+def test_one_rank_keeps_the_stage_that_holds_fp32_weights_or_offloads(changes: tuple[str, ...]) -> None:
+    assert deepspeed_config(_run(*changes), 1)["zero_optimization"]["stage"] == 2

@@ -64,7 +64,7 @@ def test_of_a_transformer(tmp_path: Path) -> None:
         "2 blocks × 32, 2 heads; 16 tokens of 40 codes, 3 classes; attention sdpa (torch); activation checkpointing, "
         "selective"
     )
-    assert said["ranks"] == ["1 on 1 node (CPU); fp32, DeepSpeed zero1 (ZeRO-1)"]
+    assert said["ranks"] == ["1 on 1 node (CPU); fp32, DeepSpeed zero1 (ZeRO off: one rank has nothing to share)"]
     assert said["data"] == [f"{tmp_path / 'codes'}: 60 codes, 3 classes, 3 shards, 0.00 MB"]
     with pytest.raises(UserError, match=r"model\.attention=flash3 needs a CUDA device, this is cpu"):
         _said("ar/tiny", world, *words, "model.attention=flash3")
