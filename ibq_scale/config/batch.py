@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from ibq_scale.config.run import TokenizerRun, TrainConfig
 from ibq_scale.errors import UserError
 
@@ -24,11 +26,22 @@ def accumulation_steps(train: TrainConfig, world_size: int) -> int:
 
 
 def codebook_group_size(run: TokenizerRun, world_size: int) -> int:
-    """Ranks that share one codebook. UserError where they do not divide the world."""
-    size = run.codebook_group or world_size
+    """Ranks that share one codebook. UserError where they do not divide the world.
+
+    0 in the config is all ranks, or the largest number of them that divides the world and the codebook: a run of 16
+    ranks may return on 24 with 262,144 codes, in groups of 8.
+    """
+    size = run.codebook_group or math.gcd(world_size, run.quantizer.codebook_size)
     if world_size % size:
         raise UserError(
             f"codebook_group={size} does not divide the {world_size} ranks: "
-            f"take a divisor of {world_size}, or 0 for all of them"
+            f"take a divisor of {world_size}, or 0 for as many of them as divide the codebook"
         )
     return size
+
+
+def codebook_words(run: TokenizerRun, world_size: int) -> str:
+    """How the codebook lies on the ranks, with the reason where it is not over all of them as the config has it."""
+    size, codes = codebook_group_size(run, world_size), run.quantizer.codebook_size
+    because = "" if run.codebook_group or size == world_size else f" ({world_size} ranks do not divide {codes:,} codes)"
+    return f"groups of {size}{because}"

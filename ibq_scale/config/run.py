@@ -244,7 +244,9 @@ class ARValidationConfig(ValidationConfig):
 
 
 class TokenizerRun(RunConfig):
-    """Stage 1: the image tokenizer. `codebook_group`: ranks that share one codebook, 0 for all of them."""
+    """Stage 1: the image tokenizer. `codebook_group`: ranks that share one codebook; 0 for all of them, or for as many
+    as divide the codebook.
+    """
 
     task: Literal["tokenizer"] = "tokenizer"
     model: AutoencoderConfig = AutoencoderConfig()

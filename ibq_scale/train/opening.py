@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ibq_scale.config.batch import accumulation_steps, codebook_group_size
+from ibq_scale.config.batch import accumulation_steps, codebook_words
 from ibq_scale.config.deepspeed import deepspeed_config, zero_words
 from ibq_scale.config.run import AnyRun, ARRun, TokenizerRun
 from ibq_scale.console import gigabytes, short
@@ -117,7 +117,7 @@ def _ranks(config: AnyRun, world: World, hosts: Sequence[str], zero: Zero) -> st
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     codebook = ""
     if isinstance(config, TokenizerRun) and world.size > 1:
-        codebook = f"; the codebook over groups of {codebook_group_size(config, world.size)}"
+        codebook = f"; the codebook over {codebook_words(config, world.size)}"
     return (
         f"{world.size} on {nodes} node{'s' * (nodes > 1)} ({device}); {config.train.precision}, DeepSpeed "
         f"{config.deepspeed.config} ({zero_words(zero.stage, world.size)}){codebook}"
