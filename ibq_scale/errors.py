@@ -7,3 +7,9 @@ class UserError(ValueError):
     """Wrong use or bad input: the message says what is wrong and what to do about it."""
 
     exit_code = 2
+
+
+class StoreUnavailableError(UserError):
+    """The object storage did not answer until the deadline. It may later: a job with this code comes back."""
+
+    exit_code = 69

@@ -33,6 +33,8 @@ class Exchange:
     """Content-Length, where it is not the body's."""
     reset: bool = False
     """The connection ends with RST after the body, as when a machine in between dies; else with FIN."""
+    pace: float = 0.0
+    """Seconds between a byte of the body and the next, 0 for all at once."""
 
     def refuse(self, status: int, code: str) -> None:
         """Answers with an S3 error instead (HEAD's has no body)."""
@@ -77,6 +79,11 @@ def flipped(exchange: Exchange) -> None:
     body = bytearray(exchange.body)
     body[len(body) // 2] ^= 1
     exchange.body = bytes(body)
+
+
+def trickling(exchange: Exchange) -> None:
+    """The body comes, byte by byte: a time limit on silence never ends it."""
+    exchange.pace = 0.1
 
 
 def stalled(seconds: float = 2.0) -> Fault:
@@ -194,7 +201,10 @@ class FaultProxy:
         promised = len(exchange.body) if exchange.promised is None else exchange.promised
         handler.send_header("Content-Length", str(promised))
         handler.end_headers()
-        handler.wfile.write(exchange.body)
+        for byte in exchange.body if exchange.pace else b"":
+            handler.wfile.write(bytes([byte]))
+            time.sleep(exchange.pace)
+        handler.wfile.write(b"" if exchange.pace else exchange.body)
         handler.wfile.flush()
         if exchange.reset:
             handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -1,7 +1,7 @@
 """Entry of ``ibq-scale``: parses, launches ranks where a command wants them, turns errors into exit codes.
 
-Exit codes: 0 done, 1 failed, 2 wrong use or bad input, 70 hung and ended itself, 71 a node failed its
-check, 75 stopped by a signal with everything saved (run it again).
+Exit codes: 0 done, 1 failed, 2 wrong use or bad input, 69 the object storage did not answer, 70 hung and ended itself,
+71 a node failed its check, 75 stopped by a signal with everything saved (run it again).
 """
 
 from __future__ import annotations

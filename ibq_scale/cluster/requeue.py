@@ -16,13 +16,14 @@ from typing import Any
 from ibq_scale.cluster.snapshot import chained_after
 from ibq_scale.distributed.failed_nodes import Faults, NodeFaultError, recorded
 from ibq_scale.distributed.failed_nodes import attempt as this_attempt
-from ibq_scale.errors import UserError
+from ibq_scale.errors import StoreUnavailableError, UserError
 from ibq_scale.train import attempts
 from ibq_scale.train.attempts import Attempt
 
 # A wrong config, a missing file: what fails so early fails again.
 EARLY_SECONDS = 600.0
 REASONS = {
+    StoreUnavailableError.exit_code: "the object storage did not answer",
     70: "it hung, and ended itself",
     71: "a node failed its check",
     75: "it was stopped by a signal",

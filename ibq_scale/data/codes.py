@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -95,6 +96,10 @@ class CodeDataset(torch.utils.data.Dataset[CodeSample]):
         self.seed = seed
         self.shards_in_memory = shards_in_memory
         self._shards: OrderedDict[tuple[int, int], CodeShard] = OrderedDict()
+
+    def __getitems__(self, requests: Sequence[Request]) -> list[CodeSample]:
+        """A batch's samples, in order."""
+        return [self[request] for request in requests]
 
     def __getitem__(self, request: Request) -> CodeSample:
         shard = self._shard(request.source, request.shard)

@@ -29,10 +29,11 @@ class PastEndError(Exception):
     """A range begins where the object ends or later."""
 
 
-def fault(error: Exception, url: str, *, writing: bool, answered: bool) -> Exception | None:
+def fault(error: Exception, url: str, *, writing: bool, patient: bool) -> Exception | None:
     """The error to raise for what no retry mends; None for what may pass.
 
-    `url`: s3://bucket/prefix; `answered`: whether the endpoint has ever answered; `writing`: whether the request does.
+    `url`: s3://bucket/prefix; `patient`: whether an endpoint that cannot be reached may come back; `writing`: whether
+    the request does.
     """
     from botocore import exceptions as boto
     from botocore.parsers import ResponseParserError
@@ -46,12 +47,8 @@ def fault(error: Exception, url: str, *, writing: bool, answered: bool) -> Excep
             f"{url}: no S3 credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, "
             f"or {ANONYMOUS}=1 for a public bucket"
         )
-    # An endpoint that has answered once may come back.
-    unreachable = (boto.EndpointConnectionError, boto.SSLError, boto.ProxyConnectionError)
-    if isinstance(error, unreachable) and not answered:
-        endpoint = os.environ.get("AWS_ENDPOINT_URL", "the S3 endpoint")
-        reason = f"{endpoint} ({first_line(error)})"
-        return UserError(f"{url}: cannot connect to {reason}: check AWS_ENDPOINT_URL and the network")
+    if unreachable(error) and not patient:
+        return UserError(f"{url}: {cannot_connect(error)}")
     transient = (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, ResponseParserError)
     damaged = (boto.FlexibleChecksumError, boto.MetadataRetrievalError, boto.CredentialRetrievalError)
     # Not imported: it is aiobotocore's, which may come with another.
@@ -61,6 +58,19 @@ def fault(error: Exception, url: str, *, writing: bool, answered: bool) -> Excep
     if isinstance(error, boto.BotoCoreError):
         return UserError(f"{url}: {first_line(error)}")
     return error
+
+
+def unreachable(error: Exception) -> bool:
+    """Whether no connection was made: refused, no such host, no TLS."""
+    from botocore import exceptions as boto
+
+    return isinstance(error, (boto.EndpointConnectionError, boto.SSLError, boto.ProxyConnectionError))
+
+
+def cannot_connect(error: Exception) -> str:
+    """In words, with what to look at."""
+    endpoint = os.environ.get("AWS_ENDPOINT_URL", "the S3 endpoint")
+    return f"cannot connect to {endpoint} ({first_line(error)}): check AWS_ENDPOINT_URL and the network"
 
 
 def _refusal(error: Exception, url: str, writing: bool) -> Exception | None:
@@ -105,6 +115,11 @@ def denied(error: Exception) -> bool:
     """The answer to HEAD has no body, so an expired token (status 400 at AWS) shows there by its number alone."""
     code = _code(error)
     return _status(error) in (401, 403) or code in _EXPIRED_CODES or code == "400"
+
+
+def status_of(error: Exception) -> str:
+    """``, status 503`` where the server answered."""
+    return f", status {status}" if (status := _status(error)) else ""
 
 
 def first_line(error: Exception) -> str:

@@ -7,12 +7,15 @@ else `AWS_PROFILE` of the files `AWS_SHARED_CREDENTIALS_FILE` and `AWS_CONFIG_FI
 buckets.
 
 Transient failures are retried with jittered backoff until a deadline, in this one place: s3fs's loop around botocore's
-would make 25 requests of one. What a user can mend (a missing bucket, wrong credentials, an unreachable endpoint) is a
-UserError at once; but credentials that stopped working are read anew first, since others may have replaced them.
+would make 25 requests of one. After the deadline they are a StoreUnavailableError, whose exit code brings a job back. A
+user's mistakes (a missing bucket, wrong credentials) are a UserError at once. Credentials that stopped working are read
+anew first, since they may have been replaced. An endpoint that cannot be reached and never answered is a mistake for a
+command, and a transient failure for a rank of a job: of a thousand ranks that start, some meet a refused connection.
 """
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import filecmp
 import os
@@ -26,8 +29,18 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from ibq_scale.config.secrets import refuse_credentials
 from ibq_scale.data.multipart import Content, parallel, send_parts
-from ibq_scale.data.s3_errors import ANONYMOUS, PastEndError, ShortReadError, denied, fault, first_line
-from ibq_scale.errors import UserError
+from ibq_scale.data.s3_errors import (
+    ANONYMOUS,
+    PastEndError,
+    ShortReadError,
+    cannot_connect,
+    denied,
+    fault,
+    first_line,
+    status_of,
+    unreachable,
+)
+from ibq_scale.errors import StoreUnavailableError, UserError
 
 T = TypeVar("T")
 # For one request with its repetitions, from the first try on.
@@ -37,6 +50,8 @@ PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.2, 15.0
 CONNECT_TIMEOUT_SECONDS = 5.0
 # Without a byte.
 READ_TIMEOUT_SECONDS = 20.0
+# For the body of one answer, at most DOWNLOAD_CHUNK. Doubled with each try: a trickle ends, and a slow link does not.
+BODY_SECONDS = 20.0
 DOWNLOAD_CHUNK = 16 << 20
 # S3 wants 5 MiB or more, and at most 10,000 of them.
 UPLOAD_PART, MOST_PARTS = 16 << 20, 10_000
@@ -267,7 +282,7 @@ class S3Store(Store):
         self._put(path, _content(len(data), lambda start, stop: data[start:stop]))
 
     def size(self, path: str) -> int:
-        return int(self._call(lambda fs: fs.call_s3("head_object", **self._name(path)))["ContentLength"])
+        return int(self._ask(path, "head_object")["ContentLength"])
 
     def download(self, path: str, local: Path) -> None:
         with _over(local) as f:
@@ -295,7 +310,7 @@ class S3Store(Store):
 
     def _holds(self, path: str, content: Content) -> bool:
         try:
-            head = self._call(lambda fs: fs.call_s3("head_object", **self._name(path)))
+            head = self._ask(path, "head_object")
         except FileNotFoundError:
             return False
         return int(head["ContentLength"]) == content.size and str(head.get("ETag", "")).strip('"') == content.etag
@@ -310,7 +325,7 @@ class S3Store(Store):
         marker: dict[str, str] = {}
         while True:
             name = {"Bucket": self.bucket, "Prefix": folder + prefix} | marker
-            page = self._call(lambda fs, name=name: fs.call_s3("list_multipart_uploads", **name))  # type: ignore[misc]
+            page = self._request("list_multipart_uploads", name)
             for upload in page.get("Uploads", []):
                 found.append(Unfinished(upload["Key"].removeprefix(folder), upload["UploadId"]))
             if not page.get("IsTruncated") or not page.get("NextKeyMarker"):
@@ -353,24 +368,30 @@ class S3Store(Store):
     def _get(self, path: str, start: int, stop: int) -> _Part:
         """Bytes start … stop − 1, or fewer where the object ends before. PastEndError where it ends before `start`."""
 
+        seconds = BODY_SECONDS / 2
+
         def get(fs: Any) -> _Part:
             from fsspec.asyn import sync
 
+            nonlocal seconds
+            seconds *= 2
             response = fs.call_s3("get_object", **self._name(path), Range=f"bytes={start}-{stop - 1}")
-            data: bytes = sync(fs.loop, _body, response, timeout=DEADLINE_SECONDS)
+            data: bytes = sync(fs.loop, _body, response, seconds)
             # A server may answer a range that is the whole object without saying that it is a range.
             total = int(response.get("ContentRange", "").rpartition("/")[2] or response["ContentLength"])
             if len(data) != min(stop, total) - start:
                 raise ShortReadError(f"{self.url}/{path}: {len(data)} bytes of {start} … {stop - 1}")
             return _Part(data, response.get("ETag", ""), total)
 
-        return self._call(get)
+        return self._call(get, f"get_object {path}")
 
     def _ask(self, path: str, method: str, **arguments: Any) -> Any:
-        """One request that writes, or that is part of writing."""
-        name = self._name(path)
-        writing = method != "head_object"
-        return self._call(lambda fs: fs.call_s3(method, **name, **arguments), writing=writing)
+        """One request on an object."""
+        return self._request(method, self._name(path) | arguments, writing=method != "head_object")
+
+    def _request(self, method: str, arguments: dict[str, Any], *, writing: bool = False) -> Any:
+        what = f"{method} {arguments.get('Key', '')}".rstrip()
+        return self._call(lambda fs: fs.call_s3(method, **arguments), what, writing=writing)
 
     def _put(self, path: str, content: Content, left: Sequence[str] = (), *, keep: bool = False) -> None:
         if content.size <= UPLOAD_PART:
@@ -382,17 +403,22 @@ class S3Store(Store):
             raise e if self.url in str(e) else UserError(f"{self.url}/{path}: {e}") from None
 
     def files(self) -> dict[str, int]:
-        found = self._call(lambda fs: fs.find(self.prefix, detail=True))
+        found = self._call(lambda fs: fs.find(self.prefix, detail=True), "listing")
         # An object of the prefix's own name is no file under it.
         names = ((name.removeprefix(f"{self.prefix}/"), int(info["size"])) for name, info in found.items())
         return dict(sorted((name, size) for name, size in names if name != self.prefix))
 
-    def _call(self, action: Callable[[Any], T], *, writing: bool = False) -> T:
-        """Runs one request, again and again through transient failures until the deadline."""
-        deadline = time.monotonic() + DEADLINE_SECONDS
+    def _call(self, action: Callable[[Any], T], what: str, *, writing: bool = False) -> T:
+        """Runs one request, again and again through transient failures until the deadline.
+
+        `what`: the operation and the object, for errors. StoreUnavailableError after the deadline.
+        """
+        began = time.monotonic()
         pause = PAUSE_SECONDS
         renewed = False
+        tries = 0
         while True:
+            tries += 1
             if self._stopped:
                 raise UserError(f"{self.url}: stopped")
             client = self._fs
@@ -407,11 +433,15 @@ class S3Store(Store):
                     if self._client is client:
                         self._client = None
                     continue
-                final = fault(e, self.url, writing=writing, answered=self._answered)
+                final = fault(e, self.url, writing=writing, patient=self._answered or "RANK" in os.environ)
                 if final is not None:
                     raise final from None
-                if time.monotonic() + pause > deadline:
-                    raise UserError(f"{self.url}: gave up after {DEADLINE_SECONDS:.0f} s: {first_line(e)}") from e
+                spent = time.monotonic() - began
+                if spent + pause > DEADLINE_SECONDS:
+                    reason = cannot_connect(e) if unreachable(e) else f"{first_line(e)}{status_of(e)}"
+                    raise StoreUnavailableError(
+                        f"{self.url}: {what} failed {tries} time{'s' * (tries > 1)} in {spent:.0f} s: {reason}"
+                    ) from e
             time.sleep(pause * random.uniform(0.5, 1.5))
             pause = min(pause * 2, LONGEST_PAUSE_SECONDS)
 
@@ -441,9 +471,14 @@ def _over(local: Path) -> BinaryIO:
     return os.fdopen(os.open(local, os.O_WRONLY | os.O_CREAT, 0o666), "wb")
 
 
-async def _body(response: dict[str, Any]) -> Any:
-    async with response["Body"] as body:
-        return await body.read()
+async def _body(response: dict[str, Any], seconds: float) -> Any:
+    """The whole body. TimeoutError, which is transient, after `seconds`."""
+
+    async def read() -> Any:
+        async with response["Body"] as body:
+            return await body.read()
+
+    return await asyncio.wait_for(read(), seconds)
 
 
 def _content(size: int, cut: Callable[[int, int], bytes]) -> Content:

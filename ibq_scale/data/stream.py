@@ -23,13 +23,14 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ibq_scale.config.run import DataConfig
 from ibq_scale.data.codes import CodeDataset, CodeSample
 from ibq_scale.data.images import ImageDataset, ImageSample, Request
 from ibq_scale.data.order import Mixture
 from ibq_scale.data.sets import DataSets, open_sets
+from ibq_scale.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -259,9 +260,10 @@ def _load(dataset: Any, sampler: _FetchingSampler, stack: Callable[[Any], Any], 
         _start_fork_server()
     batches = iter(
         DataLoader(
-            dataset,
-            batch_sampler=sampler,
-            collate_fn=stack,
+            _Batches(dataset, stack),
+            sampler=sampler,
+            batch_size=None,
+            collate_fn=_as_it_is,
             num_workers=workers,
             multiprocessing_context=context,
             prefetch_factor=PREFETCH if workers else None,
@@ -271,7 +273,32 @@ def _load(dataset: Any, sampler: _FetchingSampler, stack: Callable[[Any], Any], 
             pin_memory=torch.cuda.is_available(),
         )
     )
-    return _until_a_worker_dies(batches) if workers else batches
+    return _raise_errors(_until_a_worker_dies(batches) if workers else batches)
+
+
+class _Batches(Dataset[Any]):
+    """A dataset by lists of requests. A UserError becomes the batch: torch would put a worker's traceback around it."""
+
+    def __init__(self, dataset: Any, stack: Callable[[Any], Any]) -> None:
+        self._dataset = dataset
+        self._stack = stack
+
+    def __getitem__(self, requests: list[Request]) -> Any:
+        try:
+            return self._stack(self._dataset.__getitems__(requests))
+        except UserError as e:
+            return e
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+def _raise_errors(batches: Iterator[Any]) -> Iterator[Any]:
+    for batch in batches:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
 
 
 def _until_a_worker_dies(batches: Iterator[Any]) -> Iterator[Any]:

@@ -25,8 +25,8 @@ from ibq_scale.distributed.failures import FOLDER, collect, explain
 from ibq_scale.distributed.signals import held, let_in
 from ibq_scale.errors import UserError
 
-# SIGINT too, since a supervisor or an IDE sends it to this process alone. From a terminal it reaches a rank twice, which
-# changes nothing.
+# SIGINT too, since a supervisor or an IDE sends it to this process alone. From a terminal it reaches a rank twice,
+# which changes nothing.
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # Ranks that outlive a failed one wait for it inside a collective: they get this long to end by themselves.
 GRACE_SECONDS = 20.0

@@ -38,7 +38,16 @@ def _after(run: Path, code: int, seconds: float = 3600.0) -> Attempt:
 
 @pytest.mark.parametrize(
     ("code", "seconds", "again"),
-    [(0, 9e3, False), (2, 9e3, False), (75, 5, True), (70, 9e3, True), (71, 5, True), (1, 5, False), (1, 9e3, True)],
+    [
+        (0, 9e3, False),
+        (2, 9e3, False),
+        (75, 5, True),
+        (70, 9e3, True),
+        (71, 5, True),
+        (69, 130, True),
+        (1, 5, False),
+        (1, 9e3, True),
+    ],
 )
 def test_the_first_attempt_without_a_new_step(tmp_path: Path, code: int, seconds: float, again: bool) -> None:
     assert _after(tmp_path, code, seconds).again is again

@@ -17,7 +17,7 @@ from botocore.exceptions import EndpointConnectionError
 from ibq_scale.data import multipart
 from ibq_scale.data import store as store_module
 from ibq_scale.data.store import S3Store, Store, open_store
-from ibq_scale.errors import UserError
+from ibq_scale.errors import StoreUnavailableError, UserError
 from tests.faults import Exchange, Fault, FaultProxy, cut, expired, slow_down
 
 
@@ -276,7 +276,7 @@ def test_transient_failures_are_retried(new_prefix: Callable[[], str], monkeypat
             raise left.pop()
         return "done"
 
-    assert store._call(action) == "done"
+    assert store._call(action, "a request") == "done"
     assert not left
 
 
@@ -289,7 +289,8 @@ def test_one_loop_retries_and_none_inside_it(
     store.write("file", b"x")
     proxy.inject(slow_down)
     monkeypatch.setattr(store_module, "DEADLINE_SECONDS", 0.0)
-    with pytest.raises(UserError, match=r"gave up after 0 s: .*SlowDown"):
+    said = r"get_object file failed 1 time in \d s: .*SlowDown.*, status 503"
+    with pytest.raises(StoreUnavailableError, match=said):
         store.read("file")
     assert len(proxy.log) == 2, proxy.log
 
@@ -308,8 +309,8 @@ def test_pauses_grow_and_are_jittered_until_the_deadline(
     def action(fs: object) -> None:
         raise ConnectionResetError("reset")
 
-    with pytest.raises(UserError, match="gave up after 120 s: reset"):
-        S3Store(new_prefix())._call(action)
+    with pytest.raises(StoreUnavailableError, match=r"a request failed \d+ times in 1[01]\d s: reset"):
+        S3Store(new_prefix())._call(action, "a request")
     assert 80 < now[0] < 120 + 1.5 * store_module.LONGEST_PAUSE_SECONDS
     assert all(0.5 * 0.2 * 2**i <= pause <= 1.5 * 0.2 * 2**i for i, pause in enumerate(pauses[:7]))
     assert max(pauses) <= 1.5 * store_module.LONGEST_PAUSE_SECONDS
@@ -329,7 +330,33 @@ def test_an_endpoint_that_has_answered_may_come_back(
             raise left.pop()
         return "done"
 
-    assert store._call(action) == "done"
+    assert store._call(action, "a request") == "done"
+
+
+def test_an_endpoint_that_cannot_be_reached_is_a_mistake_for_a_command_and_passes_for_a_rank(
+    new_prefix: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a thousand ranks that start at once, some meet a refused connection; and a gateway may be starting."""
+    monkeypatch.setattr(store_module, "PAUSE_SECONDS", 0.0)
+    refused = EndpointConnectionError(endpoint_url="http://there", error="refused")
+    left = [refused] * 3
+
+    def action(fs: object) -> str:
+        if left:
+            raise left.pop()
+        return "done"
+
+    with pytest.raises(UserError, match="check AWS_ENDPOINT_URL") as told:
+        S3Store(new_prefix())._call(action, "a request")
+    assert told.value.exit_code == 2
+    monkeypatch.setenv("RANK", "3")
+    assert S3Store(new_prefix())._call(action, "a request") == "done"
+    left += [refused] * 100
+    monkeypatch.setattr(store_module, "DEADLINE_SECONDS", 0.0)
+    with pytest.raises(
+        StoreUnavailableError, match=r"a request failed 1 time in 0 s: cannot connect to .* \(.*\): check"
+    ):
+        S3Store(new_prefix())._call(action, "a request")
 
 
 @pytest.mark.slow

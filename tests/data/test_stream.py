@@ -354,6 +354,24 @@ def test_shards_indexed_anew_are_read_by_the_new_index_through_an_old_cache(
     assert torch.equal(_global(cached, 1)[1], (before + 1) % 3)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_users_error_comes_out_of_a_worker_as_it_is(
+    dataset: str, config: DataConfig, tmp_path: Path, workers: int
+) -> None:
+    store = shutil.copytree(dataset, tmp_path / "store")
+    for index in store.glob("*.index.json"):
+        index.write_text(index.read_text() + " ")
+    broken = config.model_copy(update={"train": str(store), "cache_dir": None, "workers": workers})
+    with pytest.raises(UserError, match="is not the one that the manifest means") as told:
+        next(
+            image_stream(
+                open_sets(broken, "images"), resolution=32, seed=5, rank=0, world_size=1, micro_batch=2, start=0
+            )
+        )
+    assert len(str(told.value).splitlines()) == 1
+
+
 def test_sources_are_mixed_by_weight_or_make_one_set(dataset: str, config: DataConfig, tmp_path: Path) -> None:
     shutil.copytree(dataset, tmp_path / "second")
     both = {"train": (dataset, str(tmp_path / "second"))}

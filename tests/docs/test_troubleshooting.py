@@ -102,8 +102,8 @@ def test_a_loss_that_became_nan(runs: Runs, run: Path, capsys: pytest.CaptureFix
     diverging = ("train.steps=12", "train.checkpoint_every=1", "optimizer.lr=1e20", "train.skipped_steps=2")
     said = runs.ends(1, run, *diverging)
     assert [line["skipped"] for line in lines(run)] == [0.0] * 5 + [1.0] * 2
-    found = section("OVERFLOW! Skipping step", said)
-    assert found == section("TooManySkippedStepsError", said)
+    found = section("TooManySkippedStepsError", said)
+    assert "OVERFLOW! Skipping step" in flat(found), "what DeepSpeed prints under ZeRO"
     assert "`skipped` in `metrics.jsonl`" in flat(found)
     assert "step 7 was skipped on all ranks" in (run / "logs/rank-00000.log").read_text()
     assert main(command(["data", "trace"], found, run=run, step=7)) == 0
@@ -170,7 +170,8 @@ def test_a_slow_store(
 ) -> None:
     url, run = new_prefix(), tmp_path / "tok"
     prepare_images(pictures, url, shard_bytes=8_000)
-    proxy.inject(stalled(0.5), r"\.tar$")
+    # Longer than a step on a loaded machine.
+    proxy.inject(stalled(3.0), r"\.tar$")
     uncached = ("train.steps=3", "data.cache_dir=null")
     said = runs.ends(0, run, *uncached, data=url)
     # The first step takes its time for other things.
