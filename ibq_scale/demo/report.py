@@ -122,9 +122,9 @@ def _psnr_in_words(facts: dict[str, Any]) -> str:
     if ahead >= 0:
         return f"{both}."
     return (
-        f"{both}. So short a training is limited by its {facts['tokenizer_steps']} steps, not by the number of codes, and "
-        "IBQ learns more slowly at first. Unused codes cost quality in a full training: published rFID on ImageNet at "
-        "1,024 codes is 2.24 with IBQ and 7.94 with VQ (lower is better)."
+        f"{both}. So short a training is limited by its {facts['tokenizer_steps']} steps, not by the number of codes, "
+        "and IBQ learns more slowly at first. Unused codes cost quality in a full training: published rFID on ImageNet "
+        "at 1,024 codes is 2.24 with IBQ and 7.94 with VQ (lower is better)."
     )
 
 
