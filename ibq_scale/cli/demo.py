@@ -20,6 +20,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _demo(args: argparse.Namespace) -> int:
+    from ibq_scale.console import duration
     from ibq_scale.demo.plan import Plan
     from ibq_scale.demo.run import StageFailedError, run_demo
 
@@ -29,9 +30,9 @@ def _demo(args: argparse.Namespace) -> int:
         print(f"ibq-scale: {e}", file=sys.stderr)
         return 1
     print(f"codebook usage   IBQ {100 * facts['usage_ibq']:.1f} %, VQ {100 * facts['usage_vq']:.1f} %")
-    print(f"reconstruction   PSNR {facts['psnr']:.2f} dB, SSIM {facts['ssim']:.3f}")
+    print(f"held-out PSNR    IBQ {facts['psnr']:.2f} dB, VQ {facts['psnr_vq']:.2f} dB")
     print(f"AR loss          {facts['ar_loss_start']:.3f} → {facts['ar_loss_end']:.3f} nats a code")
     print(f"samples          {100 * facts['samples_recognised']:.0f} % look most like their own class")
-    print(f"time             {facts['seconds_total']:.0f} s on {facts['world_size']} ranks")
+    print(f"time             {duration(facts['seconds_total'])} on {facts['world_size']} ranks")
     print(f"report           {args.to / 'report.html'}")
     return 0

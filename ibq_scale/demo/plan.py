@@ -8,15 +8,16 @@ from typing import Any
 
 from ibq_scale.demo.server import BUCKET
 
-IMAGES, CODES = f"s3://{BUCKET}/photographs", f"s3://{BUCKET}/codes"
+IMAGES, HELD_OUT, CODES = (f"s3://{BUCKET}/{name}" for name in ("photographs", "held-out", "codes"))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much the demo does. The defaults take minutes on two CPU cores."""
+    """How much the demo does. The defaults take minutes on two CPU cores. Crops are numbers a photograph."""
 
     crops: int = 80
-    tokenizer_steps: int = 250
+    held_out_crops: int = 20
+    tokenizer_steps: int = 800
     ar_steps: int = 300
     per_class: int = 8
     guidance: float = 2.0
@@ -41,9 +42,9 @@ class Demo:
     stages: list[Stage] = field(default_factory=list)
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    @property
-    def photographs(self) -> Path:
-        return self.to / "photographs"
+    def crops_dir(self, name: str) -> Path:
+        """``photographs``, which training sees, or ``held-out``."""
+        return self.to / name
 
     def run_dir(self, name: str) -> Path:
         """``ibq``, ``vq`` or ``ar``."""

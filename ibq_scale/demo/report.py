@@ -10,17 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ibq_scale.console import duration
 from ibq_scale.data.manifest import load_manifest
 from ibq_scale.data.stream import evaluation_images, to_float
 from ibq_scale.demo.photographs import PHOTOGRAPHS
-from ibq_scale.demo.plan import IMAGES, Demo
+from ibq_scale.demo.plan import HELD_OUT, IMAGES, Demo
 from ibq_scale.generate.names import SAMPLES
 from ibq_scale.pictures import image_grid, to_png, to_uint8
 from ibq_scale.pretrained.loading import load_tokenizer
 from ibq_scale.report.page import Bars, Gallery, Picture, Section, Table, Tiles, write
 from ibq_scale.report.runs import RunLog, curves, environments, load_run
 
-TOKENIZER_CURVES = ("loss", "l1", "quantization", "entropy", "generator", "discriminator", "samples_per_s")
+TOKENIZER_CURVES = ("loss", "l1", "quantization", "entropy", "lr", "samples_per_s")
 AR_CURVES = ("loss", "grad_norm", "lr", "samples_per_s")
 # Side of the small copies that decide which photograph a sample looks like most.
 THUMBNAIL = 8
@@ -29,18 +30,19 @@ THUMBNAIL = 8
 def write_demo_report(demo: Demo) -> dict[str, Any]:
     """Writes both files; returns the content of ``report.json``."""
     ibq, vq, ar = (load_run(demo.run_dir(key), name) for key, name in (("ibq", "IBQ"), ("vq", "VQ"), ("ar", "AR")))
-    photographs = _Photographs(int(ibq.config["model"]["resolution"]))
+    resolution = int(ibq.config["model"]["resolution"])
+    photographs, held_out = _Photographs(IMAGES, resolution), _Photographs(HELD_OUT, resolution)
     samples = _samples(demo.to / "samples" / SAMPLES)
     facts = _facts(demo, ar) | {"samples_recognised": photographs.recognised(*samples)}
     (demo.to / "report.json").write_text(json.dumps(facts, indent=1) + "\n")
     sections = [
         _summary(facts),
         _collapse(demo, ibq, vq),
-        _reconstructions(demo, photographs),
+        _reconstructions(demo, held_out),
         Section("Samples by class", _SAMPLES_TEXT, [_sample_gallery(photographs, *samples)]),
         Section("The tokenizers' training", "", curves([ibq, vq], TOKENIZER_CURVES)),
         Section("The transformer's training", "", curves([ar], AR_CURVES)),
-        Section("Time", "Every stage is one command.", [_stage_bars(demo), _stage_table(demo)]),
+        Section("Time", "Each stage is one command. The commands work in a shell too.", [_bars(demo), _commands(demo)]),
         Section("Environment", "", [environments([ar])]),
     ]
     subtitle = f"Photographs → shards in S3 → tokenizer → codes → transformer → samples, on {demo.plan.ranks} ranks"
@@ -49,9 +51,10 @@ def write_demo_report(demo: Demo) -> dict[str, Any]:
 
 
 _SAMPLES_TEXT = (
-    "Left of each strip one real crop of the class, then what the transformer makes of its label: codes sampled one by "
-    "one with classifier-free guidance, decoded by the IBQ tokenizer. Minutes of training on a CPU: they show that the "
-    "label steers the picture, not what the method can do."
+    "The first picture of each strip is a real crop of the class. The others are samples: the transformer draws the "
+    "codes of the class one by one, with classifier-free guidance, and the IBQ tokenizer decodes them. A sample counts "
+    "as recognised where its nearest training crop is of its own class. This short training shows that the class label "
+    "steers the picture. It does not show the quality that the method reaches."
 )
 
 
@@ -76,6 +79,7 @@ def _facts(demo: Demo, ar: RunLog) -> dict[str, Any]:
         "sample_tokens_per_s": demo.results["sample"]["tokens_per_s"],
         "tokenize_images_per_s": demo.results["tokenize"]["images_per_s"],
         "images": demo.results["prepare"]["samples"],
+        "held_out_images": demo.results["prepare the held-out crops"]["samples"],
         "world_size": int(ar.environment["world_size"]),
         "tokenizer_steps": demo.plan.tokenizer_steps,
         "ar_steps": demo.plan.ar_steps,
@@ -85,40 +89,60 @@ def _facts(demo: Demo, ar: RunLog) -> dict[str, Any]:
 
 
 def _summary(facts: dict[str, Any]) -> Section:
-    size = facts["codebook_size"]
-    chance = 100 / len(PHOTOGRAPHS)
-    minutes, seconds = divmod(round(facts["seconds_total"]), 60)
+    size, held_out = facts["codebook_size"], facts["held_out_images"]
+    text = (
+        f"This page shows a whole run of ibq-scale. {facts['images']} crops of {len(PHOTOGRAPHS)} photographs train "
+        "two image tokenizers that differ only in the quantizer. A transformer then learns the codes of the first one "
+        f"and draws new pictures. IBQ uses {_percent(facts['usage_ibq'])} of its {size:,} codes, VQ "
+        f"{_percent(facts['usage_vq'])}, counted on {held_out} crops that no training has seen. "
+        f"{_psnr_in_words(facts)}"
+    )
     items = [
-        ("Codebook usage, IBQ", f"{100 * facts['usage_ibq']:.1f} %", f"of {size} codes, all images"),
-        ("Codebook usage, VQ", f"{100 * facts['usage_vq']:.1f} %", "same data, same steps"),
-        ("PSNR", f"{facts['psnr']:.2f} dB", f"VQ: {facts['psnr_vq']:.2f} dB"),
-        ("SSIM", f"{facts['ssim']:.3f}", f"VQ: {facts['ssim_vq']:.3f}"),
+        ("Codebook usage, IBQ", _percent(facts["usage_ibq"]), f"of {size:,} codes, held-out crops"),
+        ("Codebook usage, VQ", _percent(facts["usage_vq"]), "same data, same steps"),
+        ("PSNR, IBQ", f"{facts['psnr']:.2f} dB", f"held-out crops; VQ: {facts['psnr_vq']:.2f} dB"),
+        ("SSIM, IBQ", f"{facts['ssim']:.3f}", f"held-out crops; VQ: {facts['ssim_vq']:.3f}"),
         ("AR loss", f"{facts['ar_loss_start']:.2f} → {facts['ar_loss_end']:.2f}", "nats a code"),
         ("AR training", f"{facts['ar_train_tokens_per_s']:,.0f}", "tokens/s, all ranks"),
         ("Sampling", f"{facts['sample_tokens_per_s']:,.0f}", "tokens/s, all ranks"),
-        ("Samples that look like their class", f"{100 * facts['samples_recognised']:.0f} %", f"chance: {chance:.0f} %"),
-        ("Whole path", f"{minutes} min {seconds} s", f"{facts['world_size']} ranks"),
+        ("Samples recognised", _percent(facts["samples_recognised"]), f"chance: {_percent(1 / len(PHOTOGRAPHS))}"),
+        ("Whole path", duration(facts["seconds_total"]), f"{facts['world_size']} ranks"),
     ]
-    return Section("At a glance", "", [Tiles(items)])
+    return Section("At a glance", text, [Tiles(items)])
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.1 else f"{100 * share:.1f} %"
+
+
+def _psnr_in_words(facts: dict[str, Any]) -> str:
+    """What the two PSNR mean: a short training favours few codes, and a reader should not take that for the result."""
+    ahead = facts["psnr"] - facts["psnr_vq"]
+    both = f"PSNR is {facts['psnr']:.1f} dB with IBQ and {facts['psnr_vq']:.1f} dB with VQ"
+    if ahead >= 0:
+        return f"{both}."
+    return (
+        f"{both}. So short a training is limited by its {facts['tokenizer_steps']} steps, not by the number of codes, "
+        "and IBQ learns more slowly at first. Unused codes cost quality in a full training: published rFID on ImageNet "
+        "at 1,024 codes is 2.24 with IBQ and 7.94 with VQ (lower is better)."
+    )
 
 
 def _collapse(demo: Demo, ibq: RunLog, vq: RunLog) -> Section:
     text = (
-        f"The same encoder, decoder, data and {demo.plan.tokenizer_steps} steps; only the quantizer differs. "
-        "Plain VQ moves just the codes that win, so few ever do. Index backpropagation gives every code a gradient."
+        f"Both runs have the same encoder, decoder, data, learning rates and {demo.plan.tokenizer_steps} steps. VQ "
+        "moves only the codes that win, so most of them never do. Index backpropagation gives every code a gradient, "
+        "and an entropy term spreads the choices. The third chart shows PSNR on the held-out crops over the training."
     )
-    return Section("The codebook: IBQ beside VQ", text, curves([ibq, vq], ("usage", "perplexity")))
+    return Section("The codebook: IBQ beside VQ", text, curves([ibq, vq], ("usage", "perplexity", "validation_psnr")))
 
 
 def _reconstructions(demo: Demo, photographs: _Photographs) -> Section:
     originals = photographs.one_a_class()
     rows = [originals, *(_reconstructed(demo.run_dir(name), originals) for name in ("ibq", "vq"))]
     picture = image_grid(torch.cat(rows), columns=len(originals))
-    text = (
-        "After minutes of training, the few codes that VQ uses are the quicker ones to learn, so its pictures may well "
-        "be sharper here. What unused codes cost shows later: published rFID at 1,024 codes is 2.24 (IBQ), 7.94 (VQ)."
-    )
-    caption = "First row: photographs, centre crops. Second row: IBQ. Third row: VQ, same steps."
+    text = "Held-out crops, encoded to codes and decoded again. No training has seen these crops."
+    caption = "First row: originals. Second row: IBQ. Third row: VQ, the same number of steps."
     return Section("Originals and reconstructions", text, [Picture(to_png(picture), caption, caption)])
 
 
@@ -143,11 +167,11 @@ def _sample_gallery(photographs: _Photographs, images_u8: Tensor, labels: Tensor
 
 
 class _Photographs:
-    """The demo's own images, centre-cropped, as they are in the bucket: uint8 (N, 3, H, W) and labels (N,)."""
+    """One data set's images, centre-cropped, as they are in the bucket: uint8 (N, 3, H, W) and labels (N,)."""
 
-    def __init__(self, resolution: int) -> None:
-        self.classes = load_manifest(IMAGES, "images").classes
-        stream = evaluation_images(IMAGES, resolution=resolution, rank=0, world_size=1, batch=50)
+    def __init__(self, url: str, resolution: int) -> None:
+        self.classes = load_manifest(url, "images").classes
+        stream = evaluation_images(url, resolution=resolution, rank=0, world_size=1, batch=50)
         parts = [(batch.images_u8[weights > 0], batch.labels[weights > 0]) for batch, weights in stream]
         self.images_u8 = torch.cat([images for images, _ in parts])
         self.labels = torch.cat([labels for _, labels in parts])
@@ -167,9 +191,9 @@ def _thumbnails(images_u8: Tensor) -> Tensor:
     return torch.nn.functional.adaptive_avg_pool2d(images_u8.float(), THUMBNAIL).flatten(1)
 
 
-def _stage_bars(demo: Demo) -> Bars:
+def _bars(demo: Demo) -> Bars:
     return Bars("Seconds a stage", [(stage.name, stage.seconds) for stage in demo.stages])
 
 
-def _stage_table(demo: Demo) -> Table:
+def _commands(demo: Demo) -> Table:
     return Table(["stage", "command"], [(stage.name, stage.command) for stage in demo.stages])

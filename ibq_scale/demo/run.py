@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ibq_scale.demo.photographs import PHOTOGRAPHS, write_crops
-from ibq_scale.demo.plan import CODES, IMAGES, Demo, Plan, Stage
+from ibq_scale.demo.plan import CODES, HELD_OUT, IMAGES, Demo, Plan, Stage
 from ibq_scale.demo.report import write_demo_report
 from ibq_scale.demo.server import object_storage
 from ibq_scale.errors import UserError
@@ -60,27 +60,28 @@ def _run_stages(demo: Demo) -> None:
     def train(name: str, *words: str) -> None:
         step(name, "train", *words, cache, "--ranks", ranks)
 
+    crops, held_out = demo.crops_dir("photographs"), demo.crops_dir("held-out")
     with _timed(demo, "crop the photographs", "(crops of the pictures that scikit-image and scikit-learn ship)"):
-        write_crops(demo.photographs, plan.crops)
-    step("prepare", "prepare", "images", str(demo.photographs), "--to", IMAGES, "--shard-mb", "1", "--json")
-    tokenizer = ("tokenizer", "tiny", f"data.train={IMAGES}", f"train.steps={plan.tokenizer_steps}")
+        write_crops(crops, plan.crops, seed=0)
+        write_crops(held_out, plan.held_out_crops, seed=1)
+    for name, folder, url in (("prepare", crops, IMAGES), ("prepare the held-out crops", held_out, HELD_OUT)):
+        step(name, "prepare", "images", str(folder), "--to", url, "--shard-mb", "1", "--json")
+    tokenizer = (
+        "tokenizer",
+        "demo",
+        f"data.train={IMAGES}",
+        f"validation.data={HELD_OUT}",
+        f"train.steps={plan.tokenizer_steps}",
+    )
     train("train the IBQ tokenizer", *tokenizer, f"out={ibq}")
     train("train the VQ baseline", *tokenizer, f"out={vq}", "quantizer.kind=vq")
     step("tokenize", "tokenize", ibq, IMAGES, "--to", CODES, "--ranks", ranks, "--json")
-    classes = f"model.classes={len(PHOTOGRAPHS)}"
-    train(
-        "train the AR transformer",
-        "ar",
-        "tiny",
-        f"data.train={CODES}",
-        f"train.steps={plan.ar_steps}",
-        f"out={ar}",
-        classes,
-    )
+    transformer = ("ar", "demo", f"data.train={CODES}", f"train.steps={plan.ar_steps}", f"out={ar}")
+    train("train the AR transformer", *transformer, f"model.classes={len(PHOTOGRAPHS)}")
     options = ["--guidance", str(plan.guidance), "--per-class", str(plan.per_class), "--to", str(demo.to / "samples")]
     step("sample", "sample", ar, "--tokenizer", ibq, *options, "--ranks", ranks, "--json")
     for name, run in (("evaluate IBQ", ibq), ("evaluate VQ", vq)):
-        step(name, "evaluate", "reconstruction", run, IMAGES, "--ranks", ranks, "--json")
+        step(name, "evaluate", "reconstruction", run, HELD_OUT, "--ranks", ranks, "--json")
 
 
 def _command(demo: Demo, name: str, words: list[str]) -> None:
