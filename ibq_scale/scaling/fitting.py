@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -47,17 +48,16 @@ def largest_micro_batch(run: AnyRun, world: int, memory: float) -> int:
     """Of those that the global batch allows on so many ranks; 0 where not even one image fits."""
     share = run.train.global_batch // world
     fitting = [m for m in range(1, share + 1) if share % m == 0]
-    if budget_of(_with_micro_batch(run, fitting[0]), world).peak > memory:
-        return 0
-    low, high = 1, len(fitting)
-    # Memory grows with the micro-batch: halve what is open.
+
+    def fits(size: int) -> bool:
+        return budget_of(_with_micro_batch(run, size), world).peak <= memory
+
+    # Memory grows with the micro-batch: halve what is open, from the run's own, which is known by now.
+    low, high, middle = 0, len(fitting), bisect(fitting, run.train.micro_batch) - 1
     while low < high:
+        low, high = (middle + 1, high) if fits(fitting[middle]) else (low, middle)
         middle = (low + high) // 2
-        if budget_of(_with_micro_batch(run, fitting[middle]), world).peak <= memory:
-            low = middle + 1
-        else:
-            high = middle
-    return fitting[low - 1]
+    return fitting[low - 1] if low else 0
 
 
 def switches(run: AnyRun, world: int, memory: float) -> list[Switch]:

@@ -23,6 +23,7 @@ from ibq_scale.models.autoencoder import Autoencoder
 from ibq_scale.models.discriminator import PatchDiscriminator
 from ibq_scale.models.initial import Uninitialized
 from ibq_scale.models.transformer import Transformer
+from ibq_scale.scaling.memory import NormShapes
 
 META = torch.device("meta")
 
@@ -162,7 +163,7 @@ def training_flops(run: AnyRun) -> float:
 
 def count(call: Callable[[], Tensor]) -> float:
     """FLOPs of computing a tensor and going back from it."""
-    with FlopCounterMode(display=False) as counter:
+    with NormShapes(), FlopCounterMode(display=False) as counter:
         torch.autograd.backward(call().sum())
     return float(counter.get_total_flops())
 

@@ -68,6 +68,35 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peak = max(self.peak, self.alive)
 
 
+class NormShapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Group norms on ``meta`` make their outputs at once. torch composes them there of dozens of operators in Python,
+    which takes half of a tokenizer's rehearsal. To be entered before the mode that looks on.
+    """
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        make = NORMS.get(func)
+        return make(*args) if make is not None and args[0].is_meta else func(*args, **(kwargs or {}))
+
+
+def _group_norm(x: Tensor, weight: Any, bias: Any, n: int, c: int, size: int, groups: int, eps: float) -> Any:
+    return x.new_empty(x.shape), x.new_empty(n, groups), x.new_empty(n, groups)
+
+
+def _group_norm_backward(
+    grad: Tensor, x: Tensor, mean: Any, rstd: Any, weight: Any, n: int, c: int, size: int, groups: int, mask: Any
+) -> Any:
+    shapes = (x.shape, (c,), (c,))
+    return tuple(x.new_empty(shape) if wanted else None for shape, wanted in zip(shapes, mask, strict=True))
+
+
+NORMS = {
+    torch.ops.aten.native_group_norm.default: _group_norm,
+    torch.ops.aten.native_group_norm_backward.default: _group_norm_backward,
+}
+
+
 @contextmanager
 def as_on_cuda() -> Iterator[None]:
     """Attention and dropout keep what their CUDA kernels keep for the backward pass; their results mean nothing.

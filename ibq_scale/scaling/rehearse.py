@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 
-from ibq_scale.config.run import ARRun, RunConfig, TokenizerRun
+from ibq_scale.config.models import AutoencoderConfig, DiscriminatorConfig, TransformerConfig
+from ibq_scale.config.run import ARRun, RunConfig, TokenizerLossConfig, TokenizerRun
 from ibq_scale.losses.adversarial import discriminator_hinge, generator_non_saturating
 from ibq_scale.losses.perceptual import Perceptual
 from ibq_scale.models.autoencoder import Autoencoder, image_of, tokens_of
@@ -21,7 +23,7 @@ from ibq_scale.models.discriminator import PatchDiscriminator
 from ibq_scale.models.head import chunk_tokens
 from ibq_scale.models.transformer import Transformer
 from ibq_scale.scaling.flops import ANYWHERE, on_meta, perceptual_on_meta
-from ibq_scale.scaling.memory import Allocations, as_on_cuda
+from ibq_scale.scaling.memory import Allocations, NormShapes, as_on_cuda
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,30 @@ class Held:
 
 
 def rehearse_ar(run: ARRun, *, keeps_gradients: bool) -> Held:
-    """A micro-batch of the transformer, without the chunk of logits that the loss has at a time."""
+    """A micro-batch of the transformer, without the chunk of logits that the loss has at a time.
+
+    Every block is like the others, so without gradients each one beyond the second adds the same bytes: two short
+    transformers are rehearsed. Gradients move the fullest moment with the depth, so with them every block runs.
+    """
+
+    def held(depth: int) -> Held:
+        model = run.model.model_copy(update=ANYWHERE | {"depth": depth})
+        return _transformer(model, run.train.micro_batch, compute_dtype(run), keeps_gradients)
+
+    depth = run.model.depth
+    if keeps_gradients or depth <= 3:
+        return held(depth)
+    two, three = held(2), held(3)
+    more = depth - 2
+    return Held(two.kept + more * (three.kept - two.kept), two.peak + more * (three.peak - two.peak))
+
+
+@cache
+def _transformer(config: TransformerConfig, micro_batch: int, dtype: torch.dtype, keeps_gradients: bool) -> Held:
     with on_meta():
-        model = Transformer(run.model.model_copy(update=ANYWHERE)).to(compute_dtype(run))
-        codes_BT = torch.zeros((run.train.micro_batch, run.model.tokens), dtype=torch.int64)
-        labels_B = torch.zeros(run.train.micro_batch, dtype=torch.int64)
+        model = Transformer(config).to(dtype)
+        codes_BT = torch.zeros((micro_batch, config.tokens), dtype=torch.int64)
+        labels_B = torch.zeros(micro_batch, dtype=torch.int64)
     return _rehearse(model.parameters(), lambda: model.losses(codes_BT, labels_B).mean(), keeps_gradients)
 
 
@@ -49,19 +70,33 @@ def logit_bytes(run: ARRun) -> int:
 
 def rehearse_tokenizer(run: TokenizerRun, *, keeps_gradients: bool) -> Held:
     """A micro-batch of the tokenizer as `TokenizerTask` runs it, without the quantizer, which is counted by formula."""
-    dtype = compute_dtype(run)
+    model = run.model.model_copy(update={"compile": False})
+    batch = run.train.micro_batch
+    return _tokenizer(model, run.quantizer.dim, run.discriminator, run.loss, batch, compute_dtype(run), keeps_gradients)
+
+
+@cache
+def _tokenizer(
+    config: AutoencoderConfig,
+    dim: int,
+    discriminator: DiscriminatorConfig,
+    losses: TokenizerLossConfig,
+    micro_batch: int,
+    dtype: torch.dtype,
+    keeps_gradients: bool,
+) -> Held:
     with on_meta():
-        model = Autoencoder(run.model.model_copy(update={"compile": False}), run.quantizer.dim).to(dtype)
-        judge = PatchDiscriminator(run.discriminator).to(dtype)
-        images = torch.zeros((run.train.micro_batch, 3, run.model.resolution, run.model.resolution))
-    net = run.loss.perceptual
+        model = Autoencoder(config, dim).to(dtype)
+        judge = PatchDiscriminator(discriminator).to(dtype)
+        images = torch.zeros((micro_batch, 3, config.resolution, config.resolution))
+    net = losses.perceptual
     metric = None if net == "none" else perceptual_on_meta(net, dtype)
 
     def forward() -> Tensor:
         z_BDhw = model.encode(images)
         codes_ND = tokens_of(z_BDhw).float() * 1.0
         reconstruction = model.decode(image_of(codes_ND.to(dtype), z_BDhw.shape))
-        gradient = _gradient_of_image_losses(run, images, reconstruction.detach().float(), metric, judge)
+        gradient = _gradient_of_image_losses(losses, images, reconstruction.detach().float(), metric, judge)
         return (reconstruction * gradient).sum()
 
     def judged() -> Tensor:
@@ -69,7 +104,7 @@ def rehearse_tokenizer(run: TokenizerRun, *, keeps_gradients: bool) -> Held:
         return discriminator_hinge(real.float(), fake.float())
 
     ours = _rehearse([*model.parameters(), *judge.parameters(), *_frozen(metric)], forward, keeps_gradients)
-    if run.loss.adversarial_weight == 0:
+    if losses.adversarial_weight == 0:
         return ours
     theirs = _rehearse(judge.parameters(), judged, keeps_gradients)
     return Held(ours.kept, max(ours.peak, theirs.peak))
@@ -85,7 +120,7 @@ def _frozen(metric: nn.Module | None) -> list[Tensor]:
 
 
 def _gradient_of_image_losses(
-    run: TokenizerRun, images: Tensor, shown: Tensor, metric: Perceptual | None, judge: PatchDiscriminator
+    losses: TokenizerLossConfig, images: Tensor, shown: Tensor, metric: Perceptual | None, judge: PatchDiscriminator
 ) -> Tensor:
     """As `TokenizerTask._image_loss`."""
     fake = shown.requires_grad_()
@@ -93,7 +128,7 @@ def _gradient_of_image_losses(
     if metric is not None:
         loss = loss + metric(images, fake).mean()
     (gradient,) = torch.autograd.grad(loss, fake)
-    if run.loss.adversarial_weight > 0:
+    if losses.adversarial_weight > 0:
         judge.requires_grad_(False)
         (more,) = torch.autograd.grad(generator_non_saturating(judge(fake).float()), fake)
         judge.requires_grad_(True)
@@ -108,7 +143,7 @@ def _rehearse(parameters: Iterable[Tensor], forward: Callable[[], Tensor], keeps
         for parameter in known:
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(_drop)  # type: ignore[no-untyped-call]
-    with as_on_cuda(), Allocations(free=known) as memory:
+    with as_on_cuda(), NormShapes(), Allocations(free=known) as memory:
         loss = forward()
         kept = memory.alive
         torch.autograd.backward(loss)

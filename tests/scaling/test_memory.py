@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -12,11 +13,13 @@ import torch.nn.functional as F
 from ibq_scale.config.layers import resolve
 from ibq_scale.config.run import ARRun
 from ibq_scale.models.head import CHUNK_BYTES
+from ibq_scale.models.norm import GroupNorm
 from ibq_scale.models.transformer import TrainedTransformer
 from ibq_scale.scaling.budget import ar_budget
-from ibq_scale.scaling.memory import Allocations, as_on_cuda, rounded, storage_bytes
+from ibq_scale.scaling.flops import on_meta
+from ibq_scale.scaling.memory import Allocations, NormShapes, as_on_cuda, rounded, storage_bytes
 from ibq_scale.scaling.networks import transformer
-from ibq_scale.scaling.rehearse import compute_dtype, logit_bytes, rehearse_ar
+from ibq_scale.scaling.rehearse import Held, compute_dtype, logit_bytes, rehearse_ar
 from ibq_scale.scaling.states import Zero, engine_states
 from tests.ranks import run_ranks
 
@@ -97,6 +100,40 @@ def test_what_saves_memory_saves_it() -> None:
     )
     assert full.kept < selective.kept < none.kept
     assert full.peak < selective.peak < none.peak
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("conditioning", ["adaln", "prefix"])
+def test_blocks_that_are_not_rehearsed_are_counted(conditioning: str, checkpointing: str) -> None:
+    keys = [f"model.conditioning={conditioning}", f"model.activation_checkpointing={checkpointing}", "model.depth=6"]
+    run = _run(*keys, "train.precision=bf16", "model.ffn_dropout=0.1")
+    with on_meta():
+        model = TrainedTransformer(run.model).to(torch.bfloat16)
+        codes_BT, labels_B = torch.zeros((4, run.model.tokens), dtype=torch.int64), torch.zeros(4, dtype=torch.int64)
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    with as_on_cuda(), Allocations(free=[*model.parameters()]) as memory:
+        loss = _loss(model, codes_BT, labels_B)
+        kept = memory.alive
+        torch.autograd.backward(loss)
+    assert rehearse_ar(run, keeps_gradients=False) == Held(kept, memory.peak)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_by_shape_allocate_what_torch_s_own_do(dtype: torch.dtype) -> None:
+    def passes(*modes: Any) -> tuple[int, int, torch.Size, torch.dtype]:
+        x = torch.zeros(2, 64, 8, 8, device="meta", dtype=dtype, requires_grad=True)
+        norm = GroupNorm(32, 64, device="meta", dtype=dtype)
+        with ExitStack() as stack:
+            for mode in modes:
+                stack.enter_context(mode)
+            memory = stack.enter_context(Allocations(free=[x, *norm.parameters()]))
+            norm(x).sum().backward()
+        assert x.grad is not None
+        return memory.alive, memory.peak, x.grad.shape, x.grad.dtype
+
+    assert passes(NormShapes()) == passes()
 
 
 def test_logits_grow_with_the_codebook_up_to_a_chunk() -> None:
