@@ -122,7 +122,7 @@ def _psnr_in_words(facts: dict[str, Any]) -> str:
     if ahead >= 0:
         return f"{both}."
     return (
-        f"{both}: after {facts['tokenizer_steps']} steps VQ is ahead. Both still improve with every step, and this demo "
+        f"{both}: after {facts['tokenizer_steps']} steps VQ is ahead. Both still improve at the end, and this demo "
         "does not reach a point where the codes in use pay. They do in a full training: published rFID on ImageNet "
         "at 1,024 codes is 2.24 with IBQ and 7.94 with VQ (lower is better)."
     )
