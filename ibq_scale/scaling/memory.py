@@ -73,6 +73,9 @@ class NormShapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     which takes half of a tokenizer's rehearsal. To be entered before the mode that looks on.
     """
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
