@@ -8,7 +8,7 @@ keeps no T × T matrix, and dropout that keeps a byte an element.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -94,7 +94,7 @@ def _group_norm_backward(
     return tuple(x.new_empty(shape) if wanted else None for shape, wanted in zip(shapes, mask, strict=True))
 
 
-NORMS = {
+NORMS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.native_group_norm.default: _group_norm,
     torch.ops.aten.native_group_norm_backward.default: _group_norm_backward,
 }
