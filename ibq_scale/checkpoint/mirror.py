@@ -22,6 +22,7 @@ from ibq_scale.checkpoint.reading import (
 )
 from ibq_scale.checkpoint.retention import Retention
 from ibq_scale.data.store import open_store
+from ibq_scale.names import is_inside
 
 
 class Copies(NamedTuple):
@@ -144,6 +145,9 @@ class Mirror:
         faults = []
         for name in names:
             target, info = into / name, copy.manifest["files"][name]
+            if not is_inside(into, name):
+                faults.append(f"{name}: leads out of the checkpoint")
+                continue
             if _is(target, info):
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)

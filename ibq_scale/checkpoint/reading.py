@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ibq_scale.errors import UserError
+from ibq_scale.names import file_name, is_inside, is_sha256
 
 FORMAT_VERSION = 3
 # Before 3 the model for inference was written once more, whole; everything else was the same.
@@ -62,7 +63,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         text = (path / MANIFEST).read_text()
     except FileNotFoundError:
         raise NotWholeError(f"{path} is no whole checkpoint: it has no {MANIFEST}") from None
-    except UnicodeDecodeError as e:
+    except (UnicodeDecodeError, OSError) as e:
         raise NotWholeError(f"{path / MANIFEST} is damaged: {e}") from None
     return parse_manifest(text, path)
 
@@ -71,7 +72,7 @@ def parse_manifest(text: str, path: Path) -> Checkpoint:
     """The checkpoint at `path` with this manifest. Raises as `read_checkpoint`."""
     try:
         manifest = json.loads(text)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise NotWholeError(f"{path / MANIFEST} is damaged: {e}") from None
     if not isinstance(manifest, dict):
         raise NotWholeError(f"{path / MANIFEST} is damaged: it is no JSON object")
@@ -83,7 +84,25 @@ def parse_manifest(text: str, path: Path) -> Checkpoint:
             f"{path} has format version {manifest.get('format_version')}, this program reads "
             f"{' and '.join(map(str, READ_VERSIONS))}: go on with the program that wrote it, or give another out=…"
         )
+    if fault := _manifest_fault(manifest):
+        raise NotWholeError(f"{path / MANIFEST} is damaged: {fault}")
     return Checkpoint(path, manifest)
+
+
+def _manifest_fault(manifest: dict[str, Any]) -> str | None:
+    """What keeps this from being a checkpoint's manifest. Its names become paths, so each is checked."""
+    files = manifest.get("files")
+    if not isinstance(manifest.get("step"), int) or not isinstance(files, dict):
+        return "it has no step, or no files"
+    for name, info in files.items():
+        try:
+            file_name(name)
+        except ValueError as e:
+            return str(e)
+        size = info.get("bytes") if isinstance(info, dict) else None
+        if not isinstance(size, int) or size < 0 or not is_sha256(info.get("sha256")):
+            return f"{name} has no size or no sha256"
+    return None
 
 
 def manifest_text(manifest: dict[str, Any]) -> str:
@@ -111,7 +130,7 @@ def examine(folder: Path) -> tuple[list[Checkpoint], list[str]]:
 
 def _directories(folder: Path) -> list[Path]:
     paths = sorted(folder.glob("step-*")) if folder.is_dir() else []
-    return [path for path in paths if STEP_NAME.fullmatch(path.name)]
+    return [path for path in paths if STEP_NAME.fullmatch(path.name) and path.is_dir()]
 
 
 def _whole_or_fault(path: Path) -> Checkpoint | str:
@@ -120,7 +139,7 @@ def _whole_or_fault(path: Path) -> Checkpoint | str:
     except NotWholeError as e:
         return str(e)
     files = checkpoint.manifest["files"]
-    wrong = [name for name, info in files.items() if _size(path / name) != info["bytes"]]
+    wrong = [n for n, info in files.items() if not is_inside(path, n) or _size(path / n) != info["bytes"]]
     return f"{path} is no whole checkpoint: {'; '.join(verify(checkpoint, wrong))}" if wrong else checkpoint
 
 
@@ -141,11 +160,14 @@ def verify(checkpoint: Checkpoint, names: Iterable[str] | None = None) -> list[s
     files = checkpoint.manifest["files"]
     chosen = list(files if names is None else names)
     with ThreadPoolExecutor(min(HASHING_THREADS, len(os.sched_getaffinity(0)))) as threads:
-        faults = list(threads.map(lambda name: _fault(checkpoint.path / name, files[name]), chosen))
+        faults = list(threads.map(lambda name: _fault(checkpoint.path, name, files[name]), chosen))
     return [f"{name}: {fault}" for name, fault in zip(chosen, faults, strict=True) if fault]
 
 
-def _fault(path: Path, info: dict[str, Any]) -> str | None:
+def _fault(folder: Path, name: str, info: dict[str, Any]) -> str | None:
+    path = folder / name
+    if not is_inside(folder, name):
+        return "leads out of the checkpoint"
     if not path.is_file():
         return "missing"
     if path.stat().st_size != info["bytes"]:

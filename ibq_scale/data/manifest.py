@@ -13,6 +13,7 @@ from ibq_scale.config.base import Section
 from ibq_scale.config.models import PositiveInt
 from ibq_scale.data.store import Store, open_store
 from ibq_scale.errors import UserError
+from ibq_scale.names import FileName, Sha256
 
 MANIFEST_VERSION = 1
 NAME = "manifest.json"
@@ -25,11 +26,11 @@ class ShardInfo(Section):
     Adopted shards may be indexed anew with other labels or samples while their bytes stay: hence the index's own hash.
     """
 
-    name: str
+    name: FileName
     samples: PositiveInt
     bytes: PositiveInt
-    sha256: str
-    index_sha256: str | None = None
+    sha256: Sha256
+    index_sha256: Sha256 | None = None
 
 
 class CodesInfo(Section):
@@ -75,7 +76,7 @@ def load_manifest(source: Store | str, kind: Kind) -> Manifest:
         raise UserError(
             f"{store.url} has no {NAME}: is it the --to of a finished 'ibq-scale {_MAKER[kind]}'?"
         ) from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{store.url}/{NAME} is damaged: {e}") from None
     version = values.get("version") if isinstance(values, dict) else None
     if version != MANIFEST_VERSION:

@@ -13,9 +13,10 @@ import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from ibq_scale.models.autoencoder import Autoencoder, image_of, tokens_of
 from ibq_scale.models.initial import Values
 from ibq_scale.models.sampling import GuidanceSchedule, SamplingSettings, generate
 from ibq_scale.models.transformer import Transformer
+from ibq_scale.names import file_name, is_inside
 from ibq_scale.pretrained.hub import PREFIX, fetch
 from ibq_scale.pretrained.strict import fill_strictly, require_fit
 from ibq_scale.quantize.quantizer import encode, lookup
@@ -35,6 +37,7 @@ from ibq_scale.quantize.quantizer import encode, lookup
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, CODEBOOK = "config.json", "model.safetensors", "codebook"
 Kind = Literal["tokenizer", "ar"]
+S = TypeVar("S", bound=BaseModel)
 
 
 class InCheckpoint(NamedTuple):
@@ -160,7 +163,9 @@ def load_tokenizer(path: str | Path, device: torch.device | str = "cpu", check_h
     `check_hashes`: whether files of a checkpoint are compared with its manifest first.
     """
     folder, config = _read_config(_local(path), "tokenizer", check_hashes)
-    tokenizer = Tokenizer(AutoencoderConfig(**config["model"]), QuantizerConfig(**config["quantizer"]))
+    tokenizer = Tokenizer(
+        _section(AutoencoderConfig, config, "model", folder), _section(QuantizerConfig, config, "quantizer", folder)
+    )
     tensors = {f"autoencoder.{k}": v for k, v in _weights(folder, config).items()}
     fill_strictly(tokenizer, tensors | {"codebook_KD": _codebook(folder)}, folder)
     return tokenizer.to(device)
@@ -170,7 +175,7 @@ def load_ar(path: str | Path, device: torch.device | str = "cpu", check_hashes: 
     """Loads a transformer. `check_hashes` and UserError as `load_tokenizer`."""
     folder, config = _read_config(_local(path), "ar", check_hashes)
     with torch.device("meta"):
-        model = ARModel(TransformerConfig(**config["model"]), config.get("tokenizer"))
+        model = ARModel(_section(TransformerConfig, config, "model", folder), config.get("tokenizer"))
     tensors = {f"transformer.{k}": v for k, v in _weights(folder, config).items()}
     fill_strictly(model, tensors, folder)
     model.path = str(folder.resolve())
@@ -187,7 +192,7 @@ def stored(path: str, network: Transformer) -> Values:
     """The weights at `path`, read where they are asked for. UserError where they have other sizes than `network`."""
     folder, config = _read_config(Path(path), "ar")
     if "weights" in config:
-        return _stored_in_pieces(folder, InCheckpoint(**config["weights"]), network)
+        return _stored_in_pieces(folder, _place(config, folder), network)
     try:
         file: Any = safe_open(folder / WEIGHTS, framework="pt")
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
@@ -221,7 +226,7 @@ def _stored_in_pieces(folder: Path, place: InCheckpoint, network: Transformer) -
 def codebook_to_start_from(path: str, quantizer: QuantizerConfig) -> Tensor:
     """The codes (K, D), fp32, of the tokenizer at `path`. UserError where they are others than `quantizer` learns."""
     folder, config = _read_config(Path(path), "tokenizer")
-    there = QuantizerConfig(**config["quantizer"])
+    there = _section(QuantizerConfig, config, "quantizer", folder)
     if there.kind == "simvq":
         raise UserError(f"init={path}: of SimVQ it holds the finished codes, and not the layer that makes them")
     for key in ("kind", "codebook_size", "dim"):
@@ -321,13 +326,13 @@ def _read_config(path: Path, kind: Kind, check_hashes: bool = True) -> tuple[Pat
     if config["kind"] != kind:
         raise UserError(f"{path} is {_A[config['kind']]}; {_A[kind]} is needed here")
     if check_hashes and (folder.parent / MANIFEST).is_file():
-        _check_hashes(read_checkpoint(folder.parent), config)
+        _check_hashes(read_checkpoint(folder.parent), config, folder)
     return folder, config
 
 
-def _check_hashes(checkpoint: Checkpoint, config: dict[str, Any]) -> None:
+def _check_hashes(checkpoint: Checkpoint, config: dict[str, Any], folder: Path) -> None:
     """UserError where a file that the model is read from is not what was written."""
-    read = ("model/", f"{InCheckpoint(**config['weights']).folder}/") if "weights" in config else ("model/",)
+    read = ("model/", f"{_place(config, folder).folder}/") if "weights" in config else ("model/",)
     faults = verify(checkpoint, [name for name in checkpoint.manifest["files"] if name.startswith(read)])
     if faults:
         raise UserError(f"{checkpoint.path} is damaged ({'; '.join(faults)}): take one that stands beside it")
@@ -335,20 +340,47 @@ def _check_hashes(checkpoint: Checkpoint, config: dict[str, Any]) -> None:
 
 def config_of(folder: Path) -> dict[str, Any]:
     try:
-        config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
-    except json.JSONDecodeError as e:
-        raise UserError(f"{folder / 'config.json'} is damaged: {e}") from None
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as e:
+        raise UserError(f"{folder / CONFIG} is damaged: {e}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / CONFIG} is damaged: it is no JSON object")
     if config.get("format_version") != FORMAT_VERSION:
         raise UserError(
             f"{folder} has model format {config.get('format_version')}, this program reads {FORMAT_VERSION}"
         )
+    if config.get("kind") not in _A:
+        raise UserError(f"{folder / CONFIG}: kind is {config.get('kind')!r:.50}, not one of {', '.join(_A)}")
     return config
+
+
+def _section(kind: type[S], config: dict[str, Any], name: str, folder: Path) -> S:
+    """A section of config.json. UserError where it is absent, or made by another version or by hand."""
+    try:
+        return kind.model_validate(config.get(name))
+    except ValidationError as e:
+        first = e.errors()[0]
+        where = ".".join(map(str, (name, *first["loc"])))
+        raise UserError(f"{folder / CONFIG}: {where}: {first['msg']}: the model's own version may read it") from None
+
+
+def _place(config: dict[str, Any], folder: Path) -> InCheckpoint:
+    """Where the weights are in the checkpoint around `folder`: nowhere else."""
+    try:
+        place = InCheckpoint(**config["weights"])
+        if not (isinstance(place.vectors, str) and isinstance(place.module, str)):
+            raise ValueError("names of vectors are text")
+        if not is_inside(folder.parent, file_name(place.folder)):
+            raise ValueError(f"{place.folder} leads out of the checkpoint")
+    except (TypeError, ValueError) as e:
+        raise UserError(f"{folder / CONFIG}: weights: {e}") from None
+    return place
 
 
 def _weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
     if "weights" not in config:
         return _read_tensors(folder / WEIGHTS)
-    place = InCheckpoint(**config["weights"])
+    place = _place(config, folder)
     whole = PieceReader(folder.parent / place.folder).tensors(place.vectors)
     return {name.removeprefix(place.module): value for name, value in whole.items() if name.startswith(place.module)}
 

@@ -217,5 +217,5 @@ def _numeric(cell: str) -> str:
 
 
 def _json(data: object) -> str:
-    """JSON that cannot end the script element it stands in."""
-    return json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
+    """JSON that cannot end the script element that it stands in, nor begin a comment or another script."""
+    return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")

@@ -231,8 +231,10 @@ def _make_task(config: AnyRun, world: World, sets: DataSets) -> Task:
 def _prepare_run_dir(run_dir: Path, config: AnyRun, world: World) -> None:
     if world.is_main:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(to_yaml(config))
-        (run_dir / "environment.json").write_text(json.dumps(environment(world), indent=2) + "\n")
+        # A kill or a full disk leaves the old file or the new one, never an empty one.
+        store = open_store(str(run_dir))
+        store.write("config.yaml", to_yaml(config).encode())
+        store.write("environment.json", (json.dumps(environment(world), indent=2) + "\n").encode())
     dist.barrier()
     # A log on a full disk is no reason for a traceback a line.
     logging.raiseExceptions = False

@@ -15,7 +15,9 @@ from PIL import Image
 
 from ibq_scale.data import tars
 from ibq_scale.data.images import MOST_PIXELS, decode
+from ibq_scale.data.manifest import load_manifest
 from ibq_scale.data.prepare import prepare_images
+from ibq_scale.errors import UserError
 from tests.data.layouts import write_tar
 
 SIDE = 60_000
@@ -87,3 +89,42 @@ def test_a_member_too_large_for_memory_is_rejected_unread(tmp_path: Path, monkey
     write_tar(tmp_path / "0.tar", [("large", large), ("json", small | {"json": bytes(6_000)}), ("good", small)])
     report = prepare_images(str(tmp_path / "0.tar"), str(tmp_path / "to"))
     assert (report.samples, report.rejected) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("sha256", "{precious}"),
+        ("sha256", "../precious"),
+        ("index_sha256", "{precious}"),
+        ("name", "{precious}"),
+        ("name", "../precious"),
+        ("name", "a\0b"),
+        ("bytes", -1),
+        ("samples", "many"),
+        ("shards", 3),
+        ("classes", None),
+    ],
+)
+def test_a_manifest_that_names_files_elsewhere_is_refused_and_touches_none(
+    dataset: str, tmp_path: Path, key: str, value: object
+) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("thesis")
+    manifest = json.loads(Path(dataset, "manifest.json").read_text())
+    value = value.format(precious=precious) if isinstance(value, str) else value
+    (manifest if key in ("shards", "classes") else manifest["shards"][0])[key] = value
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"manifest\.json is damaged") as told:
+        load_manifest(str(tmp_path / "data"), "images")
+    assert len(str(told.value).splitlines()) == 1
+    assert precious.read_text() == "thesis"
+
+
+@pytest.mark.parametrize("text", ["", "[", "[" * 100_000, "\xff", "3", '{"version": 1}', "null", '"a"'])
+def test_a_manifest_that_is_none_is_told_in_a_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "manifest.json").write_text(text, encoding="latin-1")
+    with pytest.raises(UserError, match=r"manifest\.json") as told:
+        load_manifest(str(tmp_path), "images")
+    assert len(str(told.value).splitlines()) == 1

@@ -1,0 +1,53 @@
+"""Names and hashes that come from manifests, before they become paths.
+
+Data sets, mirrors, models and run directories come from other people. A name with `..`, or a hash that is a path, would
+let them read, write or remove files outside of the folder that they are in.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, StringConstraints
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_DRIVE = re.compile(r"[A-Za-z]:")
+# Of a file system: bytes of a part, and of a path.
+MOST_PART, MOST_NAME = 255, 1024
+
+# By pydantic's regular expressions, in which $ is the end of the text and no line's.
+Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+def file_name(name: object) -> str:
+    """`name`, where it is a relative, normal path with ``/``. ValueError where it is not."""
+    if not isinstance(name, str):
+        raise ValueError(f"{name!r:.100} is no file name")
+    try:
+        parts = [part.encode() for part in name.split("/")]
+    except UnicodeEncodeError:
+        parts = []
+    if (
+        not parts
+        or any(part in (b"", b".", b"..") or len(part) > MOST_PART for part in parts)
+        or len(name.encode()) > MOST_NAME
+        or _DRIVE.match(name)
+        or any(character == "\\" or not character.isprintable() for character in name)
+    ):
+        raise ValueError(f"{name!r:.100} is no relative file name")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(file_name)]
+
+
+def is_sha256(value: object) -> bool:
+    """Whether it is 64 hexadecimal digits, lower case."""
+    return isinstance(value, str) and _SHA256.fullmatch(value) is not None
+
+
+def is_inside(root: Path, name: str) -> bool:
+    """Whether ROOT/NAME, with all links followed, is in `root`, which may itself be a link."""
+    return (root / name).resolve().is_relative_to(root.resolve())
