@@ -22,7 +22,7 @@ class _Outcome(NamedTuple):
     """Of one rank's part: what is damaged there, or why it could not be brought."""
 
     damage: list[str]
-    error: str | None
+    error: UserError | None
 
 
 def fetch_newest(mirror: Mirror, folder: Path, world: World) -> Checkpoint | None:
@@ -66,14 +66,15 @@ def _fetch(mirror: Mirror, copy: Checkpoint, partial: Path, world: World) -> lis
     try:
         outcome = _Outcome(mirror.fetch(copy, mine, partial), None)
     except UserError as e:
-        outcome = _Outcome([], str(e))
+        outcome = _Outcome([], e)
     except Exception as e:  # the others wait for word
-        outcome = _Outcome([], f"{partial}: {(isinstance(e, OSError) and e.strerror) or repr(e)}")
+        outcome = _Outcome([], UserError(f"{partial}: {(isinstance(e, OSError) and e.strerror) or repr(e)}"))
     outcomes: list[Any] = [None] * world.size
     dist.all_gather_object(outcomes, outcome)
-    errors = [each.error for each in outcomes if each.error]
+    errors: list[UserError] = [each.error for each in outcomes if each.error]
     if errors:
-        raise UserError(f"{copy.path} could not be fetched: {errors[0]}")
+        # Of its own class: a store that does not answer brings the job back.
+        raise type(errors[0])(f"{copy.path} could not be fetched: {errors[0]}")
     return [line for each in outcomes for line in each.damage]
 
 

@@ -24,7 +24,7 @@ from ibq_scale.checkpoint.saving import CheckpointFolder
 from ibq_scale.data import store as store_module
 from ibq_scale.data.store import open_store
 from ibq_scale.distributed.world import World
-from ibq_scale.errors import UserError
+from ibq_scale.errors import StoreUnavailableError, UserError
 from tests.faults import Exchange, FaultProxy, slow_down
 from tests.ranks import run_ranks
 
@@ -349,7 +349,7 @@ def test_a_store_that_is_away_is_not_taken_for_damage(
     shutil.rmtree(here)
     monkeypatch.setattr(store_module, "DEADLINE_SECONDS", 0.3)
     proxy.inject(slow_down, r"step-00000002/rank-0\.txt")
-    with pytest.raises(UserError, match=r"step-00000002 could not be fetched: .*failed \d+ times? in 0 s"):
+    with pytest.raises(StoreUnavailableError, match=r"step-00000002 could not be fetched: .*failed \d+ times? in 0 s"):
         _newest(0, 1, here, url)
     # What came before that is not brought again.
     proxy.clear()
