@@ -8,7 +8,7 @@ keeps no T × T matrix, and dropout that keeps a byte an element.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -68,10 +68,13 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peak = max(self.peak, self.alive)
 
 
-class NormShapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class NormShapes(TorchDispatchMode):
     """Group norms on ``meta`` make their outputs at once. torch composes them there of dozens of operators in Python,
     which takes half of a tokenizer's rehearsal. To be entered before the mode that looks on.
     """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -91,7 +94,7 @@ def _group_norm_backward(
     return tuple(x.new_empty(shape) if wanted else None for shape, wanted in zip(shapes, mask, strict=True))
 
 
-NORMS = {
+NORMS: dict[Any, Callable[..., Any]] = {
     torch.ops.aten.native_group_norm.default: _group_norm,
     torch.ops.aten.native_group_norm_backward.default: _group_norm_backward,
 }
