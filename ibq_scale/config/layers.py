@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -88,12 +89,19 @@ def require_complete(config: AnyRun) -> None:
 
 
 def load_resolved(path: Path) -> AnyRun:
-    """Reads a run's own ``config.yaml`` back (complete, so no layers)."""
-    values = _read_yaml(path)
+    """Reads a run's own ``config.yaml`` back: complete, so without layers, and without OmegaConf, which takes ten
+    times as long, where nothing is to be interpolated.
+    """
+    values = _read_yaml(path, lambda text: _interpolated(text) if "${" in text else load_yaml(text))
     kind = values.get("task")
     if kind not in SCHEMAS:
         raise UserError(f"{path}: no config of a run ('task' is {kind!r})")
     return validate(SCHEMAS[str(kind)], values, str(path))
+
+
+def load_yaml(text: str) -> Any:
+    """Plain values, by libyaml where PyYAML has it, which is ten times as fast."""
+    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
 def to_yaml(config: BaseModel) -> str:
@@ -138,10 +146,14 @@ def _find(source: str, task: Task | None) -> Path:
     raise UserError(f"no preset named '{source}': {hint}Presets: {', '.join(names)}; or give a .yaml file")
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _interpolated(text: str) -> Any:
+    return OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=True)
+
+
+def _read_yaml(path: Path, load: Callable[[str], Any] = _interpolated) -> dict[str, Any]:
     try:
-        values = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (OSError, yaml.YAMLError, OmegaConfBaseException) as e:
+        values = load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as e:
         raise UserError(f"cannot read {path}: {' '.join(str(e).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected keys and values, found {type(values).__name__}")

@@ -93,7 +93,7 @@ def _read(rung: Rung) -> Result:
         steps=rung.run.train.total_steps,
         loss=loss,
         held_out=held_out,
-        seconds=float(log.lines[-1]["time"]),
+        seconds=float(log.curve("time").seconds[-1]),
         ranks=int(facts.get("world_size", 1)),
         device=str(facts.get("device", "")),
         torch=str(facts.get("packages", {}).get("torch", "")),

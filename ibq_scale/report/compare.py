@@ -20,9 +20,7 @@ def write_report(paths: Sequence[Path], out: Path) -> Path:
 def _sections(runs: Sequence[RunLog]) -> Iterator[Section]:
     groups = by_kind(runs)
     yield Section("Where they stand", "", [standing(group) for group in groups.values()])
-    alarms = [
-        [run.name, str(line["step"]), text] for run in runs for line in run.lines for text in line.get("alarms", ())
-    ]
+    alarms = [[run.name, str(step), text] for run in runs for step, text in run.metrics.alarms]
     if alarms:
         yield Section("Alarms", "", [Table(["run", "step", "what was seen"], alarms)])
     yield from reconstruction_section(runs)

@@ -12,6 +12,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 # A chart of more points than it has pixels only costs bytes.
 MOST_POINTS = 800
 # Pictures below this width are enlarged as they are, without smoothing.
@@ -185,16 +188,26 @@ def write(path: Path, title: str, subtitle: str, sections: Sequence[Section]) ->
 
 
 def thin(points: Sequence[Point]) -> list[list[float]]:
-    """At most about `MOST_POINTS` points: of each stretch the lowest and the highest stay, so no spike is lost."""
-    chosen = list(points)
-    if len(chosen) > MOST_POINTS:
-        stretch = -(-len(chosen) * 2 // MOST_POINTS)
-        kept = []
-        for first in range(0, len(chosen), stretch):
-            part = chosen[first : first + stretch]
-            kept += sorted({min(part, key=lambda p: p.value), max(part, key=lambda p: p.value)})
-        chosen = kept
+    """At most `MOST_POINTS` of the points, by their `extremes`."""
+    chosen = [points[i] for i in extremes(np.array([p.value for p in points]))]
     return [[p.step, p.samples, round(p.seconds, 2), float(f"{p.value:.5g}")] for p in chosen]
+
+
+def extremes(value_R: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Which of a curve's values (R,) are drawn (S,), at most `MOST_POINTS`: of each stretch the lowest and the highest
+    stay, so no spike is lost. What is no number hides none.
+    """
+    count = len(value_R)
+    if count <= MOST_POINTS:
+        return np.arange(count)
+    stretch = -(-count * 2 // MOST_POINTS)
+    firsts = np.arange(0, count, stretch)[:, None]
+    kept = []
+    for nothing, choose in ((np.inf, np.argmin), (-np.inf, np.argmax)):
+        padded = np.full(len(firsts) * stretch, nothing)
+        padded[:count] = np.where(np.isnan(value_R), nothing, value_R)
+        kept.append(firsts + choose(padded.reshape(-1, stretch), axis=1)[:, None])
+    return np.unique(np.concatenate(kept))
 
 
 def _image(png: bytes, alt: str) -> str:

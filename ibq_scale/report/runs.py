@@ -10,9 +10,10 @@ from typing import Any
 
 import yaml
 
-from ibq_scale.config.layers import flatten
+from ibq_scale.config.layers import flatten, load_yaml
 from ibq_scale.errors import UserError
-from ibq_scale.report.page import Block, Chart, Point, Series, Table
+from ibq_scale.report.metrics import Curve, Metrics, read_metrics
+from ibq_scale.report.page import Block, Chart, Point, Series, Table, extremes
 
 # Metrics in reading order: title, unit, what to look for, upper end.
 METRICS: dict[str, tuple[str, str, str, float | None]] = {
@@ -67,19 +68,22 @@ class RunLog:
     name: str
     config: dict[str, Any]
     environment: dict[str, Any]
-    lines: list[dict[str, Any]]
+    metrics: Metrics
+
+    def curve(self, metric: str) -> Curve:
+        """The metric's logged values; empty where it was never logged."""
+        return self.metrics.curve(metric)
 
     def points(self, metric: str) -> list[Point]:
-        """The metric's logged values; none where it was never logged."""
-        return [
-            Point(int(line["step"]), int(line["samples"]), float(line["time"]), float(line[metric]))
-            for line in self.lines
-            if metric in line
-        ]
+        """As points."""
+        return [Point(*at) for at in zip(*(column.tolist() for column in self.curve(metric)), strict=True)]
 
     def series(self, metric: str, slot: int) -> Series:
-        """As a line of a chart."""
-        return Series(self.name, self.points(metric), slot)
+        """As a line of a chart, of no more points than it shows."""
+        curve = self.curve(metric)
+        kept_S = extremes(curve.values)
+        columns = (column[kept_S].tolist() for column in curve)
+        return Series(self.name, [Point(*at) for at in zip(*columns, strict=True)], slot)
 
     @property
     def kind(self) -> str:
@@ -88,10 +92,10 @@ class RunLog:
 
     def last(self, metric: str) -> str:
         """The metric's newest value, as text; shares in percent."""
-        points = self.points(metric)
-        if not points:
+        values = self.curve(metric).values
+        if not len(values):
             return "–"
-        return f"{100 * points[-1].value:.3g} %" if METRICS[metric][3] == 1.0 else f"{points[-1].value:.4g}"
+        return f"{100 * values[-1]:.3g} %" if METRICS[metric][3] == 1.0 else f"{values[-1]:.4g}"
 
     def pictures(self, name: str) -> list[Path]:
         """What the run drew under a name, by step."""
@@ -99,21 +103,28 @@ class RunLog:
 
 
 def load_run(path: Path, name: str | None = None) -> RunLog:
-    """Reads a run directory. UserError where it is none. A half-written last line is left out."""
+    """Reads a run directory. UserError where it is none. Damaged lines of metrics are left out (`read_metrics`)."""
     try:
-        config = yaml.safe_load((path / "config.yaml").read_text())
-        text = (path / "metrics.jsonl").read_text()
+        config = load_yaml((path / "config.yaml").read_text())
+        metrics = read_metrics(path / "metrics.jsonl")
     except FileNotFoundError as e:
         raise UserError(f"{path} is no run directory with metrics: {Path(e.filename).name} is missing") from None
-    lines = []
-    for line in text.splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    environment = path / "environment.json"
-    facts = json.loads(environment.read_text()) if environment.is_file() else {}
-    return RunLog(path, name or str(path), config, facts, lines)
+    except (yaml.YAMLError, UnicodeDecodeError):
+        config = None
+    if not isinstance(config, dict):
+        raise UserError(
+            f"{path}/config.yaml is damaged: copy the config of the run's submission or of a like run there"
+        )
+    return RunLog(path, name or str(path), config, _facts(path / "environment.json"), metrics)
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """Of the environment; none where the file is missing or damaged."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def metric_chart(metric: str, runs: Sequence[RunLog], first_slot: int = 0) -> Chart | None:
@@ -149,12 +160,14 @@ def by_kind(runs: Sequence[RunLog]) -> dict[str, list[RunLog]]:
 
 def standing(runs: Sequence[RunLog]) -> Table:
     """How far runs of one kind have come."""
-    shown = [name for name in KINDS.get(runs[0].kind, ("", ("loss",)))[1] if any(run.points(name) for run in runs)]
+    shown = [
+        name for name in KINDS.get(runs[0].kind, ("", ("loss",)))[1] if any(len(run.curve(name).values) for run in runs)
+    ]
     rows = []
     for run in runs:
-        last = run.lines[-1] if run.lines else {}
-        minutes = f"{last['time'] / 60:.1f} min" if last else "–"
-        rows.append([run.name, str(last.get("step", 0)), minutes, *(run.last(name) for name in shown)])
+        log = run.curve("time")
+        step, minutes = (str(log.steps[-1]), f"{log.seconds[-1] / 60:.1f} min") if len(log.steps) else ("0", "–")
+        rows.append([run.name, step, minutes, *(run.last(name) for name in shown)])
     heads = [
         title if top == 1.0 or not unit else f"{title}, {unit}"
         for title, unit, _, top in map(METRICS.__getitem__, shown)

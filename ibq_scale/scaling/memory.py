@@ -68,7 +68,7 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peak = max(self.peak, self.alive)
 
 
-class NormShapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class NormShapes(TorchDispatchMode):
     """Group norms on ``meta`` make their outputs at once. torch composes them there of dozens of operators in Python,
     which takes half of a tokenizer's rehearsal. To be entered before the mode that looks on.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from ibq_scale.config.batch import accumulation_steps
 from ibq_scale.config.layers import (
@@ -28,6 +29,23 @@ def test_every_preset_is_valid_and_survives_its_own_yaml(name: str, tmp_path: Pa
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(config))
     assert load_resolved(path) == config
+
+
+def test_a_run_s_own_config_is_read_as_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = ["optimizer.lr=1e-7", "data.train=s3://b/2026-01-01", "validation.data=null"]
+    config = resolve("tokenizer/tiny", keys).config.model_copy(update={"name": "1e5"})
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    with monkeypatch.context() as patch:
+        # It takes most of the time that `jobs` has for many runs.
+        patch.setattr(OmegaConf, "load", None)
+        assert load_resolved(path) == config
+    monkeypatch.setenv("SHARDS", "s3://b/c")
+    path.write_text(path.read_text().replace("s3://b/2026-01-01", "${oc.env:SHARDS}").replace("1e5", "x"))
+    assert "s3://b/c" in str(load_resolved(path).data.train)
+    path.write_bytes(b"\xff")
+    with pytest.raises(UserError, match="cannot read"):
+        load_resolved(path)
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def test_trained_evaluated_collected_and_then_left_alone(photographs: Path, tmp_
     (run / EVALUATION).unlink()
     assert run_trials(photographs, tmp_path, [_trial(2)]) == 0, "what is only trained is evaluated"
     assert json.loads((run / EVALUATION).read_text())["codebook_size"] == 32
-    assert [line["step"] for line in load_run(run).lines] == [1, 2]
+    assert [point.step for point in load_run(run).points("step")] == [1, 2]
 
     with pytest.raises(UserError, match="is a run of another config"):
         run_trials(photographs, tmp_path, [_trial(3)])

@@ -88,7 +88,7 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
     runs = [_run(tmp_path / "one", 0.1), _run(tmp_path / "two", 0.2)]
     page = write_report(runs, tmp_path / "report.html").read_text()
     assert "optimizer.lr" in page
-    assert len(load_run(runs[0]).lines) == 3, "a half-written line is left out"
+    assert len(load_run(runs[0]).points("step")) == 3, "a half-written line is left out"
     series = json.loads(re.search(r'<script type="application/json">(.*?)</script>', page, re.S)[1])["series"]
     assert [s["slot"] for s in series] == [0, 1]
 
