@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -115,8 +116,9 @@ def _tell(request: Request, snapped: Snapshot | None, jobs: list[str]) -> None:
         print(f"  runs {Source.here()}, as that is when it starts: the output is no folder to keep a copy in")
     print(f"  tail -F {_log(request, jobs[0])}")
     if work.config is not None:
-        print(f"  ibq-scale jobs {work.folder}")
-        print(f"  ibq-scale cancel {work.folder}     # saves first")
+        folder = shlex.quote(str(work.folder))
+        print(f"  ibq-scale jobs {folder}")
+        print(f"  ibq-scale cancel {folder}     # saves first")
     else:
         print(f"  squeue --jobs={','.join(jobs)}")
         print(f"  scancel {' '.join(jobs)}     # the same command goes on from what it has made")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import netrc
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -247,15 +248,19 @@ def _disk(job: Submission) -> Outcome:
     return "ok", f"{_gb(in_the_end)} for checkpoints of {_gb(each)}, of {_gb(free)} that are free"
 
 
+def _cancel(job: Submission) -> str:
+    return f"'ibq-scale cancel {shlex.quote(str(job.run_dir))}', or another out=…"
+
+
 def _alone(job: Submission) -> Outcome:
     mine = jobs_of(job.run_dir, slurm.my_jobs())
     if mine:
         which = ", ".join(f"{other.id} ({other.state.lower()})" for other in mine)
-        return "FAIL", f"{job.run_dir} has job {which} already: 'ibq-scale cancel {job.run_dir}', or another out=…"
+        return "FAIL", f"{job.run_dir} has job {which} already: {_cancel(job)}"
     held = look(job.run_dir)
     holder = held.holder if held is not None else None
     if holder is not None and holder.is_alive():
-        return "FAIL", f"{job.run_dir} is trained by {holder}: 'ibq-scale cancel {job.run_dir}', or another out=…"
+        return "FAIL", f"{job.run_dir} is trained by {holder}: {_cancel(job)}"
     if holder is not None and holder.is_alive() is None:
         return "warn", f"{job.run_dir} was held by {holder}; if that lives, the job will be refused"
     return "ok", f"nobody else trains in {job.run_dir}"

@@ -85,11 +85,21 @@ def environment_lines(values: Mapping[str, str]) -> list[str]:
     for name in values:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
             raise UserError(f"env: '{name}' is no name of a variable")
-    return [f"export {name}={_double_quoted(value)}" for name, value in values.items()]
+    return [f"export {name}={double_quoted(value)}" for name, value in values.items()]
 
 
-def _double_quoted(value: str) -> str:
-    return '"' + re.sub(r'(["\\`])', r"\\\1", value) + '"'
+def python_path_line(folder: str) -> str:
+    """The ``export`` line that puts `folder` before what PYTHONPATH has. UserError for a folder that it cannot name."""
+    if ":" in folder or "\n" in folder:
+        raise UserError(f"{folder!r}: PYTHONPATH cannot name a folder with ':' or a line break: give another out=…")
+    return f'export PYTHONPATH={shlex.quote(folder)}"${{PYTHONPATH:+:$PYTHONPATH}}"'
+
+
+def double_quoted(value: str) -> str:
+    """A word of the shell in which only ``$NAME`` and ``${NAME}`` mean something: no command in it runs."""
+    if "\n" in value or "\0" in value:
+        raise UserError(f"{value!r}: a line break cannot stand in a job's script")
+    return '"' + re.sub(r'(["\\`]|\$(?!\w|\{\w+\}))', r"\\\1", value) + '"'
 
 
 def _option(key: str, value: str) -> str:

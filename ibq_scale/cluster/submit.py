@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any
 
 from ibq_scale.cluster import slurm, snapshot
 from ibq_scale.cluster.profile import Profile
-from ibq_scale.cluster.render import Script, environment_lines, parse_option
+from ibq_scale.cluster.render import Script, double_quoted, environment_lines, parse_option, python_path_line
 from ibq_scale.cluster.snapshot import Snapshot, Source
 from ibq_scale.config.run import AnyRun
 from ibq_scale.errors import UserError
@@ -114,8 +115,8 @@ def render(request: Request, snapped: Snapshot | None) -> Script:
     environment = environment_lines(profile.env)
     if snapped is not None and snapped.pythonpath is not None:
         # A folder that a job is submitted from may hold another copy, which `python -m` would take.
-        variables = {"PYTHONPATH": f"{snapped.pythonpath}${{PYTHONPATH:+:$PYTHONPATH}}", "PYTHONSAFEPATH": "1"}
-        environment += ["# The code as it was when this was submitted.", *environment_lines(variables)]
+        environment += ["# The code as it was when this was submitted.", python_path_line(str(snapped.pythonpath))]
+        environment += environment_lines({"PYTHONSAFEPATH": "1"})
     script = script.with_block("modules", profile.setup).with_block("container", container)
     return script.with_block("environment", environment)
 
@@ -145,7 +146,11 @@ def submit(request: Request, *, chain: int, cluster: str | None) -> tuple[Snapsh
             raise UserError(f"cannot write the job's script ({e.strerror}): make room") from None
         if not jobs:
             raise
-        ends = f"ibq-scale cancel {folder}" if request.work.config is not None else f"scancel {' '.join(jobs)}"
+        ends = (
+            f"ibq-scale cancel {shlex.quote(str(folder))}"
+            if request.work.config is not None
+            else f"scancel {' '.join(jobs)}"
+        )
         raise UserError(f"{e}; submitted before that: {', '.join(jobs)} ({ends})") from None
     finally:
         if jobs and snapped is not None:
@@ -194,4 +199,4 @@ def _own_command() -> str:
 
 def _word(text: str) -> str:
     """For an array of the shell; variables are left to it."""
-    return '"' + re.sub(r'(["\\`])', r"\\\1", text) + '"' if re.search(r"[^\w@%+=:,./$-]", text) else text
+    return double_quoted(text) if re.search(r"[^\w@%+=:,./-]", text) else text

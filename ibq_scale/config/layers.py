@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -12,6 +13,7 @@ from typing import Any, Literal, get_args
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
 from pydantic import BaseModel, ValidationError
 
 from ibq_scale.config.run import AnyRun, ARRun, TokenizerRun
@@ -147,7 +149,25 @@ def _find(source: str, task: Task | None) -> Path:
 
 
 def _interpolated(text: str) -> Any:
-    return OmegaConf.to_container(OmegaConf.load(io.StringIO(text)), resolve=True)
+    values = OmegaConf.load(io.StringIO(text))
+    with _without_environment():
+        return OmegaConf.to_container(values, resolve=True)
+
+
+@contextmanager
+def _without_environment() -> Iterator[None]:
+    """Interpolations cannot read environment variables: a secret would be kept in RUN/config.yaml, and shown."""
+    # Its name since OmegaConf 2.4.
+    register = getattr(OmegaConf, "register_resolver", OmegaConf.register_new_resolver)
+    register("oc.env", _refuse_environment, replace=True)
+    try:
+        yield
+    finally:
+        register("oc.env", oc.env, replace=True)
+
+
+def _refuse_environment(*_: str) -> str:
+    raise OmegaConfBaseException("a config does not read environment variables, which may be secrets: write the value")
 
 
 def _read_yaml(path: Path, load: Callable[[str], Any] = _interpolated) -> dict[str, Any]:

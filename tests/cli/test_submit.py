@@ -52,7 +52,7 @@ def test_a_job_runs_from_its_snapshot(
         "1",
         None,
     )
-    assert f'export PYTHONPATH="{folder}/code${{PYTHONPATH:+:$PYTHONPATH}}"' in script.text
+    assert f'export PYTHONPATH={folder}/code"${{PYTHONPATH:+:$PYTHONPATH}}"\n' in script.text
     config = load_resolved(folder / "config.yaml")
     assert (config.out, config.name) == (str(run), "tokenizer-tiny")
     assert json.loads((folder / "submission.json").read_text())["jobs"] == ["101"]
@@ -134,7 +134,7 @@ def test_flags_win_over_the_profile_and_that_over_the_file(
         "module load x",
         'export NCCL_IB_HCA="mlx5"',
         'SRUN+=("--container-image=/a b.sqsh")',
-        "INSIDE=(apptainer exec --nv $X/y.sif)",
+        'INSIDE=(apptainer exec --nv "$X/y.sif")',
         "IBQ_SCALE=/opt/ibq-scale",
     ):
         assert f"\n{line}\n" in script.text
@@ -215,7 +215,7 @@ def test_an_array_that_samples(
     script = Script((folder / "job.sbatch").read_text())
     assert (script.option("array"), script.option("output")) == ("0-2", f"{to}/submitted/job-%A_%a.log")
     assert (script.option("nodes"), script.option("signal")) == ("2", Script.of("sample").option("signal"))
-    assert f'export PYTHONPATH="{folder}/code' in script.text
+    assert f"export PYTHONPATH={folder}/code" in script.text
     assert (folder / "code/ibq_scale/__init__.py").is_file()
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import subprocess
+from pathlib import Path
 
 import pytest
 
-from ibq_scale.cluster.render import Script, environment_lines, parse_option
+from ibq_scale.cluster.render import Script, double_quoted, environment_lines, parse_option, python_path_line
 from ibq_scale.errors import UserError
 
 TEXT = """#!/bin/bash
@@ -94,3 +95,32 @@ def test_values_of_the_environment_arrive_as_they_are_but_for_variables() -> Non
     assert done.stdout == 'it\'s "inner" `id` \\ *|plain'
     with pytest.raises(UserError, match="no name of a variable"):
         environment_lines({"A B": "x"})
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "$(touch {hit})",
+        "`touch {hit}`",
+        '"; touch {hit}; "',
+        "${{X:-$(touch {hit})}}",
+        "$((X[$(touch {hit})]))",
+        "\\$(touch {hit})",
+    ],
+)
+def test_no_value_runs_a_command(value: str, tmp_path: Path) -> None:
+    value = value.format(hit=tmp_path / "hit")
+    folder = value.replace(":", "")
+    lines = [*environment_lines({"A": value}), f"WORDS=({double_quoted(value)})", python_path_line(folder)]
+    program = "\n".join([*lines, 'printf "%s|%s|%s" "$A" "${WORDS[0]}" "$PYTHONPATH"'])
+    done = subprocess.run(["bash", "-c", program], env={}, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{value}|{value}|{folder}"
+    assert not (tmp_path / "hit").exists()
+
+
+def test_a_folder_that_pythonpath_cannot_name_is_refused() -> None:
+    for folder in ("/a:b", "/a\nb"):
+        with pytest.raises(UserError, match="PYTHONPATH cannot name"):
+            python_path_line(folder)
+    with pytest.raises(UserError, match="a line break cannot stand"):
+        environment_lines({"A": "x\nrm -rf /"})

@@ -40,9 +40,8 @@ def test_a_run_s_own_config_is_read_as_it_is_written(tmp_path: Path, monkeypatch
         # It takes most of the time that `jobs` has for many runs.
         patch.setattr(OmegaConf, "load", None)
         assert load_resolved(path) == config
-    monkeypatch.setenv("SHARDS", "s3://b/c")
-    path.write_text(path.read_text().replace("s3://b/2026-01-01", "${oc.env:SHARDS}").replace("1e5", "x"))
-    assert "s3://b/c" in str(load_resolved(path).data.train)
+    path.write_text(path.read_text().replace("s3://b/2026-01-01", "s3://${name}/c").replace("1e5", "x"))
+    assert "s3://x/c" in str(load_resolved(path).data.train)
     path.write_bytes(b"\xff")
     with pytest.raises(UserError, match="cannot read"):
         load_resolved(path)
@@ -187,3 +186,14 @@ def test_schema_keys_are_the_keys_of_a_dump() -> None:
     config = resolve("tiny", task="tokenizer").config
     dumped = {k for k in flatten(config.model_dump()) if not k.startswith("deepspeed.overrides.")}
     assert dumped == set(schema_keys(TokenizerRun))
+
+
+@pytest.mark.parametrize(
+    "text", ["name: ${oc.env:SECRET}", "name: ${oc.env:ABSENT,x}", "fn: oc.env\nname: ${${fn}:SECRET}"]
+)
+def test_a_config_reads_no_environment_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("SECRET", "hunter2")
+    (tmp_path / "run.yaml").write_text(f"preset: tokenizer/tiny\n{text}\n")
+    with pytest.raises(UserError) as told:
+        resolve(str(tmp_path / "run.yaml"), ["data.train=x"])
+    assert "hunter2" not in str(told.value)
