@@ -6,12 +6,18 @@ import torch
 from torch import Tensor
 
 
-def convolution_layout(x_BCHW: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x_BCHW` in this dtype, channels last on GPUs, channels first on CPUs.
+def order_on(device: torch.device) -> torch.memory_format:
+    """Channels last on GPUs, channels first on CPUs.
 
     On CPUs a channels-last input makes each convolution copy its weight and the weight's gradient into that order.
+    """
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+
+
+def convolution_layout(x_BCHW: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x_BCHW` in this dtype and the device's order.
+
     Nothing is copied where nothing changes. Convolutions and norms keep the order, so one call at a network's entrance
     is enough.
     """
-    layout = torch.channels_last if x_BCHW.is_cuda else torch.contiguous_format
-    return x_BCHW.to(dtype, memory_format=layout)
+    return x_BCHW.to(dtype, memory_format=order_on(x_BCHW.device))

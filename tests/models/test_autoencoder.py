@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ibq_scale.config.models import AutoencoderConfig, DiscriminatorConfig
+from ibq_scale.models import layout
 from ibq_scale.models.autoencoder import AttentionBlock, Autoencoder, ResnetBlock
 from ibq_scale.models.discriminator import PatchDiscriminator
 
@@ -117,8 +118,10 @@ def test_bf16_stays_near_fp32() -> None:
     assert float(nn.functional.cosine_similarity(flat[0], flat[1], dim=0)) > 0.996
 
 
-def test_channels_last_goes_through_all_networks_without_a_copy() -> None:
+def test_channels_last_goes_through_all_networks_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     """What GPUs are given; a layer that lost the order would cost a copy at each convolution after it."""
+    expected = _make().decode(_make().encode(_images()))
+    monkeypatch.setattr(layout, "order_on", lambda device: torch.channels_last)
     model, discriminator = _make(), PatchDiscriminator(DiscriminatorConfig(channels=16, layers=2))
     lost = []
 
@@ -135,4 +138,9 @@ def test_channels_last_goes_through_all_networks_without_a_copy() -> None:
     x = model.decode(z)
     discriminator(x)
     assert not lost
-    torch.testing.assert_close(x, _make().decode(_make().encode(_images())), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_cpus_convolve_channels_first() -> None:
+    images = _images().contiguous(memory_format=torch.channels_last)
+    assert layout.convolution_layout(images, torch.float32).is_contiguous()
