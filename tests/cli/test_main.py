@@ -179,7 +179,7 @@ def test_misuse_that_only_the_ranks_can_see(dataset: str, ar_dir: Path, tmp_path
     train = ["train", "tokenizer", "tiny", f"data.train={dataset}", f"out={tmp_path / 'run'}"]
     cases = {
         "global_batch": _run(*train, "train.global_batch=12", "train.micro_batch=8"),
-        "codebook": _run(*train, "quantizer.codebook_size=1001"),
+        "codebook": _run(*train, "quantizer.codebook_size=1001", "codebook_group=2"),
         "transformer": _run("evaluate", "reconstruction", str(ar_dir), dataset),
     }
     for needle, done in cases.items():
