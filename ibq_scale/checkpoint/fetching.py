@@ -82,6 +82,9 @@ def _begin(mirror: Mirror, copy: Checkpoint, partial: Path) -> None:
     """The folder, with nothing in it but what may be files of the copy. UserError where it cannot be made."""
     tell(f"{partial.parent} has no whole checkpoint: fetching {copy.path} from {mirror.store.url}")
     try:
+        if partial.is_symlink():
+            # Its target is not ours to empty.
+            partial.unlink()
         partial.mkdir(parents=True, exist_ok=True)
         for path in sorted(partial.rglob("*"), reverse=True):
             if path.is_file() and path.relative_to(partial).as_posix() not in copy.manifest["files"]:

@@ -21,7 +21,7 @@ from ibq_scale.checkpoint.reading import (
     parse_manifest,
 )
 from ibq_scale.checkpoint.retention import Retention
-from ibq_scale.data.store import open_store
+from ibq_scale.data.store import LocalStore, open_store
 from ibq_scale.names import is_inside
 
 
@@ -82,7 +82,9 @@ class Mirror:
             found = {}
         for path, size in found.items():
             name, separator, rest = path.partition("/")
-            if separator and STEP_NAME.fullmatch(name):
+            # Of a folder on a file system, what lies behind a link is no copy of ours: it could be removed with one.
+            inside = not isinstance(self.store, LocalStore) or is_inside(self.store.root, path)
+            if separator and STEP_NAME.fullmatch(name) and inside:
                 files.setdefault(name, {})[rest] = size
         return Copies(files, sorted(name for name in files if MANIFEST in files[name]))
 

@@ -189,6 +189,8 @@ class CheckpointFolder:
 
     def _remove_leftovers(self) -> None:
         for leftover in self.folder.glob(".partial-*"):
+            if leftover.is_symlink():
+                leftover.unlink()
             shutil.rmtree(leftover, ignore_errors=True)
 
     def _everyone(self, mine: T) -> list[T]:

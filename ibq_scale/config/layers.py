@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from ibq_scale.config.run import AnyRun, ARRun, TokenizerRun
 from ibq_scale.config.secrets import refuse_credentials
+from ibq_scale.documents import DocumentError, parse_yaml, require_modest
 from ibq_scale.errors import UserError
 
 Task = Literal["tokenizer", "ar"]
@@ -94,16 +95,11 @@ def load_resolved(path: Path) -> AnyRun:
     """Reads a run's own ``config.yaml`` back: complete, so without layers, and without OmegaConf, which takes ten
     times as long, where nothing is to be interpolated.
     """
-    values = _read_yaml(path, lambda text: _interpolated(text) if "${" in text else load_yaml(text))
+    values = _read_yaml(path, lambda text: _interpolated(text) if "${" in text else parse_yaml(text))
     kind = values.get("task")
-    if kind not in SCHEMAS:
+    if not isinstance(kind, str) or kind not in SCHEMAS:
         raise UserError(f"{path}: no config of a run ('task' is {kind!r})")
     return validate(SCHEMAS[str(kind)], values, str(path))
-
-
-def load_yaml(text: str) -> Any:
-    """Plain values, by libyaml where PyYAML has it, which is ten times as fast."""
-    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
 def to_yaml(config: BaseModel) -> str:
@@ -123,13 +119,15 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _file_layers(source: str, task: Task | None) -> list[tuple[str, dict[str, Any]]]:
-    """A file's own layer on top of the preset that it names under `preset`."""
+def _file_layers(source: str, task: Task | None, above: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
+    """A file's own layer on top of the preset that it names under `preset`. `above`: the files that led here."""
     path = _find(source, task)
+    if path in above:
+        raise UserError(f"{path} is its own preset: {' → '.join(map(str, [*above, path]))}")
     values = _read_yaml(path)
     base = values.pop("preset", None)
     label = source if path.is_relative_to(PRESETS) else str(path)
-    below = _file_layers(str(base), task) if base is not None else []
+    below = _file_layers(str(base), task, (*above, path)) if base is not None else []
     return [*below, (label, values)]
 
 
@@ -149,7 +147,12 @@ def _find(source: str, task: Task | None) -> Path:
 
 
 def _interpolated(text: str) -> Any:
-    values = OmegaConf.load(io.StringIO(text))
+    require_modest(text)
+    try:
+        values = OmegaConf.load(io.StringIO(text))
+    except (KeyError, AttributeError, TypeError) as e:
+        # A tagged value ("!!bool x") fails in PyYAML with an error of any type.
+        raise DocumentError(f"no plain values: {e}") from None
     with _without_environment():
         return OmegaConf.to_container(values, resolve=True)
 
@@ -173,7 +176,7 @@ def _refuse_environment(*_: str) -> str:
 def _read_yaml(path: Path, load: Callable[[str], Any] = _interpolated) -> dict[str, Any]:
     try:
         values = load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as e:
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as e:
         raise UserError(f"cannot read {path}: {' '.join(str(e).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected keys and values, found {type(values).__name__}")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from ibq_scale.data.manifest import ShardInfo
+from ibq_scale.documents import parse_json
 from ibq_scale.errors import UserError
 
 INDEX_VERSION = 1
@@ -58,14 +60,27 @@ class ShardIndex:
 
     @staticmethod
     def from_json(text: str) -> ShardIndex:
-        values = json.loads(text)
+        values = parse_json(text)
+        if not isinstance(values, dict):
+            raise ValueError("it is no JSON object")
         if values.get("version") != INDEX_VERSION:
             raise UserError(f"a shard index has version {values.get('version')}, this program reads {INDEX_VERSION}")
-        values["members"] = tuple(Member(**m) for m in values["members"])
+        values["members"] = tuple(_member(m) for m in values["members"])
         values["rejects"] = tuple(Reject(**r) for r in values["rejects"])
         if values.get("after") is not None:
             values["after"] = tuple(values["after"])
         return ShardIndex(**values)
+
+
+def _member(values: dict[str, Any]) -> Member:
+    """ValueError or TypeError for places that no tar has."""
+    member = Member(**values)
+    places = (member.offset, member.size)
+    if not all(isinstance(place, int) and 0 <= place < 1 << 62 for place in places):
+        raise ValueError(f"a member has offset {member.offset!r:.30} and size {member.size!r:.30}")
+    if not all(isinstance(number, int) for number in (member.crc, member.label)):
+        raise ValueError("a member's crc and label are numbers")
+    return member
 
 
 def index_name(shard: str) -> str:

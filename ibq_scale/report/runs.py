@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ibq_scale.config.layers import flatten, load_yaml
+from ibq_scale.config.layers import flatten
+from ibq_scale.documents import parse_yaml
 from ibq_scale.errors import UserError
 from ibq_scale.report.metrics import Curve, Metrics, read_metrics
 from ibq_scale.report.page import Block, Chart, Point, Series, Table, extremes
@@ -105,11 +104,11 @@ class RunLog:
 def load_run(path: Path, name: str | None = None) -> RunLog:
     """Reads a run directory. UserError where it is none. Damaged lines of metrics are left out (`read_metrics`)."""
     try:
-        config = load_yaml((path / "config.yaml").read_text())
+        config = parse_yaml((path / "config.yaml").read_text(encoding="utf-8"))
         metrics = read_metrics(path / "metrics.jsonl")
     except FileNotFoundError as e:
         raise UserError(f"{path} is no run directory with metrics: {Path(e.filename).name} is missing") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except ValueError:
         config = None
     if not isinstance(config, dict):
         raise UserError(

@@ -10,6 +10,7 @@ from typing import Any
 
 from ibq_scale.checkpoint.reading import whole_checkpoints
 from ibq_scale.distributed.failed_nodes import attempt as this_attempt
+from ibq_scale.documents import read_json_lines
 from ibq_scale.errors import UserError
 
 ATTEMPTS = "attempts.jsonl"
@@ -44,15 +45,21 @@ def add(run_dir: Path, attempt: Attempt) -> None:
 
 
 def read_attempts(run_dir: Path) -> list[dict[str, Any]]:
-    """All attempts of a run, oldest first; a line that is cut short, by a full disk say, is left out."""
+    """All attempts of a run, oldest first; a line that is damaged, or cut short by a full disk, is left out."""
     path = run_dir / ATTEMPTS
-    found = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            found.append(json.loads(line))
-        except ValueError:
-            continue
-    return found
+    lines = read_json_lines(path) if path.is_file() else ()
+    return [line for _, line in lines if _is_whole(line)]
+
+
+def _is_whole(line: dict[str, Any]) -> bool:
+    """Whether the line has what is counted, as it was written."""
+    steps = [line.get(key) for key in ("restart", "step_before", "step_after")]
+    code = line.get("code", "absent")
+    return (
+        isinstance(line.get("job"), str)
+        and all(isinstance(step, int) for step in steps)
+        and isinstance(code, int | None)
+    )
 
 
 def add_unnoticed(run_dir: Path) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ibq_scale.checkpoint.files import write_whole
 from ibq_scale.config.run import AnyRun
 from ibq_scale.console import duration, tell
+from ibq_scale.documents import read_json_lines
 from ibq_scale.pictures import save_png
 from ibq_scale.train.dashboards import Dashboards
 from ibq_scale.train.task import Histogram
@@ -112,15 +113,13 @@ class MetricsLog:
 
 
 def _keep_until(path: Path, step: int) -> float:
-    """Drops lines after `step` (a resumed run writes them again) and a half-written end; returns the time so far."""
+    """Drops lines after `step` (a resumed run writes them again) and damaged ones; returns the time so far."""
     if not path.is_file():
         return 0.0
     kept, seconds = [], 0.0
-    for text in path.read_text().splitlines():
-        try:
-            line = json.loads(text)
-        except json.JSONDecodeError:
-            break
+    for text, line in read_json_lines(path):
+        if not isinstance(line.get("step"), int) or not isinstance(line.get("time"), (int, float)):
+            continue
         if line["step"] > step:
             break
         kept.append(text)

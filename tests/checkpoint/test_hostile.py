@@ -80,3 +80,14 @@ def test_a_mirror_writes_through_no_link(tmp_path: Path) -> None:
     copy = Checkpoint(Path("step-00000001"), _manifest(files={"part/a": GOOD}))
     assert Mirror(str(store)).fetch(copy, ["part/a"], into) == ["part/a: leads out of the checkpoint"]
     assert list(outside.iterdir()) == []
+
+
+def test_a_mirror_removes_nothing_behind_a_link(tmp_path: Path) -> None:
+    store, outside = tmp_path / "mirror", tmp_path / "outside"
+    store.mkdir()
+    outside.mkdir()
+    for name in ("thesis", "manifest.json"):
+        (outside / name).write_text("precious")
+    (store / "step-00000001").symlink_to(outside)
+    assert Mirror(str(store)).copies().files == {}
+    assert sorted(path.name for path in outside.iterdir()) == ["manifest.json", "thesis"]

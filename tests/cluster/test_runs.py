@@ -71,7 +71,8 @@ def _beat(run: Path, step: int, step_s: float | None, phase: str = "step") -> No
 
 def _attempt(run: Path, job: str, code: int) -> None:
     with (run / "attempts.jsonl").open("a") as f:
-        f.write(json.dumps({"job": job, "restart": 0, "code": code}) + "\n")
+        line = {"job": job, "restart": 0, "code": code, "step_before": 0, "step_after": 0}
+        f.write(json.dumps(line) + "\n")
 
 
 def _now(run: Path) -> Run:

@@ -7,7 +7,9 @@ import json
 import resource
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from PIL import Image
 
 from ibq_scale.data import tars
 from ibq_scale.data.images import MOST_PIXELS, decode
+from ibq_scale.data.index import UnfitIndexError, index_of
 from ibq_scale.data.manifest import load_manifest
 from ibq_scale.data.prepare import prepare_images
 from ibq_scale.errors import UserError
@@ -128,3 +131,26 @@ def test_a_manifest_that_is_none_is_told_in_a_line(tmp_path: Path, text: str) ->
     with pytest.raises(UserError, match=r"manifest\.json") as told:
         load_manifest(str(tmp_path), "images")
     assert len(str(told.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda index: [1],
+        lambda index: None,
+        lambda index: index | {"members": 3},
+        lambda index: index | {"members": [index["members"][0] | {"offset": -1}]},
+        lambda index: index | {"members": [index["members"][0] | {"offset": "x"}]},
+        lambda index: index | {"members": [index["members"][0] | {"size": 10**30}]},
+        lambda index: index | {"members": [index["members"][0] | {"label": "dog"}]},
+        lambda index: index | {"members": [index["members"][0] | {"more": 1}]},
+        lambda index: index | {"rejects": [1]},
+    ],
+)
+def test_an_index_of_other_content_is_unfit(dataset: str, harm: Callable[[Any], Any]) -> None:
+    shard = load_manifest(dataset, "images").shards[0]
+    index = json.loads(Path(dataset, f"{shard.name}.index.json").read_text())
+    with pytest.raises(UnfitIndexError, match="damaged"):
+        index_of(json.dumps(harm(index)).encode(), shard)
+    with pytest.raises(UnfitIndexError, match="damaged"):
+        index_of(b"[" * 100_000, shard)

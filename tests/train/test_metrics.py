@@ -10,7 +10,7 @@ import torch
 
 from ibq_scale.config.layers import resolve
 from ibq_scale.console import duration
-from ibq_scale.train.metrics import MetricsLog
+from ibq_scale.train.metrics import MetricsLog, _keep_until
 from ibq_scale.train.task import Histogram
 
 VALUES = {"loss": 1.0, "samples_per_s": 10.0, "step_s": 0.5, "data_wait": 0.01, "memory_bytes": 2.04e9}
@@ -84,3 +84,14 @@ def test_alarms_and_histograms_stand_in_the_line(tmp_path: Path, capsys: pytest.
 
 def test_durations() -> None:
     assert [duration(s) for s in (8, 750, 11_100)] == ["8s", "12m30s", "3h05m"]
+
+
+@pytest.mark.parametrize(
+    "damage", ['{"st\x00ep": 2', "[1]", "5", '{"samples": 8}', '{"step": "2", "time": 1}', "[" * 100_000]
+)
+def test_a_damaged_line_is_left_out_and_the_run_goes_on(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    good = [json.dumps({"step": step, "samples": step, "time": float(step)}) for step in (1, 2, 3, 4)]
+    path.write_text("\n".join([good[0], damage, *good[1:]]) + "\n")
+    assert _keep_until(path, 3) == 3.0
+    assert path.read_text().splitlines() == good[:3]

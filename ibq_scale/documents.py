@@ -1,0 +1,124 @@
+"""JSON and YAML from other people: bounded in size and depth, so that none of them ends or holds up a program.
+
+Data sets, models and run directories hold such files. A parser takes each level of nesting from a stack (libyaml's from
+C's, which then ends the process), aliases in YAML multiply, and a file that is a pipe or a device never ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import yaml
+
+MOST_YAML_CHARACTERS = 1 << 20
+MOST_LINE_BYTES = 1 << 20
+MOST_DEPTH = 64
+# Of YAML, with what aliases stand for.
+MOST_NODES = 20_000
+
+
+class DocumentError(ValueError):
+    """A file that cannot be read as what it should be, in a few words."""
+
+
+def parse_json(data: bytes | str) -> Any:
+    """The values of a JSON text. DocumentError where it is damaged or nested deeper than `MOST_DEPTH`."""
+    try:
+        values = json.loads(data)
+    except RecursionError:
+        raise _too_deep() from None
+    except ValueError as e:
+        raise DocumentError(_line(e)) from None
+    level = [values]
+    for _ in range(MOST_DEPTH + 1):
+        level = [inner for outer in level for inner in _inside(outer) if isinstance(inner, (dict, list))]
+        if not level:
+            return values
+    raise _too_deep()
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The JSON objects of a log, a line each, with their text. Damaged lines are left out. OSError, DocumentError."""
+    with _open(path) as file:
+        while line := file.readline(MOST_LINE_BYTES):
+            begun = line
+            while len(line) == MOST_LINE_BYTES and not line.endswith(b"\n"):
+                # The rest of a line that no log of ours has.
+                begun, line = b"", file.readline(MOST_LINE_BYTES)
+            try:
+                text = begun.decode().rstrip("\n")
+                values = parse_json(text)
+            except ValueError:
+                continue
+            if isinstance(values, dict):
+                yield text, values
+
+
+def parse_yaml(text: str) -> Any:
+    """Plain values, by libyaml where PyYAML has it, which is ten times as fast. DocumentError where it is damaged."""
+    require_modest(text)
+    try:
+        return yaml.load(text, Loader=_loader())
+    except Exception as e:  # a tagged value ("!!bool x") fails with an error of any type
+        raise DocumentError(_line(e)) from None
+
+
+def require_modest(text: str) -> None:
+    """DocumentError where a loader would go too deep, or aliases would make much of little. Takes no stack itself."""
+    if len(text) > MOST_YAML_CHARACTERS:
+        raise DocumentError(f"it has more than {MOST_YAML_CHARACTERS:,} characters")
+    nodes = 0
+    sizes: dict[str, int] = {}
+    begun: list[tuple[str | None, int]] = []
+    try:
+        for event in yaml.parse(text, Loader=_loader()):
+            if isinstance(event, yaml.AliasEvent):
+                if any(anchor == event.anchor for anchor, _ in begun):
+                    raise DocumentError(f"*{event.anchor:.50} refers to itself")
+                nodes += sizes.get(event.anchor or "", 1)
+            elif isinstance(event, yaml.CollectionEndEvent):
+                anchor, before = begun.pop()
+                if anchor is not None:
+                    sizes[anchor] = nodes - before
+            elif isinstance(event, yaml.CollectionStartEvent):
+                begun.append((event.anchor, nodes))
+                nodes += 1
+            elif isinstance(event, yaml.ScalarEvent):
+                nodes += 1
+            if len(begun) > MOST_DEPTH:
+                raise _too_deep()
+            if nodes > MOST_NODES:
+                raise DocumentError(f"it has more than {MOST_NODES:,} values")
+    except yaml.YAMLError as e:
+        raise DocumentError(_line(e)) from None
+
+
+def _inside(value: Any) -> Any:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def _open(path: Path) -> BinaryIO:
+    """A regular file; of a pipe the opening itself would wait."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise DocumentError("it is no regular file")
+    return os.fdopen(fd, "rb")
+
+
+def _loader() -> Any:
+    return getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def _too_deep() -> DocumentError:
+    return DocumentError(f"it is nested deeper than {MOST_DEPTH} levels")
+
+
+def _line(error: Exception) -> str:
+    """Its words in a line; some of yaml's have none."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
