@@ -114,7 +114,7 @@ def _tell(request: Request, snapped: Snapshot | None, jobs: list[str]) -> None:
         print(f"  runs {snapped.source}, {snapped.folder}")
     else:
         print(f"  runs {Source.here()}, as that is when it starts: the output is no folder to keep a copy in")
-    print(f"  tail -F {_log(request, jobs[0])}")
+    print(f"  tail -F {shlex.quote(str(_log(request, jobs[0])))}")
     if work.config is not None:
         folder = shlex.quote(str(work.folder))
         print(f"  ibq-scale jobs {folder}")

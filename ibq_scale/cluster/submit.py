@@ -18,6 +18,7 @@ from ibq_scale.cluster.profile import Profile
 from ibq_scale.cluster.render import Script, double_quoted, environment_lines, parse_option, python_path_line
 from ibq_scale.cluster.snapshot import Snapshot, Source
 from ibq_scale.config.run import AnyRun
+from ibq_scale.config.secrets import refuse_secrets
 from ibq_scale.errors import UserError
 
 # Between the end of the grace time and Slurm's kill.
@@ -118,7 +119,9 @@ def render(request: Request, snapped: Snapshot | None) -> Script:
         environment += ["# The code as it was when this was submitted.", python_path_line(str(snapped.pythonpath))]
         environment += environment_lines({"PYTHONSAFEPATH": "1"})
     script = script.with_block("modules", profile.setup).with_block("container", container)
-    return script.with_block("environment", environment)
+    script = script.with_block("environment", environment)
+    refuse_secrets({}, (*script.text.splitlines(), *request.work.words), "the job's script")
+    return script
 
 
 def words(request: Request, snapped: Snapshot | None) -> list[str]:

@@ -9,9 +9,15 @@ from collections.abc import Mapping
 
 from ibq_scale.errors import UserError
 
-# WANDB_API_KEY, HF_TOKEN, AWS_SECRET_ACCESS_KEY, DB_PASSWORD …
-SECRET_NAME = re.compile(r"(?:^|_)(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(?:_|$)", re.IGNORECASE)
-ASSIGNMENT = re.compile(r"\b([A-Za-z_][A-Za-z0-9_]*)=([\"']?)([^\s\"';]+)")
+# WANDB_API_KEY, HF_TOKEN, AWS_SECRET_ACCESS_KEY, DB_PASSWORD …, and MYPASS, APIKEY; not BYPASS, not PKEY.
+SECRET_NAME = re.compile(
+    r"(?:^|_)(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASS|CREDENTIALS?)(?:_|$)"
+    r"|(?:API_?KEY|ACCESS_?KEY|SECRET|TOKEN|PASSWORD|PASSWD|PASSPHRASE|(?<!BY)PASS)$",
+    re.IGNORECASE,
+)
+# Of one of several, as in export=ALL,NAME=value, too.
+ASSIGNMENT = re.compile(r"\b([A-Za-z_][A-Za-z0-9_]*)=([\"']?)([^\s\"';,]+)")
+BEARER = re.compile(r"\bBearer\s+([\"']?)([^\s\"']+)", re.IGNORECASE)
 
 
 def is_secret(variable: str, value: str) -> bool:
@@ -22,6 +28,7 @@ def is_secret(variable: str, value: str) -> bool:
 def refuse_secrets(variables: Mapping[str, str], lines: tuple[str, ...], where: str) -> None:
     """UserError where one of `variables`, or a shell line that sets one, holds a secret."""
     set_by_lines = [(found[1], found[3]) for line in lines for found in ASSIGNMENT.finditer(line)]
+    set_by_lines += [("Authorization_token", found[2]) for line in lines for found in BEARER.finditer(line)]
     for name, value in [*variables.items(), *set_by_lines]:
         if is_secret(name, value):
             raise UserError(

@@ -278,3 +278,24 @@ def test_a_word_that_the_command_does_not_know_ends_as_it_would_there(
         main(_submit("--", "sample", "ar", "--per-clas", "4", "--wrong"))
     assert end.value.code == 2
     assert "usage: ibq-scale" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("profile", "more"),
+    [
+        ("srun: ['--export=ALL,WANDB_API_KEY=hunter2']", ()),
+        ("inside: [env, HF_TOKEN=hunter2]", ()),
+        ("sbatch: ['export=ALL,WANDB_API_KEY=hunter2']", ()),
+        ("partition: gpu", ("--sbatch", "export=ALL,WANDB_API_KEY=hunter2")),
+    ],
+)
+def test_a_secret_stands_in_no_line_of_a_jobs_script(
+    slurm: FakeSlurm, words: list[str], capsys: pytest.CaptureFixture[str], profile: str, more: tuple[str, ...]
+) -> None:
+    path = slurm.folder / ".config/ibq-scale/clusters.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text(f"profiles:\n  alps: {{{profile}}}\n")
+    assert main([*words, "--cluster", "alps", *more, "--dry-run"]) == 2
+    said = "".join(capsys.readouterr())
+    assert "is a secret, and batch scripts are kept" in said
+    assert "hunter2" not in said

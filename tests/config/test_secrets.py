@@ -38,6 +38,10 @@ def test_also_in_a_list_and_for_commands_without_a_config() -> None:
         f"env: {{HF_TOKEN: {WORD}}}",
         f"setup: [module load cuda, 'export AWS_SECRET_ACCESS_KEY={WORD}']",
         f"setup: ['DB_PASSWORD=\"{WORD}\" true']",
+        f"setup: ['MYPASS={WORD}']",
+        f"setup: ['export APIKEY={WORD}']",
+        f"setup: ['curl -H \"Authorization: Bearer {WORD}\" there']",
+        f"setup: ['srun --export=ALL,WANDB_API_KEY={WORD} true']",
     ],
 )
 def test_a_profile_with_a_secret_is_refused(profile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,6 +62,7 @@ def test_what_reads_a_secret_when_the_job_runs_is_none(tmp_path: Path, monkeypat
     monkeypatch.setenv("IBQ_SCALE_CLUSTERS", str(path))
     assert load_profile(None)[0] == "alps"
     assert not is_secret("WANDB_API_KEY", "")
+    assert not is_secret("NCCL_BYPASS", "1")
 
 
 def test_a_server_is_told_without_its_user() -> None:
