@@ -6,6 +6,7 @@ RUN is the run directory, or the folder that another command writes to.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from ibq_scale.config.run import AnyRun
 from ibq_scale.errors import UserError
 
 FOLDER = "submitted"
+# Slurm's number of a job, or of a task of an array.
+JOB_ID = re.compile(r"\d+(_\d+)?")
 CODE, CONFIG, SCRIPT, RECORD = "code", "config.yaml", "job.sbatch", "submission.json"
 # What a run reads of a checkout; its tests and documents stay.
 PARTS = ("ibq_scale", "deepspeed_configs", "slurm", "pyproject.toml")
@@ -118,7 +121,9 @@ def chained_after(run_dir: Path, job: str) -> tuple[str, ...]:
 def _chains(run_dir: Path) -> Iterator[tuple[str, ...]]:
     for path in sorted((run_dir / FOLDER).glob(f"*/{RECORD}")):
         try:
-            yield tuple(json.loads(path.read_text())["jobs"])
+            jobs = json.loads(path.read_text())["jobs"]
+            # They become words of scancel.
+            yield tuple(job for job in jobs if isinstance(job, str) and JOB_ID.fullmatch(job))
         except (OSError, ValueError, KeyError, TypeError):
             continue
 

@@ -153,12 +153,12 @@ def _interpolated(text: str) -> Any:
     except (KeyError, AttributeError, TypeError) as e:
         # A tagged value ("!!bool x") fails in PyYAML with an error of any type.
         raise DocumentError(f"no plain values: {e}") from None
-    with _without_environment():
+    with without_environment():
         return OmegaConf.to_container(values, resolve=True)
 
 
 @contextmanager
-def _without_environment() -> Iterator[None]:
+def without_environment() -> Iterator[None]:
     """Interpolations cannot read environment variables: a secret would be kept in RUN/config.yaml, and shown."""
     # Its name since OmegaConf 2.4.
     register = getattr(OmegaConf, "register_resolver", OmegaConf.register_new_resolver)
@@ -189,6 +189,9 @@ def _override_layers(overrides: Sequence[str]) -> list[tuple[str, dict[str, Any]
         key, equals, _ = item.partition("=")
         if not equals or not key:
             raise UserError(f"'{item}' is no override: write key=value, for example train.global_batch=64")
+        if "${" in item:
+            # RUN/config.yaml would have the text, and resolve it when it is read back.
+            raise UserError(f"'{item}': an override has no interpolation: write the value")
         try:
             layer = OmegaConf.to_container(OmegaConf.from_dotlist([item]))
         except (yaml.YAMLError, OmegaConfBaseException) as e:

@@ -13,9 +13,10 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, ValidationError, model_validator
 
 from ibq_scale.config.base import Section
-from ibq_scale.config.layers import explain
+from ibq_scale.config.layers import explain, without_environment
 from ibq_scale.config.models import PositiveInt
 from ibq_scale.config.run import NonNegativeInt
+from ibq_scale.documents import require_modest
 from ibq_scale.errors import UserError
 
 LADDERS = Path(__file__).parent / "ladders"
@@ -146,8 +147,10 @@ def load_ladder(source: str, overrides: Sequence[str] = ()) -> LadderConfig:
     """
     path = _find(source)
     try:
+        require_modest(path.read_text(encoding="utf-8"))
         merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
-        values: Any = OmegaConf.to_container(merged, resolve=True)
+        with without_environment():
+            values: Any = OmegaConf.to_container(merged, resolve=True)
     except (OSError, yaml.YAMLError, OmegaConfBaseException, ValueError) as e:
         raise UserError(f"cannot read {source}: {' '.join(str(e).split())}") from None
     try:

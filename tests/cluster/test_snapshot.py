@@ -117,3 +117,12 @@ def test_jobs_of_all_submissions(tmp_path: Path) -> None:
     (tmp_path / "submitted/003").mkdir()
     (tmp_path / "submitted/003/submission.json").write_text("{")
     assert snapshot.submitted_jobs(tmp_path) == ["1", "2", "3"]
+
+
+def test_what_is_no_jobs_number_reaches_no_command(tmp_path: Path) -> None:
+    """A run directory comes from anybody, and these become words of scancel."""
+    folder = tmp_path / "submitted/001"
+    folder.mkdir(parents=True)
+    (folder / "submission.json").write_text('{"jobs": ["7", "--user=me", 8, "9_3", "10;rm", "7 8"]}')
+    assert snapshot.submitted_jobs(tmp_path) == ["7", "9_3"]
+    assert snapshot.chained_after(tmp_path, "7") == ("9_3",)

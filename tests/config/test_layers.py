@@ -197,3 +197,8 @@ def test_a_config_reads_no_environment_variable(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(UserError) as told:
         resolve(str(tmp_path / "run.yaml"), ["data.train=x"])
     assert "hunter2" not in str(told.value)
+
+
+def test_an_override_interpolates_nothing() -> None:
+    with pytest.raises(UserError, match="an override has no interpolation"):
+        resolve("tokenizer/tiny", ["data.train=x", "name=${train.seed}"])

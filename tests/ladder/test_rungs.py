@@ -125,3 +125,12 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert "w24-2.5e11-k256-seed0" in said
     assert "together: 8 rungs, 5e+12 FLOPs, hours unknown" in said
+
+
+def test_a_ladder_reads_no_environment_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "hunter2")
+    for text, more in (("name: ${oc.env:SECRET}\n", []), ("name: x\n", ["out=${oc.env:SECRET}"])):
+        (tmp_path / "ladder.yaml").write_text(text)
+        with pytest.raises(UserError, match="does not read environment variables") as told:
+            load_ladder(str(tmp_path / "ladder.yaml"), more)
+        assert "hunter2" not in str(told.value)
