@@ -13,3 +13,10 @@ class StoreUnavailableError(UserError):
     """The object storage did not answer until the deadline. It may later: a job with this code comes back."""
 
     exit_code = 69
+
+
+class PortTakenError(UserError):
+    """Another program listens where the ranks are to meet. The next attempt of a job takes another port."""
+
+    # EX_PROTOCOL of sysexits.h.
+    exit_code = 76

@@ -31,8 +31,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from ibq_scale.distributed.environment import free_port
 from ibq_scale.distributed.launch import _die_with_parent
+from ibq_scale.distributed.side_channel import LISTENER
+from tests.ports import free_port
 
 # Seconds that a start may take on a loaded machine.
 PATIENCE = 300.0
@@ -186,7 +187,9 @@ def _exit_code(child: int) -> int | None:
     return os.waitstatus_to_exitcode(status) if pid else None
 
 
-def _fork_rank(command: Sequence[str], env: Mapping[str, str], preexec_fn: Callable[[], None]) -> _Process:
+def _fork_rank(
+    command: Sequence[str], env: Mapping[str, str], pass_fds: Sequence[int], preexec_fn: Callable[[], None]
+) -> _Process:
     """A rank as `ibq_scale.distributed.launch` starts it: ``python -m ibq_scale WORDS``."""
     begun, words = list(command[:3]), command[3:]
     assert begun == [sys.executable, "-m", "ibq_scale"]
@@ -196,6 +199,8 @@ def _fork_rank(command: Sequence[str], env: Mapping[str, str], preexec_fn: Calla
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if not pass_fds:
+        os.close(int(env[LISTENER]))
     preexec_fn()
     environ = dict(env)
     os.environ.clear()

@@ -12,7 +12,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from ibq_scale.cli.main import OF_TRAINING
-from ibq_scale.distributed.environment import free_port
+from tests.ports import free_port
 from tests.train.runs import words
 
 ROOT = Path(__file__).resolve().parents[1]

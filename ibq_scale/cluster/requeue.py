@@ -16,7 +16,7 @@ from typing import Any
 from ibq_scale.cluster.snapshot import chained_after
 from ibq_scale.distributed.failed_nodes import Faults, NodeFaultError, recorded
 from ibq_scale.distributed.failed_nodes import attempt as this_attempt
-from ibq_scale.errors import StoreUnavailableError, UserError
+from ibq_scale.errors import PortTakenError, StoreUnavailableError, UserError
 from ibq_scale.train import attempts
 from ibq_scale.train.attempts import Attempt
 
@@ -27,6 +27,7 @@ REASONS = {
     70: "it hung, and ended itself",
     71: "a node failed its check",
     75: "it was stopped by a signal",
+    PortTakenError.exit_code: "the port where its ranks meet was taken",
 }
 """Codes after which the run is as good as before."""
 

@@ -7,7 +7,6 @@ LOCAL_RANK, MASTER_ADDR, MASTER_PORT); a process that nobody launched is rank 0 
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -20,7 +19,7 @@ from ibq_scale.errors import UserError
 TIMEOUT = timedelta(minutes=30)
 FLIGHT_RECORD_ENTRIES = "2000"
 # What a launcher would have set.
-ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
 def is_launched(environ: MutableMapping[str, str] | None = None) -> bool:
@@ -42,22 +41,18 @@ def map_slurm(environ: MutableMapping[str, str]) -> None:
     environ["LOCAL_RANK"] = environ["SLURM_LOCALID"]
     if environ.get("SLURM_NNODES", "1") == "1":
         environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    # Jobs on one node must not meet at one port: derive it from the job id as sbatch files usually do.
-    environ.setdefault("MASTER_PORT", str(20000 + int(environ.get("SLURM_JOB_ID", "0")) % 20000))
-
-
-def free_port() -> int:
-    """One of this machine's, for ranks to meet at."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+    # Jobs on one node must not meet at one port, and an attempt not at one that was taken. The kernel gives ports from
+    # 32768 on to connections.
+    job, restart = int(environ.get("SLURM_JOB_ID", "0")), int(environ.get("SLURM_RESTART_COUNT", "0"))
+    environ.setdefault("MASTER_PORT", str(10000 + (job + 7919 * restart) % 20000))
 
 
 @contextmanager
 def join(run_dir: Path | None = None) -> Iterator[World]:
     """Initialises torch.distributed (nccl on CUDA, else gloo) and leaves it at the end; a lone process is a world of 1.
 
-    NodeFaultError where a rank does not come, or cannot compute (`arrival`); `run_dir` then has the names of the nodes.
+    PortTakenError where another program has the port. NodeFaultError where a rank does not come, or cannot compute
+    (`arrival`); `run_dir` then has the names of the nodes.
     An exception on the way out skips the orderly farewell: the other ranks would wait for this one. After a UserError,
     which comes of no collective, only the group is closed: with its threads alive, an exit may end in an abort, and the
     exit code would be that one's.
@@ -74,7 +69,7 @@ def join(run_dir: Path | None = None) -> Iterator[World]:
     env.setdefault("TORCH_FR_BUFFER_SIZE", env.get("TORCH_NCCL_TRACE_BUFFER_SIZE", FLIGHT_RECORD_ENTRIES))
     alone = "RANK" not in env
     if alone:
-        env |= ALONE | {"MASTER_PORT": str(free_port())}
+        env |= ALONE
     local_rank = int(env.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
@@ -93,5 +88,5 @@ def join(run_dir: Path | None = None) -> Iterator[World]:
         raise
     finally:
         # What this process starts later is no rank of this world.
-        for name in [*ALONE, "MASTER_PORT"] if alone else []:
+        for name in ALONE if alone else ():
             env.pop(name, None)

@@ -10,6 +10,7 @@ import ctypes
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -20,8 +21,8 @@ from pathlib import Path
 from types import FrameType
 
 from ibq_scale.console import tell
-from ibq_scale.distributed.environment import free_port
 from ibq_scale.distributed.failures import FOLDER, collect, explain
+from ibq_scale.distributed.side_channel import LISTENER
 from ibq_scale.distributed.signals import held, let_in
 from ibq_scale.errors import UserError
 
@@ -79,19 +80,23 @@ def launch(words: Sequence[str], ranks: int | None) -> int:
 
 def _start(words: Sequence[str], count: int, failures: Path) -> list[subprocess.Popen[bytes]]:
     shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
-    shared |= {"MASTER_PORT": str(free_port()), FOLDER: str(failures)}
+    shared[FOLDER] = str(failures)
     # Several ranks with a thread a core each slow one another down; a user's own setting wins.
     threads = max(1, len(os.sched_getaffinity(0)) // count)
     shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
     command = [sys.executable, "-m", "ibq_scale", *words]
-    return [
-        subprocess.Popen(
-            command,
-            env=os.environ | shared | {"RANK": str(r), "LOCAL_RANK": str(r)},
-            preexec_fn=partial(_die_with_parent, os.getpid()),
-        )
-        for r in range(count)
-    ]
+    # Rank 0 gets the listening socket itself: a port that is only noted may be another program's when the rank is up.
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        shared |= {"MASTER_PORT": str(listener.getsockname()[1]), LISTENER: str(listener.fileno())}
+        return [
+            subprocess.Popen(
+                command,
+                env=os.environ | shared | {"RANK": str(r), "LOCAL_RANK": str(r)},
+                pass_fds=() if r else (listener.fileno(),),
+                preexec_fn=partial(_die_with_parent, os.getpid()),
+            )
+            for r in range(count)
+        ]
 
 
 def _die_with_parent(parent: int) -> None:

@@ -14,13 +14,17 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ibq_scale.distributed.failed_nodes import attempt
 from ibq_scale.distributed.world import World
+from ibq_scale.errors import PortTakenError
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import TCPStore
 
 T = TypeVar("T")
 POLL_SECONDS = 0.1
+LISTENER = "IBQ_SCALE_LISTENER"
+"""Rank 0's file descriptor of the socket that already listens at MASTER_PORT, where its launcher made one."""
 
 
 class NoAnswerError(RuntimeError):
@@ -32,8 +36,8 @@ class SideChannel:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        # A restarted torchrun keeps its store: what an earlier attempt wrote is not ours.
-        self._prefix = f"ibq_scale/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        # Not the words of an earlier attempt, whose store a restarted torchrun keeps, nor of another job at this port.
+        self._prefix = "/".join(["ibq_scale", *attempt(), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")])
         self._store = self._connect()
 
     def another(self) -> SideChannel:
@@ -102,18 +106,44 @@ class SideChannel:
 def open_store(world: World, timeout: timedelta) -> TCPStore:
     """The store at the ranks' meeting point: rank 0 keeps it, unless torchrun's agent does; the others wait for it.
 
-    It ends with what this returns. RuntimeError where nobody keeps it within `timeout`.
+    It ends with what this returns. RuntimeError where nobody keeps it within `timeout`. PortTakenError on the rank that
+    is to keep it. A rank alone meets nobody, so it takes any port and writes it to MASTER_PORT.
     """
+    from torch.distributed import DistNetworkError
+
     agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return _connect(is_master=world.is_main and not agent, timeout=timeout)
+    if not world.is_main or agent:
+        return _connect(is_master=False, timeout=timeout)
+    listener = os.environ.pop(LISTENER, None)
+    if world.size == 1 and listener is None:
+        os.environ["MASTER_PORT"] = "0"
+    try:
+        store = _connect(is_master=True, timeout=timeout, listener=None if listener is None else int(listener))
+    except DistNetworkError as e:
+        if "EADDRINUSE" not in str(e):
+            raise
+        raise PortTakenError(
+            f"port {os.environ['MASTER_PORT']} of {os.environ['MASTER_ADDR']}, where the ranks are to meet, is another "
+            "program's: set another MASTER_PORT (a job that Slurm starts again takes another one by itself)"
+        ) from None
+    os.environ["MASTER_PORT"] = str(store.port)
+    return store
 
 
-def _connect(*, is_master: bool, timeout: timedelta) -> TCPStore:
+def _connect(*, is_master: bool, timeout: timedelta, listener: int | None = None) -> TCPStore:
     from torch._C._distributed_c10d import TCPStore
 
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     # Of several tenants: the process group's own store is the same one.
-    return TCPStore(host, port, is_master=is_master, wait_for_workers=False, timeout=timeout, multi_tenant=is_master)
+    return TCPStore(
+        host,
+        port,
+        is_master=is_master,
+        wait_for_workers=False,
+        timeout=timeout,
+        multi_tenant=is_master,
+        master_listen_fd=listener,
+    )
 
 
 def within(seconds: float, ask: Callable[[], T | None], what: str) -> T:

@@ -45,6 +45,7 @@ def _after(run: Path, code: int, seconds: float = 3600.0) -> Attempt:
         (70, 9e3, True),
         (71, 5, True),
         (69, 130, True),
+        (76, 5, True),
         (1, 5, False),
         (1, 9e3, True),
     ],

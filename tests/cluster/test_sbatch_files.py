@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 from pathlib import Path
 
 import pytest
+
+from tests.ports import free_port
 
 FILES = Path(__file__).resolve().parents[2] / "slurm"
 TRAIN = ["train_tokenizer", "train_ar"]
@@ -69,6 +72,22 @@ def _words(name: str, folder: Path) -> list[str]:
 
 def _command(name: str, folder: Path) -> str:
     return f"{folder}/bin/ibq-scale {name.replace('_', ' ')} {' '.join(_words(name, folder))}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ranks_meet_at_a_port_where_nobody_listens(name: str, tmp_path: Path) -> None:
+    text = (FILES / f"{name}.sbatch").read_text()
+    meet = text.index("export MASTER_ADDR MASTER_PORT\n")
+    told = f"{text[:meet]}echo $MASTER_PORT > {tmp_path}/port\n{text[meet:]}"
+    free = free_port()
+    job = {"SLURM_JOB_ID": str(free - 10000 - 7919), "SLURM_RESTART_COUNT": "1"}
+    (tmp_path / "free").mkdir()
+    _run(tmp_path / "free", told, *_words(name, tmp_path / "free"), **job)
+    assert int((tmp_path / "port").read_text()) == free
+    with socket.create_server(("127.0.0.1", free)):
+        (tmp_path / "taken").mkdir()
+        _run(tmp_path / "taken", told, *_words(name, tmp_path / "taken"), **job)
+    assert int((tmp_path / "port").read_text()) > free
 
 
 OWN = "--cpus-per-task=12 --kill-on-bad-exit=1"

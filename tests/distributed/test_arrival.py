@@ -14,9 +14,10 @@ import torch
 
 from ibq_scale.distributed import arrival
 from ibq_scale.distributed.arrival import Arrival, judge, look
-from ibq_scale.distributed.environment import free_port
 from ibq_scale.distributed.world import World
+from ibq_scale.errors import PortTakenError
 from tests.nursery import Forked, program
+from tests.ports import free_port
 
 
 def _came(rank: int, a_node: int = 2, **more: object) -> Arrival:
@@ -126,14 +127,14 @@ def _ranks(run: Path, how: Sequence[str], port: int | None = None) -> list[Forke
     ]
 
 
-def _ended(ranks: Sequence[Forked]) -> list[str]:
-    """What they said; each ends with 71 by itself."""
+def _ended(ranks: Sequence[Forked], code: int = 71) -> list[str]:
+    """What they said; each ends with `code` by itself."""
     try:
         said = [rank.communicate()[1] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
-    assert [rank.returncode for rank in ranks] == [71] * len(ranks), "\n".join(said)
+    assert [rank.returncode for rank in ranks] == [code] * len(ranks), "\n".join(said)
     return said
 
 
@@ -155,14 +156,20 @@ def test_ranks_that_come_name_one_that_does_not(tmp_path: Path, how: tuple[str, 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_a_meeting_point_that_is_taken_is_its_nodes_fault(tmp_path: Path) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        (rank,) = _ranks(tmp_path / "run", ("comes", "absent"), port=taken.getsockname()[1])
-        (said,) = _ended([rank])
-    assert "the ranks cannot meet at 127.0.0.1, port" in said
-    assert [*json.loads((tmp_path / "run/failed_nodes.json").read_text())["nodes"]] == ["node0"]
+def test_a_port_that_is_taken_is_no_nodes_fault(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        (rank,) = _ranks(tmp_path / "run", ("comes", "absent"), port=port)
+        (said,) = _ended([rank], PortTakenError.exit_code)
+    assert f"port {port} of 127.0.0.1, where the ranks are to meet, is another program's" in said
+    assert not (tmp_path / "run/failed_nodes.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_rank_that_is_alone_needs_no_port_of_its_own(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        _ended(_ranks(tmp_path / "run", ("comes",), port=taken.getsockname()[1]), 0)
 
 
 @pytest.mark.slow

@@ -25,7 +25,10 @@ def test_srun_is_mapped_to_torchs_variables() -> None:
     map_slurm(environment)
     assert (environment["RANK"], environment["WORLD_SIZE"], environment["LOCAL_RANK"]) == ("5", "8", "1")
     assert environment["MASTER_ADDR"] == "node1"
-    assert environment["MASTER_PORT"] == "20123"
+    assert environment["MASTER_PORT"] == "10123"
+    again = SRUN | {"MASTER_ADDR": "node1", "SLURM_RESTART_COUNT": "1"}
+    map_slurm(again)
+    assert again["MASTER_PORT"] == "18042"
 
 
 def test_torchrun_inside_srun_keeps_its_own() -> None:

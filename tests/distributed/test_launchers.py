@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from ibq_scale.distributed.environment import free_port
 from ibq_scale.distributed.failures import FOLDER
+from tests.ports import free_port
 from tests.samples import SMALL_AR, write_codes
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]

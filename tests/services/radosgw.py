@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
-from tests.services.daemons import free_ports, run_by_hand
+from tests.ports import free_ports
+from tests.services.daemons import run_by_hand
 
 PACKAGES = {
     "ceph": "ceph-common",

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.services.daemons import free_ports, run_by_hand
+from tests.ports import free_ports
+from tests.services.daemons import run_by_hand
 
 PACKAGES = {"slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client", "munged": "munge"}
 """Debian's package of each program."""
