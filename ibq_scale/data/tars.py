@@ -6,7 +6,6 @@ the label is ``cls``, else ``label`` or ``cls`` of ``json``, whose values are th
 
 from __future__ import annotations
 
-import json
 import re
 import tarfile
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ from ibq_scale.data.index import Reject
 from ibq_scale.data.ranges import RangeReader
 from ibq_scale.data.samples import Sample, Unit
 from ibq_scale.data.store import Store
+from ibq_scale.documents import parse_json
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 LABELS = ("label", "cls")
@@ -133,7 +133,7 @@ def read_sample(reader: RangeReader, sample: TarSample, file: str) -> Sample | R
 
 def _json(data: bytes) -> Mapping[str, Any]:
     try:
-        values = json.loads(data)
+        values = parse_json(data)
     except ValueError:
         return {}
     return values if isinstance(values, dict) else {}
