@@ -44,9 +44,18 @@ def parse_json(data: bytes | str) -> Any:
     raise _too_deep()
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """A regular file; of a pipe the opening itself would wait. OSError, DocumentError."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise DocumentError("it is no regular file")
+    return os.fdopen(fd, "rb")
+
+
 def read_text(path: Path) -> str:
     """A regular file of at most `MOST_FILE_BYTES`, as UTF-8. OSError, DocumentError."""
-    with _open(path) as file:
+    with open_regular(path) as file:
         data = file.read(MOST_FILE_BYTES + 1)
     if len(data) > MOST_FILE_BYTES:
         raise DocumentError(f"it has more than {MOST_FILE_BYTES >> 20} MiB")
@@ -72,7 +81,7 @@ def json_object(path: Path) -> dict[str, Any]:
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The JSON objects of a log, a line each, with their text. Damaged lines are left out. OSError, DocumentError."""
-    with _open(path) as file:
+    with open_regular(path) as file:
         while line := file.readline(MOST_LINE_BYTES):
             begun = line
             while len(line) == MOST_LINE_BYTES and not line.endswith(b"\n"):
@@ -131,15 +140,6 @@ def require_modest(text: str) -> None:
 
 def _inside(value: Any) -> Any:
     return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-
-
-def _open(path: Path) -> BinaryIO:
-    """A regular file; of a pipe the opening itself would wait."""
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise DocumentError("it is no regular file")
-    return os.fdopen(fd, "rb")
 
 
 def _loader() -> Any:

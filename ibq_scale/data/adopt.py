@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ibq_scale.data.encode import UnusableError, UnwantedError, encode_picture
 from ibq_scale.data.filters import Condition, all_hold, check_columns, parse_conditions
+from ibq_scale.data.folder import Store
 from ibq_scale.data.index import INDEX_VERSION, Member, Reject, ShardIndex, index_name
 from ibq_scale.data.jobs import Report, run_jobs
 from ibq_scale.data.labels import Labels, label_of, look_at_labels
@@ -24,7 +25,6 @@ from ibq_scale.data.progress import Progress
 from ibq_scale.data.ranges import HashingReader
 from ibq_scale.data.samples import Sample, Unit
 from ibq_scale.data.sources import open_source
-from ibq_scale.data.store import Store
 from ibq_scale.data.tars import CutTarError, TarSample, TarSource, read_sample, tar_samples
 from ibq_scale.errors import UserError
 

@@ -11,7 +11,8 @@ from pydantic import Field, ValidationError
 
 from ibq_scale.config.base import Section
 from ibq_scale.config.models import Rows, Side
-from ibq_scale.data.store import Store, open_store
+from ibq_scale.data.folder import Store
+from ibq_scale.data.store import open_store
 from ibq_scale.documents import parse_json
 from ibq_scale.errors import UserError
 from ibq_scale.names import FileName, Sha256

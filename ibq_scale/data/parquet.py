@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from ibq_scale.data.folder import Store
 from ibq_scale.data.index import Reject
 from ibq_scale.data.ranges import RangeReader
 from ibq_scale.data.samples import Sample, Unit
-from ibq_scale.data.store import Store
 from ibq_scale.errors import UserError
 
 PICTURES = ("image", "jpg", "jpeg", "png", "webp", "img")

@@ -25,6 +25,7 @@ import numpy as np
 
 from ibq_scale.data.encode import UnusableError, UnwantedError, encode_picture
 from ibq_scale.data.filters import Condition, all_hold, check_columns, parse_conditions
+from ibq_scale.data.folder import Store
 from ibq_scale.data.index import INDEX_VERSION, Member, Reject, ShardIndex, index_name
 from ibq_scale.data.jobs import Report, run_jobs
 from ibq_scale.data.labels import Labels, label_of, look_at_labels
@@ -32,7 +33,7 @@ from ibq_scale.data.manifest import Manifest, ShardInfo, save_manifest
 from ibq_scale.data.progress import Progress
 from ibq_scale.data.samples import Sample, Source, Unit
 from ibq_scale.data.sources import open_source
-from ibq_scale.data.store import Store, open_store
+from ibq_scale.data.store import open_store
 from ibq_scale.errors import UserError
 
 # Part of every plan: shards of another way of making them are not taken over.

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from ibq_scale.data.folder import Store, UnreadableError
 from ibq_scale.data.index import Reject
 from ibq_scale.data.parquet import open_parquet
 from ibq_scale.data.samples import Sample, Source, Unit
-from ibq_scale.data.store import Store, open_store
+from ibq_scale.data.store import open_store
 from ibq_scale.data.tars import TarSource
 from ibq_scale.errors import UserError
 
@@ -56,7 +57,7 @@ def find_files(url: str) -> tuple[Store, dict[str, int]]:
     UserError where there is no such folder or file.
     """
     root, pattern = _split(url)
-    store = open_store(root)
+    store = open_store(root, links=True)
     try:
         files = {n: b for n, b in store.files().items() if not any(p.startswith(".") for p in n.split("/"))}
     except FileNotFoundError:
@@ -126,4 +127,9 @@ class FolderSource:
 
     def read(self, unit: Unit, start: int) -> Iterator[tuple[int, Sample | Reject]]:
         label = self.classes.index(unit.file.split("/")[0]) if self.classes else None
-        yield 0, Sample(unit.file, self.store.read(unit.file), label, {})
+        try:
+            data = self.store.read(unit.file)
+        except UnreadableError as e:
+            yield 0, Reject(unit.file, str(e))
+        else:
+            yield 0, Sample(unit.file, data, label, {})

@@ -12,11 +12,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ibq_scale.data.folder import Store, UnreadableError
 from ibq_scale.data.index import Reject
 from ibq_scale.data.ranges import RangeReader
 from ibq_scale.data.samples import Sample, Unit
-from ibq_scale.data.store import Store
 from ibq_scale.documents import parse_json
+from ibq_scale.errors import UserError
+from ibq_scale.names import is_text
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 LABELS = ("label", "cls")
@@ -76,12 +78,15 @@ def tar_samples(reader: RangeReader, start: int = 0) -> Iterator[TarSample]:
                     if sample is not None:
                         yield sample
                     sample = TarSample(name[1], info.offset, {})
-                if info.offset_data + info.size > reader.size:
+                if not 0 <= info.size <= reader.size - info.offset_data:
                     raise CutTarError(f"breaks off in {info.name}")
                 place = Place(info.offset_data, info.size)
                 sample = TarSample(sample.key, sample.start, {**sample.members, name[2].lower(): place})
             end = tar.offset
-    except tarfile.TarError as e:
+    except UserError:
+        raise
+    except (tarfile.TarError, ValueError, OSError, ArithmeticError, LookupError) as e:
+        # tarfile's own words for headers with odd numbers are any of these.
         raise CutTarError(f"is no whole tar ({e})") from None
     if reader.read_at(end, tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         # The last sample may lack its label.
@@ -107,13 +112,15 @@ class TarSource:
             for sample in tar_samples(reader, start):
                 yield sample.start, read_sample(reader, sample, unit.file)
                 position = sample.start
-        except CutTarError as e:
+        except (CutTarError, UnreadableError) as e:
             yield position + 1, Reject(unit.file, str(e))
 
 
 def read_sample(reader: RangeReader, sample: TarSample, file: str) -> Sample | Reject:
     """The sample with its picture's bytes, named FILE/KEY; a Reject where it holds no picture."""
     name = f"{file}/{sample.key}"
+    if not is_text(name):
+        return Reject(name.encode("utf-8", "backslashreplace").decode(), "its name is no UTF-8")
     picture = sample.picture
     if picture is None:
         return Reject(name, f"no picture among its members ({', '.join(sample.members)})")

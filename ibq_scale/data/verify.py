@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from threading import Lock
 
+from ibq_scale.data.folder import Store
 from ibq_scale.data.index import ShardIndex, UnfitIndexError, index_name, index_of
 from ibq_scale.data.manifest import NAME, Kind, Manifest, ShardInfo, load_manifest
 from ibq_scale.data.progress import Progress
 from ibq_scale.data.ranges import HashingReader
-from ibq_scale.data.store import Store, open_store
+from ibq_scale.data.store import open_store
 from ibq_scale.documents import parse_json
 from ibq_scale.errors import UserError
 

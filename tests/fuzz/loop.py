@@ -22,7 +22,19 @@ from tests.fuzz.mutations import mutate
 
 SECONDS, BYTES = 10.0, 1_500_000_000
 """Of one input, at most: time and resident memory."""
-FILE_CHANGES = ("gone", "folder", "pipe", "loop", "outside")
+FILE_CHANGES = ("gone", "folder", "pipe", "loop", "outside", "renamed")
+NAMES = (
+    b"\xff\xfe.jpg",
+    b"a\nb.jpg",
+    b" ",
+    b"a'b.jpg",
+    b"-x",
+    b"[a].jpg",
+    b"x" * 240,
+    b"manifest.json",
+    b".hidden",
+    b"a.tar",
+)
 
 
 @dataclass(frozen=True)
@@ -73,7 +85,8 @@ def fuzz(target: Target, seeds: Sequence[int], folder: Path) -> None:
     with (folder / "log").open("w") as log, (folder / "stacks").open("w") as stacks:
         for seed in seeds:
             print(seed, end=" ", file=log, flush=True)
-            shutil.rmtree(work, ignore_errors=True)
+            if work.exists():
+                shutil.rmtree(work)
             shutil.copytree(good, work, symlinks=True)
             faulthandler.dump_traceback_later(SECONDS + 5, exit=True, file=stacks)
             found = _one(target, Random(seed), work)
@@ -121,7 +134,10 @@ def _change(target: Target, random: Random, work: Path) -> str:
         path = random.choice(files)
         if random.random() < 0.1:
             how = random.choice(FILE_CHANGES)
-            path.unlink()
+            if how == "renamed":
+                path.rename(path.parent / os.fsdecode(random.choice(NAMES)))
+            else:
+                path.unlink()
             match how:
                 case "folder":
                     path.mkdir()

@@ -8,6 +8,7 @@ import json
 import os
 import tarfile
 from contextlib import suppress
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -25,10 +26,12 @@ from ibq_scale.data.sets import open_sets
 from ibq_scale.data.stream import code_stream, evaluation_images, image_stream
 from ibq_scale.pretrained.loading import ARModel, Tokenizer, load_model, save_ar, save_tokenizer, start_from
 from ibq_scale.pretrained.published import export_published, published_tokenizer
+from ibq_scale.train.attempts import Attempt
 from tests.fuzz.loop import Target, command
 from tests.fuzz.mutations import ODD
 from tests.nursery import run
 from tests.samples import write_codes, write_pictures
+from tests.train.runs import words as words_of_run
 
 SIZES = AutoencoderConfig(
     channels=32,
@@ -215,10 +218,8 @@ def _run(folder: Path) -> None:
         ]
     )
     assert done.returncode == 0, done.stderr
-    (folder / "runs/a/attempts.jsonl").write_text(
-        json.dumps({"job": "1", "restart": 0, "code": 75, "step_before": 0, "step_after": 2, "nodes": "n", "seconds": 5.0,
-                    "excluded": [], "again": True, "why": "x", "time": 1.0}) + "\n"
-    )  # fmt: skip
+    attempt = Attempt("1", 0, 75, 0, 2, "n", 5.0, (), True, "x", "2026-11-30T00:00:00+00:00")
+    (folder / "runs/a/attempts.jsonl").write_text(json.dumps(asdict(attempt)) + "\n")
     (folder / "runs/a/evaluation.json").write_text(json.dumps({"rfid": 3.0, "psnr": 20.0, "samples": 10, "of": "x"}))
 
 

@@ -112,7 +112,7 @@ def _published(model: Path, to: Path, change: Callable[[dict[Any, Any]], object]
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda s: s.update({"transformer.blocks.999999.x": torch.ones(1)}), "3 layers there are numbered up to 999999"),
+        (lambda s: s.update({"transformer.blocks.999999.x": torch.ones(1)}), "3 layers .* numbered up to 999999"),
         (lambda s: s.update({f"transformer.blocks.{'9' * 5000}.x": torch.ones(1)}), "numbered up to 100000000"),
         (lambda s: s.update({"transformer.tok_emb.weight": torch.ones(4)}), r"a table of shape \(4,\)"),
         (lambda s: s.update({"transformer.class_emb.embedding_table.weight": torch.ones(())}), r"of shape \(\)"),
