@@ -55,4 +55,8 @@ def is_sha256(value: object) -> bool:
 
 def is_inside(root: Path, name: str) -> bool:
     """Whether ROOT/NAME, with all links followed, is in `root`, which may itself be a link."""
-    return (root / name).resolve().is_relative_to(root.resolve())
+    try:
+        return (root / name).resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError):
+        # Links that lead to one another.
+        return False

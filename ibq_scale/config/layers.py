@@ -232,7 +232,7 @@ def explain(error: Any, schema: type[BaseModel], source: str) -> str:
         return f"{source}: unknown key '{key}'" + (f", did you mean '{near}'?" if near else "")
     message = str(error["msg"]).removeprefix("Value error, ")
     where = f"{key}: " if key else ""
-    given = "" if isinstance(error.get("input"), (dict, BaseModel)) else f" (got {error.get('input')!r})"
+    given = "" if isinstance(error.get("input"), (dict, BaseModel)) else f" (got {error.get('input')!r:.100})"
     return f"{source}: {where}{message}{given}"
 
 

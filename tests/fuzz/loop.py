@@ -85,8 +85,9 @@ def fuzz(target: Target, seeds: Sequence[int], folder: Path) -> None:
     with (folder / "log").open("w") as log, (folder / "stacks").open("w") as stacks:
         for seed in seeds:
             print(seed, end=" ", file=log, flush=True)
-            if work.exists():
-                shutil.rmtree(work)
+            # Threads of an earlier stream may still write into its folder.
+            shutil.rmtree(work, ignore_errors=True)
+            work = folder / f"work-{seed}"
             shutil.copytree(good, work, symlinks=True)
             faulthandler.dump_traceback_later(SECONDS + 5, exit=True, file=stacks)
             found = _one(target, Random(seed), work)
@@ -100,7 +101,7 @@ def fuzz(target: Target, seeds: Sequence[int], folder: Path) -> None:
 def _one(target: Target, random: Random, work: Path) -> str:
     changed = _change(target, random, work)
     if target.mend is not None and random.random() < 0.7:
-        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             target.mend(work)
     before = Path.cwd()
     os.chdir(work)

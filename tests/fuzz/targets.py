@@ -104,6 +104,8 @@ def _use_images(folder: Path, random: Random) -> None:
 
 def _stamp_set(folder: Path) -> None:
     """Gives changed shards and indices the sizes and hashes that their manifest should have."""
+    if not (folder / "set/manifest.json").is_file():
+        return
     manifest = json.loads((folder / "set/manifest.json").read_text())
     for shard in manifest["shards"]:
         path = folder / "set" / shard["name"]
