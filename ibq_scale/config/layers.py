@@ -54,8 +54,8 @@ def resolve(source: str, overrides: Sequence[str] = (), task: Task | None = None
         merged = _merge(merged, layer)
         origins.update(dict.fromkeys(_leaves(layer), label))
     kind = merged.get("task", task)
-    if kind not in SCHEMAS:
-        raise UserError(f"{source}: 'task' must be one of {', '.join(SCHEMAS)}, got {kind!r}")
+    if not isinstance(kind, str) or kind not in SCHEMAS:
+        raise UserError(f"{source}: 'task' must be one of {', '.join(SCHEMAS)}, got {kind!r:.100}")
     if task is not None and kind != task:
         raise UserError(f"{source} is a config of task '{kind}', this command trains '{task}'")
     return Resolved(validate(SCHEMAS[kind], merged, source), origins)

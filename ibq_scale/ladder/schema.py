@@ -62,6 +62,9 @@ class TilesConfig(Section):
     overrides: tuple[str, ...] = ()
 
 
+MOST_RUNGS = 1000
+
+
 class BudgetConfig(Section):
     """How long rungs train: every size with each of `samples` (images), or with each of `flops` (of the whole training:
     larger sizes see less). With neither, each size's preset says.
@@ -123,10 +126,23 @@ class LadderConfig(Section):
     machine: MachineConfig = MachineConfig()
 
     @model_validator(mode="after")
+    def _can_be_counted(self) -> LadderConfig:
+        budgets = len(self.budget.samples or self.budget.flops) or 1
+        rungs = len(self.sizes) * budgets * len(self.codes.codebooks) * len(self.seeds)
+        if not 1 <= rungs <= MOST_RUNGS:
+            raise ValueError(
+                f"sizes × budgets × codebooks × seeds are {rungs:,} rungs: 1 to {MOST_RUNGS:,} make a ladder"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _names_differ(self) -> LadderConfig:
         names = [size.name for size in self.sizes]
         if len(set(names)) < len(names):
             raise ValueError(f"sizes must have names of their own, got {', '.join(names)}")
+        for values in (self.budget.samples, self.budget.flops, self.codes.codebooks, self.seeds):
+            if len(set(values)) < len(values):
+                raise ValueError(f"two rungs would be the same: {values!s:.100} has a value twice")
         return self
 
     @property
@@ -151,7 +167,7 @@ def load_ladder(source: str, overrides: Sequence[str] = ()) -> LadderConfig:
         merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
         with without_environment():
             values: Any = OmegaConf.to_container(merged, resolve=True)
-    except (OSError, yaml.YAMLError, OmegaConfBaseException, ValueError) as e:
+    except (OSError, yaml.YAMLError, OmegaConfBaseException, ValueError, KeyError, AttributeError, TypeError) as e:
         raise UserError(f"cannot read {source}: {' '.join(str(e).split())}") from None
     try:
         return LadderConfig.model_validate(values)
