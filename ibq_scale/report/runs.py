@@ -97,7 +97,7 @@ class RunLog:
 
     def pictures(self, name: str) -> list[Path]:
         """What the run drew under a name, by step."""
-        return sorted((self.path / "images").glob(f"{name}-*.png"))
+        return sorted((self.path / "images").glob(f"{name}-{'[0-9]' * 8}.png"))
 
 
 def load_run(path: Path, name: str | None = None) -> RunLog:

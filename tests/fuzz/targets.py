@@ -14,6 +14,7 @@ from pathlib import Path
 from random import Random
 
 import torch
+from PIL import Image
 
 from ibq_scale.checkpoint.mirror import Mirror
 from ibq_scale.cluster.profile import PATH_VARIABLE
@@ -265,7 +266,22 @@ def _run(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     attempt = Attempt("1", 0, 75, 0, 2, "n", 5.0, (), True, "x", "2026-11-30T00:00:00+00:00")
     (folder / "runs/a/attempts.jsonl").write_text(json.dumps(asdict(attempt)) + "\n")
-    (folder / "runs/a/evaluation.json").write_text(json.dumps({"rfid": 3.0, "psnr": 20.0, "samples": 10, "of": "x"}))
+    figures = dict.fromkeys(
+        ("rfid", "lpips", "psnr", "ssim", "usage", "fid", "inception_score", "precision", "recall"), 0.5
+    )
+    measured = figures | {"data": "x", "images": 10, "resolution": 16, "pixels": "u8", "codebook_size": 64}
+    (folder / "runs/a/reconstruction.json").write_text(json.dumps(measured))
+    sampled = {"settings": {"guidance": 2.0, "temperature": 1.0}, "model": None}
+    hashes = {"reference": "r", "reference_hash": "h", "extractor_sha256": "e"}
+    stamp = {"reference_stamp": {"images": 10, "data": "x"}}
+    (folder / "runs/a/generation.json").write_text(
+        json.dumps(figures | hashes | stamp | {"sampled": sampled, "images": 10, "resolution": [16, 16]})
+    )
+    (folder / "runs/a/samples.json").write_text(json.dumps(sampled))
+    for name in ("worst", "grid", "images/samples-00000002", "images/reconstructions-00000002"):
+        (folder / f"runs/a/{name}.png").parent.mkdir(exist_ok=True)
+        Image.new("RGB", (40, 40), "green").save(folder / f"runs/a/{name}.png")
+    (folder / "runs/a/heartbeat.json").write_text(json.dumps({"step": 1, "step_s": 0.5, "phase": "step", "host": "h"}))
 
 
 def _use_run(folder: Path, random: Random) -> None:
@@ -334,7 +350,12 @@ TARGETS = {
         Target("pictures", _pictures, ("pictures/*/*",), _use_pictures),
         Target("models", _models, ("*/config.json", "*/*.safetensors"), _use_models),
         Target("published", _published, ("*.ckpt",), _use_published),
-        Target("runs", _run, ("runs/a/*", "runs/a/checkpoints/*/manifest.json", "runs/a/checkpoints/*/*/*"), _use_run),
+        Target(
+            "runs",
+            _run,
+            ("runs/a/*", "runs/a/checkpoints/*/manifest.json", "runs/a/checkpoints/*/*/*", "runs/a/images/*"),
+            _use_run,
+        ),
         Target("clusters", _cluster, ("clusters.yaml",), _use_cluster),
     )
 }
