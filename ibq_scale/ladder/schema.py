@@ -13,10 +13,10 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, ValidationError, model_validator
 
 from ibq_scale.config.base import Section
-from ibq_scale.config.layers import explain, without_environment
+from ibq_scale.config.layers import explain, load_omegaconf, without_environment
 from ibq_scale.config.models import PositiveInt
 from ibq_scale.config.run import NonNegativeInt
-from ibq_scale.documents import read_text, require_modest
+from ibq_scale.documents import read_text
 from ibq_scale.errors import UserError
 
 LADDERS = Path(__file__).parent / "ladders"
@@ -163,8 +163,7 @@ def load_ladder(source: str, overrides: Sequence[str] = ()) -> LadderConfig:
     """
     path = _find(source)
     try:
-        require_modest(read_text(path))
-        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        merged = OmegaConf.merge(load_omegaconf(read_text(path)), OmegaConf.from_dotlist(list(overrides)))
         with without_environment():
             values: Any = OmegaConf.to_container(merged, resolve=True)
     except (OSError, yaml.YAMLError, OmegaConfBaseException, ValueError, KeyError, AttributeError, TypeError) as e:
