@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -70,6 +71,7 @@ class S3Store(Store):
         self.bucket, _, self._folder = self.prefix.partition("/")
         if not self.bucket:
             raise UserError(f"'{url}' names no bucket: write s3://bucket/prefix")
+        _require_endpoint()
         self._client: Any = None
         self._client_pid = -1
         self._answered = False
@@ -287,6 +289,15 @@ def _new_client() -> Any:
     )
     client.retries = 1
     return client
+
+
+def _require_endpoint() -> None:
+    """UserError for an AWS_ENDPOINT_URL that botocore refuses with an error of any type, or that shows a password."""
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        endpoint = os.environ.get(name, "")
+        refuse_credentials(endpoint)
+        if endpoint and not re.fullmatch(r"https?://[\w.:\[\]-]+(/\S*)?", endpoint):
+            raise UserError(f"{name} is '{endpoint}': write it with its scheme, as http://minio:9000")
 
 
 async def _body(response: dict[str, Any], seconds: float) -> Any:
