@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from ibq_scale.config.secrets import refuse_credentials
-from ibq_scale.data.folder import DOWNLOAD_CHUNK, LocalStore, Store, Unfinished, over, too_short
+from ibq_scale.data.folder import DOWNLOAD_CHUNK, LocalStore, Store, Unfinished, over, require_fit, too_short
 from ibq_scale.data.multipart import Content, parallel, send_parts
 from ibq_scale.data.s3_errors import (
     ANONYMOUS,
@@ -90,7 +90,7 @@ class S3Store(Store):
 
     def read(self, path: str) -> bytes:
         parts: dict[int, bytes] = {}
-        self._transfer(path, parts.__setitem__)
+        self._transfer(path, parts.__setitem__, whole=True)
         return b"".join(parts[start] for start in sorted(parts))
 
     def read_range(self, path: str, start: int, stop: int) -> bytes:
@@ -166,15 +166,17 @@ class S3Store(Store):
     def _name(self, path: str) -> dict[str, str]:
         return {"Bucket": self.bucket, "Key": f"{self._folder}/{path}" if self._folder else path}
 
-    def _transfer(self, path: str, place: Callable[[int, bytes], object]) -> int:
+    def _transfer(self, path: str, place: Callable[[int, bytes], object], *, whole: bool = False) -> int:
         """Gives a whole object to `place` (from threads) by ranges, so that a broken connection costs one range.
 
-        Returns its size.
+        Returns its size. `whole`: it is kept in memory, so UnreadableError as `read`.
         """
         try:
             first = self._get(path, 0, DOWNLOAD_CHUNK)
         except PastEndError:
             return 0  # No range fits an empty object.
+        if whole:
+            require_fit(f"{self.url}/{path}", first.total)
         place(0, first.data)
 
         def move(start: int) -> None:

@@ -534,6 +534,18 @@ def test_links_out_of_a_folder_are_not_followed_unless_asked(tmp_path: Path) -> 
     assert open_store(str(tmp_path / "set"), links=True).read("shard") == b"secret"
 
 
+@pytest.mark.slow
+def test_a_file_that_is_too_large_takes_no_memory(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (store_module, folder_module):
+        monkeypatch.setattr(module, "DOWNLOAD_CHUNK", 7)
+    monkeypatch.setattr(folder_module, "MOST_WHOLE", 20)
+    store.write("most", bytes(20))
+    store.write("more", bytes(21))
+    assert store.read("most") == bytes(20)
+    with pytest.raises(UserError, match="more: it has 21 bytes, and 20 are the most"):
+        store.read("more")
+
+
 def test_what_is_no_file_is_told_and_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
