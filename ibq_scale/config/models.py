@@ -117,7 +117,8 @@ class QuantizerConfig(Section):
     def _kind_fits(self) -> QuantizerConfig:
         if self.kind == "lfq" and (self.dim > 31 or self.codebook_size != 2**self.dim):
             raise ValueError(
-                f"lfq has one code a pattern of bits: codebook_size must be 2^{self.dim}, got {self.codebook_size}"
+                f"lfq has one code a pattern of bits: codebook_size must be 2^dim = {2 ** min(self.dim, 31)}, "
+                f"got {self.codebook_size}"
             )
         if self.revive_after and self.kind != "vq":
             raise ValueError(f"revive_after is for kind=vq, whose unused codes stay where they are; got {self.kind}")
