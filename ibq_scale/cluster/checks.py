@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import netrc
 import os
 import re
 import shlex
@@ -20,6 +19,7 @@ from ibq_scale.cluster.runs import jobs_of
 from ibq_scale.config.batch import accumulation_steps, codebook_group_size
 from ibq_scale.config.deepspeed import deepspeed_config, zero_words
 from ibq_scale.config.run import AnyRun, TokenizerRun
+from ibq_scale.config.secrets import has_wandb_login, wandb_host
 from ibq_scale.errors import UserError
 from ibq_scale.train.run_lock import look
 
@@ -224,8 +224,8 @@ def _wandb(job: Submission) -> Outcome | None:
     mode = os.environ.get("WANDB_MODE", job.config.wandb.mode)
     if job.config.wandb.mode == "off" or mode != "online":
         return None
-    host = re.sub(r"^https?://|/.*$", "", os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
-    if os.environ.get("WANDB_API_KEY") or _in_netrc(host):
+    host = wandb_host()
+    if has_wandb_login(host):
         return "ok", f"logged in to {host}; nodes must reach it"
     return "warn", f"not logged in to {host}, the run would go on without: 'wandb login', or wandb.mode=offline"
 
@@ -349,13 +349,6 @@ def number(script: Script, key: str) -> int:
     if not last.isdigit() or int(last) < 1:
         raise UserError(f"--{key}={text} is no number that can be counted with: give it plainly")
     return int(last)
-
-
-def _in_netrc(host: str) -> bool:
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 def _gb(size: float) -> str:

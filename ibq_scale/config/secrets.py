@@ -4,8 +4,12 @@ into configs, batch scripts, run directories and reports is for others to see. N
 
 from __future__ import annotations
 
+import netrc
+import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import urlsplit
 
 from ibq_scale.errors import UserError
 
@@ -53,3 +57,20 @@ def without_credentials(url: str) -> str:
     """The address of a server, without user and password."""
     scheme, separator, rest = url.partition("://")
     return f"{scheme}{separator}{rest.rpartition('@')[2]}"
+
+
+def wandb_host() -> str:
+    """Of the W&B server: WANDB_BASE_URL's, or the public one."""
+    return urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+
+
+def has_wandb_login(host: str) -> bool:
+    """Whether W&B finds a key for this host: in WANDB_API_KEY, or where 'wandb login' keeps it."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    try:
+        # An entry for every host (`default`) counts too, as it does for W&B.
+        return netrc.netrc(path).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

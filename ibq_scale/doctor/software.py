@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import netrc
 import os
 import re
 import shutil
@@ -10,8 +9,8 @@ import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
-from urllib.parse import urlsplit
 
+from ibq_scale.config.secrets import has_wandb_login, wandb_host
 from ibq_scale.console import several
 from ibq_scale.doctor.disks import file_system, is_shared
 from ibq_scale.doctor.lines import Line, Subject, ask, fail, ok, warn
@@ -161,17 +160,8 @@ def wandb(subject: Subject) -> list[Line]:
     mode = os.environ.get("WANDB_MODE", "online")
     if mode != "online":
         return [ok(what, f"{version}, WANDB_MODE={mode}")]
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    if os.environ.get("WANDB_API_KEY") or _in_netrc(host):
+    host = wandb_host()
+    if has_wandb_login(host):
         return [ok(what, f"{version}, logged in to {host}")]
     todo = "for runs with wandb.mode=online only: 'wandb login', or wandb.mode=offline"
     return [warn(what, f"{version}, not logged in to {host}", todo)]
-
-
-def _in_netrc(host: str) -> bool:
-    """Whether a login for this host is kept where 'wandb login' keeps it."""
-    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    try:
-        return host in netrc.netrc(path).hosts
-    except (OSError, netrc.NetrcParseError):
-        return False

@@ -8,7 +8,7 @@ import pytest
 
 from ibq_scale.cluster.profile import load_profile
 from ibq_scale.config.layers import resolve
-from ibq_scale.config.secrets import is_secret, without_credentials
+from ibq_scale.config.secrets import has_wandb_login, is_secret, wandb_host, without_credentials
 from ibq_scale.data.store import open_store
 from ibq_scale.errors import UserError
 
@@ -69,3 +69,23 @@ def test_a_server_is_told_without_its_user() -> None:
     assert without_credentials(f"http://me:{WORD}@store:9000/x") == "http://store:9000/x"
     assert without_credentials("http://store:9000") == "http://store:9000"
     assert without_credentials("") == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "known"),
+    [
+        ("machine wandb.site.example login user password p\n", True),
+        ("machine other.example login user password p\n", False),
+        ("default login user password p\n", True),
+        ("no netrc", False),
+    ],
+)
+def test_a_login_of_wandb_is_looked_for_where_wandb_does(
+    text: str, known: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.site.example/path")
+    (tmp_path / "netrc").write_text(text)
+    (tmp_path / "netrc").chmod(0o600)
+    assert has_wandb_login(wandb_host()) is known
