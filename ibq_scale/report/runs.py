@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ibq_scale.config.layers import flatten
+from ibq_scale.console import tell
 from ibq_scale.documents import DocumentError, json_object, parse_yaml, read_text
 from ibq_scale.errors import UserError
 from ibq_scale.report.metrics import Curve, Metrics, read_metrics
@@ -134,11 +135,22 @@ def curves(runs: Sequence[RunLog], metrics: Sequence[str] = tuple(METRICS), firs
 
 
 def runs_of(paths: Sequence[Path]) -> list[RunLog]:
-    """Reads run directories, each named by its folder's name where that tells them apart. UserError as `load_run`."""
+    """Reads run directories, each named by its folder's name where that tells them apart.
+
+    One that cannot be read is told and left out. UserError as `load_run` where none can be.
+    """
     names = [path.resolve().name for path in paths]
-    return [
-        load_run(path, name if names.count(name) == 1 else str(path)) for path, name in zip(paths, names, strict=True)
-    ]
+    runs, faults = [], []
+    for path, name in zip(paths, names, strict=True):
+        try:
+            runs.append(load_run(path, name if names.count(name) == 1 else str(path)))
+        except UserError as e:
+            faults.append(e)
+    if not runs:
+        raise faults[0]
+    for fault in faults:
+        tell(f"ibq-scale: left out: {fault}")
+    return runs
 
 
 def by_kind(runs: Sequence[RunLog]) -> dict[str, list[RunLog]]:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from ibq_scale.errors import UserError
 from ibq_scale.pictures import save_png
 from ibq_scale.report.compare import write_report
 from ibq_scale.report.results import MOST_PIXELS, results_of, small
@@ -142,3 +143,16 @@ def test_large_pictures_are_embedded_smaller(tmp_path: Path) -> None:
     content = small(tmp_path / "grid.png")
     assert int.from_bytes(content[16:20], "big") == MOST_PIXELS
     assert len(content) < (tmp_path / "grid.png").stat().st_size / 2
+
+
+def test_a_run_that_cannot_be_read_is_told_and_left_out(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (runs[1] / "config.yaml").write_text("")
+    page = write_report(runs, tmp_path / "report.html").read_text()
+    assert "2 runs" in page
+    said = capsys.readouterr().err
+    assert said.startswith("ibq-scale: left out: ")
+    assert "config.yaml is damaged" in said
+    with pytest.raises(UserError, match=r"config\.yaml is damaged"):
+        write_report([runs[1]], tmp_path / "report.html")
