@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -189,6 +190,8 @@ def write(path: Path, title: str, subtitle: str, sections: Sequence[Section]) ->
 
 def thin(points: Sequence[Point]) -> list[list[float]]:
     """At most `MOST_POINTS` of the points, by their `extremes`."""
+    # JSON has no other numbers, and a browser would refuse the whole chart.
+    points = [p for p in points if math.isfinite(p.value) and math.isfinite(p.seconds)]
     chosen = [points[i] for i in extremes(np.array([p.value for p in points]))]
     return [[p.step, p.samples, round(p.seconds, 2), float(f"{p.value:.5g}")] for p in chosen]
 
@@ -231,4 +234,4 @@ def _numeric(cell: str) -> str:
 
 def _json(data: object) -> str:
     """JSON that cannot end the script element that it stands in, nor begin a comment or another script."""
-    return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")

@@ -96,3 +96,9 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is no run directory"):
         write_report([tmp_path], tmp_path / "x.html")
+
+
+def test_what_is_no_number_breaks_no_chart() -> None:
+    points = [Point(i, 8 * i, 0.1, value) for i, value in enumerate((1.0, float("nan"), float("inf"), 2.0))]
+    assert [point[3] for point in thin(points)] == [1.0, 2.0]
+    assert thin([Point(0, 0, float("nan"), 1.0)]) == []
