@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from ibq_scale.config.secrets import refuse_credentials
+from ibq_scale.data.folders import expand_home, walk
 from ibq_scale.data.multipart import Content, parallel, send_parts
 from ibq_scale.data.s3_errors import (
     ANONYMOUS,
@@ -225,11 +226,7 @@ class LocalStore(Store):
                 raise UserError(f"cannot remove {self.root / path}: {e.strerror}") from None
 
     def files(self) -> dict[str, int]:
-        if not self.root.is_dir():
-            raise FileNotFoundError(self.root)
-        # Class folders are often links. Dangling ones, and sockets, are no files.
-        paths = (Path(base, name) for base, _, names in os.walk(self.root, followlinks=True) for name in names)
-        return dict(sorted((p.relative_to(self.root).as_posix(), p.stat().st_size) for p in paths if p.is_file()))
+        return walk(self.root)[0]
 
 
 class _Part(NamedTuple):
@@ -497,4 +494,4 @@ def open_store(url: str) -> Store:
     scheme, separator, rest = url.partition("://")
     if separator and scheme != "file":
         raise UserError(f"'{url}': unknown scheme '{scheme}': write a path, file:// or s3://bucket/prefix")
-    return LocalStore(Path(rest if separator else url))
+    return LocalStore(expand_home(rest if separator else url))
