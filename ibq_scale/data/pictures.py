@@ -96,7 +96,8 @@ def _holds_pictures(listing: Listing, names: list[str]) -> bool:
 
 def _refuse_splits(listing: Listing, by_folder: Mapping[str, list[str]]) -> None:
     folders = list(by_folder)
-    deep = all(name.count("/") > 1 for names in by_folder.values() for name in names if is_picture_name(name))
+    pictures = [name for names in by_folder.values() for name in names if is_picture_name(name)]
+    deep = bool(pictures) and all(name.count("/") > 1 for name in pictures)
     if all(folder.lower() in SPLITS for folder in folders) and (deep or len(folders) > 1):
         raise UserError(
             f"{listing.url} holds the splits {', '.join(folders)} and no classes: give one of them, like "

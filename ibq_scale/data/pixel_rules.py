@@ -21,7 +21,7 @@ class PixelRules(Section):
     """How pictures are converted.
 
     Version 1: turned by their EXIF orientation, transparency over `background`, 16 bits and floats scaled to 8; resized
-    by torch's antialiased bicubic, within a level of Pillow's. Version 0, of sets that name none: Pillow's
+    by torch's antialiased bicubic, within a level of Pillow's as a rule. Version 0, of sets that name none: Pillow's
     ``convert("RGB")`` and resize alone.
     """
 

@@ -31,7 +31,7 @@ from ibq_scale.data.index import INDEX_VERSION, Member, Reject, ShardIndex, inde
 from ibq_scale.data.jobs import Report, run_jobs
 from ibq_scale.data.labels import Group, Labels
 from ibq_scale.data.listing import TAR
-from ibq_scale.data.manifest import NAME, Manifest, ShardInfo, load_manifest, save_manifest
+from ibq_scale.data.manifest import NAME, Manifest, ShardInfo, save_manifest
 from ibq_scale.data.pixel_rules import RULES, PixelRules
 from ibq_scale.data.progress import Progress
 from ibq_scale.data.samples import Sample, Source, Unit
@@ -40,6 +40,7 @@ from ibq_scale.data.sources import Opened, open_source
 from ibq_scale.data.store import Store, open_store
 from ibq_scale.data.survey import Survey, label_note, survey
 from ibq_scale.data.tars import Naming
+from ibq_scale.data.verify import load_any_manifest
 from ibq_scale.errors import UserError
 
 # Part of every plan: shards of another way of making them are not taken over.
@@ -153,7 +154,7 @@ def look_at(
 ) -> tuple[Opened, Survey]:
     """The source, and all its labels. UserError as `prepare_images`."""
     opened = open_source(url, [c.name for c in conditions if not c.of_picture], naming)
-    given = load_manifest(str(classes), "images").classes if classes else ()
+    given = load_any_manifest(open_store(classes)).classes if classes else ()
     found = survey(opened, label=naming.label if naming else None, classes=given, workers=workers)
     first = first_sample(found.source, opened.units)
     if first is None:

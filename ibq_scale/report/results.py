@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from ibq_scale.data.convert import to_rgb
 from ibq_scale.evaluate.names import GENERATION, RECONSTRUCTION, WORST
 from ibq_scale.generate.names import FACTS, GRID
 from ibq_scale.report.page import Block, Picture, Section, Table
@@ -110,7 +111,7 @@ def small(path: Path) -> bytes:
     with Image.open(io.BytesIO(content)) as image:
         if max(image.size) <= MOST_PIXELS:
             return content
-        shrunk = image.convert("RGB")
+        shrunk = to_rgb(image)
     shrunk.thumbnail((MOST_PIXELS, MOST_PIXELS))
     out = io.BytesIO()
     shrunk.save(out, "PNG")
