@@ -18,6 +18,7 @@ KEPT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 # Whose pictures have no loss to hide a second one behind.
 LOSSY = {"JPEG", "MPO", "WEBP", "AVIF", "JPEG2000"}
 # JPEG's own limit of a side, and what a resized picture may have: 200 MB in memory.
+LARGE = 1 << 24
 LONGEST_SIDE, MOST_RESIZED = 65_500, 1 << 26
 
 
@@ -63,6 +64,9 @@ def encode_picture(data: bytes, encoding: Encoding) -> Picture:
             width, height = upright_size(image)
             kind, mode = image.format or "", image.mode
             _check(width, height, encoding)
+            if encoding.size is None and kind in ("JPEG", "MPO") and width * height > LARGE:
+                # All of it is read and an eighth of each side made: a cut shows, and memory is bounded.
+                image.draft(None, (width // 8, height // 8))
             # A cut file opens well and fails only at its end.
             image.load()
             if encoding.size is None and kind in KEPT and mode in ("RGB", "L"):

@@ -35,6 +35,10 @@ class CutTarError(Exception):
     """A tar that does not end as one."""
 
 
+class MoreThanTarError(CutTarError):
+    """A whole tar, and something behind it."""
+
+
 def members(reader: RangeReader, start: int = 0) -> Iterator[Named]:
     """Regular members from the header at byte `start` on, and links to such, which have no bytes of their own.
 
@@ -88,7 +92,7 @@ def _one_tar(reader: RangeReader, start: int) -> Generator[tarfile.TarInfo, None
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as e:
         raise CutTarError(f"is no whole tar ({_why(reader, e)})") from None
     if end == start and start:
-        raise CutTarError(f"goes on after its end mark, at byte {start}, with what is no tar")
+        raise MoreThanTarError(f"goes on after its end mark, at byte {start}, with what is no tar")
     if reader.read_at(end, tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         # The last sample may lack its label.
         raise CutTarError(f"breaks off at byte {end}: there is no end-of-archive mark")

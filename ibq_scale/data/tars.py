@@ -16,7 +16,7 @@ from ibq_scale.data.filters import look_up
 from ibq_scale.data.index import Reject
 from ibq_scale.data.labels import Found, label_of_text, label_of_value
 from ibq_scale.data.listing import PICTURE_ENDINGS
-from ibq_scale.data.members import CutTarError, Place, members
+from ibq_scale.data.members import CutTarError, MoreThanTarError, Place, members
 from ibq_scale.data.ranges import RangeReader
 from ibq_scale.data.samples import Look, Sample, Unit
 from ibq_scale.data.store import Store
@@ -108,19 +108,25 @@ def tar_samples(
         return
     naming = naming or Naming()
     sample: TarSample | None = None
-    for member in members(reader, start):
-        name = naming.split(member.name)
-        if name is None:
-            continue
-        key, extension = name
-        # A name that comes again is another sample's: of a tar that was joined to this one.
-        if sample is None or sample.key != key or extension in sample.members:
-            if sample is not None:
-                yield sample
-            sample = TarSample(key, member.start, {})
-        sample = replace(sample, members={**sample.members, extension: member.place})
+    more: MoreThanTarError | None = None
+    try:
+        for member in members(reader, start):
+            name = naming.split(member.name)
+            if name is None:
+                continue
+            key, extension = name
+            # A name that comes again is another sample's: of a tar that was joined to this one.
+            if sample is None or sample.key != key or extension in sample.members:
+                if sample is not None:
+                    yield sample
+                sample = TarSample(key, member.start, {})
+            sample = replace(sample, members={**sample.members, extension: member.place})
+    except MoreThanTarError as e:
+        more = e
     if sample is not None:
         yield sample
+    if more is not None:
+        raise more
 
 
 def _gathered(reader: RangeReader, naming: Naming) -> Iterator[TarSample]:
@@ -182,8 +188,8 @@ class TarSource:
                     look.scattered = True
                 partial[sample.key] = (before or set()) | set(sample.members)
                 self._look_at(look, reader, sample, unit.file)
-        except CutTarError:
-            pass  # The reading tells it.
+        except CutTarError as e:
+            look.leave_out(f"a tar {e}", unit.file)
         return look
 
     def _look_at(self, look: Look, reader: RangeReader, sample: TarSample, file: str) -> None:
