@@ -15,6 +15,8 @@ from typing import Any, BinaryIO
 
 import yaml
 
+# A manifest of 100,000 shards has 21 MB.
+MOST_FILE_BYTES = 1 << 28
 MOST_YAML_CHARACTERS = 1 << 20
 MOST_LINE_BYTES = 1 << 20
 MOST_DEPTH = 64
@@ -42,9 +44,44 @@ def parse_json(data: bytes | str) -> Any:
     raise _too_deep()
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """A regular file; of a pipe the opening itself would wait. OSError, DocumentError."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise DocumentError("it is no regular file")
+    return os.fdopen(fd, "rb")
+
+
+def read_text(path: Path) -> str:
+    """A regular file of at most `MOST_FILE_BYTES`, as UTF-8. OSError, DocumentError."""
+    with open_regular(path) as file:
+        data = file.read(MOST_FILE_BYTES + 1)
+    if len(data) > MOST_FILE_BYTES:
+        raise DocumentError(f"it has more than {MOST_FILE_BYTES >> 20} MiB")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as e:
+        raise DocumentError(f"it is no UTF-8: {e}") from None
+
+
+def read_json(path: Path) -> Any:
+    """The values of a JSON file. Raises as `read_text` and `parse_json`."""
+    return parse_json(read_text(path))
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """The keys and values of a JSON file; none where it is missing, damaged or something else."""
+    try:
+        found = read_json(path)
+    except (OSError, DocumentError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The JSON objects of a log, a line each, with their text. Damaged lines are left out. OSError, DocumentError."""
-    with _open(path) as file:
+    with open_regular(path) as file:
         while line := file.readline(MOST_LINE_BYTES):
             begun = line
             while len(line) == MOST_LINE_BYTES and not line.endswith(b"\n"):
@@ -59,11 +96,14 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 yield text, values
 
 
-def parse_yaml(text: str) -> Any:
-    """Plain values, by libyaml where PyYAML has it, which is ten times as fast. DocumentError where it is damaged."""
+def parse_yaml(text: str, *, texts: bool = False) -> Any:
+    """Plain values, by libyaml where PyYAML has it, which is ten times as fast. DocumentError where it is damaged.
+
+    `texts`: every value is the text as it stands. YAML takes 24:00:00 for a number of seconds.
+    """
     require_modest(text)
     try:
-        return yaml.load(text, Loader=_loader())
+        return yaml.load(text, Loader=yaml.BaseLoader if texts else _loader())
     except Exception as e:  # a tagged value ("!!bool x") fails with an error of any type
         raise DocumentError(_line(e)) from None
 
@@ -100,15 +140,6 @@ def require_modest(text: str) -> None:
 
 def _inside(value: Any) -> Any:
     return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-
-
-def _open(path: Path) -> BinaryIO:
-    """A regular file; of a pipe the opening itself would wait."""
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise DocumentError("it is no regular file")
-    return os.fdopen(fd, "rb")
 
 
 def _loader() -> Any:

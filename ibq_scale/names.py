@@ -43,6 +43,11 @@ def file_name(name: object) -> str:
 FileName = Annotated[str, AfterValidator(file_name)]
 
 
+def is_text(name: str) -> bool:
+    """Whether it can be written as UTF-8: names of files may be any bytes, which Python has as lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
+
+
 def is_sha256(value: object) -> bool:
     """Whether it is 64 hexadecimal digits, lower case."""
     return isinstance(value, str) and _SHA256.fullmatch(value) is not None
@@ -50,4 +55,8 @@ def is_sha256(value: object) -> bool:
 
 def is_inside(root: Path, name: str) -> bool:
     """Whether ROOT/NAME, with all links followed, is in `root`, which may itself be a link."""
-    return (root / name).resolve().is_relative_to(root.resolve())
+    try:
+        return (root / name).resolve().is_relative_to(root.resolve())
+    except (OSError, RuntimeError):
+        # Links that lead to one another.
+        return False

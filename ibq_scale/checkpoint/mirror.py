@@ -21,7 +21,8 @@ from ibq_scale.checkpoint.reading import (
     parse_manifest,
 )
 from ibq_scale.checkpoint.retention import Retention
-from ibq_scale.data.store import LocalStore, open_store
+from ibq_scale.data.folder import LocalStore
+from ibq_scale.data.store import open_store
 from ibq_scale.names import is_inside
 
 

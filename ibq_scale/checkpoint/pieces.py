@@ -7,7 +7,8 @@ NAME, start being in the file's metadata; the files' pieces together are every v
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ibq_scale.checkpoint.files import TensorFile
+from ibq_scale.documents import parse_json
 from ibq_scale.errors import UserError
 
 STARTS, FACTS = "starts", "facts"
@@ -63,12 +65,16 @@ class PieceReader:
 
     def _index(self, path: Path) -> None:
         try:
+            if not path.is_file():
+                raise OSError("it is no regular file")
             f: Any = safe_open(path, framework="pt")
             self._files[path] = f
             metadata = f.metadata() or {}
-            self.facts = self.facts or json.loads(metadata[FACTS])
-            for name, start in json.loads(metadata[STARTS]).items():
+            self.facts = self.facts or _object(metadata[FACTS])
+            for name, start in _object(metadata[STARTS]).items():
                 (length,) = f.get_slice(name).get_shape()
+                if type(start) is not int or start < 0:
+                    raise ValueError(f"{name} starts at {start!r:.50}")
                 self._places.setdefault(name, []).append(_Place(start, start + length, path))
         except (OSError, SafetensorError, KeyError, ValueError) as e:
             raise UserError(f"{path} is damaged: {e}") from None
@@ -83,21 +89,28 @@ class PieceReader:
                 out[first - start : last - start] = values
                 filled += last - first
         if filled != len(out):
-            raise UserError(
-                f"{self.folder}: of {name} {filled} elements of {len(out)} are there: it is another model's"
-            )
+            raise self._lacks(name, filled, len(out))
+
+    def _lacks(self, name: str, there: int, wanted: int) -> UserError:
+        return UserError(f"{self.folder}: of {name} {there} elements of {wanted} are there: it is another model's")
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
         """Whole shapes by name, without a kind before it. UserError where they were not kept."""
         if "shapes" not in self.facts:
             raise UserError(f"{self.folder} was written before the shapes were kept: train one step on, and take that")
-        return {name: torch.Size(shape) for name, shape in self.facts["shapes"].items()}
+        try:
+            return {name: _shape(sides) for name, sides in self.facts["shapes"].items()}
+        except (AttributeError, TypeError, ValueError) as e:
+            raise UserError(f"{self.folder} is damaged: its shapes: {e}") from None
 
     def tensors(self, kind: str = "") -> dict[str, Tensor]:
         """The vectors `kind`NAME whole and in shape, fp32, by NAME. UserError as `shapes`."""
         whole = {}
         for name, shape in self.shapes.items():
+            there = sum(place.stop - place.start for place in self._places.get(f"{kind}{name}", ()))
+            if there != shape.numel():
+                raise self._lacks(f"{kind}{name}", there, shape.numel())
             whole[name] = torch.empty(shape)
             self.read(f"{kind}{name}", 0, whole[name].view(-1))
         return whole
@@ -107,3 +120,16 @@ class PieceReader:
         with torch.no_grad():
             for piece in pieces:
                 self.read(piece.name, piece.start, piece.values)
+
+
+def _object(text: str) -> dict[str, Any]:
+    values = parse_json(text)
+    if not isinstance(values, dict):
+        raise ValueError("its metadata are no objects")
+    return values
+
+
+def _shape(sides: Sequence[int]) -> torch.Size:
+    if any(type(side) is not int or not 0 <= side < 2**48 for side in sides) or math.prod(sides) >= 2**48:
+        raise ValueError(f"{sides!r:.50} is none")
+    return torch.Size(sides)

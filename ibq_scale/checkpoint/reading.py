@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ibq_scale.documents import DocumentError, parse_json, read_text
 from ibq_scale.errors import UserError
 from ibq_scale.names import file_name, is_inside, is_sha256
 
@@ -60,10 +61,10 @@ class OtherFormatError(UserError):
 def read_checkpoint(path: Path) -> Checkpoint:
     """Opens a checkpoint directory. NotWholeError, or OtherFormatError."""
     try:
-        text = (path / MANIFEST).read_text()
+        text = read_text(path / MANIFEST)
     except FileNotFoundError:
         raise NotWholeError(f"{path} is no whole checkpoint: it has no {MANIFEST}") from None
-    except (UnicodeDecodeError, OSError) as e:
+    except (DocumentError, OSError) as e:
         raise NotWholeError(f"{path / MANIFEST} is damaged: {e}") from None
     return parse_manifest(text, path)
 
@@ -71,8 +72,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
 def parse_manifest(text: str, path: Path) -> Checkpoint:
     """The checkpoint at `path` with this manifest. Raises as `read_checkpoint`."""
     try:
-        manifest = json.loads(text)
-    except (ValueError, RecursionError) as e:
+        manifest = parse_json(text)
+    except DocumentError as e:
         raise NotWholeError(f"{path / MANIFEST} is damaged: {e}") from None
     if not isinstance(manifest, dict):
         raise NotWholeError(f"{path / MANIFEST} is damaged: it is no JSON object")

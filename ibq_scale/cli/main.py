@@ -51,6 +51,10 @@ OF_TRAINING = {
 }  # fmt: skip
 
 
+MOST_CHARACTERS = 1000
+"""Of a line of an error."""
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line. Imports nothing heavy: each command imports what it needs when it runs."""
     parser = argparse.ArgumentParser(
@@ -174,7 +178,12 @@ def _is_for_training(error: Exception) -> bool:
 def _complain(message: str) -> None:
     # Every rank meets the same bad input: one of them says so.
     if tells():
-        print(f"ibq-scale: {message}", file=sys.stderr, flush=True)
+        print("\n".join(map(_cut, f"ibq-scale: {message}".splitlines())), file=sys.stderr, flush=True)
+
+
+def _cut(line: str) -> str:
+    """What a line says where it repeats a long value that a user gave, or a file has."""
+    return line if len(line) <= MOST_CHARACTERS else f"{line[: MOST_CHARACTERS - 200]} … {line[-200:]}"
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+from ibq_scale.documents import read_json
+
 
 def add_command(family: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the command to the family ``data``."""
@@ -44,6 +46,6 @@ def _trace(args: argparse.Namespace) -> int:
 
 def _ranks_of(run_dir: Path) -> int:
     try:
-        return int(json.loads((run_dir / "environment.json").read_text())["world_size"])
+        return int(read_json(run_dir / "environment.json")["world_size"])
     except (OSError, ValueError, KeyError):
         return 1

@@ -12,13 +12,13 @@ import os
 from pathlib import Path
 from typing import Annotated
 
-import yaml
 from pydantic import Field, ValidationError
 
 from ibq_scale.config.base import Section
 from ibq_scale.config.layers import explain
 from ibq_scale.config.models import PositiveInt
 from ibq_scale.config.secrets import refuse_secrets
+from ibq_scale.documents import DocumentError, parse_yaml, read_text
 from ibq_scale.errors import UserError
 
 PATH_VARIABLE = "IBQ_SCALE_CLUSTERS"
@@ -69,8 +69,8 @@ def load_profile(name: str | None) -> tuple[str | None, Profile]:
         return None, Profile()
     try:
         # As texts: YAML would take 24:00:00 for a number of seconds.
-        values = yaml.load(path.read_text(), Loader=yaml.BaseLoader) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        values = parse_yaml(read_text(path), texts=True) or {}
+    except (OSError, DocumentError) as e:
         raise UserError(f"cannot read {path}: {' '.join(str(e).split())}") from None
     profiles = values.get("profiles") if isinstance(values, dict) else None
     if not isinstance(profiles, dict) or not set(values) <= {"default", "profiles"}:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ibq_scale.checkpoint.reading import OtherFormatError, whole_checkpoints
 from ibq_scale.cluster import snapshot
 from ibq_scale.cluster.slurm import Job
 from ibq_scale.config.layers import load_resolved
 from ibq_scale.config.run import AnyRun
+from ibq_scale.documents import json_object
 from ibq_scale.errors import UserError
 from ibq_scale.train.attempts import read_attempts
 from ibq_scale.train.preemption import REQUEUE_EXIT_CODE
@@ -73,7 +73,7 @@ def describe(run_dir: Path, jobs: Sequence[Job]) -> Run:
     newest = _newest_step(run_dir)
     steps = config.train.total_steps if config is not None else None
     state, why = _state(run_dir, mine, finished=newest is not None and newest == steps)
-    beat = _json(run_dir / "heartbeat.json") if state == "running" else {}
+    beat = json_object(run_dir / "heartbeat.json") if state == "running" else {}
     step, seconds = beat.get("step", newest), beat.get("step_s")
     rate = config.train.global_batch / seconds if config is not None and seconds else None
     left = (steps - step) * seconds if steps is not None and step is not None and seconds else None
@@ -116,7 +116,7 @@ def _newest_step(run_dir: Path) -> int | None:
 
 def _phase(run_dir: Path) -> str:
     """Where it is, unless it takes steps; what an earlier part of the run has left may be told for some seconds."""
-    phase = str(_json(run_dir / "heartbeat.json").get("phase", "starting"))
+    phase = str(json_object(run_dir / "heartbeat.json").get("phase", "starting"))
     return "" if phase == "step" else phase
 
 
@@ -129,11 +129,3 @@ def config_of(run_dir: Path) -> AnyRun | None:
         except UserError:
             continue
     return None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}

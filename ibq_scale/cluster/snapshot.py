@@ -17,6 +17,7 @@ import ibq_scale
 from ibq_scale.commit import COMMIT
 from ibq_scale.config.layers import to_yaml
 from ibq_scale.config.run import AnyRun
+from ibq_scale.documents import read_json
 from ibq_scale.errors import UserError
 
 FOLDER = "submitted"
@@ -121,7 +122,7 @@ def chained_after(run_dir: Path, job: str) -> tuple[str, ...]:
 def _chains(run_dir: Path) -> Iterator[tuple[str, ...]]:
     for path in sorted((run_dir / FOLDER).glob(f"*/{RECORD}")):
         try:
-            jobs = json.loads(path.read_text())["jobs"]
+            jobs = read_json(path)["jobs"]
             # They become words of scancel.
             yield tuple(job for job in jobs if isinstance(job, str) and JOB_ID.fullmatch(job))
         except (OSError, ValueError, KeyError, TypeError):

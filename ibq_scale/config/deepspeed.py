@@ -13,6 +13,7 @@ from typing import Any
 
 from ibq_scale.config.batch import accumulation_steps
 from ibq_scale.config.run import AnyRun, ARRun
+from ibq_scale.documents import read_json
 from ibq_scale.errors import UserError
 
 # Set from the run; in a JSON they could only repeat it or contradict it.
@@ -77,7 +78,7 @@ def deepspeed_config(run: AnyRun, world_size: int) -> dict[str, Any]:
     """What ``deepspeed.initialize(config=…)`` gets. UserError for unknown, derived or unreadable keys."""
     path = find_config(run.deepspeed.config)
     try:
-        values = json.loads(path.read_text())
+        values = read_json(path)
     except (OSError, json.JSONDecodeError) as e:
         raise UserError(f"cannot read {path}: {e}") from None
     if not isinstance(values, dict):

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from ibq_scale.config.run import AnyRun, ARRun, TokenizerRun
 from ibq_scale.config.secrets import refuse_credentials
-from ibq_scale.documents import DocumentError, parse_yaml, require_modest
+from ibq_scale.documents import DocumentError, parse_yaml, read_text, require_modest
 from ibq_scale.errors import UserError
 
 Task = Literal["tokenizer", "ar"]
@@ -175,7 +175,7 @@ def _refuse_environment(*_: str) -> str:
 
 def _read_yaml(path: Path, load: Callable[[str], Any] = _interpolated) -> dict[str, Any]:
     try:
-        values = load(path.read_text(encoding="utf-8"))
+        values = load(read_text(path))
     except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as e:
         raise UserError(f"cannot read {path}: {' '.join(str(e).split())}") from None
     if not isinstance(values, dict):
@@ -232,7 +232,7 @@ def explain(error: Any, schema: type[BaseModel], source: str) -> str:
         return f"{source}: unknown key '{key}'" + (f", did you mean '{near}'?" if near else "")
     message = str(error["msg"]).removeprefix("Value error, ")
     where = f"{key}: " if key else ""
-    given = "" if isinstance(error.get("input"), (dict, BaseModel)) else f" (got {error.get('input')!r})"
+    given = "" if isinstance(error.get("input"), (dict, BaseModel)) else f" (got {error.get('input')!r:.100})"
     return f"{source}: {where}{message}{given}"
 
 

@@ -9,6 +9,10 @@ from pydantic import Field, model_validator
 from ibq_scale.config.base import Section
 
 PositiveInt = Annotated[int, Field(ge=1)]
+# No model has more, and what goes beyond would be built for minutes before it fails.
+Layers = Annotated[int, Field(ge=1, le=1024)]
+Side = Annotated[int, Field(ge=1, le=2**17)]
+Rows = Annotated[int, Field(ge=1, le=2**31)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
@@ -21,12 +25,12 @@ class AutoencoderConfig(Section):
     Neither changes what the network is.
     """
 
-    channels: PositiveInt = 128
-    channel_multipliers: tuple[PositiveInt, ...] = (1, 1, 2, 2, 4)
-    res_blocks: PositiveInt = 4
-    attention_resolutions: tuple[PositiveInt, ...] = (16,)
-    resolution: PositiveInt = 256
-    z_channels: PositiveInt = 256
+    channels: Side = 128
+    channel_multipliers: Annotated[tuple[Side, ...], Field(min_length=1, max_length=16)] = (1, 1, 2, 2, 4)
+    res_blocks: Layers = 4
+    attention_resolutions: tuple[Side, ...] = (16,)
+    resolution: Side = 256
+    z_channels: Side = 256
     dropout: Probability = 0.0
     activation_checkpointing: bool = False
     compile: bool = False
@@ -79,8 +83,8 @@ class QuantizerConfig(Section):
     """
 
     kind: Literal["ibq", "vq", "simvq", "lfq"] = "ibq"
-    codebook_size: PositiveInt = 16384
-    dim: PositiveInt = 256
+    codebook_size: Rows = 16384
+    dim: Side = 256
     beta: NonNegativeFloat = 0.25
     beta_on: Literal["codebook", "commitment"] = "codebook"
     straight_through: bool = True
@@ -97,10 +101,9 @@ class QuantizerConfig(Section):
 
     @model_validator(mode="after")
     def _kind_fits(self) -> QuantizerConfig:
-        if self.kind == "lfq" and self.codebook_size != 2**self.dim:
+        if self.kind == "lfq" and (self.dim > 31 or self.codebook_size != 2**self.dim):
             raise ValueError(
-                f"lfq has one code a pattern of bits: codebook_size must be 2^dim = {2**self.dim}, "
-                f"got {self.codebook_size}"
+                f"lfq has one code a pattern of bits: codebook_size must be 2^{self.dim}, got {self.codebook_size}"
             )
         if self.revive_after and self.kind != "vq":
             raise ValueError(f"revive_after is for kind=vq, whose unused codes stay where they are; got {self.kind}")
@@ -110,8 +113,8 @@ class QuantizerConfig(Section):
 class DiscriminatorConfig(Section):
     """PatchGAN discriminator."""
 
-    channels: PositiveInt = 64
-    layers: PositiveInt = 3
+    channels: Side = 64
+    layers: Annotated[int, Field(ge=1, le=16)] = 3
 
 
 AttentionKind = Literal[
@@ -137,13 +140,13 @@ class TransformerConfig(Section):
     The last four change nothing of what the network is.
     """
 
-    codebook_size: PositiveInt = 16384
-    classes: PositiveInt = 1000
-    tokens: PositiveInt = 256
-    depth: PositiveInt = 16
-    heads: PositiveInt = 16
-    kv_heads: PositiveInt | None = None
-    width: PositiveInt = 1024
+    codebook_size: Rows = 16384
+    classes: Rows = 1000
+    tokens: Rows = 256
+    depth: Layers = 16
+    heads: Side = 16
+    kv_heads: Side | None = None
+    width: Side = 1024
     conditioning: Literal["adaln", "prefix"] = "adaln"
     qk_norm: bool = False
     token_dropout: Probability = 0.1

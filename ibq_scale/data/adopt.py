@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ibq_scale.data.encode import Encoding, UnusableError, UnwantedError, encode_picture
 from ibq_scale.data.filters import all_hold, parse_conditions
+from ibq_scale.data.folder import Store
 from ibq_scale.data.index import ADOPTED, INDEX_VERSION, Member, Reject, ShardIndex, index_name
 from ibq_scale.data.jobs import Report, run_jobs
 from ibq_scale.data.labels import Labels
@@ -28,7 +29,6 @@ from ibq_scale.data.progress import Progress
 from ibq_scale.data.ranges import HashingReader
 from ibq_scale.data.samples import Sample, Unit
 from ibq_scale.data.seen import Met
-from ibq_scale.data.store import Store
 from ibq_scale.data.tars import Naming, TarSample, TarSource, read_sample, tar_samples
 from ibq_scale.errors import UserError
 
@@ -162,7 +162,7 @@ def _member(sample: TarSample, found: Sample, job: _Job, met: Met) -> Member:
 
 def _hash(key: str) -> int:
     """64 bits: a set of keys may have hundreds of millions."""
-    return int.from_bytes(hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=8).digest(), "big")
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
 
 
 def _refuse_repeated(store: Store, files: Sequence[str], hashes: Sequence[Keys]) -> None:

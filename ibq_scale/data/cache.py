@@ -26,8 +26,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from ibq_scale.data.folder import Store
 from ibq_scale.data.manifest import ShardInfo
-from ibq_scale.data.store import Store
 from ibq_scale.errors import UserError
 
 log = logging.getLogger(__name__)

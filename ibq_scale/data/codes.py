@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from ibq_scale.data.folder import Store
 from ibq_scale.data.images import Request, draws
 from ibq_scale.data.manifest import CodesInfo, Manifest, ShardInfo, save_manifest
 from ibq_scale.data.sets import DataSets
-from ibq_scale.data.store import Store
 from ibq_scale.errors import UserError
 
 # safetensors: 8 bytes of length, then a JSON header whose __metadata__ carries the stamp.
@@ -118,7 +118,7 @@ class CodeDataset(torch.utils.data.Dataset[CodeSample]):
         if key not in self._shards:
             part = self.sets.parts[source]
             info = part.manifest.shards[number]
-            data = part.store.read(info.name) if part.cache is None else part.cache.read(info)
+            data = part.read(number)
             if hashlib.sha256(data).hexdigest() != info.sha256:
                 raise UserError(f"{part.store.url}/{info.name} is not what the manifest says (sha256 differs)")
             self._shards[key] = read_code_shard(data, info.name)

@@ -13,11 +13,12 @@ import numpy as np
 from PIL import Image
 
 from ibq_scale.data.convert import upright_size
+from ibq_scale.data.folder import Store
 from ibq_scale.data.index import Member
 from ibq_scale.data.manifest import ShardInfo
 from ibq_scale.data.pixel_rules import OLD_RULES, PixelRules
 from ibq_scale.data.seen import Seen
-from ibq_scale.data.store import Store, open_store
+from ibq_scale.data.store import open_store
 from ibq_scale.data.verify import load_any_manifest, load_index
 from ibq_scale.errors import UserError
 

@@ -133,7 +133,7 @@ class ImageDataset(torch.utils.data.Dataset[ImageSample]):
         name = self.sets.name(request.source, request.shard, request.row)
         offset, size = int(index.offset_R[request.row]), int(index.size_R[request.row])
         for attempt in (1, 2):
-            data = _bytes(part, request.shard, offset, size)
+            data = part.read_range(request.shard, offset, offset + size)
             if zlib.crc32(data) == index.crc_R[request.row]:
                 break
             if attempt == 2:
@@ -229,13 +229,6 @@ def shard_index(part: DataSet, shard: int) -> ShardIndex:
         raise UserError(f"{part.store.url}/{name} is missing: prepare again") from None
     except UnfitIndexError as e:
         raise UserError(f"{part.store.url}/{name}: {e}: prepare again") from None
-
-
-def _bytes(part: DataSet, shard: int, offset: int, size: int) -> bytes:
-    info = part.manifest.shards[shard]
-    if part.cache is None:
-        return part.store.read_range(info.name, offset, offset + size)
-    return part.cache.read_range(info, offset, offset + size)
 
 
 def draws(seed: int, request: Request) -> NDArray[np.uint64]:

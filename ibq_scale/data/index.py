@@ -81,12 +81,17 @@ class ShardIndex:
 def _member(values: dict[str, Any]) -> Member:
     """ValueError or TypeError for places that no tar has."""
     member = Member(**values)
-    places = (member.offset, member.size)
-    if not all(isinstance(place, int) and 0 <= place < 1 << 62 for place in places):
+    if not (_is_within(member.offset, 0, 1 << 62) and _is_within(member.size, 0, 1 << 31)):
         raise ValueError(f"a member has offset {member.offset!r:.30} and size {member.size!r:.30}")
-    if not all(isinstance(number, int) for number in (member.crc, member.label)):
-        raise ValueError("a member's crc and label are numbers")
+    if not (_is_within(member.crc, 0, 1 << 32) and _is_within(member.label, -1, 1 << 31)):
+        raise ValueError(f"a member has crc {member.crc!r:.30} and label {member.label!r:.30}")
+    if not (isinstance(member.key, str) and isinstance(member.source, str)):
+        raise ValueError("a member's key and source are text")
     return member
+
+
+def _is_within(number: object, first: int, stop: int) -> bool:
+    return type(number) is int and first <= number < stop
 
 
 def index_name(shard: str) -> str:

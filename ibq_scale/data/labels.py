@@ -116,6 +116,11 @@ class Labels:
         return number
 
 
+def printable(name: str) -> str:
+    """A file's name as text, though a file system holds any bytes."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 @dataclass
 class Group:
     """How many there are of something, and the first three."""
@@ -126,7 +131,7 @@ class Group:
     def add(self, name: str, count: int = 1) -> None:
         self.count += count
         if len(self.first) < 3:
-            self.first.append(name)
+            self.first.append(printable(name))
 
     def join(self, other: Group) -> None:
         self.count += other.count

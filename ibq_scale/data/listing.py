@@ -12,10 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
-from ibq_scale.data.folders import expand_home, walk
+from ibq_scale.data.folder import LocalStore, Store
 from ibq_scale.data.labels import Group
-from ibq_scale.data.store import LocalStore, Store, open_store
+from ibq_scale.data.local import expand_home, walk
+from ibq_scale.data.store import open_store
 from ibq_scale.errors import UserError
+from ibq_scale.names import is_text
 
 WANTED = "give an ImageFolder (one sub-folder a class), webdataset tars, or parquet files with pictures"
 # Folders of other programs: thumbnails of Synology and of macOS' archives, a disk's own, a recycle bin.
@@ -54,7 +56,7 @@ def is_picture_name(name: str) -> bool:
 def list_files(url: str) -> Listing:
     """UserError where there is no such folder or file."""
     root, pattern = _split(str(expand_home(url)) if url.startswith("~") else url)
-    store = open_store(root)
+    store = open_store(root, links=True)
     try:
         every, loops = walk(store.root) if isinstance(store, LocalStore) else (store.files(), [])
     except FileNotFoundError:
@@ -75,6 +77,8 @@ def list_files(url: str) -> Listing:
 
 def _unwanted(name: str) -> str:
     """Why a file is left out, or nothing."""
+    if not is_text(name):
+        return "names that are no UTF-8"
     parts = name.split("/")
     if not parts[-1]:
         return "markers of folders"

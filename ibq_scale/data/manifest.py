@@ -5,21 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 from functools import cached_property
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from ibq_scale.config.base import Section
-from ibq_scale.config.models import PositiveInt
+from ibq_scale.config.models import Rows, Side
+from ibq_scale.data.folder import Store
 from ibq_scale.data.pixel_rules import PixelRules
 from ibq_scale.data.seen import Seen
-from ibq_scale.data.store import Store, open_store
+from ibq_scale.data.store import open_store
+from ibq_scale.documents import parse_json
 from ibq_scale.errors import UserError
 from ibq_scale.names import FileName, Sha256
 
 MANIFEST_VERSION = 1
 NAME = "manifest.json"
 Kind = Literal["images", "codes"]
+# What 64 bits hold of sums over all shards.
+Count = Annotated[int, Field(ge=1, le=2**48)]
 
 
 class ShardInfo(Section):
@@ -29,8 +33,8 @@ class ShardInfo(Section):
     """
 
     name: FileName
-    samples: PositiveInt
-    bytes: PositiveInt
+    samples: Count
+    bytes: Count
     sha256: Sha256
     index_sha256: Sha256 | None = None
 
@@ -38,9 +42,9 @@ class ShardInfo(Section):
 class CodesInfo(Section):
     """Where codes come from: the tokenizer's hash and the image manifest's. `crops` of each image were encoded."""
 
-    codebook_size: PositiveInt
-    grid: tuple[PositiveInt, PositiveInt]
-    crops: PositiveInt = 1
+    codebook_size: Rows
+    grid: tuple[Side, Side]
+    crops: Rows = 1
     tokenizer: str
     source: str
 
@@ -53,7 +57,7 @@ class Manifest(Section):
 
     version: int = MANIFEST_VERSION
     kind: Kind
-    shards: tuple[ShardInfo, ...]
+    shards: Annotated[tuple[ShardInfo, ...], Field(min_length=1)]
     classes: tuple[str, ...]
     codes: CodesInfo | None = None
     pixels: PixelRules | None = None
@@ -79,12 +83,12 @@ def load_manifest(source: Store | str, kind: Kind) -> Manifest:
     """Reads a data set's manifest. UserError where it is absent, of another version or kind, or damaged."""
     store = open_store(source) if isinstance(source, str) else source
     try:
-        values = json.loads(store.read(NAME))
+        values = parse_json(store.read(NAME))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{store.url} has no {NAME}: is it the --to of a finished 'ibq-scale {_MAKER[kind]}'?"
         ) from None
-    except (ValueError, RecursionError) as e:
+    except ValueError as e:
         raise UserError(f"{store.url}/{NAME} is damaged: {e}") from None
     version = values.get("version") if isinstance(values, dict) else None
     if version != MANIFEST_VERSION:

@@ -89,7 +89,8 @@ def _one_tar(reader: RangeReader, start: int) -> Generator[tarfile.TarInfo, None
             end: int = tar.offset
     except UserError:
         raise
-    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as e:
+    except (tarfile.TarError, ValueError, OSError, ArithmeticError, LookupError) as e:
+        # tarfile's own words for headers with odd numbers are any of these.
         raise CutTarError(f"is no whole tar ({_why(reader, e)})") from None
     if end == start and start:
         raise MoreThanTarError(f"goes on after its end mark, at byte {start}, with what is no tar")

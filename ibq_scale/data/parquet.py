@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from ibq_scale.data.folder import Store
 from ibq_scale.data.index import Reject
 from ibq_scale.data.labels import label_of_value
 from ibq_scale.data.ranges import RangeReader
 from ibq_scale.data.samples import Look, Sample, Unit
-from ibq_scale.data.store import Store
 from ibq_scale.data.tars import BY_FOLDER, LABEL_KEYS, NO_LABEL
 from ibq_scale.errors import UserError
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from ibq_scale.data.folder import Store, UnreadableError
 from ibq_scale.data.index import Reject
 from ibq_scale.data.labels import FEW, Group
 from ibq_scale.data.listing import Listing, is_picture_name
 from ibq_scale.data.samples import Look, Sample, Unit
-from ibq_scale.data.store import Store
 from ibq_scale.data.tables import Table
 from ibq_scale.data.tars import NO_LABEL
 from ibq_scale.errors import UserError
@@ -53,10 +53,11 @@ class FolderSource:
     def read(self, unit: Unit, start: int) -> Iterator[tuple[int, Sample | Reject]]:
         found = self.table.label(unit.file) if self.table is not None else self._class(unit.file)
         try:
-            yield 0, Sample(unit.file, self.store.read(unit.file), found, {})
-        except OSError as e:
-            # A damaged sector, or a file that went away.
-            yield 0, Reject(unit.file, f"cannot be read: {e.strerror or type(e).__name__}")
+            data = self.store.read(unit.file)
+        except UnreadableError as e:
+            yield 0, Reject(unit.file, str(e))
+        else:
+            yield 0, Sample(unit.file, data, found, {})
 
     def _class(self, file: str) -> str | None:
         folder, slash, _ = file.partition("/")

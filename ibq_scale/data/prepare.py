@@ -26,18 +26,19 @@ import numpy as np
 
 from ibq_scale.data.encode import Encoding, Picture, UnusableError, UnwantedError, encode_picture
 from ibq_scale.data.filters import Condition, all_hold, check_columns, parse_conditions
-from ibq_scale.data.folders import expand_home
+from ibq_scale.data.folder import Store
 from ibq_scale.data.index import INDEX_VERSION, Member, Reject, ShardIndex, index_name
 from ibq_scale.data.jobs import Report, run_jobs
 from ibq_scale.data.labels import Group, Labels
 from ibq_scale.data.listing import TAR
+from ibq_scale.data.local import expand_home
 from ibq_scale.data.manifest import NAME, Manifest, ShardInfo, save_manifest
 from ibq_scale.data.pixel_rules import RULES, PixelRules
 from ibq_scale.data.progress import Progress
 from ibq_scale.data.samples import Sample, Source, Unit
 from ibq_scale.data.seen import Met, Seen, by_reason, seen_of
 from ibq_scale.data.sources import Opened, open_source
-from ibq_scale.data.store import Store, open_store
+from ibq_scale.data.store import open_store
 from ibq_scale.data.survey import Survey, label_note, survey
 from ibq_scale.data.tars import Naming
 from ibq_scale.data.verify import load_any_manifest

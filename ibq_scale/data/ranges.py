@@ -6,7 +6,7 @@ import hashlib
 import io
 from collections import OrderedDict
 
-from ibq_scale.data.store import Store
+from ibq_scale.data.folder import Store
 
 BLOCK = 4 << 20
 # Parquet columns and a sample's members are read in turns: one block would be fetched again and again.
@@ -41,8 +41,11 @@ class RangeReader(io.RawIOBase):
         return self.read(size)
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}[whence]
-        return self._position
+        position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}[whence]
+        if position < 0:
+            raise ValueError(f"position {position} is before the beginning")
+        self._position = position
+        return position
 
     def tell(self) -> int:
         return self._position

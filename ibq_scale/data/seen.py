@@ -131,7 +131,7 @@ def by_reason(rejects: Iterable[Reject], into: dict[str, Group]) -> None:
     from ibq_scale.data.labels import Group
 
     for reject in rejects:
-        reason = re.sub(r"'[^']*'|\d[\d,.]*", "…", reject.reason.partition("(")[0]).strip()
+        reason = re.sub(r"'[^']*'|(?<![\w-])\d[\d,.]*", "…", reject.reason.partition("(")[0]).strip()
         into.setdefault(reason, Group()).add(reject.path)
 
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from ibq_scale.config.run import DataConfig
 from ibq_scale.data.cache import ShardCache, bytes_held, default_folder
-from ibq_scale.data.manifest import Kind, Manifest, load_manifest
+from ibq_scale.data.folder import Store
+from ibq_scale.data.manifest import Kind, Manifest, ShardInfo, load_manifest
 from ibq_scale.data.order import Mixture, quotas
-from ibq_scale.data.store import Store, open_store
+from ibq_scale.data.store import open_store
 from ibq_scale.errors import UserError
 
 
@@ -24,6 +27,27 @@ class DataSet:
     manifest: Manifest
     store: Store
     cache: ShardCache | None = None
+
+    def read(self, shard: int) -> bytes:
+        """A whole shard. UserError where it is missing, or cannot be had."""
+        info = self.manifest.shards[shard]
+        with self._named(info):
+            return self.store.read(info.name) if self.cache is None else self.cache.read(info)
+
+    def read_range(self, shard: int, start: int, stop: int) -> bytes:
+        """Bytes start … stop − 1 of a shard. UserError as `read`."""
+        info = self.manifest.shards[shard]
+        with self._named(info):
+            if self.cache is None:
+                return self.store.read_range(info.name, start, stop)
+            return self.cache.read_range(info, start, stop)
+
+    @contextmanager
+    def _named(self, info: ShardInfo) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError:
+            raise UserError(f"{self.store.url}/{info.name} is missing, though the manifest names it") from None
 
 
 @dataclass(frozen=True)

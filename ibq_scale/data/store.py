@@ -16,19 +16,17 @@ command, and a transient failure for a rank of a job: of a thousand ranks that s
 from __future__ import annotations
 
 import asyncio
-import errno
-import filecmp
 import os
 import random
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from ibq_scale.config.secrets import refuse_credentials
-from ibq_scale.data.folders import expand_home, walk
+from ibq_scale.data.folder import DOWNLOAD_CHUNK, LocalStore, Store, Unfinished, over, too_short
+from ibq_scale.data.local import expand_home
 from ibq_scale.data.multipart import Content, parallel, send_parts
 from ibq_scale.data.s3_errors import (
     ANONYMOUS,
@@ -53,180 +51,8 @@ CONNECT_TIMEOUT_SECONDS = 5.0
 READ_TIMEOUT_SECONDS = 20.0
 # For the body of one answer, at most DOWNLOAD_CHUNK. Doubled with each try: a trickle ends, and a slow link does not.
 BODY_SECONDS = 20.0
-DOWNLOAD_CHUNK = 16 << 20
 # S3 wants 5 MiB or more, and at most 10,000 of them.
 UPLOAD_PART, MOST_PARTS = 16 << 20, 10_000
-PARTIAL = ".partial"
-
-
-class Unfinished(NamedTuple):
-    """What an upload that was killed has left: the path that it was for, and the store's own name of it."""
-
-    path: str
-    id: str
-
-
-class Store(ABC):
-    """A folder of files named by relative paths with ``/``."""
-
-    url: str
-    local = False
-    """Whether this is a file system's folder, where a read costs no request."""
-
-    @abstractmethod
-    def read(self, path: str) -> bytes:
-        """The whole file. FileNotFoundError where there is none."""
-
-    @abstractmethod
-    def read_range(self, path: str, start: int, stop: int) -> bytes:
-        """Bytes start … stop − 1, exactly that many: UserError where the file ends before.
-
-        FileNotFoundError where there is no file.
-        """
-
-    @abstractmethod
-    def write(self, path: str, data: bytes) -> None:
-        """Creates or replaces a file; readers see the old or the new one, never a part."""
-
-    @abstractmethod
-    def size(self, path: str) -> int:
-        """Bytes. FileNotFoundError where there is no file."""
-
-    @abstractmethod
-    def download(self, path: str, local: Path) -> None:
-        """Copies a file over `local`, flushed to the disk. FileNotFoundError where there is none.
-
-        UserError where the file changes meanwhile (S3: its ETag or size). `local` keeps its inode, and its size until
-        the end: a cache has taken the room for it.
-        """
-
-    @abstractmethod
-    def upload(self, local: Path, path: str) -> None:
-        """Copies a local file here, as `write` would."""
-
-    @abstractmethod
-    def upload_resumable(self, local: Path, path: str) -> None:
-        """As `upload`, but sends nothing of what is here already with these bytes.
-
-        That is the whole file, or the parts that an earlier try has left; one that fails leaves its own (`unfinished`).
-        """
-
-    @abstractmethod
-    def unfinished(self) -> list[Unfinished]:
-        """What uploads that were killed or failed have left under here."""
-
-    @abstractmethod
-    def abort(self, upload: Unfinished) -> None:
-        """Removes what an upload has left."""
-
-    @abstractmethod
-    def delete(self, paths: Iterable[str]) -> None:
-        """Removes files; one that is gone already is no fault."""
-
-    def stop(self) -> None:
-        """Lets what is under way in other threads fail soon, and whatever is begun later. For good."""
-        self._stopped = True
-
-    _stopped = False
-
-    def exists(self, path: str) -> bool:
-        try:
-            self.size(path)
-        except FileNotFoundError:
-            return False
-        return True
-
-    @abstractmethod
-    def files(self) -> dict[str, int]:
-        """The bytes of every file under here, by path, sorted. FileNotFoundError where a local folder is missing."""
-
-
-class LocalStore(Store):
-    """A folder on a file system."""
-
-    local = True
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.url = str(root)
-
-    def read(self, path: str) -> bytes:
-        return (self.root / path).read_bytes()
-
-    def read_range(self, path: str, start: int, stop: int) -> bytes:
-        with (self.root / path).open("rb") as f:
-            data = os.pread(f.fileno(), stop - start, start)
-        if len(data) != stop - start:
-            raise _too_short(f"{self.url}/{path}", stop)
-        return data
-
-    def write(self, path: str, data: bytes) -> None:
-        self._fill(path, lambda f: f.write(data))
-
-    def _fill(self, path: str, fill: Callable[[BinaryIO], object]) -> None:
-        target = self.root / path
-        partial = target.with_name(f".{target.name}.{os.getpid()}{PARTIAL}")
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as f:
-                fill(f)
-                f.flush()
-                os.fsync(f.fileno())
-            partial.replace(target)
-        except OSError as e:
-            partial.unlink(missing_ok=True)
-            raise UserError(f"cannot write {target}: {e.strerror}") from None
-
-    def size(self, path: str) -> int:
-        return (self.root / path).stat().st_size
-
-    def download(self, path: str, local: Path) -> None:
-        with (self.root / path).open("rb") as source, _over(local) as f:
-            while chunk := source.read(DOWNLOAD_CHUNK):
-                f.write(chunk)
-            f.truncate()
-            f.flush()
-            os.fsync(f.fileno())
-
-    def upload(self, local: Path, path: str) -> None:
-        with local.open("rb") as source:
-            self._fill(path, lambda f: self._copy(source, f))
-
-    def upload_resumable(self, local: Path, path: str) -> None:
-        there = self.root / path
-        if not (there.is_file() and filecmp.cmp(local, there, shallow=False)):
-            self.upload(local, path)
-
-    def _copy(self, source: BinaryIO, target: BinaryIO) -> None:
-        while chunk := source.read(DOWNLOAD_CHUNK):
-            if self._stopped:
-                raise InterruptedError(errno.EINTR, "stopped")
-            target.write(chunk)
-
-    def unfinished(self) -> list[Unfinished]:
-        left = [path for path in self.root.rglob(f".*{PARTIAL}") if path.is_file()]
-        # .NAME.PID.partial
-        names = [(path.parent / path.name[1:].rsplit(".", 2)[0], path) for path in left]
-        return [Unfinished(*(p.relative_to(self.root).as_posix() for p in pair)) for pair in names]
-
-    def abort(self, upload: Unfinished) -> None:
-        self.delete([upload.id])
-
-    def delete(self, paths: Iterable[str]) -> None:
-        for path in paths:
-            try:
-                (self.root / path).unlink(missing_ok=True)
-                for parent in (self.root / path).parents:
-                    if parent == self.root or any(parent.iterdir()):
-                        break
-                    parent.rmdir()
-            except FileNotFoundError:
-                continue
-            except OSError as e:
-                raise UserError(f"cannot remove {self.root / path}: {e.strerror}") from None
-
-    def files(self) -> dict[str, int]:
-        return walk(self.root)[0]
 
 
 class _Part(NamedTuple):
@@ -270,9 +96,9 @@ class S3Store(Store):
         try:
             part = self._get(path, start, stop)
         except PastEndError:
-            raise _too_short(f"{self.url}/{path}", stop) from None
+            raise too_short(f"{self.url}/{path}", stop) from None
         if part.total < stop:
-            raise _too_short(f"{self.url}/{path}", stop)
+            raise too_short(f"{self.url}/{path}", stop)
         return part.data
 
     def write(self, path: str, data: bytes) -> None:
@@ -282,7 +108,7 @@ class S3Store(Store):
         return int(self._ask(path, "head_object")["ContentLength"])
 
     def download(self, path: str, local: Path) -> None:
-        with _over(local) as f:
+        with over(local) as f:
             total = self._transfer(path, lambda start, data: os.pwrite(f.fileno(), data, start))
             f.truncate(total)
             os.fsync(f.fileno())
@@ -464,10 +290,6 @@ def _new_client() -> Any:
     return client
 
 
-def _over(local: Path) -> BinaryIO:
-    return os.fdopen(os.open(local, os.O_WRONLY | os.O_CREAT, 0o666), "wb")
-
-
 async def _body(response: dict[str, Any], seconds: float) -> Any:
     """The whole body. TimeoutError, which is transient, after `seconds`."""
 
@@ -482,16 +304,15 @@ def _content(size: int, cut: Callable[[int, int], bytes]) -> Content:
     return Content(size, cut, max(UPLOAD_PART, -(-size // MOST_PARTS)))
 
 
-def _too_short(name: str, stop: int) -> UserError:
-    return UserError(f"{name} ends before byte {stop}, where its index has more: it changed after it was prepared")
+def open_store(url: str, *, links: bool = False) -> Store:
+    """The store at a plain path, ``file://`` path or ``s3://bucket/prefix``. Nothing is read yet.
 
-
-def open_store(url: str) -> Store:
-    """The store at a plain path, ``file://`` path or ``s3://bucket/prefix``. Nothing is read yet."""
+    `links`: whether files of a local folder may be links out of it.
+    """
     refuse_credentials(url)
     if url.startswith("s3://"):
         return S3Store(url)
     scheme, separator, rest = url.partition("://")
     if separator and scheme != "file":
         raise UserError(f"'{url}': unknown scheme '{scheme}': write a path, file:// or s3://bucket/prefix")
-    return LocalStore(expand_home(rest if separator else url))
+    return LocalStore(expand_home(rest if separator else url), links=links)

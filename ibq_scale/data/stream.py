@@ -23,13 +23,14 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from ibq_scale.config.run import DataConfig
 from ibq_scale.data.codes import CodeDataset, CodeSample
 from ibq_scale.data.images import ImageDataset, ImageSample, Request
 from ibq_scale.data.order import Mixture
 from ibq_scale.data.sets import DataSets, open_sets
+from ibq_scale.data.shared_memory import SharedMemoryError, require_room, share
 from ibq_scale.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,8 @@ def image_stream(
 ) -> Iterator[ImageBatch]:
     """This rank's micro-batches from absolute position `start` on, without end. UserError for unusable data."""
     data = sets.config
+    if data.workers:
+        require_room(micro_batch * 3 * resolution**2, data.workers * (PREFETCH + 1))
     dataset = ImageDataset(
         sets,
         resolution=resolution,
@@ -277,7 +280,7 @@ def _load(dataset: Any, sampler: _FetchingSampler, stack: Callable[[Any], Any], 
 
 
 class _Batches(Dataset[Any]):
-    """A dataset by lists of requests. A UserError becomes the batch: torch would put a worker's traceback around it."""
+    """A dataset by lists of requests. Errors in words become the batch: torch would put a worker's traceback around."""
 
     def __init__(self, dataset: Any, stack: Callable[[Any], Any]) -> None:
         self._dataset = dataset
@@ -285,8 +288,11 @@ class _Batches(Dataset[Any]):
 
     def __getitem__(self, requests: list[Request]) -> Any:
         try:
-            return self._stack(self._dataset.__getitems__(requests))
-        except UserError as e:
+            batch = self._stack(self._dataset.__getitems__(requests))
+            if get_worker_info() is not None:
+                share(batch)
+            return batch
+        except (UserError, SharedMemoryError) as e:
             return e
 
 
@@ -296,7 +302,7 @@ def _as_it_is(batch: Any) -> Any:
 
 def _raise_errors(batches: Iterator[Any]) -> Iterator[Any]:
     for batch in batches:
-        if isinstance(batch, UserError):
+        if isinstance(batch, Exception):
             raise batch
         yield batch
 

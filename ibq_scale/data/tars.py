@@ -13,14 +13,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ibq_scale.data.filters import look_up
+from ibq_scale.data.folder import Store, UnreadableError
 from ibq_scale.data.index import Reject
-from ibq_scale.data.labels import Found, label_of_text, label_of_value
+from ibq_scale.data.labels import Found, label_of_text, label_of_value, printable
 from ibq_scale.data.listing import PICTURE_ENDINGS
 from ibq_scale.data.members import CutTarError, MoreThanTarError, Place, members
 from ibq_scale.data.ranges import RangeReader
 from ibq_scale.data.samples import Look, Sample, Unit
-from ibq_scale.data.store import Store
 from ibq_scale.documents import parse_json
+from ibq_scale.names import is_text
 
 PICTURES = ("jpg", "jpeg", "png", "webp", *(ending[1:] for ending in PICTURE_ENDINGS[2:]))
 # The picture of a sample that has several: image.jpg beside segmentation.png.
@@ -171,7 +172,7 @@ class TarSource:
             for sample in tar_samples(reader, start, self.naming, scattered=self.scattered):
                 yield sample.start, read_sample(reader, sample, unit.file, self.naming)
                 position = sample.start
-        except CutTarError as e:
+        except (CutTarError, UnreadableError) as e:
             yield position + 1, Reject(unit.file, str(e))
 
     def look(self, unit: Unit, most: int | None = None) -> Look:
@@ -188,7 +189,7 @@ class TarSource:
                     look.scattered = True
                 partial[sample.key] = (before or set()) | set(sample.members)
                 self._look_at(look, reader, sample, unit.file)
-        except CutTarError as e:
+        except (CutTarError, UnreadableError) as e:
             look.leave_out(f"a tar {e}", unit.file)
         return look
 
@@ -230,6 +231,8 @@ def read_sample(reader: RangeReader, sample: TarSample, file: str, naming: Namin
     """The sample with its picture's bytes, named FILE/KEY; a Reject where it holds no picture."""
     naming = naming or Naming()
     name = f"{file}/{sample.key}"
+    if not is_text(name):
+        return Reject(printable(name), "its name is no UTF-8")
     pictures = sample.pictures(naming.picture)
     if not pictures:
         several = [member for member in sample.members if member.rpartition(".")[2] in PICTURES]

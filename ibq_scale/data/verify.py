@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,11 +9,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 from threading import Lock
 
+from ibq_scale.data.folder import Store
 from ibq_scale.data.index import ShardIndex, UnfitIndexError, index_name, index_of
 from ibq_scale.data.manifest import NAME, Kind, Manifest, ShardInfo, load_manifest
 from ibq_scale.data.progress import Progress
 from ibq_scale.data.ranges import HashingReader
-from ibq_scale.data.store import Store, open_store
+from ibq_scale.data.store import open_store
+from ibq_scale.documents import parse_json
 from ibq_scale.errors import UserError
 
 
@@ -54,7 +55,7 @@ def verify(url: str, *, workers: int = 4) -> Verified:
 def load_any_manifest(store: Store) -> Manifest:
     """A data set's manifest, of either kind. UserError as `load_manifest`."""
     try:
-        kind: Kind = "codes" if json.loads(store.read(NAME)).get("kind") == "codes" else "images"
+        kind: Kind = "codes" if parse_json(store.read(NAME)).get("kind") == "codes" else "images"
     except (FileNotFoundError, NotADirectoryError, UserError, ValueError, AttributeError):
         kind = "images"
     return load_manifest(store, kind)

@@ -6,9 +6,10 @@ import os
 import time
 
 from ibq_scale.config.secrets import without_credentials
+from ibq_scale.data.folder import DOWNLOAD_CHUNK, Store
 from ibq_scale.data.manifest import ShardInfo
 from ibq_scale.data.multipart import parallel
-from ibq_scale.data.store import DOWNLOAD_CHUNK, Store, open_store
+from ibq_scale.data.store import open_store
 from ibq_scale.data.verify import load_any_manifest
 from ibq_scale.doctor.lines import Line, Subject, fail, ok, warn
 

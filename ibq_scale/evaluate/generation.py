@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 
 from ibq_scale.distributed.world import World
+from ibq_scale.documents import read_json
 from ibq_scale.errors import UserError
 from ibq_scale.evaluate.fid import FeatureStatistics, Inception, moments_distance
 from ibq_scale.evaluate.gather import gather_rows
@@ -98,7 +98,7 @@ def evaluate_generation(
 
 def _sampled(folder: Path) -> dict[str, Any] | None:
     try:
-        facts = json.loads((folder / FACTS).read_text())
+        facts = read_json(folder / FACTS)
         return {name: facts[name] for name in ("model", "settings", "job")}
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -157,7 +157,7 @@ def _short(value: object) -> str:
 
 def _result(path: Path) -> dict[str, Any]:
     try:
-        result = json.loads(path.read_text())
+        result = read_json(path)
         if {"fid", "reference_hash", "extractor_sha256", "resolution"} <= set(result):
             return dict(result)
     except FileNotFoundError:

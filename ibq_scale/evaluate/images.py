@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from ibq_scale.data.convert import decode
-from ibq_scale.data.folders import expand_home
 from ibq_scale.data.listing import is_picture_name, list_files
+from ibq_scale.data.local import expand_home
 from ibq_scale.data.manifest import NAME, load_manifest
 from ibq_scale.data.stream import evaluation_images, shares
 from ibq_scale.distributed.world import World

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ibq_scale import __version__
 from ibq_scale.distributed.world import World
+from ibq_scale.documents import parse_json
 from ibq_scale.errors import UserError
 from ibq_scale.evaluate.fid import INCEPTION, FeatureStatistics, Inception, Moments
 from ibq_scale.evaluate.gather import gather_rows
@@ -168,7 +169,7 @@ def _moments_file(path: Path) -> dict[str, Any] | None:
 
 def _fitting_stamp(path: Path, text: str, inception: Inception, size: Size) -> Stamp:
     try:
-        values = json.loads(text)
+        values = parse_json(text)
         stamp = Stamp(**values | {"resolution": tuple(values["resolution"])})
     except (ValueError, TypeError, KeyError):
         raise UserError(f"{path} has a stamp that this program cannot read: compute it again") from None

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ibq_scale.config.layers import load_resolved
 from ibq_scale.config.run import TokenizerRun
+from ibq_scale.documents import read_json
 from ibq_scale.errors import UserError
 from ibq_scale.experiments.plan import CONFIGURATIONS, Configuration
 from ibq_scale.experiments.run import EVALUATION
@@ -71,7 +72,7 @@ def load(path: Path) -> list[Result]:
     """What `save` wrote. UserError where the file is missing or of another version."""
     if not path.is_file():
         raise UserError(f"{path} is missing: collect runs into it with 'ibq-scale experiments report --runs DIR'")
-    values = json.loads(path.read_text())
+    values = read_json(path)
     names = {field.name for field in fields(Result)}
     if values.get("version") != VERSION or any(set(run) != names for run in values["runs"]):
         raise UserError(f"{path} was written by another version: collect the runs again (--runs DIR)")
@@ -85,7 +86,7 @@ def _seed(run: Path) -> int:
 def _read(configuration: Configuration, run: Path) -> Result:
     config = load_resolved(run / "config.yaml")
     assert isinstance(config, TokenizerRun)
-    log, evaluation = load_run(run), json.loads((run / EVALUATION).read_text())
+    log, evaluation = load_run(run), read_json(run / EVALUATION)
     tokens_a_tile = config.model.tokens
     return Result(
         name=configuration.name,

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ibq_scale.documents import read_json
 from ibq_scale.generate.names import FACTS, GRID, SAMPLES
 from ibq_scale.pictures import image_grid, save_png
 
@@ -139,7 +140,7 @@ class Chunks:
 def is_finished(folder: Path, job: Job) -> bool:
     """Whether the files of the whole job are there. Reads the ``.npz`` once, against its CRCs."""
     try:
-        if json.loads((folder / FACTS).read_text()).get("job") != job.hash or not (folder / GRID).is_file():
+        if read_json(folder / FACTS).get("job") != job.hash or not (folder / GRID).is_file():
             return False
         with zipfile.ZipFile(folder / SAMPLES) as archive:
             return archive.testzip() is None

@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ibq_scale.data.codes import CodeShard, code_shard_name, find_code_shard, finish_codes, write_code_shard
+from ibq_scale.data.folder import Store
 from ibq_scale.data.manifest import CodesInfo, Manifest, ShardInfo, load_manifest
-from ibq_scale.data.store import Store, open_store
+from ibq_scale.data.store import open_store
 from ibq_scale.data.stream import shard_images, to_float
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError

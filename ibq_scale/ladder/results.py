@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from ibq_scale.checkpoint.files import write_whole
+from ibq_scale.documents import read_json
 from ibq_scale.errors import UserError
 from ibq_scale.ladder.run import is_finished
 from ibq_scale.ladder.rungs import Rung
@@ -65,7 +66,7 @@ def save(results: Sequence[Result], path: Path) -> None:
 def load(path: Path) -> list[Result]:
     """What `save` wrote. UserError where the file is missing, damaged or of another version."""
     try:
-        values = json.loads(path.read_text())
+        values = read_json(path)
         names = {field.name for field in fields(Result)}
         if values["version"] == VERSION and all(set(rung) == names for rung in values["rungs"]):
             return [Result(**rung) for rung in values["rungs"]]

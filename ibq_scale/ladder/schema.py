@@ -16,7 +16,7 @@ from ibq_scale.config.base import Section
 from ibq_scale.config.layers import explain, without_environment
 from ibq_scale.config.models import PositiveInt
 from ibq_scale.config.run import NonNegativeInt
-from ibq_scale.documents import require_modest
+from ibq_scale.documents import read_text, require_modest
 from ibq_scale.errors import UserError
 
 LADDERS = Path(__file__).parent / "ladders"
@@ -147,7 +147,7 @@ def load_ladder(source: str, overrides: Sequence[str] = ()) -> LadderConfig:
     """
     path = _find(source)
     try:
-        require_modest(path.read_text(encoding="utf-8"))
+        require_modest(read_text(path))
         merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
         with without_environment():
             values: Any = OmegaConf.to_container(merged, resolve=True)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from ibq_scale.checkpoint.pieces import PieceReader
 from ibq_scale.checkpoint.reading import MANIFEST, Checkpoint, read_checkpoint, verify, whole_checkpoints
 from ibq_scale.config.models import AutoencoderConfig, QuantizerConfig, TransformerConfig
+from ibq_scale.documents import read_json
 from ibq_scale.errors import UserError
 from ibq_scale.models.autoencoder import Autoencoder, image_of, tokens_of
 from ibq_scale.models.initial import Values
@@ -31,7 +32,7 @@ from ibq_scale.models.sampling import GuidanceSchedule, SamplingSettings, genera
 from ibq_scale.models.transformer import Transformer
 from ibq_scale.names import file_name, is_inside
 from ibq_scale.pretrained.hub import PREFIX, fetch
-from ibq_scale.pretrained.strict import fill_strictly, require_fit
+from ibq_scale.pretrained.strict import fill_strictly, require_fit, require_layers
 from ibq_scale.quantize.quantizer import encode, lookup
 
 FORMAT_VERSION = 1
@@ -163,23 +164,49 @@ def load_tokenizer(path: str | Path, device: torch.device | str = "cpu", check_h
     `check_hashes`: whether files of a checkpoint are compared with its manifest first.
     """
     folder, config = _read_config(_local(path), "tokenizer", check_hashes)
-    tokenizer = Tokenizer(
-        _section(AutoencoderConfig, config, "model", folder), _section(QuantizerConfig, config, "quantizer", folder)
-    )
-    tensors = {f"autoencoder.{k}": v for k, v in _weights(folder, config).items()}
-    fill_strictly(tokenizer, tensors | {"codebook_KD": _codebook(folder)}, folder)
-    return tokenizer.to(device)
+    model = _section(AutoencoderConfig, config, "model", folder)
+    quantizer = _section(QuantizerConfig, config, "quantizer", folder)
+    weights = _weights(folder, config)
+    tensors = {f"autoencoder.{k}": v for k, v in weights.items()} | {"codebook_KD": _codebook(folder)}
+    return fill_tokenizer(model, quantizer, tensors, folder).to(device)
+
+
+def fill_tokenizer(
+    model: AutoencoderConfig, quantizer: QuantizerConfig, tensors: Mapping[str, Tensor], where: Path
+) -> Tokenizer:
+    """The tokenizer with these weights, fp32. UserError where they are of other sizes: before it is built."""
+    require_layers(tensors, layers_of(model, r"autoencoder\."), str(where))
+    with torch.device("meta"):
+        tokenizer = Tokenizer(model, quantizer)
+    fill_strictly(tokenizer, tensors, where, torch.float32)
+    return tokenizer
 
 
 def load_ar(path: str | Path, device: torch.device | str = "cpu", check_hashes: bool = True) -> ARModel:
     """Loads a transformer. `check_hashes` and UserError as `load_tokenizer`."""
     folder, config = _read_config(_local(path), "ar", check_hashes)
-    with torch.device("meta"):
-        model = ARModel(_section(TransformerConfig, config, "model", folder), config.get("tokenizer"))
+    sizes = _section(TransformerConfig, config, "model", folder)
     tensors = {f"transformer.{k}": v for k, v in _weights(folder, config).items()}
-    fill_strictly(model, tensors, folder)
+    model = fill_ar(sizes, config.get("tokenizer"), tensors, folder)
     model.path = str(folder.resolve())
     return model.to(device)
+
+
+def layers_of(model: AutoencoderConfig, prefix: str = "") -> dict[str, int]:
+    """How many layers there are under patterns of names, for `require_layers`."""
+    return {
+        prefix + r"encoder\.down\.(\d+)\.": len(model.channel_multipliers),
+        prefix + r"encoder\.down\.0\.block\.(\d+)\.": model.res_blocks,
+    }
+
+
+def fill_ar(sizes: TransformerConfig, tokenizer: str | None, tensors: Mapping[str, Tensor], where: Path) -> ARModel:
+    """The transformer with these weights as its own. UserError where they are of other sizes: before it is built."""
+    require_layers(tensors, {r"transformer\.blocks\.(\d+)\.": sizes.depth}, str(where))
+    with torch.device("meta"):
+        model = ARModel(sizes, tokenizer)
+    fill_strictly(model, tensors, where)
+    return model
 
 
 def start_from(path: str, network: Autoencoder) -> None:
@@ -194,9 +221,11 @@ def stored(path: str, network: Transformer) -> Values:
     if "weights" in config:
         return _stored_in_pieces(folder, _place(config, folder), network)
     try:
+        if not (folder / WEIGHTS).is_file():
+            raise OSError("it is not there")
         file: Any = safe_open(folder / WEIGHTS, framework="pt")
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
-    except (OSError, SafetensorError) as e:
+    except (OSError, SafetensorError, ValueError) as e:
         raise UserError(f"cannot read {folder / WEIGHTS}: {e}") from None
     found = {name: torch.empty(s.get_shape(), device="meta") for name, s in slices.items()}
     require_fit(network.state_dict(), found, str(folder))
@@ -340,7 +369,7 @@ def _check_hashes(checkpoint: Checkpoint, config: dict[str, Any], folder: Path) 
 
 def config_of(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = read_json(folder / CONFIG)
     except (ValueError, OSError, RecursionError) as e:
         raise UserError(f"{folder / CONFIG} is damaged: {e}") from None
     if not isinstance(config, dict):
@@ -349,8 +378,10 @@ def config_of(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{folder} has model format {config.get('format_version')}, this program reads {FORMAT_VERSION}"
         )
-    if config.get("kind") not in _A:
+    if config.get("kind") not in list(_A):
         raise UserError(f"{folder / CONFIG}: kind is {config.get('kind')!r:.50}, not one of {', '.join(_A)}")
+    if not isinstance(config.get("tokenizer", ""), str) or not isinstance(config.get("source", {}), dict):
+        raise UserError(f"{folder / CONFIG} is damaged: its tokenizer is no text, or its source no object")
     return config
 
 
@@ -386,8 +417,12 @@ def _weights(folder: Path, config: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _codebook(folder: Path) -> Tensor:
-    parts = [_read_tensors(p)[CODEBOOK] for p in sorted(folder.glob("codebook*.safetensors"))]
-    return torch.cat(parts) if parts else torch.empty(0)
+    paths = sorted(folder.glob("codebook*.safetensors"))
+    parts = [tensors[CODEBOOK] for tensors in map(_read_tensors, paths) if CODEBOOK in tensors]
+    try:
+        return torch.cat(parts) if parts else torch.empty(0)
+    except RuntimeError:
+        raise UserError(f"{folder}: the parts of its codebook are of different widths") from None
 
 
 _A = {"tokenizer": "a tokenizer", "ar": "an AR transformer"}
@@ -395,8 +430,10 @@ _A = {"tokenizer": "a tokenizer", "ar": "an AR transformer"}
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is no regular file")
         return load_file(path)
-    except (OSError, SafetensorError) as e:
+    except (OSError, SafetensorError, ValueError) as e:
         raise UserError(f"cannot read {path}: {e}") from None
 
 

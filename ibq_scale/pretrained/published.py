@@ -21,8 +21,8 @@ from torch import Tensor
 
 from ibq_scale.config.models import AutoencoderConfig, QuantizerConfig, TransformerConfig
 from ibq_scale.errors import UserError
-from ibq_scale.pretrained.loading import ARModel, Kind, Tokenizer, load_model
-from ibq_scale.pretrained.strict import fill_strictly, require_fit
+from ibq_scale.pretrained.loading import ARModel, Kind, Tokenizer, fill_ar, layers_of, load_model
+from ibq_scale.pretrained.strict import count_layers, fill_strictly, require_fit, require_layers
 
 MODULES = ("encoder", "decoder", "quant_conv", "post_quant_conv")
 CODEBOOK = "quantize.embedding.weight"
@@ -108,6 +108,8 @@ def published_tokenizer(model: Tokenizer) -> dict[str, Tensor]:
 
 
 def _read(file: Path) -> _Content:
+    if file.exists() and not file.is_file():
+        raise UserError(f"cannot read {file}: it is no regular file")
     try:
         with warnings.catch_warnings():
             # About pickles of protocols that torch does not write.
@@ -130,7 +132,8 @@ def _read(file: Path) -> _Content:
         raise UserError(f"cannot read {file}: it is cut short, damaged or no checkpoint ({type(e).__name__})") from None
     top = content if isinstance(content, dict) else {}
     state = top.get("state_dict", top)
-    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
+    named = state.items() if isinstance(state, dict) else ()
+    tensors = {k: v for k, v in named if isinstance(k, str) and isinstance(v, Tensor)}
     sizes = top.get(SIZES)
     others = {k: _tensors_in(v) for k, v in top.items() if k not in ("state_dict", SIZES)} if state is not top else {}
     return _Content(file, tensors, sizes if isinstance(sizes, dict) else {}, others)
@@ -163,7 +166,10 @@ def _of_average(name: str) -> bool:
 
 def _tokenizer(content: _Content, ema: bool) -> Imported:
     state, file = content.state, content.file
-    model = Tokenizer(*_tokenizer_sizes(content))
+    sizes = _tokenizer_sizes(content)
+    require_layers(state, layers_of(sizes[0]), str(file))
+    with torch.device("meta"):
+        model = Tokenizer(*sizes)
     wanted = {_published(name): tensor for name, tensor in model.state_dict().items()}
     if ema:
         dotted = {_averaged(name): name for name in wanted}
@@ -174,7 +180,7 @@ def _tokenizer(content: _Content, ema: bool) -> Imported:
         weights = {k: v for k, v in state.items() if _of_tokenizer(k)}
         require_fit(wanted, weights, str(file))
         used = {*weights}
-    model.load_state_dict({name: weights[_published(name)] for name in model.state_dict()})
+    fill_strictly(model, {name: weights[_published(name)] for name in model.state_dict()}, file, torch.float32)
     return Imported(model, _left_aside(content, used))
 
 
@@ -192,35 +198,31 @@ def _tokenizer_sizes(content: _Content) -> tuple[AutoencoderConfig, QuantizerCon
         except (KeyError, TypeError, ValidationError) as e:
             raise _foreign_sizes(content.file, e) from None
     state, file = content.state, content.file
-    levels = _count(state, r"encoder\.down\.(\d+)\.")
+    levels = count_layers(state, r"encoder\.down\.(\d+)\.", str(file))
     first = [f"encoder.down.{i}.block.0.conv1.weight" for i in range(max(levels, 1))]
     _require([CODEBOOK, "encoder.conv_in.weight", "encoder.conv_out.weight", *first], state, file)
     codes, dim = _sides(state[CODEBOOK], file)
     try:
         quantizer = QuantizerConfig(codebook_size=codes, dim=dim)
-        return _autoencoder_sizes(state, [state[name].shape[0] for name in first]), quantizer
+        return _autoencoder_sizes(content, [_side(state[name], file) for name in first]), quantizer
     except ValidationError as e:
         raise UserError(f"{file}: not the published autoencoder: {_line(e)}") from None
 
 
-def _autoencoder_sizes(state: Mapping[str, Tensor], widths: list[int]) -> AutoencoderConfig:
+def _autoencoder_sizes(content: _Content, widths: list[int]) -> AutoencoderConfig:
     """Widths, depths and where attention sits. The nominal resolution is set so that the deepest level is 16 wide."""
-    channels = state["encoder.conv_in.weight"].shape[0]
+    state, file = content.state, content.file
+    channels = _side(state["encoder.conv_in.weight"], file)
     resolution = 16 * 2 ** (len(widths) - 1)
-    attention = [resolution // 2**i for i in range(len(widths)) if _count(state, rf"encoder\.down\.{i}\.attn\.(\d+)\.")]
+    attended = [any(name.startswith(f"encoder.down.{i}.attn.") for name in state) for i in range(len(widths))]
     return AutoencoderConfig(
         channels=channels,
         channel_multipliers=tuple(width // channels for width in widths),
-        res_blocks=_count(state, r"encoder\.down\.0\.block\.(\d+)\."),
-        attention_resolutions=tuple(attention),
+        res_blocks=count_layers(state, r"encoder\.down\.0\.block\.(\d+)\.", str(file)),
+        attention_resolutions=tuple(resolution // 2**i for i, there in enumerate(attended) if there),
         resolution=resolution,
-        z_channels=state["encoder.conv_out.weight"].shape[0],
+        z_channels=_side(state["encoder.conv_out.weight"], file),
     )
-
-
-def _count(names: Collection[str], numbered: str) -> int:
-    """1 + the highest number in names of this pattern, 0 without one."""
-    return 1 + max((int(m[1]) for name in names if (m := re.match(numbered, name))), default=-1)
 
 
 def _require(names: Collection[str], state: Mapping[str, Tensor], file: Path) -> None:
@@ -235,6 +237,13 @@ def _sides(table: Tensor, file: Path) -> tuple[int, int]:
     return table.shape[0], table.shape[1]
 
 
+def _side(weight: Tensor, file: Path) -> int:
+    """Of its first side; nothing has none."""
+    if not weight.ndim or not weight.shape[0]:
+        raise UserError(f"{file}: a weight of shape {tuple(weight.shape)} where layers have at least one channel")
+    return weight.shape[0]
+
+
 def _transformer(content: _Content, heads: int | None, tokens: int | None) -> Imported:
     weights = {k: v for k, v in content.state.items() if k.startswith("transformer.")}
     try:
@@ -242,9 +251,7 @@ def _transformer(content: _Content, heads: int | None, tokens: int | None) -> Im
     except ValidationError as e:
         raise UserError(f"{content.file}: {_line(e)}: give --heads and --tokens as it was trained") from None
     tokenizer = content.sizes.get("tokenizer")
-    with torch.device("meta"):
-        model = ARModel(config, tokenizer if isinstance(tokenizer, str) else None)
-    fill_strictly(model, weights, content.file)
+    model = fill_ar(config, tokenizer if isinstance(tokenizer, str) else None, weights, content.file)
     return Imported(model, _left_aside(content, {*weights}))
 
 
@@ -259,8 +266,8 @@ def _transformer_sizes(content: _Content, heads: int | None, tokens: int | None)
     codes, width = _sides(content.state[TOKEN_TABLE], content.file)
     sizes = {
         "codebook_size": codes,
-        "classes": content.state[CLASS_TABLE].shape[0] - 1,
-        "depth": _count(content.state, r"transformer\.blocks\.(\d+)\."),
+        "classes": _side(content.state[CLASS_TABLE], content.file) - 1,
+        "depth": count_layers(content.state, r"transformer\.blocks\.(\d+)\.", str(content.file)),
         "heads": max(width // 64, 1),
         "width": width,
     }

@@ -2,23 +2,47 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from ibq_scale.errors import UserError
 
 
-def fill_strictly(module: nn.Module, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Copies `tensors` into the module, or makes them its own where it is on the meta device.
+def fill_strictly(
+    module: nn.Module, tensors: Mapping[str, Tensor], folder: Path, dtype: torch.dtype | None = None
+) -> None:
+    """Copies `tensors` into the module, or makes them its own, as `dtype`, where it is on the meta device.
 
     UserError that names every tensor that is missing, misshapen or too many.
     """
     wanted = module.state_dict()
     require_fit(wanted, tensors, str(folder))
-    module.load_state_dict(dict(tensors), assign=any(tensor.is_meta for tensor in wanted.values()))
+    own = any(tensor.is_meta for tensor in wanted.values())
+    module.load_state_dict({name: tensor.to(dtype) if own else tensor for name, tensor in tensors.items()}, assign=own)
+
+
+def require_layers(names: Collection[str], layers: Mapping[str, int], where: str) -> None:
+    """UserError where there are others than so many layers under each pattern of names, before any is built."""
+    for pattern, wanted in layers.items():
+        if (found := count_layers(names, pattern, where)) != wanted:
+            label = pattern.replace(r"(\d+)", "N").replace("\\", "")
+            raise UserError(f"{where}: weights do not fit the model: {found} of {label}* instead of {wanted}")
+
+
+def count_layers(names: Collection[str], pattern: str, where: str) -> int:
+    """How many numbers names have at the group of `pattern`. UserError where these are not 0, 1, 2 …"""
+    # No file has so many names that a number could be longer.
+    numbers = {int(m[1]) if len(m[1]) < 8 else 10**8 for name in names if (m := re.match(pattern, name))}
+    if (last := max(numbers, default=-1)) != len(numbers) - 1:
+        raise UserError(
+            f"{where}: weights fit no model: {len(numbers)} layers there are numbered up to {min(last, 10**8)}"
+        )
+    return len(numbers)
 
 
 def require_fit(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str) -> None:
@@ -28,10 +52,12 @@ def require_fit(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], where
     """
     missing = wanted.keys() - found.keys()
     misshapen = {k for k in wanted.keys() & found.keys() if found[k].shape != wanted[k].shape}
+    whole = [k for k in wanted if k in found and k not in misshapen and not found[k].is_floating_point()]
     faults = [f"{label} missing" for label, _ in _together(missing, wanted)]
     for label, k in _together(misshapen, wanted):
         example = "" if label == k else f"of {k} "
         faults.append(f"{label} misshapen ({example}{tuple(found[k].shape)} instead of {tuple(wanted[k].shape)})")
+    faults += [f"{label} of whole numbers" for label, _ in _together(whole, wanted)]
     faults += [f"{label} not expected" for label, _ in _together(found.keys() - wanted.keys(), found)]
     if faults:
         raise UserError(f"{where}: weights do not fit the model: {'; '.join(faults)}")

@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 
 from ibq_scale.data.convert import to_rgb
+from ibq_scale.documents import json_object
 from ibq_scale.evaluate.names import GENERATION, RECONSTRUCTION, WORST
 from ibq_scale.generate.names import FACTS, GRID
 from ibq_scale.report.page import Block, Picture, Section, Table
@@ -63,7 +64,7 @@ def results_of(run: RunLog, name: str) -> list[Result]:
     beside = [path for path in sorted(home.parent.glob(f"*/{name}")) if path not in inside]
     found = []
     for path in inside + beside:
-        facts = _read(path)
+        facts = json_object(path)
         model = str((facts.get("sampled") or facts).get("model") or "")
         ours = Path(model).is_relative_to(home) if model else False
         # A run that was moved is still the run of what lies in it.
@@ -192,11 +193,3 @@ def _figure(value: float | None, digits: int) -> str:
 
 def _share(value: float) -> str:
     return f"{100 * value:.3g} %"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        facts = json.loads(path.read_text())
-        return facts if isinstance(facts, dict) else {}
-    except (OSError, ValueError):
-        return {}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ibq_scale.config.layers import flatten
-from ibq_scale.documents import parse_yaml
+from ibq_scale.documents import json_object, parse_yaml, read_text
 from ibq_scale.errors import UserError
 from ibq_scale.report.metrics import Curve, Metrics, read_metrics
 from ibq_scale.report.page import Block, Chart, Point, Series, Table, extremes
@@ -104,7 +103,7 @@ class RunLog:
 def load_run(path: Path, name: str | None = None) -> RunLog:
     """Reads a run directory. UserError where it is none. Damaged lines of metrics are left out (`read_metrics`)."""
     try:
-        config = parse_yaml((path / "config.yaml").read_text(encoding="utf-8"))
+        config = parse_yaml(read_text(path / "config.yaml"))
         metrics = read_metrics(path / "metrics.jsonl")
     except FileNotFoundError as e:
         raise UserError(f"{path} is no run directory with metrics: {Path(e.filename).name} is missing") from None
@@ -114,16 +113,7 @@ def load_run(path: Path, name: str | None = None) -> RunLog:
         raise UserError(
             f"{path}/config.yaml is damaged: copy the config of the run's submission or of a like run there"
         )
-    return RunLog(path, name or str(path), config, _facts(path / "environment.json"), metrics)
-
-
-def _facts(path: Path) -> dict[str, Any]:
-    """Of the environment; none where the file is missing or damaged."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    return RunLog(path, name or str(path), config, json_object(path / "environment.json"), metrics)
 
 
 def metric_chart(metric: str, runs: Sequence[RunLog], first_slot: int = 0) -> Chart | None:

@@ -6,13 +6,13 @@ said to be: a GPU that is not in the table has no peak, and so no time.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ibq_scale.config.batch import codebook_group_size
 from ibq_scale.config.deepspeed import deepspeed_config, zero_words
 from ibq_scale.config.run import AnyRun, ARRun, TokenizerRun
+from ibq_scale.documents import read_json
 from ibq_scale.errors import UserError
 from ibq_scale.scaling import networks
 from ibq_scale.scaling.budget import MemoryBudget, ar_budget, checkpoint_bytes, tokenizer_budget
@@ -68,7 +68,7 @@ class Rate:
     def read(path: Path) -> Rate:
         """From what `ibq-scale bench ar` or `bench tokenizer` printed with --json. UserError for anything else."""
         try:
-            report = json.loads(path.read_text())
+            report = read_json(path)
             rate = float(report["images_per_s"]) / int(report["ranks"])
             return Rate(str(path), str(report["device"]), rate, float(report["flops_per_image"]))
         except (OSError, ValueError, TypeError, KeyError, ZeroDivisionError):

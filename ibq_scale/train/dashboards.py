@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import secrets
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from ibq_scale.config.run import AnyRun
 from ibq_scale.console import tell
+from ibq_scale.documents import json_object
 from ibq_scale.errors import UserError
 from ibq_scale.train.task import Histogram
 
@@ -114,8 +114,8 @@ class WandB:
         id_file = run_dir / "wandb_id"
         if not id_file.is_file():
             id_file.write_text(secrets.token_hex(4))
-        environment = run_dir / "environment.json"
-        known = {"environment": json.loads(environment.read_text())} if environment.is_file() else {}
+        environment = json_object(run_dir / "environment.json")
+        known = {"environment": environment} if environment else {}
         settings: dict[str, Any] = {
             "project": config.wandb.project,
             "entity": config.wandb.entity,

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from ibq_scale.checkpoint.files import StateFile, TextFile
 from ibq_scale.distributed.world import World
+from ibq_scale.documents import read_json
 
 BAD_SAMPLES = "bad_samples.json"
 SKIPPED = "skipped_steps.json"
@@ -56,7 +57,7 @@ class BadSamples:
 
     def load(self, directory: Path) -> None:
         """Takes up the count that `state` gave."""
-        self._before = int(json.loads((directory / BAD_SAMPLES).read_text())["bad_samples"])
+        self._before = int(read_json(directory / BAD_SAMPLES)["bad_samples"])
         self._here = 0
 
     def _total(self) -> int:
@@ -104,4 +105,4 @@ class SkippedSteps:
 
     def load(self, directory: Path) -> None:
         """Takes up the list that `state` gave."""
-        self.steps = list(json.loads((directory / SKIPPED).read_text())["steps"])
+        self.steps = list(read_json(directory / SKIPPED)["steps"])

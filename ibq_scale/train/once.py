@@ -21,6 +21,7 @@ from ibq_scale.checkpoint.files import StateFile, TextFile
 from ibq_scale.data.order import Pass
 from ibq_scale.data.sets import DataSets
 from ibq_scale.distributed.world import World
+from ibq_scale.documents import read_json
 
 FILE = "epochs.json"
 
@@ -111,7 +112,7 @@ class SeenOnce:
 
     def load(self, directory: Path) -> None:
         """Takes up the sums of any number of ranks."""
-        values = json.loads((directory / FILE).read_text())
+        values = read_json(directory / FILE)
         self._checked = list(values["checked"])
         mine = values["begun"] if self._world.is_main else []
         self._sums = {(row["set"], row["epoch"]): [row["sum"], row["samples"]] for row in mine}

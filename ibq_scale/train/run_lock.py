@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 from ibq_scale.console import tell
 from ibq_scale.distributed.world import World
+from ibq_scale.documents import read_json
 from ibq_scale.errors import UserError
 
 BEAT_SECONDS = 20.0
@@ -259,7 +260,7 @@ class RunLock:
 def _read_holder(path: Path) -> Holder | None:
     """None for a file that is being written at this moment, or is damaged: then its time alone counts."""
     try:
-        found: Any = json.loads(path.read_text())
+        found: Any = read_json(path)
         return Holder(**found)
     except (OSError, ValueError, TypeError):
         return None

@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 
 from ibq_scale.data.cache import ShardCache
+from ibq_scale.data.folder import LocalStore, Store
 from ibq_scale.data.index import index_name
 from ibq_scale.data.manifest import ShardInfo, load_manifest
-from ibq_scale.data.store import LocalStore, Store, open_store
+from ibq_scale.data.store import open_store
 from ibq_scale.errors import UserError
 from tests.faults import Exchange, FaultProxy
 from tests.nursery import PATIENCE

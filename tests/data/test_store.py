@@ -14,9 +14,11 @@ import pytest
 import s3fs
 from botocore.exceptions import EndpointConnectionError
 
+from ibq_scale.data import folder as folder_module
 from ibq_scale.data import multipart
 from ibq_scale.data import store as store_module
-from ibq_scale.data.store import S3Store, Store, open_store
+from ibq_scale.data.folder import Store
+from ibq_scale.data.store import S3Store, open_store
 from ibq_scale.errors import StoreUnavailableError, UserError
 from tests.faults import Exchange, Fault, FaultProxy, cut, expired, slow_down
 
@@ -58,7 +60,8 @@ def test_a_range_beyond_the_end_is_an_error_and_not_fewer_bytes(store: Store) ->
 
 @pytest.mark.parametrize("size", [0, 7, 50])
 def test_large_files_come_in_ranges(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    monkeypatch.setattr(store_module, "DOWNLOAD_CHUNK", 7)
+    for module in (store_module, folder_module):
+        monkeypatch.setattr(module, "DOWNLOAD_CHUNK", 7)
     content = bytes(range(size))
     store.write("large", content)
     (tmp_path / "copy").write_bytes(b"something longer that was there before, and of which nothing may stay")

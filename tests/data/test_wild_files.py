@@ -197,9 +197,12 @@ def test_upper_case_endings_of_tars_count(tmp_path: Path) -> None:
 
 def test_names_that_are_no_text_end_nothing(tmp_path: Path) -> None:
     tar(tmp_path / "in/a.tar", [(b"\xff\xfe.jpg".decode("utf-8", "surrogateescape"), jpeg()), ("0.jpg", jpeg(1))])
-    assert prepare_images(tmp_path / "in", str(tmp_path / "to")).samples == 2
-    assert adopt_tars(str(tmp_path / "in")).samples == 2
+    for report in (prepare_images(tmp_path / "in", str(tmp_path / "to")), adopt_tars(str(tmp_path / "in"))):
+        assert (report.samples, report.rejected) == (1, 1)
+        assert "its name is no UTF-8" in report.seen.left_out
     folder = tmp_path / "folder/a"
     folder.mkdir(parents=True)
-    (folder / b"\xff.jpg".decode("utf-8", "surrogateescape")).write_bytes(jpeg())
-    assert prepare_images(tmp_path / "folder", str(tmp_path / "to-2")).samples == 1
+    put(folder, b"\xff.jpg".decode("utf-8", "surrogateescape"), "0.jpg")
+    report = prepare_images(tmp_path / "folder", str(tmp_path / "to-2"))
+    assert report.samples == 1
+    assert report.seen.left_out["names that are no UTF-8"].first == (r"a/\udcff.jpg",)

@@ -366,5 +366,5 @@ def test_files_that_are_no_checkpoint(tmp_path: Path, state: dict[str, Tensor]) 
             import_published(tmp_path / name)
     with pytest.raises(UserError, match="not found"):
         import_published(tmp_path / "absent.ckpt")
-    with pytest.raises(UserError, match="Is a directory"):
+    with pytest.raises(UserError, match="no regular file"):
         import_published(tmp_path)

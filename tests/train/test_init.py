@@ -11,9 +11,9 @@ import torch
 from ibq_scale.checkpoint.files import write_all
 from ibq_scale.config.layers import resolve
 from ibq_scale.config.models import QuantizerConfig
+from ibq_scale.data.folder import LocalStore
 from ibq_scale.data.manifest import CodesInfo, Manifest, ShardInfo
 from ibq_scale.data.sets import DataSet, DataSets
-from ibq_scale.data.store import LocalStore
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from ibq_scale.pretrained.loading import codebook_to_start_from, load_ar, load_tokenizer

@@ -1,0 +1,1 @@
+"""Damaged and hostile files, made by thousands from seeds: none ends a program otherwise than in words."""

@@ -1,0 +1,302 @@
+"""The kinds of files that come from other people, from an earlier run, or from a user's own editor."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+from contextlib import suppress
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from random import Random
+
+import torch
+
+from ibq_scale.checkpoint.mirror import Mirror
+from ibq_scale.cluster.profile import PATH_VARIABLE
+from ibq_scale.config.layers import PRESETS, SCHEMAS, flatten
+from ibq_scale.config.models import AutoencoderConfig, QuantizerConfig, TransformerConfig
+from ibq_scale.config.run import DataConfig
+from ibq_scale.data.images import BadSampleError
+from ibq_scale.data.prepare import prepare_images
+from ibq_scale.data.sets import open_sets
+from ibq_scale.data.stream import code_stream, evaluation_images, image_stream
+from ibq_scale.pretrained.loading import ARModel, Tokenizer, load_model, save_ar, save_tokenizer, start_from
+from ibq_scale.pretrained.published import export_published, published_tokenizer
+from ibq_scale.train.attempts import Attempt
+from tests.fuzz.loop import Target, command
+from tests.fuzz.mutations import ODD
+from tests.nursery import run
+from tests.samples import write_codes, write_pictures
+from tests.train.runs import words as words_of_run
+
+SIZES = AutoencoderConfig(
+    channels=32,
+    channel_multipliers=(1, 1),
+    res_blocks=1,
+    attention_resolutions=(8,),
+    resolution=16,
+    z_channels=8,
+)
+
+
+def _config(folder: Path) -> None:
+    (folder / "run.yaml").write_text((PRESETS / "tokenizer/tiny.yaml").read_text())
+    (folder / "above.yaml").write_text("preset: run.yaml\nname: mine\ntrain:\n  steps: 10\ndata:\n  weights: [1, 2]\n")
+    (folder / "ar.yaml").write_text((PRESETS / "ar/tiny.yaml").read_text())
+
+
+def _use_config(folder: Path, random: Random) -> None:
+    command("config", "show", random.choice(("run.yaml", "above.yaml", "ar.yaml")))
+
+
+def _nothing(folder: Path) -> None:
+    """What is drawn stands in no file."""
+
+
+def _use_overrides(folder: Path, random: Random) -> None:
+    task = random.choice(("tokenizer", "ar"))
+    keys = [
+        *flatten(SCHEMAS[task].model_construct().model_dump()),
+        "model",
+        "train",
+        "a.b",
+        "",
+        "model.",
+        ".x",
+        "data.train[0]",
+    ]
+    given = []
+    for _ in range(random.choice((1, 1, 3))):
+        odd = random.choice(ODD)
+        given.append(f"{random.choice(keys)}={odd if random.random() < 0.5 else json.dumps(odd)}")
+    # A command line has no NUL.
+    command("config", "show", f"{task}/tiny", *(word.replace("\0", "").replace("\ud800", "") for word in given))
+
+
+def _images(folder: Path) -> None:
+    write_pictures(folder / "pictures")
+    prepare_images(folder / "pictures", str(folder / "set"), shard_bytes=8_000)
+
+
+def _use_images(folder: Path, random: Random) -> None:
+    match random.randrange(4):
+        case 0:
+            command("data", "verify", "set")
+        case 1:
+            command("data", "stats", "set")
+        case 2:
+            cache = random.choice(("null", str(folder / "cache")))
+            data = DataConfig(train="set", workers=0, lanes=2, cache_dir=None if cache == "null" else cache)
+            sets = open_sets(data, "images")
+            batches = image_stream(sets, resolution=16, seed=0, rank=0, world_size=1, micro_batch=4, start=0)
+            with suppress(BadSampleError):
+                for _ in islice(batches, 4):
+                    pass
+        case _:
+            with suppress(BadSampleError):
+                for _ in islice(evaluation_images("set", resolution=16, rank=0, world_size=1, batch=8), 4):
+                    pass
+
+
+def _stamp_set(folder: Path) -> None:
+    """Gives changed shards and indices the sizes and hashes that their manifest should have."""
+    if not (folder / "set/manifest.json").is_file():
+        return
+    manifest = json.loads((folder / "set/manifest.json").read_text())
+    for shard in manifest["shards"]:
+        path = folder / "set" / shard["name"]
+        data = path.read_bytes() if path.is_file() and path.parent == folder / "set" else b"x"
+        shard |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        index = folder / "set" / f"{shard['name']}.index.json"
+        if index.parent == folder / "set" and index.is_file() and shard.get("index_sha256"):
+            shard["index_sha256"] = hashlib.sha256(index.read_bytes()).hexdigest()
+    (folder / "set/manifest.json").write_text(json.dumps(manifest))
+
+
+def _codes(folder: Path) -> None:
+    write_codes(folder / "set")
+
+
+def _use_codes(folder: Path, random: Random) -> None:
+    if random.random() < 0.3:
+        command("data", random.choice(("verify", "stats")), "set")
+    else:
+        sets = open_sets(DataConfig(train="set", workers=0, lanes=2), "codes")
+        for _ in islice(code_stream(sets, seed=0, rank=0, world_size=1, micro_batch=4, start=0), 8):
+            pass
+
+
+def _tars(folder: Path) -> None:
+    write_pictures(folder / "pictures")
+    (folder / "tars").mkdir()
+    pictures = sorted((folder / "pictures").rglob("*.*"))
+    for n, label in enumerate((".cls", ".json")):
+        with tarfile.open(folder / f"tars/{n}.tar", "w", format=tarfile.PAX_FORMAT if n else tarfile.GNU_FORMAT) as tar:
+            for i, picture in enumerate(pictures[n::2]):
+                key = f"{'deep/' * (i == 3)}{i:04d}{'é' * 60 * (i == 5)}"
+                text = str(i % 3) if label == ".cls" else json.dumps({"label": i % 3, "score": 0.5, "caption": "x"})
+                for name, data in ((key + picture.suffix, picture.read_bytes()), (key + label, text.encode())):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+
+
+def _use_tars(folder: Path, random: Random) -> None:
+    match random.randrange(3):
+        case 0:
+            command("data", "index", "tars")
+            command("data", "verify", "tars")
+        case 1:
+            command(
+                "prepare",
+                "images",
+                "tars",
+                "--to",
+                "out",
+                *random.choice(((), ("--size", "16"), ("--where", "score>=0.1"))),
+            )
+        case _:
+            command("prepare", "images", "tars/*.tar", "--to", "out", "--json")
+
+
+def _pictures(folder: Path) -> None:
+    write_pictures(folder / "pictures")
+
+
+def _use_pictures(folder: Path, random: Random) -> None:
+    command("prepare", "images", "pictures", "--to", "out", *random.choice(((), ("--size", "16"))))
+
+
+def _models(folder: Path) -> None:
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(SIZES, QuantizerConfig(codebook_size=16, dim=8))
+    save_tokenizer(folder / "tok", tokenizer, {"run": "x"})
+    config = TransformerConfig(codebook_size=16, classes=3, tokens=64, depth=2, heads=2, width=32)
+    save_ar(folder / "ar", ARModel(config, tokenizer.hash), {})
+
+
+def _use_models(folder: Path, random: Random) -> None:
+    path = random.choice(("tok", "ar"))
+    match random.randrange(3):
+        case 0:
+            model = load_model(path)
+            if isinstance(model, Tokenizer):
+                model.reconstruct(torch.zeros(1, 3, 16 * model.downsampling, 16 * model.downsampling))
+        case 1:
+            command("checkpoint", "export", path, "--to", "out")
+        case _:
+            start_from("tok", Tokenizer(SIZES, QuantizerConfig(codebook_size=16, dim=8)).autoencoder)
+
+
+def _published(folder: Path) -> None:
+    _models(folder)
+    for name in ("tok", "ar"):
+        export_published(folder / name, folder / f"{name}.ckpt")
+    tokenizer = load_model(folder / "tok")
+    ar = load_model(folder / "ar")
+    assert isinstance(tokenizer, Tokenizer)
+    # As the published code writes them: the sizes stand in the tensors alone.
+    torch.save({"state_dict": published_tokenizer(tokenizer)}, folder / "bare.ckpt")
+    torch.save(dict(ar.state_dict()), folder / "bare-ar.ckpt")
+
+
+def _use_published(folder: Path, random: Random) -> None:
+    name = random.choice(("tok", "ar", "bare", "bare-ar"))
+    command("checkpoint", "import", f"{name}.ckpt", "--to", "out", *random.choice(((), ("--ema",))))
+
+
+def _run(folder: Path) -> None:
+    write_pictures(folder / "pictures")
+    prepare_images(folder / "pictures", str(folder / "set"), shard_bytes=8_000)
+    done = run(
+        [
+            *words_of_run(str(folder / "set"), folder / "runs/a", "train.steps=2", "data.workers=0", "name=a"),
+            "--ranks",
+            "1",
+        ]
+    )
+    assert done.returncode == 0, done.stderr
+    attempt = Attempt("1", 0, 75, 0, 2, "n", 5.0, (), True, "x", "2026-11-30T00:00:00+00:00")
+    (folder / "runs/a/attempts.jsonl").write_text(json.dumps(asdict(attempt)) + "\n")
+    (folder / "runs/a/evaluation.json").write_text(json.dumps({"rfid": 3.0, "psnr": 20.0, "samples": 10, "of": "x"}))
+
+
+def _use_run(folder: Path, random: Random) -> None:
+    match random.randrange(6):
+        case 0:
+            command("jobs", "runs/a")
+        case 1:
+            command("report", "runs/a", "--out", "page.html")
+        case 2:
+            command("checkpoint", "ls", "runs/a")
+        case 3:
+            command("checkpoint", "verify", "runs/a")
+        case 4:
+            command("job-ended", "runs/a", "--code", "75", "--seconds", "700", "--attempts", "3")
+        case _:
+            load_model("runs/a")
+
+
+def _mirror(folder: Path) -> None:
+    _run(folder)
+
+
+def _use_mirror(folder: Path, random: Random) -> None:
+    mirror = Mirror(str(folder / "runs/a/checkpoints"))
+    copies = mirror.copies()
+    for copy in mirror.whole(copies):
+        mirror.fetch(copy, copy.manifest["files"], folder / "fetched")
+
+
+def _cluster(folder: Path) -> None:
+    profile = {
+        "default": "big",
+        "profiles": {
+            "big": {
+                "partition": "gpu",
+                "nodes": 2,
+                "gpus_per_node": 4,
+                "cpus_per_task": 4,
+                "gpu": "h100",
+                "time": "1-00:00:00",
+                "env": {"NCCL_DEBUG": "INFO"},
+                "setup": ["module load cuda"],
+                "srun": ["--mpi=none"],
+                "inside": ["env"],
+                "sbatch": ["reservation=x"],
+            }
+        },
+    }
+    (folder / "clusters.yaml").write_text(json.dumps(profile))
+    write_codes(folder / "set")
+
+
+def _use_cluster(folder: Path, random: Random) -> None:
+    os.environ[PATH_VARIABLE] = str(folder / "clusters.yaml")
+    given = ["submit", "ar/tiny", "data.train=set", f"out={folder / 'run'}", "--dry-run"]
+    if random.random() < 0.3:
+        odd = str(random.choice(ODD)).replace("\0", "").replace("\ud800", "")
+        given += [random.choice(("--time", "--mem", "--sbatch", "--partition", "--constraint")), odd]
+    command(*given)
+
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target("configs", _config, ("*.yaml",), _use_config),
+        Target("overrides", _nothing, (), _use_overrides),
+        Target("images", _images, ("set/manifest.json", "set/*.index.json", "set/*.tar"), _use_images, _stamp_set),
+        Target("codes", _codes, ("set/manifest.json", "set/*.safetensors"), _use_codes, _stamp_set),
+        Target("tars", _tars, ("tars/*.tar",), _use_tars),
+        Target("pictures", _pictures, ("pictures/*/*",), _use_pictures),
+        Target("models", _models, ("*/config.json", "*/*.safetensors"), _use_models),
+        Target("published", _published, ("*.ckpt",), _use_published),
+        Target("runs", _run, ("runs/a/*", "runs/a/checkpoints/*/manifest.json", "runs/a/checkpoints/*/*/*"), _use_run),
+        Target("mirrors", _mirror, ("runs/a/checkpoints/*/manifest.json", "runs/a/checkpoints/*/*/*"), _use_mirror),
+        Target("clusters", _cluster, ("clusters.yaml",), _use_cluster),
+    )
+}
