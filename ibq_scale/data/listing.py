@@ -14,10 +14,10 @@ from pathlib import Path, PurePosixPath
 
 from ibq_scale.data.folder import LocalStore, Store
 from ibq_scale.data.labels import Group
-from ibq_scale.data.local import expand_home, walk
+from ibq_scale.data.local import walk
 from ibq_scale.data.store import open_store
 from ibq_scale.errors import UserError
-from ibq_scale.names import is_text
+from ibq_scale.names import expand_home, is_text
 
 WANTED = "give an ImageFolder (one sub-folder a class), webdataset tars, or parquet files with pictures"
 # Folders of other programs: thumbnails of Synology and of macOS' archives, a disk's own, a recycle bin.

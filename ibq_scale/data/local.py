@@ -35,14 +35,6 @@ def walk(root: Path) -> tuple[dict[str, int], list[str]]:
     return dict(sorted(files.items())), sorted(again)
 
 
-def expand_home(path: str) -> Path:
-    """A path whose ``~`` no shell has expanded: in quotes, in YAML, after a ``=``. UserError where no home is known."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise UserError(f"'{path}': no home folder is known: write the path in full") from None
-
-
 def _unreadable(error: OSError) -> None:
     # A folder that vanishes meanwhile has no files.
     if not isinstance(error, FileNotFoundError):

@@ -31,7 +31,6 @@ from ibq_scale.data.index import INDEX_VERSION, Member, Reject, ShardIndex, inde
 from ibq_scale.data.jobs import Report, run_jobs
 from ibq_scale.data.labels import Group, Labels
 from ibq_scale.data.listing import TAR
-from ibq_scale.data.local import expand_home
 from ibq_scale.data.manifest import NAME, Manifest, ShardInfo, save_manifest
 from ibq_scale.data.pixel_rules import RULES, PixelRules
 from ibq_scale.data.progress import Progress
@@ -43,6 +42,7 @@ from ibq_scale.data.survey import Survey, label_note, survey
 from ibq_scale.data.tars import Naming
 from ibq_scale.data.verify import load_any_manifest
 from ibq_scale.errors import UserError
+from ibq_scale.names import expand_home
 
 # Part of every plan: shards of another way of making them are not taken over.
 PLAN_VERSION = 3

@@ -26,7 +26,6 @@ from typing import Any, NamedTuple, TypeVar
 
 from ibq_scale.config.secrets import refuse_credentials
 from ibq_scale.data.folder import DOWNLOAD_CHUNK, LocalStore, Store, Unfinished, over, too_short
-from ibq_scale.data.local import expand_home
 from ibq_scale.data.multipart import Content, parallel, send_parts
 from ibq_scale.data.s3_errors import (
     ANONYMOUS,
@@ -40,6 +39,7 @@ from ibq_scale.data.s3_errors import (
     unreachable,
 )
 from ibq_scale.errors import StoreUnavailableError, UserError
+from ibq_scale.names import expand_home
 
 T = TypeVar("T")
 # For one request with its repetitions, from the first try on.

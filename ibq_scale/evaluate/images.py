@@ -16,12 +16,12 @@ from torch import Tensor
 
 from ibq_scale.data.convert import decode
 from ibq_scale.data.listing import is_picture_name, list_files
-from ibq_scale.data.local import expand_home
 from ibq_scale.data.manifest import NAME, load_manifest
 from ibq_scale.data.stream import evaluation_images, shares
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from ibq_scale.generate.names import SAMPLES
+from ibq_scale.names import expand_home
 
 Size = tuple[int, int]
 """Height and width in pixels."""
