@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ibq_scale.cli import trace
+from ibq_scale.cli.numbers import finite
 
 if TYPE_CHECKING:
     from ibq_scale.data.prepare import PrepareReport
@@ -61,7 +62,7 @@ def _add_source_options(parser: argparse.ArgumentParser) -> None:
         help="a tar's sample is named up to the first dot, as webdataset does (default), or up to the last",
     )
     parser.add_argument("--picture", metavar="MEMBER", help="of a tar's sample, like image.png (default: by a rule)")
-    parser.add_argument("--max-aspect", type=float, default=0.0, metavar="RATIO", help="leave out what is longer")
+    parser.add_argument("--max-aspect", type=finite, default=0.0, metavar="RATIO", help="leave out what is longer")
     parser.add_argument(
         "--background", default="white", metavar="COLOUR", help="under transparent pictures (default white)"
     )
