@@ -103,7 +103,8 @@ def _add_data_commands(family: argparse._SubParsersAction[argparse.ArgumentParse
 
 
 def _prepare(args: argparse.Namespace) -> int:
-    from ibq_scale.data.prepare import look_only, prepare_images
+    from ibq_scale.data.look import look_only
+    from ibq_scale.data.prepare import prepare_images
 
     _at_least_one(args, "shard_mb", "workers", "size")
     options = _source_options(args)
@@ -144,7 +145,7 @@ def _source_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _print_report(report: PrepareReport, as_json: bool) -> int:
-    from ibq_scale.data.prepare import REJECTS
+    from ibq_scale.data.look import REJECTS
 
     if as_json:
         print(json.dumps({**asdict(report), "seen": report.seen.model_dump(mode="json")}))

@@ -21,10 +21,11 @@ from ibq_scale.data.index import ADOPTED, INDEX_VERSION, Member, Reject, ShardIn
 from ibq_scale.data.jobs import Report, run_jobs
 from ibq_scale.data.labels import Labels
 from ibq_scale.data.listing import TAR, list_files
+from ibq_scale.data.look import look_at
 from ibq_scale.data.manifest import NAME
 from ibq_scale.data.members import CutTarError
 from ibq_scale.data.pixel_rules import RULES, PixelRules
-from ibq_scale.data.prepare import JobDone, Meter, PrepareReport, find_index, finish, look_at, met_of, shard_info
+from ibq_scale.data.prepare import JobDone, Meter, PrepareReport, find_index, finish, met_of, shard_info
 from ibq_scale.data.progress import Progress
 from ibq_scale.data.ranges import HashingReader
 from ibq_scale.data.samples import Sample, Unit

@@ -67,7 +67,8 @@ def decode(data: bytes, least: int | None, rules: PixelRules = RULES) -> Pixels:
             height, width, *_ = simplejpeg.decode_jpeg_header(data)
             if height * width > MOST_PIXELS:
                 raise Image.DecompressionBombError(f"{width} x {height} are too many pixels")
-            pixels: Pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=least or 0, min_width=least or 0)
+            least_sides = (least or 0, least or 0) if not rules.version else fraction(height, width, least)
+            pixels: Pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=least_sides[0], min_width=least_sides[1])
             return turned(pixels, jpeg_orientation(data) if rules.version else 1)
         except ValueError:
             pass
@@ -75,6 +76,32 @@ def decode(data: bytes, least: int | None, rules: PixelRules = RULES) -> Pixels:
         if least is not None:
             image.draft("RGB", (least, least))
         return np.asarray(to_rgb(image, rules))
+
+
+def fraction(height: int, width: int, least: int | None) -> tuple[int, int]:
+    """Sides of an eighth, a quarter or a half of a JPEG, none below `least`; zeros for the whole.
+
+    A decoder has fast code for these: three quarters take twice the time of the whole.
+    """
+    for eighths in (1, 2, 4):
+        sides = (-(-height * eighths // 8), -(-width * eighths // 8))
+        if least is not None and min(sides) >= least:
+            return sides
+    return 0, 0
+
+
+def bicubic(pixels: Pixels, size: tuple[int, int]) -> Pixels:
+    """Resized to (width, height) with antialiasing by torch, many times as fast as Pillow, and within a level of it."""
+    import torch
+    from torch.nn.functional import interpolate
+
+    # torch warns of arrays that it may not write.
+    source = pixels if pixels.flags.writeable and pixels.flags.c_contiguous else pixels.copy()
+    # In this order torch sees that channels come last, and gives them so.
+    image_13HW = torch.from_numpy(source)[None].permute(0, 3, 1, 2)
+    found = interpolate(image_13HW, size=(size[1], size[0]), mode="bicubic", antialias=True)
+    resized: Pixels = found[0].permute(1, 2, 0).numpy()
+    return resized
 
 
 def to_rgb(image: Image.Image, rules: PixelRules = RULES) -> Image.Image:
@@ -100,10 +127,12 @@ def turned(pixels: Pixels, orientation: int) -> Pixels:
 
 def jpeg_orientation(data: bytes) -> int:
     """The EXIF (or XMP) orientation of a JPEG; 1 where it has none."""
-    # Most pictures have none: a search is faster than Pillow's parsers.
-    head = data[: 1 << 17]
-    if b"Exif\0" not in head and b"Orientation" not in head:
-        return 1
+    # Both are in segments APP1, which most pictures have none of: Pillow's parsers are for those that do.
+    at = 2
+    while data[at : at + 2] != b"\xff\xe1":
+        if data[at : at + 1] != b"\xff" or data[at + 1 : at + 2] in (b"\xda", b"\xd9"):
+            return 1
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     try:
         with Image.open(io.BytesIO(data)) as image:
             return orientation_of(image)

@@ -6,9 +6,11 @@ import io
 import re
 from dataclasses import dataclass
 
+import numpy as np
+import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from ibq_scale.data.convert import MOST_PIXELS, to_rgb, upright_size
+from ibq_scale.data.convert import MOST_PIXELS, Pixels, bicubic, decode, jpeg_orientation, to_rgb, upright_size
 from ibq_scale.data.filters import Condition, picture_holds
 from ibq_scale.data.pixel_rules import RULES, PixelRules
 
@@ -17,8 +19,13 @@ JPEG_QUALITY = 95
 KEPT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 # Whose pictures have no loss to hide a second one behind.
 LOSSY = {"JPEG", "MPO", "WEBP", "AVIF", "JPEG2000"}
-# JPEG's own limit of a side, and what a resized picture may have: 200 MB in memory.
+# Of a JPEG that is larger an eighth of each side is made: all of it is read, and memory is bounded.
 LARGE = 1 << 24
+# A JPEG is decoded at a fraction of its size that is at least so many times what it is resized to.
+GAP = 2
+# By the colours of a JPEG's header: those that decoders agree on.
+MODES = {"Gray": "L", "YCbCr": "RGB"}
+# JPEG's own limit of a side, and what a resized picture may have: 200 MB in memory.
 LONGEST_SIDE, MOST_RESIZED = 65_500, 1 << 26
 
 
@@ -60,18 +67,7 @@ def encode_picture(data: bytes, encoding: Encoding) -> Picture:
     UnusableError where they do not decode to the end; UnwantedError where a condition on the picture fails.
     """
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            width, height = upright_size(image)
-            kind, mode = image.format or "", image.mode
-            _check(width, height, encoding)
-            if encoding.size is None and kind in ("JPEG", "MPO") and width * height > LARGE:
-                # All of it is read and an eighth of each side made: a cut shows, and memory is bounded.
-                image.draft(None, (width // 8, height // 8))
-            # A cut file opens well and fails only at its end.
-            image.load()
-            if encoding.size is None and kind in KEPT and mode in ("RGB", "L"):
-                return Picture(data, KEPT[kind], kind, mode, (width, height))
-            rgb = to_rgb(image, encoding.rules)
+        return _quickly(data, encoding) or _by_pillow(data, encoding)
     except (UnwantedError, UnusableError):
         raise
     except UnidentifiedImageError:
@@ -79,10 +75,46 @@ def encode_picture(data: bytes, encoding: Encoding) -> Picture:
     except Exception as e:
         # Decoders meet arbitrary bytes here, and raise what they like.
         raise UnusableError(_reason(e)) from None
+
+
+def _quickly(data: bytes, encoding: Encoding) -> Picture | None:
+    """A usual, faultless JPEG by libjpeg-turbo alone; None for all else."""
+    if data[:3] != b"\xff\xd8\xff":
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        mode = MODES.get(colours)
+        if mode is None:
+            return None
+        turns = jpeg_orientation(data) > 4
+        size = (height, width) if turns else (width, height)
+        _check(*size, encoding)
+        if encoding.size is None:
+            # Every bit of it is read, and an eighth of each side made.
+            simplejpeg.decode_jpeg(data, "GRAY", min_height=-(-height // 8), min_width=-(-width // 8))
+            return Picture(data, "jpg", "JPEG", mode, size)
+        pixels = decode(data, GAP * encoding.size, encoding.rules)
+    except ValueError:
+        return None
+    return Picture(_jpeg(pixels, encoding.size), "jpg", "JPEG", mode, size)
+
+
+def _by_pillow(data: bytes, encoding: Encoding) -> Picture:
+    with Image.open(io.BytesIO(data)) as image:
+        width, height = upright_size(image)
+        kind, mode = image.format or "", image.mode
+        _check(width, height, encoding)
+        if encoding.size is None and kind in ("JPEG", "MPO") and width * height > LARGE:
+            image.draft(None, (width // 8, height // 8))
+        # A cut file opens well and fails only at its end.
+        image.load()
+        if encoding.size is None and kind in KEPT and mode in ("RGB", "L"):
+            return Picture(data, KEPT[kind], kind, mode, (width, height))
+        rgb = to_rgb(image, encoding.rules)
     if encoding.size is None and kind in KEPT:
         return Picture(data, KEPT[kind], kind, mode, (width, height))
     if encoding.size is not None:
-        return Picture(_saved(shortest_side(rgb, encoding.size), "JPEG"), "jpg", kind, mode, (width, height))
+        return Picture(_jpeg(np.asarray(rgb), encoding.size), "jpg", kind, mode, (width, height))
     form, extension = ("JPEG", "jpg") if kind in LOSSY else ("PNG", "png")
     return Picture(_saved(rgb, form), extension, kind, mode, (width, height))
 
@@ -110,6 +142,16 @@ def shortest_side(rgb: Image.Image, size: int) -> Image.Image:
     scale = size / min(rgb.size)
     sides = (max(size, round(rgb.width * scale)), max(size, round(rgb.height * scale)))
     return rgb.resize(sides, Image.Resampling.BICUBIC)
+
+
+def _jpeg(pixels: Pixels, size: int) -> bytes:
+    """The picture with its shortest side `size` pixels long, as JPEG."""
+    height, width = pixels.shape[:2]
+    scale = size / min(height, width)
+    sides = (max(size, round(width * scale)), max(size, round(height * scale)))
+    small = pixels if sides == (width, height) else bicubic(pixels, sides)
+    encoded: bytes = simplejpeg.encode_jpeg(np.ascontiguousarray(small), JPEG_QUALITY, "RGB", "420")
+    return encoded
 
 
 def _saved(rgb: Image.Image, form: str) -> bytes:

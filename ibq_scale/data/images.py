@@ -11,17 +11,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 
-from ibq_scale.data.convert import MOST_PIXELS, Pixels, decode
+from ibq_scale.data.convert import Pixels, bicubic, decode
 from ibq_scale.data.index import ShardIndex, UnfitIndexError, index_name, index_of
 from ibq_scale.data.pixel_rules import OLD_RULES, PixelRules
 from ibq_scale.data.sets import DataSet, DataSets
 from ibq_scale.errors import UserError
 
-__all__ = ["MOST_PIXELS", "decode"]
 # Samples of a batch that are read at once where each is a request to a remote store: waiting, not work, fills the time.
 REQUESTS_AT_ONCE = 32
 # Beyond this a resized picture is made only where it is cropped: of a thin one the whole would be gigabytes.
@@ -207,15 +205,6 @@ def resized(pixels: Pixels, size: tuple[int, int], corner: tuple[int, int], side
     else:
         whole = bicubic(pixels, size)
     return whole[top : top + side, left : left + side]
-
-
-def bicubic(pixels: Pixels, size: tuple[int, int]) -> Pixels:
-    """Resized to (width, height) with antialiasing; three times as fast as Pillow, and within a level of it."""
-    # torch warns of arrays that it may not write.
-    source = pixels if pixels.flags.writeable and pixels.flags.c_contiguous else pixels.copy()
-    image_13HW = torch.from_numpy(source).permute(2, 0, 1)[None]
-    found = F.interpolate(image_13HW, size=(size[1], size[0]), mode="bicubic", antialias=True)
-    return np.asarray(found[0].permute(1, 2, 0))
 
 
 def shard_index(part: DataSet, shard: int) -> ShardIndex:

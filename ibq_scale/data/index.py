@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from ibq_scale.data.manifest import ShardInfo
@@ -54,7 +54,9 @@ class ShardIndex:
     """Formats, modes and sizes of the pictures."""
 
     def to_json(self) -> str:
-        values = asdict(self)
+        # `asdict` copies every value of every member.
+        plain = {name: [vars(entry) for entry in getattr(self, name)] for name in ("members", "rejects")}
+        values = vars(self) | plain
         # These are newer than version 1: what says nothing is not written.
         if not self.filtered:
             del values["filtered"]

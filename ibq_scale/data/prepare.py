@@ -17,39 +17,35 @@ import tarfile
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from ibq_scale.data.encode import Encoding, Picture, UnusableError, UnwantedError, encode_picture
-from ibq_scale.data.filters import Condition, all_hold, check_columns, parse_conditions
+from ibq_scale.data.filters import all_hold, parse_conditions
 from ibq_scale.data.folder import Store
 from ibq_scale.data.index import INDEX_VERSION, Member, Reject, ShardIndex, index_name
 from ibq_scale.data.jobs import Report, run_jobs
 from ibq_scale.data.labels import Group, Labels
-from ibq_scale.data.listing import TAR
-from ibq_scale.data.manifest import NAME, Manifest, ShardInfo, save_manifest
+from ibq_scale.data.look import REJECTS, describe_source, look_at
+from ibq_scale.data.manifest import Manifest, ShardInfo, save_manifest
 from ibq_scale.data.pixel_rules import RULES, PixelRules
 from ibq_scale.data.progress import Progress
 from ibq_scale.data.samples import Sample, Source, Unit
-from ibq_scale.data.seen import Met, Seen, by_reason, seen_of
-from ibq_scale.data.sources import Opened, open_source
+from ibq_scale.data.seen import Met, Seen, by_reason
+from ibq_scale.data.sources import Opened
 from ibq_scale.data.store import open_store
-from ibq_scale.data.survey import Survey, label_note, survey
+from ibq_scale.data.survey import Survey
 from ibq_scale.data.tars import Naming
-from ibq_scale.data.verify import load_any_manifest
 from ibq_scale.errors import UserError
 from ibq_scale.names import expand_home
 
 # Part of every plan: shards of another way of making them are not taken over.
 PLAN_VERSION = 3
-REJECTS = "rejects.jsonl"
 REPORT_EVERY = 32
-# Pictures that a look opens.
-OPENED = 100
 
 _Item = tuple[tuple[int, int], Sample | Reject]
 """(unit, position) and what is there."""
@@ -145,78 +141,6 @@ def prepare_images(
     return finish(store, run_jobs(_write_job, jobs, workers=workers, progress=progress), opened, found, rules)
 
 
-def look_at(
-    url: str,
-    conditions: Sequence[Condition],
-    naming: Naming | None,
-    *,
-    classes: str | None = None,
-    workers: int = 1,
-) -> tuple[Opened, Survey]:
-    """The source, and all its labels. UserError as `prepare_images`."""
-    opened = open_source(url, [c.name for c in conditions if not c.of_picture], naming)
-    given = load_any_manifest(open_store(classes)).classes if classes else ()
-    found = survey(opened, label=naming.label if naming else None, classes=given, workers=workers)
-    first = first_sample(found.source, opened.units)
-    if first is None:
-        raise UserError(f"{url} holds no pictures: not one sample with a picture was found")
-    check_columns(conditions, first.columns)
-    return opened, found
-
-
-def look_only(
-    url: str,
-    *,
-    where: Sequence[str] = (),
-    naming: Naming | None = None,
-    classes: str | None = None,
-    max_aspect: float = 0.0,
-    workers: int = 1,
-) -> Seen:
-    """What `prepare_images` would take, by names and labels; a hundred of the pictures are opened."""
-    encoding = Encoding(None, parse_conditions(where), max_aspect)
-    opened, found = look_at(url, encoding.conditions, naming, classes=classes, workers=workers)
-    met = Met()
-    rejects: list[Reject] = []
-    for unit in opened.units[:: -(-len(opened.units) // OPENED)]:
-        for _, item in islice(found.source.read(unit, 0), max(1, OPENED // len(opened.units))):
-            if isinstance(item, Reject):
-                rejects.append(item)
-                continue
-            try:
-                met.add(encode_picture(item.picture, encoding))
-            except UnusableError as e:
-                rejects.append(Reject(item.name, str(e)))
-            except UnwantedError:
-                continue
-    left_out = {**opened.left_out, **found.look.left_out}
-    by_reason(rejects, left_out)
-    return describe_source(opened, found, dict(enumerate(found.counts)), left_out, met)
-
-
-def describe_source(
-    opened: Opened, found: Survey, counts: Mapping[int, int], left_out: Mapping[str, Group], met: Met
-) -> Seen:
-    """The summary of a source of which `counts` samples of each class were taken."""
-    return seen_of(
-        files=sum(not _is_ours(n) for n in opened.listing.files)
-        + sum(g.count for g in opened.listing.left_out.values()),
-        form=found.source.form,
-        pictures=found.look.samples,
-        labels=label_note(found, opened.listing),
-        classes=found.labels.class_names,
-        counts=counts,
-        left_out=left_out,
-        notes=found.look.notes,
-        met=met,
-    )
-
-
-def _is_ours(name: str) -> bool:
-    """Beside tars that were adopted before."""
-    return name in (NAME, REJECTS) or name.endswith(index_name(TAR))
-
-
 def _plain(url: str) -> str:
     """One spelling of a URL or path."""
     if url.startswith("s3://"):
@@ -266,12 +190,6 @@ def finish(store: Store, jobs: Iterable[JobDone], opened: Opened, found: Survey,
         manifest=manifest.hash,
         seen=seen,
     )
-
-
-def first_sample(source: Source, units: Sequence[Unit]) -> Sample | None:
-    """The first that is not rejected: by it labels and columns are judged."""
-    samples = (item for unit in units for _, item in source.read(unit, 0))
-    return next((item for item in samples if isinstance(item, Sample)), None)
 
 
 def _cut(units: Sequence[Unit], shard_bytes: int) -> Iterator[tuple[Unit, ...]]:
@@ -476,21 +394,30 @@ def _pack(samples: list[_Encoded], prefix: str) -> tuple[bytes, list[Member]]:
     buffer = io.BytesIO()
     members = []
     samples.reverse()
-    with tarfile.open(fileobj=buffer, mode="w:", format=tarfile.USTAR_FORMAT) as tar:
-        for row in range(len(samples)):
-            sample = samples.pop()
-            key = f"{prefix}-{row:06d}"
-            _add(tar, f"{key}.cls", str(sample.label).encode())
-            # A header of one block, then the content.
-            offset = tar.offset + tarfile.BLOCKSIZE
-            data = sample.picture.data
-            _add(tar, f"{key}.{sample.picture.extension}", data)
-            members.append(Member(key, offset, len(data), zlib.crc32(data), sample.label, sample.source))
+    for row in range(len(samples)):
+        sample = samples.pop()
+        key = f"{prefix}-{row:06d}"
+        _add(buffer, f"{key}.cls", str(sample.label).encode())
+        data = sample.picture.data
+        offset = _add(buffer, f"{key}.{sample.picture.extension}", data)
+        members.append(Member(key, offset, len(data), zlib.crc32(data), sample.label, sample.source))
+    # Two empty blocks are its end, and a tar is of whole records.
+    _pad(buffer, buffer.tell() + 2 * tarfile.BLOCKSIZE, tarfile.RECORDSIZE)
     return buffer.getvalue(), members
 
 
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    """TarInfo's defaults name no time and no user, so a re-run writes the same bytes."""
+def _add(buffer: io.BytesIO, name: str, data: bytes) -> int:
+    """Where the content begins. TarInfo's defaults name no time and no user, so a re-run writes the same bytes."""
     info = tarfile.TarInfo(name)
     info.size = len(data)
-    tar.addfile(info, io.BytesIO(data))
+    # Of one block: the names are ours.
+    buffer.write(info.tobuf(tarfile.USTAR_FORMAT))
+    offset = buffer.tell()
+    buffer.write(data)
+    _pad(buffer, buffer.tell(), tarfile.BLOCKSIZE)
+    return offset
+
+
+def _pad(buffer: io.BytesIO, least: int, block: int) -> None:
+    """Zeros up to `least` bytes, in whole blocks."""
+    buffer.write(bytes(-(-least // block) * block - buffer.tell()))

@@ -80,7 +80,11 @@ class Met:
     """Least and most width, least and most height."""
 
     def add(self, picture: Picture) -> None:
-        self.join(Met(Counter([picture.format]), Counter([picture.mode]), [s for s in picture.size for _ in (0, 1)]))
+        self.formats[picture.format] += 1
+        self.modes[picture.mode] += 1
+        width, height = picture.size
+        least_w, most_w, least_h, most_h = self.sides or (width, width, height, height)
+        self.sides = [min(least_w, width), max(most_w, width), min(least_h, height), max(most_h, height)]
 
     def values(self) -> dict[str, Any]:
         """As JSON keeps it."""

@@ -15,8 +15,9 @@ from ibq_scale.cli.main import main
 from ibq_scale.data.adopt import adopt_tars
 from ibq_scale.data.describe import as_text, describe
 from ibq_scale.data.labels import Labels, Odd, Tally, decide_labels, label_of_text, label_of_value
+from ibq_scale.data.look import look_only
 from ibq_scale.data.manifest import load_manifest
-from ibq_scale.data.prepare import look_only, prepare_images
+from ibq_scale.data.prepare import prepare_images
 from ibq_scale.data.tars import Naming
 from ibq_scale.errors import UserError
 from tests.data.wild import Items, as_json, jpeg, labels_of, put, samples_of, tar

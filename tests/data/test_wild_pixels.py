@@ -21,10 +21,10 @@ from torchvision.datasets import ImageFolder
 
 from ibq_scale.cli.main import main
 from ibq_scale.config.run import DataConfig
-from ibq_scale.data.convert import decode, parse_colour
+from ibq_scale.data.convert import bicubic, decode, parse_colour
 from ibq_scale.data.describe import describe
 from ibq_scale.data.encode import Encoding, UnusableError, encode_picture
-from ibq_scale.data.images import ImageDataset, Request, bicubic, resized
+from ibq_scale.data.images import ImageDataset, Request, resized
 from ibq_scale.data.manifest import Manifest, load_manifest
 from ibq_scale.data.pixel_rules import OLD_RULES, RULES, PixelRules
 from ibq_scale.data.prepare import prepare_images
