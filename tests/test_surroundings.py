@@ -73,6 +73,15 @@ def test_no_name_is_too_odd_for_a_terminal(tmp_path: Path) -> None:
     assert (said.returncode, said.stdout, said.stderr) == (0, "\\u732b\\udcff\n", "\\u732b\n")
 
 
+def test_a_command_reads_names_of_files_as_utf8_whatever_the_locale(tmp_path: Path) -> None:
+    (tmp_path / "猫.yaml").write_text("preset: tokenizer/tiny\nname: 犬\n", encoding="utf-8")
+    words = [sys.executable, "-m", "ibq_scale", "config", "show", "猫.yaml"]
+    ascii_only = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C", "PYTHONPATH": str(PACKAGE.parent)}
+    said = subprocess.run(words, cwd=tmp_path, env=os.environ | ascii_only, capture_output=True, check=False)
+    assert said.returncode == 0, said.stderr
+    assert "犬" in said.stdout.decode()
+
+
 @pytest.mark.parametrize(
     ("environ", "words", "launched"),
     [

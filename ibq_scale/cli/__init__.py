@@ -8,6 +8,14 @@ import tempfile
 from pathlib import Path
 
 
+def _be_of_utf8() -> None:
+    """Where a locale would make Python read names of files as ASCII, this command begins anew in UTF-8 mode."""
+    own = sys.orig_argv[1:3] == ["-m", "ibq_scale"] or Path(sys.argv[0]).name == "ibq-scale"
+    if own and sys.getfilesystemencoding().lower() != "utf-8" and not sys.flags.utf8_mode:
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 def _print_anything() -> None:
     """A name that the locale has no letters for is printed by its number, and ends no command."""
     for stream in (sys.stdout, sys.stderr):
@@ -35,5 +43,6 @@ def _have_a_home() -> None:
     os.environ.setdefault("USER", str(os.getuid()))
 
 
+_be_of_utf8()
 _print_anything()
 _have_a_home()

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from ibq_scale.data.folder import LocalStore, Store
-from ibq_scale.data.labels import Group
+from ibq_scale.data.labels import FEW, Group
 from ibq_scale.data.local import walk
 from ibq_scale.data.store import open_store
 from ibq_scale.errors import UserError
@@ -29,6 +29,7 @@ PICTURE_ENDINGS = (
 )  # fmt: skip
 TAR, PARQUET = ".tar", ".parquet"
 ARCHIVES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z", ".rar")
+NO_TEXT = "names that are no UTF-8"
 _PATTERN = re.compile(r"[*?\[{]")
 
 
@@ -70,6 +71,9 @@ def list_files(url: str) -> Listing:
             left_out[reason].add(name)
         else:
             files[name] = size
+    unnamed = left_out.get(NO_TEXT, Group())
+    if unnamed.count > FEW * len(every):
+        raise UserError(f"{root}: {NO_TEXT}: {unnamed}: rename them (convmv does)")
     if pattern:
         files = _matching(root, files, pattern)
     return Listing(store, files, dict(left_out))
@@ -78,7 +82,7 @@ def list_files(url: str) -> Listing:
 def _unwanted(name: str) -> str:
     """Why a file is left out, or nothing."""
     if not is_text(name):
-        return "names that are no UTF-8"
+        return NO_TEXT
     parts = name.split("/")
     if not parts[-1]:
         return "markers of folders"

@@ -202,7 +202,10 @@ def test_names_that_are_no_text_end_nothing(tmp_path: Path) -> None:
         assert "its name is no UTF-8" in report.seen.left_out
     folder = tmp_path / "folder/a"
     folder.mkdir(parents=True)
-    put(folder, b"\xff.jpg".decode("utf-8", "surrogateescape"), "0.jpg")
+    put(folder, b"\xff.jpg".decode("utf-8", "surrogateescape"), *(f"{i}.jpg" for i in range(9)))
     report = prepare_images(tmp_path / "folder", str(tmp_path / "to-2"))
-    assert report.samples == 1
+    assert report.samples == 9
     assert report.seen.left_out["names that are no UTF-8"].first == (r"a/\udcff.jpg",)
+    put(folder, b"\xfe.jpg".decode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError, match=r"no UTF-8: 2 .*rename them"):
+        list_files(str(tmp_path / "folder"))
