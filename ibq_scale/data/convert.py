@@ -18,6 +18,10 @@ from ibq_scale.errors import UserError
 Pixels = NDArray[np.uint8]
 # The most that Pillow decodes.
 MOST_PIXELS = 178_956_970
+# From so many on the memory for a picture's copies is thought of.
+LARGE = 1 << 24
+# Rows.
+BAND = 256
 _ORIENTATION = 0x0112
 _TURNS: dict[int, Any] = {
     2: lambda a: a[:, ::-1],
@@ -75,7 +79,7 @@ def decode(data: bytes, least: int | None, rules: PixelRules = RULES) -> Pixels:
     with Image.open(io.BytesIO(data)) as image:
         if least is not None:
             image.draft("RGB", (least, least))
-        return np.asarray(to_rgb(image, rules))
+        return np.asarray(to_rgb(shrunk(image, least) if rules.version else image, rules))
 
 
 def fraction(height: int, width: int, least: int | None) -> tuple[int, int]:
@@ -88,6 +92,16 @@ def fraction(height: int, width: int, least: int | None) -> tuple[int, int]:
         if least is not None and min(sides) >= least:
             return sides
     return 0, 0
+
+
+def shrunk(image: Image.Image, least: int | None) -> Image.Image:
+    """A large picture of plain colours by a whole factor smaller, no side below `least`: copies of it are gigabytes."""
+    factor = min(image.size) // least if least else 1
+    if factor < 2 or image.width * image.height <= LARGE or image.mode not in ("RGB", "L"):
+        return image
+    turn = _PILLOW_TURNS.get(orientation_of(image))
+    small = image.reduce(factor)
+    return small if turn is None else small.transpose(turn)
 
 
 def bicubic(pixels: Pixels, size: tuple[int, int]) -> Pixels:
@@ -114,9 +128,19 @@ def to_rgb(image: Image.Image, rules: PixelRules = RULES) -> Image.Image:
     if upright.mode in ("F", "I") or upright.mode.startswith("I;16"):
         return Image.fromarray(_scaled(np.asarray(upright), upright.mode)).convert("RGB")
     if upright.has_transparency_data:
-        ground = Image.new("RGBA", upright.size, (*rules.background, 255))
-        upright = Image.alpha_composite(ground, upright.convert("RGBA"))
-    return upright.convert("RGB")
+        return _over(upright, rules.background)
+    # A conversion to the same mode would be a copy.
+    return upright if upright.mode == "RGB" else upright.convert("RGB")
+
+
+def _over(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    """A transparent picture over a colour; in bands, since it takes several copies."""
+    out = Image.new("RGB", image.size)
+    for top in range(0, image.height, BAND):
+        band = image.crop((0, top, image.width, min(top + BAND, image.height))).convert("RGBA")
+        ground = Image.new("RGBA", band.size, (*background, 255))
+        out.paste(Image.alpha_composite(ground, band).convert("RGB"), (0, top))
+    return out
 
 
 def turned(pixels: Pixels, orientation: int) -> Pixels:
@@ -163,5 +187,7 @@ def _scaled(values: NDArray[Any], mode: str) -> Pixels:
     if least < 0 or not most <= 65535:
         raise ValueError(f"has values from {least:g} to {most:g} (mode {mode}): what is white in it is not known")
     white = 65535.0 if mode != "F" or most > 255 else 255.0 if most > 1 else 1.0
-    levels: Pixels = np.rint(values.astype(np.float32) * (255.0 / white)).astype(np.uint8)
+    levels = np.empty(values.shape, np.uint8)
+    for top in range(0, len(values), BAND):
+        levels[top : top + BAND] = np.rint(values[top : top + BAND].astype(np.float32) * (255.0 / white))
     return levels

@@ -10,7 +10,17 @@ import numpy as np
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from ibq_scale.data.convert import MOST_PIXELS, Pixels, bicubic, decode, jpeg_orientation, to_rgb, upright_size
+from ibq_scale.data.convert import (
+    LARGE,
+    MOST_PIXELS,
+    Pixels,
+    bicubic,
+    decode,
+    jpeg_orientation,
+    shrunk,
+    to_rgb,
+    upright_size,
+)
 from ibq_scale.data.filters import Condition, picture_holds
 from ibq_scale.data.pixel_rules import RULES, PixelRules
 
@@ -19,8 +29,6 @@ JPEG_QUALITY = 95
 KEPT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 # Whose pictures have no loss to hide a second one behind.
 LOSSY = {"JPEG", "MPO", "WEBP", "AVIF", "JPEG2000"}
-# Of a JPEG that is larger an eighth of each side is made: all of it is read, and memory is bounded.
-LARGE = 1 << 24
 # A JPEG is decoded at a fraction of its size that is at least so many times what it is resized to.
 GAP = 2
 # By the colours of a JPEG's header: those that decoders agree on.
@@ -105,12 +113,14 @@ def _by_pillow(data: bytes, encoding: Encoding) -> Picture:
         kind, mode = image.format or "", image.mode
         _check(width, height, encoding)
         if encoding.size is None and kind in ("JPEG", "MPO") and width * height > LARGE:
+            # All of it is read, and an eighth of each side made.
             image.draft(None, (width // 8, height // 8))
         # A cut file opens well and fails only at its end.
         image.load()
-        if encoding.size is None and kind in KEPT and mode in ("RGB", "L"):
+        # In these formats all modes but these have a meaning.
+        if encoding.size is None and kind in KEPT and mode not in ("I", "F"):
             return Picture(data, KEPT[kind], kind, mode, (width, height))
-        rgb = to_rgb(image, encoding.rules)
+        rgb = to_rgb(shrunk(image, encoding.size and GAP * encoding.size), encoding.rules)
     if encoding.size is None and kind in KEPT:
         return Picture(data, KEPT[kind], kind, mode, (width, height))
     if encoding.size is not None:

@@ -6,6 +6,7 @@ position on, one sample at a time, so that no more than a sample is in memory an
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
@@ -20,6 +21,12 @@ from ibq_scale.data.tables import find_table
 from ibq_scale.data.tars import BY_FOLDER, NO_LABEL, Naming, TarSource
 from ibq_scale.data.verify import load_index
 from ibq_scale.errors import UserError
+
+SPLIT_NAMES = {
+    "train": {"train", "training"},
+    "validation": {"val", "valid", "validation", "dev"},
+    "test": {"test", "testing"},
+}
 
 
 class Opened(NamedTuple):
@@ -41,6 +48,7 @@ def open_source(url: str, columns: Collection[str] = (), naming: Naming | None =
     pictures = {name: size for name, size in listing.files.items() if is_picture_name(name)}
     left_out = dict(listing.left_out)
     _refuse_several(listing, tars, parquet, pictures, archives)
+    _refuse_splits(listing, tars)
     source: Source
     files = dict(listing.files)
     if tars:
@@ -80,6 +88,21 @@ def _names_of_prepared(listing: Listing, tars: Mapping[str, int]) -> tuple[str, 
 def _add(left_out: dict[str, Group], reason: str, names: Collection[str]) -> None:
     for name in names:
         left_out.setdefault(reason, Group()).add(name)
+
+
+def _refuse_splits(listing: Listing, files: Collection[str]) -> None:
+    """Tars of training and validation together: nobody means to train on both."""
+    splits: dict[str, str] = {}
+    for name in files:
+        words = re.split(r"[^a-z]+", name.lower())
+        split = next((kind for kind, called in SPLIT_NAMES.items() if called & set(words)), None)
+        if split is not None:
+            splits.setdefault(split, name)
+    if len(splits) > 1:
+        raise UserError(
+            f"{listing.url} holds the splits {', '.join(splits)} ({', '.join(splits.values())}): name the files of "
+            "one, by a folder or a 'pattern'"
+        )
 
 
 def _refuse_several(listing: Listing, *forms: Collection[str]) -> None:

@@ -240,6 +240,11 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "one split": (["Train/cat/0.jpg", "Train/dog/0.jpg"], "splits Train .*in/Train"),
     "one level too high": (["images/cat/0.jpg", "images/dog/0.jpg"], r"below images/: give .*in/images"),
     "pictures beside folders": (["0.jpg", "1.jpg", "cat/0.jpg"], r"2 \(0.jpg, 1.jpg\) pictures outside .* 1 files"),
+    "splits of tars": (
+        ["train-0.tar", "train-1.tar", "val-0.tar"],
+        r"splits train, validation \(train-0.tar, val-0.tar\)",
+    ),
+    "splits in folders of tars": (["train/0.tar", "test/0.tar"], "splits test, train"),
     "compressed tars": (["a.tar.gz", "b.tar.gz"], "unpack"),
     "a compressed tar beside one": (["a.tar", "b.tar.gz"], r"1 tars \(a.tar\) and 1 compressed"),
     "parquet beside pictures": (["a.parquet", "cat/0.jpg"], "1 parquet files .* and 1 pictures"),
