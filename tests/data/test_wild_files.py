@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from ibq_scale.cli.main import main
 from ibq_scale.data.adopt import adopt_tars
 from ibq_scale.data.listing import list_files
 from ibq_scale.data.prepare import prepare_images
+from ibq_scale.data.store import open_store
 from ibq_scale.data.verify import verify
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
@@ -209,3 +211,15 @@ def test_names_that_are_no_text_end_nothing(tmp_path: Path) -> None:
     put(folder, b"\xfe.jpg".decode("utf-8", "surrogateescape"))
     with pytest.raises(UserError, match=r"no UTF-8: 2 .*rename them"):
         list_files(str(tmp_path / "folder"))
+
+
+@pytest.mark.slow
+def test_markers_of_folders_in_s3_are_no_pictures(new_prefix: Callable[[], str], tmp_path: Path) -> None:
+    url = new_prefix()
+    store = open_store(url)
+    for name in ("", "cat/", "dog/", "elk/", "cat/deep/"):
+        store.write(name or "/", b"")
+    for name in ("cat/0.jpg", "cat/deep/1.jpg", "dog/0.jpg"):
+        store.write(name, jpeg())
+    prepare_images(url, str(tmp_path / "to"))
+    assert labels_of(tmp_path / "to") == {"cat": 2, "dog": 1}
