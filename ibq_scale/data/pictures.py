@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ibq_scale.data.folder import Store, UnreadableError
@@ -15,8 +15,9 @@ from ibq_scale.data.tars import NO_LABEL
 from ibq_scale.errors import UserError
 
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"}
-# Of a folder without a known ending: what is looked at for a picture's first bytes.
+# Files of a folder that are looked at for a picture's first bytes.
 PROBED = 20
+WITH_MAGIC = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF", b"P5", b"P6", b"\0\0\0\x0cjP")
 
 
@@ -43,11 +44,16 @@ class FolderSource:
         return [Unit(name, 0, size) for name, size in files.items() if not kept or name.partition("/")[0] in kept]
 
     def look(self, unit: Unit, most: int | None = None) -> Look:
-        look = Look(samples=1)
-        if self.table is not None:
-            look.tally.add(unit.file, self.table.label(unit.file), self.table.form)
-        else:
-            look.tally.add(unit.file, self._class(unit.file), "folder names")
+        return self.look_at([unit])
+
+    def look_at(self, units: Sequence[Unit]) -> Look:
+        """All at once: a unit is one picture here, and its name says all."""
+        look = Look(samples=len(units))
+        for unit in units:
+            if self.table is not None:
+                look.tally.add(unit.file, self.table.label(unit.file), self.table.form)
+            else:
+                look.tally.add(unit.file, self._class(unit.file), "folder names")
         return look
 
     def read(self, unit: Unit, start: int) -> Iterator[tuple[int, Sample | Reject]]:
@@ -87,12 +93,21 @@ def open_folder(listing: Listing, label: str | None, table: Table | None) -> tup
 
 
 def _holds_pictures(listing: Listing, names: list[str]) -> bool:
-    """By their endings; files of none are looked at, a few."""
+    """By their endings and, where a look costs nothing or a name has no ending, the first bytes of a few."""
     filled = [name for name in names if listing.files[name]]
-    if any(is_picture_name(name) for name in filled):
+    named = [name for name in filled if is_picture_name(name)]
+    if named and (not listing.store.local or not all(name.lower().endswith(WITH_MAGIC) for name in named[:PROBED])):
         return True
     bare = [name for name in filled if "." not in name.rpartition("/")[2]]
-    return any(listing.store.read_range(n, 0, min(16, listing.files[n])).startswith(MAGIC) for n in bare[:PROBED])
+    return any(_begins_as_picture(listing, name) for name in (named or bare)[:PROBED])
+
+
+def _begins_as_picture(listing: Listing, name: str) -> bool:
+    try:
+        return listing.store.read_range(name, 0, min(16, listing.files[name])).startswith(MAGIC)
+    except UnreadableError:
+        # The reading tells it.
+        return True
 
 
 def _refuse_splits(listing: Listing, by_folder: Mapping[str, list[str]]) -> None:

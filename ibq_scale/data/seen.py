@@ -51,10 +51,10 @@ class Seen(Section):
 
     def lines(self) -> list[str]:
         """At most ten, the gravest in the middle where they are not overlooked."""
-        named = [f"{_short(name)} {count:,}" for name, count in list(self.classes.items())[:SHOWN_CLASSES]]
+        named = [f"{_short(name)}: {count:,}" for name, count in list(self.classes.items())[:SHOWN_CLASSES]]
         more = ", …" if self.class_count > len(named) else ""
         lines = [f"found      {self.files:,} files, {self.pictures:,} pictures ({self.form}); {self.taken:,} taken"]
-        lines += [f"labels     {self.labels}: {', '.join(named)}{more}" if named else f"labels     {self.labels}"]
+        lines += [f"labels     {self.labels} → {', '.join(named)}{more}" if named else f"labels     {self.labels}"]
         if self.empty_classes.count:
             lines += [f"no picture of {self.empty_classes} of {self.class_count:,} classes"]
         for title, groups in (("left out", self.left_out), ("note", self.notes)):

@@ -17,7 +17,7 @@ from ibq_scale.data.manifest import NAME, load_manifest
 from ibq_scale.data.parquet import open_parquet
 from ibq_scale.data.pictures import open_folder
 from ibq_scale.data.samples import Source, Unit
-from ibq_scale.data.tables import find_table
+from ibq_scale.data.tables import ENDINGS, find_table
 from ibq_scale.data.tars import BY_FOLDER, NO_LABEL, Naming, TarSource
 from ibq_scale.data.verify import load_index
 from ibq_scale.errors import UserError
@@ -62,7 +62,8 @@ def open_source(url: str, columns: Collection[str] = (), naming: Naming | None =
         table = None if naming.label in own[1:] else find_table(listing, naming.label)
         source, more = open_folder(listing, naming.label, table)
         left_out |= more
-        files = {name: size for name, size in files.items() if not name.lower().endswith(ARCHIVES)}
+        aside = {*archives, *(name for name in listing.ending(*ENDINGS) if "/" not in name)}
+        files = {name: size for name, size in files.items() if name not in aside}
         _add(left_out, "archives", archives)
     units = source.units(files)
     if not units:

@@ -88,7 +88,7 @@ def label_note(found: Survey, listing: Listing) -> str:
 
 def _look(source: Source, units: Sequence[Unit], workers: int) -> Look:
     if isinstance(source, FolderSource):
-        return _sum(source.look(unit) for unit in units)
+        return source.look_at(units)
     if isinstance(source, TarSource) and not source.store.local and not _any_labels(source, units):
         # Captions, say: nothing that would be worth a second download of everything.
         return _sum(source.look(unit, SAMPLES_LOOKED_AT) for unit in _spread(units))

@@ -215,6 +215,7 @@ FOLDERS: dict[str, tuple[list[str], str]] = {
     "a folder of tables": (["csv/labels.csv"], "folders without a picture"),
     "an empty class": (["elk/.keep"], "hidden files"),
     "a class of empty files": (["elk/0.jpg"], "folders without a picture"),
+    "a class of pages": (["elk/0.jpg", "elk/1.png"], "folders without a picture"),
     "thumbnails": (["cat/@eaDir/0.jpg", "@eaDir/0.jpg"], "files of other programs"),
     "macOS": (["__MACOSX/cat/0.jpg", "cat/._0.jpg"], "hidden files"),
     "checkpoints of notebooks": ([".ipynb_checkpoints/0.jpg"], "hidden files"),
@@ -226,7 +227,7 @@ FOLDERS: dict[str, tuple[list[str], str]] = {
 def test_folders_that_are_no_classes_move_no_label(tmp_path: Path, case: str) -> None:
     names, reason = FOLDERS[case]
     _folders(tmp_path / "in")
-    put(tmp_path / "in", *names, data=b"")
+    put(tmp_path / "in", *names, data=b"<html>404" if case == "a class of pages" else b"")
     report = prepare_images(tmp_path / "in", str(tmp_path / "to"))
     assert labels_of(tmp_path / "to") == {"cat": 2, "dog": 2, "zebra": 2}
     assert reason in report.seen.left_out
@@ -288,7 +289,7 @@ def test_labels_in_a_table_beside_the_pictures(tmp_path: Path, form: str) -> Non
     name, text, column = TABLES[form]
     put(tmp_path / "in", "0.jpg", "1.jpg", "2.jpg")
     (tmp_path / "in" / name).write_text(text, encoding="utf-8-sig")
-    prepare_images(tmp_path / "in", str(tmp_path / "to"), naming=Naming(label=column))
+    assert prepare_images(tmp_path / "in", str(tmp_path / "to"), naming=Naming(label=column)).rejected == 0
     assert [s[:2] for s in samples_of(tmp_path / "to")] == [("0.jpg", "dog"), ("1.jpg", "cat"), ("2.jpg", "owl")]
     with pytest.raises(UserError, match=r"--label race: no file.* there are "):
         prepare_images(tmp_path / "in", str(tmp_path / "to2"), naming=Naming(label="race"))
@@ -356,7 +357,7 @@ def test_what_was_seen_is_told_and_stays_in_the_manifest(tmp_path: Path, capsys:
     assert not (tmp_path / "to").exists()
     assert main(words) == 0
     told = capsys.readouterr().out
-    assert "cat 2, dog 2, zebra 2" in told
+    assert "cat: 2, dog: 2, zebra: 2" in told
     assert "folders without a picture: 1 (csv/)" in told
     assert "folders without a picture: 1 (csv/)" in looked
     assert len(looked.splitlines()) <= 10
