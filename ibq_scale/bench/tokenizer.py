@@ -75,8 +75,8 @@ def _hang(clock: Clock, task: TokenizerTask) -> None:
         engine.step = clock.timed(engine.step, UPDATE)
     model, judge = task.generator.module, task.discriminator.module.discriminator
     both_ways = [(model, "quantize", QUANTIZER), (judge, "forward", DISCRIMINATOR)]
-    if task.perceptual is not None:
-        both_ways.append((task.perceptual, "forward", PERCEPTUAL))
+    if task.image_loss.perceptual is not None:
+        both_ways.append((task.image_loss.perceptual, "forward", PERCEPTUAL))
     for owner, name, part in both_ways:
         setattr(owner, name, clock.timed_both_ways(getattr(owner, name), part))
     for owner, name in ((task.codebook, "step"), (task.ema, "update"), (task, "_update_lecam")):

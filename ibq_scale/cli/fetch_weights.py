@@ -31,7 +31,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _fetch(args: argparse.Namespace) -> int:
     from ibq_scale.errors import UserError
-    from ibq_scale.weights import fetch, status
+    from ibq_scale.losses.weights import fetch, status
 
     names = args.names or NAMES
     for name in names:

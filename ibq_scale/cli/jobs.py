@@ -44,21 +44,32 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def _jobs(args: argparse.Namespace) -> int:
     from ibq_scale.cluster import slurm
     from ibq_scale.cluster.runs import describe, known_runs
+    from ibq_scale.console import tell
 
     queue = slurm.my_jobs()
     places = args.runs or known_runs(queue)
-    found = [describe(place, queue) for place in places]
+    found, faults = [], []
+    for place in places:
+        # One odd run hides no other.
+        try:
+            found.append(describe(place, queue))
+        except UserError as e:
+            faults.append(str(e))
+    for fault in faults:
+        tell(f"ibq-scale: {fault}")
+    code = UserError.exit_code if faults and args.runs else 0
     if args.json:
         print(json.dumps([asdict(run) for run in found]))
-        return 0
+        return code
     if not found:
-        print("no runs in the queue or in ./runs: name run directories")
-        return 0
+        if not faults:
+            print("no runs in the queue or in ./runs: name run directories")
+        return code
     rows = [COLUMNS, *map(_row, found)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    return 0
+    return code
 
 
 def _row(run: Run) -> tuple[str, ...]:

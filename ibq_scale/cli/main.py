@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import errno
 import importlib
 import logging
 import os
@@ -51,6 +52,8 @@ OF_TRAINING = {
 }  # fmt: skip
 
 
+# What a path that a user gave brings about, whatever the state of the disk behind it.
+MISTAKEN_PATHS = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
 MOST_CHARACTERS = 1000
 """Of a line of an error."""
 
@@ -110,15 +113,28 @@ def _code(words: list[str]) -> int:
             raise
         _complain(f"this needs {e.name}: pip install 'ibq-scale[train]'")
         return UserError.exit_code
+    except BrokenPipeError:
+        # `ibq-scale … | head` closed our output: not an error. Keep the interpreter from flushing into it again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as e:
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+        if e.errno is None or (e.filename is None and not full):
+            raise
+        # A path that a user gave, or the disk behind it; without a name, that of the output.
+        _complain(f"{e.filename or 'the output could not be written'}: {e.strerror}")
+        return 1 if full else UserError.exit_code
+    except RuntimeError as e:
+        # Path.resolve's own, of links that lead to one another.
+        if not str(e).startswith("Symlink loop"):
+            raise
+        _complain(str(e))
+        return UserError.exit_code
     except KeyboardInterrupt:
         # A terminal's Ctrl-C comes again by the launcher.
         ignore()
         _complain("interrupted")
         return 1
-    except BrokenPipeError:
-        # `ibq-scale … | head` closed our output: not an error. Keep the interpreter from flushing into it again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
@@ -163,6 +179,9 @@ def _run_rank(args: argparse.Namespace) -> int:
     except Exception as e:
         if isinstance(e, BrokenPipeError) or _is_for_training(e):
             raise
+        if isinstance(e, OSError) and e.errno in MISTAKEN_PATHS:
+            leave_or_tell(UserError(f"{e.filename}: {e.strerror}"), UserError.exit_code)
+            return UserError.exit_code
         leave_or_tell(e, 1)
         logging.shutdown()
         sys.stdout.flush()

@@ -36,7 +36,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def _check(args: argparse.Namespace) -> None:
     """Wrong configs, and runs whose pretrained weights are absent, are refused before any rank is started."""
     from ibq_scale.config.layers import require_complete, resolve
-    from ibq_scale.weights import files_of_run, weight_file
+    from ibq_scale.losses.weights import files_of_run, weight_file
 
     config = resolve(args.source, args.overrides, args.task).config
     require_complete(config)

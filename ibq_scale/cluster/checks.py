@@ -211,7 +211,7 @@ def _resume(job: Submission) -> Outcome:
 
 
 def _weights(job: Submission) -> Outcome | None:
-    from ibq_scale.weights import files_of_run, missing
+    from ibq_scale.losses.weights import files_of_run, missing
 
     files = files_of_run(job.config)
     faults = [fault for name in files if (fault := missing(name)) is not None]

@@ -77,6 +77,8 @@ def parse_option(text: str) -> tuple[str, str]:
     found = re.fullmatch(r"(?:#SBATCH\s+)?(?:--)?([a-z][a-z-]*)(?:=(.+))?", text.strip())
     if found is None:
         raise UserError(f"'{text}' is no option of sbatch: write it in full, for example --reservation=x")
+    if found[1] == "array":
+        raise UserError("an array's jobs share their work by --array N (submit), and need all of 0 to N-1")
     return found[1], found[2] or ""
 
 
@@ -103,7 +105,7 @@ def double_quoted(value: str) -> str:
 
 
 def _option(key: str, value: str) -> str:
-    if '"' in value or "\n" in value:
-        raise UserError(f"--{key}: sbatch takes no quotes or line breaks, got {value!r}")
-    quoted = f'"{value}"' if re.search(r"[\s#]", value) else value
+    if re.search(r'["\\\n\0]', value):
+        raise UserError(f"--{key}: sbatch takes no quotes, backslashes or line breaks, got {value!r:.100}")
+    quoted = f'"{value}"' if re.search(r"[\s#']", value) else value
     return f"#SBATCH --{key}" + (f"={quoted}" if value else "")

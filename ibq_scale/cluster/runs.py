@@ -75,6 +75,9 @@ def describe(run_dir: Path, jobs: Sequence[Job]) -> Run:
     state, why = _state(run_dir, mine, finished=newest is not None and newest == steps)
     beat = json_object(run_dir / "heartbeat.json") if state == "running" else {}
     step, seconds = beat.get("step", newest), beat.get("step_s")
+    if not isinstance(step, int) or not isinstance(seconds, (int, float)):
+        # What is no heartbeat of this program.
+        step, seconds = newest, None
     rate = config.train.global_batch / seconds if config is not None and seconds else None
     left = (steps - step) * seconds if steps is not None and step is not None and seconds else None
     running = [job for job in mine if not job.pending]

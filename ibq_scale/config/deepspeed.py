@@ -7,7 +7,6 @@ here (facts of DeepSpeed 0.19.8: gradient_clipping defaults to 1.0, reductions t
 from __future__ import annotations
 
 import difflib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +78,7 @@ def deepspeed_config(run: AnyRun, world_size: int) -> dict[str, Any]:
     path = find_config(run.deepspeed.config)
     try:
         values = read_json(path)
-    except (OSError, json.JSONDecodeError) as e:
+    except (OSError, ValueError) as e:
         raise UserError(f"cannot read {path}: {e}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected one JSON object")
@@ -90,7 +89,10 @@ def deepspeed_config(run: AnyRun, world_size: int) -> dict[str, Any]:
         if key not in ALLOWED:
             near = difflib.get_close_matches(key, ALLOWED, n=1)
             raise UserError(f"{path.name}: unknown key '{key}'" + (f", did you mean '{near[0]}'?" if near else ""))
-    stage = values.get("zero_optimization", {}).get("stage", 0)
+    zero = values.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise UserError(f"{path.name}: zero_optimization is an object, got {zero!r:.100}")
+    stage = zero.get("stage", 0)
     if stage not in STAGES:
         raise UserError(f"{path.name}: ZeRO stage {stage!r} does not exist: take one of {STAGES}")
     if stage == 0 and run.train.precision == "bf16":

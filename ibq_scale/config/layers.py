@@ -182,14 +182,18 @@ def _find(source: str, task: Task | None) -> Path:
 
 
 def _interpolated(text: str) -> Any:
+    with without_environment():
+        return OmegaConf.to_container(load_omegaconf(text), resolve=True)
+
+
+def load_omegaconf(text: str) -> Any:
+    """OmegaConf's form of a YAML text, nothing of it interpolated yet. DocumentError, yaml.YAMLError."""
     require_modest(text)
     try:
-        values = OmegaConf.load(io.StringIO(text))
-    except (KeyError, AttributeError, TypeError) as e:
-        # A tagged value ("!!bool x") fails in PyYAML with an error of any type.
-        raise DocumentError(f"no plain values: {e}") from None
-    with without_environment():
-        return OmegaConf.to_container(values, resolve=True)
+        return OmegaConf.load(io.StringIO(text))
+    except (KeyError, AttributeError, TypeError, AssertionError) as e:
+        # Tagged values ("!!bool x") and single ones fail with an error of any type.
+        raise DocumentError(f"no keys and values: {e}") from None
 
 
 @contextmanager

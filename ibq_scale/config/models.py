@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -66,8 +67,9 @@ class QuantizerConfig(Section):
     """The quantizer between encoder and decoder.
 
     `kind`: ``ibq`` (index backpropagation, arXiv 2412.02692), ``vq`` (VQGAN: nearest code, straight-through),
-    ``simvq`` (frozen basis × one linear layer, arXiv 2411.02038) or ``lfq`` (sign bits, arXiv 2310.05737; then
-    codebook_size = 2^dim).
+    ``simvq`` (frozen basis × one linear layer, arXiv 2411.02038), ``lfq`` (sign bits, arXiv 2310.05737; then
+    codebook_size = 2^dim) or ``fsq`` (rounded numbers, arXiv 2309.15505).
+    `levels`: FSQ only: values that each of the dim numbers has; codebook_size is their product.
     `beta_on`: the term of the quantization loss that `beta` multiplies: ``codebook`` is what the published
     models were trained with (mean‖C[i*] − sg(z)‖²), ``commitment`` is the paper's text.
     `straight_through`, `double_quantization`: the paper's ablations. Without the first, the decoder's gradient ends at
@@ -82,7 +84,7 @@ class QuantizerConfig(Section):
     `revive_after`: VQ only: steps after which an unused code is replaced by a token of the batch; 0 is never.
     """
 
-    kind: Literal["ibq", "vq", "simvq", "lfq"] = "ibq"
+    kind: Literal["ibq", "vq", "simvq", "lfq", "fsq"] = "ibq"
     codebook_size: Rows = 16384
     dim: Side = 256
     beta: NonNegativeFloat = 0.25
@@ -98,12 +100,25 @@ class QuantizerConfig(Section):
     search: Literal["fp32", "bf16"] = "bf16"
     tile_bytes: PositiveInt | None = None
     revive_after: Annotated[int, Field(ge=0)] = 0
+    levels: Annotated[tuple[Annotated[int, Field(ge=2, le=2**16)], ...], Field(max_length=64)] = ()
+
+    @model_validator(mode="after")
+    def _levels_fit(self) -> QuantizerConfig:
+        if (self.kind == "fsq") != bool(self.levels):
+            raise ValueError("levels are for kind=fsq, which needs them: for example levels=[8,5,5,5]")
+        if self.levels and (self.dim, self.codebook_size) != (len(self.levels), math.prod(self.levels)):
+            raise ValueError(
+                f"levels {list(self.levels)} make dim={len(self.levels)} and codebook_size={math.prod(self.levels)}, "
+                f"got {self.dim} and {self.codebook_size}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _kind_fits(self) -> QuantizerConfig:
         if self.kind == "lfq" and (self.dim > 31 or self.codebook_size != 2**self.dim):
             raise ValueError(
-                f"lfq has one code a pattern of bits: codebook_size must be 2^{self.dim}, got {self.codebook_size}"
+                f"lfq has one code a pattern of bits: codebook_size must be 2^dim = {2 ** min(self.dim, 31)}, "
+                f"got {self.codebook_size}"
             )
         if self.revive_after and self.kind != "vq":
             raise ValueError(f"revive_after is for kind=vq, whose unused codes stay where they are; got {self.kind}")

@@ -70,6 +70,7 @@ class TokenizerLossConfig(Section):
     """
 
     l1_weight: NonNegativeFloat = 1.0
+    l2_weight: NonNegativeFloat = 0.0
     perceptual: Literal["vgg", "alex", "random", "none"] = "vgg"
     perceptual_weight: NonNegativeFloat = 1.0
     adversarial: Literal["constant", "adaptive"] = "constant"

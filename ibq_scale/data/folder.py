@@ -19,6 +19,8 @@ from ibq_scale.errors import UserError
 
 DOWNLOAD_CHUNK = 16 << 20
 PARTIAL = ".partial"
+# What is read whole, into memory: manifests, indices, shards of codes, pictures.
+MOST_WHOLE = 2 << 30
 
 
 class Unfinished(NamedTuple):
@@ -37,7 +39,7 @@ class Store(ABC):
 
     @abstractmethod
     def read(self, path: str) -> bytes:
-        """The whole file. FileNotFoundError where there is none."""
+        """The whole file. FileNotFoundError; UnreadableError where it has more bytes than `MOST_WHOLE`."""
 
     @abstractmethod
     def read_range(self, path: str, start: int, stop: int) -> bytes:
@@ -122,6 +124,7 @@ class LocalStore(Store):
 
     def read(self, path: str) -> bytes:
         with self._open(path) as f, self._told(path):
+            require_fit(f"{self.url}/{path}", os.fstat(f.fileno()).st_size)
             return f.read()
 
     def read_range(self, path: str, start: int, stop: int) -> bytes:
@@ -239,6 +242,12 @@ class LocalStore(Store):
 
 def too_short(name: str, stop: int) -> UserError:
     return UserError(f"{name} ends before byte {stop}, where its index has more: it changed after it was prepared")
+
+
+def require_fit(url: str, size: int) -> None:
+    """UnreadableError for a file that nobody meant to be read whole."""
+    if size > MOST_WHOLE:
+        raise UnreadableError(f"cannot read {url}: it has {size:,} bytes, and {MOST_WHOLE:,} are the most")
 
 
 def over(local: Path) -> BinaryIO:

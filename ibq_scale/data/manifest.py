@@ -15,7 +15,7 @@ from ibq_scale.data.folder import Store
 from ibq_scale.data.pixel_rules import PixelRules
 from ibq_scale.data.seen import Seen
 from ibq_scale.data.store import open_store
-from ibq_scale.documents import parse_json
+from ibq_scale.documents import DocumentError, parse_json
 from ibq_scale.errors import UserError
 from ibq_scale.names import FileName, Sha256
 
@@ -83,12 +83,14 @@ def load_manifest(source: Store | str, kind: Kind) -> Manifest:
     """Reads a data set's manifest. UserError where it is absent, of another version or kind, or damaged."""
     store = open_store(source) if isinstance(source, str) else source
     try:
-        values = parse_json(store.read(NAME))
-    except (FileNotFoundError, NotADirectoryError):
+        data = store.read(NAME)
+    except FileNotFoundError:
         raise UserError(
             f"{store.url} has no {NAME}: is it the --to of a finished 'ibq-scale {_MAKER[kind]}'?"
         ) from None
-    except ValueError as e:
+    try:
+        values = parse_json(data)
+    except DocumentError as e:
         raise UserError(f"{store.url}/{NAME} is damaged: {e}") from None
     version = values.get("version") if isinstance(values, dict) else None
     if version != MANIFEST_VERSION:

@@ -139,14 +139,15 @@ def open_parquet(
 
 def _open(store: Store, name: str, size: int) -> Any:
     try:
-        import pyarrow
         from pyarrow import parquet
     except ImportError:
         raise UserError("parquet files need pyarrow: pip install 'ibq-scale[parquet]'") from None
     try:
         # Page by page: a row group may be as large as the file.
         return parquet.ParquetFile(RangeReader(store, name, size), buffer_size=1 << 20, pre_buffer=False)
-    except pyarrow.ArrowInvalid as e:
+    except UserError:
+        raise
+    except (OSError, ValueError) as e:
         raise UserError(f"{store.url}/{name} is no whole parquet file: {_first_line(e)}") from None
 
 

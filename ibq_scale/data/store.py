@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from ibq_scale.config.secrets import refuse_credentials
-from ibq_scale.data.folder import DOWNLOAD_CHUNK, LocalStore, Store, Unfinished, over, too_short
+from ibq_scale.data.folder import DOWNLOAD_CHUNK, LocalStore, Store, Unfinished, over, require_fit, too_short
 from ibq_scale.data.multipart import Content, parallel, send_parts
 from ibq_scale.data.s3_errors import (
     ANONYMOUS,
@@ -71,6 +72,7 @@ class S3Store(Store):
         self.bucket, _, self._folder = self.prefix.partition("/")
         if not self.bucket:
             raise UserError(f"'{url}' names no bucket: write s3://bucket/prefix")
+        _require_endpoint()
         self._client: Any = None
         self._client_pid = -1
         self._answered = False
@@ -89,7 +91,7 @@ class S3Store(Store):
 
     def read(self, path: str) -> bytes:
         parts: dict[int, bytes] = {}
-        self._transfer(path, parts.__setitem__)
+        self._transfer(path, parts.__setitem__, whole=True)
         return b"".join(parts[start] for start in sorted(parts))
 
     def read_range(self, path: str, start: int, stop: int) -> bytes:
@@ -165,15 +167,17 @@ class S3Store(Store):
     def _name(self, path: str) -> dict[str, str]:
         return {"Bucket": self.bucket, "Key": f"{self._folder}/{path}" if self._folder else path}
 
-    def _transfer(self, path: str, place: Callable[[int, bytes], object]) -> int:
+    def _transfer(self, path: str, place: Callable[[int, bytes], object], *, whole: bool = False) -> int:
         """Gives a whole object to `place` (from threads) by ranges, so that a broken connection costs one range.
 
-        Returns its size.
+        Returns its size. `whole`: it is kept in memory, so UnreadableError as `read`.
         """
         try:
             first = self._get(path, 0, DOWNLOAD_CHUNK)
         except PastEndError:
             return 0  # No range fits an empty object.
+        if whole:
+            require_fit(f"{self.url}/{path}", first.total)
         place(0, first.data)
 
         def move(start: int) -> None:
@@ -288,6 +292,15 @@ def _new_client() -> Any:
     )
     client.retries = 1
     return client
+
+
+def _require_endpoint() -> None:
+    """UserError for an AWS_ENDPOINT_URL that botocore refuses with an error of any type, or that shows a password."""
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        endpoint = os.environ.get(name, "")
+        refuse_credentials(endpoint)
+        if endpoint and not re.fullmatch(r"https?://[\w.:\[\]-]+(/\S*)?", endpoint):
+            raise UserError(f"{name} is '{endpoint}': write it with its scheme, as http://minio:9000")
 
 
 async def _body(response: dict[str, Any], seconds: float) -> Any:

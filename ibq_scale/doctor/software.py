@@ -134,7 +134,7 @@ def extensions() -> list[Line]:
 
 def weights(subject: Subject) -> list[Line]:
     """The pretrained weights of losses and metrics."""
-    from ibq_scale.weights import SOURCES, status, weights_folder
+    from ibq_scale.losses.weights import SOURCES, status, weights_folder
 
     found = status(list(SOURCES))
     lines = []

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ibq_scale.download import sha256_of
-from ibq_scale.weights import damaged, weight_file
+from ibq_scale.losses.weights import damaged, weight_file
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 FEATURES = 2048

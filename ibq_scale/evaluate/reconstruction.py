@@ -21,10 +21,10 @@ from ibq_scale.evaluate.pixels import psnr, ssim
 from ibq_scale.evaluate.results import write_result
 from ibq_scale.evaluate.worst import write_images
 from ibq_scale.losses.perceptual import Net, Perceptual
+from ibq_scale.losses.weights import OF_METRICS, SOURCES, missing
 from ibq_scale.pictures import to_uint8
 from ibq_scale.pretrained.loading import Tokenizer, load_tokenizer, model_directory
 from ibq_scale.quantize.usage import CodeUsage
-from ibq_scale.weights import OF_METRICS, SOURCES, missing
 
 Pixels = Literal["8bit", "float"]
 LPIPS: dict[str, Net] = {"lpips": "vgg", "lpips_alex": "alex"}

@@ -13,11 +13,11 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, ValidationError, model_validator
 
 from ibq_scale.config.base import Section
-from ibq_scale.config.layers import explain, without_environment
+from ibq_scale.config.layers import explain, load_omegaconf, without_environment
 from ibq_scale.config.models import PositiveInt
 from ibq_scale.config.run import NonNegativeInt
 from ibq_scale.config.text import as_typed, as_written, override
-from ibq_scale.documents import read_text, require_modest
+from ibq_scale.documents import read_text
 from ibq_scale.errors import UserError
 
 LADDERS = Path(__file__).parent / "ladders"
@@ -61,6 +61,9 @@ class TilesConfig(Section):
     pictures: str | None = None
     tokenizer: str = "tokenizer/experiment"
     overrides: tuple[str, ...] = ()
+
+
+MOST_RUNGS = 1000
 
 
 class BudgetConfig(Section):
@@ -124,10 +127,23 @@ class LadderConfig(Section):
     machine: MachineConfig = MachineConfig()
 
     @model_validator(mode="after")
+    def _can_be_counted(self) -> LadderConfig:
+        budgets = len(self.budget.samples or self.budget.flops) or 1
+        rungs = len(self.sizes) * budgets * len(self.codes.codebooks) * len(self.seeds)
+        if not 1 <= rungs <= MOST_RUNGS:
+            raise ValueError(
+                f"sizes × budgets × codebooks × seeds are {rungs:,} rungs: 1 to {MOST_RUNGS:,} make a ladder"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _names_differ(self) -> LadderConfig:
         names = [size.name for size in self.sizes]
         if len(set(names)) < len(names):
             raise ValueError(f"sizes must have names of their own, got {', '.join(names)}")
+        for values in (self.budget.samples, self.budget.flops, self.codes.codebooks, self.seeds):
+            if len(set(values)) < len(values):
+                raise ValueError(f"two rungs would be the same: {values!s:.100} has a value twice")
         return self
 
     @property
@@ -149,14 +165,13 @@ def load_ladder(source: str, overrides: Sequence[str] = ()) -> LadderConfig:
     path = _find(source)
     try:
         text = read_text(path)
-        require_modest(text)
         with without_environment():
-            values: Any = OmegaConf.to_container(OmegaConf.load(path))
+            values: Any = OmegaConf.to_container(load_omegaconf(text))
             if isinstance(values, dict):
                 values = as_typed(values, as_written(text), LadderConfig)
             above = [override(item, LadderConfig) for item in overrides]
             values = OmegaConf.to_container(OmegaConf.merge(values, *above), resolve=True)
-    except (OSError, yaml.YAMLError, OmegaConfBaseException, ValueError) as e:
+    except (OSError, yaml.YAMLError, OmegaConfBaseException, ValueError, KeyError, AttributeError, TypeError) as e:
         raise UserError(f"cannot read {source}: {' '.join(str(e).split())}") from None
     try:
         return LadderConfig.model_validate(values)

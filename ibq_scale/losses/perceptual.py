@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ibq_scale.losses.weights import SOURCES, damaged, weight_file
 from ibq_scale.models.initial import Uninitialized
 from ibq_scale.models.layout import convolution_layout
-from ibq_scale.weights import SOURCES, damaged, weight_file
 
 Net = Literal["vgg", "alex", "random"]
 BACKBONES = {net: SOURCES[net].file for net in ("vgg", "alex")}

@@ -8,16 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ibq_scale.pretrained.loading import ARModel, Tokenizer
+from ibq_scale.quantize.kinds import KINDS
 
 CARD = "README.md"
 # Of what a run logs, what its model is judged by.
 SHOWN = ("loss", "l1", "perceptual", "usage", "perplexity", "validation")
-KINDS = {
-    "ibq": "index backpropagation quantization (IBQ, arXiv 2412.02692)",
-    "vq": "vector quantization (VQGAN)",
-    "simvq": "SimVQ (arXiv 2411.02038)",
-    "lfq": "lookup-free quantization (arXiv 2310.05737)",
-}
 
 
 def write_card(
@@ -43,7 +38,8 @@ def _tokenizer(model: Tokenizer, name: str) -> str:
     return (
         f"{_head('image-tokenizer')}# {name}\n\nAn image tokenizer: pictures of {side} × {side} pixels (or any sides "
         f"that {model.downsampling} divides) become {grid} × {grid} codes, and codes become pictures. "
-        f"Its codebook of {quantizer.codebook_size:,} codes × {quantizer.dim} was learned by {KINDS[quantizer.kind]}. "
+        f"Its codebook of {quantizer.codebook_size:,} codes × {quantizer.dim} is that of "
+        f"{KINDS[quantizer.kind].words}. "
         f"{_parameters(model)}.\n\n```python\nimport ibq_scale\n\n"
         f'tokenizer = ibq_scale.load_tokenizer("{name}")\n'
         "codes = tokenizer.encode(images)  # float (B, 3, H, W) in [-1, 1] → int64 (B, h, w)\n"

@@ -33,6 +33,7 @@ from ibq_scale.models.transformer import Transformer
 from ibq_scale.names import file_name, is_inside
 from ibq_scale.pretrained.hub import PREFIX, fetch
 from ibq_scale.pretrained.strict import fill_strictly, require_fit, require_layers
+from ibq_scale.quantize.kinds import KINDS
 from ibq_scale.quantize.quantizer import encode, lookup
 
 FORMAT_VERSION = 1
@@ -256,9 +257,9 @@ def codebook_to_start_from(path: str, quantizer: QuantizerConfig) -> Tensor:
     """The codes (K, D), fp32, of the tokenizer at `path`. UserError where they are others than `quantizer` learns."""
     folder, config = _read_config(Path(path), "tokenizer")
     there = _section(QuantizerConfig, config, "quantizer", folder)
-    if there.kind == "simvq":
-        raise UserError(f"init={path}: of SimVQ it holds the finished codes, and not the layer that makes them")
-    for key in ("kind", "codebook_size", "dim"):
+    if KINDS[there.kind].learns == "layer":
+        raise UserError(f"init={path}: of {there.kind} it holds the finished codes, and not the layer that makes them")
+    for key in ("kind", "codebook_size", "dim", "levels"):
         found, wanted = getattr(there, key), getattr(quantizer, key)
         if found != wanted:
             raise UserError(

@@ -25,6 +25,7 @@ from ibq_scale.pretrained.huggingface import is_huggingface, read_huggingface, w
 from ibq_scale.pretrained.loading import ARModel, Kind, Tokenizer, fill_ar, layers_of, load_model, refuse_overwrite
 from ibq_scale.pretrained.strict import count_layers, fill_strictly, require_fit, require_layers
 from ibq_scale.pretrained.wrappers import OWNERS_WAY, harmless, not_finite, refused, unwrap
+from ibq_scale.quantize.kinds import KINDS
 
 MODULES = ("encoder", "decoder", "quant_conv", "post_quant_conv")
 CODEBOOK = "quantize.embedding.weight"
@@ -121,8 +122,9 @@ def export_huggingface(path: Path, to: Path) -> Kind:
 def published_tokenizer(model: Tokenizer) -> dict[str, Tensor]:
     """The published ``state_dict``, live tensors first: its loader meets an average only after the live name."""
     kind = model.quantizer_config.kind
-    if kind not in ("ibq", "vq"):
-        raise UserError(f"the published layout has no '{kind}' quantizer: only ibq and vq models can be written in it")
+    if not KINDS[kind].published:
+        known = " and ".join(name for name, other in KINDS.items() if other.published)
+        raise UserError(f"the published layout has no '{kind}' quantizer: only {known} models can be written in it")
     live = {_published(name): tensor for name, tensor in model.state_dict().items()}
     average = {
         "model_ema.decay": torch.tensor(EMA_DECAY),

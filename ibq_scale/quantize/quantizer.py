@@ -8,15 +8,10 @@ from torch import Tensor
 from ibq_scale.config.models import QuantizerConfig
 from ibq_scale.errors import UserError
 from ibq_scale.quantize.collectives import WHOLE, Group, Shards, size_of
-from ibq_scale.quantize.function import Settings, group_name, ibq_function, softmax_sums
-from ibq_scale.quantize.lfq import bit_sums, corners, lfq, sign_index
-from ibq_scale.quantize.search import Found, Score, best_rows
-from ibq_scale.quantize.terms import quantization_loss
+from ibq_scale.quantize.kinds import KINDS
+from ibq_scale.quantize.search import Found
 from ibq_scale.quantize.types import Quantized
-from ibq_scale.quantize.vq import LookupFunction, vq
-
-# Rows drawn together from one seed: any split of the codebook then starts from the same numbers.
-INIT_BLOCK = 1024
+from ibq_scale.quantize.vq import LookupFunction
 
 
 def quantize(
@@ -39,12 +34,7 @@ def quantize(
     """
     shards = _alone_is_none(shards, z_ND.shape[0])
     z_wide_ND = z_ND.to(rows_KD.dtype)
-    if settings.kind == "ibq":
-        quantized = _ibq(z_wide_ND, rows_KD, settings, shards, mean_K)
-    elif settings.kind == "lfq":
-        quantized = lfq(z_wide_ND, settings, shards.group, shards.replicas, mean_K)
-    else:
-        quantized = vq(z_wide_ND, rows_KD, settings, shards.group, shards.sizes or [])
+    quantized = KINDS[settings.kind].quantize(z_wide_ND, rows_KD, settings, shards, mean_K)
     return quantized._replace(z_q_ND=quantized.z_q_ND.to(z_ND.dtype))
 
 
@@ -54,47 +44,17 @@ def batch_sums(
 ) -> tuple[Tensor, Tensor]:
     """What micro-batches add up to a `mean_K` for `quantize`: sums over all ranks' tokens, and the tokens' number.
 
-    The sums are softmax(S/τ) over this rank's rows (K,), for LFQ over its groups of bits.
+    The sums are softmax(S/τ) over this rank's rows (K,), for LFQ over its groups of bits. Only for kinds that have it.
     """
     shards = _alone_is_none(shards, z_ND.shape[0])
-    z_wide_ND = z_ND.to(rows_KD.dtype)
-    if settings.kind == "lfq":
-        return bit_sums(z_wide_ND, settings, shards.group, shards.replicas)
-    assert settings.kind == "ibq", "only IBQ and LFQ have an entropy"
-    return softmax_sums(z_wide_ND, rows_KD, _function_settings(settings, shards))
+    sums = KINDS[settings.kind].batch_sums
+    assert sums is not None, f"{settings.kind} has no batch entropy"
+    return sums(z_ND.to(rows_KD.dtype), rows_KD, settings, shards)
 
 
 def _alone_is_none(shards: Shards, tokens: int) -> Shards:
     group, replicas = (g if size_of(g) > 1 else None for g in (shards.group, shards.replicas))
     return Shards(group, replicas, shards.sizes or [tokens] * size_of(group))
-
-
-def _function_settings(settings: QuantizerConfig, shards: Shards) -> Settings:
-    return Settings(
-        sizes=[] if shards.group is None else shards.sizes or [],
-        group=group_name(shards.group),
-        replicas=group_name(shards.replicas),
-        temperature=settings.entropy_temperature,
-        sample_weight=settings.sample_entropy_weight,
-        batch_weight=settings.batch_entropy_weight,
-        global_entropy=settings.entropy_scope == "global",
-        precision=settings.logit_precision,
-        backend=settings.backend,
-        tile_bytes=settings.tile_bytes or 0,
-    )
-
-
-def _ibq(z_ND: Tensor, rows_KD: Tensor, settings: QuantizerConfig, shards: Shards, mean_K: Tensor | None) -> Quantized:
-    out = ibq_function(z_ND, rows_KD, _function_settings(settings, shards), mean_K)
-    z_q_ND = out.z_q_ND if settings.straight_through else out.hard_ND
-    return Quantized(
-        z_q_ND=z_q_ND,
-        indices_N=out.indices_N,
-        quantization_loss=quantization_loss(z_q_ND, out.hard_ND, z_ND, settings),
-        entropy_loss=out.entropy_loss,
-        sample_entropy=out.sample_entropy,
-        batch_entropy=out.batch_entropy,
-    )
 
 
 @torch.no_grad()
@@ -103,18 +63,7 @@ def find(
 ) -> Found:
     """The code of each token, and how many were decided in fp64. Exact for the values given: see search.py."""
     group = group if size_of(group) > 1 else None
-    if settings.kind == "lfq":
-        return Found(sign_index(z_ND), torch.zeros((), dtype=torch.int64, device=z_ND.device))
-    return best_rows(
-        z_ND.to(rows_KD.dtype),
-        rows_KD,
-        Score.DOT if settings.kind == "ibq" else Score.DISTANCE,
-        coarse=settings.search,
-        backend=settings.backend,
-        tile_bytes=settings.tile_bytes,
-        group=group,
-        sizes=sizes,
-    )
+    return KINDS[settings.kind].index(z_ND, rows_KD, settings, group, sizes)
 
 
 def encode(z_ND: Tensor, rows_KD: Tensor, settings: QuantizerConfig, group: Group = None) -> Tensor:
@@ -142,22 +91,5 @@ def rows_of(rank: int, ranks: int, codebook_size: int) -> tuple[int, int]:
 
 
 def initial_codebook(settings: QuantizerConfig, seed: int, start: int, stop: int) -> Tensor:
-    """Rows start..stop of a fresh codebook, fp32 (stop − start, D), the same for every split of it.
-
-    IBQ starts from N(0, 1) (published), VQ from U(−1/K, 1/K) (VQGAN), SimVQ's basis from N(0, 1/D) (published);
-    LFQ's are the corners of the cube, for good.
-    """
-    if settings.kind == "lfq":
-        return corners(settings.dim, start, stop)
-    drawn = []
-    first = start // INIT_BLOCK * INIT_BLOCK
-    for block in range(first, stop, INIT_BLOCK):
-        generator = torch.Generator().manual_seed(seed * 2_147_483_629 + block)
-        values = torch.empty(INIT_BLOCK, settings.dim)
-        if settings.kind == "vq":
-            bound = 1.0 / settings.codebook_size
-            drawn.append(values.uniform_(-bound, bound, generator=generator))
-        else:
-            std = settings.dim**-0.5 if settings.kind == "simvq" else 1.0
-            drawn.append(values.normal_(std=std, generator=generator))
-    return torch.cat(drawn)[start - first : stop - first].clone()
+    """Rows start..stop of a fresh codebook, fp32 (stop − start, D), the same for every split of it."""
+    return KINDS[settings.kind].initial_rows(settings, seed, start, stop)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ibq_scale.report.page import Block, Picture, Section, Table, write
-from ibq_scale.report.results import generation_section, reconstruction_section, small
+from ibq_scale.report.page import Section, Table, write
+from ibq_scale.report.results import generation_section, pictures, reconstruction_section
 from ibq_scale.report.runs import RunLog, by_kind, curves, differences, environments, runs_of, standing
 
 
@@ -29,13 +29,12 @@ def _sections(runs: Sequence[RunLog]) -> Iterator[Section]:
     for name, group in groups.items():
         yield Section(f"Curves of {name}" if len(groups) > 1 else "Curves", "", curves(group, first_slot=slot))
         slot += len(group)
-    pictures: list[Block] = [
-        Picture(small(drawn[-1]), f"{run.name}, {drawn[-1].stem}: originals above, reconstructions below", run.name)
-        for run in runs
-        if (drawn := run.pictures("reconstructions"))
-    ]
-    if pictures:
-        yield Section("Training images", "", pictures)
+    last = [(run.name, drawn[-1]) for run in runs if (drawn := run.pictures("reconstructions"))]
+    blocks = pictures(
+        (path, f"{name}, {path.stem}: originals above, reconstructions below", name) for name, path in last
+    )
+    if blocks:
+        yield Section("Training images", "", blocks)
     for name, group in groups.items():
         if len(group) > 1:
             yield Section(f"What differs between {name}", "Keys with more than one value.", [differences(group)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from array import array
 from dataclasses import dataclass, field
@@ -79,8 +80,10 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> Metrics:
-    """Reads the file line by line. A damaged line is left out: half of one, or one that lacks an axis."""
+    """Reads the file line by line. A damaged line is left out: half of one, or one that lacks an axis. OSError."""
     metrics = Metrics()
+    if not path.is_file() and path.exists():
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, text in enumerate(file):
             try:

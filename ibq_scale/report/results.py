@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from pydantic import BaseModel, ValidationError
 
+from ibq_scale.checkpoint.reading import STEP_NAME
 from ibq_scale.data.convert import to_rgb
-from ibq_scale.documents import json_object
+from ibq_scale.documents import json_object, open_regular
 from ibq_scale.evaluate.names import GENERATION, RECONSTRUCTION, WORST
 from ibq_scale.generate.names import FACTS, GRID
 from ibq_scale.report.page import Block, Picture, Section, Table
@@ -23,17 +26,53 @@ from ibq_scale.report.runs import RunLog
 MOST_PIXELS = 1200
 # Grids of samples, from a training's first to its last.
 GRIDS = 3
+
+
+class _Settings(BaseModel):
+    guidance: float
+    temperature: float
+
+
+class _Sampled(BaseModel):
+    settings: _Settings
+    model: str | None = None
+
+
+class _Stamp(BaseModel):
+    images: int
+    data: str
+
+
+class _Reconstruction(BaseModel):
+    data: str
+    images: int
+    resolution: int | None
+    pixels: str
+    codebook_size: int
+    rfid: float | None
+    lpips: float | None
+    psnr: float | None
+    ssim: float | None
+    usage: float
+    model: str | None = None
+
+
+class _Generation(BaseModel):
+    sampled: _Sampled | None
+    images: int
+    resolution: tuple[int, int]
+    reference: str
+    reference_hash: str
+    reference_stamp: _Stamp | None
+    extractor_sha256: str
+    fid: float | None
+    inception_score: float | None
+    precision: float | None
+    recall: float | None
+
+
 # What is shown of each kind of file. One that lacks some of it is another program's.
-SHOWN = {
-    RECONSTRUCTION: {
-        *("data", "images", "resolution", "pixels", "codebook_size", "rfid", "lpips", "psnr", "ssim", "usage"),
-    },
-    GENERATION: {
-        *("sampled", "images", "resolution", "reference", "reference_hash", "reference_stamp", "extractor_sha256"),
-        *("fid", "inception_score", "precision", "recall"),
-    },
-    FACTS: {"settings"},
-}
+SHOWN: dict[str, type[BaseModel]] = {RECONSTRUCTION: _Reconstruction, GENERATION: _Generation, FACTS: _Sampled}
 
 
 @dataclass(frozen=True)
@@ -49,12 +88,12 @@ class Result:
     def step(self) -> str:
         """Of the checkpoint that was looked at."""
         name = Path(self.model).parent.name
-        return f"{int(name.removeprefix('step-')):,}" if name.startswith("step-") else "–"
+        step = STEP_NAME.fullmatch(name)
+        return f"{int(step[1]):,}" if step else "–"
 
     def picture(self, name: str, caption: str) -> list[Block]:
         """The picture of this name beside the file, if it is there."""
-        path = self.folder / name
-        return [Picture(small(path), f"{self.run.name}, {caption}", caption)] if path.is_file() else []
+        return pictures([(self.folder / name, f"{self.run.name}, {caption}", caption)])
 
 
 def results_of(run: RunLog, name: str) -> list[Result]:
@@ -65,10 +104,14 @@ def results_of(run: RunLog, name: str) -> list[Result]:
     found = []
     for path in inside + beside:
         facts = json_object(path)
+        try:
+            SHOWN[name].model_validate(facts)
+        except ValidationError:
+            continue
         model = str((facts.get("sampled") or facts).get("model") or "")
         ours = Path(model).is_relative_to(home) if model else False
         # A run that was moved is still the run of what lies in it.
-        if facts.keys() >= SHOWN[name] and (ours or (path in inside and not (model and Path(model).exists()))):
+        if ours or (path in inside and not (model and Path(model).exists())):
             found.append(Result(run, path.parent, facts, model))
     return found
 
@@ -106,10 +149,22 @@ def generation_section(runs: Sequence[RunLog]) -> Iterator[Section]:
         yield Section("Generation", "", blocks)
 
 
+def pictures(named: Iterable[tuple[Path, str, str]]) -> list[Block]:
+    """Pictures, each with its text and caption, of not more than `MOST_PIXELS` a side. Damaged ones are left out."""
+    found: list[Block] = []
+    for path, text, caption in named:
+        # Pillow meets foreign bytes with errors of these types.
+        with suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            found.append(Picture(small(path), text, caption))
+    return found
+
+
 def small(path: Path) -> bytes:
-    """A picture as PNG, of not more than `MOST_PIXELS` a side."""
-    content = path.read_bytes()
+    """As PNG, where it is larger."""
+    with open_regular(path) as file:
+        content = file.read()
     with Image.open(io.BytesIO(content)) as image:
+        image.load()
         if max(image.size) <= MOST_PIXELS:
             return content
         shrunk = to_rgb(image)
@@ -181,10 +236,8 @@ def _grids(run: RunLog) -> list[Block]:
     last = len(drawn) - 1
     chosen = sorted({round(i * last / (GRIDS - 1)) for i in range(GRIDS)}) if drawn else []
     said = "samples in training (the same classes and random numbers each time)"
-    return [
-        Picture(small(drawn[i]), f"{run.name}, step {int(drawn[i].stem.rpartition('-')[2]):,}: {said}", run.name)
-        for i in chosen
-    ]
+    steps = [(drawn[i], int(drawn[i].stem.rpartition("-")[2])) for i in chosen]
+    return pictures((path, f"{run.name}, step {step:,}: {said}", run.name) for path, step in steps)
 
 
 def _figure(value: float | None, digits: int) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ibq_scale.config.layers import flatten
-from ibq_scale.documents import json_object, parse_yaml, read_text
+from ibq_scale.documents import DocumentError, json_object, parse_yaml, read_text
 from ibq_scale.errors import UserError
 from ibq_scale.report.metrics import Curve, Metrics, read_metrics
 from ibq_scale.report.page import Block, Chart, Point, Series, Table, extremes
@@ -97,17 +97,19 @@ class RunLog:
 
     def pictures(self, name: str) -> list[Path]:
         """What the run drew under a name, by step."""
-        return sorted((self.path / "images").glob(f"{name}-*.png"))
+        return sorted((self.path / "images").glob(f"{name}-{'[0-9]' * 8}.png"))
 
 
 def load_run(path: Path, name: str | None = None) -> RunLog:
     """Reads a run directory. UserError where it is none. Damaged lines of metrics are left out (`read_metrics`)."""
     try:
-        config = parse_yaml(read_text(path / "config.yaml"))
         metrics = read_metrics(path / "metrics.jsonl")
+        config = parse_yaml(read_text(path / "config.yaml"))
     except FileNotFoundError as e:
         raise UserError(f"{path} is no run directory with metrics: {Path(e.filename).name} is missing") from None
-    except ValueError:
+    except OSError as e:
+        raise UserError(f"cannot read {e.filename}: {e.strerror}") from None
+    except DocumentError:
         config = None
     if not isinstance(config, dict):
         raise UserError(

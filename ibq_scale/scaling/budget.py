@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ibq_scale.config.batch import codebook_group_size
 from ibq_scale.config.run import AnyRun, ARRun, TokenizerRun
+from ibq_scale.quantize.kinds import KINDS
 from ibq_scale.scaling.networks import Network
 from ibq_scale.scaling.rehearse import logit_bytes, rehearse_ar, rehearse_tokenizer
 from ibq_scale.scaling.states import FP32, States, Zero, engine_states
@@ -108,7 +109,7 @@ def tokenizer_states(run: TokenizerRun, zero: Zero, network: Network, judge: Net
     """What stands between the passes of the tokenizer's training. UserError as for `tokenizer_budget`."""
     size = codebook_group_size(run, zero.world)
     rows = FP32 * -(-run.quantizer.codebook_size // size) * run.quantizer.dim
-    copies = CODEBOOK_STATES if run.quantizer.kind in ("ibq", "vq") else 2
+    copies = CODEBOOK_STATES if KINDS[run.quantizer.kind].learns == "rows" else 2
     lpips = zero.weight_bytes * perceptual
     return [
         *engine_lines("", engine_states(network.groups, zero), ema_bytes(network, zero, run.ema_decay)),
@@ -159,7 +160,7 @@ def checkpoint_bytes(run: AnyRun, nets: Sequence[Network]) -> int:
     if isinstance(run, TokenizerRun):
         rows = FP32 * run.quantizer.codebook_size * run.quantizer.dim
         # rows, average, two moments and the exported rows; of a frozen codebook without moments
-        total += rows * (CODEBOOK_STATES if run.quantizer.kind in ("ibq", "vq") else 3)
+        total += rows * (CODEBOOK_STATES if KINDS[run.quantizer.kind].learns == "rows" else 3)
     return total
 
 

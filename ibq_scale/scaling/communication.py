@@ -30,6 +30,7 @@ from typing import Literal
 
 from ibq_scale.config.batch import codebook_group_size
 from ibq_scale.config.run import TokenizerRun
+from ibq_scale.quantize.kinds import KINDS
 from ibq_scale.scaling.budget import judge_zero
 from ibq_scale.scaling.networks import Network
 from ibq_scale.scaling.states import FP32, Shares, Zero
@@ -113,11 +114,11 @@ def codebook_transfers(codes: int, dim: int, tokens: int, micro_batches: int, gr
 
 
 def tokenizer_transfers(run: TokenizerRun, zero: Zero, network: Network, judge: Network) -> list[Transfer]:
-    """Of the tokenizer's step. The codebook of VQ, SimVQ and LFQ is left out: little beside IBQ's."""
+    """Of the tokenizer's step. A codebook of which a token reaches one code is left out: little beside IBQ's."""
     found = engine_transfers(network, zero)
     if run.loss.adversarial_weight > 0:
         found += engine_transfers(judge, judge_zero(zero), "discriminator's ")
-    if run.quantizer.kind == "ibq":
+    if KINDS[run.quantizer.kind].reaches_all_codes:
         group = codebook_group_size(run, zero.world)
         tokens = run.train.micro_batch * run.model.tokens
         size, dim = run.quantizer.codebook_size, run.quantizer.dim

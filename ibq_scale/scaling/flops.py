@@ -23,6 +23,7 @@ from ibq_scale.models.autoencoder import Autoencoder
 from ibq_scale.models.discriminator import PatchDiscriminator
 from ibq_scale.models.initial import Uninitialized
 from ibq_scale.models.transformer import Transformer
+from ibq_scale.quantize.kinds import KINDS
 from ibq_scale.scaling.memory import NormShapes
 
 META = torch.device("meta")
@@ -205,10 +206,8 @@ def _quantizer(run: TokenizerRun, backend: str, sharded: bool) -> tuple[float, f
     settings = run.quantizer
     tokens = run.model.tokens
     product = 2.0 * tokens * settings.codebook_size * settings.dim
-    if settings.kind == "lfq":
-        return 0.0, 0.0
-    if settings.kind != "ibq":
-        # The search alone. SimVQ's layer makes the codes once a micro-batch, which is little beside it.
-        return product, product
+    kind = KINDS[settings.kind]
+    if not kind.reaches_all_codes:
+        return kind.products * product, kind.products * product
     done = TRITON_PRODUCTS if backend == "triton" else SHARDED_PRODUCTS if sharded else STEP_PRODUCTS
     return STEP_PRODUCTS * product, done * product

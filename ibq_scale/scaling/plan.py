@@ -14,6 +14,7 @@ from ibq_scale.config.deepspeed import deepspeed_config, zero_words
 from ibq_scale.config.run import AnyRun, ARRun, TokenizerRun
 from ibq_scale.documents import read_json
 from ibq_scale.errors import UserError
+from ibq_scale.quantize.kinds import KINDS
 from ibq_scale.scaling import networks
 from ibq_scale.scaling.budget import MemoryBudget, ar_budget, checkpoint_bytes, tokenizer_budget
 from ibq_scale.scaling.communication import Transfer, codebook_transfers, engine_transfers, tokenizer_transfers
@@ -160,7 +161,7 @@ def make_plan(run: AnyRun, machine: Machine, *, mfu: float, measured: Rate | Non
         flops = _tokenizer_flops(run, machine.world)
         nets = [networks.autoencoder(run), networks.discriminator(run)]
         rows = run.quantizer.codebook_size * run.quantizer.dim
-        learns = run.quantizer.kind in ("ibq", "vq")
+        learns = KINDS[run.quantizer.kind].learns == "rows"
         codebook = {"codebook": rows} if learns else {}
         lpips = networks.perceptual(run)
         frozen = ({} if learns else {"codebook": rows}) | ({"LPIPS": lpips} if lpips else {})
@@ -210,7 +211,7 @@ def make_plan(run: AnyRun, machine: Machine, *, mfu: float, measured: Rate | Non
 def _codebook_note(run: AnyRun, machine: Machine, zero: Zero) -> list[str]:
     """Where other groups would exchange the codebook in less than half of the time."""
     device = machine.known
-    if not isinstance(run, TokenizerRun) or run.quantizer.kind != "ibq" or device is None:
+    if not isinstance(run, TokenizerRun) or not KINDS[run.quantizer.kind].reaches_all_codes or device is None:
         return []
     world, codes = machine.world, run.quantizer.codebook_size
     tokens = run.train.micro_batch * run.model.tokens

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ibq_scale.config.models import AutoencoderConfig, DiscriminatorConfig, TransformerConfig
 from ibq_scale.config.run import ARRun, RunConfig, TokenizerLossConfig, TokenizerRun
-from ibq_scale.losses.adversarial import discriminator_hinge, generator_non_saturating
-from ibq_scale.losses.perceptual import Perceptual
+from ibq_scale.losses.adversarial import discriminator_hinge
+from ibq_scale.losses.image import ImageLoss
 from ibq_scale.models.autoencoder import Autoencoder, image_of, tokens_of
 from ibq_scale.models.discriminator import PatchDiscriminator
 from ibq_scale.models.head import chunk_tokens
@@ -91,13 +91,15 @@ def _tokenizer(
         images = torch.zeros((micro_batch, 3, config.resolution, config.resolution))
     net = losses.perceptual
     metric = None if net == "none" else perceptual_on_meta(net, dtype)
+    image_loss = ImageLoss(losses, metric)
 
     def forward() -> Tensor:
         z_BDhw = model.encode(images)
         codes_ND = tokens_of(z_BDhw).float() * 1.0
         reconstruction = model.decode(image_of(codes_ND.to(dtype), z_BDhw.shape))
-        gradient = _gradient_of_image_losses(losses, images, reconstruction.detach().float(), metric, judge)
-        return (reconstruction * gradient).sum()
+        shown = reconstruction.detach().float()
+        adversarial = judge if losses.adversarial_weight > 0 else None
+        return (reconstruction * image_loss(images, shown, adversarial).gradient).sum()
 
     def judged() -> Tensor:
         real, fake = judge(images), judge(torch.zeros_like(images))
@@ -117,23 +119,6 @@ def compute_dtype(run: RunConfig) -> torch.dtype:
 
 def _frozen(metric: nn.Module | None) -> list[Tensor]:
     return [] if metric is None else [*metric.parameters(), *metric.buffers()]
-
-
-def _gradient_of_image_losses(
-    losses: TokenizerLossConfig, images: Tensor, shown: Tensor, metric: Perceptual | None, judge: PatchDiscriminator
-) -> Tensor:
-    """As `TokenizerTask._image_loss`."""
-    fake = shown.requires_grad_()
-    loss = (fake - images).abs().mean()
-    if metric is not None:
-        loss = loss + metric(images, fake).mean()
-    (gradient,) = torch.autograd.grad(loss, fake)
-    if losses.adversarial_weight > 0:
-        judge.requires_grad_(False)
-        (more,) = torch.autograd.grad(generator_non_saturating(judge(fake).float()), fake)
-        judge.requires_grad_(True)
-        gradient = gradient + more
-    return gradient
 
 
 def _rehearse(parameters: Iterable[Tensor], forward: Callable[[], Tensor], keeps_gradients: bool) -> Held:

@@ -20,6 +20,7 @@ from ibq_scale.distributed.world import World
 from ibq_scale.models.optimizers import MOMENTS, adam, restored_state
 from ibq_scale.pretrained.loading import CODEBOOK, codebook_part, codebook_to_start_from
 from ibq_scale.quantize.collectives import Group, Shards, gather_rows
+from ibq_scale.quantize.kinds import KINDS
 from ibq_scale.quantize.quantizer import initial_codebook, rows_of
 from ibq_scale.train.projection import Projection
 
@@ -40,8 +41,9 @@ class ShardedCodebook:
             rows = initial_codebook(self.settings, run.train.seed, self.start, self.stop)
         else:
             rows = codebook_to_start_from(run.init, self.settings)[self.start : self.stop].clone()
-        self.projection = Projection(run, world) if self.settings.kind == "simvq" else None
-        self.learns = self.settings.kind in ("ibq", "vq")
+        learns = KINDS[self.settings.kind].learns
+        self.projection = Projection(run, world) if learns == "layer" else None
+        self.learns = learns == "rows"
         self.rows = nn.Parameter(rows.to(world.device), requires_grad=self.learns)
         self.optimizer = adam([self.rows], run.optimizer)
         self.grad_clip = run.optimizer.grad_clip

@@ -17,8 +17,8 @@ from ibq_scale.data.stream import validation_images
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from ibq_scale.evaluate.reconstruction import FILES, Networks, measure
+from ibq_scale.losses.weights import missing
 from ibq_scale.pretrained.loading import Tokenizer
-from ibq_scale.weights import missing
 
 # Without being asked for: AlexNet's LPIPS tells little that VGG's does not.
 METRICS = ("lpips", "rfid")

@@ -26,14 +26,15 @@ from ibq_scale.losses.adversarial import (
     LeCAM,
     adaptive_weight,
     discriminator_hinge,
-    generator_non_saturating,
 )
+from ibq_scale.losses.image import ImageLoss
 from ibq_scale.losses.perceptual import Perceptual
 from ibq_scale.models.autoencoder import TokenizerModel, tokens_of
 from ibq_scale.models.discriminator import PatchDiscriminator
 from ibq_scale.models.optimizers import adam
 from ibq_scale.pictures import reconstruction_grid
 from ibq_scale.pretrained.loading import CONFIG, config_text, start_from
+from ibq_scale.quantize.kinds import KINDS
 from ibq_scale.quantize.types import Quantized
 from ibq_scale.scaling.rehearse import compute_dtype
 from ibq_scale.train.alarms import Above, Drop, Rule, Spike
@@ -85,7 +86,7 @@ class TokenizerTask:
         # First, since its file may be absent: engines take their time.
         net = run.loss.perceptual
         dtype = compute_dtype(run)
-        self.perceptual = None if net == "none" else Perceptual(net, world.device, dtype)
+        self.image_loss = ImageLoss(run.loss, None if net == "none" else Perceptual(net, world.device, dtype))
         self.held_out = None if run.validation.data is None else HeldOutImages(run, world, sets)
         self.accumulation = int(config["gradient_accumulation_steps"])
         # Every rank starts from the same weights.
@@ -181,7 +182,7 @@ class TokenizerTask:
             len(micro_batches) == 1
             or not weight
             or settings.entropy_scope == "local"
-            or settings.kind in ("vq", "simvq")
+            or KINDS[settings.kind].batch_sums is None
         ):
             return None
         sums = count = torch.zeros((), device=self.world.device)
@@ -194,13 +195,14 @@ class TokenizerTask:
         return sums / count
 
     def _generator_backward(self, images: Tensor, mean_K: Tensor | None) -> tuple[StepMetrics, Tensor]:
-        loss_config = self.run.loss
+        weights = self.run.loss
         reconstruction, quantized = self.generator(images, self.codebook.codes(), self.codebook.shards, mean_K)
         shown = reconstruction.detach().float()
-        metrics, loss, gradient = self._image_loss(images, shown)
+        discriminator = self.discriminator.module.discriminator if self.adversarial else None
+        balance = None if self.last_layer is None else self._adaptive_weight
+        metrics, loss, gradient = self.image_loss(images, shown, discriminator, balance)
         rest = (
-            loss_config.quantization_weight * quantized.quantization_loss
-            + loss_config.entropy_weight * quantized.entropy_loss
+            weights.quantization_weight * quantized.quantization_loss + weights.entropy_weight * quantized.entropy_loss
         )
         # The scalar whose gradient at the reconstruction is the one already computed.
         self.generator.backward((reconstruction * gradient).sum() + rest)
@@ -213,39 +215,10 @@ class TokenizerTask:
         }
         return metrics | _entropies(quantized), shown
 
-    def _image_loss(self, images: Tensor, reconstruction: Tensor) -> tuple[StepMetrics, Tensor, Tensor]:
-        """Terms, weighted sum and its gradient at the reconstruction (fp32), of the losses that look at pictures.
-
-        Outside the engines: LPIPS' activations are gone before the discriminator's and the decoder's turn, and an
-        adaptive weight sees both gradients.
-        """
-        loss_config = self.run.loss
-        fake = reconstruction.detach().requires_grad_()
-        terms = {"l1": (fake - images).abs().mean()}
-        loss = loss_config.l1_weight * terms["l1"]
-        if self.perceptual is not None:
-            # Random weights make a loss and no measure: nobody shall take it for LPIPS.
-            name = "perceptual_random" if loss_config.perceptual == "random" else "perceptual"
-            terms[name] = self.perceptual(images, fake).mean()
-            loss = loss + loss_config.perceptual_weight * terms[name]
-        (gradient,) = torch.autograd.grad(loss, fake)
-        loss = loss.detach()
-        if self.adversarial:
-            self.discriminator.module.requires_grad_(False)
-            terms["generator"] = generator_non_saturating(self.discriminator.module.discriminator(fake).float())
-            (generator_gradient,) = torch.autograd.grad(terms["generator"], fake)
-            self.discriminator.module.requires_grad_(True)
-            weight = torch.as_tensor(loss_config.adversarial_weight, device=fake.device)
-            if self.last_layer is not None:
-                weight = weight * self._adaptive_weight(self.last_layer, gradient, generator_gradient)
-                terms["adversarial_weight"] = weight
-            gradient = gradient.addcmul(generator_gradient, weight)
-            loss = loss + weight * terms["generator"].detach()
-        return {name: term.detach() for name, term in terms.items()}, loss, gradient
-
-    def _adaptive_weight(self, layer: LastLayer, *gradients: Tensor) -> Tensor:
+    def _adaptive_weight(self, *gradients: Tensor) -> Tensor:
         """Of the gradients' means over ranks: every rank finds the same."""
-        means = torch.stack([layer.weight_gradient(gradient) for gradient in gradients])
+        assert self.last_layer is not None
+        means = torch.stack([self.last_layer.weight_gradient(gradient) for gradient in gradients])
         dist.all_reduce(means)
         return adaptive_weight(*(means / self.world.size))
 

@@ -77,9 +77,9 @@ def test_what_is_no_option_is_refused(text: str) -> None:
 
 
 def test_an_option_that_sbatch_would_read_otherwise_is_refused() -> None:
-    with pytest.raises(UserError, match="no quotes or line breaks"):
+    with pytest.raises(UserError, match="no quotes, backslashes or line breaks"):
         Script(TEXT).with_options({"comment": 'a"b'})
-    with pytest.raises(UserError, match="no quotes or line breaks"):
+    with pytest.raises(UserError, match="no quotes, backslashes or line breaks"):
         Script(TEXT).with_options({"comment": "a\nrm -rf"})
 
 
@@ -124,3 +124,9 @@ def test_a_folder_that_pythonpath_cannot_name_is_refused() -> None:
             python_path_line(folder)
     with pytest.raises(UserError, match="a line break cannot stand"):
         environment_lines({"A": "x\nrm -rf /"})
+
+
+def test_an_array_is_not_an_option_like_others() -> None:
+    """Its jobs would take other shares of the work than they are told."""
+    with pytest.raises(UserError, match="by --array N"):
+        parse_option("array=0-6:2")

@@ -14,19 +14,23 @@ from pathlib import Path
 from random import Random
 
 import torch
+from PIL import Image
 
 from ibq_scale.checkpoint.mirror import Mirror
 from ibq_scale.cluster.profile import PATH_VARIABLE
-from ibq_scale.config.layers import PRESETS, SCHEMAS, flatten
+from ibq_scale.config.deepspeed import deepspeed_config
+from ibq_scale.config.layers import PRESETS, SCHEMAS, flatten, resolve
 from ibq_scale.config.models import AutoencoderConfig, QuantizerConfig, TransformerConfig
 from ibq_scale.config.run import DataConfig
 from ibq_scale.data.images import BadSampleError
 from ibq_scale.data.prepare import prepare_images
 from ibq_scale.data.sets import open_sets
 from ibq_scale.data.stream import code_stream, evaluation_images, image_stream
+from ibq_scale.ladder.schema import LADDERS, ladder_names
 from ibq_scale.pretrained.loading import ARModel, Tokenizer, load_model, save_ar, save_tokenizer, start_from
 from ibq_scale.pretrained.published import export_published, published_tokenizer
 from ibq_scale.train.attempts import Attempt
+from tests.data.layouts import pictures_of, write_parquet
 from tests.fuzz.loop import Target, command
 from tests.fuzz.mutations import ODD
 from tests.nursery import run
@@ -50,7 +54,8 @@ def _config(folder: Path) -> None:
 
 
 def _use_config(folder: Path, random: Random) -> None:
-    command("config", "show", random.choice(("run.yaml", "above.yaml", "ar.yaml")))
+    what = ("plan",) if random.random() < 0.2 else ("config", "show")
+    command(*what, random.choice(("run.yaml", "above.yaml", "ar.yaml")))
 
 
 def _nothing(folder: Path) -> None:
@@ -144,8 +149,17 @@ def _tars(folder: Path) -> None:
                     info.size = len(data)
                     tar.addfile(info, io.BytesIO(data))
 
+    (folder / "parts").mkdir()
+    for i, picture in enumerate(pictures[:6]):
+        (folder / f"parts/{i}{picture.suffix}").write_bytes(picture.read_bytes())
+        (folder / f"parts/{i}.cls").write_text(str(i % 3))
+        (folder / f"parts/{i}.json").write_text(json.dumps({"label": i % 3, "caption": "x", "score": 0.5}))
+
 
 def _use_tars(folder: Path, random: Random) -> None:
+    with tarfile.open(folder / "tars/parts.tar", "w") as tar:
+        for path in sorted((folder / "parts").iterdir()):
+            tar.add(path, path.name)
     match random.randrange(3):
         case 0:
             command("data", "index", "tars")
@@ -169,6 +183,36 @@ def _pictures(folder: Path) -> None:
 
 def _use_pictures(folder: Path, random: Random) -> None:
     command("prepare", "images", "pictures", "--to", "out", *random.choice(((), ("--size", "16"))))
+
+
+def _parquet(folder: Path) -> None:
+    write_pictures(folder / "pictures")
+    found = pictures_of(folder / "pictures")
+    write_parquet(folder / "rows", found, label=[p.label for p in found], score=[0.5] * len(found))
+
+
+def _use_parquet(folder: Path, random: Random) -> None:
+    command("prepare", "images", "rows", "--to", "out", *random.choice(((), ("--where", "score>=0.1"))))
+
+
+def _ladder(folder: Path) -> None:
+    (folder / "mine.yaml").write_text((LADDERS / f"{ladder_names()[0]}.yaml").read_text())
+
+
+def _use_ladder(folder: Path, random: Random) -> None:
+    odd = f"out={random.choice(ODD)!s:.300}".replace("\0", "").replace("\ud800", "")
+    command("scale", random.choice(("plan", "collect", "fit")), "mine.yaml", *random.choice(((), (odd,))))
+
+
+def _deepspeed(folder: Path) -> None:
+    for path in (Path(__file__).resolve().parents[2] / "deepspeed_configs").glob("*.json"):
+        (folder / path.name).write_text(path.read_text())
+
+
+def _use_deepspeed(folder: Path, random: Random) -> None:
+    config = random.choice(sorted(folder.glob("*.json")))
+    run = resolve("ar/tiny", ["data.train=x", "out=y", f"deepspeed.config={config}"]).config
+    deepspeed_config(run, 2)
 
 
 def _models(folder: Path) -> None:
@@ -222,11 +266,26 @@ def _run(folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     attempt = Attempt("1", 0, 75, 0, 2, "n", 5.0, (), True, "x", "2026-11-30T00:00:00+00:00")
     (folder / "runs/a/attempts.jsonl").write_text(json.dumps(asdict(attempt)) + "\n")
-    (folder / "runs/a/evaluation.json").write_text(json.dumps({"rfid": 3.0, "psnr": 20.0, "samples": 10, "of": "x"}))
+    figures = dict.fromkeys(
+        ("rfid", "lpips", "psnr", "ssim", "usage", "fid", "inception_score", "precision", "recall"), 0.5
+    )
+    measured = figures | {"data": "x", "images": 10, "resolution": 16, "pixels": "u8", "codebook_size": 64}
+    (folder / "runs/a/reconstruction.json").write_text(json.dumps(measured))
+    sampled = {"settings": {"guidance": 2.0, "temperature": 1.0}, "model": None}
+    hashes = {"reference": "r", "reference_hash": "h", "extractor_sha256": "e"}
+    stamp = {"reference_stamp": {"images": 10, "data": "x"}}
+    (folder / "runs/a/generation.json").write_text(
+        json.dumps(figures | hashes | stamp | {"sampled": sampled, "images": 10, "resolution": [16, 16]})
+    )
+    (folder / "runs/a/samples.json").write_text(json.dumps(sampled))
+    for name in ("worst", "grid", "images/samples-00000002", "images/reconstructions-00000002"):
+        (folder / f"runs/a/{name}.png").parent.mkdir(exist_ok=True)
+        Image.new("RGB", (40, 40), "green").save(folder / f"runs/a/{name}.png")
+    (folder / "runs/a/heartbeat.json").write_text(json.dumps({"step": 1, "step_s": 0.5, "phase": "step", "host": "h"}))
 
 
 def _use_run(folder: Path, random: Random) -> None:
-    match random.randrange(6):
+    match random.randrange(7):
         case 0:
             command("jobs", "runs/a")
         case 1:
@@ -237,19 +296,12 @@ def _use_run(folder: Path, random: Random) -> None:
             command("checkpoint", "verify", "runs/a")
         case 4:
             command("job-ended", "runs/a", "--code", "75", "--seconds", "700", "--attempts", "3")
-        case _:
+        case 5:
             load_model("runs/a")
-
-
-def _mirror(folder: Path) -> None:
-    _run(folder)
-
-
-def _use_mirror(folder: Path, random: Random) -> None:
-    mirror = Mirror(str(folder / "runs/a/checkpoints"))
-    copies = mirror.copies()
-    for copy in mirror.whole(copies):
-        mirror.fetch(copy, copy.manifest["files"], folder / "fetched")
+        case _:
+            mirror = Mirror(str(folder / "runs/a/checkpoints"))
+            for copy in mirror.whole(mirror.copies()):
+                mirror.fetch(copy, copy.manifest["files"], folder / "fetched")
 
 
 def _cluster(folder: Path) -> None:
@@ -291,12 +343,19 @@ TARGETS = {
         Target("overrides", _nothing, (), _use_overrides),
         Target("images", _images, ("set/manifest.json", "set/*.index.json", "set/*.tar"), _use_images, _stamp_set),
         Target("codes", _codes, ("set/manifest.json", "set/*.safetensors"), _use_codes, _stamp_set),
-        Target("tars", _tars, ("tars/*.tar",), _use_tars),
+        Target("tars", _tars, ("tars/*.tar", "parts/*"), _use_tars),
+        Target("parquet", _parquet, ("rows/data/*.parquet",), _use_parquet),
+        Target("ladders", _ladder, ("*.yaml",), _use_ladder),
+        Target("deepspeed", _deepspeed, ("*.json",), _use_deepspeed),
         Target("pictures", _pictures, ("pictures/*/*",), _use_pictures),
         Target("models", _models, ("*/config.json", "*/*.safetensors"), _use_models),
         Target("published", _published, ("*.ckpt",), _use_published),
-        Target("runs", _run, ("runs/a/*", "runs/a/checkpoints/*/manifest.json", "runs/a/checkpoints/*/*/*"), _use_run),
-        Target("mirrors", _mirror, ("runs/a/checkpoints/*/manifest.json", "runs/a/checkpoints/*/*/*"), _use_mirror),
+        Target(
+            "runs",
+            _run,
+            ("runs/a/*", "runs/a/checkpoints/*/manifest.json", "runs/a/checkpoints/*/*/*", "runs/a/images/*"),
+            _use_run,
+        ),
         Target("clusters", _cluster, ("clusters.yaml",), _use_cluster),
     )
 }

@@ -18,6 +18,7 @@ import pytest
 from ibq_scale.data.prepare import prepare_images
 from ibq_scale.train.attempts import read_attempts
 from tests.chaos.disk import difference
+from tests.faults import fault_proxy
 from tests.samples import SMALL_AR, write_codes
 from tests.services.conftest import BUCKET, lead_to
 from tests.services.slurm import Cluster, skip_without, slurm
@@ -45,6 +46,9 @@ if run and Path(run + ".absent").exists():
         time.sleep(600)
     from ibq_scale.distributed import arrival
     arrival.ARRIVAL_SECONDS = 8.0
+if run and Path(run + ".impatient").exists():
+    from ibq_scale.data import store
+    store.DEADLINE_SECONDS = 6.0
 # These GPUs are there in name only.
 os.environ.pop("SLURM_GPUS_ON_NODE", None)
 to = sys.argv[sys.argv.index("--to") + 1] if "--to" in sys.argv else ""
@@ -251,6 +255,37 @@ def test_a_node_that_loses_its_power_costs_the_steps_since_the_last_save(
     assert (first["code"], first["restart"], first["step_after"]) == (None, 0, last["step_before"])
     assert "by itself (a node failed" in first["why"]
     assert difference(undisturbed["tokenizer-3"], run) == []
+
+
+@pytest.mark.parametrize("minutes", [0, pytest.param(5, marks=pytest.mark.long)])
+def test_a_store_that_is_away_for_longer_than_the_deadline_costs_one_requeue(
+    jobs: Jobs, undisturbed: dict[str, Path], server: dict[str, str], pictures: Path, run: Path, minutes: int
+) -> None:
+    """With Slurm's own pause of two minutes and the deadline of two, or in short."""
+    with pytest.MonkeyPatch.context() as patch, fault_proxy(server["AWS_ENDPOINT_URL"]) as proxy:
+        lead_to(patch, server | {"AWS_ENDPOINT_URL": proxy.url})
+        url = f"s3://{BUCKET}/away-{minutes}"
+        prepare_images(pictures, url, shard_bytes=8_000)
+        if not minutes:
+            run.with_name(f"{run.name}.impatient").touch()
+        held = _held(run, 3)
+        job = jobs.train("tokenizer", run, url, 2, "data.cache_dir=null", "data.workers=0")
+        jobs.until(job, lambda: _waits(run))
+        proxy.inject(lambda exchange: exchange.refuse(503, "SlowDown"))
+        gone = time.monotonic()
+        held.unlink()
+        if minutes:
+            while time.monotonic() < gone + 60 * minutes:
+                assert jobs.cluster.job(job)["JobState"] not in ENDED, jobs.log(job)
+                time.sleep(1.0)
+        else:
+            jobs.until(job, jobs.again(job))
+        proxy.clear()
+        assert jobs.end(job)["JobState"] == "COMPLETED", jobs.log(job)
+    first, last = read_attempts(run)
+    assert (first["code"], first["again"], last["code"]) == (69, True, 0), jobs.log(job)
+    assert "the object storage did not answer" in jobs.log(job)
+    assert difference(undisturbed["tokenizer-2"], run) == []
 
 
 def test_requeued_at_its_time_limit_and_preempted_it_is_one_run(

@@ -67,10 +67,11 @@ def _until(condition: Callable[[], bool], log: Callable[[], str]) -> None:
         time.sleep(0.3)
 
 
-def test_a_run_is_submitted_followed_cancelled_and_goes_on(
+def test_a_run_with_a_hostile_name_is_submitted_followed_cancelled_and_goes_on(
     cluster: Cluster, submit: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = tmp_path / "run"
+    # A name from someone else, of which a shell would run three parts.
+    run = tmp_path / "a run; $(touch hostile) `touch hostile` '&touch hostile"
     words = ["submit", "ar/tiny", "data.train=codes", f"out={run}", *SMALL, "--nodes", "2"]
 
     def log() -> str:
@@ -112,6 +113,7 @@ def test_a_run_is_submitted_followed_cancelled_and_goes_on(
     ends = [cluster.job(job)["JobState"] for job in second["jobs"]]
     assert ends == ["COMPLETED", "CANCELLED"], "the second of the chain would find nothing to do"
     assert f"what was to follow it is taken out of the queue: {second['jobs'][1]}" in log()
+    assert not [*Path.cwd().rglob("hostile"), *tmp_path.rglob("hostile")], "a part of a name was run"
 
 
 def test_what_slurm_would_refuse_is_not_submitted(submit: Callable[..., Any], tmp_path: Path) -> None:

@@ -87,6 +87,9 @@ class PlainTokenizerTraining:
             for image, fake in here:
                 self._note_kink(fake - image)
             pixels = loss.l1_weight * torch.stack([(fake - image).abs().mean() for image, fake in here]).mean()
+            pixels = (
+                pixels + loss.l2_weight * torch.stack([(fake - image).square().mean() for image, fake in here]).mean()
+            )
             gan = torch.stack([generator_non_saturating(self.discriminator(fake)) for _, fake in here]).mean()
             generator = generator + (pixels + self._adversarial_weight(pixels, gan) * gan) / calls
         self.g_optimizer.zero_grad()

@@ -27,6 +27,7 @@ KINDS = {
     "vq": ["quantizer.kind=vq"],
     "simvq": ["quantizer.kind=simvq"],
     "lfq": ["quantizer.kind=lfq", "quantizer.codebook_size=256"],
+    "fsq": ["quantizer.kind=fsq", "quantizer.codebook_size=256", "quantizer.levels=[2,2,2,2,2,2,2,2]"],
 }
 # Adam's eps is large: its step is then smooth in the gradient, and a wrong gradient's size shows.
 COMMON = ("quantizer.codebook_size=32", f"quantizer.dim={WIDTH}", "quantizer.entropy_temperature=0.5")

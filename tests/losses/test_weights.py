@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from ibq_scale import weights
 from ibq_scale.cli.fetch_weights import NAMES
 from ibq_scale.cli.main import main
-from ibq_scale.weights import SOURCES, Source, weights_folder
+from ibq_scale.losses import weights
+from ibq_scale.losses.weights import SOURCES, Source, weights_folder
 from tests.web import CONTENT, SHA256, WebServer, send
 
 
