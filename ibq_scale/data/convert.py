@@ -6,6 +6,7 @@ Its version is part of a data set's stamp (`PixelRules` in the manifest), so tha
 from __future__ import annotations
 
 import io
+import warnings
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,10 @@ def parse_colour(text: str) -> tuple[int, int, int]:
         return ImageColor.getcolor(text, "RGB")[:3]  # type: ignore[index,return-value]
     except ValueError:
         raise UserError(f"'{text}' is no colour: write a name like white, or #rrggbb") from None
+
+
+# Of pictures that are whole, and whose orientation is all that is asked for.
+warnings.filterwarnings("ignore", message="Corrupt EXIF data", category=UserWarning)
 
 
 def decode(data: bytes, least: int | None, rules: PixelRules = RULES) -> Pixels:

@@ -92,6 +92,8 @@ class Labels:
     names: tuple[str, ...] = ()
     form: str = ""
     """Where the labels were found."""
+    unlooked: bool = False
+    """Whether only some samples were looked at, and none had a label."""
 
     @cached_property
     def numbers(self) -> Mapping[Label, int]:
@@ -105,6 +107,8 @@ class Labels:
     def number_of(self, found: Found) -> int:
         """A sample's class number. UnusableError for one without a label, or beyond the classes, among others."""
         if not self.values:
+            if self.unlooked and found is not None:
+                raise UnusableError("has a label, unlike those looked at first: '--label KEY' looks at all")
             return 0
         if found is None:
             raise UnusableError("has no label, unlike the others")

@@ -82,7 +82,7 @@ def describe_source(
         files=sum(not _is_ours(n) for n in opened.listing.files)
         + sum(g.count for g in opened.listing.left_out.values()),
         form=found.source.form,
-        pictures=found.look.samples,
+        pictures=max(found.look.samples, sum(counts.values())),
         labels=label_note(found, opened.listing),
         classes=found.labels.class_names,
         counts=counts,

@@ -42,6 +42,8 @@ class Look:
     """Of samples without a label: the folders of their keys."""
     scattered: bool = False
     """Whether members of one sample lie apart from each other."""
+    partial: bool = False
+    """Whether there are more samples than these."""
 
     def leave_out(self, reason: str, name: str) -> None:
         self.left_out.setdefault(reason, Group()).add(name)
@@ -57,6 +59,7 @@ class Look:
                 mine.setdefault(reason, Group()).join(group)
         self.folders += other.folders
         self.scattered |= other.scattered
+        self.partial |= other.partial
         return self
 
 

@@ -68,7 +68,8 @@ def survey(opened: Opened, *, label: str | None = None, classes: Sequence[str] =
     chosen = label not in (None, NO_LABEL)
     if chosen and not look.tally.labelled and not look.tally.odd.count:
         raise UserError(f"{opened.listing.url}: not one sample has a label under '{label}'")
-    return Survey(source, decide_labels(look.tally, names=source.classes, given=classes), look)
+    labels = decide_labels(look.tally, names=source.classes, given=classes)
+    return Survey(source, replace(labels, unlooked=look.partial and label != NO_LABEL), look)
 
 
 def label_note(found: Survey, listing: Listing) -> str:
@@ -89,20 +90,16 @@ def label_note(found: Survey, listing: Listing) -> str:
 def _look(source: Source, units: Sequence[Unit], workers: int) -> Look:
     if isinstance(source, FolderSource):
         return source.look_at(units)
-    if isinstance(source, TarSource) and not source.store.local and not _any_labels(source, units):
-        # Captions, say: nothing that would be worth a second download of everything.
-        return _sum(source.look(unit, SAMPLES_LOOKED_AT) for unit in _spread(units))
+    if isinstance(source, TarSource) and not source.store.local and source.naming.label in (None, NO_LABEL):
+        look = _sum(source.look(unit, SAMPLES_LOOKED_AT) for unit in _spread(units))
+        look.partial = True
+        if not (look.tally.labelled or look.tally.odd.count or look.folders):
+            # Captions, say: nothing that would be worth a second download of everything.
+            return look
     jobs = ((source, unit) for unit in units)
     workers = min(workers, len(units))
     progress = Progress("look at labels", sum(unit.bytes for unit in units))
     return _sum(run_jobs(_look_at, jobs, workers=workers, progress=progress))
-
-
-def _any_labels(source: TarSource, units: Sequence[Unit]) -> bool:
-    if source.naming.label == NO_LABEL:
-        return False
-    look = _sum(source.look(unit, SAMPLES_LOOKED_AT) for unit in _spread(units))
-    return bool(look.tally.labelled or look.tally.odd.count or look.folders)
 
 
 def _spread(units: Sequence[Unit]) -> Iterator[Unit]:

@@ -384,6 +384,23 @@ def test_what_is_a_label_and_what_is_none() -> None:
     assert label_of_text(b"\xff\xfe") == Odd("b'\\xff\\xfe'")
 
 
+def test_where_a_look_at_all_is_a_download_no_label_is_lost_in_silence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in object storage: captions are believed after the first, labels are looked at whole."""
+    monkeypatch.setattr("ibq_scale.data.folder.LocalStore.local", False)
+    monkeypatch.setattr("ibq_scale.data.survey.SAMPLES_LOOKED_AT", 2)
+    captions = _each(lambda i: ("txt", b"a caption"), 4)
+    tar(tmp_path / "in/a.tar", [*captions, ("9.jpg", jpeg()), ("9.cls", b"1")])
+    report = prepare_images(tmp_path / "in", str(tmp_path / "to"))
+    assert (report.samples, report.rejected, report.seen.pictures) == (4, 1, 4)
+    assert "has a label, unlike those looked at first" in (tmp_path / "to/rejects.jsonl").read_text()
+    assert prepare_images(tmp_path / "in", str(tmp_path / "none"), naming=Naming(label="none")).samples == 5
+    tar(tmp_path / "labelled/a.tar", [*_each(lambda i: ("cls", str(i).encode()), 4)])
+    prepare_images(tmp_path / "labelled", str(tmp_path / "to-2"))
+    assert labels_of(tmp_path / "to-2") == {str(i): 1 for i in range(4)}
+
+
 def test_identifiers_are_no_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ibq_scale.data.labels.MOST_CLASSES", 3)
     tally = Tally()
