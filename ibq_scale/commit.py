@@ -13,9 +13,17 @@ COMMIT = "COMMIT"
 def current_commit() -> str | None:
     """Hash of the checkout's commit, or of the one that this is a copy of; None where nobody knows."""
     if (ROOT / COMMIT).is_file():
-        return (ROOT / COMMIT).read_text().strip()
+        return (ROOT / COMMIT).read_text(encoding="utf-8").strip()
     try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+        found = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+            encoding="utf-8",
+            errors="replace",
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return found.stdout.strip()

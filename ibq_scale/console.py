@@ -24,7 +24,7 @@ def tell(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
     except OSError:
         # Nothing more can come through; the interpreter would try again at its exit.
-        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
 
 
 def duration(seconds: float) -> str:

@@ -12,6 +12,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator, StringConstraints
 
+from ibq_scale.errors import UserError
+
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _DRIVE = re.compile(r"[A-Za-z]:")
 # Of a file system: bytes of a part, and of a path.
@@ -41,6 +43,14 @@ def file_name(name: object) -> str:
 
 
 FileName = Annotated[str, AfterValidator(file_name)]
+
+
+def expand_home(path: str) -> Path:
+    """A path whose ``~`` no shell has expanded: in quotes, in YAML, after a ``=``. UserError where no home is known."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"'{path}': no home folder is known: write the path in full") from None
 
 
 def is_text(name: str) -> bool:

@@ -31,7 +31,7 @@ def export_deepspeed(checkpoint: Checkpoint, to: Path) -> list[Path]:
         folder.mkdir(parents=True)
         torch.save(_optimizer(flat), folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
         torch.save(_model(shapes, reader), folder / "mp_rank_00_model_states.pt")
-        (to / engine / "latest").write_text(tag)
+        (to / engine / "latest").write_text(tag, encoding="utf-8")
         written.append(to / engine)
     return written
 

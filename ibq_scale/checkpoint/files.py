@@ -132,7 +132,7 @@ def write_all(files: Sequence[StateFile], folder: Path) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Replaces a text file; readers see the old or the new one, never a part. Raises OSError."""
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text)
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 

@@ -280,7 +280,7 @@ class _Share:
             done = self.partial / f"{DONE}{rank:05d}"
             if not _wait(done.exists):
                 return [*faults, f"rank {rank} has not written its part"], every
-            said = done.read_text()
+            said = done.read_text(encoding="utf-8")
             word: dict[str, Any] = (
                 json.loads(said) if said else {"files": {}, "fault": f"rank {rank}: its disk is full"}
             )
@@ -307,7 +307,7 @@ def _final(partial: Path) -> Path:
 
 def _make_whole(partial: Path, manifest: dict[str, Any]) -> None:
     """The manifest, everything flushed, the folder's name, `latest`: in this order. Raises OSError."""
-    (partial / MANIFEST).write_text(manifest_text(manifest))
+    (partial / MANIFEST).write_text(manifest_text(manifest), encoding="utf-8")
     _flush(partial / MANIFEST)
     for parent in {(partial / name).parent for name in manifest["files"]} | {partial}:
         _flush(parent)
@@ -323,7 +323,7 @@ def _make_whole(partial: Path, manifest: dict[str, Any]) -> None:
 def _point(folder: Path, name: str) -> None:
     """`latest` names this checkpoint from now on. Raises OSError."""
     pointer = folder / ".latest.partial"
-    pointer.write_text(name + "\n")
+    pointer.write_text(name + "\n", encoding="utf-8")
     _flush(pointer)
     pointer.replace(folder / "latest")
     _flush(folder)

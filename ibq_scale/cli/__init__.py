@@ -1,0 +1,48 @@
+"""The command line. What any command needs of its surroundings is settled when this package is imported."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+
+def _be_of_utf8() -> None:
+    """Where a locale would make Python read names of files as ASCII, this command begins anew in UTF-8 mode."""
+    own = sys.orig_argv[1:3] == ["-m", "ibq_scale"] or Path(sys.argv[0]).name == "ibq-scale"
+    if own and sys.getfilesystemencoding().lower() != "utf-8" and not sys.flags.utf8_mode:
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _print_anything() -> None:
+    """A name that the locale has no letters for is printed by its number, and ends no command."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _have_a_home() -> None:
+    """In a container with a foreign user id there is no HOME and no line in the passwd file: many libraries ask for it.
+
+    A folder of this user's in the temporary one stands in.
+    """
+    try:
+        Path.home()
+        return
+    except RuntimeError:
+        pass
+    folder = Path(tempfile.gettempdir()) / f"ibq-scale-home-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        mine = folder.stat().st_uid == os.getuid()
+    except OSError:
+        mine = False
+    os.environ["HOME"] = str(folder if mine else tempfile.mkdtemp(prefix="ibq-scale-home-"))
+    os.environ.setdefault("USER", str(os.getuid()))
+
+
+_be_of_utf8()
+_print_anything()
+_have_a_home()

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ibq_scale.cli.numbers import finite
 from ibq_scale.cli.ranks import add_ranks, at_least_one
 from ibq_scale.errors import UserError
 
@@ -52,7 +53,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     data.add_argument("--resolution", type=int, default=256, metavar="PIXELS", help="default 256")
     data.add_argument("--workers", type=int, default=1, metavar="N", help="processes that decode (default 1; 0: none)")
     data.add_argument("--batch", type=int, default=64, metavar="N", help="default 64")
-    data.add_argument("--seconds", type=float, default=5.0, metavar="S", help="a turn's length (default 5)")
+    data.add_argument("--seconds", type=finite, default=5.0, metavar="S", help="a turn's length (default 5)")
     data.add_argument(
         "--cache",
         default="auto",
@@ -137,7 +138,7 @@ def _add_steps(
 def _sizes(option: str, text: str) -> list[int]:
     """``4096,65536`` → numbers. UserError where it cannot be read."""
     items = text.split(",")
-    if not all(item.strip().isdigit() and int(item) > 0 for item in items):
+    if not all(item.strip().isdecimal() and int(item) > 0 for item in items):
         raise UserError(f"{option} {text}: write one or several positive numbers, for example 4096,65536")
     return [int(item) for item in items]
 

@@ -37,15 +37,16 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     export.add_argument("--to", required=True, type=Path, metavar="PATH", help="new folder, or new file if published")
     export.add_argument(
         "--layout",
-        choices=("safetensors", "published", "deepspeed"),
+        choices=("safetensors", "published", "huggingface", "deepspeed"),
         default="safetensors",
-        help="safetensors and config in a folder (default); one .ckpt file that the published code loads; or a "
+        help="safetensors and config in a folder (default); one .ckpt file that the published code loads; a "
+        "tokenizer's config.json and safetensors as BAAI/Emu3.5-VisionTokenizer has them; or a "
         "checkpoint's live weights, a folder an engine, as DeepSpeed's zero_to_fp32 reads them",
     )
     export.set_defaults(run=_export)
     imported = family.add_parser(
         "import",
-        help="a checkpoint of the published code → a model of ours",
+        help="a checkpoint of the published code, or a folder like Emu3.5's tokenizer → a model of ours",
         epilog="example: ibq-scale checkpoint import IBQ_16384.ckpt --to models/ibq-16384 --ema",
     )
     imported.add_argument("file", type=Path, metavar="FILE")
@@ -114,6 +115,10 @@ def _export(args: argparse.Namespace) -> int:
         from ibq_scale.pretrained.published import export_published
 
         kind = export_published(args.path, args.to)
+    elif args.layout == "huggingface":
+        from ibq_scale.pretrained.published import export_huggingface
+
+        kind = export_huggingface(args.path, args.to)
     elif args.layout == "deepspeed":
         from ibq_scale.checkpoint.deepspeed_layout import export_deepspeed
         from ibq_scale.checkpoint.reading import newest_or_this
@@ -143,6 +148,8 @@ def _import(args: argparse.Namespace) -> int:
     save_model(args.to, imported.model, {"imported_from": args.file.name, "ema": args.ema})
     left = ", ".join(f"{name} ({count} tensors)" if count else name for name, count in imported.left_aside.items())
     print(f"{args.to}: imported; " + (f"left aside: {left}" if left else "every tensor used"))
+    for note in imported.notes:
+        print(note)
     if "model_ema" in imported.left_aside and not args.ema:
         print("these are the live weights; the published figures are of the averaged ones (--ema)")
     return 0

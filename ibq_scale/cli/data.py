@@ -6,9 +6,10 @@ import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ibq_scale.cli import trace
+from ibq_scale.cli.numbers import finite
 
 if TYPE_CHECKING:
     from ibq_scale.data.prepare import PrepareReport
@@ -32,7 +33,8 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     images.add_argument("--to", required=True, metavar="URL", help="folder or s3://bucket/prefix")
     images.add_argument("--shard-mb", type=int, default=256, metavar="MB", help="most of a shard's input (default 256)")
     images.add_argument("--size", type=int, metavar="PIXELS", help="resize the shortest side and re-encode")
-    images.add_argument("--where", action="append", default=[], metavar="CONDITION", help=WHERE)
+    _add_source_options(images)
+    images.add_argument("--dry-run", action="store_true", help="only look: say what is there and what would be taken")
     images.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default 1)")
     images.add_argument("--seed", type=int, default=0, help="of the shuffle (default 0)")
     images.add_argument("--json", action="store_true", help="print one JSON document")
@@ -43,6 +45,29 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     _add_data_commands(family)
 
 
+def _add_source_options(parser: argparse.ArgumentParser) -> None:
+    """What says which pictures and labels of a source are meant."""
+    parser.add_argument("--where", action="append", default=[], metavar="CONDITION", help=WHERE)
+    parser.add_argument(
+        "--label",
+        metavar="KEY",
+        help="labels from this key of json, member of the tar, or column of parquet or a .csv beside the pictures; "
+        "'folder': class folders in tars; 'none': no labels",
+    )
+    parser.add_argument("--classes", metavar="URL", help="class numbers of this data set: for held-out pictures")
+    parser.add_argument(
+        "--key",
+        choices=("dot", "stem"),
+        default="dot",
+        help="a tar's sample is named up to the first dot, as webdataset does (default), or up to the last",
+    )
+    parser.add_argument("--picture", metavar="MEMBER", help="of a tar's sample, like image.png (default: by a rule)")
+    parser.add_argument("--max-aspect", type=finite, default=0.0, metavar="RATIO", help="leave out what is longer")
+    parser.add_argument(
+        "--background", default="white", metavar="COLOUR", help="under transparent pictures (default white)"
+    )
+
+
 def _add_data_commands(family: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     index = family.add_parser(
         "index",
@@ -50,7 +75,7 @@ def _add_data_commands(family: argparse._SubParsersAction[argparse.ArgumentParse
         epilog="example: ibq-scale data index s3://bucket/laion --where 'aesthetic>=5.5' --workers 16",
     )
     index.add_argument("url", metavar="URL", help="their folder: indices and manifest are written there")
-    index.add_argument("--where", action="append", default=[], metavar="CONDITION", help=WHERE)
+    _add_source_options(index)
     index.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default 1)")
     index.add_argument("--json", action="store_true", help="print one JSON document")
     index.set_defaults(run=_index)
@@ -78,17 +103,18 @@ def _add_data_commands(family: argparse._SubParsersAction[argparse.ArgumentParse
 
 
 def _prepare(args: argparse.Namespace) -> int:
+    from ibq_scale.data.look import look_only
     from ibq_scale.data.prepare import prepare_images
 
     _at_least_one(args, "shard_mb", "workers", "size")
+    options = _source_options(args)
+    if args.dry_run:
+        del options["rules"]
+        seen = look_only(args.source, **options)
+        print(json.dumps(seen.model_dump(mode="json")) if args.json else "\n".join(seen.lines()))
+        return 0
     report = prepare_images(
-        args.source,
-        args.to,
-        shard_bytes=args.shard_mb << 20,
-        workers=args.workers,
-        size=args.size,
-        where=args.where,
-        seed=args.seed,
+        args.source, args.to, shard_bytes=args.shard_mb << 20, size=args.size, seed=args.seed, **options
     )
     return _print_report(report, args.json)
 
@@ -97,24 +123,41 @@ def _index(args: argparse.Namespace) -> int:
     from ibq_scale.data.adopt import adopt_tars
 
     _at_least_one(args, "workers")
-    return _print_report(adopt_tars(args.url, workers=args.workers, where=args.where), args.json)
+    return _print_report(adopt_tars(args.url, **_source_options(args)), args.json)
+
+
+def _source_options(args: argparse.Namespace) -> dict[str, Any]:
+    from ibq_scale.data.convert import parse_colour
+    from ibq_scale.data.pixel_rules import PixelRules
+    from ibq_scale.data.tars import Naming
+    from ibq_scale.errors import UserError
+
+    if args.max_aspect and not args.max_aspect >= 1:
+        raise UserError(f"--max-aspect {args.max_aspect}: longer side over shorter, at least 1")
+    return {
+        "workers": args.workers,
+        "where": args.where,
+        "naming": Naming(stem=args.key == "stem", picture=args.picture, label=args.label),
+        "classes": args.classes,
+        "max_aspect": args.max_aspect,
+        "rules": PixelRules(background=parse_colour(args.background)),
+    }
 
 
 def _print_report(report: PrepareReport, as_json: bool) -> int:
-    from ibq_scale.data.prepare import REJECTS
+    from ibq_scale.data.look import REJECTS
 
     if as_json:
-        print(json.dumps(asdict(report)))
+        print(json.dumps({**asdict(report), "seen": report.seen.model_dump(mode="json")}))
         return 0
     reused = f" ({report.reused_shards} from an earlier run)" if report.reused_shards else ""
     print(
         f"{report.url}: {report.samples:,} images of {report.classes:,} classes in {report.shards:,} shards{reused}, "
         f"{report.bytes / 2**20:,.1f} MiB"
     )
-    if report.filtered:
-        print(f"{report.filtered:,} images failed a condition")
+    print("\n".join(report.seen.lines()))
     if report.rejected:
-        print(f"{report.rejected:,} files are no images: {report.url}/{REJECTS}")
+        print(f"{report.rejected:,} are no usable images: {report.url}/{REJECTS}")
     return 0
 
 
@@ -141,7 +184,7 @@ def _stats(args: argparse.Namespace) -> int:
     if args.sheet:
         from ibq_scale.data.sheet import save_sheet
 
-        save_sheet(args.sheet, described.picked, described.classes)
+        save_sheet(args.sheet, described.picked, described.classes, described.rules)
     return 0
 
 

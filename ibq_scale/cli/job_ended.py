@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ibq_scale.cli.numbers import finite
+
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the commands to the command line."""
@@ -16,7 +18,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     parser.add_argument("folder", metavar="RUN", type=Path, help="run directory")
     parser.add_argument("--code", type=int, required=True, metavar="N", help="srun's exit code")
-    parser.add_argument("--seconds", type=float, required=True, metavar="S", help="how long the job ran")
+    parser.add_argument("--seconds", type=finite, required=True, metavar="S", help="how long the job ran")
     parser.add_argument("--attempts", type=int, default=3, metavar="N", help="in a row without a new step (default 3)")
     parser.add_argument("--stays", action="store_true", help="it was cancelled, or may not go back into the queue")
     parser.set_defaults(run=_job_ended)

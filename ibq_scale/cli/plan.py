@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ibq_scale.cli.numbers import finite
 from ibq_scale.cli.ranks import at_least_one
 from ibq_scale.console import gigabytes, short
 from ibq_scale.errors import UserError
@@ -32,17 +33,19 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("source", metavar="PRESET_OR_YAML")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--device", "--gpu", metavar="GPU", help="a100, h100, l40s …: its memory and its peak")
-    parser.add_argument("--memory", type=float, metavar="GB", help="memory of one GPU (10⁹ bytes), instead of its own")
+    parser.add_argument("--memory", type=finite, metavar="GB", help="memory of one GPU (10⁹ bytes), instead of its own")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs a node (default 1)")
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="default 1")
     parser.add_argument(
         "--mfu",
-        type=float,
+        type=finite,
         default=0.45,
         metavar="SHARE",
         help="assumed share of the peak (default 0.45), for the time",
     )
-    parser.add_argument("--net", type=float, metavar="GB/S", help="of a GPU to other nodes, one direction (default 50)")
+    parser.add_argument(
+        "--net", type=finite, metavar="GB/S", help="of a GPU to other nodes, one direction (default 50)"
+    )
     parser.add_argument("--measured", type=Path, metavar="FILE", help="a bench's JSON: its rate instead of --mfu")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.set_defaults(run=_plan)

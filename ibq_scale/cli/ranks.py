@@ -3,8 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import os
+from typing import Any
 
 from ibq_scale.errors import UserError
+
+
+class _Ranks(argparse.Action):
+    """Takes the number. In a Slurm step of one task, such as the shell of ``srun --pty bash``, Slurm's variables would
+    make this command the only rank: what was typed counts, and the ranks are this command's own.
+    """
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        setattr(namespace, self.dest, values)
+        if "RANK" not in os.environ and os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS")) == "1":
+            for name in ("SLURM_PROCID", "SLURM_STEP_ID"):
+                os.environ.pop(name, None)
 
 
 def add_ranks(parser: argparse.ArgumentParser) -> None:
@@ -12,6 +28,7 @@ def add_ranks(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ranks",
         type=int,
+        action=_Ranks,
         default=None,
         metavar="N",
         help="processes on this node (default: one a GPU, or 1)",

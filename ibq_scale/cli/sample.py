@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ibq_scale.cli.numbers import finite
 from ibq_scale.cli.ranks import add_ranks, at_least_one
 from ibq_scale.cli.tokenize import parse_part
 from ibq_scale.errors import UserError
@@ -31,15 +32,15 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--to", required=True, type=Path, metavar="DIR")
     parser.add_argument("--classes", metavar="LIST", help="labels, for example 0,7,20-29 (default: all)")
     parser.add_argument("--per-class", type=int, default=8, metavar="N", help="images a class (default 8)")
-    parser.add_argument("--guidance", type=float, help="1 is none (default)")
+    parser.add_argument("--guidance", type=finite, help="1 is none (default)")
     parser.add_argument(
         "--guidance-schedule",
         choices=("constant", "linear", "power-cosine"),
         default="constant",
         help="linear (MAR) and power-cosine (RAR) rise over the codes from none to --guidance",
     )
-    parser.add_argument("--guidance-power", type=float, default=1.0, metavar="P", help="of power-cosine (default 1)")
-    parser.add_argument("--temperature", type=float, help="default 1")
+    parser.add_argument("--guidance-power", type=finite, default=1.0, metavar="P", help="of power-cosine (default 1)")
+    parser.add_argument("--temperature", type=finite, help="default 1")
     parser.add_argument(
         "--published",
         action="store_true",
@@ -47,7 +48,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "b 2.25, 1.10; l 2.0, 1.0; xl 2.35, 1.15; xxl 2.85, 1.20 (FID there: --per-class 50)",
     )
     parser.add_argument("--top-k", type=int, default=0, help="0 keeps every code (default)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="1 keeps every code (default)")
+    parser.add_argument("--top-p", type=finite, default=1.0, help="1 keeps every code (default)")
     parser.add_argument("--greedy", action="store_true", help="always the likeliest code")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="images at once on a rank (default 32)")
@@ -70,7 +71,7 @@ def parse_classes(text: str) -> list[int]:
     labels: list[int] = []
     for item in text.split(","):
         first, dash, last = item.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        if not first.isdecimal() or (dash and not last.isdecimal()):
             raise UserError(f"--classes {text}: cannot read '{item}': write labels like 0,7,20-29")
         labels.extend(range(int(first), int(last if dash else first) + 1))
     return labels

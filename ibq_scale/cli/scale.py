@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from ibq_scale.cli import simulate
+from ibq_scale.cli.numbers import finite
 from ibq_scale.cli.ranks import at_least_one
 from ibq_scale.cli.submit import add_settings, settings_of
 from ibq_scale.errors import UserError
@@ -68,7 +69,7 @@ def _ladder(
 
 def _fit_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--flops", type=float, action="append", default=[], metavar="C", help="a budget to look at; may be repeated"
+        "--flops", type=finite, action="append", default=[], metavar="C", help="a budget to look at; may be repeated"
     )
     parser.add_argument("--replicas", type=int, default=1000, metavar="N", help="of the bootstrap (default 1000)")
 

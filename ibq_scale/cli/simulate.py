@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from ibq_scale.cli.numbers import finite
 from ibq_scale.cli.ranks import at_least_one
 from ibq_scale.errors import UserError
 
@@ -31,8 +32,10 @@ def add_command(leaves: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     parser.add_argument("--device", "--gpu", required=True, metavar="GPU", help="as of 'ibq-scale plan'")
     parser.add_argument("--gpus", type=int, default=8, metavar="N", help="a node, where tables begin (default 8)")
     parser.add_argument("--most", type=int, default=1024, metavar="N", help="where they end (default 1024)")
-    parser.add_argument("--link", type=float, metavar="GB/S", help="of a GPU within its node, one direction")
-    parser.add_argument("--net", type=float, metavar="GB/S", help="of a GPU to other nodes, one direction (default 50)")
+    parser.add_argument("--link", type=finite, metavar="GB/S", help="of a GPU within its node, one direction")
+    parser.add_argument(
+        "--net", type=finite, metavar="GB/S", help="of a GPU to other nodes, one direction (default 50)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.set_defaults(run=_simulate)
 

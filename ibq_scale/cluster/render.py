@@ -27,7 +27,7 @@ class Script:
         package = Path(__file__).resolve().parents[1]
         for folder in (package.parent / "slurm", package / "slurm"):
             if (folder / f"{name}.sbatch").is_file():
-                return Script((folder / f"{name}.sbatch").read_text())
+                return Script((folder / f"{name}.sbatch").read_text(encoding="utf-8"))
         raise UserError(f"slurm/{name}.sbatch is not beside the package: this installation is not whole")
 
     def option(self, key: str) -> str | None:

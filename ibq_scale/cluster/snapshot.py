@@ -79,7 +79,7 @@ class Snapshot:
     def record(self, **values: object) -> None:
         """What was submitted: `jobs` (ids), and whatever tells a person how it came about."""
         source = asdict(self.source) | {"root": str(self.source.root) if self.source.root else None}
-        (self.folder / RECORD).write_text(json.dumps(values | {"source": source}, indent=1) + "\n")
+        (self.folder / RECORD).write_text(json.dumps(values | {"source": source}, indent=1) + "\n", encoding="utf-8")
 
 
 def next_folder(run_dir: Path) -> Path:
@@ -97,10 +97,10 @@ def take(folder: Path, config: AnyRun | None) -> Snapshot:
             _copy(snapshot.source.root, folder / CODE)
             if snapshot.source.commit is not None:
                 changes = "+changes" if snapshot.source.changed else ""
-                (folder / CODE / COMMIT).write_text(f"{snapshot.source.commit}{changes}\n")
+                (folder / CODE / COMMIT).write_text(f"{snapshot.source.commit}{changes}\n", encoding="utf-8")
         if config is not None:
             (folder.parents[1] / "logs").mkdir(exist_ok=True)
-            snapshot.config.write_text(to_yaml(_with_own_json(config, folder)))
+            snapshot.config.write_text(to_yaml(_with_own_json(config, folder)), encoding="utf-8")
     except FileExistsError:
         raise UserError(f"{folder} has just been made by another submission: run this again") from None
     except OSError as e:
@@ -156,7 +156,14 @@ def _files(root: Path) -> list[str]:
 
 def _git(root: Path, *words: str) -> str | None:
     try:
-        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["git", "-C", str(root), *words],
+            capture_output=True,
+            text=True,
+            check=False,
+            encoding="utf-8",
+            errors="replace",
+        )
     except OSError:
         return None
     return done.stdout if done.returncode == 0 else None

@@ -166,7 +166,7 @@ def _script_file(script: Script, snapped: Snapshot | None) -> Iterator[Path]:
     """sbatch takes a copy of its own."""
     with tempfile.TemporaryDirectory() as folder:
         path = snapped.script if snapped is not None else Path(folder) / snapshot.SCRIPT
-        path.write_text(script.text)
+        path.write_text(script.text, encoding="utf-8")
         yield path
 
 

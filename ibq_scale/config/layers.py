@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple
 
 import yaml
 from omegaconf import OmegaConf
@@ -18,8 +18,10 @@ from pydantic import BaseModel, ValidationError
 
 from ibq_scale.config.run import AnyRun, ARRun, TokenizerRun
 from ibq_scale.config.secrets import refuse_credentials
+from ibq_scale.config.text import as_typed, as_written, override, section_of
 from ibq_scale.documents import DocumentError, parse_yaml, read_text, require_modest
 from ibq_scale.errors import UserError
+from ibq_scale.names import expand_home
 
 Task = Literal["tokenizer", "ar"]
 PRESETS = Path(__file__).parent / "presets"
@@ -46,19 +48,28 @@ def resolve(source: str, overrides: Sequence[str] = (), task: Task | None = None
     Raises UserError for an unknown preset, unreadable YAML, a misspelt key (naming the nearest right one),
     a wrong value, or a config of another task than `task`.
     """
-    layers = [*_file_layers(source, task), *_override_layers(overrides)]
+    files = _file_layers(source, task)
+    kind = _task_of(files, overrides) or task
+    if not isinstance(kind, str) or kind not in SCHEMAS:
+        raise UserError(f"{source}: 'task' must be one of {', '.join(SCHEMAS)}, got {kind!r:.100}")
+    schema = SCHEMAS[kind]
+    layers = [(layer.label, as_typed(layer.values, layer.written, schema)) for layer in files]
     merged: dict[str, Any] = {}
     origins: dict[str, str] = {}
-    for label, layer in layers:
+    for label, layer in [*layers, ("command line", _overrides(overrides, schema))]:
         _forget_other_length(merged, origins, layer)
         merged = _merge(merged, layer)
         origins.update(dict.fromkeys(_leaves(layer), label))
-    kind = merged.get("task", task)
-    if not isinstance(kind, str) or kind not in SCHEMAS:
-        raise UserError(f"{source}: 'task' must be one of {', '.join(SCHEMAS)}, got {kind!r:.100}")
     if task is not None and kind != task:
         raise UserError(f"{source} is a config of task '{kind}', this command trains '{task}'")
-    return Resolved(validate(SCHEMAS[kind], merged, source), origins)
+    return Resolved(validate(schema, merged, source), origins)
+
+
+def _task_of(files: Sequence[_File], overrides: Sequence[str]) -> Any:
+    """What the highest layer says."""
+    said = [layer.values["task"] for layer in files if "task" in layer.values]
+    said += [item.partition("=")[2] for item in overrides if item.startswith("task=")]
+    return said[-1] if said else None
 
 
 def validate(schema: type[TokenizerRun] | type[ARRun], values: Mapping[str, Any], source: str) -> AnyRun:
@@ -66,9 +77,18 @@ def validate(schema: type[TokenizerRun] | type[ARRun], values: Mapping[str, Any]
     for value in _texts(values):
         refuse_credentials(value)
     try:
-        return schema.model_validate(values)
+        return schema.model_validate(_at_home(values))
     except ValidationError as e:
         raise UserError("\n".join(explain(err, schema, source) for err in e.errors())) from None
+
+
+def _at_home(value: Any) -> Any:
+    """Nested values with ``~/`` as the home folder: no shell has expanded it in a file, or after a ``=``."""
+    if isinstance(value, str):
+        return str(expand_home(value)) if value == "~" or value.startswith("~/") else value
+    if isinstance(value, Mapping):
+        return {key: _at_home(inner) for key, inner in value.items()}
+    return [_at_home(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
 def _texts(value: Any) -> Iterator[str]:
@@ -119,16 +139,31 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _file_layers(source: str, task: Task | None, above: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
+class _File(NamedTuple):
+    """A file's values, and the same as text."""
+
+    label: str
+    values: dict[str, Any]
+    written: Any
+
+
+def _file_layers(source: str, task: Task | None, above: tuple[Path, ...] = ()) -> list[_File]:
     """A file's own layer on top of the preset that it names under `preset`. `above`: the files that led here."""
     path = _find(source, task)
     if path in above:
         raise UserError(f"{path} is its own preset: {' → '.join(map(str, [*above, path]))}")
-    values = _read_yaml(path)
+    written: list[Any] = []
+
+    def load(text: str) -> Any:
+        values = _interpolated(text)
+        written.append(as_written(text))
+        return values
+
+    values = _read_yaml(path, load)
     base = values.pop("preset", None)
     label = source if path.is_relative_to(PRESETS) else str(path)
     below = _file_layers(str(base), task, (*above, path)) if base is not None else []
-    return [*below, (label, values)]
+    return [*below, _File(label, values, written[0])]
 
 
 def _find(source: str, task: Task | None) -> Path:
@@ -187,7 +222,7 @@ def _read_yaml(path: Path, load: Callable[[str], Any] = _interpolated) -> dict[s
     return {str(key): value for key, value in values.items()}
 
 
-def _override_layers(overrides: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
+def _overrides(overrides: Sequence[str], schema: type[BaseModel]) -> dict[str, Any]:
     together: dict[str, Any] = {}
     for item in overrides:
         key, equals, _ = item.partition("=")
@@ -197,12 +232,11 @@ def _override_layers(overrides: Sequence[str]) -> list[tuple[str, dict[str, Any]
             # RUN/config.yaml would have the text, and resolve it when it is read back.
             raise UserError(f"'{item}': an override has no interpolation: write the value")
         try:
-            layer = OmegaConf.to_container(OmegaConf.from_dotlist([item]))
-        except (yaml.YAMLError, OmegaConfBaseException) as e:
+            layer = override(item, schema)
+        except (DocumentError, yaml.YAMLError, OmegaConfBaseException) as e:
             raise UserError(f"cannot read the override '{item}': {' '.join(str(e).split())}") from None
-        assert isinstance(layer, dict)
-        together = _merge(together, {str(k): v for k, v in layer.items()})
-    return [("command line", together)]
+        together = _merge(together, layer)
+    return together
 
 
 def _forget_other_length(merged: dict[str, Any], origins: dict[str, str], layer: Mapping[str, Any]) -> None:
@@ -259,11 +293,3 @@ def schema_keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
         section = section_of(field.annotation)
         keys += schema_keys(section, f"{prefix}{name}.") if section else [f"{prefix}{name}"]
     return keys
-
-
-def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field of this type holds, None where it holds a value."""
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None

@@ -11,8 +11,9 @@ from typing import Any
 from pydantic import BaseModel
 
 from ibq_scale.config.deepspeed import config_names
-from ibq_scale.config.layers import MISSING, SCHEMAS, preset_names, section_of
+from ibq_scale.config.layers import MISSING, SCHEMAS, preset_names
 from ibq_scale.config.run import DeepSpeedConfig, RunConfig
+from ibq_scale.config.text import section_of
 
 HEAD = """# Configuration reference
 

@@ -7,29 +7,31 @@ from __future__ import annotations
 
 import hashlib
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ibq_scale.data.encode import UnusableError, UnwantedError, encode_picture
-from ibq_scale.data.filters import Condition, all_hold, check_columns, parse_conditions
+from ibq_scale.data.encode import Encoding, UnusableError, UnwantedError, encode_picture
+from ibq_scale.data.filters import all_hold, parse_conditions
 from ibq_scale.data.folder import Store
-from ibq_scale.data.index import INDEX_VERSION, Member, Reject, ShardIndex, index_name
+from ibq_scale.data.index import ADOPTED, INDEX_VERSION, Member, Reject, ShardIndex, index_name
 from ibq_scale.data.jobs import Report, run_jobs
-from ibq_scale.data.labels import Labels, label_of, look_at_labels
+from ibq_scale.data.labels import Labels
+from ibq_scale.data.listing import TAR, list_files
+from ibq_scale.data.look import look_at
 from ibq_scale.data.manifest import NAME
-from ibq_scale.data.prepare import JobDone, Meter, PrepareReport, find_index, finish, first_sample, shard_info
+from ibq_scale.data.members import CutTarError
+from ibq_scale.data.pixel_rules import RULES, PixelRules
+from ibq_scale.data.prepare import JobDone, Meter, PrepareReport, find_index, finish, met_of, shard_info
 from ibq_scale.data.progress import Progress
 from ibq_scale.data.ranges import HashingReader
 from ibq_scale.data.samples import Sample, Unit
-from ibq_scale.data.sources import open_source
-from ibq_scale.data.tars import CutTarError, TarSample, TarSource, read_sample, tar_samples
+from ibq_scale.data.seen import Met
+from ibq_scale.data.tars import Naming, TarSample, TarSource, read_sample, tar_samples
 from ibq_scale.errors import UserError
-
-# What a plan of ours begins with, so that prepared shards are told from adopted ones.
-ADOPTED = "adopted-1-"
 
 Keys = NDArray[np.uint64]
 
@@ -38,30 +40,40 @@ Keys = NDArray[np.uint64]
 class _Job:
     """One tar to index."""
 
-    store: Store
+    source: TarSource
     tar: Unit
-    conditions: tuple[Condition, ...]
+    encoding: Encoding
     labels: Labels
 
+    @property
+    def store(self) -> Store:
+        return self.source.store
 
-def adopt_tars(url: str, *, workers: int = 1, where: Sequence[str] = ()) -> PrepareReport:
-    """Indexes the tars at `url`, whose folder becomes a data set; `where` as for `prepare_images`.
+
+def adopt_tars(
+    url: str,
+    *,
+    workers: int = 1,
+    where: Sequence[str] = (),
+    naming: Naming | None = None,
+    classes: str | None = None,
+    max_aspect: float = 0.0,
+    rules: PixelRules = RULES,
+) -> PrepareReport:
+    """Indexes the tars at `url`, whose folder becomes a data set; all options as for `prepare_images`.
 
     Every picture is decoded once. A re-run takes over the indices that are there. UserError where a key occurs twice, a
     tar is cut, or the folder is a prepared data set already.
     """
     conditions = parse_conditions(where)
-    source, tars = open_source(url)
+    _refuse_prepared(url)
+    opened, found = look_at(url, conditions, naming, classes=classes, workers=workers)
+    source, tars = found.source, opened.units
     if not isinstance(source, TarSource):
         raise UserError(f"{url} holds no .tar files: 'ibq-scale prepare images' takes folders and parquet")
     store = source.store
-    _refuse_prepared(store, tars)
-    first = first_sample(source, tars)
-    if first is None:
-        raise UserError(f"{url}: not one sample of the tars has a picture")
-    check_columns(conditions, first.columns)
-    labels = look_at_labels(first.label, ())
-    jobs = [_Job(store, tar, conditions, labels) for tar in tars]
+    encoding = Encoding(None, conditions, max_aspect, rules)
+    jobs = [_Job(source, tar, encoding, found.labels) for tar in tars]
     progress = Progress("index", sum(tar.bytes for tar in tars))
     hashes: list[Keys] = []
 
@@ -71,15 +83,17 @@ def adopt_tars(url: str, *, workers: int = 1, where: Sequence[str] = ()) -> Prep
             yield result
         _refuse_repeated(store, [tar.file for tar in tars], hashes)
 
-    return finish(store, done(), labels, url)
+    return finish(store, done(), opened, found, rules)
 
 
-def _refuse_prepared(store: Store, tars: Sequence[Unit]) -> None:
+def _refuse_prepared(url: str) -> None:
     """An adopted set may be adopted again; a prepared one would lose its classes' names."""
-    if not store.exists(NAME):
+    listing = list_files(url)
+    store, tars = listing.store, list(listing.ending(TAR))
+    if not tars or not store.exists(NAME):
         return
     try:
-        index = ShardIndex.from_json(store.read(index_name(tars[0].file)).decode())
+        index = ShardIndex.from_json(store.read(index_name(tars[0])).decode())
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return
     if not index.plan.startswith(ADOPTED):
@@ -89,7 +103,7 @@ def _refuse_prepared(store: Store, tars: Sequence[Unit]) -> None:
 def _index_tar(job: _Job, report: Report) -> tuple[JobDone, Keys]:
     """Writes the index of one tar, or finds it there from an earlier run."""
     meter = Meter(report)
-    values = (job.tar.file, job.tar.bytes, job.conditions, job.labels)
+    values = (job.tar.file, job.tar.bytes, job.encoding, job.labels, job.source.naming)
     plan = ADOPTED + hashlib.sha256(repr(values).encode()).hexdigest()
     index = find_index(job.store, job.tar.file, plan)
     reused = index is not None
@@ -97,9 +111,9 @@ def _index_tar(job: _Job, report: Report) -> tuple[JobDone, Keys]:
         index = _walk(job, plan, meter)
         job.store.write(index_name(job.tar.file), index.to_json().encode())
     meter.close(job.tar.bytes)
-    largest = max((member.label for member in index.members), default=0)
+    counts = Counter(member.label for member in index.members)
     shards = (shard_info(job.tar.file, index),) if index.members else ()
-    done = JobDone(shards, int(reused and bool(shards)), index.filtered, index.rejects, largest)
+    done = JobDone(shards, int(reused and bool(shards)), index.filtered, index.rejects, counts, met_of(index))
     return done, np.array([_hash(member.key) for member in index.members], dtype=np.uint64)
 
 
@@ -109,32 +123,42 @@ def _walk(job: _Job, plan: str, meter: Meter) -> ShardIndex:
     members: list[Member] = []
     rejects: list[Reject] = []
     filtered = 0
+    met = Met()
     try:
-        for sample in tar_samples(reader):
-            found = read_sample(reader, sample, job.tar.file)
+        naming = job.source.naming
+        for sample in tar_samples(reader, 0, naming, scattered=job.source.scattered):
+            found = read_sample(reader, sample, job.tar.file, naming)
             if isinstance(found, Reject):
                 rejects.append(found)
                 continue
             meter.add(len(found.picture))
             try:
-                members.append(_member(sample, found, job))
+                members.append(_member(sample, found, job, met))
             except UnusableError as e:
                 rejects.append(Reject(found.name, str(e)))
             except UnwantedError:
                 filtered += 1
     except CutTarError as e:
         raise UserError(f"{job.store.url}/{job.tar.file} {e}: fetch it again, or take it away") from None
-    return ShardIndex(INDEX_VERSION, plan, job.tar.bytes, reader.sha256(), tuple(members), tuple(rejects), filtered)
+    return ShardIndex(
+        INDEX_VERSION,
+        plan,
+        job.tar.bytes,
+        reader.sha256(),
+        tuple(members),
+        tuple(rejects),
+        filtered,
+        met=met.values() if members else None,
+    )
 
 
-def _member(sample: TarSample, found: Sample, job: _Job) -> Member:
-    if not all_hold(job.conditions, found.columns):
+def _member(sample: TarSample, found: Sample, job: _Job, met: Met) -> Member:
+    if not all_hold(job.encoding.conditions, found.columns):
         raise UnwantedError
-    label = label_of(found.label, job.labels)
-    encode_picture(found.picture, None, job.conditions)
-    assert sample.picture is not None, "read_sample gave its bytes"
-    offset, size = sample.picture.offset, sample.picture.size
-    return Member(sample.key, offset, size, zlib.crc32(found.picture), label, found.name)
+    label = job.labels.number_of(found.label)
+    met.add(encode_picture(found.picture, job.encoding))
+    place = sample.members[sample.pictures(job.source.naming.picture)[0]]
+    return Member(sample.key, place.offset, place.size, zlib.crc32(found.picture), label, found.name)
 
 
 def _hash(key: str) -> int:

@@ -216,7 +216,7 @@ class ShardCache:
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
-        with (self.folder / "lock").open("w") as f:
+        with (self.folder / "lock").open("w", encoding="utf-8") as f:
             fcntl.flock(f, fcntl.LOCK_EX)
             yield
 

@@ -12,9 +12,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ibq_scale.data.convert import upright_size
 from ibq_scale.data.folder import Store
 from ibq_scale.data.index import Member
 from ibq_scale.data.manifest import ShardInfo
+from ibq_scale.data.pixel_rules import OLD_RULES, PixelRules
+from ibq_scale.data.seen import Seen
 from ibq_scale.data.store import open_store
 from ibq_scale.data.verify import load_any_manifest, load_index
 from ibq_scale.errors import UserError
@@ -46,6 +49,7 @@ class Description:
     facts: dict[str, Any]
     classes: tuple[str, ...]
     picked: tuple[Picked, ...]
+    rules: PixelRules = OLD_RULES
 
 
 def describe(url: str, *, pick: int = 0, seed: int = 0) -> Description:
@@ -63,11 +67,14 @@ def describe(url: str, *, pick: int = 0, seed: int = 0) -> Description:
         "bytes": sum(shard.bytes for shard in manifest.shards),
         "hash": manifest.hash,
     }
+    if manifest.seen is not None:
+        facts["seen"] = manifest.seen.model_dump(mode="json")
     if manifest.codes is not None:
         if pick:
             raise UserError(f"{store.url} holds codes: a contact sheet is drawn from images")
         facts |= {"codebook": manifest.codes.codebook_size, "grid": list(manifest.codes.grid)}
         return Description(facts | {"tokenizer": manifest.codes.tokenizer}, manifest.classes, ())
+    rules = manifest.pixels or OLD_RULES
     labels: Counter[int] = Counter()
     wanted = _draw(manifest.samples, max(pick, MEASURED), seed)
     kept = set(wanted[:pick])
@@ -78,7 +85,7 @@ def describe(url: str, *, pick: int = 0, seed: int = 0) -> Description:
             labels.update(member.label for member in members)
             here = [i for i in wanted if first <= i < first + shard.samples]
             picked = pool.map(
-                lambda i, keep: _look(store, shard.name, members[i - first], keep),  # noqa: B023 (read at once)
+                lambda i, keep: _look(store, shard.name, members[i - first], keep, rules),  # noqa: B023 (read at once)
                 here,
                 [i in kept for i in here],
             )
@@ -87,7 +94,7 @@ def describe(url: str, *, pick: int = 0, seed: int = 0) -> Description:
     looked_at = [found[i] for i in wanted]
     facts |= {"labels": {str(label): labels[label] for label in sorted(labels)}}
     facts |= _measure(looked_at)
-    return Description(facts, manifest.classes, tuple(looked_at[:pick]))
+    return Description(facts, manifest.classes, tuple(looked_at[:pick]), rules)
 
 
 def _draw(samples: int, count: int, seed: int) -> list[int]:
@@ -108,11 +115,12 @@ def _indices(store: Store, shards: Sequence[ShardInfo]) -> Iterator[tuple[ShardI
             yield from ((shard, index.members) for shard, index in zip(group, indices, strict=True))
 
 
-def _look(store: Store, shard: str, member: Member, keep: bool) -> Picked:
+def _look(store: Store, shard: str, member: Member, keep: bool, rules: PixelRules) -> Picked:
     data = store.read_range(shard, member.offset, member.offset + member.size)
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return Picked(member, image.size, (image.format or "unknown").lower(), data if keep else b"")
+            size = upright_size(image) if rules.version else image.size
+            return Picked(member, size, (image.format or "unknown").lower(), data if keep else b"")
     except OSError:
         raise UserError(f"{store.url}/{shard}: sample {member.key} is damaged: run 'ibq-scale data verify'") from None
 
@@ -146,9 +154,12 @@ def as_text(described: Description) -> str:
     pictures = facts.pop("pictures", None)
     formats = facts.pop("formats", None)
     measured = facts.pop("measured", None)
+    seen = facts.pop("seen", None)
     lines = [
         f"{name:<10} {value:,}" if isinstance(value, int) else f"{name:<10} {value}" for name, value in facts.items()
     ]
+    if seen:
+        lines += ["", *Seen.model_validate(seen).lines()]
     if pictures:
         kinds = ", ".join(f"{count:,} {name}" for name, count in formats.items())
         lines += ["", f"{f'of {measured:,} pictures ({kinds})':<40}", f"{'':<14}" + _row(QUANTILES)]

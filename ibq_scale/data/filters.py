@@ -65,6 +65,8 @@ def parse_conditions(texts: Iterable[str]) -> tuple[Condition, ...]:
             value = match[3].strip("'\"")
             if match[2] not in ("==", "!="):
                 raise UserError(f"'{text}': {match[2]} compares numbers, '{value}' is none") from None
+        if value != value:
+            raise UserError(f"'{text}': nothing compares with nan")
         conditions.append(Condition(match[1], match[2], value))
     return tuple(conditions)
 

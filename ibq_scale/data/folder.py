@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from ibq_scale.data.local import walk
 from ibq_scale.documents import DocumentError, open_regular
 from ibq_scale.errors import UserError
 
@@ -236,11 +237,7 @@ class LocalStore(Store):
                 raise UserError(f"cannot remove {self.root / path}: {e.strerror}") from None
 
     def files(self) -> dict[str, int]:
-        if not self.root.is_dir():
-            raise FileNotFoundError(self.root)
-        # Class folders are often links. Dangling ones, and sockets, are no files.
-        paths = (Path(base, name) for base, _, names in os.walk(self.root, followlinks=True) for name in names)
-        return dict(sorted((p.relative_to(self.root).as_posix(), p.stat().st_size) for p in paths if p.is_file()))
+        return walk(self.root)[0]
 
 
 def too_short(name: str, stop: int) -> UserError:

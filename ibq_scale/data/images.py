@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -11,20 +10,20 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import simplejpeg
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from ibq_scale.data.convert import Pixels, bicubic, decode
 from ibq_scale.data.index import ShardIndex, UnfitIndexError, index_name, index_of
+from ibq_scale.data.pixel_rules import OLD_RULES, PixelRules
 from ibq_scale.data.sets import DataSet, DataSets
 from ibq_scale.errors import UserError
 
-Pixels = NDArray[np.uint8]
 # Samples of a batch that are read at once where each is a request to a remote store: waiting, not work, fills the time.
 REQUESTS_AT_ONCE = 32
-# The most that Pillow decodes.
-MOST_PIXELS = 178_956_970
+# Beyond this a resized picture is made only where it is cropped: of a thin one the whole would be gigabytes.
+MOST_RESIZED = 1 << 22
 
 
 class Request(NamedTuple):
@@ -137,13 +136,14 @@ class ImageDataset(torch.utils.data.Dataset[ImageSample]):
                 break
             if attempt == 2:
                 raise BadSampleError(f"{name} is not what was prepared (crc)")
+        rules = part.manifest.pixels or OLD_RULES
         try:
-            pixels = decode(data, self.resolution if self.training else None)
+            pixels = decode(data, self.resolution if self.training else None, rules)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
             raise BadSampleError(f"{name} is no picture: {e}") from None
         if self.resolution is None:
             return self._native(pixels, name)
-        return self._crop(pixels, request, self.resolution)
+        return self._crop(pixels, request, self.resolution, rules)
 
     def _native(self, pixels: Pixels, name: str) -> Pixels:
         """The middle of a picture, as much of it as `multiple` divides."""
@@ -156,13 +156,11 @@ class ImageDataset(torch.utils.data.Dataset[ImageSample]):
         top, left = ((whole - side) // 2 for whole, side in zip(pixels.shape[:2], sides, strict=True))
         return pixels[top : top + sides[0], left : left + sides[1]]
 
-    def _crop(self, pixels: Pixels, request: Request, side: int) -> Pixels:
+    def _crop(self, pixels: Pixels, request: Request, side: int, rules: PixelRules) -> Pixels:
         """Shortest side to `side`, then a square: random and seeded by (seed, epoch, sample), or the centre."""
         height, width = pixels.shape[:2]
         scale = side / min(height, width)
         size = (max(side, round(width * scale)), max(side, round(height * scale)))
-        if size != (width, height):
-            pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
         free = (size[0] - side, size[1] - side)
         left, top, mirror = free[0] // 2, free[1] // 2, False
         if self.random_crop or self.flip:
@@ -170,7 +168,7 @@ class ImageDataset(torch.utils.data.Dataset[ImageSample]):
             if self.random_crop:
                 left, top = (int(bits[i] % np.uint64(free[i] + 1)) for i in (0, 1))
             mirror = self.flip and bool(bits[2] >> np.uint64(63))
-        square = pixels[top : top + side, left : left + side]
+        square = resized(pixels, size, (left, top), side, rules)
         return square[:, ::-1] if mirror else square
 
     def _index(self, source: int, shard: int) -> PictureIndex:
@@ -191,26 +189,22 @@ class ImageDataset(torch.utils.data.Dataset[ImageSample]):
         part.cache.fetch(info, index_name(info.name))
 
 
-def decode(data: bytes, least: int | None) -> Pixels:
-    """A picture's bytes → uint8 (H, W, 3), a JPEG perhaps at a fraction of its size with no side below `least`.
-
-    JPEGs by simplejpeg, 1.4 times as fast as Pillow here; what it does not know (CMYK, say) and all else by Pillow.
-    Raises OSError, ValueError or SyntaxError for what is no picture, DecompressionBombError above `MOST_PIXELS`.
-    """
-    if data[:2] == b"\xff\xd8":
-        try:
-            # A header of a few bytes may ask for 13 GB.
-            height, width, *_ = simplejpeg.decode_jpeg_header(data)
-            if height * width > MOST_PIXELS:
-                raise Image.DecompressionBombError(f"{width} x {height} are too many pixels")
-            pixels: Pixels = simplejpeg.decode_jpeg(data, "RGB", min_height=least or 0, min_width=least or 0)
-            return pixels
-        except ValueError:
-            pass
-    with Image.open(io.BytesIO(data)) as image:
-        if least is not None:
-            image.draft("RGB", (least, least))
-        return np.asarray(image.convert("RGB"))
+def resized(pixels: Pixels, size: tuple[int, int], corner: tuple[int, int], side: int, rules: PixelRules) -> Pixels:
+    """The square of `side` at `corner` (left, top) of the picture as resized to `size` (width, height), bicubic."""
+    height, width = pixels.shape[:2]
+    left, top = corner
+    if size == (width, height):
+        return pixels[top : top + side, left : left + side]
+    if size[0] * size[1] > MOST_RESIZED:
+        # Pillow resamples a box by the same weights as the whole, neighbours outside of it included.
+        across, down = width / size[0], height / size[1]
+        box = (left * across, top * down, (left + side) * across, (top + side) * down)
+        return np.asarray(Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC, box))
+    if not rules.version:
+        whole = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
+    else:
+        whole = bicubic(pixels, size)
+    return whole[top : top + side, left : left + side]
 
 
 def shard_index(part: DataSet, shard: int) -> ShardIndex:

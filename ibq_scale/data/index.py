@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from ibq_scale.data.manifest import ShardInfo
@@ -12,6 +12,8 @@ from ibq_scale.documents import parse_json
 from ibq_scale.errors import UserError
 
 INDEX_VERSION = 1
+# What the plan of an adopted tar's index begins with, so that prepared shards are told from adopted ones.
+ADOPTED = "adopted-1-"
 
 
 @dataclass(frozen=True)
@@ -48,14 +50,20 @@ class ShardIndex:
     """Samples that a condition left out."""
     after: tuple[int, int] | None = None
     """(unit, position) where the job's next shard begins; None in its last."""
+    met: dict[str, Any] | None = None
+    """Formats, modes and sizes of the pictures."""
 
     def to_json(self) -> str:
-        values = asdict(self)
-        # Both are newer than version 1: what says nothing is not written, and most indices stay as they were.
+        # `asdict` copies every value of every member.
+        plain = {name: [vars(entry) for entry in getattr(self, name)] for name in ("members", "rejects")}
+        values = vars(self) | plain
+        # These are newer than version 1: what says nothing is not written.
         if not self.filtered:
             del values["filtered"]
         if self.after is None:
             del values["after"]
+        if self.met is None:
+            del values["met"]
         return json.dumps(values, separators=(",", ":")) + "\n"
 
     @staticmethod

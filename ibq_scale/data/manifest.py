@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from functools import cached_property
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
 from ibq_scale.config.base import Section
 from ibq_scale.config.models import Rows, Side
 from ibq_scale.data.folder import Store
+from ibq_scale.data.pixel_rules import PixelRules
+from ibq_scale.data.seen import Seen
 from ibq_scale.data.store import open_store
 from ibq_scale.documents import DocumentError, parse_json
 from ibq_scale.errors import UserError
@@ -48,13 +50,18 @@ class CodesInfo(Section):
 
 
 class Manifest(Section):
-    """`classes[label]` is a label's name."""
+    """`classes[label]` is a label's name.
+
+    `pixels` says how pictures are converted, and `seen` what the source had. Sets of earlier versions have neither.
+    """
 
     version: int = MANIFEST_VERSION
     kind: Kind
     shards: Annotated[tuple[ShardInfo, ...], Field(min_length=1)]
     classes: tuple[str, ...]
     codes: CodesInfo | None = None
+    pixels: PixelRules | None = None
+    seen: Seen | None = None
 
     @property
     def samples(self) -> int:
@@ -66,8 +73,9 @@ class Manifest(Section):
 
     @cached_property
     def hash(self) -> str:
-        """sha256 (hex) of the content, independent of formatting."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+        """sha256 (hex) of the content, independent of formatting and of what was seen on the way."""
+        values = self.model_dump(mode="json", exclude={"seen"} | ({"pixels"} if self.pixels is None else set()))
+        text = json.dumps(values, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -102,7 +110,12 @@ def load_manifest(source: Store | str, kind: Kind) -> Manifest:
 
 def save_manifest(store: Store, manifest: Manifest) -> None:
     """Writes the manifest; everything it names must be there already."""
-    store.write(NAME, (json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n").encode())
+    store.write(NAME, (json.dumps(_written(manifest), indent=1) + "\n").encode())
+
+
+def _written(manifest: Manifest) -> dict[str, Any]:
+    values = manifest.model_dump(mode="json")
+    return {key: value for key, value in values.items() if key not in ("pixels", "seen") or value is not None}
 
 
 _MAKER = {"images": "prepare images", "codes": "tokenize"}

@@ -11,12 +11,13 @@ from typing import Any
 
 from ibq_scale.data.folder import Store
 from ibq_scale.data.index import Reject
+from ibq_scale.data.labels import label_of_value
 from ibq_scale.data.ranges import RangeReader
-from ibq_scale.data.samples import Sample, Unit
+from ibq_scale.data.samples import Look, Sample, Unit
+from ibq_scale.data.tars import BY_FOLDER, LABEL_KEYS, NO_LABEL
 from ibq_scale.errors import UserError
 
 PICTURES = ("image", "jpg", "jpeg", "png", "webp", "img")
-LABELS = ("label", "cls")
 # Rows decoded at once: some megabytes of pictures.
 ROWS = 16
 FOOTERS_AT_ONCE = 16
@@ -33,17 +34,50 @@ class ParquetSource:
     columns: tuple[str, ...]
     """Those that conditions name, and that the files have."""
     classes: tuple[str, ...]
+    labelled: bool = True
+
+    form = "parquet files"
 
     def units(self, files: Mapping[str, int]) -> list[Unit]:
+        first = next(iter(files))
+
         def of_file(file: tuple[str, int]) -> list[Unit]:
             opened = _open(self.store, *file)
-            if self.picture not in opened.schema_arrow.names:
+            schema = opened.schema_arrow
+            if self.picture not in schema.names:
                 raise UserError(f"{self.store.url}/{file[0]} has no column '{self.picture}', as the first file has")
+            label = self.label if self.label in schema.names else _label_column(schema)
+            if not self.labelled:
+                label = None
+            if label != self.label or _class_names(schema, label) != self.classes:
+                raise UserError(
+                    f"{self.store.url}: {first} has {_said(self.label, self.classes)}, {file[0]} has "
+                    f"{_said(label, _class_names(schema, label))}: labels would not mean the same in both"
+                )
             footer = opened.metadata
             return [Unit(file[0], i, _group_bytes(footer.row_group(i))) for i in range(footer.num_row_groups)]
 
         with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
             return [unit for units in pool.map(of_file, files.items()) for unit in units]
+
+    def look(self, unit: Unit, most: int | None = None) -> Look:
+        file = _open(self.store, unit.file, self.store.size(unit.file))
+        look = Look()
+        names = [self.label] if self.label else []
+        group = file.metadata.row_group(unit.part)
+        if not names:
+            look.samples = group.num_rows
+            look.tally.none.add(unit.file, group.num_rows)
+            return look
+        try:
+            for values in file.read_row_group(unit.part, columns=names, use_threads=False).to_pylist():
+                found = label_of_value(values[self.label])
+                look.tally.add(f"{unit.file}/{unit.part}/{look.samples}", found, f"column '{self.label}'")
+                look.samples += 1
+        except (OSError, ValueError) as e:
+            if isinstance(e, UserError) or getattr(e, "errno", None) is not None:
+                raise
+        return look
 
     def read(self, unit: Unit, start: int) -> Iterator[tuple[int, Sample | Reject]]:
         file = _open(self.store, unit.file, self.store.size(unit.file))
@@ -68,11 +102,13 @@ class ParquetSource:
         if not data:
             return Reject(name, "no picture's bytes in its row")
         columns = {name: values[name] for name in self.columns}
-        return Sample(name, data, values.get(self.label or ""), columns)
+        return Sample(name, data, label_of_value(values.get(self.label or "")), columns)
 
 
-def open_parquet(store: Store, files: Mapping[str, int], columns: Collection[str]) -> ParquetSource:
-    """The source whose columns are those of the first file.
+def open_parquet(
+    store: Store, files: Mapping[str, int], columns: Collection[str], wanted_label: str | None = None
+) -> ParquetSource:
+    """The source whose columns are those of the first file; labels are in `wanted_label`, where that is given.
 
     UserError without pyarrow, without a column of pictures, or where several splits lie together.
     """
@@ -87,15 +123,18 @@ def open_parquet(store: Store, files: Mapping[str, int], columns: Collection[str
             f"{store.url}/{first[0]} has no column of pictures' bytes, only {', '.join(schema.names)}: "
             f"one must be binary, or a struct with 'bytes'"
         )
-    label = next(
-        (n for n in LABELS if n in schema.names and str(schema.field(n).type).startswith(("int", "uint"))), None
-    )
+    label = _label_column(schema) if wanted_label is None else wanted_label
+    labelled = wanted_label not in (NO_LABEL, BY_FOLDER)
+    if not labelled:
+        label = None
+    elif label is not None and label not in schema.names:
+        raise UserError(f"{store.url}/{first[0]} has no column '{label}', only {', '.join(schema.names)}")
     wanted = tuple(n for n in dict.fromkeys(c.partition(".")[0] for c in columns) if n in schema.names)
     # A misspelt condition is answered with all columns that there are.
     missing = {c.partition(".")[0] for c in columns} - set(wanted)
     if missing:
         wanted = tuple(n for n in schema.names if n != picture)
-    return ParquetSource(store, picture, label, wanted, _class_names(schema, label))
+    return ParquetSource(store, picture, label, wanted, _class_names(schema, label), labelled)
 
 
 def _open(store: Store, name: str, size: int) -> Any:
@@ -122,6 +161,17 @@ def _picture_column(schema: Any) -> str | None:
     usable = [name for name in schema.names if holds_bytes(name)]
     named = [name for name in PICTURES if name in usable]
     return (named or usable or [None])[0]
+
+
+def _label_column(schema: Any) -> str | None:
+    kinds = ("int", "uint", "string", "large_string", "dictionary", "double", "float", "bool")
+    return next((n for n in LABEL_KEYS if n in schema.names and str(schema.field(n).type).startswith(kinds)), None)
+
+
+def _said(label: str | None, classes: tuple[str, ...]) -> str:
+    if label is None:
+        return "no labels"
+    return f"labels '{label}'" + (f" of {len(classes)} names ({', '.join(classes[:3])}, …)" if classes else "")
 
 
 def _class_names(schema: Any, label: str | None) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ import json
 import tarfile
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
@@ -23,22 +24,27 @@ from pathlib import Path
 
 import numpy as np
 
-from ibq_scale.data.encode import UnusableError, UnwantedError, encode_picture
-from ibq_scale.data.filters import Condition, all_hold, check_columns, parse_conditions
+from ibq_scale.data.encode import Encoding, Picture, UnusableError, UnwantedError, encode_picture
+from ibq_scale.data.filters import all_hold, parse_conditions
 from ibq_scale.data.folder import Store
 from ibq_scale.data.index import INDEX_VERSION, Member, Reject, ShardIndex, index_name
 from ibq_scale.data.jobs import Report, run_jobs
-from ibq_scale.data.labels import Labels, label_of, look_at_labels
+from ibq_scale.data.labels import Group, Labels
+from ibq_scale.data.look import REJECTS, describe_source, look_at
 from ibq_scale.data.manifest import Manifest, ShardInfo, save_manifest
+from ibq_scale.data.pixel_rules import RULES, PixelRules
 from ibq_scale.data.progress import Progress
 from ibq_scale.data.samples import Sample, Source, Unit
-from ibq_scale.data.sources import open_source
+from ibq_scale.data.seen import Met, Seen, by_reason
+from ibq_scale.data.sources import Opened
 from ibq_scale.data.store import open_store
+from ibq_scale.data.survey import Survey
+from ibq_scale.data.tars import Naming
 from ibq_scale.errors import UserError
+from ibq_scale.names import expand_home
 
 # Part of every plan: shards of another way of making them are not taken over.
-PLAN_VERSION = 2
-REJECTS = "rejects.jsonl"
+PLAN_VERSION = 3
 REPORT_EVERY = 32
 
 _Item = tuple[tuple[int, int], Sample | Reject]
@@ -58,6 +64,7 @@ class PrepareReport:
     rejected: int
     bytes: int
     manifest: str
+    seen: Seen
 
 
 @dataclass(frozen=True)
@@ -65,10 +72,10 @@ class Options:
     """What decides a shard's bytes, beside its pictures."""
 
     shard_bytes: int
-    size: int | None
-    conditions: tuple[Condition, ...]
+    encoding: Encoding
     seed: int
     labels: Labels
+    naming: Naming
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,9 @@ class JobDone:
     reused_shards: int
     filtered: int
     rejects: tuple[Reject, ...]
-    largest_label: int
+    counts: Counter[int]
+    """Samples by class number."""
+    met: Met
 
 
 def prepare_images(
@@ -102,62 +111,72 @@ def prepare_images(
     size: int | None = None,
     where: Sequence[str] = (),
     seed: int = 0,
+    naming: Naming | None = None,
+    classes: str | None = None,
+    max_aspect: float = 0.0,
+    rules: PixelRules = RULES,
 ) -> PrepareReport:
     """Writes the pictures of an ImageFolder, of webdataset tars or of parquet files as a data set at `to`.
 
     Pictures keep their bytes unless `size` asks for a shortest side of that many pixels (JPEG, quality 95). `where`
     are conditions on the picture's width, height and aspect and on columns: what fails one is counted and left out.
-    Without labels all are of one class. A shard holds at most `shard_bytes` of pictures, and of input.
-    UserError where the source is missing or unusable, or nothing is left of it.
+    `naming` says where pictures and labels are, where the source leaves that open; `classes` is a data set whose
+    classes and numbers are taken. Without labels all are of one class. A shard holds at most `shard_bytes` of
+    pictures, and of input. UserError where the source is missing, unusable or ambiguous, or nothing is left of it.
     """
     conditions = parse_conditions(where)
     if f"{_plain(to)}/".startswith(f"{_plain(str(source))}/"):
         raise UserError(f"{to} lies inside the source: a second run would read what the first one wrote")
-    opened, units = open_source(str(source), [c.name for c in conditions if not c.of_picture])
-    first = first_sample(opened, units)
-    if first is None:
-        raise UserError(f"{source} holds no pictures: not one sample with a picture was found")
-    check_columns(conditions, first.columns)
-    labels = look_at_labels(first.label, opened.classes)
-    options = Options(shard_bytes, size, conditions, seed, labels)
+    opened, found = look_at(str(source), conditions, naming, classes=classes, workers=workers)
+    encoding = Encoding(size, conditions, max_aspect, rules)
+    options = Options(shard_bytes, encoding, seed, found.labels, naming or Naming())
+    units = opened.units
     order = np.argsort(np.random.Philox(key=seed).random_raw(len(units)), kind="stable")
     parts = _cut([units[i] for i in order], shard_bytes)
-    jobs = (_Job(opened, part, to, number, options) for number, part in enumerate(parts))
+    jobs = (_Job(found.source, part, to, number, options) for number, part in enumerate(parts))
     store = open_store(to)
     # The first upload finds out about a missing bucket before hours of work.
     store.write(REJECTS, b"")
     progress = Progress("prepare", sum(unit.bytes for unit in units))
-    return finish(store, run_jobs(_write_job, jobs, workers=workers, progress=progress), labels, str(source))
+    return finish(store, run_jobs(_write_job, jobs, workers=workers, progress=progress), opened, found, rules)
 
 
 def _plain(url: str) -> str:
     """One spelling of a URL or path."""
     if url.startswith("s3://"):
         return url.rstrip("/")
-    return str(Path(url.removeprefix("file://")).resolve())
+    return str(expand_home(url.removeprefix("file://")).resolve())
 
 
-def finish(store: Store, jobs: Iterable[JobDone], labels: Labels, source: str) -> PrepareReport:
+def finish(store: Store, jobs: Iterable[JobDone], opened: Opened, found: Survey, rules: PixelRules) -> PrepareReport:
     """Waits for all jobs, then writes the rejects and, last, the manifest. UserError where no sample is left."""
     shards: list[ShardInfo] = []
     reused = filtered = rejected = 0
-    largest_label = 0
-    with tempfile.NamedTemporaryFile("w", suffix=f"-{REJECTS}") as rejects:
+    counts: Counter[int] = Counter()
+    met = Met()
+    left_out = dict(opened.left_out)
+    with tempfile.NamedTemporaryFile("w", suffix=f"-{REJECTS}", encoding="utf-8") as rejects:
         for done in jobs:
             shards += done.shards
             reused += done.reused_shards
             filtered += done.filtered
             rejected += len(done.rejects)
-            largest_label = max(largest_label, done.largest_label)
+            counts += done.counts
+            met.join(done.met)
+            by_reason(done.rejects, left_out)
             rejects.writelines(json.dumps(asdict(reject)) + "\n" for reject in done.rejects)
         rejects.flush()
         store.upload(Path(rejects.name), REJECTS)
     if not shards:
         raise UserError(
-            f"{source}: no picture is left: {rejected} are unusable (see {store.url}/{REJECTS}), "
+            f"{opened.listing.url}: no picture is left: {rejected} are unusable (see {store.url}/{REJECTS}), "
             f"{filtered} fail a condition"
         )
-    manifest = Manifest(kind="images", shards=tuple(shards), classes=labels.class_names(largest_label))
+    if filtered:
+        left_out["fail a condition"] = Group(filtered)
+    seen = describe_source(opened, found, counts, left_out, met)
+    classes = found.labels.class_names
+    manifest = Manifest(kind="images", shards=tuple(shards), classes=classes, pixels=rules, seen=seen)
     save_manifest(store, manifest)
     return PrepareReport(
         url=store.url,
@@ -169,13 +188,8 @@ def finish(store: Store, jobs: Iterable[JobDone], labels: Labels, source: str) -
         rejected=rejected,
         bytes=sum(shard.bytes for shard in shards),
         manifest=manifest.hash,
+        seen=seen,
     )
-
-
-def first_sample(source: Source, units: Sequence[Unit]) -> Sample | None:
-    """The first that is not rejected: by it labels and columns are judged."""
-    samples = (item for unit in units for _, item in source.read(unit, 0))
-    return next((item for item in samples if isinstance(item, Sample)), None)
 
 
 def _cut(units: Sequence[Unit], shard_bytes: int) -> Iterator[tuple[Unit, ...]]:
@@ -197,7 +211,9 @@ def _write_job(job: _Job, report: Report) -> JobDone:
     reader, meter = _Reader(job), Meter(report)
     indices: list[ShardInfo] = []
     rejects: list[Reject] = []
-    reused = filtered = largest_label = 0
+    reused = filtered = 0
+    counts: Counter[int] = Counter()
+    met = Met()
     start: tuple[int, int] | None = (0, 0)
     number = 0
     while start is not None:
@@ -210,12 +226,13 @@ def _write_job(job: _Job, report: Report) -> JobDone:
             reused += 1
         if index.members:
             indices.append(shard_info(name, index))
-            largest_label = max(largest_label, *(member.label for member in index.members))
+            counts.update(member.label for member in index.members)
+            met.join(met_of(index))
         rejects += index.rejects
         filtered += index.filtered
         start, number = index.after, number + 1
     meter.close(sum(unit.bytes for unit in job.units))
-    return JobDone(tuple(indices), reused, filtered, tuple(rejects), largest_label)
+    return JobDone(tuple(indices), reused, filtered, tuple(rejects), counts, met)
 
 
 def shard_info(name: str, index: ShardIndex) -> ShardInfo:
@@ -227,6 +244,13 @@ def shard_info(name: str, index: ShardIndex) -> ShardInfo:
         sha256=index.sha256,
         index_sha256=hashlib.sha256(index.to_json().encode()).hexdigest(),
     )
+
+
+def met_of(index: ShardIndex) -> Met:
+    """Formats, modes and sizes of a shard's pictures, which its index keeps."""
+    values = index.met or {}
+    formats, modes = (Counter(values.get(name, {})) for name in ("formats", "modes"))
+    return Met(formats, modes, list(values.get("sides", ())))
 
 
 def _name(job: int, number: int) -> str:
@@ -277,8 +301,7 @@ class Meter:
 
 @dataclass(frozen=True)
 class _Encoded:
-    picture: bytes
-    extension: str
+    picture: Picture
     label: int
     source: str
 
@@ -287,6 +310,9 @@ def _write_shard(
     store: Store, name: str, job: _Job, number: int, start: tuple[int, int], reader: _Reader, meter: Meter
 ) -> ShardIndex:
     samples, index = _fill(job.options, reader, start, meter)
+    met = Met()
+    for sample in samples:
+        met.add(sample.picture)
     draws = np.random.Philox(key=job.options.seed, counter=(job.number << 64) | (number + 1)).random_raw(len(samples))
     shuffled = [samples[i] for i in np.argsort(draws, kind="stable")]
     samples.clear()
@@ -297,6 +323,7 @@ def _write_shard(
         bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
         members=tuple(members),
+        met=met.values() if members else None,
     )
     if members:
         store.write(name, data)
@@ -321,7 +348,7 @@ def _fill(options: Options, reader: _Reader, start: tuple[int, int], meter: Mete
         except UnwantedError:
             filtered += 1
         else:
-            total += len(sample.picture)
+            total += len(sample.picture.data)
             if samples and total > options.shard_bytes:
                 after = position
                 break
@@ -356,11 +383,10 @@ class _Reader:
 
 
 def _encode(sample: Sample, options: Options) -> _Encoded:
-    if not all_hold(options.conditions, sample.columns):
+    if not all_hold(options.encoding.conditions, sample.columns):
         raise UnwantedError
-    label = label_of(sample.label, options.labels)
-    picture, extension = encode_picture(sample.picture, options.size, options.conditions)
-    return _Encoded(picture, extension, label, sample.name)
+    label = options.labels.number_of(sample.label)
+    return _Encoded(encode_picture(sample.picture, options.encoding), label, sample.name)
 
 
 def _pack(samples: list[_Encoded], prefix: str) -> tuple[bytes, list[Member]]:
@@ -368,21 +394,30 @@ def _pack(samples: list[_Encoded], prefix: str) -> tuple[bytes, list[Member]]:
     buffer = io.BytesIO()
     members = []
     samples.reverse()
-    with tarfile.open(fileobj=buffer, mode="w:", format=tarfile.USTAR_FORMAT) as tar:
-        for row in range(len(samples)):
-            sample = samples.pop()
-            key = f"{prefix}-{row:06d}"
-            _add(tar, f"{key}.cls", str(sample.label).encode())
-            # A header of one block, then the content.
-            offset = tar.offset + tarfile.BLOCKSIZE
-            _add(tar, f"{key}.{sample.extension}", sample.picture)
-            crc = zlib.crc32(sample.picture)
-            members.append(Member(key, offset, len(sample.picture), crc, sample.label, sample.source))
+    for row in range(len(samples)):
+        sample = samples.pop()
+        key = f"{prefix}-{row:06d}"
+        _add(buffer, f"{key}.cls", str(sample.label).encode())
+        data = sample.picture.data
+        offset = _add(buffer, f"{key}.{sample.picture.extension}", data)
+        members.append(Member(key, offset, len(data), zlib.crc32(data), sample.label, sample.source))
+    # Two empty blocks are its end, and a tar is of whole records.
+    _pad(buffer, buffer.tell() + 2 * tarfile.BLOCKSIZE, tarfile.RECORDSIZE)
     return buffer.getvalue(), members
 
 
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    """TarInfo's defaults name no time and no user, so a re-run writes the same bytes."""
+def _add(buffer: io.BytesIO, name: str, data: bytes) -> int:
+    """Where the content begins. TarInfo's defaults name no time and no user, so a re-run writes the same bytes."""
     info = tarfile.TarInfo(name)
     info.size = len(data)
-    tar.addfile(info, io.BytesIO(data))
+    # Of one block: the names are ours.
+    buffer.write(info.tobuf(tarfile.USTAR_FORMAT))
+    offset = buffer.tell()
+    buffer.write(data)
+    _pad(buffer, buffer.tell(), tarfile.BLOCKSIZE)
+    return offset
+
+
+def _pad(buffer: io.BytesIO, least: int, block: int) -> None:
+    """Zeros up to `least` bytes, in whole blocks."""
+    buffer.write(bytes(-(-least // block) * block - buffer.tell()))

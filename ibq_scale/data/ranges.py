@@ -14,10 +14,11 @@ BLOCKS_IN_MEMORY = 4
 
 
 class RangeReader(io.RawIOBase):
-    """Reads `name` of `size` bytes by ranges of 4 MiB, the last four kept."""
+    """Reads `name` of `size` bytes by ranges of `block` bytes (4 MiB), the last four kept."""
 
-    def __init__(self, store: Store, name: str, size: int) -> None:
+    def __init__(self, store: Store, name: str, size: int, block: int | None = None) -> None:
         self.size = size
+        self._block_size = block or BLOCK
         self._store = store
         self._name = name
         self._position = 0
@@ -28,7 +29,7 @@ class RangeReader(io.RawIOBase):
         stop = self.size if size is None or size < 0 else min(self._position + size, self.size)
         parts = []
         while self._position < stop:
-            number, start = divmod(self._position, BLOCK)
+            number, start = divmod(self._position, self._block_size)
             part = self._block(number)[start : start + stop - self._position]
             parts.append(part)
             self._position += len(part)
@@ -64,8 +65,8 @@ class RangeReader(io.RawIOBase):
         return self._blocks[number]
 
     def _load(self, number: int) -> bytes:
-        start = number * BLOCK
-        return self._store.read_range(self._name, start, min(start + BLOCK, self.size))
+        start = number * self._block_size
+        return self._store.read_range(self._name, start, min(start + self._block_size, self.size))
 
 
 class HashingReader(RangeReader):
@@ -78,7 +79,7 @@ class HashingReader(RangeReader):
 
     def sha256(self) -> str:
         """Of the whole file (hex); reads what is left of it."""
-        self._hash_before(-(-self.size // BLOCK))
+        self._hash_before(-(-self.size // self._block_size))
         return self._digest.hexdigest()
 
     def _load(self, number: int) -> bytes:

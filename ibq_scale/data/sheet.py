@@ -9,14 +9,16 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ibq_scale.data.convert import to_rgb
 from ibq_scale.data.describe import Picked
+from ibq_scale.data.pixel_rules import RULES, PixelRules
 from ibq_scale.errors import UserError
 
 CELL, GAP, LINE = 160, 12, 15
 GROUND, INK, FAINT = (255, 255, 255), (20, 20, 20), (120, 120, 120)
 
 
-def save_sheet(path: Path, picked: Sequence[Picked], classes: Sequence[str]) -> None:
+def save_sheet(path: Path, picked: Sequence[Picked], classes: Sequence[str], rules: PixelRules = RULES) -> None:
     """Draws `picked` in rows, as square as the count allows, into a PNG file. UserError where it cannot be written."""
     columns = math.ceil(math.sqrt(len(picked)))
     rows = math.ceil(len(picked) / columns)
@@ -28,7 +30,7 @@ def save_sheet(path: Path, picked: Sequence[Picked], classes: Sequence[str]) -> 
         left, top = i % columns * step[0] + GAP, i // columns * step[1] + GAP
         with Image.open(io.BytesIO(sample.picture)) as image:
             image.draft("RGB", (CELL, CELL))
-            small = image.convert("RGB")
+            small = to_rgb(image, rules)
         small.thumbnail((CELL, CELL))
         sheet.paste(small, (left, top + CELL - small.height))
         name = _fitting(classes[sample.member.label], font, draw)

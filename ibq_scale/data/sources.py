@@ -1,4 +1,4 @@
-"""Where pictures come from: a folder, webdataset tars or parquet, told apart by what is there.
+"""Where pictures come from: a folder, webdataset tars or parquet, told apart by all that is there.
 
 A source divides itself into units of work, in an order that depends on nothing but the names. A unit is read from any
 position on, one sample at a time, so that no more than a sample is in memory and a stopped run need not begin again.
@@ -7,129 +7,113 @@ position on, one sample at a time, so that no more than a sample is in memory an
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
-from ibq_scale.data.folder import Store, UnreadableError
-from ibq_scale.data.index import Reject
+from ibq_scale.data.index import ADOPTED
+from ibq_scale.data.labels import Group
+from ibq_scale.data.listing import ARCHIVES, PARQUET, TAR, WANTED, Listing, is_picture_name, list_files
+from ibq_scale.data.manifest import NAME, load_manifest
 from ibq_scale.data.parquet import open_parquet
-from ibq_scale.data.samples import Sample, Source, Unit
-from ibq_scale.data.store import open_store
-from ibq_scale.data.tars import TarSource
+from ibq_scale.data.pictures import open_folder
+from ibq_scale.data.samples import Source, Unit
+from ibq_scale.data.tables import ENDINGS, find_table
+from ibq_scale.data.tars import BY_FOLDER, NO_LABEL, Naming, TarSource
+from ibq_scale.data.verify import load_index
 from ibq_scale.errors import UserError
 
-WANTED = "give an ImageFolder (one sub-folder a class), webdataset tars, or parquet files with pictures"
-_PATTERN = re.compile(r"[*?\[{]")
+SPLIT_NAMES = {
+    "train": {"train", "training"},
+    "validation": {"val", "valid", "validation", "dev"},
+    "test": {"test", "testing"},
+}
 
 
 class Opened(NamedTuple):
     source: Source
     units: list[Unit]
+    listing: Listing
+    left_out: dict[str, Group]
 
 
-def open_source(url: str, columns: Collection[str] = ()) -> Opened:
+def open_source(url: str, columns: Collection[str] = (), naming: Naming | None = None) -> Opened:
     """The source at a folder, file, glob or brace pattern, local or in S3; `columns` are those that conditions name.
 
-    UserError where nothing is there, or nothing that holds pictures.
+    UserError where nothing is there, or nothing that holds pictures, or several forms of them.
     """
-    store, files = find_files(url)
-    tars = _ending(files, ".tar")
-    parquet = _ending(files, ".parquet")
+    listing = list_files(url)
+    naming = naming or Naming()
+    tars, parquet = listing.ending(TAR), listing.ending(PARQUET)
+    archives = listing.ending(*ARCHIVES)
+    pictures = {name: size for name, size in listing.files.items() if is_picture_name(name)}
+    left_out = dict(listing.left_out)
+    _refuse_several(listing, tars, parquet, pictures, archives)
+    _refuse_splits(listing, tars)
     source: Source
-    # img2dataset leaves a parquet file without pictures beside each tar.
+    files = dict(listing.files)
     if tars:
-        source, files = TarSource(store), tars
+        source, files = TarSource(listing.store, naming, classes=_names_of_prepared(listing, tars)), tars
+        # img2dataset leaves a parquet file without pictures beside each tar.
+        _add(left_out, "parquet files beside tars", parquet)
     elif parquet:
-        source, files = open_parquet(store, parquet, columns), parquet
+        source, files = open_parquet(listing.store, parquet, columns, naming.label), parquet
     else:
-        source = _folder(store, files)
+        own = (None, NO_LABEL, BY_FOLDER)
+        table = None if naming.label in own[1:] else find_table(listing, naming.label)
+        source, more = open_folder(listing, naming.label, table)
+        left_out |= more
+        aside = {*archives, *(name for name in listing.ending(*ENDINGS) if "/" not in name)}
+        files = {name: size for name, size in files.items() if name not in aside}
+        _add(left_out, "archives", archives)
     units = source.units(files)
     if not units:
+        if archives:
+            raise UserError(f"{url} holds {', '.join(list(archives)[:3])}: unpack compressed archives first")
         raise UserError(f"{url} holds no pictures: {WANTED}")
-    return Opened(source, units)
+    return Opened(source, units, listing, left_out)
 
 
-def find_files(url: str) -> tuple[Store, dict[str, int]]:
-    """The files (bytes by path under the store) that a folder, file, glob or brace pattern names, hidden ones left out.
-
-    UserError where there is no such folder or file.
-    """
-    root, pattern = _split(url)
-    store = open_store(root, links=True)
+def _names_of_prepared(listing: Listing, tars: Mapping[str, int]) -> tuple[str, ...]:
+    """The classes' names, where these are the shards of a prepared set: its tars have the numbers only."""
+    if NAME not in listing.files:
+        return ()
     try:
-        files = {n: b for n, b in store.files().items() if not any(p.startswith(".") for p in n.split("/"))}
-    except FileNotFoundError:
-        raise UserError(f"{root} is no folder: {WANTED}") from None
-    if not pattern:
-        return store, files
-    found: dict[str, int] = {}
-    for name in _expand(pattern):
-        # Braces give thousands of plain names: those are looked up.
-        matched = {
-            f: files[f] for f in (files if _PATTERN.search(name) else {name} & files.keys()) if _matches(f, name)
-        }
-        if not matched:
-            raise UserError(f"{root}/{name} does not exist")
-        found |= matched
-    return store, dict(sorted(found.items()))
+        manifest = load_manifest(listing.store, "images")
+        index = load_index(listing.store, manifest.shards[0])
+    except (UserError, IndexError):
+        return ()
+    own = {shard.name for shard in manifest.shards} >= set(tars) and not index.plan.startswith(ADOPTED)
+    return manifest.classes if own else ()
 
 
-def _split(url: str) -> tuple[str, str]:
-    """A URL's folder, and the pattern or file name below it ("" for a folder)."""
-    scheme, separator, path = url.rpartition("://")
-    parts = path.split("/")
-    first = next((i for i, part in enumerate(parts) if _PATTERN.search(part)), len(parts))
-    # A folder may be called anything, x.tar too.
-    if first == len(parts) and path.endswith((".tar", ".parquet")) and not Path(path).is_dir():
-        first -= 1
-    root = "/".join(parts[:first]) or ("/" if path.startswith("/") else ".")
-    return f"{scheme}{separator}{root}", "/".join(parts[first:])
+def _add(left_out: dict[str, Group], reason: str, names: Collection[str]) -> None:
+    for name in names:
+        left_out.setdefault(reason, Group()).add(name)
 
 
-def _expand(pattern: str) -> list[str]:
-    if "{" not in pattern:
-        return [pattern]
-    from webdataset.shardlists import expand_urls
-
-    try:
-        names: list[str] = expand_urls(pattern)
-    except ValueError as e:
-        raise UserError(f"'{pattern}' is no pattern ({e}): write, e.g., '{{00000..00099}}.tar' or '*.tar'") from None
-    return names
-
-
-def _matches(name: str, pattern: str) -> bool:
-    """As in a shell: a star does not cross folders."""
-    path = PurePosixPath(name)
-    return len(path.parts) == len(PurePosixPath(pattern).parts) and path.match(pattern)
+def _refuse_splits(listing: Listing, files: Collection[str]) -> None:
+    """Tars of training and validation together: nobody means to train on both."""
+    splits: dict[str, str] = {}
+    for name in files:
+        words = re.split(r"[^a-z]+", name.lower())
+        split = next((kind for kind, called in SPLIT_NAMES.items() if called & set(words)), None)
+        if split is not None:
+            splits.setdefault(split, name)
+    if len(splits) > 1:
+        raise UserError(
+            f"{listing.url} holds the splits {', '.join(splits)} ({', '.join(splits.values())}): name the files of "
+            "one, by a folder or a 'pattern'"
+        )
 
 
-def _ending(files: Mapping[str, int], suffix: str) -> dict[str, int]:
-    return {name: size for name, size in files.items() if name.endswith(suffix)}
-
-
-def _folder(store: Store, files: Mapping[str, int]) -> FolderSource:
-    return FolderSource(store, tuple(sorted({name.split("/")[0] for name in files if "/" in name})))
-
-
-@dataclass(frozen=True)
-class FolderSource:
-    """An ImageFolder: a sub-folder a class, in the order of their names. A flat folder has no classes."""
-
-    store: Store
-    classes: tuple[str, ...]
-
-    def units(self, files: Mapping[str, int]) -> list[Unit]:
-        """A file each. Beside class folders, loose files are no pictures of any class."""
-        return [Unit(name, 0, size) for name, size in files.items() if "/" in name or not self.classes]
-
-    def read(self, unit: Unit, start: int) -> Iterator[tuple[int, Sample | Reject]]:
-        label = self.classes.index(unit.file.split("/")[0]) if self.classes else None
-        try:
-            data = self.store.read(unit.file)
-        except UnreadableError as e:
-            yield 0, Reject(unit.file, str(e))
-        else:
-            yield 0, Sample(unit.file, data, label, {})
+def _refuse_several(listing: Listing, *forms: Collection[str]) -> None:
+    """Tars beside class folders that they were unpacked to: which of them are meant, nobody can know."""
+    tars, parquet, pictures, archives = forms
+    halves = [("tars", tars, "*.tar"), ("compressed archives", archives if tars else (), "")]
+    halves += [("parquet files", () if tars else parquet, "*.parquet"), ("pictures", pictures, "*/*")]
+    there = [(what, list(names), pattern) for what, names, pattern in halves if names]
+    if len(there) < 2:
+        return
+    said = " and ".join(f"{len(names):,} {what} ({', '.join(names[:3])})" for what, names, _ in there)
+    ways = " or ".join(f"'{listing.url}/{pattern}'" for _, _, pattern in there if pattern)
+    raise UserError(f"{listing.url} holds {said}: say which, like {ways}, or move the others away")

@@ -40,6 +40,7 @@ from ibq_scale.data.s3_errors import (
     unreachable,
 )
 from ibq_scale.errors import StoreUnavailableError, UserError
+from ibq_scale.names import expand_home
 
 T = TypeVar("T")
 # For one request with its repetitions, from the first try on.
@@ -327,4 +328,4 @@ def open_store(url: str, *, links: bool = False) -> Store:
     scheme, separator, rest = url.partition("://")
     if separator and scheme != "file":
         raise UserError(f"'{url}': unknown scheme '{scheme}': write a path, file:// or s3://bucket/prefix")
-    return LocalStore(Path(rest if separator else url), links=links)
+    return LocalStore(expand_home(rest if separator else url), links=links)

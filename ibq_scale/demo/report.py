@@ -34,7 +34,7 @@ def write_demo_report(demo: Demo) -> dict[str, Any]:
     photographs, held_out = _Photographs(IMAGES, resolution), _Photographs(HELD_OUT, resolution)
     samples = _samples(demo.to / "samples" / SAMPLES)
     facts = _facts(demo, ar) | {"samples_recognised": photographs.recognised(*samples)}
-    (demo.to / "report.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (demo.to / "report.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     sections = [
         _summary(facts),
         _collapse(demo, ibq, vq),

@@ -90,7 +90,12 @@ def _command(demo: Demo, name: str, words: list[str]) -> None:
     with _timed(demo, name, shown):
         print(f"\n$ {shown}", file=sys.stderr, flush=True)
         process = subprocess.run(
-            [sys.executable, "-m", "ibq_scale", *words], stdout=subprocess.PIPE, text=True, check=False
+            [sys.executable, "-m", "ibq_scale", *words],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=False,
+            encoding="utf-8",
+            errors="replace",
         )
         if process.returncode:
             raise StageFailedError(f"'{shown}' ended with exit code {process.returncode}")

@@ -169,7 +169,7 @@ def _ranks_here(world: World) -> tuple[int, ...]:
 
 def _host_memory() -> int:
     """Bytes that programs may still have without swapping."""
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="utf-8"), re.MULTILINE)
     return int(found[1]) << 10 if found else LEAST_HOST_BYTES
 
 

@@ -41,13 +41,13 @@ class Faults:
         # The failure itself is being told; that it cannot be written down as well changes nothing.
         with suppress(OSError):
             run_dir.mkdir(parents=True, exist_ok=True)
-            (run_dir / FILE).write_text(json.dumps(found, indent=1) + "\n")
+            (run_dir / FILE).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def recorded(run_dir: Path) -> Faults | None:
     """What this attempt of this job has recorded; None where its nodes passed."""
     try:
-        found = json.loads((run_dir / FILE).read_text())
+        found = json.loads((run_dir / FILE).read_text(encoding="utf-8"))
         if found["attempt"] == attempt():
             return Faults(dict(found["nodes"]), int(found["of"]))
     except (OSError, ValueError, KeyError, TypeError):

@@ -70,7 +70,7 @@ def leave(error: Exception, code: int) -> bool:
     path = folder / f"rank-{failure.rank:05d}.json"
     try:
         part = path.with_suffix(".part")
-        part.write_text(json.dumps(asdict(failure)))
+        part.write_text(json.dumps(asdict(failure)), encoding="utf-8")
         part.replace(path)
     except OSError:
         return False
@@ -103,7 +103,7 @@ def _leave_with_torchrun(path: Path, error: Exception) -> None:
     trace = "".join(traceback.format_exception(error))
     extra = {"py_callstack": trace, "timestamp": str(int(time.time()))}
     with suppress(OSError):
-        path.write_text(json.dumps({"message": {"message": describe(error), "extraInfo": extra}}))
+        path.write_text(json.dumps({"message": {"message": describe(error), "extraInfo": extra}}), encoding="utf-8")
 
 
 def _follows(error: Exception) -> bool:
@@ -132,7 +132,7 @@ def collect(folder: Path) -> list[Failure]:
     found = []
     for path in sorted(folder.glob("rank-*.json")):
         with suppress(OSError, ValueError, TypeError):
-            found.append(Failure(**json.loads(path.read_text())))
+            found.append(Failure(**json.loads(path.read_text(encoding="utf-8"))))
     return sorted(found, key=lambda f: (f.follows, f.time, f.rank))
 
 

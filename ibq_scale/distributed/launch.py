@@ -39,7 +39,15 @@ def default_ranks() -> int:
     if visible is not None:
         return max(1, len([d for d in visible.split(",") if d.strip()]))
     try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=False)
+        listed = subprocess.run(
+            ["nvidia-smi", "-L"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=False,
+            encoding="utf-8",
+            errors="replace",
+        )
     except (OSError, subprocess.TimeoutExpired):
         return 1
     return max(1, listed.stdout.count("GPU "))

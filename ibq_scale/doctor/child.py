@@ -33,7 +33,7 @@ def main(name: str, seconds: str, answer: str) -> None:
     except Exception as e:
         said = f"the check itself failed: {type(e).__name__}: {first(str(e))}"
         lines = [fail("", said, "report it; the other lines stand")]
-    Path(answer).write_text(json.dumps([asdict(line) for line in lines]))
+    Path(answer).write_text(json.dumps([asdict(line) for line in lines]), encoding="utf-8")
     sys.stdout.flush()
     # Libraries' own threads and farewells may hang or abort; nothing of theirs is needed.
     os._exit(0)

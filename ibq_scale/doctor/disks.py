@@ -102,7 +102,7 @@ def file_system(path: Path) -> str:
     """The kind of file system of a path, as the kernel names it."""
     here = existing(path).resolve()
     best, kind = "", "unknown file system"
-    for line in Path("/proc/self/mounts").read_text().splitlines():
+    for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines():
         _, mount, of, *_ = line.split(" ")
         mount = mount.replace("\\040", " ")
         if here.is_relative_to(mount) and len(mount) >= len(best):

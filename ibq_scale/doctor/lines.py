@@ -48,7 +48,14 @@ def ask(*words: str, seconds: float = TOOL_SECONDS) -> tuple[int, str]:
     Code 124 where it gave no answer in time.
     """
     try:
-        done = subprocess.run(words, capture_output=True, text=True, errors="replace", timeout=seconds, check=False)
+        done = subprocess.run(
+            words,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=seconds,
+            check=False,
+        )
     except subprocess.TimeoutExpired:
         return 124, f"no answer within {seconds:.0f} s"
     return done.returncode, "\n".join(text.strip() for text in (done.stdout, done.stderr) if text.strip())

@@ -36,10 +36,13 @@ def _cores() -> Line:
 
 def _limits() -> list[int]:
     """What control groups allow of the memory: this process's own one, and those above it."""
-    own = [line.partition("::")[2].strip("/") for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    own = [
+        line.partition("::")[2].strip("/")
+        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    ]
     folder = CGROUPS / next(filter(None, own), "")
     files = [above / "memory.max" for above in (folder, *folder.parents) if above.is_relative_to(CGROUPS)]
-    texts = [path.read_text().strip() for path in files if path.is_file()]
+    texts = [path.read_text(encoding="utf-8").strip() for path in files if path.is_file()]
     return [int(text) for text in texts if text.isdigit()]
 
 
@@ -73,7 +76,10 @@ def _infiniband() -> list[Line]:
     ports = sorted(INFINIBAND.glob("*/ports/*/state")) if INFINIBAND.is_dir() else []
     if not ports:
         return []
-    states = {f"{path.parts[-4]}:{path.parts[-2]}": path.read_text().strip().rpartition(" ")[2] for path in ports}
+    states = {
+        f"{path.parts[-4]}:{path.parts[-2]}": path.read_text(encoding="utf-8").strip().rpartition(" ")[2]
+        for path in ports
+    }
     down = [name for name, state in states.items() if state != "ACTIVE"]
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if locked != resource.RLIM_INFINITY:

@@ -63,7 +63,7 @@ def examine(subject: Subject, checks: Sequence[Check] = CHECKS) -> Iterator[Line
         running: dict[Check, _Child] = {}
         # Files and no pipes: something that a check started may hold a pipe open after its end.
         asked = Path(folder) / "subject.json"
-        asked.write_text(json.dumps(asdict(subject)))
+        asked.write_text(json.dumps(asdict(subject)), encoding="utf-8")
         try:
             for check in due:
                 if not check.alone:
@@ -86,7 +86,7 @@ class _Child:
         self._said = asked.parent / f"{check.function}.log"
         self._deadline = time.monotonic() + check.seconds
         words = [sys.executable, "-m", "ibq_scale.doctor.child", check.function, str(check.seconds), str(self._answer)]
-        with asked.open() as given, self._said.open("w") as said:
+        with asked.open(encoding="utf-8") as given, self._said.open("w", encoding="utf-8") as said:
             self._process = subprocess.Popen(
                 words,
                 stdin=given,
@@ -111,7 +111,7 @@ class _Child:
             todo = "something there hangs: a network file system, a driver, a server that does not answer"
             return [fail(what, f"no answer within {self.check.seconds:.0f} s", todo)]
         try:
-            found = [Line(**line) for line in json.loads(self._answer.read_text())]
+            found = [Line(**line) for line in json.loads(self._answer.read_text(encoding="utf-8"))]
         except (OSError, ValueError):
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             return [
@@ -120,7 +120,11 @@ class _Child:
         return [line if line.what else Line(line.state, what, line.seen, line.todo) for line in found]
 
     def _last_words(self) -> str:
-        said = self._said.read_text(errors="replace").strip().splitlines() if self._said.is_file() else []
+        said = (
+            self._said.read_text(errors="replace", encoding="utf-8").strip().splitlines()
+            if self._said.is_file()
+            else []
+        )
         return f": {said[-1].strip()}" if said else ""
 
     def end(self) -> None:

@@ -69,7 +69,7 @@ def _bounds() -> tuple[str, list[str]]:
     """Python's and the packages' bounds: the checkout's, else those that were installed with the program."""
     checkout = Path(__file__).parents[2] / "pyproject.toml"
     if checkout.is_file():
-        project = tomllib.loads(checkout.read_text())["project"]
+        project = tomllib.loads(checkout.read_text(encoding="utf-8"))["project"]
         wanted = [*project["dependencies"], *project["optional-dependencies"][TRAINING]]
         return project["requires-python"], wanted
     own = metadata.distribution("ibq-scale")

@@ -14,13 +14,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from ibq_scale.data.convert import decode
+from ibq_scale.data.listing import is_picture_name, list_files
 from ibq_scale.data.manifest import NAME, load_manifest
 from ibq_scale.data.stream import evaluation_images, shares
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from ibq_scale.generate.names import SAMPLES
+from ibq_scale.names import expand_home
 
-ENDINGS = {".png", ".jpg", ".jpeg", ".webp"}
 Size = tuple[int, int]
 """Height and width in pixels."""
 
@@ -87,10 +89,10 @@ class _ReadImages(ImageSet):
 
 
 class FolderImages(_ReadImages):
-    """PNG, JPEG or WebP files of one size, at any depth, by their names."""
+    """Picture files of one size, at any depth, by their names; those that `list_files` lists."""
 
     def __init__(self, folder: Path, limit: int | None) -> None:
-        self.files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS)[:limit]
+        self.files = [folder / name for name in list_files(str(folder)).files if is_picture_name(name)][:limit]
         if not self.files:
             raise UserError(f"{folder} holds no pictures, no {SAMPLES} and no {NAME}: there is nothing to measure")
         first = _picture(self.files[0])
@@ -169,7 +171,7 @@ def open_images(source: str, size: Size | None, limit: int | None = None) -> Ima
 
     UserError where there are none, or of another size.
     """
-    path = Path(source)
+    path = expand_home(source)
     prepared = "://" in source or (path / NAME).is_file()
     images: ImageSet
     if prepared:
@@ -196,7 +198,6 @@ def open_images(source: str, size: Size | None, limit: int | None = None) -> Ima
 
 def _picture(path: Path) -> NDArray[np.uint8]:
     try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError) as e:
+        return decode(path.read_bytes(), None)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         raise UserError(f"{path} is no picture: {e}") from None

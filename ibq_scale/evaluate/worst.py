@@ -36,7 +36,7 @@ def write_images(
     worst = torch.argsort(value_N, descending=by != "psnr", stable=True)[:MOST]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / TABLE).open("w") as f:
+        with (folder / TABLE).open("w", encoding="utf-8") as f:
             for position, shard, row, *values in rows_NC.tolist():
                 # JSON knows no infinity: the PSNR of an image that comes back as it was.
                 known = (v if abs(v) < float("inf") else None for v in values)

@@ -22,15 +22,15 @@ def write_document(docs: Path) -> list[Path]:
     document = docs / DOCUMENT
     if not document.is_file():
         raise UserError(f"{document} is missing: --docs is the folder that holds it")
-    text = document.read_text()
+    text = document.read_text(encoding="utf-8")
     for name, table in TABLES.items():
         text = _replaced(text, name, table.markdown(results), document)
-    document.write_text(text)
+    document.write_text(text, encoding="utf-8")
     written = [document]
     (docs / FIGURES).mkdir(exist_ok=True)
     for name, svg in draw_all(results).items():
         written.append(docs / FIGURES / name)
-        written[-1].write_text(svg)
+        written[-1].write_text(svg, encoding="utf-8")
     return written
 
 

@@ -65,7 +65,7 @@ def save(results: list[Result], path: Path) -> None:
     """One line a run, so that a change of one is a change of one line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(asdict(result), ensure_ascii=False) for result in results)
-    path.write_text(f'{{"version": {VERSION}, "runs": [\n{lines}\n]}}\n')
+    path.write_text(f'{{"version": {VERSION}, "runs": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
 def load(path: Path) -> list[Result]:

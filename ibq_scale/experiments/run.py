@@ -82,9 +82,16 @@ def _evaluate(run: Path, steps: int, held_out: str) -> int:
         "1",
         "--json",
     ]
-    done = subprocess.run([sys.executable, "-m", "ibq_scale", *words], stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "ibq_scale", *words],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+        encoding="utf-8",
+        errors="replace",
+    )
     if done.returncode == 0:
         partial = run / f".{EVALUATION}.partial"
-        partial.write_text(json.dumps(json.loads(done.stdout), indent=1) + "\n")
+        partial.write_text(json.dumps(json.loads(done.stdout), indent=1) + "\n", encoding="utf-8")
         partial.replace(run / EVALUATION)
     return done.returncode

@@ -12,7 +12,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from ibq_scale.data.convert import to_rgb
 from ibq_scale.data.encode import shortest_side
+from ibq_scale.data.listing import list_files
 from ibq_scale.data.manifest import NAME as MANIFEST
 from ibq_scale.data.prepare import prepare_images
 from ibq_scale.demo.photographs import PHOTOGRAPHS, open_photograph
@@ -20,7 +22,7 @@ from ibq_scale.errors import UserError
 from ibq_scale.experiments.plan import Pictures
 
 TILE = 16
-SUFFIXES = {".jpg", ".jpeg", ".png"}
+SUFFIXES = (".jpg", ".jpeg", ".png")
 # Shortest side of a picture before it is cut: many pictures give few tiles each, ten give many.
 PHOTOGRAPHS_SIDE, TEN_SIDE = 64, 320
 # One in so many: of the pictures, and of the ten pictures' rows of tiles, from below.
@@ -52,12 +54,12 @@ def prepare_tiles(pictures: Pictures, source: Path, to: Path) -> dict[str, str]:
 
 
 def _of_photographs(source: Path) -> Iterator[tuple[str, str, Image.Image]]:
-    paths = sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES)
+    paths = [source / name for name in list_files(str(source)).ending(*SUFFIXES)]
     if len(paths) < HELD_OUT_SHARE:
-        raise UserError(f"{source} holds {len(paths)} pictures ({', '.join(sorted(SUFFIXES))}): give a folder of more")
+        raise UserError(f"{source} holds {len(paths)} pictures ({', '.join(SUFFIXES)}): give a folder of more")
     for i, path in enumerate(paths):
         part = PARTS[i % HELD_OUT_SHARE == HELD_OUT_SHARE - 1]
-        for row, column, tile in _tiles(Image.open(path).convert("RGB"), PHOTOGRAPHS_SIDE):
+        for row, column, tile in _tiles(to_rgb(Image.open(path)), PHOTOGRAPHS_SIDE):
             yield part, f"{i:06d}-{row:02d}-{column:02d}", tile
 
 

@@ -102,7 +102,7 @@ class Chunks:
         columns = min(self.job.per_class, GRID_COLUMNS)
         save_png(self.folder / GRID, image_grid(torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2), columns))
         partial = self.folder / f".{FACTS}.{part}.partial"
-        partial.write_text(facts)
+        partial.write_text(facts, encoding="utf-8")
         partial.replace(self.folder / FACTS)
         shutil.rmtree(self._parts, ignore_errors=True)
         return True

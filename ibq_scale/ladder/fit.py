@@ -165,5 +165,5 @@ def _interval(interval: Interval) -> list[float]:
 def save(values: Sequence[dict[str, Any]], folder: Path) -> Path:
     """Writes a document as ``fit.json``."""
     path = folder / FIT
-    path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n")
+    path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return path

@@ -16,6 +16,7 @@ from ibq_scale.config.base import Section
 from ibq_scale.config.layers import explain, load_omegaconf, without_environment
 from ibq_scale.config.models import PositiveInt
 from ibq_scale.config.run import NonNegativeInt
+from ibq_scale.config.text import as_typed, as_written, override
 from ibq_scale.documents import read_text
 from ibq_scale.errors import UserError
 
@@ -163,9 +164,13 @@ def load_ladder(source: str, overrides: Sequence[str] = ()) -> LadderConfig:
     """
     path = _find(source)
     try:
-        merged = OmegaConf.merge(load_omegaconf(read_text(path)), OmegaConf.from_dotlist(list(overrides)))
+        text = read_text(path)
         with without_environment():
-            values: Any = OmegaConf.to_container(merged, resolve=True)
+            values: Any = OmegaConf.to_container(load_omegaconf(text))
+            if isinstance(values, dict):
+                values = as_typed(values, as_written(text), LadderConfig)
+            above = [override(item, LadderConfig) for item in overrides]
+            values = OmegaConf.to_container(OmegaConf.merge(values, *above), resolve=True)
     except (OSError, yaml.YAMLError, OmegaConfBaseException, ValueError, KeyError, AttributeError, TypeError) as e:
         raise UserError(f"cannot read {source}: {' '.join(str(e).split())}") from None
     try:

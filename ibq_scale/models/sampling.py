@@ -36,6 +36,8 @@ class SamplingSettings:
     guidance_power: float = 1.0
 
     def __post_init__(self) -> None:
+        if not all(map(math.isfinite, (self.guidance, self.temperature, self.top_p, self.guidance_power))):
+            raise ValueError("sampling needs finite numbers")
         if self.temperature <= 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.guidance_power <= 0:
             raise ValueError("sampling needs temperature > 0, top_k >= 0, 0 < top_p <= 1 and guidance_power > 0")
 

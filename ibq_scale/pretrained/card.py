@@ -21,7 +21,7 @@ def write_card(
     """Writes README.md. `source` is the config's; `training`, the manifest of the checkpoint that it comes from."""
     body = _tokenizer(model, folder.name) if isinstance(model, Tokenizer) else _transformer(model, folder.name)
     parts = [body, _origin(source), _training(training) if training is not None else ""]
-    (folder / CARD).write_text("\n\n".join(part for part in parts if part) + "\n")
+    (folder / CARD).write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
 
 
 def _head(tag: str) -> str:

@@ -313,7 +313,7 @@ def write_config(
 ) -> None:
     """``config.json``: what `load_tokenizer` and `load_ar` build the model from."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(config_text(kind, model, quantizer, source, tokenizer))
+    (folder / CONFIG).write_text(config_text(kind, model, quantizer, source, tokenizer), encoding="utf-8")
 
 
 def config_text(

@@ -21,8 +21,10 @@ from torch import Tensor
 
 from ibq_scale.config.models import AutoencoderConfig, QuantizerConfig, TransformerConfig
 from ibq_scale.errors import UserError
-from ibq_scale.pretrained.loading import ARModel, Kind, Tokenizer, fill_ar, layers_of, load_model
+from ibq_scale.pretrained.huggingface import is_huggingface, read_huggingface, write_huggingface
+from ibq_scale.pretrained.loading import ARModel, Kind, Tokenizer, fill_ar, layers_of, load_model, refuse_overwrite
 from ibq_scale.pretrained.strict import count_layers, fill_strictly, require_fit, require_layers
+from ibq_scale.pretrained.wrappers import OWNERS_WAY, harmless, not_finite, refused, unwrap
 from ibq_scale.quantize.kinds import KINDS
 
 MODULES = ("encoder", "decoder", "quant_conv", "post_quant_conv")
@@ -36,10 +38,14 @@ EMA_DECAY, EMA_UPDATES = 0.999, -1
 
 @dataclass(frozen=True)
 class Imported:
-    """The model, and what else the checkpoint held: names (their first parts) with how many tensors each had."""
+    """The model, and what else the checkpoint held: names (their first parts) with how many tensors each had.
+
+    `notes`: what whoever imports it should know, a line each.
+    """
 
     model: Tokenizer | ARModel
     left_aside: dict[str, int]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,24 +54,28 @@ class _Content:
     state: dict[str, Tensor]
     sizes: dict[str, Any]
     others: dict[str, int]
+    notes: tuple[str, ...] = ()
 
 
 def import_published(file: Path, *, ema: bool = False, heads: int | None = None, tokens: int | None = None) -> Imported:
-    """Reads a tokenizer or AR checkpoint.
+    """Reads a tokenizer or AR checkpoint, or a folder (or its file) in the layout of Emu3.5's tokenizer.
 
     `ema` takes a tokenizer's averaged weights. An AR model's number of heads (default width / 64) and of codes an
     image (default 256) stand in no tensor; the defaults are the published models', or what the file says of itself.
 
     Raises UserError for a file that is neither, holds pickled code, or lacks tensors (named).
     """
-    content = _read(file)
+    content = _read_folder(file) if is_huggingface(file) else _read(file)
     if TOKEN_TABLE in content.state:
         if ema:
             raise UserError(f"{file} is an AR checkpoint; its average (ema) is not stored there")
         return _transformer(content, heads, tokens)
     if any(_of_tokenizer(name) for name in content.state):
         return _tokenizer(content, ema)
-    raise UserError(f"{file} is neither a tokenizer ('{CODEBOOK}') nor an AR checkpoint ('{TOKEN_TABLE}')")
+    names = ", ".join(list(content.state)[:3]) or "no tensors"
+    raise UserError(
+        f"{file} is neither a tokenizer ('{CODEBOOK}') nor an AR checkpoint ('{TOKEN_TABLE}'): it has {names}"
+    )
 
 
 def export_published(path: Path, to: Path) -> Kind:
@@ -95,6 +105,20 @@ def export_published(path: Path, to: Path) -> Kind:
     return "tokenizer" if isinstance(model, Tokenizer) else "ar"
 
 
+def export_huggingface(path: Path, to: Path) -> Kind:
+    """Writes the tokenizer at `path` as a folder `to` with ``config.json`` and safetensors as Emu3.5's tokenizer has.
+
+    UserError as `export_published`.
+    """
+    refuse_overwrite(to)
+    model = load_model(path)
+    if not isinstance(model, Tokenizer):
+        raise UserError(f"{path} is an AR transformer: that layout is a tokenizer's")
+    live = {k: v for k, v in published_tokenizer(model).items() if not k.startswith("model_ema")}
+    write_huggingface(to, live, model.model_config, model.quantizer_config)
+    return "tokenizer"
+
+
 def published_tokenizer(model: Tokenizer) -> dict[str, Tensor]:
     """The published ``state_dict``, live tensors first: its loader meets an average only after the live name."""
     kind = model.quantizer_config.kind
@@ -113,7 +137,7 @@ def _read(file: Path) -> _Content:
     if file.exists() and not file.is_file():
         raise UserError(f"cannot read {file}: it is no regular file")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals(harmless()):
             # About pickles of protocols that torch does not write.
             warnings.simplefilter("ignore", UserWarning)
             # Mapped, so that optimizer states, which are most of a file, are never read. Old formats cannot be.
@@ -125,20 +149,39 @@ def _read(file: Path) -> _Content:
     except pickle.UnpicklingError as e:
         code = re.search(r"GLOBAL ([\w.]+)", str(e))
         if code is None:
-            raise UserError(f"cannot read {file}: it is damaged, or no checkpoint") from None
-        raise UserError(
-            f"{file} holds more than tensors ({code[1]}), and running code from a checkpoint is refused: "
-            "ask where it comes from for its state_dict alone"
-        ) from None
+            raise UserError(
+                f"cannot read {file}: it is damaged, or no checkpoint, or holds other values than tensors and numbers: "
+                f"{OWNERS_WAY}"
+            ) from None
+        raise refused(file, code[1]) from None
     except Exception as e:  # the unpickler meets foreign bytes with errors of any type
         raise UserError(f"cannot read {file}: it is cut short, damaged or no checkpoint ({type(e).__name__})") from None
-    top = content if isinstance(content, dict) else {}
-    state = top.get("state_dict", top)
-    named = state.items() if isinstance(state, dict) else ()
-    tensors = {k: v for k, v in named if isinstance(k, str) and isinstance(v, Tensor)}
-    sizes = top.get(SIZES)
-    others = {k: _tensors_in(v) for k, v in top.items() if k not in ("state_dict", SIZES)} if state is not top else {}
-    return _Content(file, tensors, sizes if isinstance(sizes, dict) else {}, others)
+    try:
+        tensors, beside, wrappers = unwrap(content, (CODEBOOK, TOKEN_TABLE))
+    except UserError as e:
+        raise UserError(f"{file}: {e}") from None
+    sizes = beside.pop(SIZES, None)
+    others = {k: _tensors_in(v) for k, v in beside.items()}
+    notes = (f"read without its wrappers: {', '.join(wrappers)}",) if wrappers else ()
+    return _Content(file, tensors, sizes if isinstance(sizes, dict) else {}, others, notes)
+
+
+def _read_folder(path: Path) -> _Content:
+    tensors, sizes = read_huggingface(path)
+    named, _, wrappers = unwrap(tensors, (CODEBOOK, TOKEN_TABLE))
+    notes = (f"read without its wrappers: {', '.join(wrappers)}",) if wrappers else ()
+    return _Content(path, named, sizes, {}, notes)
+
+
+def _notes(content: _Content, weights: Mapping[str, Tensor]) -> tuple[str, ...]:
+    broken = not_finite(weights)
+    if not broken:
+        return content.notes
+    return (
+        *content.notes,
+        f"WARNING: {len(broken)} of {len(weights)} tensors hold nan or inf ({', '.join(broken[:3])}): so will all that "
+        "is computed with them",
+    )
 
 
 def _tensors_in(value: object) -> int:
@@ -183,7 +226,7 @@ def _tokenizer(content: _Content, ema: bool) -> Imported:
         require_fit(wanted, weights, str(file))
         used = {*weights}
     fill_strictly(model, {name: weights[_published(name)] for name in model.state_dict()}, file, torch.float32)
-    return Imported(model, _left_aside(content, used))
+    return Imported(model, _left_aside(content, used), _notes(content, weights))
 
 
 def _sizes_of_tokenizer(model: Tokenizer) -> dict[str, Any]:
@@ -254,7 +297,7 @@ def _transformer(content: _Content, heads: int | None, tokens: int | None) -> Im
         raise UserError(f"{content.file}: {_line(e)}: give --heads and --tokens as it was trained") from None
     tokenizer = content.sizes.get("tokenizer")
     model = fill_ar(config, tokenizer if isinstance(tokenizer, str) else None, weights, content.file)
-    return Imported(model, _left_aside(content, {*weights}))
+    return Imported(model, _left_aside(content, {*weights}), _notes(content, weights))
 
 
 def _transformer_sizes(content: _Content, heads: int | None, tokens: int | None) -> TransformerConfig:

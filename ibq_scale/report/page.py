@@ -16,6 +16,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ibq_scale.errors import UserError
+
 # A chart of more points than it has pixels only costs bytes.
 MOST_POINTS = 800
 # Pictures below this width are enlarged as they are, without smoothing.
@@ -166,8 +168,8 @@ class Section:
 def render(title: str, subtitle: str, sections: Sequence[Section]) -> str:
     """The whole page as HTML."""
     assets = files("ibq_scale.report") / "assets"
-    style = (assets / "style.css").read_text()
-    script = (assets / "charts.js").read_text()
+    style = (assets / "style.css").read_text(encoding="utf-8")
+    script = (assets / "charts.js").read_text(encoding="utf-8")
     body = "".join(section.html() for section in sections)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
@@ -180,11 +182,16 @@ def render(title: str, subtitle: str, sections: Sequence[Section]) -> str:
 
 
 def write(path: Path, title: str, subtitle: str, sections: Sequence[Section]) -> Path:
-    """Renders to a file that appears whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Renders to a file that appears whole. UserError where it cannot be written."""
+    text = render(title, subtitle, sections)
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(render(title, subtitle, sections))
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Names of files may have what no text has.
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+        partial.replace(path)
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror or e}") from None
     return path
 
 

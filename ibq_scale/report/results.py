@@ -14,6 +14,7 @@ from PIL import Image
 from pydantic import BaseModel, ValidationError
 
 from ibq_scale.checkpoint.reading import STEP_NAME
+from ibq_scale.data.convert import to_rgb
 from ibq_scale.documents import json_object, open_regular
 from ibq_scale.evaluate.names import GENERATION, RECONSTRUCTION, WORST
 from ibq_scale.generate.names import FACTS, GRID
@@ -166,7 +167,7 @@ def small(path: Path) -> bytes:
         image.load()
         if max(image.size) <= MOST_PIXELS:
             return content
-        shrunk = image.convert("RGB")
+        shrunk = to_rgb(image)
     shrunk.thumbnail((MOST_PIXELS, MOST_PIXELS))
     out = io.BytesIO()
     shrunk.save(out, "PNG")

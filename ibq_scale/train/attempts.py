@@ -40,7 +40,7 @@ class Attempt:
 
 def add(run_dir: Path, attempt: Attempt) -> None:
     """Adds the line. OSError where that cannot be."""
-    with (run_dir / ATTEMPTS).open("a") as f:
+    with (run_dir / ATTEMPTS).open("a", encoding="utf-8") as f:
         f.write(json.dumps(asdict(attempt)) + "\n")
 
 

@@ -29,6 +29,14 @@ class HeldOut:
         here, there = (check_codes(run, sets) for sets in (self.sets, training))
         if here.tokenizer != there.tokenizer:
             raise UserError(f"validation.data={run.validation.data} was written by another tokenizer than data.train")
+        classes = max((part.manifest.classes for part in training.parts), key=len)
+        held_out = self.sets.parts[0].manifest.classes
+        if not same_classes(held_out, classes):
+            raise UserError(
+                f"validation.data={run.validation.data} has other classes than data.train: "
+                f"{_differ(held_out, classes)}; 'prepare images --classes {run.data.sources[0]}' gives its pictures "
+                "the same numbers"
+            )
 
     @torch.no_grad()
     def loss(self, transformer: Transformer, progress: Callable[[], None]) -> float:
@@ -59,13 +67,13 @@ def check_codes(run: ARRun, sets: DataSets) -> CodesInfo:
     parts = sets.parts
     for url, part in zip(sets.config.sources, parts, strict=True):
         _check_part(run, url, part.manifest)
-        if (part.manifest.classes, _codes(part.manifest).tokenizer) != (
-            parts[0].manifest.classes,
-            _codes(parts[0].manifest).tokenizer,
-        ):
+        if _codes(part.manifest).tokenizer != _codes(parts[0].manifest).tokenizer:
+            raise UserError(f"{url} was written by another tokenizer than {sets.config.sources[0]}")
+        classes = [p.manifest.classes for p in (part, parts[0])]
+        if not same_classes(*classes) and not same_classes(*classes[::-1]):
             raise UserError(
-                f"{url} has other classes or another tokenizer than {sets.config.sources[0]}: labels and codes of "
-                f"several sources must mean the same"
+                f"{url} has other classes than {sets.config.sources[0]}: {_differ(*classes)}; 'prepare images "
+                "--classes' gives the pictures of one set the numbers of another's"
             )
     info = _codes(parts[0].manifest)
     if run.tokenizer is not None and load_tokenizer(run.tokenizer).hash != info.tokenizer:
@@ -74,6 +82,17 @@ def check_codes(run: ARRun, sets: DataSets) -> CodesInfo:
             f"run ibq-scale tokenize with this one, or set tokenizer=null"
         )
     return info
+
+
+def same_classes(some: tuple[str, ...], more: tuple[str, ...]) -> bool:
+    """Whether each of `some` has its number among `more`: classes are the same by their names."""
+    return some == more[: len(some)]
+
+
+def _differ(some: tuple[str, ...], more: tuple[str, ...]) -> str:
+    """The first number that names two classes."""
+    number = next((i for i, names in enumerate(zip(some, more, strict=False)) if names[0] != names[1]), len(more))
+    return f"number {number} is '{some[number]}' there and {repr(more[number]) if number < len(more) else 'none'} here"
 
 
 def _check_part(run: ARRun, url: str, manifest: Manifest) -> None:

@@ -113,7 +113,7 @@ class WandB:
         self._module: Any = wandb
         id_file = run_dir / "wandb_id"
         if not id_file.is_file():
-            id_file.write_text(secrets.token_hex(4))
+            id_file.write_text(secrets.token_hex(4), encoding="utf-8")
         environment = json_object(run_dir / "environment.json")
         known = {"environment": environment} if environment else {}
         settings: dict[str, Any] = {
@@ -121,7 +121,7 @@ class WandB:
             "entity": config.wandb.entity,
             "group": config.wandb.group,
             "name": config.name,
-            "id": id_file.read_text().strip(),
+            "id": id_file.read_text(encoding="utf-8").strip(),
             "resume": "allow",
             "dir": str(run_dir),
             "config": config.model_dump(mode="json") | known,

@@ -37,7 +37,7 @@ class MetricsLog:
         self.total_steps = config.train.total_steps
         self.seconds_before = _keep_until(self.path, start_step)
         self._started = time.monotonic()
-        self._file = self.path.open("a")
+        self._file = self.path.open("a", encoding="utf-8")
         self._dashboards = Dashboards(run_dir, config)
 
     def write(

@@ -29,6 +29,7 @@ from ibq_scale.console import tell
 from ibq_scale.data.manifest import NAME as MANIFEST
 from ibq_scale.data.sets import DataSets, open_sets
 from ibq_scale.data.store import open_store
+from ibq_scale.distributed.failures import describe
 from ibq_scale.distributed.node_check import check_nodes
 from ibq_scale.distributed.side_channel import SideChannel
 from ibq_scale.distributed.world import World
@@ -110,12 +111,20 @@ def _train(config: AnyRun, run_dir: Path, world: World, stop: StopRequest, hosts
         )
     # One that was stopped while it started has nothing to report.
     if world.is_main and (run_dir / "metrics.jsonl").is_file():
-        write_report([run_dir], run_dir / "report.html")
+        _report(run_dir)
     if outcome.stopped:
         _say(world, f"stopped at step {outcome.step} by a signal, saved; the same command goes on from there")
         return REQUEUE_EXIT_CODE
     _say(world, f"done: {outcome.step} steps; {run_dir}/checkpoints/latest, {run_dir}/metrics.jsonl")
     return 0
+
+
+def _report(run_dir: Path) -> None:
+    """A run that is trained and saved has not failed for want of a page, which 'ibq-scale report' writes again."""
+    try:
+        write_report([run_dir], run_dir / "report.html")
+    except Exception as e:
+        tell(f"{run_dir}/report.html could not be written ({describe(e)}): 'ibq-scale report {run_dir}' tries again")
 
 
 def _watched(

@@ -150,7 +150,7 @@ class RunLock:
         # A full disk, say, is no reason to fail here: a lock of a process that is gone is as good as released.
         with suppress(OSError):
             if self._highest() == self._number:
-                partial.write_text(json.dumps(asdict(Holder.me()) | {"released": True}))
+                partial.write_text(json.dumps(asdict(Holder.me()) | {"released": True}), encoding="utf-8")
                 partial.replace(path)
 
     def _take(self) -> int:
@@ -202,7 +202,7 @@ class RunLock:
             path.unlink(missing_ok=True)
             return False
         try:
-            path.write_text(json.dumps(asdict(Holder.me())))
+            path.write_text(json.dumps(asdict(Holder.me())), encoding="utf-8")
         except OSError:
             # Held by a file that names nobody, the directory would be closed to all for minutes.
             path.unlink(missing_ok=True)
@@ -282,6 +282,6 @@ def _namespace() -> str:
 
 def _read(path: str) -> str:
     try:
-        return Path(path).read_text().strip()
+        return Path(path).read_text(encoding="utf-8").strip()
     except OSError:
         return ""

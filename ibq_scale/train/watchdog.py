@@ -64,7 +64,7 @@ class Watchdog:
         self._progress = time.monotonic()
         self._ends: deque[float] = deque(maxlen=RECENT_STEPS + 1)
         self._closed = threading.Event()
-        self._stacks = (run_dir / "logs" / f"stacks-rank-{world.rank:05d}.txt").open("a")
+        self._stacks = (run_dir / "logs" / f"stacks-rank-{world.rank:05d}.txt").open("a", encoding="utf-8")
         self._channel = SideChannel(world)
         self._interval = min(BEAT_SECONDS, timeout / 4)
         self._heartbeats = Heartbeats(self._channel, self._interval, self._place)

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from ibq_scale.data import tars
-from ibq_scale.data.images import MOST_PIXELS, decode
+from ibq_scale.data.convert import MOST_PIXELS, decode
 from ibq_scale.data.index import UnfitIndexError, index_of
 from ibq_scale.data.manifest import load_manifest
 from ibq_scale.data.prepare import prepare_images

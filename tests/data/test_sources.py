@@ -14,10 +14,11 @@ import webdataset as wds
 
 from ibq_scale.data import ranges
 from ibq_scale.data.index import ShardIndex, index_name
+from ibq_scale.data.listing import list_files
 from ibq_scale.data.manifest import load_manifest
 from ibq_scale.data.parquet import ParquetSource
 from ibq_scale.data.prepare import PrepareReport, prepare_images
-from ibq_scale.data.sources import find_files, open_source
+from ibq_scale.data.sources import open_source
 from ibq_scale.data.store import open_store
 from ibq_scale.errors import UserError
 from tests.data.layouts import LAYOUTS, Picture, pictures_of, write_parquet, write_tar, write_tars
@@ -235,7 +236,7 @@ def test_patterns_files_and_folders(originals: list[Picture], tmp_path: Path) ->
     (tmp_path / "source/.hidden.tar").write_bytes(b"")
 
     def names(pattern: str) -> list[str]:
-        return list(find_files(f"{tmp_path}/{pattern}")[1])
+        return list(list_files(f"{tmp_path}/{pattern}").files)
 
     every = [f"{i:05d}.tar" for i in range(4)]
     assert names("source") == every

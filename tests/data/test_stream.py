@@ -27,7 +27,8 @@ from PIL import Image
 from ibq_scale.config.run import DataConfig
 from ibq_scale.data import stream as stream_module
 from ibq_scale.data.cache import ShardCache
-from ibq_scale.data.images import BadSampleError, ImageDataset, ImageSample, Request, decode, shard_index
+from ibq_scale.data.convert import decode
+from ibq_scale.data.images import BadSampleError, ImageDataset, ImageSample, Request, shard_index
 from ibq_scale.data.index import ShardIndex
 from ibq_scale.data.manifest import load_manifest, save_manifest
 from ibq_scale.data.prepare import shard_info

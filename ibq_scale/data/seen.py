@@ -1,0 +1,145 @@
+"""What `prepare` saw in a source and what it took: ten lines for a person, and a part of the manifest."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from ibq_scale.config.base import Section
+
+if TYPE_CHECKING:
+    from ibq_scale.data.encode import Picture
+    from ibq_scale.data.index import Reject
+    from ibq_scale.data.labels import Group
+
+NAMED_CLASSES, SHOWN_CLASSES, SHOWN_REASONS = 100, 5, 3
+
+
+class Some(Section):
+    """How many there are, and the first three."""
+
+    count: int
+    first: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        names = f" ({', '.join(_short(name) for name in self.first)}{', …' if self.count > len(self.first) else ''})"
+        return f"{self.count:,}" + (names if self.first else "")
+
+
+class Seen(Section):
+    """A source, and what of it became samples. `classes` counts the first hundred."""
+
+    files: int
+    form: str
+    pictures: int
+    taken: int
+    labels: str
+    classes: dict[str, int]
+    class_count: int
+    empty_classes: Some = Some(count=0)
+    left_out: dict[str, Some] = Field(default_factory=dict)
+    notes: dict[str, Some] = Field(default_factory=dict)
+    formats: dict[str, int] = Field(default_factory=dict)
+    modes: dict[str, int] = Field(default_factory=dict)
+    width: tuple[int, int] | None = None
+    height: tuple[int, int] | None = None
+
+    def lines(self) -> list[str]:
+        """At most ten, the gravest in the middle where they are not overlooked."""
+        named = [f"{_short(name)}: {count:,}" for name, count in list(self.classes.items())[:SHOWN_CLASSES]]
+        more = ", …" if self.class_count > len(named) else ""
+        lines = [f"found      {self.files:,} files, {self.pictures:,} pictures ({self.form}); {self.taken:,} taken"]
+        lines += [f"labels     {self.labels} → {', '.join(named)}{more}" if named else f"labels     {self.labels}"]
+        if self.empty_classes.count:
+            lines += [f"no picture of {self.empty_classes} of {self.class_count:,} classes"]
+        for title, groups in (("left out", self.left_out), ("note", self.notes)):
+            shown = list(groups.items())[:SHOWN_REASONS]
+            lines += [f"{title:<10} {_short(reason, 70)}: {some}" for reason, some in shown]
+            if len(groups) > len(shown):
+                lines += [f"{title:<10} for {len(groups) - len(shown)} more reasons, in manifest.json"]
+        if self.width and self.height:
+            kinds = ", ".join(f"{count:,} {name}" for name, count in list(self.formats.items())[:4])
+            modes = ", ".join(f"{count:,} {name}" for name, count in list(self.modes.items())[:4])
+            sizes = f"{self.width[0]} to {self.width[1]} wide, {self.height[0]} to {self.height[1]} high"
+            lines += [f"pictures   {kinds}; modes {modes}; {sizes}"]
+        return lines[:10]
+
+
+@dataclass
+class Met:
+    """Formats, modes and sizes of pictures. Those of several shards add up."""
+
+    formats: Counter[str] = field(default_factory=Counter)
+    modes: Counter[str] = field(default_factory=Counter)
+    sides: list[int] = field(default_factory=list)
+    """Least and most width, least and most height."""
+
+    def add(self, picture: Picture) -> None:
+        self.formats[picture.format] += 1
+        self.modes[picture.mode] += 1
+        width, height = picture.size
+        least_w, most_w, least_h, most_h = self.sides or (width, width, height, height)
+        self.sides = [min(least_w, width), max(most_w, width), min(least_h, height), max(most_h, height)]
+
+    def values(self) -> dict[str, Any]:
+        """As JSON keeps it."""
+        return {"formats": dict(self.formats), "modes": dict(self.modes), "sides": self.sides}
+
+    def join(self, other: Met) -> None:
+        self.formats += other.formats
+        self.modes += other.modes
+        pairs = zip((min, max, min, max), self.sides, other.sides, strict=True) if self.sides and other.sides else None
+        self.sides = [f(a, b) for f, a, b in pairs] if pairs else self.sides or other.sides
+
+
+def seen_of(
+    *,
+    files: int,
+    form: str,
+    pictures: int,
+    labels: str,
+    classes: Sequence[str],
+    counts: Mapping[int, int],
+    left_out: Mapping[str, Group],
+    notes: Mapping[str, Group],
+    met: Met,
+) -> Seen:
+    """`counts`: samples taken by class number."""
+    empty = [name for number, name in enumerate(classes) if not counts.get(number)]
+    sides = met.sides
+    return Seen(
+        files=files,
+        form=form,
+        pictures=pictures,
+        taken=sum(counts.values()),
+        labels=labels,
+        classes={name: counts.get(number, 0) for number, name in enumerate(classes[:NAMED_CLASSES])},
+        class_count=len(classes),
+        empty_classes=Some(count=len(empty), first=tuple(empty[:3])),
+        left_out={reason: Some(count=g.count, first=tuple(g.first)) for reason, g in left_out.items()},
+        notes={what: Some(count=g.count, first=tuple(g.first)) for what, g in notes.items()},
+        formats=dict(met.formats.most_common()),
+        modes=dict(met.modes.most_common()),
+        width=(sides[0], sides[1]) if sides else None,
+        height=(sides[2], sides[3]) if sides else None,
+    )
+
+
+def by_reason(rejects: Iterable[Reject], into: dict[str, Group]) -> None:
+    """Rejects in groups; numbers in their reasons make no group of their own."""
+    from ibq_scale.data.labels import Group
+
+    for reject in rejects:
+        reason = re.sub(r"'[^']*'|(?<![\w-])\d[\d,.]*", "…", reject.reason.partition("(")[0]).strip()
+        into.setdefault(reason, Group()).add(reject.path)
+
+
+def _short(text: str, most: int = 40) -> str:
+    """Without what a terminal or a locale could stumble over."""
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -1,0 +1,110 @@
+"""The layout of ``BAAI/Emu3.5-VisionTokenizer`` and its twin for transformers: ``config.json`` and safetensors.
+
+Its modules have the published code's names, so that only the sizes have other keys.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ibq_scale.config.models import AutoencoderConfig, QuantizerConfig
+from ibq_scale.documents import read_json
+from ibq_scale.errors import UserError
+from ibq_scale.names import file_name, is_inside
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+MODEL_TYPE = "Emu3p5VisionVQ"
+
+
+def is_huggingface(path: Path) -> bool:
+    """Whether `path` is a folder, or a file, of that layout."""
+    return path.suffix == ".safetensors" or (path / WEIGHTS).is_file() or (path / INDEX).is_file()
+
+
+def read_huggingface(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors, and the sizes as ``model`` and ``quantizer``; none where no ``config.json`` lies there.
+
+    UserError where either cannot be read, or is another model's.
+    """
+    folder = path.parent if path.suffix == ".safetensors" else path
+    tensors: dict[str, Tensor] = {}
+    for file in [path] if path is not folder else _files(folder):
+        try:
+            tensors |= load_file(file)
+        except (OSError, SafetensorError, ValueError) as e:
+            raise UserError(f"cannot read {file}: {e}") from None
+    config = folder / CONFIG
+    if not config.is_file():
+        return tensors, {}
+    try:
+        values = read_json(config)
+        return tensors, _sizes(values)
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        said = e.errors()[0]["msg"] if isinstance(e, ValidationError) else f"{type(e).__name__} {e}"
+        raise UserError(f"{config} is no config of a '{MODEL_TYPE}': {said}") from None
+
+
+def write_huggingface(
+    to: Path, tensors: Mapping[str, Tensor], model: AutoencoderConfig, quantizer: QuantizerConfig
+) -> None:
+    """Writes a folder of that layout, fp32: half precision would change codes."""
+    to.mkdir(parents=True, exist_ok=True)
+    config = {
+        "architectures": [f"{MODEL_TYPE}Model"],
+        "model_type": MODEL_TYPE,
+        "codebook_size": quantizer.codebook_size,
+        "embed_dim": quantizer.dim,
+        "z_channels": model.z_channels,
+        "double_z": False,
+        "in_channels": 3,
+        "out_channels": 3,
+        "ch": model.channels,
+        "ch_mult": list(model.channel_multipliers),
+        "num_res_blocks": model.res_blocks,
+        "attn_resolutions": list(model.attention_resolutions),
+        "resolution": model.resolution,
+        "dropout": 0.0,
+        "torch_dtype": "float32",
+    }
+    whole = {name: tensor.detach().cpu().float().contiguous() for name, tensor in tensors.items()}
+    save_file(whole, to / WEIGHTS, metadata={"format": "pt"})
+    (to / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _sizes(values: Any) -> dict[str, Any]:
+    if values["model_type"] != MODEL_TYPE:
+        raise ValueError(f"model_type is {values['model_type']!r:.50}")
+    if values.get("double_z") or values.get("in_channels", 3) != 3 or values.get("out_channels", 3) != 3:
+        raise ValueError("double_z is true, or there are other channels than 3")
+    model = AutoencoderConfig(
+        channels=values["ch"],
+        channel_multipliers=tuple(values["ch_mult"]),
+        res_blocks=values["num_res_blocks"],
+        attention_resolutions=tuple(values["attn_resolutions"]),
+        resolution=values["resolution"],
+        z_channels=values["z_channels"],
+    )
+    quantizer = QuantizerConfig(codebook_size=values["codebook_size"], dim=values["embed_dim"])
+    return {"model": model.model_dump(mode="json"), "quantizer": quantizer.model_dump(mode="json")}
+
+
+def _files(folder: Path) -> list[Path]:
+    """The one file, or all that the index names."""
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    try:
+        names = sorted({file_name(name) for name in read_json(folder / INDEX)["weight_map"].values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{folder / INDEX} is damaged: {e}") from None
+    outside = [name for name in names if not is_inside(folder, name)]
+    if outside:
+        raise UserError(f"{folder / INDEX} names {outside[0]}, which is outside of it")
+    return [folder / name for name in names]
