@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 from contextlib import closing, suppress
+from datetime import timedelta
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,6 +33,7 @@ from ibq_scale.data.store import open_store
 from ibq_scale.distributed.failures import describe
 from ibq_scale.distributed.node_check import check_nodes
 from ibq_scale.distributed.side_channel import SideChannel
+from ibq_scale.distributed.timeouts import set_timeouts
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from ibq_scale.report.compare import write_report
@@ -41,7 +43,7 @@ from ibq_scale.train.preemption import REQUEUE_EXIT_CODE, StopRequest
 from ibq_scale.train.run_lock import locked
 from ibq_scale.train.task import Task
 from ibq_scale.train.trainer import Outcome, Trainer
-from ibq_scale.train.watchdog import Watchdog
+from ibq_scale.train.watchdog import FIRST_STEP_FACTOR, Watchdog
 
 # After a signal, for what is under way to the mirror.
 STOPPED_MIRROR_SECONDS = 20.0
@@ -138,6 +140,9 @@ def _watched(
     """Builds and trains, and ends the process where nothing moves any more."""
     run_dir, timeout = Path(config.run_dir), config.train.hang_timeout
     start = resume_from.step if resume_from is not None else 0
+    # Half as long again as the watchdog's longest patience, also for the groups that engines make.
+    patience = timedelta(seconds=1.5 * FIRST_STEP_FACTOR * timeout)
+    set_timeouts(patience)
     with closing(Watchdog(run_dir, world, hosts, timeout, start, stop.stand_down)) as watchdog:
         if stop.agreed(world):
             return Outcome(start, stopped=True, saved=True)
@@ -149,6 +154,7 @@ def _watched(
         begin = f"resuming from {resume_from.path}" if resume_from else "starting"
         said = opening(config, world, hosts, sets, begin)
         task = _make_task(config, world, sets)
+        set_timeouts(patience)
         _say(world, said)
         return Trainer(config, task, world, sets, checkpoints, watchdog).run(resume_from, stop)
 
