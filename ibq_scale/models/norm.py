@@ -24,8 +24,9 @@ class _NarrowGroupNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+        # Before torch 2.14 the operator takes no other layout on CUDA.
         normed, mean, rstd = torch.native_group_norm(
-            x.float(), weight.float(), bias.float(), len(x), x.shape[1], x[0, 0].numel(), groups, eps
+            x.float().contiguous(), weight.float(), bias.float(), len(x), x.shape[1], x[0, 0].numel(), groups, eps
         )
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.groups = groups
@@ -35,8 +36,8 @@ class _NarrowGroupNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
         grad_x, grad_weight, grad_bias = torch.ops.aten.native_group_norm_backward(
-            grads[0].float(),
-            x.float(),
+            grads[0].float().contiguous(),
+            x.float().contiguous(),
             mean,
             rstd,
             weight.float(),

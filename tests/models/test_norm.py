@@ -55,3 +55,24 @@ def test_wide_input_is_torchs_own_to_the_bit() -> None:
     norm, own = GroupNorm(32, 64, eps=1e-6), nn.GroupNorm(32, 64, eps=1e-6)
     for x in (_input(1.0).float(), _input(1.0).double()):
         assert all(torch.equal(a, b) for a, b in zip(_both_ways(norm.to(x), x), _both_ways(own.to(x), x), strict=True))
+
+
+def test_channels_last_input_reaches_the_operator_in_its_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch 2.11 to 2.13 demand on CUDA."""
+    forward, layouts = torch.native_group_norm, []
+
+    def checked(x: Tensor, *rest: object) -> object:
+        layouts.append(x.is_contiguous())
+        return forward(x, *rest)
+
+    monkeypatch.setattr(torch, "native_group_norm", checked)
+    norm = GroupNorm(32, 64).bfloat16()
+    x = torch.randn(2, 64, 4, 6).bfloat16()
+    results = []
+    for given in (x, x.contiguous(memory_format=torch.channels_last)):
+        given = given.detach().requires_grad_()
+        out = norm(given)
+        results.append((out, *torch.autograd.grad((out * x).sum(), [given, *norm.parameters()])))
+    assert layouts == [True, True]
+    for plain, last in zip(*results, strict=True):
+        assert torch.equal(plain, last)
