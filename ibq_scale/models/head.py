@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 # Memory of the logits that are there at a time, in fp32: small beside a large model, large enough for full speed.
 CHUNK_BYTES = 512 * 2**20
@@ -37,9 +38,19 @@ def chunk_tokens(codes: int) -> int:
 
 def _cross_entropy(x_NE: Tensor, weight_VE: Tensor, targets_N: Tensor) -> Tensor:
     if not hasattr(F, "linear_cross_entropy"):
-        # torch before 2.14: whole logits.
-        return F.cross_entropy(F.linear(x_NE, weight_VE).float(), targets_N, reduction="none")
+        return _in_chunks(x_NE, weight_VE, targets_N)
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_tokens(len(weight_VE)))
-    # Not its mean: that one is rounded to bf16 where the weights are, to three digits. Rounded losses of many tokens
-    # have an exact mean.
+    # Not its mean, which is rounded to bf16 where the weights are: to three digits. The mean of losses that are rounded
+    # each by itself has more.
     return F.linear_cross_entropy(x_NE, weight_VE, targets_N, reduction="none", options=options).float()
+
+
+def _in_chunks(x_NE: Tensor, weight_VE: Tensor, targets_N: Tensor) -> Tensor:
+    """The same before torch 2.14, with logits in the weights' dtype. Their second computation costs a product more."""
+
+    def losses(x_nE: Tensor, targets_n: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(x_nE, weight_VE).float(), targets_n, reduction="none")
+
+    rows = chunk_tokens(len(weight_VE))
+    chunks = zip(torch.split(x_NE, rows), torch.split(targets_N, rows), strict=True)
+    return torch.cat([checkpoint(losses, *chunk, use_reentrant=False) for chunk in chunks])

@@ -21,10 +21,20 @@ def _case(dtype: torch.dtype) -> tuple[Head, Tensor, Tensor]:
     return module.to(dtype), x, torch.randint(640, (3, 50), generator=g)
 
 
+@pytest.fixture(params=["torch's operator", "older torch"])
+def torchs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> float:
+    """Both ways to the losses: that operator is new in torch 2.14. How much more bf16's rounding of logits costs."""
+    if request.param == "older torch":
+        monkeypatch.delattr(F, "linear_cross_entropy", raising=False)
+    elif not hasattr(F, "linear_cross_entropy"):
+        pytest.skip("this torch has no linear_cross_entropy")
+    return 2.5 if request.param == "older torch" else 1.0
+
+
 @pytest.mark.parametrize("rows", [1, 64, 1000])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
 def test_losses_and_gradients_are_those_of_whole_logits(
-    monkeypatch: pytest.MonkeyPatch, rows: int, dtype: torch.dtype, tolerance: float
+    monkeypatch: pytest.MonkeyPatch, torchs: float, rows: int, dtype: torch.dtype, tolerance: float
 ) -> None:
     monkeypatch.setattr(head, "CHUNK_BYTES", 4 * 640 * rows)
     module, x, targets = _case(dtype)
@@ -40,7 +50,7 @@ def test_losses_and_gradients_are_those_of_whole_logits(
     for found, wanted in [(losses, exact), (x.grad, exact_x.grad), (module.weight.grad, exact_w.grad)]:
         assert wanted is not None
         error = (found.double() - wanted).norm() / wanted.norm()
-        assert error.item() < tolerance
+        assert error.item() < tolerance * torchs
     # Every token's rounding is its own, so the mean has more digits than bf16.
     assert losses.mean().item() == pytest.approx(exact.mean().item(), rel=3e-4)
 
@@ -59,6 +69,7 @@ def _largest_allocation(call: Callable[[], Tensor]) -> int:
     return max(int(event.nbytes()) for event in events if event.name() == "[memory]")
 
 
+@pytest.mark.usefixtures("torchs")
 def test_the_logits_are_never_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head, "CHUNK_BYTES", 4 * 640 * 10)
     module, x, targets = _case(torch.float32)
