@@ -9,7 +9,9 @@ import torch
 
 from ibq_scale.config.models import QuantizerConfig
 from ibq_scale.errors import UserError
-from ibq_scale.quantize.backend import choose
+from ibq_scale.quantize import tiles
+from ibq_scale.quantize.backend import _obstacle, choose, describe
+from ibq_scale.quantize.compiled import Needs
 from ibq_scale.quantize.ibq import ibq_dense
 from ibq_scale.quantize.quantizer import find, quantize
 
@@ -103,11 +105,38 @@ def test_the_kernels_search_is_exact(kind: str, search: str) -> None:
     assert 0 < int(found.rescored) < 60
 
 
-def test_auto_takes_what_fits() -> None:
-    cpu = torch.device("cpu")
+def test_auto_takes_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = tiles.Chip("a small chip", "sm_89", 99 << 10)
+    needed = {64: 90 << 10, 16: 100 << 10}
+    monkeypatch.setattr(tiles, "chip", lambda device: small)
+    monkeypatch.setattr(tiles, "_needs", lambda name, precision, dim, tile, arch: Needs(needed[tile.dims], 128, 0))
+    _obstacle.cache_clear()
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert choose("auto", cpu, torch.float32, 256) == "tiled"
-    assert choose("auto", torch.device("cuda"), torch.float32, 256) == "triton"
-    assert choose("auto", torch.device("cuda"), torch.float64, 256) == "tiled"
-    assert choose("auto", torch.device("cuda"), torch.float32, 512) == "tiled"
-    with pytest.raises(UserError, match="at most 256 dimensions"):
-        choose("triton", cpu, torch.float32, 300)
+    assert choose("auto", cuda, torch.float32, 512) == "triton"
+    assert choose("auto", cuda, torch.float64, 256) == "tiled"
+    assert describe("auto", cuda, torch.float32, 256, "bf16") == "triton (bf16 products)"
+    # What fits nowhere here is a tile of few dimensions: only the words are of interest.
+    assert choose("auto", cuda, torch.float32, 8) == "tiled"
+    said = describe("auto", cuda, torch.float32, 8, "tf32")
+    assert said == (
+        "tiled, since triton has no tile of its kernel 'sums' (tf32, 8 dimensions) for the 99 KiB of shared memory of "
+        "a small chip"
+    )
+    with pytest.raises(UserError, match=r"no tile of its kernel 'best'.*use auto or tiled"):
+        choose("triton", cuda, torch.float32, 8, "fp32", "best")
+    _obstacle.cache_clear()
+
+
+def test_of_tiles_that_fit_the_first_without_spills_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    chip = tiles.Chip("a chip", "sm_80", 163 << 10)
+    first, second, third, _ = tiles.offered("sums", 256)
+    found = {first: Needs(200 << 10, 128, 0), second: Needs(90 << 10, 255, 40), third: Needs(80 << 10, 255, 0)}
+    monkeypatch.setattr(tiles, "_needs", lambda name, precision, dim, tile, arch: found.get(tile))
+    assert list(tiles.fitting("sums", "bf16", 256, chip)) == [(second, False), (third, True)]
+    tiles._first.cache_clear()
+    assert tiles._first("sums", "bf16", 256, chip, 128) == third
+    del found[third]
+    tiles._first.cache_clear()
+    assert tiles._first("sums", "bf16", 256, chip, 128) == second
+    tiles._first.cache_clear()
