@@ -119,7 +119,9 @@ def _add_kernels(family: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     kernels.add_argument("--arch", default="sm_90", metavar="A[,A…]", help="sm_80, …, or all (default sm_90)")
     kernels.add_argument("--precision", default="bf16", metavar="P[,P…]", help="bf16, tf32, fp32 (default bf16)")
     kernels.add_argument("--dim", default="256", metavar="D[,D…]", help="code dimensions (default 256)")
-    kernels.add_argument("--kernel", default="all", metavar="K[,K…]", help="some of them (default all)")
+    kernels.add_argument(
+        "--kernel", default="all", metavar="K[,K…]", help="some of them (default all that multiply matrices)"
+    )
     kernels.add_argument("--json", action="store_true", help="print one JSON document")
     kernels.set_defaults(run=_kernels)
 
@@ -163,15 +165,15 @@ def _sizes(option: str, text: str) -> list[int]:
     return [int(item) for item in items]
 
 
-def _words(option: str, text: str, known: Sequence[Word]) -> list[Word]:
-    """``bf16,tf32`` → words, ``all`` → all that are known. UserError for another."""
+def _words(option: str, text: str, known: Sequence[Word], more: Sequence[Word] = ()) -> list[Word]:
+    """``bf16,tf32`` → words, ``all`` → all that are known, but for those that are more. UserError for another."""
     if text == "all":
         return list(known)
-    words = [word.strip() for word in text.split(",")]
-    for word in words:
-        if word not in known:
-            raise UserError(f"{option} {text}: '{word}' is none of {', '.join(known)}, all")
-    return [known[known.index(cast(Word, word))] for word in words]
+    words = {word: word for word in (*known, *more)}
+    for word in text.split(","):
+        if word.strip() not in words:
+            raise UserError(f"{option} {text}: '{word.strip()}' is none of {', '.join(words)}, all")
+    return [words[cast(Word, word.strip())] for word in text.split(",")]
 
 
 def _quantizer(args: argparse.Namespace) -> int:
@@ -197,10 +199,10 @@ def _quantizer(args: argparse.Namespace) -> int:
 
 
 def _kernels(args: argparse.Namespace) -> int:
-    from ibq_scale.bench.kernels import ARCHS, KERNEL_NAMES, PRECISIONS, kernel_rows
+    from ibq_scale.bench.kernels import ARCHS, KERNEL_NAMES, LIST_KERNEL_NAMES, PRECISIONS, kernel_rows
 
     rows = kernel_rows(
-        _words("--kernel", args.kernel, KERNEL_NAMES),
+        _words("--kernel", args.kernel, KERNEL_NAMES, LIST_KERNEL_NAMES),
         _words("--arch", args.arch, ARCHS),
         _words("--precision", args.precision, PRECISIONS),
         _sizes("--dim", args.dim),

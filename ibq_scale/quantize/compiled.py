@@ -13,17 +13,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from ibq_scale.quantize.product import Precision
-from ibq_scale.quantize.tiles import KERNELS, Tile, constants
+from ibq_scale.quantize.tiles import Tile, constants, function
 
 _TYPES = {
-    "i32": ("M", "K", "codes_a_split", "rows_a_split", "codes_a_top", "tiles"),
-    "*i32": ("index", "second_index"),
-    "*u8": ("active",),
-    "fp32": ("inv_tau",),
+    "i32": ("M", "K", "codes_a_split", "rows_a_split", "codes_a_top", "first_code"),
+    "*i32": ("index", "count", "near", "near_count", "rivals", "rival_count"),
+    "fp32": ("inv_tau", "margin", "slack"),
 }
-# Numbers that 16 need not divide in training. Of the others, and of pointers, the launcher tells the compiler that it
-# does.
-_ODD = ("tiles", "inv_tau")
+# That 16 divides numbers and addresses, as in training it does, the launcher tells the compiler; of these it cannot.
+_ODD = _TYPES["fp32"]
 
 
 class Needs(NamedTuple):
@@ -41,15 +39,15 @@ def target(arch: str) -> GPUTarget:
 
 def build(kernel: str, arch: str, precision: Precision, dim: int, tile: Tile) -> Any:
     """Triton's compiled kernel. Whatever the compiler's passes raise comes through."""
-    function = KERNELS[kernel]
+    source_of = function(kernel)
     fixed = constants(kernel, tile, dim, precision)
-    signature = {name: "constexpr" if name in fixed else _type(name, precision) for name in function.arg_names}
+    signature = {name: "constexpr" if name in fixed else _type(kernel, name, precision) for name in source_of.arg_names}
     aligned = {
         (place,): [["tt.divisibility", 16]]
-        for place, name in enumerate(function.arg_names)
+        for place, name in enumerate(source_of.arg_names)
         if name not in fixed and name not in _ODD
     }
-    source = ASTSource(fn=function, signature=signature, constexprs=fixed, attrs=aligned)
+    source = ASTSource(fn=source_of, signature=signature, constexprs=fixed, attrs=aligned)
     return triton.compile(source, target=target(arch), options={"num_warps": tile.warps, "num_stages": tile.stages})
 
 
@@ -71,8 +69,9 @@ def machine_code(built: Any) -> str:
     return str(built.asm["amdgcn"]) if "amdgcn" in built.asm else _dump(built, "-sass")
 
 
-def _type(name: str, precision: Precision) -> str:
-    if name in ("z", "c", "g", "weights", "slopes"):
+def _type(kernel: str, name: str, precision: Precision) -> str:
+    # Lists are scored anew from fp32.
+    if name in ("weights", "slopes") or (name in ("z", "c", "g") and kernel not in ("rescore", "near_slopes")):
         return "*bf16" if precision == "bf16" else "*fp32"
     return next((kind for kind, names in _TYPES.items() if name in names), "*fp32")
 

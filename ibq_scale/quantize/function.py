@@ -29,6 +29,7 @@ from ibq_scale.quantize.collectives import (
 from ibq_scale.quantize.passes import (
     Backward,
     Codes,
+    Near,
     Passes,
     Pull,
     RowStatistics,
@@ -62,7 +63,7 @@ class Forward(NamedTuple):
 
     What stands below `batch_entropy` is kept for the backward pass: all the group's tokens (empty for a group of one),
     each segment's q̄ over this shard and the number of tokens it is a mean of, the tokens' statistics, p·C of this
-    rank's own tokens (empty where whole rows are at hand), and the backend's own: `Codes.coarse_KD`, `Passes.active`.
+    rank's own tokens (empty where whole rows are at hand), and the backend's own: `Codes.coarse_KD` and `Near`.
     """
 
     z_q_ND: Tensor
@@ -81,7 +82,9 @@ class Forward(NamedTuple):
     entropy_M: Tensor
     mixed_ND: Tensor
     coarse_KD: Tensor
-    active_UT: Tensor
+    near_codes_ML: Tensor
+    near_scores_ML: Tensor
+    near_count_M: Tensor
 
 
 WITH_GRADIENT = 3
@@ -188,7 +191,7 @@ def _fake_forward(z_ND: Tensor, rows_KD: Tensor, mean_K: Tensor | None, *values:
     settings = Settings(*values)
     tokens, dim = z_ND.shape
     everything = sum(settings.sizes) or tokens
-    segments = [everything] if settings.global_entropy or not settings.sizes else settings.sizes
+    segments = 1 if settings.global_entropy or not settings.sizes else len(settings.sizes)
     passes = _passes(z_ND, settings)
     whole = not settings.sizes and isinstance(passes, WholeRowPasses)
     index_M, row_M = z_ND.new_empty(everything, dtype=torch.int64), z_ND.new_empty(everything)
@@ -200,8 +203,8 @@ def _fake_forward(z_ND: Tensor, rows_KD: Tensor, mean_K: Tensor | None, *values:
         z_ND.new_empty(()),
         z_ND.new_empty(()),
         z_ND.new_empty((everything if settings.sizes else 0, dim)),
-        z_ND.new_empty((len(segments), rows_KD.shape[0])),
-        z_ND.new_empty(len(segments)),
+        z_ND.new_empty((segments, rows_KD.shape[0])),
+        z_ND.new_empty(segments),
         index_M,
         row_M,
         torch.empty_like(row_M),
@@ -209,13 +212,13 @@ def _fake_forward(z_ND: Tensor, rows_KD: Tensor, mean_K: Tensor | None, *values:
         torch.empty_like(row_M),
         z_ND.new_empty((0 if whole else tokens, dim)),
         passes.coarse(rows_KD),
-        z_ND.new_empty(passes.fields(segments, rows_KD.shape[0]), dtype=torch.uint8),
+        *passes.near(z_ND.new_empty((everything, dim))),
     )
 
 
 def _statistics(
     z_MD: Tensor, rows_KD: Tensor, passes: Passes, layout: _Layout, temperature: float
-) -> tuple[RowStatistics, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[RowStatistics, Tensor, *tuple[Tensor, ...]]:
     """Statistics of all tokens over the whole codebook, Σ q (G, K) over this shard, p·C of this rank's tokens, and what
     else the backward pass is to have: see `Forward`.
     """
@@ -223,17 +226,15 @@ def _statistics(
     if layout.group is None and isinstance(passes, WholeRowPasses):
         sums, mean_GK = passes.sums_and_means(z_MD, codes, layout.segments)
         statistics = RowStatistics.of(sums)
-        active_UT = passes.active(None, statistics, layout.segments)
-        return statistics, mean_GK, z_MD.new_empty((0, z_MD.shape[1])), codes.coarse_KD, active_UT
-    sums, scored = passes.sums(z_MD, codes)
+        return statistics, mean_GK, z_MD.new_empty((0, z_MD.shape[1])), codes.coarse_KD, *passes.near(z_MD)
+    sums, near = passes.sums(z_MD, codes)
     if layout.group is not None:
         sums = combine_shards(sums, rows_KD.shape[0], temperature, layout.sizes, layout.group)
     statistics = RowStatistics.of(sums)
-    active_UT = passes.active(scored, statistics, layout.segments)
-    mean_GK = passes.means(z_MD, codes, statistics, layout.segments, active_UT)
+    mean_GK = passes.means(z_MD, codes, statistics, layout.segments, near)
     assert sums.mixed_MD is not None
     mixed_ND = scatter_sum_uneven(sums.mixed_MD, layout.sizes, layout.group)
-    return statistics, mean_GK, mixed_ND / sums.total[layout.mine, None], codes.coarse_KD, active_UT
+    return statistics, mean_GK, mixed_ND / sums.total[layout.mine, None], codes.coarse_KD, *near
 
 
 def _backward(
@@ -246,7 +247,7 @@ def _backward(
     *values: Any,
 ) -> tuple[Tensor, Tensor]:
     settings = Settings(*values)
-    all_z_MD, mean_GK, count_G, index_M, *rest, mixed_ND, coarse_KD, active_UT = saved
+    all_z_MD, mean_GK, count_G, index_M, *rest, mixed_ND, coarse_KD, near_codes, near_scores, near_count = saved
     statistics = RowStatistics(index_M, *rest)
     layout = _Layout.of(z_ND.shape[0], settings)
     passes = _passes(z_ND, settings)
@@ -261,7 +262,7 @@ def _backward(
         delta_M=None,
         pulled_M=None,
         segments=layout.segments,
-        active_UT=active_UT,
+        near=Near(near_codes, near_scores, near_count),
     )
     if layout.group is not None or not isinstance(passes, WholeRowPasses):
         delta_N = torch.linalg.vecdot(grad_z_q_ND, mixed_ND)

@@ -1,23 +1,21 @@
-"""The IBQ function's kernels in Triton. Each works on tiles of S = z Cᵀ.
+"""The IBQ function's kernels in Triton. Most work on tiles of S = z Cᵀ, three on each token's *near* codes.
 
-Statistics and sums are fp32. Products are fp32, tf32 or bf16 as the config says ("coarse"). Where softmax(S/τ) is not 0
-and the rounding of a coarse product would change it, S is computed again from the fp32 operands ("fine"). A tile's
-operands are read in chunks of BD dimensions, so what a tile needs of a chip does not grow with D. No kernel adds to
-memory that another program writes: each writes its part and torch adds the parts in a fixed order.
+Statistics and sums are fp32. Products are fp32, tf32 or bf16 as the config says. A tile's operands are read in chunks
+of BD dimensions, so what a tile needs of a chip does not grow with D. No kernel adds to memory that another program
+writes: each writes its part and torch adds the parts in a fixed order.
 
-Shapes: M tokens, K codes, D dimensions; BM, BK, BD are a tile's. Strides between rows are D, or K for weights.
+Near codes of a token are those whose softmax(S/τ) counts, by a bound on the rounding of the products: a handful, whose
+scores are computed again in fp64. A token with too many of them is *flat*: there products are accurate enough for S/τ.
+It has a count of −1, and its softmax(S/τ) is computed tile by tile.
+
+Shapes: M tokens, K codes, D dimensions, L places for near codes; BM, BK, BD are a tile's. Strides between rows are D, K
+for weights and slopes, L for lists.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-# Kernels take softmax(S/τ) below e^this for 0. fp32 has no normal number there, and chips differ in what they do with
-# the others. `triton_passes` leaves out tiles that are below it as a whole.
-LEAST_LOG = tl.constexpr(-87.0)
-# Of a tile, in the map that `triton_passes` makes.
-COARSE, FINE = tl.constexpr(1), tl.constexpr(2)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -137,130 +135,151 @@ def _mix_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _refine_kernel(  # type: ignore[no-untyped-def]
-    z_fine, c_fine, active, index, top, second_index, second, total_tau, weighted, tile_top, M, K, codes_a_split, tiles,
-    inv_tau,
-    D: tl.constexpr, FINE_BD: tl.constexpr, FINE_PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+def _near_kernel(  # type: ignore[no-untyped-def]
+    weights, tile_top, tile_norm, size, best, near, near_count, rivals, rival_count, M, K, first_code, margin, slack,
+    TOP: tl.constexpr, L: tl.constexpr, R: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """The sums of S/τ and the two best codes again, from fine products of the tiles that `active` names."""
+    """Appends a block's codes that may score `best − margin`, and those that may be the best, to each token's lists.
+
+    Scores are read off the weights of `_sums_kernel`, in tiles of TOP codes. The error of one is at most
+    tile_norm · size + slack. Counts go on where lists are full.
+    """
     row = tl.program_id(0) * BM + tl.arange(0, BM)
-    split = tl.program_id(1)
     live = row < M
-    best = tl.full((BM,), -float("inf"), tl.float32)
-    next_best = tl.full((BM,), -float("inf"), tl.float32)
-    best_index = tl.zeros((BM,), tl.int32)
-    next_index = tl.zeros((BM,), tl.int32)
-    sum_q = tl.zeros((BM,), tl.float32)
-    sum_qx = tl.zeros((BM,), tl.float32)
-    first = split * codes_a_split
-    last = tl.minimum(first + codes_a_split, K)
-    for start in range(first, last, BK):
-        if tl.load(active + tl.program_id(0) * tiles + start // BK) != 0:
-            code = start + tl.arange(0, BK)
-            S = _product(z_fine, row, M, c_fine, code, last, D, FINE_BD, FINE_PRECISION, BM, BK)
-            S = tl.where((code < last)[None, :], S, -float("inf"))
-            here, place = _top(S, start)
-            others = tl.where(code[None, :] == place[:, None], -float("inf"), S)
-            here_second, second_place = _top(others, start)
-            # Second is the loser of the two best, or the second of the winner's side.
-            wins = here > best
-            beaten, beaten_index = tl.where(wins, best, here), tl.where(wins, best_index, place)
-            behind, behind_index = tl.where(wins, here_second, next_best), tl.where(wins, second_place, next_index)
-            next_index = tl.where(behind > beaten, behind_index, beaten_index)
-            next_best = tl.maximum(beaten, behind)
-            best_index = tl.where(wins, place, best_index)
-            new = tl.maximum(best, here)
-            tl.store(tile_top + (start // BK) * M + row, here, mask=live)
-            sum_q, sum_qx = _tau_sums(S, here, best, new, sum_q, sum_qx, inv_tau)
-            best = new
-    at = split * M + row
-    tl.store(index + at, best_index, mask=live)
-    tl.store(top + at, best, mask=live)
-    tl.store(second_index + at, next_index, mask=live)
-    tl.store(second + at, next_best, mask=live)
-    tl.store(total_tau + at, sum_q, mask=live)
-    tl.store(weighted + at, sum_qx, mask=live)
+    row_size = tl.load(size + row, mask=live, other=0.0)
+    row_best = tl.load(best + row, mask=live, other=float("inf"))
+    count = tl.load(near_count + row, mask=live, other=0)
+    count_rivals = tl.load(rival_count + row, mask=live, other=0)
+    for start in range(0, K, TOP):
+        here = tl.load(tile_top + (start // TOP) * M + row, mask=live, other=-float("inf"))
+        need = row_best - here - tl.load(tile_norm + start // TOP) * row_size - slack
+        if tl.min(need) <= margin:
+            code = start + tl.arange(0, TOP)
+            places = weights + row.to(tl.int64)[:, None] * K + code[None, :]
+            e = tl.load(places, mask=live[:, None] & (code < K)[None, :], other=-1.0).to(tl.float32)
+            found = e >= tl.exp(need - margin)[:, None]
+            place = count[:, None] + tl.cumsum(found.to(tl.int32), axis=1) - 1
+            stored = found & (place < L)
+            tl.store(near + row.to(tl.int64)[:, None] * L + place, first_code + code[None, :], mask=stored)
+            count += tl.sum(found.to(tl.int32), axis=1)
+            found = e >= tl.exp(need)[:, None]
+            place = count_rivals[:, None] + tl.cumsum(found.to(tl.int32), axis=1) - 1
+            stored = found & (place < R)
+            tl.store(rivals + row.to(tl.int64)[:, None] * R + place, first_code + code[None, :], mask=stored)
+            count_rivals += tl.sum(found.to(tl.int32), axis=1)
+    tl.store(near_count + row, count, mask=live)
+    tl.store(rival_count + row, count_rivals, mask=live)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _log_q(  # type: ignore[no-untyped-def]
-    z, z_fine, row, rows, c, c_fine, code, codes, flag, top, log_sum_tau, inv_tau,
-    D: tl.constexpr, BD: tl.constexpr, FINE_BD: tl.constexpr, PRECISION: tl.constexpr, FINE_PRECISION: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr,
+def _rescore_kernel(  # type: ignore[no-untyped-def]
+    z, c, near, near_count, rivals, rival_count, scores, index, top, total_tau, weighted, inv_tau,
+    D: tl.constexpr, BD: tl.constexpr, L: tl.constexpr, R: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
-    """log softmax(S/τ) of a tile, fine where the flag says so."""
-    if flag == FINE:
-        S = _product(z_fine, row, rows, c_fine, code, codes, D, FINE_BD, FINE_PRECISION, BM, BK)
-    else:
-        S = _product(z, row, rows, c, code, codes, D, BD, PRECISION, BM, BK)
-    return (S - top[:, None]) * inv_tau - log_sum_tau[:, None]
+    """A token's scores of near codes in fp64, rounded, and its sums over them; the best code, of rivals where flat."""
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BD)
+    z_row = tl.load(z + row * D + d, mask=d < D, other=0.0).to(tl.float64)
+    count = tl.load(near_count + row)
+    flat = count > L
+    codes = near + row * L
+    if flat:
+        count = tl.minimum(tl.load(rival_count + row), R)
+        codes = rivals + row * R
+    best = tl.full((), -float("inf"), tl.float64)
+    best_code = tl.full((), 0, tl.int32)
+    reference = tl.full((), -float("inf"), tl.float32)
+    sum_q = tl.full((), 0.0, tl.float32)
+    sum_qx = tl.full((), 0.0, tl.float32)
+    for start in range(0, count, BL):
+        place = start + tl.arange(0, BL)
+        live = place < count
+        code = tl.load(codes + place, mask=live, other=0)
+        c_rows = tl.load(
+            c + code.to(tl.int64)[:, None] * D + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0
+        )
+        exact = tl.where(live, tl.sum(c_rows.to(tl.float64) * z_row[None, :], axis=1), -float("inf"))
+        here = tl.max(exact, axis=0)
+        first = tl.min(tl.where(exact == here, code, 2147483647), axis=0)
+        # Lists ascend: an equal one further on is no better.
+        best_code = tl.where(here > best, first, best_code)
+        best = tl.maximum(best, here)
+        score = exact.to(tl.float32)
+        new = best.to(tl.float32)
+        tl.store(scores + row * L + place, score, mask=live & (flat == 0))
+        x = (score - new) * inv_tau
+        e = tl.where(live, tl.exp(x), 0.0)
+        sum_q, sum_qx = _moved(sum_q, sum_qx, (reference - new) * inv_tau)
+        sum_q += tl.sum(e, axis=0)
+        sum_qx += tl.sum(tl.where(e > 0, e * x, 0.0), axis=0)
+        reference = new
+    tl.store(index + row, best_code)
+    tl.store(top + row, reference)
+    tl.store(total_tau + row, sum_q)
+    tl.store(weighted + row, sum_qx)
+    tl.store(near_count + row, tl.where(flat, -1, count))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _means_kernel(  # type: ignore[no-untyped-def]
-    z, c, z_fine, c_fine, active, top, log_sum_tau, mean, M, K, rows_a_split, tiles, inv_tau,
-    D: tl.constexpr, BD: tl.constexpr, FINE_BD: tl.constexpr, PRECISION: tl.constexpr, FINE_PRECISION: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr,
+    z, c, count, top, log_sum_tau, mean, M, K, rows_a_split, inv_tau,
+    D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Σ softmax(S/τ) of each code over a split of the tokens. Tiles that are not active are 0."""
+    """Σ softmax(S/τ) of flat tokens, for each code, over a split of the tokens."""
     code = tl.program_id(0) * BK + tl.arange(0, BK)
     split = tl.program_id(1)
     mean_sum = tl.zeros((BK,), tl.float32)
     first = split * rows_a_split
     last = tl.minimum(first + rows_a_split, M)
     for start in range(first, last, BM):
-        flag = tl.load(active + (start // BM) * tiles + tl.program_id(0))
-        if flag != 0:
-            row = start + tl.arange(0, BM)
-            live = row < last
-            row_top = tl.load(top + row, mask=live, other=0.0)
-            row_log = tl.load(log_sum_tau + row, mask=live, other=0.0)
-            log_q = _log_q(
-                z, z_fine, row, last, c, c_fine, code, K, flag, row_top, row_log, inv_tau,
-                D, BD, FINE_BD, PRECISION, FINE_PRECISION, BM, BK,
-            )  # fmt: skip
-            q = tl.where(live[:, None] & (log_q > LEAST_LOG), tl.exp(log_q), 0.0)
-            mean_sum += tl.sum(q, axis=0)
+        row = start + tl.arange(0, BM)
+        flat = tl.load(count + row, mask=row < last, other=0) < 0
+        if tl.max(flat.to(tl.int32), axis=0) > 0:
+            row_top = tl.load(top + row, mask=flat, other=0.0)
+            row_log = tl.load(log_sum_tau + row, mask=flat, other=0.0)
+            S = _product(z, row, last, c, code, K, D, BD, PRECISION, BM, BK)
+            q = tl.exp((S - row_top[:, None]) * inv_tau - row_log[:, None])
+            mean_sum += tl.sum(tl.where(flat[:, None], q, 0.0), axis=0)
     tl.store(mean + split.to(tl.int64) * K + code, mean_sum, mask=code < K)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _pulled_kernel(  # type: ignore[no-untyped-def]
-    z, c, z_fine, c_fine, active, top, log_sum_tau, batch, pulled, M, K, codes_a_split, tiles, inv_tau,
-    D: tl.constexpr, BD: tl.constexpr, FINE_BD: tl.constexpr, PRECISION: tl.constexpr, FINE_PRECISION: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr,
+    z, c, count, top, log_sum_tau, batch, pulled, M, K, codes_a_split, inv_tau,
+    D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Σ softmax(S/τ) r of each token over a split of the codes. Tiles that are not active are 0."""
+    """Σ softmax(S/τ) r of flat tokens over a split of the codes."""
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     split = tl.program_id(1)
-    live = row < M
-    row_top = tl.load(top + row, mask=live, other=0.0)
-    row_log = tl.load(log_sum_tau + row, mask=live, other=0.0)
+    flat = tl.load(count + row, mask=row < M, other=0) < 0
     row_pulled = tl.zeros((BM,), tl.float32)
-    first = split * codes_a_split
-    last = tl.minimum(first + codes_a_split, K)
-    for start in range(first, last, BK):
-        flag = tl.load(active + tl.program_id(0) * tiles + start // BK)
-        if flag != 0:
+    if tl.max(flat.to(tl.int32), axis=0) > 0:
+        row_top = tl.load(top + row, mask=flat, other=0.0)
+        row_log = tl.load(log_sum_tau + row, mask=flat, other=0.0)
+        first = split * codes_a_split
+        last = tl.minimum(first + codes_a_split, K)
+        for start in range(first, last, BK):
             code = start + tl.arange(0, BK)
-            log_q = _log_q(
-                z, z_fine, row, M, c, c_fine, code, last, flag, row_top, row_log, inv_tau,
-                D, BD, FINE_BD, PRECISION, FINE_PRECISION, BM, BK,
-            )  # fmt: skip
+            S = _product(z, row, M, c, code, last, D, BD, PRECISION, BM, BK)
+            q = tl.exp((S - row_top[:, None]) * inv_tau - row_log[:, None])
             r = tl.load(batch + code, mask=code < last, other=0.0)
-            q = tl.where((code < last)[None, :] & (log_q > LEAST_LOG), tl.exp(log_q), 0.0)
-            row_pulled += tl.sum(q * r[None, :], axis=1)
-    tl.store(pulled + split * M + row, row_pulled, mask=live)
+            # Codes beyond the last have no pull, whatever their q.
+            row_pulled += tl.sum(tl.where((code < last)[None, :] & flat[:, None], q * r[None, :], 0.0), axis=1)
+    tl.store(pulled + split * M + row, row_pulled, mask=row < M)
+
+
+@triton.jit
+def _entropy_slope(log_q, r, pulled, sample, entropy, inv_tau):  # type: ignore[no-untyped-def]
+    """What the entropy loss adds to ∂L/∂S (passes.py)."""
+    return tl.exp(log_q) * (r - pulled - sample * (log_q + entropy)) * inv_tau
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _slopes_kernel(  # type: ignore[no-untyped-def]
-    z, c, g, z_fine, c_fine, active, top, log_sum, log_sum_tau, entropy, sample, delta, pulled, batch, slopes,
-    M, K, tiles, inv_tau,
-    D: tl.constexpr, BD: tl.constexpr, FINE_BD: tl.constexpr, PRECISION: tl.constexpr, FINE_PRECISION: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr,
+    z, c, g, count, top, log_sum, log_sum_tau, entropy, sample, delta, pulled, batch, slopes, M, K, inv_tau,
+    D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """∂L/∂S (M, K) of a tile (passes.py). Tokens go first, so that programs side by side read the same codes."""
+    """∂L/∂S (M, K) of a tile, for flat tokens with softmax(S/τ). Programs side by side read the same codes."""
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     code = tl.program_id(1) * BK + tl.arange(0, BK)
     live, inside = row < M, code < K
@@ -274,20 +293,52 @@ def _slopes_kernel(  # type: ignore[no-untyped-def]
     row_log = tl.load(log_sum + row, mask=live, other=0.0)
     row_delta = tl.load(delta + row, mask=live, other=0.0)
     dS = tl.exp(S - (row_top + row_log)[:, None]) * (G - row_delta[:, None])
-    flag = tl.load(active + tl.program_id(0) * tiles + tl.program_id(1))
-    if flag != 0:
-        if flag == FINE:
-            S = _product(z_fine, row, M, c_fine, code, K, D, FINE_BD, FINE_PRECISION, BM, BK)
-        row_log_tau = tl.load(log_sum_tau + row, mask=live, other=0.0)
-        row_entropy = tl.load(entropy + row, mask=live, other=0.0)
-        row_sample = tl.load(sample + row, mask=live, other=0.0)
-        row_pulled = tl.load(pulled + row, mask=live, other=0.0)
+    flat = tl.load(count + row, mask=live, other=0) < 0
+    if tl.max(flat.to(tl.int32), axis=0) > 0:
+        row_log_tau = tl.load(log_sum_tau + row, mask=flat, other=0.0)
+        row_entropy = tl.load(entropy + row, mask=flat, other=0.0)
+        row_sample = tl.load(sample + row, mask=flat, other=0.0)
+        row_pulled = tl.load(pulled + row, mask=flat, other=0.0)
         r = tl.load(batch + code, mask=inside, other=0.0)
         log_q = (S - row_top[:, None]) * inv_tau - row_log_tau[:, None]
-        inner = r[None, :] - row_pulled[:, None] - row_sample[:, None] * (log_q + row_entropy[:, None])
-        dS += tl.where(log_q > LEAST_LOG, tl.exp(log_q) * inner * inv_tau, 0.0)
+        more = _entropy_slope(
+            log_q, r[None, :], row_pulled[:, None], row_sample[:, None], row_entropy[:, None], inv_tau
+        )
+        dS += tl.where(flat[:, None], more, 0.0)
     places = slopes + row.to(tl.int64)[:, None] * K + code[None, :]
     tl.store(places, dS.to(slopes.dtype.element_ty), mask=live[:, None] & inside[None, :])
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _near_slopes_kernel(  # type: ignore[no-untyped-def]
+    c, near, count, scores, top, log_sum_tau, entropy, sample, pulled, batch, slopes, grad_z, K, first_code, inv_tau,
+    D: tl.constexpr, BD: tl.constexpr, L: tl.constexpr, BL: tl.constexpr,
+):  # fmt: skip
+    """Adds softmax(S/τ)'s part of ∂L/∂S at a token's near codes among the K from `first_code` on, and of ∂L/∂z by it.
+
+    Near codes pull against each other: what is left of them is in fp32, where rounded codes would hide it.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BD)
+    grad = tl.load(grad_z + row * D + d, mask=d < D, other=0.0)
+    row_top, row_log = tl.load(top + row), tl.load(log_sum_tau + row)
+    row_entropy, row_sample, row_pulled = tl.load(entropy + row), tl.load(sample + row), tl.load(pulled + row)
+    for start in range(0, tl.load(count + row), BL):
+        place = start + tl.arange(0, BL)
+        live = place < tl.load(count + row)
+        code = tl.load(near + row * L + place, mask=live, other=0) - first_code
+        live = live & (code >= 0) & (code < K)
+        score = tl.load(scores + row * L + place, mask=live, other=0.0)
+        r = tl.load(batch + code, mask=live, other=0.0)
+        more = _entropy_slope((score - row_top) * inv_tau - row_log, r, row_pulled, row_sample, row_entropy, inv_tau)
+        places = slopes + row * K + code
+        before = tl.load(places, mask=live, other=0.0).to(tl.float32)
+        tl.store(places, (before + more).to(slopes.dtype.element_ty), mask=live)
+        c_rows = tl.load(
+            c + code.to(tl.int64)[:, None] * D + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0
+        )
+        grad += tl.sum(tl.where(live, more, 0.0)[:, None] * c_rows, axis=0)
+    tl.store(grad_z + row * D + d, grad, mask=d < D)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -76,17 +76,15 @@ class Codes(NamedTuple):
         return self.coarse_KD if len(self.coarse_KD) else self.rows_KD
 
 
-class Scored(NamedTuple):
-    """Each token's best score in each tile of `codes` codes, (T, M), from which tiles without softmax(S/τ) are known.
+class Near(NamedTuple):
+    """Of each token the codes whose softmax(S/τ) counts and their scores, (M, L), and how many there are.
 
-    Of tokens in `fine_M` the finer scores are meant, −∞ in tiles that were not looked into.
+    A count of −1 says that they are too many for the list. All empty for a backend that asks for none.
     """
 
-    top_TM: Tensor
-    codes: int
-    fine_M: Tensor
-    fine_top_TM: Tensor | None
-    fine_codes: int
+    codes_ML: Tensor
+    scores_ML: Tensor
+    count_M: Tensor
 
 
 class Pull(NamedTuple):
@@ -107,7 +105,7 @@ class Backward(NamedTuple):
     delta_M: Tensor | None
     pulled_M: Tensor | None
     segments: Segments
-    active_UT: Tensor
+    near: Near
 
 
 class Passes(Protocol):
@@ -117,21 +115,15 @@ class Passes(Protocol):
         """`Codes.coarse_KD`: made once for both passes; no rows where products read the rows as they are."""
         ...
 
-    def sums(self, z_MD: Tensor, codes: Codes) -> tuple[PartSums, Scored | None]:
-        """Sums over this shard, `mixed_MD` among them, and what `active` asks for."""
+    def sums(self, z_MD: Tensor, codes: Codes) -> tuple[PartSums, Near]:
+        """Sums over this shard, `mixed_MD` among them, and what the other passes of this backend are to know."""
         ...
 
-    def active(self, scored: Scored | None, statistics: RowStatistics, segments: Segments) -> Tensor:
-        """A map of the tiles in which softmax(S/τ) is not 0, for the passes of this backend; empty where none asks."""
+    def near(self, z_MD: Tensor) -> Near:
+        """Lists for so many tokens, not filled."""
         ...
 
-    def fields(self, sizes: Sequence[int], codes: int) -> tuple[int, int]:
-        """The shape of that map for segments of these sizes."""
-        ...
-
-    def means(
-        self, z_MD: Tensor, codes: Codes, statistics: RowStatistics, segments: Segments, active_UT: Tensor
-    ) -> Tensor:
+    def means(self, z_MD: Tensor, codes: Codes, statistics: RowStatistics, segments: Segments, near: Near) -> Tensor:
         """Σ_i q_ik (G, K) of each segment's tokens over this shard's codes."""
         ...
 

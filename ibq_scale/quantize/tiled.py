@@ -9,13 +9,13 @@ by element goes through a tile in pieces that stay in the cache.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from ibq_scale.quantize.passes import Backward, Codes, PartSums, RowStatistics, Scored, Segments
+from ibq_scale.quantize.passes import Backward, Codes, Near, PartSums, RowStatistics, Segments
 from ibq_scale.quantize.product import Precision, product_into
 
 # Tile-sized buffers alive at once in the backward pass: S and g Cᵀ.
@@ -99,18 +99,17 @@ class TiledPasses:
     def coarse(self, rows_KD: Tensor) -> Tensor:
         return rows_KD.new_empty((0, rows_KD.shape[1]))
 
-    def sums(self, z_MD: Tensor, codes: Codes) -> tuple[PartSums, Scored | None]:
-        return self._forward(z_MD, codes.rows_KD, (slice(0, z_MD.shape[0]),), None), None
+    def sums(self, z_MD: Tensor, codes: Codes) -> tuple[PartSums, Near]:
+        return self._forward(z_MD, codes.rows_KD, (slice(0, z_MD.shape[0]),), None), self.near(z_MD)
 
     def sums_and_means(self, z_MD: Tensor, codes: Codes, segments: Segments) -> tuple[PartSums, Tensor]:
         mean_GK = z_MD.new_zeros((len(segments), codes.rows_KD.shape[0]))
         return self._forward(z_MD, codes.rows_KD, segments, mean_GK), mean_GK
 
-    def active(self, scored: Scored | None, statistics: RowStatistics, segments: Segments) -> Tensor:
-        return statistics.top.new_empty((0, 0), dtype=torch.uint8)
-
-    def fields(self, sizes: Sequence[int], codes: int) -> tuple[int, int]:
-        return 0, 0
+    def near(self, z_MD: Tensor) -> Near:
+        return Near(
+            z_MD.new_empty((0, 0), dtype=torch.int32), z_MD.new_empty((0, 0)), z_MD.new_empty(0, dtype=torch.int32)
+        )
 
     def _forward(self, z_MD: Tensor, rows_KD: Tensor, segments: Segments, mean_GK: Tensor | None) -> PartSums:
         """Adds to q̄ where it is asked for, and so whole rows are at hand; else brings p C."""
@@ -136,9 +135,7 @@ class TiledPasses:
         index, top, total, total_tau, weighted = (torch.cat(column) for column in zip(*parts, strict=True))
         return PartSums(index, top, total, total_tau, weighted, mixed_MD)
 
-    def means(
-        self, z_MD: Tensor, codes: Codes, statistics: RowStatistics, segments: Segments, active_UT: Tensor
-    ) -> Tensor:
+    def means(self, z_MD: Tensor, codes: Codes, statistics: RowStatistics, segments: Segments, near: Near) -> Tensor:
         rows_KD = codes.rows_KD
         mean_GK = z_MD.new_zeros((len(segments), rows_KD.shape[0]))
         with self._tile(z_MD, rows_KD) as tile:

@@ -40,15 +40,21 @@ class Chip(NamedTuple):
 
 
 KERNELS: dict[str, Any] = {
-    name: getattr(kernels, f"_{name}_kernel") for name in ("sums", "mix", "refine", "means", "pulled", "slopes", "best")
+    name: getattr(kernels, f"_{name}_kernel") for name in ("sums", "mix", "means", "pulled", "slopes", "best")
+}
+# Those that work on lists of near codes and multiply no matrices. What they need of a chip is small, and one tile does.
+LIST_KERNELS: dict[str, Any] = {
+    name: getattr(kernels, f"_{name}_kernel") for name in ("near", "rescore", "near_slopes")
 }
 # In the order in which they are preferred, by what `bench kernels` tells: the larger first, whose loads are used more
-# often. At least 64 tokens and codes, a field of the map of active tiles.
+# often.
 _TILES = (Tile(128, 64, 64, 8, 3), Tile(64, 128, 64, 8, 3), Tile(64, 64, 64, 8, 3), Tile(64, 64, 32, 4, 3))
 TILES: dict[str, tuple[Tile, ...]] = dict.fromkeys(KERNELS, _TILES) | {"mix": (Tile(128, 128, 64, 8, 3), *_TILES)}
-# Dimensions at once of a fine product, whose operands are split in three in registers: with more they are spilled.
-FINE_DIMS = 16
 INTERPRETED = Tile(16, 16, 16, 4, 1)
+# Places of a token's list of near codes, and of its codes that may be the best. Trained tokens have tens of the first.
+NEAR, RIVALS = 512, 64
+# Tokens of a program that makes lists; codes of a list that are read at once.
+ROWS, CODES = 8, 16
 
 
 def interpreted() -> bool:
@@ -57,22 +63,30 @@ def interpreted() -> bool:
 
 
 def constants(kernel: str, tile: Tile, dim: int, precision: Precision) -> dict[str, Any]:
-    """The compile-time arguments of a kernel."""
+    """The compile-time arguments of a kernel. One of lists reads all dimensions of a code at once."""
     values = {
         "D": dim,
-        "BD": tile.dims,
-        "FINE_BD": FINE_DIMS,
+        "BD": 1 << (dim - 1).bit_length() if kernel in LIST_KERNELS else tile.dims,
         "PRECISION": "tf32" if precision == "tf32" else "ieee",
-        # The interpreter knows no bf16x3, and multiplies fp32 as it is.
-        "FINE_PRECISION": "ieee" if interpreted() or precision == "fp32" else "bf16x3",
-        "BM": tile.tokens,
+        "BM": ROWS if kernel in LIST_KERNELS else tile.tokens,
         "BK": tile.codes,
+        "TOP": tile.codes,
+        "L": NEAR,
+        "R": RIVALS,
+        "BL": CODES,
     }
-    return {name: value for name, value in values.items() if name in KERNELS[kernel].arg_names}
+    return {name: value for name, value in values.items() if name in function(kernel).arg_names}
+
+
+def function(kernel: str) -> Any:
+    """Triton's function of a kernel of either kind."""
+    return KERNELS.get(kernel) or LIST_KERNELS[kernel]
 
 
 def offered(kernel: str, dim: int) -> tuple[Tile, ...]:
     """The kernel's tiles for D: no wider than it needs. A product wants at least 16 dimensions."""
+    if kernel in LIST_KERNELS:
+        return (Tile(ROWS, 64, CODES, 4, 2),)
     width = max(16, 1 << (dim - 1).bit_length())
     return tuple(dict.fromkeys(tile._replace(dims=min(tile.dims, width)) for tile in TILES[kernel]))
 
@@ -139,4 +153,4 @@ def _first(kernel: str, precision: Precision, dim: int, on: Chip, most_codes: in
 
 def run(kernel: str, tile: Tile, grid: tuple[int, ...], fixed: dict[str, Any], *arguments: Any) -> None:
     """Launches a kernel."""
-    KERNELS[kernel][grid](*arguments, **fixed, num_warps=tile.warps, num_stages=tile.stages)
+    function(kernel)[grid](*arguments, **fixed, num_warps=tile.warps, num_stages=tile.stages)

@@ -1,16 +1,18 @@
 """The passes by the Triton kernels (kernels.py), and cuBLAS for the two products of the backward pass.
 
-Products of N·K·D: S and e C for the sums, S and g Cᵀ for ∂L/∂S, and ∂L/∂S C and ∂L/∂Sᵀ z of it: 6. What softmax(S/τ)
-needs beside them is done on *active* tiles only, where it is not 0 in fp32: S for q̄ and S for π. A coarse product is
-off by up to `_error`, many nats of S/τ. So where that matters S is computed again by fine products, and the code of a
-token is the best by them, the best two weighed in fp64.
+Products of N·K·D: S and e C for the sums, S and g Cᵀ for ∂L/∂S, and ∂L/∂S C and ∂L/∂Sᵀ z of it: 6. With flat tokens
+two more, S for q̄ and S for π.
+
+Rounding the operands moves S/τ by nats, and with it the entropy loss and the codes. So a token's code and its
+softmax(S/τ) come from fp64 scores of its near codes: all that could be the best or hold more than e^−20/K of the
+softmax of the best, given a bound on the rounding. What is left out is below e^−20 in all, less than fp32 resolves.
 
 A step's blocks of e^S and of ∂L/∂S, (M, codes of a block), hold at most `BLOCK_BYTES`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -18,30 +20,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ibq_scale.quantize.passes import Backward, Codes, PartSums, RowStatistics, Scored, Segments, combine
+from ibq_scale.quantize import tiles
+from ibq_scale.quantize.passes import Backward, Codes, Near, PartSums, RowStatistics, Segments, combine
 from ibq_scale.quantize.product import Precision, product_into
 from ibq_scale.quantize.tiles import Tile, chosen, constants, interpreted, run
 
 # Waves of programs that a launch aims for. A split of the codes is a multiple of so many: any tile divides it.
 WAVES, SPLIT_UNIT = 2, 128
 INTERPRETED_PROGRAMS, INTERPRETED_UNIT = 6, 16
-BLOCK_BYTES = 512 << 20
-BLOCK_UNIT = 1024
-# Tokens × codes of a field of the map of active tiles; every tile is a multiple of it.
-FIELD = 64
-# Rounding of an operand: to nearest in bf16, cut off in tf32.
+BLOCK_BYTES, BLOCK_UNIT = 512 << 20, 1024
+# ln of what a near code has of the softmax at the least, times K.
+CUT = -20.0
+# Rounding of an operand: to nearest in bf16, cut off in tf32. That of e^S, as an error of S, with exp's own.
 OPERAND = {"fp32": 0.0, "tf32": 2.0**-10, "bf16": 2.0**-8}
-# Fine where the bound on the error of S/τ is larger, in nats. The error itself is about a fiftieth of it.
-FINE_FROM = 1.0
-# Below e^LEAST softmax(S/τ) is 0 in every kernel; a nat is left for sums in another order.
-LEAST = -87.0
+SLACK = {"fp32": 2.0**-16, "tf32": 2.0**-16, "bf16": 2.0**-7}
+# Probabilities are added as integers, which no order changes, in units of this.
+FIXED = 2.0**-40
 # Of exponents whose exp is not to overflow.
 LARGEST = 80.0
-
-
-def field() -> int:
-    """Tokens, and codes, of a field of the map."""
-    return INTERPRETED_UNIT if interpreted() else FIELD
 
 
 class _Split(NamedTuple):
@@ -60,6 +56,21 @@ class _Split(NamedTuple):
         return _Split(_blocks(length, size), size)
 
 
+class _Lists(NamedTuple):
+    """What makes near codes. Counts, both lists and the best score that is sure so far are changed in place.
+
+    `size_M` times a code's norm bounds the error of a score.
+    """
+
+    near: Near
+    rivals_MR: Tensor
+    rival_count_M: Tensor
+    best_M: Tensor
+    size_M: Tensor
+    norm_K: Tensor
+    margin: float
+
+
 class TritonPasses:
     """See `passes.Passes`."""
 
@@ -74,19 +85,38 @@ class TritonPasses:
         narrow = rows_KD.bfloat16()
         return narrow.float() if interpreted() else narrow
 
-    def sums(self, z_MD: Tensor, codes: Codes) -> tuple[PartSums, Scored]:
+    def near(self, z_MD: Tensor) -> Near:
+        codes_ML, scores_ML = (
+            z_MD.new_empty((len(z_MD), tiles.NEAR), dtype=dtype) for dtype in (torch.int32, torch.float32)
+        )
+        return Near(codes_ML, scores_ML, z_MD.new_zeros(len(z_MD), dtype=torch.int32))
+
+    def sums(self, z_MD: Tensor, codes: Codes) -> tuple[PartSums, Near]:
         M, K = len(z_MD), len(codes.rows_KD)
         z, c = self._operand(z_MD), codes.operand
-        tile = self._tile("sums", z)
+        lists = self._lists(z_MD, codes.rows_KD)
         block = self._block(M, z)
-        parts, tops = zip(*(self._sums(tile, z, c[at : at + block]) for at in range(0, K, block)), strict=True)
-        sums = combine(list(parts), list(range(0, K, block)), self.temperature)
-        scored = Scored(torch.cat(tops), tile.codes, torch.zeros_like(sums.top, dtype=torch.bool), None, 0)
-        return (sums, scored) if self.precision == "fp32" else self._refined(z_MD, codes.rows_KD, sums, scored)
+        firsts = list(range(0, K, block))
+        sums = combine([self._sums(z, c[at : at + block], at, lists) for at in firsts], firsts, self.temperature)
+        return self._rescored(z_MD, codes.rows_KD, sums, lists), lists.near
 
-    def _sums(self, tile: Tile, z: Tensor, c: Tensor) -> tuple[PartSums, Tensor]:
-        """Of a block of codes; and each token's best score in each tile of codes (T, M)."""
+    def _lists(self, z_MD: Tensor, rows_KD: Tensor) -> _Lists:
+        """Empty ones. The bound is that of search.py."""
+        rounding = (rows_KD.shape[1] + 1) * torch.finfo(torch.float32).eps
+        gamma, operand = rounding / (1 - rounding), OPERAND[self.precision]
+        share = (gamma + (2 * operand + operand**2) * (1 + gamma)) * (1 + 2 * rounding)
+        size_M: Tensor = torch.linalg.vector_norm(z_MD, dim=1) * share
+        norm_K: Tensor = torch.linalg.vector_norm(rows_KD, dim=1)
+        near = self.near(z_MD)
+        rivals_MR = near.codes_ML.new_empty((len(z_MD), tiles.RIVALS))
+        margin = self.temperature * (math.log(len(rows_KD)) - CUT)
+        best_M = torch.full_like(size_M, -torch.inf)
+        return _Lists(near, rivals_MR, torch.zeros_like(near.count_M), best_M, size_M, norm_K, margin)
+
+    def _sums(self, z: Tensor, c: Tensor, first: int, lists: _Lists) -> PartSums:
+        """Of a block of codes, whose near ones are added to the lists."""
         (M, D), K = z.shape, len(c)
+        tile = self._tile("sums", z)
         split = _Split.of(K, _blocks(M, tile.tokens), z.device)
         index = torch.empty((split.parts, M), dtype=torch.int32, device=z.device)
         top, total, total_tau, weighted = _floats(z, 4, split.parts, M)
@@ -97,7 +127,13 @@ class TritonPasses:
             1.0 / self.temperature)  # fmt: skip
         columns = zip(index.long(), top, total, total_tau, weighted, strict=True)
         sums = combine([PartSums(*column, None) for column in columns], [0] * split.parts, self.temperature)
-        return replace(sums, mixed_MD=self._mixed(tile, c, sums.top, tile_top, weights_MK)), tile_top
+        norm_K = lists.norm_K[first : first + K]
+        norm_T = F.pad(norm_K, (0, -K % tile.codes)).view(-1, tile.codes).amax(dim=1)
+        torch.maximum(lists.best_M, (tile_top - norm_T[:, None] * lists.size_M).amax(dim=0), out=lists.best_M)
+        run("near", self._tile("near", z), (_blocks(M, tiles.ROWS),), self._constants("near", tile, D),
+            weights_MK, tile_top, norm_T, lists.size_M, lists.best_M, lists.near.codes_ML, lists.near.count_M,
+            lists.rivals_MR, lists.rival_count_M, M, K, first, lists.margin, SLACK[self.precision])  # fmt: skip
+        return replace(sums, mixed_MD=self._mixed(tile, c, sums.top, tile_top, weights_MK))
 
     def _mixed(self, of_sums: Tile, c: Tensor, top: Tensor, tile_top: Tensor, weights_MK: Tensor) -> Tensor:
         (M, K), D = weights_MK.shape, c.shape[1]
@@ -109,89 +145,68 @@ class TritonPasses:
             c, tile_top, weights_MK, top, parts_SMD, M, K, split.size, of_sums.codes)  # fmt: skip
         return parts_SMD.sum(dim=0)
 
-    def _refined(self, z_MD: Tensor, rows_KD: Tensor, sums: PartSums, scored: Scored) -> tuple[PartSums, Scored]:
-        """The sums with the codes by fine products, and with S/τ by them where its coarse error matters."""
-        (M, D), K = z_MD.shape, len(rows_KD)
-        tile = self._tile("refine", z_MD)
-        error_TM = self._error(z_MD, rows_KD, scored.codes)
-        fine_M = error_TM.amax(dim=0) > FINE_FROM * self.temperature
-        least_M = (scored.top_TM - error_TM).amax(dim=0) + torch.where(fine_M, (LEAST - 1) * self.temperature, 0.0)
-        possible_TM = scored.top_TM + error_TM >= least_M
-        active = _fields(possible_TM, scored.codes, (slice(0, M),), tile.tokens, tile.codes)
-        split = _Split.of(K, _blocks(M, tile.tokens), z_MD.device)
-        index, second_index = torch.empty((2, split.parts, M), dtype=torch.int32, device=z_MD.device)
-        top, second, total_tau, weighted = _floats(z_MD, 4, split.parts, M)
-        fine_top_TM = torch.full((_blocks(K, tile.codes), M), -torch.inf, device=z_MD.device)
-        run("refine", tile, (_blocks(M, tile.tokens), split.parts), self._constants("refine", tile, D),
-            z_MD, rows_KD, active, index, top, second_index, second, total_tau, weighted, fine_top_TM, M, K, split.size,
-            active.shape[1], 1.0 / self.temperature)  # fmt: skip
-        columns = zip(index.long(), top, torch.zeros_like(top), total_tau, weighted, strict=True)
-        fine = combine([PartSums(*column, None) for column in columns], [0] * split.parts, self.temperature)
-        others = torch.where(index == fine.index, -torch.inf, top)
-        second, place = torch.cat([others, second]).max(dim=0)
-        second_index = torch.cat([index, second_index]).long().gather(0, place[None])[0]
-        best, best_top = _better(z_MD, rows_KD, fine.index, torch.where(second > -torch.inf, second_index, fine.index))
-        # The coarse sums of S/τ stay where they are good enough. Both are measured from the score of the code taken.
-        coarse, fine = (_from(part, best_top, self.temperature) for part in (sums, fine))
-        joined = replace(
-            coarse,
-            index=best,
-            total_tau=torch.where(fine_M, fine.total_tau, coarse.total_tau),
-            weighted=torch.where(fine_M, fine.weighted, coarse.weighted),
+    def _rescored(self, z_MD: Tensor, rows_KD: Tensor, sums: PartSums, lists: _Lists) -> PartSums:
+        """The sums with the codes, and S/τ of all but flat tokens, by the scores of near codes."""
+        (M, D), near = z_MD.shape, lists.near
+        index = torch.empty_like(near.count_M)
+        top, total_tau, weighted = _floats(z_MD, 3, M)
+        tile = self._tile("rescore", z_MD)
+        run("rescore", tile, (M,), self._constants("rescore", tile, D),
+            z_MD, rows_KD, near.codes_ML, near.count_M, lists.rivals_MR, lists.rival_count_M, near.scores_ML,
+            index, top, total_tau, weighted, 1.0 / self.temperature)  # fmt: skip
+        flat_M = near.count_M < 0
+        shift = sums.top - top
+        # Where rounding is off by more than fp32's exponents hold, nothing but the code is known.
+        scale = shift.clamp(max=LARGEST).exp()
+        shift_tau = (shift / self.temperature).clamp(max=LARGEST)
+        scale_tau = shift_tau.exp()
+        coarse_weighted = scale_tau * (sums.weighted + shift_tau * sums.total_tau)
+        assert sums.mixed_MD is not None
+        return PartSums(
+            index.long(),
+            top,
+            scale * sums.total,
+            torch.where(flat_M, scale_tau * sums.total_tau, total_tau),
+            torch.where(flat_M, coarse_weighted, weighted),
+            sums.mixed_MD * scale[:, None],
         )
-        return joined, scored._replace(fine_M=fine_M, fine_top_TM=fine_top_TM, fine_codes=tile.codes)
 
-    def active(self, scored: Scored | None, statistics: RowStatistics, segments: Segments) -> Tensor:
-        assert scored is not None
-        least_M = statistics.top + self.temperature * (statistics.log_sum_tau + LEAST - 1)
-        fields = (segments, field(), field())
-        found_UT = _fields((scored.top_TM >= least_M) & ~scored.fine_M, scored.codes, *fields)
-        if scored.fine_top_TM is None:
-            return found_UT
-        found_UT |= _fields((scored.fine_top_TM >= least_M) & scored.fine_M, scored.fine_codes, *fields)
-        # A field with one token that needs it is fine as a whole.
-        fine_U1 = _fields(scored.fine_M[None], 1, segments, field(), 1)
-        return found_UT << fine_U1
-
-    def fields(self, sizes: Sequence[int], codes: int) -> tuple[int, int]:
-        return sum(_blocks(size, field()) for size in sizes), _blocks(codes, field())
-
-    def means(
-        self, z_MD: Tensor, codes: Codes, statistics: RowStatistics, segments: Segments, active_UT: Tensor
-    ) -> Tensor:
+    def means(self, z_MD: Tensor, codes: Codes, statistics: RowStatistics, segments: Segments, near: Near) -> Tensor:
         K, D = codes.rows_KD.shape
         z, c = self._operand(z_MD), codes.operand
+        q_ML, places_ML = self._near_q(near, statistics, K)
+        fixed_ML = (q_ML.double() / FIXED).round_().long()
         mean_GK = z_MD.new_empty((len(segments), K))
-        for number, (segment, fields_UT) in enumerate(_by_segment(segments, active_UT)):
+        for number, segment in enumerate(segments):
             M = segment.stop - segment.start
             tile = self._tile("means", z)
-            active = _pooled(fields_UT, tile)
             split = _Split.of(M, _blocks(K, tile.codes), z.device)
             (parts_SK,) = _floats(z, 1, split.parts, K)
             run("means", tile, (_blocks(K, tile.codes), split.parts), self._constants("means", tile, D),
-                z[segment], c, z_MD[segment], codes.rows_KD, active, statistics.top[segment],
-                statistics.log_sum_tau[segment], parts_SK, M, K, split.size, active.shape[1],
-                1.0 / self.temperature)  # fmt: skip
-            mean_GK[number] = parts_SK.sum(dim=0)
+                z[segment], c, near.count_M[segment], statistics.top[segment], statistics.log_sum_tau[segment],
+                parts_SK, M, K, split.size, 1.0 / self.temperature)  # fmt: skip
+            fixed_K = torch.zeros(K, dtype=torch.int64, device=z.device)
+            fixed_K.scatter_add_(0, places_ML[segment].flatten(), fixed_ML[segment].flatten())
+            mean_GK[number] = parts_SK.sum(dim=0) + fixed_K.double() * FIXED
         return mean_GK
 
     def pulled(self, job: Backward) -> Tensor:
         assert job.pull.batch_GK is not None
         K, D = job.codes.rows_KD.shape
         z, c = self._operand(job.z_MD), job.codes.operand
+        q_ML, places_ML = self._near_q(job.near, job.statistics, K)
         pulled_M = torch.empty_like(job.statistics.top)
-        for number, (segment, fields_UT) in enumerate(_by_segment(job.segments, job.active_UT)):
+        for number, segment in enumerate(job.segments):
             M = segment.stop - segment.start
             tile = self._tile("pulled", z)
-            active = _pooled(fields_UT, tile)
             split = _Split.of(K, _blocks(M, tile.tokens), z.device)
             (parts_SM,) = _floats(z, 1, split.parts, M)
-            rows = job.statistics.rows(segment)
+            rows, batch_K = job.statistics.rows(segment), job.pull.batch_GK[number]
             run("pulled", tile, (_blocks(M, tile.tokens), split.parts), self._constants("pulled", tile, D),
-                z[segment], c, job.z_MD[segment], job.codes.rows_KD, active, rows.top, rows.log_sum_tau,
-                job.pull.batch_GK[number], parts_SM, M, K, split.size, active.shape[1],
-                1.0 / self.temperature)  # fmt: skip
-            pulled_M[segment] = parts_SM.sum(dim=0)
+                z[segment], c, job.near.count_M[segment], rows.top, rows.log_sum_tau, batch_K, parts_SM, M, K,
+                split.size, 1.0 / self.temperature)  # fmt: skip
+            of_near_M = (q_ML[segment] * batch_K[places_ML[segment]]).sum(dim=1)
+            pulled_M[segment] = parts_SM.sum(dim=0) + of_near_M
         return pulled_M
 
     def gradients(self, job: Backward) -> tuple[Tensor, Tensor]:
@@ -200,44 +215,58 @@ class TritonPasses:
         z, g, c = self._operand(job.z_MD), self._operand(job.g_MD), job.codes.operand
         grad_z_MD, grad_rows_KD = torch.empty_like(job.z_MD), torch.empty_like(job.codes.rows_KD)
         pulled_M = torch.zeros_like(job.delta_M) if job.pulled_M is None else job.pulled_M
-        nothing_K = torch.zeros_like(grad_rows_KD[:, 0])
-        for number, (segment, fields_UT) in enumerate(_by_segment(job.segments, job.active_UT)):
-            batch_K = nothing_K if job.pull.batch_GK is None else job.pull.batch_GK[number]
-            s = job.statistics.rows(segment)
-            sample_M = job.pull.sample_M[segment].contiguous()
-            vectors = (s.top, s.log_sum, s.log_sum_tau, s.entropy, sample_M, job.delta_M[segment], pulled_M[segment])
+        job = job._replace(pulled_M=pulled_M)
+        for number, segment in enumerate(job.segments):
             block = self._block(segment.stop - segment.start, z)
             for first in range(0, K, block):
                 part = slice(first, min(first + block, K))
-                dS_MK = self._slopes(job, segment, part, (z, g, c), fields_UT, (*vectors, batch_K[part]))
+                batch_K = z.new_zeros(part.stop - first, dtype=torch.float32)
+                batch_K = batch_K if job.pull.batch_GK is None else job.pull.batch_GK[number, part]
+                of_tokens = self._of_tokens(job, segment)
+                dS_MK = self._slopes(job, of_tokens, segment, batch_K, z[segment], g[segment], c[part])
                 product_into(grad_z_MD[segment], dS_MK, c[part], self.precision, accumulate=first > 0)
+                self._add_near(job, of_tokens, segment, part, batch_K, dS_MK, grad_z_MD[segment])
                 product_into(grad_rows_KD[part], dS_MK.T, z[segment], self.precision, accumulate=number > 0)
         return grad_z_MD, grad_rows_KD
 
+    def _of_tokens(self, job: Backward, segment: slice) -> tuple[Tensor, ...]:
+        """log l_τ, H, a and π of a segment."""
+        rows = job.statistics.rows(segment)
+        assert job.pulled_M is not None
+        return rows.log_sum_tau, rows.entropy, job.pull.sample_M[segment].contiguous(), job.pulled_M[segment]
+
     def _slopes(
-        self, job: Backward, segment: slice, part: slice, operands: tuple[Tensor, ...], fields_UT: Tensor,
-        vectors: tuple[Tensor, ...],
+        self, job: Backward, of_tokens: tuple[Tensor, ...], segment: slice, batch_K: Tensor, z: Tensor, g: Tensor,
+        c: Tensor,
     ) -> Tensor:  # fmt: skip
-        """∂L/∂S (M, K) of a segment and a block of codes."""
-        z, g, c = operands
-        M, K, D = segment.stop - segment.start, part.stop - part.start, z.shape[1]
+        """∂L/∂S (M, K) of a segment and a block of codes, but for near codes' softmax(S/τ)."""
+        assert job.delta_M is not None
+        (M, D), K = z.shape, len(c)
+        rows, (log_sum_tau, *rest) = job.statistics.rows(segment), of_tokens
         tile = self._tile("slopes", z)
-        active = _pooled(fields_UT[:, part.start // field() : _blocks(part.stop, field())], tile)
         dS_MK = z.new_empty((M, K))
         run("slopes", tile, (_blocks(M, tile.tokens), _blocks(K, tile.codes)), self._constants("slopes", tile, D),
-            z[segment], c[part], g[segment], job.z_MD[segment], job.codes.rows_KD[part], active, *vectors, dS_MK,
-            M, K, active.shape[1], 1.0 / self.temperature)  # fmt: skip
+            z, c, g, job.near.count_M[segment], rows.top, rows.log_sum, log_sum_tau, rest[0], rest[1],
+            job.delta_M[segment], rest[2], batch_K, dS_MK, M, K, 1.0 / self.temperature)  # fmt: skip
         return dS_MK
 
-    def _error(self, z_MD: Tensor, rows_KD: Tensor, codes: int) -> Tensor:
-        """Bound (T, M) on the error of coarse scores, in each tile of so many codes: see search.py."""
-        norm_K = torch.linalg.vector_norm(rows_KD, dim=1)
-        norm_T = F.pad(norm_K, (0, -len(norm_K) % codes)).view(-1, codes).amax(dim=1)
-        rounding = (rows_KD.shape[1] + 1) * torch.finfo(torch.float32).eps
-        gamma, operand = rounding / (1 - rounding), OPERAND[self.precision]
-        size_TM: Tensor = norm_T[:, None] * torch.linalg.vector_norm(z_MD, dim=1)
-        share = (gamma + (2 * operand + operand**2) * (1 + gamma)) * (1 + 2 * rounding)
-        return size_TM * share
+    def _add_near(
+        self, job: Backward, of_tokens: tuple[Tensor, ...], segment: slice, part: slice, batch_K: Tensor, dS_MK: Tensor,
+        grad_z_MD: Tensor,
+    ) -> None:  # fmt: skip
+        rows_KD, near = job.codes.rows_KD[part], Near(*(of_all[segment] for of_all in job.near))
+        tile = self._tile("near_slopes", rows_KD)
+        (M, K), D = dS_MK.shape, rows_KD.shape[1]
+        run("near_slopes", tile, (M,), self._constants("near_slopes", tile, D),
+            rows_KD, near.codes_ML, near.count_M, near.scores_ML, job.statistics.top[segment], *of_tokens, batch_K,
+            dS_MK, grad_z_MD, K, part.start, 1.0 / self.temperature)  # fmt: skip
+
+    def _near_q(self, near: Near, statistics: RowStatistics, K: int) -> tuple[Tensor, Tensor]:
+        """softmax(S/τ) of the lists (M, L) with their codes, int64. Empty places are 0 at codes of all kinds."""
+        places_ML = torch.arange(near.codes_ML.numel(), device=near.count_M.device).view_as(near.codes_ML)
+        live_ML = places_ML[0] < near.count_M[:, None]
+        log_q_ML = (near.scores_ML - statistics.top[:, None]) / self.temperature - statistics.log_sum_tau[:, None]
+        return torch.where(live_ML, log_q_ML.exp(), 0.0), torch.where(live_ML, near.codes_ML, places_ML % K)
 
     def _operand(self, x: Tensor) -> Tensor:
         x = x.contiguous()
@@ -272,61 +301,6 @@ def best_and_second(
     run("best", tile, (_blocks(M, tile.tokens), split.parts), passes._constants("best", tile, D),
         passes._operand(z_MD), passes._operand(rows_KD), offset_K, index, top, second, M, K, split.size)  # fmt: skip
     return index.long(), top, second
-
-
-def _from(sums: PartSums, top: Tensor, temperature: float) -> PartSums:
-    """The same sums, measured from another score than their own maximum."""
-    shift = sums.top - top
-    # Where bf16 is off by more than fp32's exponents hold, nothing but the code is known.
-    scale = shift.clamp(max=LARGEST).exp()
-    shift_tau = (shift / temperature).clamp(max=LARGEST)
-    scale_tau = shift_tau.exp()
-    return PartSums(
-        sums.index,
-        top,
-        scale * sums.total,
-        scale_tau * sums.total_tau,
-        scale_tau * (sums.weighted + shift_tau * sums.total_tau),
-        None if sums.mixed_MD is None else sums.mixed_MD * scale[:, None],
-    )
-
-
-def _better(z_MD: Tensor, rows_KD: Tensor, first_M: Tensor, second_M: Tensor) -> tuple[Tensor, Tensor]:
-    """The better of two codes by fp64 scores, the lower index where they are equal, and its score."""
-    first, second = ((z_MD.double() * rows_KD[index].double()).sum(dim=1) for index in (first_M, second_M))
-    takes = (second > first) | ((second == first) & (second_M < first_M))
-    return torch.where(takes, second_M, first_M), torch.where(takes, second, first).to(z_MD.dtype)
-
-
-def _fields(found_TM: Tensor, codes: int, segments: Segments, field_tokens: int, field_codes: int) -> Tensor:
-    """Where any token is found, as bytes (U, T): fields of each segment's tokens × fields of codes.
-
-    `found_TM` is of tiles of `codes`; one of the two numbers of codes divides the other.
-    """
-    parts = []
-    for segment in segments:
-        found = F.pad(found_TM[:, segment].byte(), (0, -(segment.stop - segment.start) % field_tokens))
-        parts.append(found.view(len(found), -1, field_tokens).amax(dim=2))
-    found_TU = torch.cat(parts, dim=1)
-    if field_codes < codes:
-        found_TU = found_TU.repeat_interleave(codes // field_codes, dim=0)
-    elif field_codes > codes:
-        found_TU = F.pad(found_TU, (0, 0, 0, -len(found_TU) % (field_codes // codes)))
-        found_TU = found_TU.view(-1, field_codes // codes, found_TU.shape[1]).amax(dim=1)
-    return found_TU.T.contiguous()
-
-
-def _pooled(fields_UT: Tensor, tile: Tile) -> Tensor:
-    """The map for a kernel's tile, of which fields are parts."""
-    rows, columns = tile.tokens // field(), tile.codes // field()
-    U, T = fields_UT.shape
-    padded = F.pad(fields_UT, (0, -T % columns, 0, -U % rows))
-    return padded.view(_blocks(U, rows), rows, _blocks(T, columns), columns).amax(dim=(1, 3))
-
-
-def _by_segment(segments: Segments, active_UT: Tensor) -> list[tuple[slice, Tensor]]:
-    sizes = [_blocks(segment.stop - segment.start, field()) for segment in segments]
-    return list(zip(segments, torch.split(active_UT, sizes), strict=True))
 
 
 def _floats(like: Tensor, number: int, *shape: int) -> tuple[Tensor, ...]:
