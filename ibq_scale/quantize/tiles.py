@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -50,6 +50,7 @@ LIST_KERNELS: dict[str, Any] = {
 # often.
 _TILES = (Tile(128, 64, 64, 8, 3), Tile(64, 128, 64, 8, 3), Tile(64, 64, 64, 8, 3), Tile(64, 64, 32, 4, 3))
 TILES: dict[str, tuple[Tile, ...]] = dict.fromkeys(KERNELS, _TILES) | {"mix": (Tile(128, 128, 64, 8, 3), *_TILES)}
+_settled: dict[str, Tile] = {}
 INTERPRETED = Tile(16, 16, 16, 4, 1)
 # Places of a token's list of near codes, and of its codes that may be the best. Trained tokens have tens of the first.
 NEAR, RIVALS = 512, 64
@@ -136,8 +137,34 @@ def without_tile(names: Sequence[str], precision: Precision, dim: int, device: t
 
 
 def chosen(kernel: str, precision: Precision, dim: int, device: torch.device, most_codes: int = 1 << 30) -> Tile:
-    """The tile of a launch, of at most so many codes: the first that fits and spills nothing, or that fits."""
-    return INTERPRETED if interpreted() else _first(kernel, precision, dim, chip(device), most_codes)
+    """The tile of a launch, of at most so many codes: the run's, else the first that fits and spills nothing, or fits.
+
+    No timing decides, so that every rank and every restart adds in the same order.
+    """
+    if interpreted():
+        return INTERPRETED
+    on = chip(device)
+    return _settled.get(_key(kernel, precision, dim, on)) or _first(kernel, precision, dim, on, most_codes)
+
+
+def settle(
+    record: Mapping[str, Sequence[int]], precision: Precision, dim: int, device: torch.device
+) -> dict[str, list[int]]:
+    """Makes later launches take a run's tiles; returns the record with those that it lacked for this GPU.
+
+    Another release of Triton may compile otherwise, and then the first that fits is another.
+    """
+    on = chip(device)
+    _settled.update({key: Tile(*sizes) for key, sizes in record.items()})
+    for kernel in (*KERNELS, *LIST_KERNELS):
+        if (key := _key(kernel, precision, dim, on)) not in _settled:
+            most = _settled[_key("sums", precision, dim, on)].codes if kernel == "mix" else 1 << 30
+            _settled[key] = _first(kernel, precision, dim, on, most)
+    return {key: list(tile) for key, tile in sorted(_settled.items())}
+
+
+def _key(kernel: str, precision: Precision, dim: int, on: Chip) -> str:
+    return f"{kernel} {on.arch} {precision} {dim}"
 
 
 @cache

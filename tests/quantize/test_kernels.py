@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from ibq_scale.config.models import QuantizerConfig
 from ibq_scale.errors import UserError
 from ibq_scale.quantize import tiles, triton_passes
 from ibq_scale.quantize.backend import _obstacle, choose, describe
-from ibq_scale.quantize.collectives import Shards
+from ibq_scale.quantize.collectives import Shards, add_at_owned
 from ibq_scale.quantize.compiled import Needs
 from ibq_scale.quantize.ibq import ibq_dense
 from ibq_scale.quantize.quantizer import find, quantize
@@ -294,3 +295,37 @@ def test_of_tiles_that_fit_the_first_without_spills_is_taken(monkeypatch: pytest
     tiles._first.cache_clear()
     assert tiles._first("sums", "bf16", 256, chip, 128) == second
     tiles._first.cache_clear()
+
+
+def test_a_runs_tiles_stay_where_another_compiler_would_choose_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    chip = tiles.Chip("a chip", "sm_80", 163 << 10)
+    monkeypatch.setattr(tiles, "chip", lambda device: chip)
+    monkeypatch.setattr(tiles, "interpreted", lambda: False)
+    monkeypatch.setattr(tiles, "_needs", lambda *what: Needs(1 << 10, 128, 0))
+    cuda = torch.device("cuda")
+    tiles._first.cache_clear()
+    monkeypatch.setattr(tiles, "_settled", {})
+    record = tiles.settle({}, "bf16", 256, cuda)
+    assert len(record) == len(tiles.KERNELS) + len(tiles.LIST_KERNELS)
+    assert record["mix sm_80 bf16 256"][1] <= record["sums sm_80 bf16 256"][1]
+    # The compiler now needs more for the first tile.
+    first = tiles.Tile(*record["sums sm_80 bf16 256"])
+    monkeypatch.setattr(tiles, "_needs", lambda name, precision, dim, tile, arch: Needs(1, 9, 8 * (tile == first)))
+    tiles._first.cache_clear()
+    monkeypatch.setattr(tiles, "_settled", {})
+    assert tiles.chosen("sums", "bf16", 256, cuda) != first
+    assert tiles.settle(json.loads(json.dumps(record)), "bf16", 256, cuda) == record
+    assert tiles.chosen("sums", "bf16", 256, cuda) == first
+    tiles._first.cache_clear()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_adds_at_its_own_rows_alone_and_spreads_what_is_not_its_own(
+    rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ibq_scale.quantize.collectives.rank_in", lambda group: rank)
+    index, g = torch.tensor([0, 5, 5, 3, 7, 0]), torch.arange(12.0).view(6, 2)
+    grad = torch.ones(4, 2)
+    add_at_owned(grad, index, g, None)
+    whole = torch.zeros(8, 2).index_add_(0, index, g)
+    assert torch.equal(grad, 1 + whole[4 * rank : 4 * rank + 4])
