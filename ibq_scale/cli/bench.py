@@ -41,7 +41,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--codes", default="16384", metavar="K[,K…]", help="codebook sizes (default 16384)")
     parser.add_argument("--dim", type=int, default=256, metavar="D", help="code dimension (default 256)")
     parser.add_argument("--backend", choices=("auto", "tiled", "triton"), default="auto")
-    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="tf32", help="products on a GPU")
+    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="bf16", help="products on a GPU")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="measured turns (default 5)")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
@@ -223,13 +223,13 @@ def _kernels(args: argparse.Namespace) -> int:
 def _print_kernel(row: Row, *, first: bool) -> None:
     if first:
         print(
-            f"{'kernel':<8}{'arch':<8}{'precision':<10}{'dim':>4}  {'tile':<20}{'shared':>10}{'limit':>9}"
+            f"{'kernel':<12}{'arch':<8}{'precision':<10}{'dim':>4}  {'tile':<20}{'shared':>10}{'limit':>9}"
             f"{'registers':>11}{'spilled':>9}  {'tensor core':<12}{'async':>6}  fits"
         )
     tile = " × ".join(str(size) for size in row.tile[:3]) + f", {row.tile[3]}, {row.tile[4]}"
     fits = "yes" if row.fits else row.error or "no"
     print(
-        f"{row.kernel:<8}{row.arch:<8}{row.precision:<10}{row.dim:>4}  {tile:<20}{row.shared_bytes:>10}"
+        f"{row.kernel:<12}{row.arch:<8}{row.precision:<10}{row.dim:>4}  {tile:<20}{row.shared_bytes:>10}"
         f"{row.shared_limit:>9}{row.registers:>11}{row.spill_bytes:>9}  {row.tensor_core:<12}{row.async_copies:>6}"
         f"  {fits}",
         flush=True,
@@ -433,7 +433,9 @@ def _print(report: QuantizerReport) -> None:
         f"N = {report.tokens:,}  K = {report.codes:,}  D = {report.dim}   "
         f"{report.device}{threads}, products in {report.precision}"
     )
-    print(f"  {'':<13}{'seconds':>10}{'GFLOP/s':>10}{'× dense':>9}{'of products':>13}{'peak':>11}{'before':>10}")
+    print(
+        f"  {'':<13}{'seconds':>10}{'GFLOP/s':>10}{'× dense':>9}{'of products':>13}{'peak':>11}{'before':>10}  products"
+    )
     for row in report.rows:
         print(f"  {row.name:<13}{_cells(row)}")
     print(f"  encode decided {100 * report.rescored:.2f} % of the tokens in fp64\n", flush=True)
@@ -445,4 +447,5 @@ def _cells(row: Measured) -> str:
     times = f"{row.times_dense:.2f}" if row.times_dense is not None else "–"
     share = f"{100 * row.share_of_products:.0f} %" if row.share_of_products is not None else "–"
     memory = f"{row.peak_bytes / 1e9:>8.2f} GB{row.base_bytes / 1e9:>7.2f} GB"
-    return f"{row.seconds:>10.4f}{row.flops_per_s / 1e9:>10.0f}{times:>9}{share:>13}{memory}"
+    products = f"{row.products_done} of {row.products_needed} needed, {row.precision}"
+    return f"{row.seconds:>10.4f}{row.flops_per_s / 1e9:>10.0f}{times:>9}{share:>13}{memory}  {products}"

@@ -135,40 +135,39 @@ def _mix_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _appended(places, codes, found, count, most: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Writes the codes found behind `count` others, as far as there is room; returns their number with these."""
+    place = count + tl.cumsum(found.to(tl.int32), axis=0) - 1
+    tl.store(places + place, codes, mask=found & (place < most))
+    return count + tl.sum(found.to(tl.int32), axis=0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _near_kernel(  # type: ignore[no-untyped-def]
     weights, tile_top, tile_norm, size, best, near, near_count, rivals, rival_count, M, K, first_code, margin, slack,
-    TOP: tl.constexpr, L: tl.constexpr, R: tl.constexpr, BM: tl.constexpr,
+    TOP: tl.constexpr, L: tl.constexpr, R: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Appends a block's codes that may score `best − margin`, and those that may be the best, to each token's lists.
+    """Appends a block's codes that may score `best − margin`, and those that may be the best, to a token's lists.
 
-    Scores are read off the weights of `_sums_kernel`, in tiles of TOP codes. The error of one is at most
-    tile_norm · size + slack. Counts go on where lists are full.
+    Scores are read off the weights of `_sums_kernel`, in tiles of TOP codes, where a tile's best says that one may be
+    there. The error of one is at most tile_norm · size + slack. Counts go on where lists are full.
     """
-    row = tl.program_id(0) * BM + tl.arange(0, BM)
-    live = row < M
-    row_size = tl.load(size + row, mask=live, other=0.0)
-    row_best = tl.load(best + row, mask=live, other=float("inf"))
-    count = tl.load(near_count + row, mask=live, other=0)
-    count_rivals = tl.load(rival_count + row, mask=live, other=0)
-    for start in range(0, K, TOP):
-        here = tl.load(tile_top + (start // TOP) * M + row, mask=live, other=-float("inf"))
-        need = row_best - here - tl.load(tile_norm + start // TOP) * row_size - slack
-        if tl.min(need) <= margin:
-            code = start + tl.arange(0, TOP)
-            places = weights + row.to(tl.int64)[:, None] * K + code[None, :]
-            e = tl.load(places, mask=live[:, None] & (code < K)[None, :], other=-1.0).to(tl.float32)
-            found = e >= tl.exp(need - margin)[:, None]
-            place = count[:, None] + tl.cumsum(found.to(tl.int32), axis=1) - 1
-            stored = found & (place < L)
-            tl.store(near + row.to(tl.int64)[:, None] * L + place, first_code + code[None, :], mask=stored)
-            count += tl.sum(found.to(tl.int32), axis=1)
-            found = e >= tl.exp(need)[:, None]
-            place = count_rivals[:, None] + tl.cumsum(found.to(tl.int32), axis=1) - 1
-            stored = found & (place < R)
-            tl.store(rivals + row.to(tl.int64)[:, None] * R + place, first_code + code[None, :], mask=stored)
-            count_rivals += tl.sum(found.to(tl.int32), axis=1)
-    tl.store(near_count + row, count, mask=live)
-    tl.store(rival_count + row, count_rivals, mask=live)
+    row = tl.program_id(0).to(tl.int64)
+    row_size, row_best = tl.load(size + row), tl.load(best + row)
+    count, count_rivals = tl.load(near_count + row), tl.load(rival_count + row)
+    for start in range(0, K, BC):
+        code = start + tl.arange(0, BC)
+        inside = code < K
+        here = tl.load(tile_top + (code // TOP) * M + row, mask=inside, other=-float("inf"))
+        norm = tl.load(tile_norm + code // TOP, mask=inside, other=0.0)
+        need = row_best - here - norm * row_size - slack
+        if tl.min(need, axis=0) <= margin:
+            e = tl.load(weights + row * K + code, mask=need <= margin, other=-1.0).to(tl.float32)
+            count = _appended(near + row * L, first_code + code, e >= tl.exp(need - margin), count, L)
+            rival = e >= tl.exp(need)
+            count_rivals = _appended(rivals + row * R, first_code + code, rival, count_rivals, R)
+    tl.store(near_count + row, count)
+    tl.store(rival_count + row, count_rivals)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -26,7 +26,7 @@ def product_into(out: Tensor, a: Tensor, b: Tensor, precision: Precision, *, acc
         else:
             out.copy_(made)
     else:
-        with _cuda_precision("tf32" if precision == "tf32" else "ieee"):
+        with cuda_precision("tf32" if precision == "tf32" else "ieee"):
             _multiply(out, a, b, accumulate)
 
 
@@ -38,7 +38,7 @@ def _multiply(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
 
 
 @contextmanager
-def _cuda_precision(name: str) -> Iterator[None]:
+def cuda_precision(name: str) -> Iterator[None]:
     """torch's switch for fp32 products is global; it is set back whatever happens."""
     backend = torch.backends.cuda.matmul
     before = backend.fp32_precision

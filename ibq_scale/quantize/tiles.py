@@ -49,13 +49,16 @@ LIST_KERNELS: dict[str, Any] = {
 # In the order in which they are preferred, by what `bench kernels` tells: the larger first, whose loads are used more
 # often.
 _TILES = (Tile(128, 64, 64, 8, 3), Tile(64, 128, 64, 8, 3), Tile(64, 64, 64, 8, 3), Tile(64, 64, 32, 4, 3))
-TILES: dict[str, tuple[Tile, ...]] = dict.fromkeys(KERNELS, _TILES) | {"mix": (Tile(128, 128, 64, 8, 3), *_TILES)}
+TILES: dict[str, tuple[Tile, ...]] = dict.fromkeys(KERNELS, _TILES) | {
+    # All dimensions at once: each program that has fewer reads the weights once more.
+    "mix": (Tile(128, 64, 256, 8, 3), Tile(128, 64, 128, 8, 3), Tile(64, 64, 128, 8, 3), *_TILES)
+}
 _settled: dict[str, Tile] = {}
 INTERPRETED = Tile(16, 16, 16, 4, 1)
 # Places of a token's list of near codes, and of its codes that may be the best. Trained tokens have tens of the first.
 NEAR, RIVALS = 512, 64
-# Tokens of a program that makes lists; codes of a list that are read at once.
-ROWS, CODES = 8, 16
+# Codes that are looked through at once for a list, and codes of a list that are read at once.
+SOUGHT, CODES = 1024, 16
 
 
 def interpreted() -> bool:
@@ -69,12 +72,13 @@ def constants(kernel: str, tile: Tile, dim: int, precision: Precision) -> dict[s
         "D": dim,
         "BD": 1 << (dim - 1).bit_length() if kernel in LIST_KERNELS else tile.dims,
         "PRECISION": "tf32" if precision == "tf32" else "ieee",
-        "BM": ROWS if kernel in LIST_KERNELS else tile.tokens,
+        "BM": tile.tokens,
         "BK": tile.codes,
         "TOP": tile.codes,
         "L": NEAR,
         "R": RIVALS,
         "BL": CODES,
+        "BC": SOUGHT,
     }
     return {name: value for name, value in values.items() if name in function(kernel).arg_names}
 
@@ -87,7 +91,7 @@ def function(kernel: str) -> Any:
 def offered(kernel: str, dim: int) -> tuple[Tile, ...]:
     """The kernel's tiles for D: no wider than it needs. A product wants at least 16 dimensions."""
     if kernel in LIST_KERNELS:
-        return (Tile(ROWS, 64, CODES, 4, 2),)
+        return (Tile(1, 64, CODES, 4, 2),)
     width = max(16, 1 << (dim - 1).bit_length())
     return tuple(dict.fromkeys(tile._replace(dims=min(tile.dims, width)) for tile in TILES[kernel]))
 

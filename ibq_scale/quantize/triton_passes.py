@@ -130,7 +130,7 @@ class TritonPasses:
         norm_K = lists.norm_K[first : first + K]
         norm_T = F.pad(norm_K, (0, -K % tile.codes)).view(-1, tile.codes).amax(dim=1)
         torch.maximum(lists.best_M, (tile_top - norm_T[:, None] * lists.size_M).amax(dim=0), out=lists.best_M)
-        run("near", self._tile("near", z), (_blocks(M, tiles.ROWS),), self._constants("near", tile, D),
+        run("near", self._tile("near", z), (M,), self._constants("near", tile, D),
             weights_MK, tile_top, norm_T, lists.size_M, lists.best_M, lists.near.codes_ML, lists.near.count_M,
             lists.rivals_MR, lists.rival_count_M, M, K, first, lists.margin, SLACK[self.precision])  # fmt: skip
         return replace(sums, mixed_MD=self._mixed(tile, c, sums.top, tile_top, weights_MK))

@@ -1,4 +1,4 @@
-"""The tiles of the quantizer's kernels as a part of the run: a restart adds in the same order and gets the same bits."""
+"""The tiles of the quantizer's kernels as a part of the run: a restart adds in the same order, to the same bits."""
 
 from __future__ import annotations
 

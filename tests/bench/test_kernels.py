@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from ibq_scale.bench.kernels import KERNEL_NAMES
+from ibq_scale.bench.kernels import KERNEL_NAMES, LIST_KERNEL_NAMES
 from ibq_scale.cli.main import main
-from ibq_scale.quantize.tiles import KERNELS, offered
+from ibq_scale.quantize.tiles import KERNELS, LIST_KERNELS, offered
 
 
 def _run(*words: str) -> list[dict[str, Any]]:
@@ -46,6 +46,13 @@ def test_every_kernel_has_a_tile_of_tensor_cores_that_fits_and_spills_nothing() 
         assert row["tensor_core"] == {"sm_90": "wgmma", "sm_89": "mma"}[row["arch"]]
         assert row["async_copies"] > 0
         assert 0 < row["registers"] <= 255
+
+
+@pytest.mark.slow
+def test_the_kernels_of_lists_need_little() -> None:
+    rows = _run("--kernel", "near,rescore,near_slopes", "--dim", "200")
+    assert {row["kernel"] for row in rows} == set(LIST_KERNEL_NAMES) == set(LIST_KERNELS)
+    assert all(row["fits"] and row["shared_bytes"] < 48 << 10 and row["spill_bytes"] == 0 for row in rows)
 
 
 @pytest.mark.long

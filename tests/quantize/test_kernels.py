@@ -262,9 +262,10 @@ def test_shards_with_flat_and_peaked_tokens_equal_the_whole() -> None:
 
 def test_auto_takes_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     small = tiles.Chip("a small chip", "sm_89", 99 << 10)
-    needed = {64: 90 << 10, 16: 100 << 10}
     monkeypatch.setattr(tiles, "chip", lambda device: small)
-    monkeypatch.setattr(tiles, "_needs", lambda name, precision, dim, tile, arch: Needs(needed[tile.dims], 128, 0))
+    monkeypatch.setattr(
+        tiles, "_needs", lambda name, precision, dim, tile, arch: Needs((100 if dim == 8 else 90) << 10, 128, 0)
+    )
     _obstacle.cache_clear()
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert choose("auto", cpu, torch.float32, 256) == "tiled"
