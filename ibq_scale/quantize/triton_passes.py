@@ -87,9 +87,9 @@ class TritonPasses:
 
     def near(self, z_MD: Tensor) -> Near:
         codes_ML, scores_ML = (
-            z_MD.new_empty((len(z_MD), tiles.NEAR), dtype=dtype) for dtype in (torch.int32, torch.float32)
+            z_MD.new_empty((z_MD.shape[0], tiles.NEAR), dtype=dtype) for dtype in (torch.int32, torch.float32)
         )
-        return Near(codes_ML, scores_ML, z_MD.new_zeros(len(z_MD), dtype=torch.int32))
+        return Near(codes_ML, scores_ML, z_MD.new_zeros(z_MD.shape[0], dtype=torch.int32))
 
     def sums(self, z_MD: Tensor, codes: Codes) -> tuple[PartSums, Near]:
         M, K = len(z_MD), len(codes.rows_KD)
