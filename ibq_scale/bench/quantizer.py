@@ -23,7 +23,7 @@ from ibq_scale.bench.device import wait
 from ibq_scale.config.models import QuantizerConfig
 from ibq_scale.distributed.memory import peak_bytes
 from ibq_scale.errors import UserError
-from ibq_scale.quantize.backend import choose
+from ibq_scale.quantize.backend import choose, products_of
 from ibq_scale.quantize.ibq import ibq_dense
 from ibq_scale.quantize.product import cuda_precision, product_into
 from ibq_scale.quantize.quantizer import find, quantize
@@ -97,15 +97,16 @@ def bench_quantizer(
 ) -> QuantizerReport:
     """Measures one size. UserError where the backend or the device cannot be had."""
     place = _device(device)
-    settings = _settings(size, backend, precision)
     chosen = choose(backend, place, torch.float32, size.dim, precision)
+    settings = _settings(size, backend, products_of(chosen, precision))
     names: tuple[Name, ...] = ("products", "dense", chosen, "encode dense", "encode")
     kept = [name for name in names if _fits(name, size, place)]
     work = {name: _work(name, size, settings, place) for name in kept}
     seconds = _by_turns(work, place, repeats)
     work.clear()
     memory = {name: memory_alone(name, size, settings, place) for name in kept}
-    used = precision if place.type == "cuda" else "fp32"
+    # All forms are measured in what this one computes in.
+    used = products_of(chosen, precision) if place.type == "cuda" else "fp32"
     z_ND, rows_KD, _ = _inputs(size, place)
     rescored = float(find(z_ND.detach(), rows_KD.detach(), settings).rescored) / size.tokens
     rows = tuple(_measured(name, size, seconds, memory, used, settings.search) for name in names)

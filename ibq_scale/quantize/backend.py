@@ -36,9 +36,20 @@ def describe(backend: str, device: torch.device, dtype: torch.dtype, dim: int, p
     chosen = choose(backend, device, dtype, dim, precision)
     if chosen == "triton":
         return f"triton ({precision} products)"
-    if backend == "tiled" or device.type != "cuda":
+    if device.type != "cuda":
         return chosen
-    return f"tiled, since triton {_obstacle(device, dtype, dim, cast(Precision, precision), '')}"
+    said = f"tiled ({products_of(chosen, precision)} products)"
+    if backend == "tiled":
+        return said
+    return f"{said}, since triton {_obstacle(device, dtype, dim, cast(Precision, precision), '')}"
+
+
+def products_of(backend: str, precision: str) -> Precision:
+    """What a backend's products on a GPU are in.
+
+    Plain torch takes tf32 for bf16: it knows no near codes, and bf16 moves the entropy loss's gradient by a sixth.
+    """
+    return "tf32" if (backend, precision) == ("tiled", "bf16") else cast(Precision, precision)
 
 
 @lru_cache(maxsize=64)
@@ -66,4 +77,4 @@ def _made(backend: Backend, precision: Precision, temperature: float, tile_bytes
         from ibq_scale.quantize.triton_passes import TritonPasses
 
         return TritonPasses(temperature, precision)
-    return TiledPasses(temperature, precision, tile_bytes)
+    return TiledPasses(temperature, products_of(backend, precision), tile_bytes)

@@ -276,9 +276,11 @@ def test_auto_takes_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose("auto", cuda, torch.float32, 8) == "tiled"
     said = describe("auto", cuda, torch.float32, 8, "tf32")
     assert said == (
-        "tiled, since triton has no tile of its kernel 'sums' (tf32, 8 dimensions) for the 99 KiB of shared memory of "
-        "a small chip"
+        "tiled (tf32 products), since triton has no tile of its kernel 'sums' (tf32, 8 dimensions) for the 99 KiB of "
+        "shared memory of a small chip"
     )
+    assert describe("tiled", cuda, torch.float32, 256, "bf16") == "tiled (tf32 products)"
+    assert describe("auto", cpu, torch.float32, 256, "bf16") == "tiled"
     with pytest.raises(UserError, match=r"no tile of its kernel 'best'.*use auto or tiled"):
         choose("triton", cuda, torch.float32, 8, "fp32", "best")
     _obstacle.cache_clear()
