@@ -9,7 +9,9 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from typing import Literal
 
@@ -21,13 +23,22 @@ from ibq_scale.bench.device import wait
 from ibq_scale.config.models import QuantizerConfig
 from ibq_scale.distributed.memory import peak_bytes
 from ibq_scale.errors import UserError
-from ibq_scale.quantize.backend import choose
+from ibq_scale.quantize.backend import choose, products_of
 from ibq_scale.quantize.ibq import ibq_dense
-from ibq_scale.quantize.product import product_into
+from ibq_scale.quantize.product import cuda_precision, product_into
 from ibq_scale.quantize.quantizer import find, quantize
-from ibq_scale.scaling.flops import STEP_PRODUCTS
+from ibq_scale.scaling.flops import STEP_PRODUCTS, TRITON_PRODUCTS
 
 Name = Literal["dense", "tiled", "triton", "products", "encode", "encode dense"]
+# Products of N·K·D: the dense form makes (one-hot + p) C and its gradient beside the five.
+DONE: dict[Name, int] = {
+    "dense": 6,
+    "tiled": STEP_PRODUCTS,
+    "triton": TRITON_PRODUCTS,
+    "products": STEP_PRODUCTS,
+    "encode": 1,
+    "encode dense": 1,
+}
 # N×K tensors of the dense form's step at their most, in fp32: measured 9 (issue 3's text: 22 bytes a logit are saved).
 DENSE_TENSORS = 9
 
@@ -49,7 +60,8 @@ class Size:
 class Measured:
     """`seconds` is the median of a training step (or of one encoding of all tokens), None where it did not fit.
 
-    `flops_per_s` counts the products that the task cannot do without. `peak_bytes` is the whole process's on CPUs, the
+    `flops_per_s` counts the products of N·K·D that the task cannot do without, `products_needed`. This form does
+    `products_done` in `precision`. `peak_bytes` is the whole process's on CPUs, the
     allocator's on a GPU; `base_bytes` what of it stood before the inputs were made.
     """
 
@@ -60,6 +72,9 @@ class Measured:
     share_of_products: float | None
     peak_bytes: int | None
     base_bytes: int | None
+    precision: str
+    products_done: int
+    products_needed: int
     note: str = ""
 
 
@@ -78,37 +93,43 @@ class QuantizerReport:
 
 
 def bench_quantizer(
-    size: Size, *, backend: str = "auto", precision: str = "tf32", device: str = "auto", repeats: int = 5
+    size: Size, *, backend: str = "auto", precision: str = "bf16", device: str = "auto", repeats: int = 5
 ) -> QuantizerReport:
     """Measures one size. UserError where the backend or the device cannot be had."""
     place = _device(device)
-    settings = _settings(size, backend, precision)
-    chosen = choose(backend, place, torch.float32, size.dim)
+    chosen = choose(backend, place, torch.float32, size.dim, precision)
+    settings = _settings(size, backend, products_of(chosen, precision))
     names: tuple[Name, ...] = ("products", "dense", chosen, "encode dense", "encode")
     kept = [name for name in names if _fits(name, size, place)]
     work = {name: _work(name, size, settings, place) for name in kept}
     seconds = _by_turns(work, place, repeats)
     work.clear()
     memory = {name: memory_alone(name, size, settings, place) for name in kept}
+    # All forms are measured in what this one computes in.
+    used = products_of(chosen, precision) if place.type == "cuda" else "fp32"
     z_ND, rows_KD, _ = _inputs(size, place)
     rescored = float(find(z_ND.detach(), rows_KD.detach(), settings).rescored) / size.tokens
-    rows = tuple(_measured(name, size, seconds, memory) for name in names)
+    rows = tuple(_measured(name, size, seconds, memory, used, settings.search) for name in names)
     shown = torch.cuda.get_device_name(place) if place.type == "cuda" else "CPU"
-    used = precision if place.type == "cuda" else "fp32"
     return QuantizerReport(size.tokens, size.codes, size.dim, shown, used, torch.get_num_threads(), rescored, rows)
 
 
-def _measured(name: Name, size: Size, seconds: dict[Name, float], memory: dict[Name, tuple[int, int]]) -> Measured:
+def _measured(
+    name: Name, size: Size, seconds: dict[Name, float], memory: dict[Name, tuple[int, int]], precision: str, search: str
+) -> Measured:
+    encoding = name.startswith("encode")
+    # The answer of encode is exact, so the dense argmax that it is held against is fp32's.
+    coarse = "fp32" if name == "encode dense" or precision == "fp32" else search
+    kind = (coarse if encoding else precision, DONE[name], 1 if encoding else STEP_PRODUCTS)
     if name not in seconds:
         need = DENSE_TENSORS * size.tokens * size.codes * 4
-        return Measured(name, None, None, None, None, None, None, f"needs about {need / 1e9:.0f} GB: not run")
-    encoding = name.startswith("encode")
+        return Measured(name, None, None, None, None, None, None, *kind, f"needs about {need / 1e9:.0f} GB: not run")
     dense = seconds.get("encode dense" if encoding else "dense")
     flops = size.product_flops * (1 if encoding else STEP_PRODUCTS)
     products_s = seconds["products"] / (STEP_PRODUCTS if encoding else 1)
     peak, base = memory[name]
     own = seconds[name]
-    return Measured(name, own, flops / own, dense / own if dense else None, products_s / own, peak, base)
+    return Measured(name, own, flops / own, dense / own if dense else None, products_s / own, peak, base, *kind)
 
 
 def _settings(size: Size, backend: str, precision: str) -> QuantizerConfig:
@@ -135,14 +156,25 @@ def _work(name: Name, size: Size, settings: QuantizerConfig, device: torch.devic
     if name == "products":
         return _products(z_ND.detach(), rows_KD.detach(), settings)
     form = ibq_dense if name == "dense" else quantize
+    as_asked = _dense_products(settings.logit_precision, device) if name == "dense" else nullcontext
 
     def step() -> None:
         z_ND.grad = rows_KD.grad = None
-        out = form(z_ND, rows_KD, settings)
-        loss: Tensor = (out.z_q_ND * g_ND).sum() + out.quantization_loss + 0.05 * out.entropy_loss
-        torch.autograd.backward(loss)
+        with as_asked():
+            out = form(z_ND, rows_KD, settings)
+            loss: Tensor = (out.z_q_ND * g_ND).sum() + out.quantization_loss + 0.05 * out.entropy_loss
+            torch.autograd.backward(loss)
 
     return step
+
+
+def _dense_products(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[None]]:
+    """Within it torch's own products are in this precision, as the form that they are compared with has them."""
+    if device.type != "cuda" or precision == "fp32":
+        return nullcontext
+    if precision == "tf32":
+        return partial(cuda_precision, "tf32")
+    return partial(torch.autocast, "cuda", torch.bfloat16)
 
 
 def _products(z_ND: Tensor, rows_KD: Tensor, settings: QuantizerConfig) -> Callable[[], object]:

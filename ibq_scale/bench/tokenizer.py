@@ -48,7 +48,9 @@ def bench_tokenizer(run: TokenizerRun, world: World, *, steps: int) -> Tokenizer
     base = peak_bytes(world.device)
     _hang(clock, task)
     measured = measure(task, run, batches, clock, steps=steps, base_bytes=base)
-    backend = choose(run.quantizer.backend, world.device, torch.float32, run.quantizer.dim)
+    backend = choose(
+        run.quantizer.backend, world.device, torch.float32, run.quantizer.dim, run.quantizer.logit_precision
+    )
     flops = step_flops(run, backend=backend, sharded=task.codebook.group_size > 1)
     needs = {
         GENERATOR: flops.autoencoder,

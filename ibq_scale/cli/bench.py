@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from ibq_scale.cli.numbers import finite
 from ibq_scale.cli.ranks import add_ranks, at_least_one
@@ -16,11 +17,14 @@ from ibq_scale.errors import UserError
 
 if TYPE_CHECKING:
     from ibq_scale.bench.ar import ARReport
+    from ibq_scale.bench.kernels import Row
     from ibq_scale.bench.quantizer import Measured, QuantizerReport
     from ibq_scale.bench.sampling import SamplingReport
     from ibq_scale.bench.steps import StepReport
     from ibq_scale.bench.tokenizer import TokenizerReport
     from ibq_scale.config.run import AnyRun
+
+Word = TypeVar("Word", bound=str)
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -38,11 +42,12 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--codes", default="16384", metavar="K[,K…]", help="codebook sizes (default 16384)")
     parser.add_argument("--dim", type=int, default=256, metavar="D", help="code dimension (default 256)")
     parser.add_argument("--backend", choices=("auto", "tiled", "triton"), default="auto")
-    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="tf32", help="products on a GPU")
+    parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="bf16", help="products on a GPU")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="measured turns (default 5)")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.set_defaults(run=_quantizer)
+    _add_kernels(family)
     data = family.add_parser(
         "data",
         help="images/s of the stream beside plain webdataset",
@@ -104,6 +109,24 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
 
 
+def _add_kernels(family: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    kernels = family.add_parser(
+        "kernels",
+        help="what the quantizer's kernels need of a GPU, compiled for it without one",
+        description="Compile every kernel of the quantizer with every tile for GPUs that need not be here, and tell "
+        "shared memory, registers, spills, tensor cores. Exit code 1: a kernel has no tile that fits.",
+        epilog="example: ibq-scale bench kernels --arch sm_80,sm_90 --precision bf16 --dim 64,256",
+    )
+    kernels.add_argument("--arch", default="sm_90", metavar="A[,A…]", help="sm_80, …, or all (default sm_90)")
+    kernels.add_argument("--precision", default="bf16", metavar="P[,P…]", help="bf16, tf32, fp32 (default bf16)")
+    kernels.add_argument("--dim", default="256", metavar="D[,D…]", help="code dimensions (default 256)")
+    kernels.add_argument(
+        "--kernel", default="all", metavar="K[,K…]", help="some of them (default all that multiply matrices)"
+    )
+    kernels.add_argument("--json", action="store_true", help="print one JSON document")
+    kernels.set_defaults(run=_kernels)
+
+
 def _add_sampling(family: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     sampling = family.add_parser(
         "sample",
@@ -143,6 +166,17 @@ def _sizes(option: str, text: str) -> list[int]:
     return [int(item) for item in items]
 
 
+def _words(option: str, text: str, known: Sequence[Word], more: Sequence[Word] = ()) -> list[Word]:
+    """``bf16,tf32`` → words, ``all`` → all that are known, but for those that are more. UserError for another."""
+    if text == "all":
+        return list(known)
+    words = {word: word for word in (*known, *more)}
+    for word in text.split(","):
+        if word.strip() not in words:
+            raise UserError(f"{option} {text}: '{word.strip()}' is none of {', '.join(words)}, all")
+    return [words[cast(Word, word.strip())] for word in text.split(",")]
+
+
 def _quantizer(args: argparse.Namespace) -> int:
     from ibq_scale.bench.quantizer import Size, bench_quantizer
 
@@ -163,6 +197,44 @@ def _quantizer(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps([asdict(report) for report in reports]))
     return 0
+
+
+def _kernels(args: argparse.Namespace) -> int:
+    from ibq_scale.bench.kernels import ARCHS, KERNEL_NAMES, LIST_KERNEL_NAMES, PRECISIONS, kernel_rows
+
+    rows = kernel_rows(
+        _words("--kernel", args.kernel, KERNEL_NAMES, LIST_KERNEL_NAMES),
+        _words("--arch", args.arch, ARCHS),
+        _words("--precision", args.precision, PRECISIONS),
+        _sizes("--dim", args.dim),
+    )
+    found = []
+    for row in rows:
+        found.append(row)
+        if not args.json:
+            _print_kernel(row, first=len(found) == 1)
+    if args.json:
+        print(json.dumps([asdict(row) for row in found]))
+    missing = {row.case for row in found} - {row.case for row in found if row.fits}
+    for kernel, arch, precision, dim in sorted(missing):
+        print(f"no tile of {kernel} fits {arch} ({precision}, D = {dim})", file=sys.stderr)
+    return 1 if missing else 0
+
+
+def _print_kernel(row: Row, *, first: bool) -> None:
+    if first:
+        print(
+            f"{'kernel':<12}{'arch':<8}{'precision':<10}{'dim':>4}  {'tile':<20}{'shared':>10}{'limit':>9}"
+            f"{'registers':>11}{'spilled':>9}  {'tensor core':<12}{'async':>6}  fits"
+        )
+    tile = " × ".join(str(size) for size in row.tile[:3]) + f", {row.tile[3]}, {row.tile[4]}"
+    fits = "yes" if row.fits else row.error or "no"
+    print(
+        f"{row.kernel:<12}{row.arch:<8}{row.precision:<10}{row.dim:>4}  {tile:<20}{row.shared_bytes:>10}"
+        f"{row.shared_limit:>9}{row.registers:>11}{row.spill_bytes:>9}  {row.tensor_core:<12}{row.async_copies:>6}"
+        f"  {fits}",
+        flush=True,
+    )
 
 
 def _data(args: argparse.Namespace) -> int:
@@ -362,7 +434,9 @@ def _print(report: QuantizerReport) -> None:
         f"N = {report.tokens:,}  K = {report.codes:,}  D = {report.dim}   "
         f"{report.device}{threads}, products in {report.precision}"
     )
-    print(f"  {'':<13}{'seconds':>10}{'GFLOP/s':>10}{'× dense':>9}{'of products':>13}{'peak':>11}{'before':>10}")
+    print(
+        f"  {'':<13}{'seconds':>10}{'GFLOP/s':>10}{'× dense':>9}{'of products':>13}{'peak':>11}{'before':>10}  products"
+    )
     for row in report.rows:
         print(f"  {row.name:<13}{_cells(row)}")
     print(f"  encode decided {100 * report.rescored:.2f} % of the tokens in fp64\n", flush=True)
@@ -374,4 +448,5 @@ def _cells(row: Measured) -> str:
     times = f"{row.times_dense:.2f}" if row.times_dense is not None else "–"
     share = f"{100 * row.share_of_products:.0f} %" if row.share_of_products is not None else "–"
     memory = f"{row.peak_bytes / 1e9:>8.2f} GB{row.base_bytes / 1e9:>7.2f} GB"
-    return f"{row.seconds:>10.4f}{row.flops_per_s / 1e9:>10.0f}{times:>9}{share:>13}{memory}"
+    products = f"{row.products_done} of {row.products_needed} needed, {row.precision}"
+    return f"{row.seconds:>10.4f}{row.flops_per_s / 1e9:>10.0f}{times:>9}{share:>13}{memory}  {products}"

@@ -15,15 +15,15 @@ from ibq_scale.quantize.product import Precision
 from ibq_scale.quantize.tiled import TiledPasses
 
 Backend = Literal["tiled", "triton"]
-# A program keeps two tiles of this width in shared memory and one in registers.
-WIDEST = 256
 
 
-def choose(backend: str, device: torch.device, dtype: torch.dtype, dim: int) -> Backend:
-    """What ``auto`` means here. UserError where ``triton`` is asked for and cannot be had."""
+def choose(
+    backend: str, device: torch.device, dtype: torch.dtype, dim: int, precision: str = "bf16", kernel: str = ""
+) -> Backend:
+    """What ``auto`` means here, for a step in training or for one kernel. UserError where ``triton`` cannot be had."""
     if backend == "tiled" or (backend == "auto" and device.type != "cuda"):
         return "tiled"
-    obstacle = _obstacle(device, dtype, dim)
+    obstacle = _obstacle(device, dtype, dim, cast(Precision, precision), kernel)
     if obstacle is None:
         return "triton"
     if backend == "triton":
@@ -31,30 +31,50 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, dim: int) -> 
     return "tiled"
 
 
-def _obstacle(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
+def describe(backend: str, device: torch.device, dtype: torch.dtype, dim: int, precision: str) -> str:
+    """What computes, in words, and why where it is not what a GPU would rather have."""
+    chosen = choose(backend, device, dtype, dim, precision)
+    if chosen == "triton":
+        return f"triton ({precision} products)"
+    if device.type != "cuda":
+        return chosen
+    said = f"tiled ({products_of(chosen, precision)} products)"
+    if backend == "tiled":
+        return said
+    return f"{said}, since triton {_obstacle(device, dtype, dim, cast(Precision, precision), '')}"
+
+
+def products_of(backend: str, precision: str) -> Precision:
+    """What a backend's products on a GPU are in.
+
+    Plain torch takes tf32 for bf16: it knows no near codes, and bf16 moves the entropy loss's gradient by a sixth.
+    """
+    return "tf32" if (backend, precision) == ("tiled", "bf16") else cast(Precision, precision)
+
+
+@lru_cache(maxsize=64)
+def _obstacle(device: torch.device, dtype: torch.dtype, dim: int, precision: Precision, kernel: str) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "needs the triton package"
     if dtype != torch.float32:
         return f"computes in fp32, not {dtype}"
-    if dim > WIDEST:
-        return f"takes codes of at most {WIDEST} dimensions, not {dim}"
-    from ibq_scale.quantize.kernels import interpreted
+    from ibq_scale.quantize.tiles import KERNELS, interpreted, without_tile
 
-    if device.type != "cuda" and not interpreted():
-        return "needs a CUDA device (or TRITON_INTERPRET=1, for tests)"
-    return None
+    if device.type != "cuda":
+        return None if interpreted() else "needs a CUDA device (or TRITON_INTERPRET=1, for tests)"
+    return without_tile((kernel,) if kernel else tuple(KERNELS), precision, dim, device)
 
 
 def passes_for(z_ND: Tensor, backend: str, precision: str, temperature: float, tile_bytes: int | None) -> Passes:
     """The passes for tensors like z (N, D)."""
-    chosen = choose(backend, z_ND.device, z_ND.dtype, z_ND.shape[1])
+    chosen = choose(backend, z_ND.device, z_ND.dtype, z_ND.shape[1], precision)
     return _made(chosen, cast(Precision, precision), temperature, tile_bytes)
 
 
 @lru_cache(maxsize=64)
 def _made(backend: Backend, precision: Precision, temperature: float, tile_bytes: int | None) -> Passes:
     if backend == "triton":
-        from ibq_scale.quantize.kernels import TritonPasses
+        from ibq_scale.quantize.triton_passes import TritonPasses
 
         return TritonPasses(temperature, precision)
-    return TiledPasses(temperature, precision, tile_bytes)
+    return TiledPasses(temperature, products_of(backend, precision), tile_bytes)

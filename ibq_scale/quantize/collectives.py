@@ -119,9 +119,19 @@ def owned_codes(index_M: Tensor, rows_KD: Tensor, group: Group) -> Tensor:
 
 
 def add_at_owned(grad_rows_KD: Tensor, index_M: Tensor, g_MD: Tensor, group: Group) -> None:
-    """∂L/∂C[i*] += g for the rows that this rank owns."""
-    local, owned = _local(index_M, grad_rows_KD.shape[0], group)
-    grad_rows_KD.index_add_(0, local, g_MD * owned[:, None])
+    """∂L/∂C[i*] += g for the rows that this rank owns, for each row in the tokens' order.
+
+    On a GPU index_add_ adds in any order, and index_put_ sorts the rows first.
+    """
+    codes = grad_rows_KD.shape[0]
+    local, owned = _local(index_M, codes, group)
+    # A row gets its tokens one after another. Those of other ranks would all be row 0's, and bring it nothing.
+    local = torch.where(owned, local, torch.arange(len(local), device=local.device) % codes)
+    g_MD = g_MD * owned[:, None]
+    if grad_rows_KD.is_cuda:
+        grad_rows_KD.index_put_((local,), g_MD, accumulate=True)
+    else:
+        grad_rows_KD.index_add_(0, local, g_MD)
 
 
 def _local(index_M: Tensor, codes: int, group: Group) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,17 @@ from ibq_scale.quantize.collectives import (
     size_of,
     sum_over,
 )
-from ibq_scale.quantize.passes import Backward, Passes, Pull, RowStatistics, Segments, WholeRowPasses, combine_shards
+from ibq_scale.quantize.passes import (
+    Backward,
+    Codes,
+    Near,
+    Passes,
+    Pull,
+    RowStatistics,
+    Segments,
+    WholeRowPasses,
+    combine_shards,
+)
 from ibq_scale.quantize.terms import batch_entropy_of, batch_entropy_slope
 
 
@@ -52,8 +62,8 @@ class Forward(NamedTuple):
     """The operator's outputs: the first two and the entropy loss with gradient, the rest without.
 
     What stands below `batch_entropy` is kept for the backward pass: all the group's tokens (empty for a group of one),
-    each segment's q̄ over this shard and the number of tokens it is a mean of, the tokens' statistics, and p·C of this
-    rank's own tokens (empty where whole rows are at hand).
+    each segment's q̄ over this shard and the number of tokens it is a mean of, the tokens' statistics, p·C of this
+    rank's own tokens (empty where whole rows are at hand), and the backend's own: `Codes.coarse_KD` and `Near`.
     """
 
     z_q_ND: Tensor
@@ -71,6 +81,10 @@ class Forward(NamedTuple):
     log_sum_tau_M: Tensor
     entropy_M: Tensor
     mixed_ND: Tensor
+    coarse_KD: Tensor
+    near_codes_ML: Tensor
+    near_scores_ML: Tensor
+    near_count_M: Tensor
 
 
 WITH_GRADIENT = 3
@@ -102,7 +116,7 @@ def softmax_sums(z_ND: Tensor, rows_KD: Tensor, settings: Settings) -> tuple[Ten
     """Σ q (K,) of all ranks' tokens over this rank's rows, and the number of tokens (0-dim). Without gradient."""
     layout = _Layout.of(z_ND.shape[0], settings)
     z_MD = gather_uneven(z_ND, layout.sizes, layout.group)
-    _, sums_GK, _ = _statistics(z_MD, rows_KD, _passes(z_ND, settings), layout, settings.temperature)
+    sums_GK = _statistics(z_MD, rows_KD, _passes(z_ND, settings), layout, settings.temperature)[1]
     sums_K, count = sum_over([sums_GK.sum(dim=0), sums_GK.new_tensor(float(sum(layout.sizes)))], layout.replicas)
     return sums_K, count
 
@@ -142,7 +156,7 @@ def _forward(z_ND: Tensor, rows_KD: Tensor, mean_K: Tensor | None, *values: Any)
     layout = _Layout.of(z_ND.shape[0], settings)
     passes = _passes(z_ND, settings)
     z_MD = gather_uneven(z_ND, layout.sizes, layout.group)
-    statistics, mean_GK, mixed_ND = _statistics(z_MD, rows_KD, passes, layout, settings.temperature)
+    statistics, mean_GK, *kept = _statistics(z_MD, rows_KD, passes, layout, settings.temperature)
     # On a GPU looking would wait for the device; there the trainer's look at the loss finds it.
     if not z_MD.is_cuda and not bool(statistics.log_sum_tau.isfinite().all()):
         raise not_finite(z_MD, rows_KD)
@@ -169,7 +183,7 @@ def _forward(z_ND: Tensor, rows_KD: Tensor, mean_K: Tensor | None, *values: Any)
         statistics.log_sum,
         statistics.log_sum_tau,
         statistics.entropy,
-        mixed_ND,
+        *kept,
     )
 
 
@@ -178,7 +192,8 @@ def _fake_forward(z_ND: Tensor, rows_KD: Tensor, mean_K: Tensor | None, *values:
     tokens, dim = z_ND.shape
     everything = sum(settings.sizes) or tokens
     segments = 1 if settings.global_entropy or not settings.sizes else len(settings.sizes)
-    whole = not settings.sizes and isinstance(_passes(z_ND, settings), WholeRowPasses)
+    passes = _passes(z_ND, settings)
+    whole = not settings.sizes and isinstance(passes, WholeRowPasses)
     index_M, row_M = z_ND.new_empty(everything, dtype=torch.int64), z_ND.new_empty(everything)
     return Forward(
         torch.empty_like(z_ND),
@@ -196,24 +211,30 @@ def _fake_forward(z_ND: Tensor, rows_KD: Tensor, mean_K: Tensor | None, *values:
         torch.empty_like(row_M),
         torch.empty_like(row_M),
         z_ND.new_empty((0 if whole else tokens, dim)),
+        passes.coarse(rows_KD),
+        *passes.near(z_ND.new_empty((everything, dim))),
     )
 
 
 def _statistics(
     z_MD: Tensor, rows_KD: Tensor, passes: Passes, layout: _Layout, temperature: float
-) -> tuple[RowStatistics, Tensor, Tensor]:
-    """Statistics of all tokens over the whole codebook, Σ q (G, K) over this shard, p·C of this rank's tokens."""
+) -> tuple[RowStatistics, Tensor, *tuple[Tensor, ...]]:
+    """Statistics of all tokens over the whole codebook, Σ q (G, K) over this shard, p·C of this rank's tokens, and what
+    else the backward pass is to have: see `Forward`.
+    """
+    codes = Codes(rows_KD, passes.coarse(rows_KD))
     if layout.group is None and isinstance(passes, WholeRowPasses):
-        sums, mean_GK = passes.sums_and_means(z_MD, rows_KD, layout.segments)
-        return RowStatistics.of(sums), mean_GK, z_MD.new_empty((0, z_MD.shape[1]))
-    sums = passes.sums(z_MD, rows_KD)
+        sums, mean_GK = passes.sums_and_means(z_MD, codes, layout.segments)
+        statistics = RowStatistics.of(sums)
+        return statistics, mean_GK, z_MD.new_empty((0, z_MD.shape[1])), codes.coarse_KD, *passes.near(z_MD)
+    sums, near = passes.sums(z_MD, codes)
     if layout.group is not None:
         sums = combine_shards(sums, rows_KD.shape[0], temperature, layout.sizes, layout.group)
     statistics = RowStatistics.of(sums)
-    mean_GK = passes.means(z_MD, rows_KD, statistics, layout.segments)
+    mean_GK = passes.means(z_MD, codes, statistics, layout.segments, near)
     assert sums.mixed_MD is not None
     mixed_ND = scatter_sum_uneven(sums.mixed_MD, layout.sizes, layout.group)
-    return statistics, mean_GK, mixed_ND / sums.total[layout.mine, None]
+    return statistics, mean_GK, mixed_ND / sums.total[layout.mine, None], codes.coarse_KD, *near
 
 
 def _backward(
@@ -226,7 +247,7 @@ def _backward(
     *values: Any,
 ) -> tuple[Tensor, Tensor]:
     settings = Settings(*values)
-    all_z_MD, mean_GK, count_G, index_M, *rest, mixed_ND = saved
+    all_z_MD, mean_GK, count_G, index_M, *rest, mixed_ND, coarse_KD, near_codes, near_scores, near_count = saved
     statistics = RowStatistics(index_M, *rest)
     layout = _Layout.of(z_ND.shape[0], settings)
     passes = _passes(z_ND, settings)
@@ -234,13 +255,14 @@ def _backward(
     selected_MD = gather_uneven(grad_z_q_ND + grad_hard_ND, layout.sizes, layout.group)
     job = Backward(
         z_MD=all_z_MD if layout.group is not None else z_ND,
-        rows_KD=rows_KD,
+        codes=Codes(rows_KD, coarse_KD),
         g_MD=g_MD,
         statistics=statistics,
         pull=_pull(grad_entropy, mean_GK, count_G, settings, layout),
         delta_M=None,
         pulled_M=None,
         segments=layout.segments,
+        near=Near(near_codes, near_scores, near_count),
     )
     if layout.group is not None or not isinstance(passes, WholeRowPasses):
         delta_N = torch.linalg.vecdot(grad_z_q_ND, mixed_ND)

@@ -1,243 +1,353 @@
-"""The passes as Triton kernels for CUDA devices: whole tiles of S stay on the chip.
+"""The IBQ function's kernels in Triton. Most work on tiles of S = z Cᵀ, three on each token's *near* codes.
 
-Softmax statistics and sums are fp32; products are fp32, tf32 or bf16 as the config says. Every kernel writes the sums
-of its part of the codes (or tokens) to a place of its own and torch adds the parts, so results are the same from run
-to run: no atomics. Nothing here waits for the device, except the autotuner the first time it meets a shape.
+Statistics and sums are fp32. Products are fp32, tf32 or bf16 as the config says. A tile's operands are read in chunks
+of BD dimensions, so what a tile needs of a chip does not grow with D. No kernel adds to memory that another program
+writes: each writes its part and torch adds the parts in a fixed order.
 
-Shapes in kernels: M tokens, K codes, D dimensions; BM, BK, BD are a tile's.
+Near codes of a token are those whose softmax(S/τ) counts, by a bound on the rounding of the products: a handful, whose
+scores are computed again in fp64. A token with too many of them is *flat*: there products are accurate enough for S/τ.
+It has a count of −1, and its softmax(S/τ) is computed tile by tile.
+
+Shapes: M tokens, K codes, D dimensions, L places for near codes; BM, BK, BD are a tile's. Strides between rows are D, K
+for weights and slopes, L for lists.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from ibq_scale.quantize.passes import Backward, PartSums, RowStatistics, Segments, combine
-from ibq_scale.quantize.product import Precision
-
-
-def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on any device and slowly. Decided when this module is imported."""
-    return bool(triton.knobs.runtime.interpret)
-
-
-# A split of the codes is a multiple of this many, so that any tile of the autotuner divides it.
-SPLIT_UNIT = 128
-# Waves of programs that a launch aims for, and the rows a program is counted with before the tuner has chosen.
-WAVES, ROWS_A_PROGRAM = 2, 64
-INTERPRETED_PROGRAMS = 6
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _tile(x, row, rows, D: tl.constexpr, BD: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Rows of a (rows, D) matrix; zeros beyond its edges. 64-bit addresses: 2^31 elements are 8M codes of 256."""
-    d = tl.arange(0, BD)
+def _rows(x, row, rows, start, D: tl.constexpr, BD: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Dimensions start … start + BD of some rows; zeros beyond the edges. 64-bit addresses: 2^31 is 8M codes of 256."""
+    d = start + tl.arange(0, BD)
     places = x + row.to(tl.int64)[:, None] * D + d[None, :]
     return tl.load(places, mask=(row < rows)[:, None] & (d < D)[None, :], other=0.0)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _store_tile(x, row, rows, value, D: tl.constexpr, BD: tl.constexpr):  # type: ignore[no-untyped-def]
-    d = tl.arange(0, BD)
-    places = x + row.to(tl.int64)[:, None] * D + d[None, :]
-    tl.store(places, value, mask=(row < rows)[:, None] & (d < D)[None, :])
+def _product(  # type: ignore[no-untyped-def]
+    z, row, rows, c, code, codes,
+    D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """z cᵀ (BM, BK) of a tile."""
+    S = tl.zeros((BM, BK), tl.float32)
+    for start in range(0, D, BD):
+        S = tl.dot(
+            _rows(z, row, rows, start, D, BD), tl.trans(_rows(c, code, codes, start, D, BD)), S,
+            input_precision=PRECISION,
+        )  # fmt: skip
+    return S
+
+
+@triton.jit
+def _top(S, start):  # type: ignore[no-untyped-def]
+    """The maximum of each row of a tile, and its code: the first where several are equal."""
+    top, place = tl.max(S, axis=1, return_indices=True, return_indices_tie_break_left=True)
+    return top, start + place
+
+
+@triton.jit
+def _moved(total, weighted, shift):  # type: ignore[no-untyped-def]
+    """Σ eˣ and Σ eˣ x, with x measured from a reference that is −shift higher."""
+    scale = tl.exp(shift)
+    # A reference of −∞ has no sums, and 0 · −∞ is no number.
+    return scale * total, scale * (weighted + tl.where(scale > 0, shift, 0.0) * total)
+
+
+@triton.jit
+def _tau_sums(S, top, best, new, total, weighted, inv_tau):  # type: ignore[no-untyped-def]
+    """Adds a tile to Σ e^x and Σ e^x x, x = (S − m)/τ, while m goes from `best` to `new`. `top` is the tile's."""
+    x = (S - top[:, None]) * inv_tau
+    e = tl.exp(x)
+    # Beyond the last code it is 0 · −∞.
+    tile_total, tile_weighted = tl.sum(e, axis=1), tl.sum(tl.where(e > 0, e * x, 0.0), axis=1)
+    tile_total, tile_weighted = _moved(tile_total, tile_weighted, (top - new) * inv_tau)
+    total, weighted = _moved(total, weighted, (best - new) * inv_tau)
+    return total + tile_total, weighted + tile_weighted
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _sums_kernel(  # type: ignore[no-untyped-def]
-    z, c, index, top, total, total_tau, weighted, mixed, M, K, codes_a_split, inv_tau, M_bucket,
+    z, c, index, top, total, total_tau, weighted, tile_top, weights, M, K, codes_a_split, inv_tau,
     D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
+    """Sums of each token over a split of the codes; weights (M, K) are e^(S − tile_top), tile_top (K/BK, M)."""
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     split = tl.program_id(1)
-    z_tile = _tile(z, row, M, D, BD)
+    live = row < M
     best = tl.full((BM,), -float("inf"), tl.float32)
     best_index = tl.zeros((BM,), tl.int32)
     sum_p = tl.zeros((BM,), tl.float32)
     sum_q = tl.zeros((BM,), tl.float32)
     sum_qx = tl.zeros((BM,), tl.float32)
+    first = split * codes_a_split
+    last = tl.minimum(first + codes_a_split, K)
+    for start in range(first, last, BK):
+        code = start + tl.arange(0, BK)
+        S = _product(z, row, M, c, code, last, D, BD, PRECISION, BM, BK)
+        S = tl.where((code < last)[None, :], S, -float("inf"))
+        here, place = _top(S, start)
+        best_index = tl.where(here > best, place, best_index)
+        new = tl.maximum(best, here)
+        e = tl.exp(S - here[:, None])
+        places = weights + row.to(tl.int64)[:, None] * K + code[None, :]
+        tl.store(places, e.to(weights.dtype.element_ty), mask=live[:, None] & (code < last)[None, :])
+        tl.store(tile_top + (start // BK) * M + row, here, mask=live)
+        sum_p = sum_p * tl.exp(best - new) + tl.sum(e, axis=1) * tl.exp(here - new)
+        sum_q, sum_qx = _tau_sums(S, here, best, new, sum_q, sum_qx, inv_tau)
+        best = new
+    at = split * M + row
+    tl.store(index + at, best_index, mask=live)
+    tl.store(top + at, best, mask=live)
+    tl.store(total + at, sum_p, mask=live)
+    tl.store(total_tau + at, sum_q, mask=live)
+    tl.store(weighted + at, sum_qx, mask=live)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _mix_kernel(  # type: ignore[no-untyped-def]
+    c, tile_top, weights, top, mixed, M, K, codes_a_split, codes_a_top,
+    D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Σ e^(S − top) C over a split of the codes, from the weights of `_sums_kernel`; BK divides `codes_a_top`."""
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    d = tl.program_id(2) * BD + tl.arange(0, BD)
+    split = tl.program_id(1)
+    live = row < M
+    row_top = tl.load(top + row, mask=live, other=0.0)
     mix = tl.zeros((BM, BD), tl.float32)
     first = split * codes_a_split
     last = tl.minimum(first + codes_a_split, K)
     for start in range(first, last, BK):
         code = start + tl.arange(0, BK)
-        c_tile = _tile(c, code, last, D, BD)
-        S = tl.dot(z_tile, tl.trans(c_tile), input_precision=PRECISION)
-        S = tl.where((code < last)[None, :], S, -float("inf"))
-        tile_top, place = tl.max(S, axis=1, return_indices=True, return_indices_tie_break_left=True)
-        best_index = tl.where(tile_top > best, start + place, best_index)
-        new = tl.maximum(best, tile_top)
-        # No earlier sum has nothing to rescale; −∞ times it would be NaN.
-        shift = tl.where(best == -float("inf"), 0.0, best - new)
-        scale = tl.exp(shift)
-        x = S - new[:, None]
-        e = tl.exp(x)
-        mix = mix * scale[:, None] + tl.dot(e.to(c_tile.dtype), c_tile, input_precision=PRECISION)
-        sum_p = sum_p * scale + tl.sum(e, axis=1)
-        shift_tau = shift * inv_tau
-        scale_tau = tl.exp(shift_tau)
-        x_tau = x * inv_tau
-        e_tau = tl.exp(x_tau)
-        # Beyond the last code it is 0 · −∞.
-        weighted_tau = tl.where(e_tau > 0, e_tau * x_tau, 0.0)
-        sum_qx = scale_tau * (sum_qx + shift_tau * sum_q) + tl.sum(weighted_tau, axis=1)
-        sum_q = sum_q * scale_tau + tl.sum(e_tau, axis=1)
-        best = new
-    at = split * M + row
-    tl.store(index + at, best_index, mask=row < M)
-    tl.store(top + at, best, mask=row < M)
-    tl.store(total + at, sum_p, mask=row < M)
-    tl.store(total_tau + at, sum_q, mask=row < M)
-    tl.store(weighted + at, sum_qx, mask=row < M)
-    _store_tile(mixed + split.to(tl.int64) * M * D, row, M, mix, D, BD)
+        inside = code < last
+        places = weights + row.to(tl.int64)[:, None] * K + code[None, :]
+        e = tl.load(places, mask=live[:, None] & inside[None, :], other=0.0)
+        here = tl.load(tile_top + (start // codes_a_top) * M + row, mask=live, other=0.0)
+        e = (e * tl.exp(here - row_top)[:, None]).to(e.dtype)
+        places = c + code.to(tl.int64)[:, None] * D + d[None, :]
+        c_tile = tl.load(places, mask=inside[:, None] & (d < D)[None, :], other=0.0)
+        mix = tl.dot(e, c_tile, mix, input_precision=PRECISION)
+    places = mixed + (split.to(tl.int64) * M + row)[:, None] * D + d[None, :]
+    tl.store(places, mix, mask=live[:, None] & (d < D)[None, :])
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _appended(places, codes, found, count, most: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Writes the codes found behind `count` others, as far as there is room; returns their number with these."""
+    place = count + tl.cumsum(found.to(tl.int32), axis=0) - 1
+    tl.store(places + place, codes, mask=found & (place < most))
+    return count + tl.sum(found.to(tl.int32), axis=0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _near_kernel(  # type: ignore[no-untyped-def]
+    weights, tile_top, tile_norm, size, best, near, near_count, rivals, rival_count, M, K, first_code, margin, slack,
+    TOP: tl.constexpr, L: tl.constexpr, R: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Appends a block's codes that may score `best − margin`, and those that may be the best, to a token's lists.
+
+    Scores are read off the weights of `_sums_kernel`, in tiles of TOP codes, where a tile's best says that one may be
+    there. The error of one is at most tile_norm · size + slack. Counts go on where lists are full.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    row_size, row_best = tl.load(size + row), tl.load(best + row)
+    count, count_rivals = tl.load(near_count + row), tl.load(rival_count + row)
+    for start in range(0, K, BC):
+        code = start + tl.arange(0, BC)
+        inside = code < K
+        here = tl.load(tile_top + (code // TOP) * M + row, mask=inside, other=-float("inf"))
+        norm = tl.load(tile_norm + code // TOP, mask=inside, other=0.0)
+        need = row_best - here - norm * row_size - slack
+        if tl.min(need, axis=0) <= margin:
+            e = tl.load(weights + row * K + code, mask=need <= margin, other=-1.0).to(tl.float32)
+            count = _appended(near + row * L, first_code + code, e >= tl.exp(need - margin), count, L)
+            rival = e >= tl.exp(need)
+            count_rivals = _appended(rivals + row * R, first_code + code, rival, count_rivals, R)
+    tl.store(near_count + row, count)
+    tl.store(rival_count + row, count_rivals)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _rescore_kernel(  # type: ignore[no-untyped-def]
+    z, c, near, near_count, rivals, rival_count, scores, index, top, total_tau, weighted, inv_tau,
+    D: tl.constexpr, BD: tl.constexpr, L: tl.constexpr, R: tl.constexpr, BL: tl.constexpr,
+):  # fmt: skip
+    """A token's scores of near codes in fp64, rounded, and its sums over them; the best code, of rivals where flat."""
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BD)
+    z_row = tl.load(z + row * D + d, mask=d < D, other=0.0).to(tl.float64)
+    count = tl.load(near_count + row)
+    flat = count > L
+    codes = near + row * L
+    if flat:
+        count = tl.minimum(tl.load(rival_count + row), R)
+        codes = rivals + row * R
+    best = tl.full((), -float("inf"), tl.float64)
+    best_code = tl.full((), 0, tl.int32)
+    reference = tl.full((), -float("inf"), tl.float32)
+    sum_q = tl.full((), 0.0, tl.float32)
+    sum_qx = tl.full((), 0.0, tl.float32)
+    for start in range(0, count, BL):
+        place = start + tl.arange(0, BL)
+        live = place < count
+        code = tl.load(codes + place, mask=live, other=0)
+        c_rows = tl.load(
+            c + code.to(tl.int64)[:, None] * D + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0
+        )
+        exact = tl.where(live, tl.sum(c_rows.to(tl.float64) * z_row[None, :], axis=1), -float("inf"))
+        here = tl.max(exact, axis=0)
+        first = tl.min(tl.where(exact == here, code, 2147483647), axis=0)
+        # Lists ascend: an equal one further on is no better.
+        best_code = tl.where(here > best, first, best_code)
+        best = tl.maximum(best, here)
+        score = exact.to(tl.float32)
+        new = best.to(tl.float32)
+        tl.store(scores + row * L + place, score, mask=live & (flat == 0))
+        x = (score - new) * inv_tau
+        e = tl.where(live, tl.exp(x), 0.0)
+        sum_q, sum_qx = _moved(sum_q, sum_qx, (reference - new) * inv_tau)
+        sum_q += tl.sum(e, axis=0)
+        sum_qx += tl.sum(tl.where(e > 0, e * x, 0.0), axis=0)
+        reference = new
+    tl.store(index + row, best_code)
+    tl.store(top + row, reference)
+    tl.store(total_tau + row, sum_q)
+    tl.store(weighted + row, sum_qx)
+    tl.store(near_count + row, tl.where(flat, -1, count))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _means_kernel(  # type: ignore[no-untyped-def]
-    z, c, top, log_sum_tau, mean, M, K, rows_a_split, inv_tau, M_bucket,
+    z, c, count, top, log_sum_tau, mean, M, K, rows_a_split, inv_tau,
     D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
+    """Σ softmax(S/τ) of flat tokens, for each code, over a split of the tokens."""
     code = tl.program_id(0) * BK + tl.arange(0, BK)
     split = tl.program_id(1)
-    c_tile = _tile(c, code, K, D, BD)
     mean_sum = tl.zeros((BK,), tl.float32)
     first = split * rows_a_split
     last = tl.minimum(first + rows_a_split, M)
     for start in range(first, last, BM):
         row = start + tl.arange(0, BM)
-        live = row < last
-        z_tile = _tile(z, row, last, D, BD)
-        S = tl.dot(c_tile, tl.trans(z_tile), input_precision=PRECISION)
-        row_top = tl.load(top + row, mask=live, other=0.0)
-        row_log = tl.load(log_sum_tau + row, mask=live, other=0.0)
-        q = tl.exp((S - row_top[None, :]) * inv_tau - row_log[None, :])
-        mean_sum += tl.sum(tl.where(live[None, :], q, 0.0), axis=1)
+        flat = tl.load(count + row, mask=row < last, other=0) < 0
+        if tl.max(flat.to(tl.int32), axis=0) > 0:
+            row_top = tl.load(top + row, mask=flat, other=0.0)
+            row_log = tl.load(log_sum_tau + row, mask=flat, other=0.0)
+            S = _product(z, row, last, c, code, K, D, BD, PRECISION, BM, BK)
+            q = tl.exp((S - row_top[:, None]) * inv_tau - row_log[:, None])
+            mean_sum += tl.sum(tl.where(flat[:, None], q, 0.0), axis=0)
     tl.store(mean + split.to(tl.int64) * K + code, mean_sum, mask=code < K)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _pulled_kernel(  # type: ignore[no-untyped-def]
-    z, c, top, log_sum_tau, batch, pulled, M, K, codes_a_split, inv_tau, M_bucket,
+    z, c, count, top, log_sum_tau, batch, pulled, M, K, codes_a_split, inv_tau,
     D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
+    """Σ softmax(S/τ) r of flat tokens over a split of the codes."""
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     split = tl.program_id(1)
-    z_tile = _tile(z, row, M, D, BD)
-    row_top = tl.load(top + row, mask=row < M, other=0.0)
-    row_log = tl.load(log_sum_tau + row, mask=row < M, other=0.0)
+    flat = tl.load(count + row, mask=row < M, other=0) < 0
     row_pulled = tl.zeros((BM,), tl.float32)
-    first = split * codes_a_split
-    last = tl.minimum(first + codes_a_split, K)
-    for start in range(first, last, BK):
-        code = start + tl.arange(0, BK)
-        c_tile = _tile(c, code, last, D, BD)
-        S = tl.dot(z_tile, tl.trans(c_tile), input_precision=PRECISION)
-        q = tl.exp((S - row_top[:, None]) * inv_tau - row_log[:, None])
-        # Codes beyond the last have no pull, whatever their q.
-        r = tl.load(batch + code, mask=code < last, other=0.0)
-        row_pulled += tl.sum(tl.where((code < last)[None, :], q * r[None, :], 0.0), axis=1)
+    if tl.max(flat.to(tl.int32), axis=0) > 0:
+        row_top = tl.load(top + row, mask=flat, other=0.0)
+        row_log = tl.load(log_sum_tau + row, mask=flat, other=0.0)
+        first = split * codes_a_split
+        last = tl.minimum(first + codes_a_split, K)
+        for start in range(first, last, BK):
+            code = start + tl.arange(0, BK)
+            S = _product(z, row, M, c, code, last, D, BD, PRECISION, BM, BK)
+            q = tl.exp((S - row_top[:, None]) * inv_tau - row_log[:, None])
+            r = tl.load(batch + code, mask=code < last, other=0.0)
+            # Codes beyond the last have no pull, whatever their q.
+            row_pulled += tl.sum(tl.where((code < last)[None, :] & flat[:, None], q * r[None, :], 0.0), axis=1)
     tl.store(pulled + split * M + row, row_pulled, mask=row < M)
 
 
 @triton.jit
-def _grad_scores(  # type: ignore[no-untyped-def]
-    S, G, top, log_sum, log_sum_tau, entropy, sample, delta, pulled, r, inv_tau
-):
-    """∂L/∂S of a tile (passes.py); the vectors come broadcast to its axes."""
-    x = S - top
-    p = tl.exp(x - log_sum)
-    log_q = x * inv_tau - log_sum_tau
-    q = tl.exp(log_q)
-    inner = r - pulled - sample * (log_q + entropy)
-    return p * (G - delta) + tl.where(q > 0, q * inner * inv_tau, 0.0)
+def _entropy_slope(log_q, r, pulled, sample, entropy, inv_tau):  # type: ignore[no-untyped-def]
+    """What the entropy loss adds to ∂L/∂S (passes.py)."""
+    return tl.exp(log_q) * (r - pulled - sample * (log_q + entropy)) * inv_tau
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _grad_z_kernel(  # type: ignore[no-untyped-def]
-    z, c, g, top, log_sum, log_sum_tau, entropy, sample, delta, pulled, batch, grad_z,
-    M, K, codes_a_split, inv_tau, M_bucket,
+def _slopes_kernel(  # type: ignore[no-untyped-def]
+    z, c, g, count, top, log_sum, log_sum_tau, entropy, sample, delta, pulled, batch, slopes, M, K, inv_tau,
     D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
+    """∂L/∂S (M, K) of a tile, for flat tokens with softmax(S/τ). Programs side by side read the same codes."""
     row = tl.program_id(0) * BM + tl.arange(0, BM)
-    split = tl.program_id(1)
-    alive = row < M
-    z_tile = _tile(z, row, M, D, BD)
-    g_tile = _tile(g, row, M, D, BD)
-    row_top = tl.load(top + row, mask=alive, other=0.0)
-    row_log = tl.load(log_sum + row, mask=alive, other=0.0)
-    row_log_tau = tl.load(log_sum_tau + row, mask=alive, other=0.0)
-    row_entropy = tl.load(entropy + row, mask=alive, other=0.0)
-    row_sample = tl.load(sample + row, mask=alive, other=0.0)
-    row_delta = tl.load(delta + row, mask=alive, other=0.0)
-    row_pulled = tl.load(pulled + row, mask=alive, other=0.0)
-    grad = tl.zeros((BM, BD), tl.float32)
-    first = split * codes_a_split
-    last = tl.minimum(first + codes_a_split, K)
-    for start in range(first, last, BK):
-        code = start + tl.arange(0, BK)
-        live = code < last
-        c_tile = _tile(c, code, last, D, BD)
-        S = tl.dot(z_tile, tl.trans(c_tile), input_precision=PRECISION)
-        G = tl.dot(g_tile, tl.trans(c_tile), input_precision=PRECISION)
-        r = tl.load(batch + code, mask=live, other=0.0)
-        dS = _grad_scores(
-            S, G, row_top[:, None], row_log[:, None], row_log_tau[:, None], row_entropy[:, None],
-            row_sample[:, None], row_delta[:, None], row_pulled[:, None], r[None, :], inv_tau,
-        )  # fmt: skip
-        dS = tl.where(live[None, :], dS, 0.0)
-        grad += tl.dot(dS.to(c_tile.dtype), c_tile, input_precision=PRECISION)
-    _store_tile(grad_z + split.to(tl.int64) * M * D, row, M, grad, D, BD)
+    code = tl.program_id(1) * BK + tl.arange(0, BK)
+    live, inside = row < M, code < K
+    S = tl.zeros((BM, BK), tl.float32)
+    G = tl.zeros((BM, BK), tl.float32)
+    for start in range(0, D, BD):
+        c_tile = tl.trans(_rows(c, code, K, start, D, BD))
+        S = tl.dot(_rows(z, row, M, start, D, BD), c_tile, S, input_precision=PRECISION)
+        G = tl.dot(_rows(g, row, M, start, D, BD), c_tile, G, input_precision=PRECISION)
+    row_top = tl.load(top + row, mask=live, other=0.0)
+    row_log = tl.load(log_sum + row, mask=live, other=0.0)
+    row_delta = tl.load(delta + row, mask=live, other=0.0)
+    dS = tl.exp(S - (row_top + row_log)[:, None]) * (G - row_delta[:, None])
+    flat = tl.load(count + row, mask=live, other=0) < 0
+    if tl.max(flat.to(tl.int32), axis=0) > 0:
+        row_log_tau = tl.load(log_sum_tau + row, mask=flat, other=0.0)
+        row_entropy = tl.load(entropy + row, mask=flat, other=0.0)
+        row_sample = tl.load(sample + row, mask=flat, other=0.0)
+        row_pulled = tl.load(pulled + row, mask=flat, other=0.0)
+        r = tl.load(batch + code, mask=inside, other=0.0)
+        log_q = (S - row_top[:, None]) * inv_tau - row_log_tau[:, None]
+        more = _entropy_slope(
+            log_q, r[None, :], row_pulled[:, None], row_sample[:, None], row_entropy[:, None], inv_tau
+        )
+        dS += tl.where(flat[:, None], more, 0.0)
+    places = slopes + row.to(tl.int64)[:, None] * K + code[None, :]
+    tl.store(places, dS.to(slopes.dtype.element_ty), mask=live[:, None] & inside[None, :])
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _grad_rows_kernel(  # type: ignore[no-untyped-def]
-    z, c, g, top, log_sum, log_sum_tau, entropy, sample, delta, pulled, batch, grad_rows,
-    M, K, rows_a_split, inv_tau, M_bucket,
-    D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+def _near_slopes_kernel(  # type: ignore[no-untyped-def]
+    c, near, count, scores, top, log_sum_tau, entropy, sample, pulled, batch, slopes, grad_z, K, first_code, inv_tau,
+    D: tl.constexpr, BD: tl.constexpr, L: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
-    code = tl.program_id(0) * BK + tl.arange(0, BK)
-    split = tl.program_id(1)
-    c_tile = _tile(c, code, K, D, BD)
-    r = tl.load(batch + code, mask=code < K, other=0.0)
-    grad = tl.zeros((BK, BD), tl.float32)
-    first = split * rows_a_split
-    last = tl.minimum(first + rows_a_split, M)
-    for start in range(first, last, BM):
-        row = start + tl.arange(0, BM)
-        live = row < last
-        z_tile = _tile(z, row, last, D, BD)
-        g_tile = _tile(g, row, last, D, BD)
-        S = tl.dot(c_tile, tl.trans(z_tile), input_precision=PRECISION)
-        G = tl.dot(c_tile, tl.trans(g_tile), input_precision=PRECISION)
-        row_top = tl.load(top + row, mask=live, other=0.0)
-        row_log = tl.load(log_sum + row, mask=live, other=0.0)
-        row_log_tau = tl.load(log_sum_tau + row, mask=live, other=0.0)
-        row_entropy = tl.load(entropy + row, mask=live, other=0.0)
-        row_sample = tl.load(sample + row, mask=live, other=0.0)
-        row_delta = tl.load(delta + row, mask=live, other=0.0)
-        row_pulled = tl.load(pulled + row, mask=live, other=0.0)
-        dS = _grad_scores(
-            S, G, row_top[None, :], row_log[None, :], row_log_tau[None, :], row_entropy[None, :],
-            row_sample[None, :], row_delta[None, :], row_pulled[None, :], r[:, None], inv_tau,
-        )  # fmt: skip
-        dS = tl.where(live[None, :], dS, 0.0)
-        grad += tl.dot(dS.to(z_tile.dtype), z_tile, input_precision=PRECISION)
-    _store_tile(grad_rows + split.to(tl.int64) * K * D, code, K, grad, D, BD)
+    """Adds softmax(S/τ)'s part of ∂L/∂S at a token's near codes among the K from `first_code` on, and of ∂L/∂z by it.
+
+    Near codes pull against each other: what is left of them is in fp32, where rounded codes would hide it.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BD)
+    grad = tl.load(grad_z + row * D + d, mask=d < D, other=0.0)
+    row_top, row_log = tl.load(top + row), tl.load(log_sum_tau + row)
+    row_entropy, row_sample, row_pulled = tl.load(entropy + row), tl.load(sample + row), tl.load(pulled + row)
+    for start in range(0, tl.load(count + row), BL):
+        place = start + tl.arange(0, BL)
+        live = place < tl.load(count + row)
+        code = tl.load(near + row * L + place, mask=live, other=0) - first_code
+        live = live & (code >= 0) & (code < K)
+        score = tl.load(scores + row * L + place, mask=live, other=0.0)
+        r = tl.load(batch + code, mask=live, other=0.0)
+        more = _entropy_slope((score - row_top) * inv_tau - row_log, r, row_pulled, row_sample, row_entropy, inv_tau)
+        places = slopes + row * K + code
+        before = tl.load(places, mask=live, other=0.0).to(tl.float32)
+        tl.store(places, (before + more).to(slopes.dtype.element_ty), mask=live)
+        c_rows = tl.load(
+            c + code.to(tl.int64)[:, None] * D + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0
+        )
+        grad += tl.sum(tl.where(live, more, 0.0)[:, None] * c_rows, axis=0)
+    tl.store(grad_z + row * D + d, grad, mask=d < D)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _best_kernel(  # type: ignore[no-untyped-def]
-    z, c, offset, index, top, second, M, K, codes_a_split, M_bucket,
+    z, c, offset, index, top, second, M, K, codes_a_split,
     D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
+    """The best code of each token in a split of the codes, by S + offset, and the score of the second."""
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     split = tl.program_id(1)
-    z_tile = _tile(z, row, M, D, BD)
     best = tl.full((BM,), -float("inf"), tl.float32)
     next_best = tl.full((BM,), -float("inf"), tl.float32)
     best_index = tl.zeros((BM,), tl.int32)
@@ -246,220 +356,16 @@ def _best_kernel(  # type: ignore[no-untyped-def]
     for start in range(first, last, BK):
         code = start + tl.arange(0, BK)
         live = code < last
-        c_tile = _tile(c, code, last, D, BD)
-        S = tl.dot(z_tile, tl.trans(c_tile), input_precision=PRECISION)
+        S = _product(z, row, M, c, code, last, D, BD, PRECISION, BM, BK)
         S += tl.load(offset + code, mask=live, other=0.0)[None, :]
         S = tl.where(live[None, :], S, -float("inf"))
-        tile_top, place = tl.max(S, axis=1, return_indices=True, return_indices_tie_break_left=True)
-        others = tl.where(tl.arange(0, BK)[None, :] == place[:, None], -float("inf"), S)
-        tile_second = tl.max(others, axis=1)
+        here, place = _top(S, start)
+        others = tl.where(code[None, :] == place[:, None], -float("inf"), S)
         # The loser of the two tops, or a second: whichever is best.
-        next_best = tl.maximum(tl.maximum(next_best, tile_second), tl.minimum(best, tile_top))
-        best_index = tl.where(tile_top > best, start + place, best_index)
-        best = tl.maximum(best, tile_top)
+        next_best = tl.maximum(tl.maximum(next_best, tl.max(others, axis=1)), tl.minimum(best, here))
+        best_index = tl.where(here > best, place, best_index)
+        best = tl.maximum(best, here)
     at = split * M + row
     tl.store(index + at, best_index, mask=row < M)
     tl.store(top + at, best, mask=row < M)
     tl.store(second + at, next_best, mask=row < M)
-
-
-_TILES = [(64, 64, 4, 2), (64, 64, 8, 2), (64, 128, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (32, 64, 4, 3)]
-_INTERPRETED_TILE = {"BM": 16, "BK": 16}
-
-
-def _tuned(kernel: Any) -> Callable[..., None]:
-    """`launch(grid, *arguments, **constants)`: the kernel under the autotuner, or as it is in the interpreter.
-
-    `grid` takes the chosen tile {"BM": …, "BK": …}.
-    """
-    if interpreted():
-
-        def launch(grid: Any, *arguments: Any, **constants: Any) -> None:
-            kernel[grid(_INTERPRETED_TILE)](*arguments, **constants, **_INTERPRETED_TILE)
-
-        return launch
-    configs = [
-        triton.Config({"BM": bm, "BK": bk}, num_warps=warps, num_stages=stages) for bm, bk, warps, stages in _TILES
-    ]
-    tuned = triton.autotune(configs, key=["M_bucket", "K", "D", "PRECISION"])(kernel)
-
-    def launch_tuned(grid: Any, *arguments: Any, **constants: Any) -> None:
-        tuned[grid](*arguments, **constants)
-
-    return launch_tuned
-
-
-_sums, _means, _pulled = _tuned(_sums_kernel), _tuned(_means_kernel), _tuned(_pulled_kernel)
-_grad_z, _grad_rows, _best = _tuned(_grad_z_kernel), _tuned(_grad_rows_kernel), _tuned(_best_kernel)
-
-
-class _Split(NamedTuple):
-    """`parts` parts of `size` (the last may be smaller) of a loop, so that a launch fills the device."""
-
-    parts: int
-    size: int
-
-    @staticmethod
-    def of(length: int, programs: int, device: torch.device) -> _Split:
-        wanted = INTERPRETED_PROGRAMS
-        if device.type == "cuda":
-            wanted = WAVES * torch.cuda.get_device_properties(device).multi_processor_count
-        unit = SPLIT_UNIT if device.type == "cuda" else _INTERPRETED_TILE["BK"]
-        wished = max(1, min(wanted // programs, triton.cdiv(length, 4 * unit)))
-        size = triton.cdiv(triton.cdiv(length, wished), unit) * unit
-        return _Split(triton.cdiv(length, size), size)
-
-
-class TritonPasses:
-    """See `passes.Passes`."""
-
-    def __init__(self, temperature: float, precision: Precision) -> None:
-        self.temperature = temperature
-        self.precision = precision
-
-    def sums(self, z_MD: Tensor, rows_KD: Tensor) -> PartSums:
-        M, (K, D) = len(z_MD), rows_KD.shape
-        split = _code_split(M, K, z_MD.device)
-        index = z_MD.new_empty((split.parts, M), dtype=torch.int32)
-        top, total, total_tau, weighted = (z_MD.new_empty((split.parts, M)) for _ in range(4))
-        parts_SMD = z_MD.new_empty((split.parts, M, D))
-        _sums(
-            lambda tile: (triton.cdiv(M, tile["BM"]), split.parts),
-            self._operand(z_MD), self._operand(rows_KD), index, top, total, total_tau, weighted, parts_SMD,
-            M, K, split.size, 1.0 / self.temperature, _bucket(M),
-            **self._constants(D),
-        )  # fmt: skip
-        parts = [
-            PartSums(*columns) for columns in zip(index.long(), top, total, total_tau, weighted, parts_SMD, strict=True)
-        ]
-        return parts[0] if split.parts == 1 else combine(parts, [0] * split.parts, self.temperature)
-
-    def means(self, z_MD: Tensor, rows_KD: Tensor, statistics: RowStatistics, segments: Segments) -> Tensor:
-        K, D = rows_KD.shape
-        z, rows = self._operand(z_MD), self._operand(rows_KD)
-        mean_GK = z_MD.new_empty((len(segments), K))
-        for number, segment in enumerate(segments):
-            M = segment.stop - segment.start
-            split = _row_split(M, K, z_MD.device)
-            parts_SK = z_MD.new_empty((split.parts, K))
-            _means(
-                lambda tile, split=split: (triton.cdiv(K, tile["BK"]), split.parts),
-                z[segment], rows, statistics.top[segment], statistics.log_sum_tau[segment], parts_SK,
-                M, K, split.size, 1.0 / self.temperature, _bucket(M),
-                **self._constants(D),
-            )  # fmt: skip
-            mean_GK[number] = parts_SK.sum(dim=0)
-        return mean_GK
-
-    def pulled(self, job: Backward) -> Tensor:
-        assert job.pull.batch_GK is not None
-        K, D = job.rows_KD.shape
-        z, rows = self._operand(job.z_MD), self._operand(job.rows_KD)
-        pulled_M = torch.empty_like(job.statistics.top)
-        for number, segment in enumerate(job.segments):
-            M = segment.stop - segment.start
-            split = _code_split(M, K, z.device)
-            parts_SM = job.z_MD.new_empty((split.parts, M))
-            _pulled(
-                lambda tile, M=M, split=split: (triton.cdiv(M, tile["BM"]), split.parts),
-                z[segment], rows, job.statistics.top[segment], job.statistics.log_sum_tau[segment],
-                job.pull.batch_GK[number], parts_SM, M, K, split.size, 1.0 / self.temperature, _bucket(M),
-                **self._constants(D),
-            )  # fmt: skip
-            pulled_M[segment] = parts_SM.sum(dim=0)
-        return pulled_M
-
-    def gradients(self, job: Backward) -> tuple[Tensor, Tensor]:
-        assert job.delta_M is not None
-        z, rows, g = self._operand(job.z_MD), self._operand(job.rows_KD), self._operand(job.g_MD)
-        grad_z_MD, grad_rows_KD = torch.empty_like(job.z_MD), torch.empty_like(job.rows_KD)
-        nothing_K, nothing_M = rows.new_zeros(len(rows), dtype=torch.float32), torch.zeros_like(job.delta_M)
-        pulled_M = nothing_M if job.pulled_M is None else job.pulled_M
-        for number, segment in enumerate(job.segments):
-            batch_K = nothing_K if job.pull.batch_GK is None else job.pull.batch_GK[number]
-            s = job.statistics.rows(segment)
-            sample_M = job.pull.sample_M[segment].contiguous()
-            of_rows = (s.top, s.log_sum, s.log_sum_tau, s.entropy, sample_M, job.delta_M[segment], pulled_M[segment])
-            vectors = (*of_rows, batch_K)
-            self._grad_z(z[segment], rows, g[segment], vectors, grad_z_MD[segment])
-            self._grad_rows(z[segment], rows, g[segment], vectors, grad_rows_KD, first=number == 0)
-        return grad_z_MD, grad_rows_KD
-
-    def _grad_z(self, z: Tensor, rows: Tensor, g: Tensor, vectors: tuple[Tensor, ...], out_MD: Tensor) -> None:
-        M, (K, D) = len(z), rows.shape
-        split = _code_split(M, K, z.device)
-        parts_SMD = out_MD.new_empty((split.parts, M, D))
-        _grad_z(
-            lambda tile: (triton.cdiv(M, tile["BM"]), split.parts),
-            z, rows, g, *vectors, parts_SMD, M, K, split.size, 1.0 / self.temperature, _bucket(M),
-            **self._constants(D),
-        )  # fmt: skip
-        torch.sum(parts_SMD, dim=0, out=out_MD)
-
-    def _grad_rows(
-        self, z: Tensor, rows: Tensor, g: Tensor, vectors: tuple[Tensor, ...], out_KD: Tensor, *, first: bool
-    ) -> None:
-        M, (K, D) = len(z), rows.shape
-        split = _row_split(M, K, z.device)
-        # The usual case, a large codebook, fills the device without a split and needs no second buffer.
-        direct = first and split.parts == 1
-        parts_SKD = out_KD[None] if direct else out_KD.new_empty((split.parts, K, D))
-        _grad_rows(
-            lambda tile: (triton.cdiv(K, tile["BK"]), split.parts),
-            z, rows, g, *vectors, parts_SKD, M, K, split.size, 1.0 / self.temperature, _bucket(M),
-            **self._constants(D),
-        )  # fmt: skip
-        if first and not direct:
-            torch.sum(parts_SKD, dim=0, out=out_KD)
-        elif not first:
-            out_KD += parts_SKD.sum(dim=0)
-
-    def _operand(self, x: Tensor) -> Tensor:
-        """fp32, or rounded to bf16; the interpreter multiplies no bf16 and gets the rounded values as fp32."""
-        x = x.contiguous()
-        if self.precision != "bf16":
-            return x
-        return x.bfloat16().float() if interpreted() else x.bfloat16()
-
-    def _constants(self, dim: int) -> dict[str, Any]:
-        return _constants(dim, self.precision)
-
-
-def best_and_second(
-    z_MD: Tensor, rows_KD: Tensor, offset_K: Tensor | None, precision: Precision
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each part s of the codes: the best code's index int64 (S, M), its score, and the second best score.
-
-    Scores are z·c (+ offset) in the given precision; the second is −∞ in a part of one code.
-    """
-    M, (K, D) = len(z_MD), rows_KD.shape
-    passes = TritonPasses(1.0, precision)
-    split = _code_split(M, K, z_MD.device)
-    index = z_MD.new_empty((split.parts, M), dtype=torch.int32)
-    top, second = (z_MD.new_empty((split.parts, M)) for _ in range(2))
-    offset_K = z_MD.new_zeros(K) if offset_K is None else offset_K
-    _best(
-        lambda tile: (triton.cdiv(M, tile["BM"]), split.parts),
-        passes._operand(z_MD), passes._operand(rows_KD), offset_K, index, top, second,
-        M, K, split.size, _bucket(M),
-        **_constants(D, precision),
-    )  # fmt: skip
-    return index.long(), top, second
-
-
-def _constants(dim: int, precision: Precision) -> dict[str, Any]:
-    name = "tf32" if precision == "tf32" else "ieee"
-    return {"D": dim, "BD": max(16, triton.next_power_of_2(dim)), "PRECISION": name}
-
-
-def _code_split(tokens: int, codes: int, device: torch.device) -> _Split:
-    return _Split.of(codes, triton.cdiv(tokens, ROWS_A_PROGRAM), device)
-
-
-def _row_split(tokens: int, codes: int, device: torch.device) -> _Split:
-    return _Split.of(tokens, triton.cdiv(codes, ROWS_A_PROGRAM), device)
-
-
-def _bucket(tokens: int) -> int:
-    """The tuner chooses anew for each power of two, not for each batch."""
-    return int(triton.next_power_of_2(tokens))

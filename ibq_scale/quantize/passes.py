@@ -65,6 +65,28 @@ class RowStatistics:
         return RowStatistics(*(getattr(self, f.name)[block] for f in fields(self)))
 
 
+class Codes(NamedTuple):
+    """This shard's rows (K, D), and the same as products read them, where that is not the same (`Passes.coarse`)."""
+
+    rows_KD: Tensor
+    coarse_KD: Tensor
+
+    @property
+    def operand(self) -> Tensor:
+        return self.coarse_KD if len(self.coarse_KD) else self.rows_KD
+
+
+class Near(NamedTuple):
+    """Of each token the codes whose softmax(S/τ) counts and their scores, (M, L), and how many there are.
+
+    A count of −1 says that they are too many for the list. All empty for a backend that asks for none.
+    """
+
+    codes_ML: Tensor
+    scores_ML: Tensor
+    count_M: Tensor
+
+
 class Pull(NamedTuple):
     """What the entropy loss does to S: `sample_M` is a, `batch_GK` is b·r by segment, None without batch entropy."""
 
@@ -76,23 +98,32 @@ class Backward(NamedTuple):
     """Everything that the backward pass of one shard of the codebook starts from. δ and π None: from whole rows."""
 
     z_MD: Tensor
-    rows_KD: Tensor
+    codes: Codes
     g_MD: Tensor
     statistics: RowStatistics
     pull: Pull
     delta_M: Tensor | None
     pulled_M: Tensor | None
     segments: Segments
+    near: Near
 
 
 class Passes(Protocol):
     """A backend. `temperature` is τ. z and the rows have one dtype, the statistics' own."""
 
-    def sums(self, z_MD: Tensor, rows_KD: Tensor) -> PartSums:
-        """Sums over this shard, `mixed_MD` among them."""
+    def coarse(self, rows_KD: Tensor) -> Tensor:
+        """`Codes.coarse_KD`: made once for both passes; no rows where products read the rows as they are."""
         ...
 
-    def means(self, z_MD: Tensor, rows_KD: Tensor, statistics: RowStatistics, segments: Segments) -> Tensor:
+    def sums(self, z_MD: Tensor, codes: Codes) -> tuple[PartSums, Near]:
+        """Sums over this shard, `mixed_MD` among them, and what the other passes of this backend are to know."""
+        ...
+
+    def near(self, z_MD: Tensor) -> Near:
+        """Lists for so many tokens, not filled."""
+        ...
+
+    def means(self, z_MD: Tensor, codes: Codes, statistics: RowStatistics, segments: Segments, near: Near) -> Tensor:
         """Σ_i q_ik (G, K) of each segment's tokens over this shard's codes."""
         ...
 
@@ -109,7 +140,7 @@ class Passes(Protocol):
 class WholeRowPasses(Passes, Protocol):
     """A backend that has whole rows of an unsharded S at hand, and then needs no p C, δ and π."""
 
-    def sums_and_means(self, z_MD: Tensor, rows_KD: Tensor, segments: Segments) -> tuple[PartSums, Tensor]:
+    def sums_and_means(self, z_MD: Tensor, codes: Codes, segments: Segments) -> tuple[PartSums, Tensor]:
         """Both in one pass, `mixed_MD` None."""
         ...
 

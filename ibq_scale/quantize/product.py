@@ -13,8 +13,11 @@ Precision = Literal["fp32", "tf32", "bf16"]
 
 
 def product_into(out: Tensor, a: Tensor, b: Tensor, precision: Precision, *, accumulate: bool = False) -> None:
-    """out ← a b, or out += a b. Only GPUs have tf32 and fast bf16: elsewhere, and for fp64, as the dtype is."""
-    if a.dtype != torch.float32 or not a.is_cuda:
+    """out ← a b, or out += a b. Only GPUs have tf32 and fast bf16: elsewhere, and for fp64, as the dtype is.
+
+    Operands may be rounded to bf16 already.
+    """
+    if out.dtype != torch.float32 or not a.is_cuda:
         _multiply(out, a, b, accumulate)
     elif precision == "bf16":
         made = torch.mm(a.bfloat16(), b.bfloat16(), out_dtype=torch.float32)
@@ -23,7 +26,7 @@ def product_into(out: Tensor, a: Tensor, b: Tensor, precision: Precision, *, acc
         else:
             out.copy_(made)
     else:
-        with _cuda_precision("tf32" if precision == "tf32" else "ieee"):
+        with cuda_precision("tf32" if precision == "tf32" else "ieee"):
             _multiply(out, a, b, accumulate)
 
 
@@ -35,7 +38,7 @@ def _multiply(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
 
 
 @contextmanager
-def _cuda_precision(name: str) -> Iterator[None]:
+def cuda_precision(name: str) -> Iterator[None]:
     """torch's switch for fp32 products is global; it is set back whatever happens."""
     backend = torch.backends.cuda.matmul
     before = backend.fp32_precision

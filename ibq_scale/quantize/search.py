@@ -63,7 +63,7 @@ def best_rows(
     """
     sizes = sizes or [z_ND.shape[0]] * size_of(group)
     z_MD = gather_uneven(z_ND, sizes, group)
-    if choose(backend, z_MD.device, z_MD.dtype, z_MD.shape[1]) == "triton":
+    if choose(backend, z_MD.device, z_MD.dtype, z_MD.shape[1], coarse, "best") == "triton":
         judge = _Judge(z_MD, rows_KD, score, in_bf16=coarse == "bf16")
         index_M, ambiguous_M = _search_by_kernel(judge, tile_bytes)
     else:
@@ -84,7 +84,7 @@ def best_rows(
 
 def _search_by_kernel(judge: _Judge, tile_bytes: int | None) -> tuple[Tensor, Tensor]:
     """As `_search_by_tile`; the kernel names the best code of each part of the codes, and the score of its second."""
-    from ibq_scale.quantize.kernels import best_and_second
+    from ibq_scale.quantize.triton_passes import best_and_second
 
     precision: Precision = "bf16" if judge.in_bf16 else "fp32"
     index_PM, top_PM, second_PM = best_and_second(judge.z_MD, judge.rows_KD, judge.offset_K, precision)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ibq_scale.quantize.passes import Backward, PartSums, RowStatistics, Segments
+from ibq_scale.quantize.passes import Backward, Codes, Near, PartSums, RowStatistics, Segments
 from ibq_scale.quantize.product import Precision, product_into
 
 # Tile-sized buffers alive at once in the backward pass: S and g Cᵀ.
@@ -96,12 +96,20 @@ class TiledPasses:
         self.precision = precision
         self.tile_bytes = tile_bytes
 
-    def sums(self, z_MD: Tensor, rows_KD: Tensor) -> PartSums:
-        return self._forward(z_MD, rows_KD, (slice(0, z_MD.shape[0]),), None)
+    def coarse(self, rows_KD: Tensor) -> Tensor:
+        return rows_KD.new_empty((0, rows_KD.shape[1]))
 
-    def sums_and_means(self, z_MD: Tensor, rows_KD: Tensor, segments: Segments) -> tuple[PartSums, Tensor]:
-        mean_GK = z_MD.new_zeros((len(segments), rows_KD.shape[0]))
-        return self._forward(z_MD, rows_KD, segments, mean_GK), mean_GK
+    def sums(self, z_MD: Tensor, codes: Codes) -> tuple[PartSums, Near]:
+        return self._forward(z_MD, codes.rows_KD, (slice(0, z_MD.shape[0]),), None), self.near(z_MD)
+
+    def sums_and_means(self, z_MD: Tensor, codes: Codes, segments: Segments) -> tuple[PartSums, Tensor]:
+        mean_GK = z_MD.new_zeros((len(segments), codes.rows_KD.shape[0]))
+        return self._forward(z_MD, codes.rows_KD, segments, mean_GK), mean_GK
+
+    def near(self, z_MD: Tensor) -> Near:
+        return Near(
+            z_MD.new_empty((0, 0), dtype=torch.int32), z_MD.new_empty((0, 0)), z_MD.new_empty(0, dtype=torch.int32)
+        )
 
     def _forward(self, z_MD: Tensor, rows_KD: Tensor, segments: Segments, mean_GK: Tensor | None) -> PartSums:
         """Adds to q̄ where it is asked for, and so whole rows are at hand; else brings p C."""
@@ -127,7 +135,8 @@ class TiledPasses:
         index, top, total, total_tau, weighted = (torch.cat(column) for column in zip(*parts, strict=True))
         return PartSums(index, top, total, total_tau, weighted, mixed_MD)
 
-    def means(self, z_MD: Tensor, rows_KD: Tensor, statistics: RowStatistics, segments: Segments) -> Tensor:
+    def means(self, z_MD: Tensor, codes: Codes, statistics: RowStatistics, segments: Segments, near: Near) -> Tensor:
+        rows_KD = codes.rows_KD
         mean_GK = z_MD.new_zeros((len(segments), rows_KD.shape[0]))
         with self._tile(z_MD, rows_KD) as tile:
             for number, block in blocks(segments, tile.step):
@@ -138,9 +147,9 @@ class TiledPasses:
     def pulled(self, job: Backward) -> Tensor:
         pulled_M = torch.zeros_like(job.statistics.top)
         assert job.pull.batch_GK is not None
-        with self._tile(job.z_MD, job.rows_KD) as tile:
+        with self._tile(job.z_MD, job.codes.rows_KD) as tile:
             for number, block in blocks(job.segments, tile.step):
-                for piece, q in self._q(tile, job.z_MD, job.rows_KD, job.statistics, block):
+                for piece, q in self._q(tile, job.z_MD, job.codes.rows_KD, job.statistics, block):
                     pulled_M[block] += job.pull.batch_GK[number, piece] @ q
         return pulled_M
 
@@ -155,11 +164,11 @@ class TiledPasses:
             yield piece, torch.mul(log_q, LOG2_E, out=work).exp2_()
 
     def gradients(self, job: Backward) -> tuple[Tensor, Tensor]:
-        grad_z_MD, grad_rows_KD = torch.empty_like(job.z_MD), torch.empty_like(job.rows_KD)
-        with self._tile(job.z_MD, job.rows_KD, LIVE_BUFFERS) as tile:
+        grad_z_MD, grad_rows_KD = torch.empty_like(job.z_MD), torch.empty_like(job.codes.rows_KD)
+        with self._tile(job.z_MD, job.codes.rows_KD, LIVE_BUFFERS) as tile:
             for number, block in blocks(job.segments, tile.step):
                 dS_KR = self._grad_scores(tile, job, number, block)
-                product_into(grad_z_MD[block], dS_KR.T, job.rows_KD, self.precision)
+                product_into(grad_z_MD[block], dS_KR.T, job.codes.rows_KD, self.precision)
                 later = block.start > 0
                 product_into(grad_rows_KD, dS_KR, job.z_MD[block], self.precision, accumulate=later)
         return grad_z_MD, grad_rows_KD
@@ -174,7 +183,7 @@ class TiledPasses:
         R = block.stop - block.start
         rows, sample = job.statistics.rows(block), job.pull.sample_M[block]
         per_sum, per_sum_tau = (-rows.log_sum).exp(), (-rows.log_sum_tau).exp()
-        both_K2R = tile.products(job.rows_KD, torch.cat([job.z_MD[block], job.g_MD[block] * per_sum[:, None]]))
+        both_K2R = tile.products(job.codes.rows_KD, torch.cat([job.z_MD[block], job.g_MD[block] * per_sum[:, None]]))
         S, G = both_K2R[:, :R], both_K2R[:, R:]
         r_K = None if job.pull.batch_GK is None else job.pull.batch_GK[number]
         delta, pulled = rows.top.new_zeros((2, R)).unbind()

@@ -31,8 +31,8 @@ META = torch.device("meta")
 # Products that the quantizer's step needs: S once, then S and g Cᵀ, ∂S C and ∂Sᵀ z.
 STEP_PRODUCTS = 5
 # Products that backends do where whole rows are not at hand: S and p C for the sums, S for q̄, S for π, then S, g Cᵀ,
-# ∂S C and ∂Sᵀ z together or, in Triton, S and g Cᵀ for each of the two.
-SHARDED_PRODUCTS, TRITON_PRODUCTS = 8, 10
+# ∂S C and ∂Sᵀ z. Triton's kernels know q̄ and π from lists of near codes, but for flat tokens (`triton_passes`).
+SHARDED_PRODUCTS, TRITON_PRODUCTS = 8, 6
 
 
 TOKENIZER_FORMULA = (

@@ -250,7 +250,7 @@ def _roofline(
 
 
 def _tokenizer_flops(run: TokenizerRun, world: int) -> Flops:
-    backend = "tiled" if run.quantizer.backend == "tiled" or run.quantizer.dim > 256 else "triton"
+    backend = "tiled" if run.quantizer.backend == "tiled" else "triton"
     step = step_flops(run, backend=backend, sharded=(run.codebook_group or world) > 1)
     parts = {
         "autoencoder": step.autoencoder,

@@ -11,11 +11,13 @@ import torch
 
 from ibq_scale.config.batch import accumulation_steps, codebook_words
 from ibq_scale.config.deepspeed import deepspeed_config, zero_words
+from ibq_scale.config.models import QuantizerConfig
 from ibq_scale.config.run import AnyRun, ARRun, TokenizerRun
 from ibq_scale.console import gigabytes, short
 from ibq_scale.data.sets import DataSets
 from ibq_scale.distributed.world import World
 from ibq_scale.models.attention import choose, describe
+from ibq_scale.quantize.backend import describe as describe_passes
 from ibq_scale.scaling import networks
 from ibq_scale.scaling.budget import Line, ar_states, checkpoint_bytes, tokenizer_states
 from ibq_scale.scaling.networks import Network
@@ -34,7 +36,7 @@ def opening(config: AnyRun, world: World, hosts: Sequence[str], sets: DataSets, 
     if isinstance(config, TokenizerRun):
         nets = [networks.autoencoder(config), networks.discriminator(config)]
         states = tokenizer_states(config, zero, nets[0], nets[1], networks.perceptual(config))
-        model = _tokenizer(config, nets)
+        model = _tokenizer(config, nets, world)
     else:
         nets = [networks.transformer(config)]
         states = ar_states(config, zero, nets[0])
@@ -53,7 +55,7 @@ def opening(config: AnyRun, world: World, hosts: Sequence[str], sets: DataSets, 
     return "\n".join(lines)
 
 
-def _tokenizer(run: TokenizerRun, nets: Sequence[Network]) -> list[str]:
+def _tokenizer(run: TokenizerRun, nets: Sequence[Network], world: World) -> list[str]:
     model, quantizer = run.model, run.quantizer
     side = model.resolution // model.downsampling
     codes = f"{quantizer.codebook_size:,} codes × {quantizer.dim} ({short(quantizer.codebook_size * quantizer.dim)})"
@@ -61,7 +63,12 @@ def _tokenizer(run: TokenizerRun, nets: Sequence[Network]) -> list[str]:
     return [
         f"{_parts(nets)}; {perceptual}",
         f"{model.resolution} × {model.resolution} pixels → {side} × {side} of {codes}, {quantizer.kind}{_how(run)}",
+        *([f"quantizer by {_passes(quantizer, world.device)}"] if quantizer.kind == "ibq" else []),
     ]
+
+
+def _passes(quantizer: QuantizerConfig, device: torch.device) -> str:
+    return describe_passes(quantizer.backend, device, torch.float32, quantizer.dim, quantizer.logit_precision)
 
 
 def _transformer(run: ARRun, net: Network, world: World) -> list[str]:

@@ -38,6 +38,7 @@ from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from ibq_scale.report.compare import write_report
 from ibq_scale.train.attempts import add_unnoticed
+from ibq_scale.train.kernel_tiles import settle_tiles
 from ibq_scale.train.opening import opening
 from ibq_scale.train.preemption import REQUEUE_EXIT_CODE, StopRequest
 from ibq_scale.train.run_lock import locked
@@ -97,6 +98,8 @@ def _train(config: AnyRun, run_dir: Path, world: World, stop: StopRequest, hosts
         if resume_from is not None:
             check_same_run(config, resume_from)
         _prepare_run_dir(run_dir, config, world)
+        if isinstance(config, TokenizerRun):
+            settle_tiles(run_dir, config.quantizer, world)
         if resume_from is not None and resume_from.step >= config.train.total_steps:
             _say(world, f"{run_dir}: all {config.train.total_steps} steps are done; nothing to do")
             checkpoints.tidy(resume_from)

@@ -24,6 +24,10 @@ def test_quantizer(capsys: pytest.CaptureFixture[str]) -> None:
         assert rows["tiled"]["flops_per_s"] == pytest.approx(
             5 * 2 * 64 * report["codes"] * 16 / rows["tiled"]["seconds"]
         )
+        assert {name: (row["products_done"], row["products_needed"]) for name, row in rows.items()} == {
+            "products": (5, 5), "dense": (6, 5), "tiled": (5, 5), "encode dense": (1, 1), "encode": (1, 1),
+        }  # fmt: skip
+        assert {row["precision"] for row in rows.values()} == {"fp32"}
         assert all(row["peak_bytes"] >= row["base_bytes"] > 10**8 for row in rows.values())
 
 

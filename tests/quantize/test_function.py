@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,8 +14,9 @@ from ibq_scale.quantize.quantizer import quantize
 
 
 @pytest.mark.slow
-def test_compiles_whole_forward_and_backward() -> None:
-    config = QuantizerConfig(codebook_size=50, dim=8, entropy_temperature=0.3)
+@pytest.mark.parametrize("backend", ["tiled", "triton"])
+def test_compiles_whole_forward_and_backward(backend: Literal["tiled", "triton"]) -> None:
+    config = QuantizerConfig(codebook_size=50, dim=8, entropy_temperature=0.3, backend=backend, logit_precision="bf16")
 
     def loss(x_ND: Tensor, codebook_KD: Tensor) -> Tensor:
         out = quantize(x_ND.sin(), codebook_KD, config)

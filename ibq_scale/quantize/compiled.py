@@ -1,0 +1,84 @@
+"""Kernels compiled for any chip, present or not, and what they need of it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ibq_scale.quantize.product import Precision
+from ibq_scale.quantize.tiles import Tile, constants, function
+
+_TYPES = {
+    "i32": ("M", "K", "codes_a_split", "rows_a_split", "codes_a_top", "first_code"),
+    "*i32": ("index", "count", "near", "near_count", "rivals", "rival_count"),
+    "fp32": ("inv_tau", "margin", "slack"),
+}
+# That 16 divides numbers and addresses, as in training it does, the launcher tells the compiler; of these it cannot.
+_ODD = _TYPES["fp32"]
+
+
+class Needs(NamedTuple):
+    """Bytes of shared memory of a program, registers and bytes of stack of a thread: the stack is of spills alone."""
+
+    shared: int
+    registers: int
+    stack: int
+
+
+def target(arch: str) -> GPUTarget:
+    """``sm_90`` or ``gfx942`` as Triton names it."""
+    return GPUTarget("hip", arch, 64) if arch.startswith("gfx") else GPUTarget("cuda", int(arch[3:]), 32)
+
+
+def build(kernel: str, arch: str, precision: Precision, dim: int, tile: Tile) -> Any:
+    """Triton's compiled kernel. Whatever the compiler's passes raise comes through."""
+    source_of = function(kernel)
+    fixed = constants(kernel, tile, dim, precision)
+    signature = {name: "constexpr" if name in fixed else _type(kernel, name, precision) for name in source_of.arg_names}
+    aligned = {
+        (place,): [["tt.divisibility", 16]]
+        for place, name in enumerate(source_of.arg_names)
+        if name not in fixed and name not in _ODD
+    }
+    source = ASTSource(fn=source_of, signature=signature, constexprs=fixed, attrs=aligned)
+    return triton.compile(source, target=target(arch), options={"num_warps": tile.warps, "num_stages": tile.stages})
+
+
+def needs(built: Any) -> Needs:
+    """Read from the binary, by the disassembler of Triton's own wheel."""
+    if "amdgcn" in built.asm:
+        code = str(built.asm["amdgcn"])
+        used = [re.search(rf"\.{name}:\s+(\d+)", code) for name in ("vgpr_count", "private_segment_fixed_size")]
+        registers, stack = (int(found[1]) if found else 0 for found in used)
+        return Needs(built.metadata.shared, registers, stack)
+    text = _dump(built, "--dump-resource-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    assert found is not None, text
+    return Needs(built.metadata.shared, int(found[1]), int(found[2]) + int(found[3]))
+
+
+def machine_code(built: Any) -> str:
+    """As text."""
+    return str(built.asm["amdgcn"]) if "amdgcn" in built.asm else _dump(built, "-sass")
+
+
+def _type(kernel: str, name: str, precision: Precision) -> str:
+    # Lists are scored anew from fp32.
+    if name in ("weights", "slopes") or (name in ("z", "c", "g") and kernel not in ("rescore", "near_slopes")):
+        return "*bf16" if precision == "bf16" else "*fp32"
+    return next((kind for kind, names in _TYPES.items() if name in names), "*fp32")
+
+
+def _dump(built: Any, option: str) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout

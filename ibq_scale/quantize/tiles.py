@@ -1,0 +1,187 @@
+"""The tiles that kernels are offered, which of them a chip can hold, and which one is launched.
+
+`ibq-scale bench kernels` compiles them all without a GPU and prints what each needs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from ibq_scale.quantize import kernels
+from ibq_scale.quantize.product import Precision
+
+if TYPE_CHECKING:
+    from ibq_scale.quantize.compiled import Needs
+
+log = logging.getLogger(__name__)
+
+
+class Tile(NamedTuple):
+    """Tokens × codes of a program's step, dimensions read at once, warps of a program, stages of its loads."""
+
+    tokens: int
+    codes: int
+    dims: int
+    warps: int
+    stages: int
+
+
+class Chip(NamedTuple):
+    """A GPU as the compiler takes it. `shared`: bytes of shared memory that one program may have."""
+
+    name: str
+    arch: str
+    shared: int
+
+
+KERNELS: dict[str, Any] = {
+    name: getattr(kernels, f"_{name}_kernel") for name in ("sums", "mix", "means", "pulled", "slopes", "best")
+}
+# Those that work on lists of near codes and multiply no matrices. What they need of a chip is small, and one tile does.
+LIST_KERNELS: dict[str, Any] = {
+    name: getattr(kernels, f"_{name}_kernel") for name in ("near", "rescore", "near_slopes")
+}
+# In the order in which they are preferred, by what `bench kernels` tells: the larger first, whose loads are used more
+# often.
+_TILES = (Tile(128, 64, 64, 8, 3), Tile(64, 128, 64, 8, 3), Tile(64, 64, 64, 8, 3), Tile(64, 64, 32, 4, 3))
+TILES: dict[str, tuple[Tile, ...]] = dict.fromkeys(KERNELS, _TILES) | {
+    # All dimensions at once: each program that has fewer reads the weights once more.
+    "mix": (Tile(128, 64, 256, 8, 3), Tile(128, 64, 128, 8, 3), Tile(64, 64, 128, 8, 3), *_TILES)
+}
+_settled: dict[str, Tile] = {}
+INTERPRETED = Tile(16, 16, 16, 4, 1)
+# Places of a token's list of near codes, and of its codes that may be the best. Trained tokens have tens of the first.
+NEAR, RIVALS = 512, 64
+# Codes that are looked through at once for a list, and codes of a list that are read at once.
+SOUGHT, CODES = 1024, 16
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on any device and slowly. Decided when they are imported."""
+    return not hasattr(kernels._best_kernel, "create_binder")
+
+
+def constants(kernel: str, tile: Tile, dim: int, precision: Precision) -> dict[str, Any]:
+    """The compile-time arguments of a kernel. One of lists reads all dimensions of a code at once."""
+    values = {
+        "D": dim,
+        "BD": 1 << (dim - 1).bit_length() if kernel in LIST_KERNELS else tile.dims,
+        "PRECISION": "tf32" if precision == "tf32" else "ieee",
+        "BM": tile.tokens,
+        "BK": tile.codes,
+        "TOP": tile.codes,
+        "L": NEAR,
+        "R": RIVALS,
+        "BL": CODES,
+        "BC": SOUGHT,
+    }
+    return {name: value for name, value in values.items() if name in function(kernel).arg_names}
+
+
+def function(kernel: str) -> Any:
+    """Triton's function of a kernel of either kind."""
+    return KERNELS.get(kernel) or LIST_KERNELS[kernel]
+
+
+def offered(kernel: str, dim: int) -> tuple[Tile, ...]:
+    """The kernel's tiles for D: no wider than it needs. A product wants at least 16 dimensions."""
+    if kernel in LIST_KERNELS:
+        return (Tile(1, 64, CODES, 4, 2),)
+    width = max(16, 1 << (dim - 1).bit_length())
+    return tuple(dict.fromkeys(tile._replace(dims=min(tile.dims, width)) for tile in TILES[kernel]))
+
+
+@cache
+def chip(device: torch.device) -> Chip:
+    """The GPU that is there; its shared memory as Triton's launcher holds it against a kernel's."""
+    from triton.runtime import driver
+
+    with torch.cuda.device(device):
+        arch = driver.active.get_current_target().arch
+        shared = driver.active.utils.get_device_properties(torch.cuda.current_device())["max_shared_mem"]
+    return Chip(torch.cuda.get_device_name(device), arch if isinstance(arch, str) else f"sm_{arch}", shared)
+
+
+def fitting(kernel: str, precision: Precision, dim: int, on: Chip) -> Iterator[tuple[Tile, bool]]:
+    """The tiles that the chip can hold, by preference, and whether one spills no registers."""
+    for tile in offered(kernel, dim):
+        needs = _needs(kernel, precision, dim, tile, on.arch)
+        if needs is not None and needs.shared <= on.shared:
+            yield tile, needs.stack == 0
+
+
+@cache
+def _needs(kernel: str, precision: Precision, dim: int, tile: Tile, arch: str) -> Needs | None:
+    """Compiles, which takes seconds once on a machine: Triton keeps what it made. None where it cannot be compiled."""
+    from ibq_scale.quantize.compiled import build, needs
+
+    try:
+        return needs(build(kernel, arch, precision, dim, tile))
+    # The compiler raises what its passes do, RuntimeError and bare assertions among them.
+    except Exception as e:
+        log.info("%s %s %s, D = %d: %s", kernel, tuple(tile), precision, dim, e)
+        return None
+
+
+def without_tile(names: Sequence[str], precision: Precision, dim: int, device: torch.device) -> str | None:
+    """Why some of these kernels cannot run on this GPU, or None."""
+    on = chip(device)
+    for kernel in names:
+        if next(fitting(kernel, precision, dim, on), None) is None:
+            return (
+                f"has no tile of its kernel '{kernel}' ({precision}, {dim} dimensions) for the {on.shared >> 10} KiB "
+                f"of shared memory of {on.name}"
+            )
+    return None
+
+
+def chosen(kernel: str, precision: Precision, dim: int, device: torch.device, most_codes: int = 1 << 30) -> Tile:
+    """The tile of a launch, of at most so many codes: the run's, else the first that fits and spills nothing, or fits.
+
+    No timing decides, so that every rank and every restart adds in the same order.
+    """
+    if interpreted():
+        return INTERPRETED
+    on = chip(device)
+    return _settled.get(_key(kernel, precision, dim, on)) or _first(kernel, precision, dim, on, most_codes)
+
+
+def settle(
+    record: Mapping[str, Sequence[int]], precision: Precision, dim: int, device: torch.device
+) -> dict[str, list[int]]:
+    """Makes later launches take a run's tiles; returns the record with those that it lacked for this GPU.
+
+    Another release of Triton may compile otherwise, and then the first that fits is another.
+    """
+    on = chip(device)
+    _settled.update({key: Tile(*sizes) for key, sizes in record.items()})
+    for kernel in (*KERNELS, *LIST_KERNELS):
+        if (key := _key(kernel, precision, dim, on)) not in _settled:
+            most = _settled[_key("sums", precision, dim, on)].codes if kernel == "mix" else 1 << 30
+            _settled[key] = _first(kernel, precision, dim, on, most)
+    return {key: list(tile) for key, tile in sorted(_settled.items())}
+
+
+def _key(kernel: str, precision: Precision, dim: int, on: Chip) -> str:
+    return f"{kernel} {on.arch} {precision} {dim}"
+
+
+@cache
+def _first(kernel: str, precision: Precision, dim: int, on: Chip, most_codes: int) -> Tile:
+    spilling = []
+    for tile, whole in fitting(kernel, precision, dim, on):
+        if tile.codes <= most_codes:
+            if whole:
+                return tile
+            spilling.append(tile)
+    return spilling[0]
+
+
+def run(kernel: str, tile: Tile, grid: tuple[int, ...], fixed: dict[str, Any], *arguments: Any) -> None:
+    """Launches a kernel."""
+    function(kernel)[grid](*arguments, **fixed, num_warps=tile.warps, num_stages=tile.stages)

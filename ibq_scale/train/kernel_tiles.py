@@ -1,0 +1,34 @@
+"""The tiles of the quantizer's kernels as a part of the run: a restart adds in the same order, to the same bits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ibq_scale.config.models import QuantizerConfig
+from ibq_scale.data.store import open_store
+from ibq_scale.distributed.world import World
+from ibq_scale.quantize.backend import choose
+
+NAME = "tiles.json"
+
+
+def settle_tiles(run_dir: Path, quantizer: QuantizerConfig, world: World) -> None:
+    """Takes the tiles of ``RUN/tiles.json``, where kernels run on a GPU. Collective: rank 0 adds those that lack."""
+    how = (world.device, torch.float32, quantizer.dim, quantizer.logit_precision)
+    if quantizer.kind != "ibq" or world.device.type != "cuda" or choose(quantizer.backend, *how) != "triton":
+        return
+    from ibq_scale.quantize.tiles import settle
+
+    def settled() -> dict[str, list[int]]:
+        path = run_dir / NAME
+        record = json.loads(path.read_text()) if path.is_file() else {}
+        return settle(record, quantizer.logit_precision, quantizer.dim, world.device)
+
+    if world.is_main:
+        open_store(str(run_dir)).write(NAME, (json.dumps(settled(), indent=0) + "\n").encode())
+    dist.barrier()
+    settled()
