@@ -57,7 +57,7 @@ class Manifest(Section):
 
     version: int = MANIFEST_VERSION
     kind: Kind
-    shards: Annotated[tuple[ShardInfo, ...], Field(min_length=1)]
+    shards: tuple[ShardInfo, ...]
     classes: tuple[str, ...]
     codes: CodesInfo | None = None
     pixels: PixelRules | None = None
@@ -103,6 +103,8 @@ def load_manifest(source: Store | str, kind: Kind) -> Manifest:
     except ValidationError as e:
         where = ".".join(map(str, e.errors()[0]["loc"]))
         raise UserError(f"{store.url}/{NAME} is damaged: {where}: {e.errors()[0]['msg']}") from None
+    if not manifest.shards:
+        raise UserError(f"{store.url}/{NAME} is damaged: it names no shard")
     if manifest.kind != kind:
         raise UserError(f"{store.url} holds {manifest.kind}, {kind} are needed here")
     return manifest
