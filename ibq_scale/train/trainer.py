@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import time
@@ -21,6 +22,7 @@ from ibq_scale.config.run import AnyRun
 from ibq_scale.data.sets import DataSets
 from ibq_scale.distributed.world import World
 from ibq_scale.train.alarms import Alarms
+from ibq_scale.train.garbage import collect_young, collected_together
 from ibq_scale.train.guards import SkippedSteps
 from ibq_scale.train.metrics import MetricsLog
 from ibq_scale.train.once import SeenOnce
@@ -121,7 +123,8 @@ class Trainer:
             self.watchdog.report("step")
             if stop.agreed(self.world):
                 return Outcome(start, stopped=True, saved=True)
-            return self._loop(start, metrics, stop, stragglers)
+            with collected_together():
+                return self._loop(start, metrics, stop, stragglers)
 
     def _loop(self, start: int, metrics: MetricsLog | None, stop: StopRequest, stragglers: Stragglers) -> Outcome:
         train, total, watchdog = self.config.train, self.config.train.total_steps, self.watchdog
@@ -133,6 +136,7 @@ class Trainer:
             with stragglers.step():
                 applied = self._train(step, batches, window)
             watchdog.step_ended(step)
+            collect_young(step)
             stopping = stop.agreed(self.world)
             # What is left of the time after a signal is for the checkpoint.
             validation = Validation() if stopping and step < total else self._validate(step, window)
@@ -158,6 +162,7 @@ class Trainer:
             if stopping or step == total or (save_due and applied):
                 watchdog.report("save")
                 self._save(step, window, metrics)
+                gc.collect()
                 watchdog.report("step")
                 save_due = False
             if stopping:
