@@ -16,6 +16,7 @@ from ibq_scale.bench.disk import write_rate
 from ibq_scale.checkpoint.files import TensorFile
 from ibq_scale.checkpoint.retention import Retention
 from ibq_scale.checkpoint.saving import CheckpointFolder
+from ibq_scale.distributed.agree import by_rank_0
 from ibq_scale.distributed.world import World
 
 TENSORS = 64
@@ -45,9 +46,7 @@ class CheckpointReport:
 
 def bench_checkpoint(folder: Path, world: World, *, megabytes: int, saves: int) -> CheckpointReport:
     """Saves `megabytes` a rank under `folder`, several times over. Collective. OSError where it cannot be written."""
-    name: list[str | None] = [tempfile.mkdtemp(prefix="bench-", dir=folder) if world.is_main else None]
-    dist.broadcast_object_list(name, src=0, device=world.device)
-    here = Path(str(name[0]))
+    here = Path(by_rank_0(world, lambda: tempfile.mkdtemp(prefix="bench-", dir=folder)))
     try:
         elements = megabytes * 2**20 // (4 * TENSORS)
         tensors = {f"t{i}": torch.randn(elements, device=world.device) for i in range(TENSORS)}

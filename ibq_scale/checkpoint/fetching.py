@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
-
-import torch.distributed as dist
+from typing import NamedTuple, TypeVar
 
 from ibq_scale.checkpoint.mirror import Mirror, shares
 from ibq_scale.checkpoint.reading import Checkpoint, NotWholeError
 from ibq_scale.console import tell
+from ibq_scale.distributed.agree import by_rank_0, of_all_ranks
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 
@@ -32,9 +30,9 @@ def fetch_newest(mirror: Mirror, folder: Path, world: World) -> Checkpoint | Non
     the right hash, is not brought again. UserError, on all ranks, where the store or the disk fails, or no copy is
     whole: to begin anew is not for the program to decide.
     """
-    copies = _by_rank_0(world, mirror.copies)
+    copies = by_rank_0(world, mirror.copies)
     for name in reversed(copies.sealed):
-        copy = _by_rank_0(world, lambda name=name: _manifest(mirror, name))  # type: ignore[misc]
+        copy = by_rank_0(world, lambda name=name: _manifest(mirror, name))  # type: ignore[misc]
         partial = folder / f".partial-{name}"
         damage = [f"{name}: its manifest is damaged"] if copy is None else copies.faults(copy)
         if copy is not None and not damage:
@@ -61,7 +59,7 @@ def _manifest(mirror: Mirror, name: str) -> Checkpoint | None:
 
 def _fetch(mirror: Mirror, copy: Checkpoint, partial: Path, world: World) -> list[str]:
     """What is damaged of it. UserError, on all ranks, where a part could not be brought."""
-    _by_rank_0(world, lambda: _begin(mirror, copy, partial))
+    by_rank_0(world, lambda: _begin(mirror, copy, partial))
     mine = shares(copy.manifest["files"], world.size)[world.rank]
     try:
         outcome = _Outcome(mirror.fetch(copy, mine, partial), None)
@@ -69,9 +67,8 @@ def _fetch(mirror: Mirror, copy: Checkpoint, partial: Path, world: World) -> lis
         outcome = _Outcome([], e)
     except Exception as e:  # the others wait for word
         outcome = _Outcome([], UserError(f"{partial}: {(isinstance(e, OSError) and e.strerror) or repr(e)}"))
-    outcomes: list[Any] = [None] * world.size
-    dist.all_gather_object(outcomes, outcome)
-    errors: list[UserError] = [each.error for each in outcomes if each.error]
+    outcomes = of_all_ranks(world, outcome)
+    errors = [each.error for each in outcomes if each.error]
     if errors:
         # Of its own class: a store that does not answer brings the job back.
         raise type(errors[0])(f"{copy.path} could not be fetched: {errors[0]}")
@@ -97,18 +94,3 @@ def _begin(mirror: Mirror, copy: Checkpoint, partial: Path) -> None:
         raise UserError(
             f"{partial.parent}: {copy.path} needs {missing / 2**30:.1f} GiB, {free / 2**30:.1f} are free: make room"
         )
-
-
-def _by_rank_0(world: World, action: Callable[[], T]) -> T:
-    """What `action` returns on rank 0, or its UserError, on every rank."""
-    found: list[Any] = [None]
-    if world.is_main:
-        try:
-            found = [action()]
-        except UserError as e:
-            found = [e]
-    dist.broadcast_object_list(found, src=0, device=world.device)
-    if isinstance(found[0], UserError):
-        raise found[0]
-    answer: T = found[0]
-    return answer

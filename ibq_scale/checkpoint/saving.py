@@ -38,8 +38,8 @@ from ibq_scale.checkpoint.reading import (
 )
 from ibq_scale.checkpoint.retention import Retention, retire
 from ibq_scale.console import tell
+from ibq_scale.distributed.agree import by_rank_0, of_all_ranks
 from ibq_scale.distributed.world import World
-from ibq_scale.errors import UserError
 
 T = TypeVar("T")
 # How often rank 0 looks whether the others are done, and for how long after it is done itself.
@@ -87,22 +87,13 @@ class CheckpointFolder:
         self._stands = f"{name} stands, whose save took {seconds:.1f} s"
 
     def _newest_here(self, check_hashes: bool) -> Checkpoint | None:
-        found: list[Any] = [None]
+        whole, damage = by_rank_0(self.world, lambda: examine(self.folder))
         if self.world.is_main:
-            try:
-                whole_here, damage = examine(self.folder)
-                found = [whole_here]
-                for fault in damage:
-                    _tell(f"{fault}: it is left out")
-            except UserError as e:
-                found = [e]
-        dist.broadcast_object_list(found, src=0, device=self.world.device)
-        if isinstance(found[0], UserError):
-            raise found[0]
-        whole: list[Checkpoint] = found[0]
+            for fault in damage:
+                _tell(f"{fault}: it is left out")
         for checkpoint in reversed(whole):
             names = sorted(checkpoint.manifest["files"])[self.world.rank :: self.world.size] if check_hashes else []
-            faults = [fault for part in self._everyone(verify(checkpoint, names)) for fault in part]
+            faults = [fault for part in of_all_ranks(self.world, verify(checkpoint, names)) for fault in part]
             if not faults:
                 return checkpoint
             if self.world.is_main:
@@ -144,11 +135,10 @@ class CheckpointFolder:
         self.finish()
         self.start_mirror()
         partial = self.folder / f".partial-step-{facts['step']:08d}"
-        size = sum(self._everyone(sum(file.bytes for file in files)))
-        fault: list[Any] = [self._begin(partial, size) if self.world.is_main else None]
-        dist.broadcast_object_list(fault, src=0, device=self.world.device)
-        write = _Share(self, partial, facts, self._host.take(files) if fault[0] is None else [])
-        self._writing = _Writing(write, fault[0])
+        size = sum(of_all_ranks(self.world, sum(file.bytes for file in files)))
+        fault = by_rank_0(self.world, lambda: self._begin(partial, size))
+        write = _Share(self, partial, facts, self._host.take(files) if fault is None else [])
+        self._writing = _Writing(write, fault)
 
     def finish(self) -> bool:
         """Waits for the save under way; whether the last one is on disk, the same on every rank. Collective."""
@@ -192,11 +182,6 @@ class CheckpointFolder:
             if leftover.is_symlink():
                 leftover.unlink()
             shutil.rmtree(leftover, ignore_errors=True)
-
-    def _everyone(self, mine: T) -> list[T]:
-        gathered: list[Any] = [None] * self.world.size
-        dist.all_gather_object(gathered, mine)
-        return gathered
 
 
 class _Writing:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ibq_scale.data.codes import CodeShard, code_shard_name, find_code_shard, finish_codes, write_code_shard
@@ -16,6 +15,7 @@ from ibq_scale.data.folder import Store
 from ibq_scale.data.manifest import CodesInfo, Manifest, ShardInfo, load_manifest
 from ibq_scale.data.store import open_store
 from ibq_scale.data.stream import shard_images, to_float
+from ibq_scale.distributed.agree import by_rank_0, of_all_ranks
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from ibq_scale.pretrained.loading import Tokenizer, load_tokenizer
@@ -92,18 +92,16 @@ def tokenize(
             encoded += image_shard.samples
             found = write_code_shard(store, name, _encode(tokenizer, data, number, batch, crops, usage), info)
         mine[number] = found
-    gathered: list[Any] = [None] * world.size
-    dist.all_gather_object(gathered, (mine, encoded, reused))
+    gathered = of_all_ranks(world, (mine, encoded, reused))
     done = dict(sorted((k, v) for shards, _, _ in gathered for k, v in shards.items()))
-    complete: list[Any] = [_finish(store, manifest, done, info) if world.is_main else None]
-    dist.broadcast_object_list(complete, src=0, device=world.device)
+    complete = by_rank_0(world, lambda: _finish(store, manifest, done, info))
     usage.reduce()
     seconds = time.perf_counter() - begin
     images = sum(manifest.shards[number].samples for number in done)
     encoded = sum(count for _, count, _ in gathered)
     return TokenizeReport(
         url=store.url,
-        complete=complete[0],
+        complete=complete,
         images=images,
         crops=info.crops,
         shards=len(done),

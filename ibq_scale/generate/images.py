@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from ibq_scale.data.progress import Progress
+from ibq_scale.distributed.agree import by_rank_0, of_all_ranks
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from ibq_scale.generate.chunks import Chunks, Job, is_finished
@@ -92,12 +93,12 @@ def sample(
     if wrong or not classes:
         raise UserError(f"class {wrong[0] if wrong else '(none)'}: the model has classes 0 to {ar.config.classes - 1}")
     side = ar.config.grid * tokenizer.downsampling
-    said: list[Any] = [None, None]
-    if world.is_main:
+
+    def begun() -> tuple[Job, bool]:
         job = _job(ar, tokenizer, classes, per_class, settings, batch, side)
-        said = [job, is_finished(to, job)]
-    dist.broadcast_object_list(said, src=0, device=world.device)
-    job, finished = said
+        return job, is_finished(to, job)
+
+    job, finished = by_rank_0(world, begun)
     chunks = Chunks(to, job)
     numbers = list(range(job.chunks))[part[0] :: part[1]]
     reused, missing = (numbers, []) if finished else _find(chunks, numbers, world)
@@ -122,12 +123,10 @@ def sample(
         "images_per_s": (images - kept) / seconds,
         "tokens_per_s": (images - kept) * ar.config.tokens / seconds,
     }
-    complete: list[Any] = [None]
-    if world.is_main:
-        whole = asdict(SampleReport(complete=True, **facts)) | {"images": len(job.labels)}
-        complete = [finished or chunks.assemble(json.dumps(whole, indent=1) + "\n", part[0])]
-    dist.broadcast_object_list(complete, src=0, device=world.device)
-    return SampleReport(complete=complete[0], **facts)
+    whole = asdict(SampleReport(complete=True, **facts)) | {"images": len(job.labels)}
+    text = json.dumps(whole, indent=1) + "\n"
+    complete = by_rank_0(world, lambda: finished or chunks.assemble(text, part[0]))
+    return SampleReport(complete=complete, **facts)
 
 
 def _precision(ar: ARModel) -> str:
@@ -156,9 +155,7 @@ def _job(
 def _find(chunks: Chunks, numbers: list[int], world: World) -> tuple[list[int], list[int]]:
     """Which chunks are whole on disk and which are not; each rank reads its share. Collective."""
     mine = [number for number in numbers[world.rank :: world.size] if chunks.read(number) is not None]
-    gathered: list[Any] = [None] * world.size
-    dist.all_gather_object(gathered, mine)
-    there = {number for found in gathered for number in found}
+    there = {number for found in of_all_ranks(world, mine) for number in found}
     return sorted(there), [number for number in numbers if number not in there]
 
 

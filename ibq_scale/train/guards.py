@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ibq_scale.checkpoint.files import StateFile, TextFile
+from ibq_scale.distributed.agree import of_all_ranks
 from ibq_scale.distributed.world import World
 from ibq_scale.documents import read_json
 
@@ -83,8 +84,7 @@ class SkippedSteps:
 
         `samples` are this rank's, empty where its losses were finite. Raises on all ranks together past the budget.
         """
-        everyone: list[list[str]] = [[]] * self.world.size
-        dist.all_gather_object(everyone, samples[:NAMED])
+        everyone = of_all_ranks(self.world, samples[:NAMED])
         self.steps.append(step)
         named = [f"rank {rank}: {', '.join(names)}" for rank, names in enumerate(everyone) if names]
         where = f"losses of {'; '.join(named)}" if named else "a gradient, while every loss was finite"

@@ -5,15 +5,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
-
-import torch.distributed as dist
+from typing import TypeVar
 
 from ibq_scale.config.run import AnyRun, TokenizerRun
 from ibq_scale.console import tell
 from ibq_scale.data.manifest import Kind
 from ibq_scale.data.sets import DataSets, open_sets
 from ibq_scale.data.stream import validation_images
+from ibq_scale.distributed.agree import of_all_ranks
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from ibq_scale.evaluate.reconstruction import FILES, Networks, measure
@@ -73,9 +72,8 @@ class HeldOutImages:
 def _cached_everywhere(world: World) -> list[str]:
     """Of `METRICS` those whose files every rank finds; the first rank says what is not measured, and why."""
     faults: dict[str, str] = {}
-    gathered: list[Any] = [None] * world.size
-    dist.all_gather_object(gathered, {name: fault for name in METRICS if (fault := missing(FILES[name])) is not None})
-    for found in gathered:
+    here = {name: fault for name in METRICS if (fault := missing(FILES[name])) is not None}
+    for found in of_all_ranks(world, here):
         faults |= found
     for name, fault in faults.items():
         log.warning("validation does not measure %s: %s", name, fault)

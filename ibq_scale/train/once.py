@@ -20,6 +20,7 @@ from torch import Tensor
 from ibq_scale.checkpoint.files import StateFile, TextFile
 from ibq_scale.data.order import Pass
 from ibq_scale.data.sets import DataSets
+from ibq_scale.distributed.agree import of_all_ranks
 from ibq_scale.distributed.world import World
 from ibq_scale.documents import read_json
 
@@ -98,10 +99,8 @@ class SeenOnce:
 
     def state(self) -> list[StateFile]:
         """Rank 0 gives the sums of the epochs that have begun. Collective, after `check` of the same samples."""
-        everyone: list[dict[tuple[int, int], list[int]]] = [{}] * self._world.size
-        dist.all_gather_object(everyone, self._sums)
         sums: dict[tuple[int, int], list[int]] = {}
-        for theirs in everyone:
+        for theirs in of_all_ranks(self._world, self._sums):
             for key, (seen, count) in theirs.items():
                 entry = sums.setdefault(key, [0, 0])
                 entry[0] = (entry[0] + seen) % 2**64

@@ -30,6 +30,7 @@ from ibq_scale.console import tell
 from ibq_scale.data.manifest import NAME as MANIFEST
 from ibq_scale.data.sets import DataSets, open_sets
 from ibq_scale.data.store import open_store
+from ibq_scale.distributed.agree import of_all_ranks
 from ibq_scale.distributed.failures import describe
 from ibq_scale.distributed.node_check import check_nodes
 from ibq_scale.distributed.side_channel import SideChannel
@@ -196,8 +197,7 @@ def check_same_data(config: AnyRun, checkpoint: Checkpoint, data_hash: str) -> N
 
 def _check_ranks_agree(config: AnyRun, sets: DataSets, world: World) -> None:
     """UserError, on every rank, where a node's own copy of the data is another than rank 0's."""
-    hashes: list[Any] = [None] * world.size
-    dist.all_gather_object(hashes, sets.hash)
+    hashes = of_all_ranks(world, sets.hash)
     others = [rank for rank, found in enumerate(hashes) if found != hashes[0]]
     if others:
         raise UserError(

@@ -106,21 +106,14 @@ def look(run_dir: Path) -> Held | None:
 @contextmanager
 def locked(run_dir: Path, world: World) -> Iterator[None]:
     """Holds the lock of `run_dir` for all ranks. Collective; UserError on every rank where another job has it."""
-    import torch.distributed as dist
+    from ibq_scale.distributed.agree import by_rank_0
 
-    lock, refusal = None, [""]
-    if world.is_main:
-        try:
-            lock = RunLock(run_dir)
-        except UserError as e:
-            refusal = [str(e)]
-    dist.broadcast_object_list(refusal, src=0, device=world.device)
-    if refusal[0]:
-        raise UserError(refusal[0])
+    held: list[RunLock] = []
+    by_rank_0(world, lambda: held.append(RunLock(run_dir)))
     try:
         yield
     finally:
-        if lock is not None:
+        for lock in held:
             lock.release()
 
 
