@@ -23,6 +23,10 @@ if not torch.cuda.is_available():
     # Triton decides when a kernel is defined: before anything imports them.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Ranks have one thread each, and how sums are split over threads decides how they are rounded.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 # Not the demo's own, which a test of the demo makes in this same process.
