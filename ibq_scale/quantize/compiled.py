@@ -81,4 +81,6 @@ def _dump(built: Any, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
-        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            [tool, option, file.name], capture_output=True, text=True, encoding="utf-8", check=True
+        ).stdout

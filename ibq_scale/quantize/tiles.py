@@ -151,20 +151,25 @@ def chosen(kernel: str, precision: Precision, dim: int, device: torch.device, mo
     return _settled.get(_key(kernel, precision, dim, on)) or _first(kernel, precision, dim, on, most_codes)
 
 
-def settle(
-    record: Mapping[str, Sequence[int]], precision: Precision, dim: int, device: torch.device
-) -> dict[str, list[int]]:
+def settle(record: Mapping[str, Any], precision: Precision, dim: int, device: torch.device) -> dict[str, list[int]]:
     """Makes later launches take a run's tiles; returns the record with those that it lacked for this GPU.
+
+    What is no tile in it is left out.
 
     Another release of Triton may compile otherwise, and then the first that fits is another.
     """
     on = chip(device)
-    _settled.update({key: Tile(*sizes) for key, sizes in record.items()})
+    _settled.update({key: Tile(*sizes) for key, sizes in record.items() if _is_tile(sizes)})
     for kernel in (*KERNELS, *LIST_KERNELS):
         if (key := _key(kernel, precision, dim, on)) not in _settled:
             most = _settled[_key("sums", precision, dim, on)].codes if kernel == "mix" else 1 << 30
             _settled[key] = _first(kernel, precision, dim, on, most)
     return {key: list(tile) for key, tile in sorted(_settled.items())}
+
+
+def _is_tile(sizes: Any) -> bool:
+    fits = isinstance(sizes, list) and len(sizes) == len(Tile._fields)
+    return fits and all(type(size) is int and 0 < size <= 1 << 12 for size in sizes)
 
 
 def _key(kernel: str, precision: Precision, dim: int, on: Chip) -> str:

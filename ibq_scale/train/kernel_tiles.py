@@ -11,7 +11,9 @@ import torch.distributed as dist
 from ibq_scale.config.models import QuantizerConfig
 from ibq_scale.data.store import open_store
 from ibq_scale.distributed.world import World
+from ibq_scale.documents import json_object
 from ibq_scale.quantize.backend import choose
+from ibq_scale.quantize.kinds import KINDS
 
 NAME = "tiles.json"
 
@@ -19,14 +21,16 @@ NAME = "tiles.json"
 def settle_tiles(run_dir: Path, quantizer: QuantizerConfig, world: World) -> None:
     """Takes the tiles of ``RUN/tiles.json``, where kernels run on a GPU. Collective: rank 0 adds those that lack."""
     how = (world.device, torch.float32, quantizer.dim, quantizer.logit_precision)
-    if quantizer.kind != "ibq" or world.device.type != "cuda" or choose(quantizer.backend, *how) != "triton":
+    if (
+        not KINDS[quantizer.kind].reaches_all_codes
+        or world.device.type != "cuda"
+        or choose(quantizer.backend, *how) != "triton"
+    ):
         return
     from ibq_scale.quantize.tiles import settle
 
     def settled() -> dict[str, list[int]]:
-        path = run_dir / NAME
-        record = json.loads(path.read_text()) if path.is_file() else {}
-        return settle(record, quantizer.logit_precision, quantizer.dim, world.device)
+        return settle(json_object(run_dir / NAME), quantizer.logit_precision, quantizer.dim, world.device)
 
     if world.is_main:
         open_store(str(run_dir)).write(NAME, (json.dumps(settled(), indent=0) + "\n").encode())
