@@ -44,6 +44,12 @@ def parse_json(data: bytes | str) -> Any:
     raise _too_deep()
 
 
+def require_regular(path: Path) -> None:
+    """DocumentError for a pipe, a folder or a device, where a library opens the file itself. OSError."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise DocumentError("it is no regular file")
+
+
 def open_regular(path: Path) -> BinaryIO:
     """A regular file; of a pipe the opening itself would wait. OSError, DocumentError."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

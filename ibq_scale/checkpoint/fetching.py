@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from ibq_scale.checkpoint.mirror import Mirror, shares
 from ibq_scale.checkpoint.reading import Checkpoint, NotWholeError
@@ -12,8 +12,6 @@ from ibq_scale.console import tell
 from ibq_scale.distributed.agree import by_rank_0, of_all_ranks
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
-
-T = TypeVar("T")
 
 
 class _Outcome(NamedTuple):

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ibq_scale.checkpoint.files import TensorFile
-from ibq_scale.documents import parse_json
+from ibq_scale.documents import parse_json, require_regular
 from ibq_scale.errors import UserError
 
 STARTS, FACTS = "starts", "facts"
@@ -65,8 +65,7 @@ class PieceReader:
 
     def _index(self, path: Path) -> None:
         try:
-            if not path.is_file():
-                raise OSError("it is no regular file")
+            require_regular(path)
             f: Any = safe_open(path, framework="pt")
             self._files[path] = f
             metadata = f.metadata() or {}

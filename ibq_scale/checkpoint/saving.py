@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
 
@@ -41,7 +41,6 @@ from ibq_scale.console import tell
 from ibq_scale.distributed.agree import by_rank_0, of_all_ranks
 from ibq_scale.distributed.world import World
 
-T = TypeVar("T")
 # How often rank 0 looks whether the others are done, and for how long after it is done itself.
 LOOK_SECONDS, PATIENCE_SECONDS = 0.1, 3600.0
 SETTLE_SECONDS = 60.0

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ibq_scale.checkpoint.pieces import PieceReader
 from ibq_scale.checkpoint.reading import MANIFEST, Checkpoint, read_checkpoint, verify, whole_checkpoints
 from ibq_scale.config.models import AutoencoderConfig, QuantizerConfig, TransformerConfig
-from ibq_scale.documents import read_json
+from ibq_scale.documents import read_json, require_regular
 from ibq_scale.errors import UserError
 from ibq_scale.models.autoencoder import Autoencoder, image_of, tokens_of
 from ibq_scale.models.initial import Values
@@ -222,8 +222,7 @@ def stored(path: str, network: Transformer) -> Values:
     if "weights" in config:
         return _stored_in_pieces(folder, _place(config, folder), network)
     try:
-        if not (folder / WEIGHTS).is_file():
-            raise OSError("it is not there")
+        require_regular(folder / WEIGHTS)
         file: Any = safe_open(folder / WEIGHTS, framework="pt")
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
     except (OSError, SafetensorError, ValueError) as e:
@@ -431,8 +430,7 @@ _A = {"tokenizer": "a tokenizer", "ar": "an AR transformer"}
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        if path.exists() and not path.is_file():
-            raise OSError("it is no regular file")
+        require_regular(path)
         return load_file(path)
     except (OSError, SafetensorError, ValueError) as e:
         raise UserError(f"cannot read {path}: {e}") from None
