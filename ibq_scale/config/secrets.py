@@ -8,10 +8,10 @@ import netrc
 import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from ibq_scale.errors import UserError
+from ibq_scale.names import expand_home
 
 # WANDB_API_KEY, HF_TOKEN, AWS_SECRET_ACCESS_KEY, DB_PASSWORD …, and MYPASS, APIKEY; not BYPASS, not PKEY.
 SECRET_NAME = re.compile(
@@ -68,9 +68,8 @@ def has_wandb_login(host: str) -> bool:
     """Whether W&B finds a key for this host: in WANDB_API_KEY, or where 'wandb login' keeps it."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     try:
         # An entry for every host (`default`) counts too, as it does for W&B.
-        return netrc.netrc(path).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
+        return netrc.netrc(expand_home(os.environ.get("NETRC", "~/.netrc"))).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError, UserError):
         return False
