@@ -29,7 +29,7 @@ from ibq_scale.scaling.memory import NormShapes
 META = torch.device("meta")
 
 # Products that the quantizer's step needs: S once, then S and g Cᵀ, ∂S C and ∂Sᵀ z.
-STEP_PRODUCTS = 5
+STEP_PRODUCTS = KINDS["ibq"].products
 # Products that backends do where whole rows are not at hand: S and p C for the sums, S for q̄, S for π, then S, g Cᵀ,
 # ∂S C and ∂Sᵀ z. Triton's kernels know q̄ and π from lists of near codes, but for flat tokens (`triton_passes`).
 SHARDED_PRODUCTS, TRITON_PRODUCTS = 8, 6
@@ -210,4 +210,4 @@ def _quantizer(run: TokenizerRun, backend: str, sharded: bool) -> tuple[float, f
     if not kind.reaches_all_codes:
         return kind.products * product, kind.products * product
     done = TRITON_PRODUCTS if backend == "triton" else SHARDED_PRODUCTS if sharded else STEP_PRODUCTS
-    return STEP_PRODUCTS * product, done * product
+    return kind.products * product, done * product
