@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,12 @@ def tell(message: str) -> None:
     except OSError:
         # Nothing more can come through; the interpreter would try again at its exit.
         sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+
+
+def output_of(words: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Runs ``ibq-scale WORDS`` as a process, whose standard output is kept and whose errors are shown."""
+    command = [sys.executable, "-m", "ibq_scale", *words]
+    return subprocess.run(command, stdout=subprocess.PIPE, check=False, encoding="utf-8", errors="replace")
 
 
 def duration(seconds: float) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ibq_scale.console import output_of
 from ibq_scale.demo.photographs import PHOTOGRAPHS, write_crops
 from ibq_scale.demo.plan import CODES, HELD_OUT, IMAGES, Demo, Plan, Stage
 from ibq_scale.demo.report import write_demo_report
@@ -89,14 +89,7 @@ def _command(demo: Demo, name: str, words: list[str]) -> None:
     shown = shlex.join(["ibq-scale", *words])
     with _timed(demo, name, shown):
         print(f"\n$ {shown}", file=sys.stderr, flush=True)
-        process = subprocess.run(
-            [sys.executable, "-m", "ibq_scale", *words],
-            stdout=subprocess.PIPE,
-            text=True,
-            check=False,
-            encoding="utf-8",
-            errors="replace",
-        )
+        process = output_of(words)
         if process.returncode:
             raise StageFailedError(f"'{shown}' ended with exit code {process.returncode}")
         if "--json" in words:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from ibq_scale.checkpoint.reading import newest_or_this
 from ibq_scale.config.layers import load_resolved, resolve
 from ibq_scale.config.run import AnyRun
+from ibq_scale.console import output_of
 from ibq_scale.distributed.launch import launch
 from ibq_scale.errors import UserError
 from ibq_scale.experiments.plan import PRESET, Trial
@@ -82,14 +82,7 @@ def _evaluate(run: Path, steps: int, held_out: str) -> int:
         "1",
         "--json",
     ]
-    done = subprocess.run(
-        [sys.executable, "-m", "ibq_scale", *words],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
-        encoding="utf-8",
-        errors="replace",
-    )
+    done = output_of(words)
     if done.returncode == 0:
         partial = run / f".{EVALUATION}.partial"
         partial.write_text(json.dumps(json.loads(done.stdout), indent=1) + "\n", encoding="utf-8")
