@@ -1,4 +1,4 @@
-"""An ImageFolder, a sub-folder a class. What is no class is told and left out; what may mean two things is refused."""
+"""An ImageFolder: each sub-folder is a class. Other folders are reported and left out. Ambiguous ones are refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from ibq_scale.data.tables import Table
 from ibq_scale.data.tars import NO_LABEL
 from ibq_scale.errors import UserError
 
-SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"}
+SPLIT_NAMES = {
+    "train": {"train", "training"},
+    "validation": {"val", "valid", "validation", "dev"},
+    "test": {"test", "testing"},
+}
+SPLITS = {name for names in SPLIT_NAMES.values() for name in names} | {"eval"}
 # Files of a folder that are looked at for a picture's first bytes.
 PROBED = 20
 WITH_MAGIC = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")

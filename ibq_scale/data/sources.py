@@ -15,18 +15,12 @@ from ibq_scale.data.labels import Group
 from ibq_scale.data.listing import ARCHIVES, PARQUET, TAR, WANTED, Listing, is_picture_name, list_files
 from ibq_scale.data.manifest import NAME, load_manifest
 from ibq_scale.data.parquet import open_parquet
-from ibq_scale.data.pictures import open_folder
+from ibq_scale.data.pictures import SPLIT_NAMES, open_folder
 from ibq_scale.data.samples import Source, Unit
 from ibq_scale.data.tables import ENDINGS, find_table
 from ibq_scale.data.tars import BY_FOLDER, NO_LABEL, Naming, TarSource
 from ibq_scale.data.verify import load_index
 from ibq_scale.errors import UserError
-
-SPLIT_NAMES = {
-    "train": {"train", "training"},
-    "validation": {"val", "valid", "validation", "dev"},
-    "test": {"test", "testing"},
-}
 
 
 class Opened(NamedTuple):

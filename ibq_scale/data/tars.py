@@ -104,10 +104,10 @@ def tar_samples(
     `scattered`: members of one key need not be neighbours; the whole tar is walked then before the first sample.
     CutTarError, after the whole ones, where the tar breaks off: readers of tars take most breaks for its end.
     """
-    if scattered:
-        yield from (sample for sample in _gathered(reader, naming or Naming()) if sample.start >= start)
-        return
     naming = naming or Naming()
+    if scattered:
+        yield from (sample for sample in _gathered(reader, naming) if sample.start >= start)
+        return
     sample: TarSample | None = None
     more: MoreThanTarError | None = None
     try:
