@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
 from collections.abc import Callable
@@ -515,25 +514,6 @@ def test_an_endpoint_that_no_client_takes(endpoint: str, said: str, monkeypatch:
     assert "password" not in str(told.value).replace("no credentials", "")
 
 
-def test_links_out_of_a_folder_are_not_followed_unless_asked(tmp_path: Path) -> None:
-    (tmp_path / "secret").write_text("secret")
-    (tmp_path / "set").mkdir()
-    (tmp_path / "set/inside").write_text("inside")
-    (tmp_path / "set/link").symlink_to("inside")
-    (tmp_path / "set/shard").symlink_to("../secret")
-    (tmp_path / "alias").symlink_to("set")
-    for root in ("set", "alias"):
-        store = open_store(str(tmp_path / root))
-        assert store.read("link") == b"inside"
-        for read in (store.read, lambda name, store=store: store.read_range(name, 0, 3)):
-            with pytest.raises(UserError, match="it is a link out of this folder"):
-                read("shard")
-        with pytest.raises(UserError, match="it is a link out of this folder"):
-            store.download("shard", tmp_path / "copy")
-    assert not (tmp_path / "copy").exists()
-    assert open_store(str(tmp_path / "set"), links=True).read("shard") == b"secret"
-
-
 @pytest.mark.slow
 def test_a_file_that_is_too_large_takes_no_memory(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (store_module, folder_module):
@@ -544,16 +524,3 @@ def test_a_file_that_is_too_large_takes_no_memory(store: Store, monkeypatch: pyt
     assert store.read("most") == bytes(20)
     with pytest.raises(UserError, match="more: it has 21 bytes, and 20 are the most"):
         store.read("more")
-
-
-def test_what_is_no_file_is_told_and_not_waited_for(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "loop").symlink_to("loop")
-    store = open_store(str(tmp_path))
-    for name in ("pipe", "folder", "loop"):
-        for ask in (store.read, store.size, lambda path: store.read_range(path, 0, 1)):
-            with pytest.raises(UserError, match=f"cannot read .*{name}"):
-                ask(name)
-    with pytest.raises(FileNotFoundError):
-        store.read("pipe/x")

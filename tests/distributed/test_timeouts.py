@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.runs import each_rank
+from tests.train.runs import each_rank, told_by
 
 TELLS = """
 import torch
@@ -26,9 +26,9 @@ Trainer.run = run
 def test_every_group_waits_longer_than_the_watchdog(dataset: str, tmp_path: Path) -> None:
     more = ("train.steps=1", "data.workers=0", "train.hang_timeout=100", "deepspeed.config=zero2")
     with each_rank(dataset, tmp_path / "run", *more, before=TELLS) as ranks:
-        said = [rank.communicate()[0] for rank in ranks]
-    for text in said:
-        (line,) = [line for line in text.splitlines() if line.startswith("groups")]
+        said = told_by(ranks, "groups")
+    assert len(said) == 2
+    for line in said:
         words = line.split()
         assert int(words[1]) > 1, "those of the engines and of the codebook too"
         # Three times as long before the first step is over, and half as long again.

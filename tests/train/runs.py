@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,15 @@ def each_rank(data: str, out: Path, *more: str, before: str = "") -> Iterator[li
     finally:
         for rank in ranks:
             rank.kill()
+
+
+def told_by(ranks: Sequence[Forked], begin: str) -> list[str]:
+    """The one line of each rank's output that begins so, when all have ended."""
+    found = []
+    for said in [rank.communicate()[0] for rank in ranks]:
+        (line,) = [line for line in said.splitlines() if line.startswith(begin)]
+        found.append(line)
+    return found
 
 
 def wait_until(condition: Callable[[], bool], *processes: Forked, seconds: float = PATIENCE) -> None:

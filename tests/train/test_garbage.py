@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ibq_scale.train.garbage import collected_together
-from tests.train.runs import each_rank
+from tests.train.runs import each_rank, told_by
 
 TELLS = """
 import gc
@@ -35,11 +35,8 @@ TokenizerTask.train_step = train_step
 def test_ranks_collect_after_the_same_steps(dataset: str, tmp_path: Path) -> None:
     more = ("train.steps=5", "train.checkpoint_every=3", "data.workers=0", "train.log_every=10")
     with each_rank(dataset, tmp_path / "run", *more, before=TELLS) as ranks:
-        said = [rank.communicate()[0] for rank in ranks]
-    for text in said:
-        (line,) = [line for line in text.splitlines() if line.startswith("collected")]
         # After steps 2 and 4, and all with the checkpoint of step 3.
-        assert line == "collected 2:1 3:2 4:1"
+        assert told_by(ranks, "collected") == ["collected 2:1 3:2 4:1"] * 2
 
 
 def _fails() -> None:
