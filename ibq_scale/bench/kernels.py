@@ -1,7 +1,7 @@
 """What the quantizer's kernels need of a chip, from code compiled for it here, without a GPU.
 
-Triton compiles for any target, with the assembler and the disassembler that its wheel brings. Shared memory is told by
-the compiler, registers and stack by the binary; which units multiply, and how loads are made, by its instructions.
+Triton compiles for any target: its wheel has the assembler and the disassembler. The compiler reports shared memory.
+The binary has registers and stack, and its instructions show the tensor cores and the asynchronous loads.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ def bicubic(pixels: Pixels, size: tuple[int, int]) -> Pixels:
 
 
 def to_rgb(image: Image.Image, rules: PixelRules = RULES) -> Image.Image:
-    """An opened picture in mode RGB. ValueError for values whose white nobody knows, or a mode of no colours."""
+    """An opened picture in mode RGB. ValueError where the value of white is unknown, or the mode has no colours."""
     if not rules.version:
         return image.convert("RGB")
     image.load()

@@ -245,7 +245,7 @@ def too_short(name: str, stop: int) -> UserError:
 
 
 def require_fit(url: str, size: int) -> None:
-    """UnreadableError for a file that nobody meant to be read whole."""
+    """UnreadableError for a file of more than `MOST_WHOLE` bytes."""
     if size > MOST_WHOLE:
         raise UnreadableError(f"cannot read {url}: it has {size:,} bytes, and {MOST_WHOLE:,} are the most")
 

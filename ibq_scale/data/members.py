@@ -53,7 +53,7 @@ def members(reader: RangeReader, start: int = 0) -> Iterator[Named]:
                 targets = {i.name: Place(i.offset_data, i.size) for i in _headers(reader, 0, tell=False) if i.isreg()}
             folder = posixpath.dirname(info.name) if info.issym() else ""
             target = targets.get(posixpath.normpath(posixpath.join(folder, info.linkname)), targets.get(info.linkname))
-            # A link to nothing is a member of no bytes, which is told when it is read.
+            # A dangling link has no bytes. Its sample is rejected when it is read.
             place = target or Place(info.offset_data, 0)
         elif not info.isreg():
             continue
