@@ -258,7 +258,10 @@ class _Share:
         self, written: dict[str, dict[str, Any]], fault: str | None
     ) -> tuple[list[str], dict[str, dict[str, Any]]]:
         """The ranks' faults, and all files by name, when every rank has left word."""
-        faults = [fault] if fault else []
+        if fault:
+            # The checkpoint is lost. On a file system that is read-only now, the others cannot leave word either.
+            return [fault], {}
+        faults: list[str] = []
         every = dict(written)
         for rank in range(1, self.world.size):
             done = self.partial / f"{DONE}{rank:05d}"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import resource
 import shutil
+import time
 from pathlib import Path
 from threading import Event
 from types import SimpleNamespace
@@ -15,6 +18,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from ibq_scale.checkpoint import saving
 from ibq_scale.checkpoint.files import TensorFile, TextFile, Written
 from ibq_scale.checkpoint.reading import (
     newest_or_this,
@@ -138,6 +142,28 @@ def test_a_full_disk_of_one_rank_fails_that_save_on_all_and_no_other(tmp_path: P
     assert run_ranks(_full, 2, str(tmp_path)) == [[True, False, False, True]] * 2
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["latest", "step-00000001", "step-00000004"]
     assert (tmp_path / "latest").read_text() == "step-00000004\n"
+
+
+def _refuse(*_: Any) -> None:
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+def _read_only(rank: int, world_size: int, folder: str) -> tuple[bool, bool]:
+    """The file system is read-only from the first file on: no rank writes its part, and none can leave word of that."""
+    checkpoints = CheckpointFolder(Path(folder), World(rank, world_size, rank, torch.device("cpu")), Retention(1))
+    begun = time.monotonic()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saving, "write_whole", _refuse)
+        patch.setattr(Path, "touch", _refuse)
+        patch.setattr(TextFile, "write", _refuse)
+        whole = _saved(checkpoints, {"step": 1}, [TextFile(f"rank-{rank}.txt", "1")])
+    return whole, time.monotonic() - begun < saving.PATIENCE_SECONDS / 10
+
+
+@pytest.mark.distributed
+def test_a_disk_that_turns_read_only_in_a_save_holds_up_no_rank(tmp_path: Path) -> None:
+    assert run_ranks(_read_only, 2, str(tmp_path)) == [(False, True)] * 2
+    assert whole_checkpoints(tmp_path) == []
 
 
 def _newest(rank: int, world_size: int, folder: str) -> int:
