@@ -24,7 +24,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache, partial
 from importlib import import_module
 from pathlib import Path
@@ -151,11 +151,16 @@ class _Process:
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self.returncode: int | None = None
+        self._asked = threading.Lock()
 
     def poll(self) -> int | None:
         """Its exit code, None while it runs."""
-        if self.returncode is None:
-            self.returncode = self._look()
+        # A signal handler calls this within this: the second call leaves the answer to the first, as Popen does.
+        if self.returncode is None and self._asked.acquire(blocking=False):
+            try:
+                self.returncode = self._look()
+            finally:
+                self._asked.release()
         return self.returncode
 
     def wait(self, timeout: float = PATIENCE) -> int:
@@ -170,7 +175,8 @@ class _Process:
     def send_signal(self, number: int) -> None:
         """Where it runs still."""
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
         """Ends it, where it runs still."""

@@ -85,8 +85,8 @@ def test_a_save_that_the_grace_time_is_too_short_for_leaves_the_one_before(datas
     with each_rank(dataset, run, *more, before=SLOW_DISK.format(flag=str(flag))) as ranks:
         wait_until(lambda: len(whole_checkpoints(run / "checkpoints")) > 1, *ranks)
         flag.touch()
-        ranks[1].send_signal(signal.SIGUSR1)
         begin = time.monotonic()
+        ranks[1].send_signal(signal.SIGUSR1)
         said = ranks[0].communicate(timeout=PATIENCE)[1]
         took = time.monotonic() - begin
         assert (ranks[0].returncode, ranks[1].wait()) == (75, 75), said
@@ -106,8 +106,8 @@ def test_a_signalled_rank_whose_step_does_not_end_leaves_in_time_by_itself(datas
     with each_rank(dataset, run, *ENDLESS, "train.grace=3") as ranks:
         wait_until(lambda: len(lines(run)) > 1, *ranks)
         ranks[1].send_signal(signal.SIGSTOP)
-        ranks[0].send_signal(signal.SIGTERM)
         begin = time.monotonic()
+        ranks[0].send_signal(signal.SIGTERM)
         said = ranks[0].communicate(timeout=PATIENCE)[1]
         assert ranks[0].returncode == 75, said
         assert time.monotonic() - begin > 2.5
