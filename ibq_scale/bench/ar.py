@@ -27,7 +27,7 @@ from ibq_scale.distributed.world import World
 from ibq_scale.models.transformer import PrefixBlock, Transformer
 from ibq_scale.scaling.flops import AR_FORMULA, ar_flops
 from ibq_scale.train.ar_task import ARTask
-from ibq_scale.train.engine import wrap_collectives
+from ibq_scale.zero.engine import wrap_collectives
 
 ATTENTION, FEED_FORWARD, HEAD = "attention", "feed-forward", "head, loss"
 BLOCKS, REST, COMMUNICATION, UPDATE = "blocks, compiled", "embedding, AdaLN, norms", "communication", "optimizer, EMA"

@@ -120,9 +120,9 @@ def _export(args: argparse.Namespace) -> int:
 
         kind = export_huggingface(args.path, args.to)
     elif args.layout == "deepspeed":
-        from ibq_scale.checkpoint.deepspeed_layout import export_deepspeed
         from ibq_scale.checkpoint.reading import newest_or_this
         from ibq_scale.pretrained.loading import refuse_overwrite
+        from ibq_scale.zero.export import export_deepspeed
 
         refuse_overwrite(args.to)
         for folder in export_deepspeed(newest_or_this(args.path), args.to):

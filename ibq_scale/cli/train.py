@@ -50,7 +50,7 @@ def _train(args: argparse.Namespace) -> int:
 
     from ibq_scale.config.layers import resolve
     from ibq_scale.distributed.environment import join
-    from ibq_scale.train.preemption import StopRequest
+    from ibq_scale.supervise.preemption import StopRequest
 
     config = resolve(args.source, args.overrides, args.task).config
     # Before torch is imported and the ranks have met, either of which may take minutes.

@@ -11,7 +11,7 @@ from pathlib import Path
 from ibq_scale.cluster import slurm
 from ibq_scale.cluster.runs import config_of, jobs_of
 from ibq_scale.errors import UserError
-from ibq_scale.train.run_lock import Holder, look
+from ibq_scale.supervise.run_lock import Holder, look
 
 POLL_SECONDS = 2.0
 UNKNOWN_GRACE_SECONDS = 270.0

@@ -21,7 +21,7 @@ from ibq_scale.config.deepspeed import deepspeed_config, zero_words
 from ibq_scale.config.run import AnyRun, TokenizerRun
 from ibq_scale.config.secrets import has_wandb_login, wandb_host
 from ibq_scale.errors import UserError
-from ibq_scale.train.run_lock import look
+from ibq_scale.supervise.run_lock import look
 
 if TYPE_CHECKING:
     from ibq_scale.data.sets import DataSets
@@ -175,8 +175,7 @@ def _memory(job: Submission) -> Outcome:
 
 
 def _data(job: Submission) -> Outcome:
-    from ibq_scale.train.codes import check_codes
-    from ibq_scale.train.held_out import open_held_out
+    from ibq_scale.supervise.compatible import check_codes, open_held_out
 
     sets = job.sets
     validates = job.config.validation.data is not None
@@ -193,7 +192,7 @@ def _data(job: Submission) -> Outcome:
 
 
 def _resume(job: Submission) -> Outcome:
-    from ibq_scale.train.run import check_same_data, check_same_run
+    from ibq_scale.supervise.compatible import check_same_data, check_same_run
 
     newest, total = job.newest, job.config.train.total_steps
     if newest is None:

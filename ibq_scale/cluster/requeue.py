@@ -17,8 +17,8 @@ from ibq_scale.cluster.snapshot import chained_after
 from ibq_scale.distributed.failed_nodes import Faults, NodeFaultError, recorded
 from ibq_scale.distributed.failed_nodes import attempt as this_attempt
 from ibq_scale.errors import PortTakenError, StoreUnavailableError, UserError
-from ibq_scale.train import attempts
-from ibq_scale.train.attempts import Attempt
+from ibq_scale.supervise import attempts
+from ibq_scale.supervise.attempts import Attempt
 
 # A wrong config, a missing file: what fails so early fails again.
 EARLY_SECONDS = 600.0

@@ -15,9 +15,9 @@ from ibq_scale.config.layers import load_resolved
 from ibq_scale.config.run import AnyRun
 from ibq_scale.documents import json_object
 from ibq_scale.errors import UserError
-from ibq_scale.train.attempts import read_attempts
-from ibq_scale.train.preemption import REQUEUE_EXIT_CODE
-from ibq_scale.train.run_lock import BEAT_SECONDS, look
+from ibq_scale.supervise.attempts import read_attempts
+from ibq_scale.supervise.preemption import REQUEUE_EXIT_CODE
+from ibq_scale.supervise.run_lock import BEAT_SECONDS, look
 
 State = Literal["queued", "requeued", "running", "stopped", "finished", "failed"]
 # A lock of another host that is younger than so many beats is of a run that lives.

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
-from ibq_scale.distributed.signals import let_in
+from ibq_scale.distributed.signals import unblock
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 
@@ -52,7 +52,7 @@ def join(run_dir: Path | None = None) -> Iterator[World]:
     """Initialises torch.distributed (nccl on CUDA, else gloo) and leaves it at the end; a lone process is a world of 1.
 
     PortTakenError where another program has the port. NodeFaultError where a rank does not come, or cannot compute
-    (`arrival`); `run_dir` then has the names of the nodes.
+    (`rendezvous`); `run_dir` then has the names of the nodes.
     An exception on the way out skips the orderly farewell: the other ranks would wait for this one. After a UserError,
     which comes of no collective, only the group is closed: with its threads alive, an exit may end in an abort, and the
     exit code would be that one's.
@@ -60,9 +60,9 @@ def join(run_dir: Path | None = None) -> Iterator[World]:
     import torch
     import torch.distributed as dist
 
-    from ibq_scale.distributed.arrival import together
+    from ibq_scale.distributed.rendezvous import together
 
-    let_in()
+    unblock()
     env = os.environ
     map_slurm(env)
     # Torch's record of the last collectives, which the watchdog writes where one hangs: not every version has it on.

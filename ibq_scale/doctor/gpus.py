@@ -126,7 +126,7 @@ def device(subject: Subject) -> list[Line]:
         lines.append(warn("torch", f"took {seconds:.0f} s to import", todo))
     if not torch.cuda.is_available():
         return [*lines, _no_cuda(), *_kernels(torch.device("cpu"))]
-    from ibq_scale.distributed.arrival import device_faults
+    from ibq_scale.distributed.rendezvous import device_faults
 
     count = torch.cuda.device_count()
     faults = [fault for i in range(count) for fault in device_faults(torch.device("cuda", i))]

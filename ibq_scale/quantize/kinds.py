@@ -39,7 +39,7 @@ class Kind:
     initial_rows: Callable[[QuantizerConfig, int, int, int], Tensor]
     """(settings, seed, start, stop) → rows of a fresh codebook, the same for every split of it."""
     learns: Literal["rows", "layer", "nothing"]
-    """The rows themselves, one linear layer on frozen rows (`train.projection`), or nothing."""
+    """The rows themselves, one linear layer on frozen rows (`train.simvq`), or nothing."""
     batch_sums: Callable[[Tensor, Tensor, QuantizerConfig, Shards], tuple[Tensor, Tensor]] | None = None
     """Σ q over all ranks' tokens, and their number, for a batch entropy over several micro-batches; or none."""
     products: int = 0

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from ibq_scale.config.batch import codebook_group_size
 from ibq_scale.config.run import AnyRun, ARRun, TokenizerRun
 from ibq_scale.quantize.kinds import KINDS
+from ibq_scale.scaling.activation_memory import ar_activation_memory, logit_bytes, tokenizer_activation_memory
 from ibq_scale.scaling.networks import Network
-from ibq_scale.scaling.rehearse import logit_bytes, rehearse_ar, rehearse_tokenizer
-from ibq_scale.scaling.states import FP32, States, Zero, engine_states
+from ibq_scale.zero.memory import FP32, States, Zero, engine_states
 
 # A stated constant: CUDA's context with loaded kernels, cuBLAS and cuDNN workspaces, NCCL's channels.
 FIXED = 2_000_000_000
@@ -75,7 +75,7 @@ def ar_states(run: ARRun, zero: Zero, network: Network) -> list[Line]:
 def ar_budget(run: ARRun, zero: Zero, network: Network) -> MemoryBudget:
     """Of the transformer's training."""
     states = engine_states(network.groups, zero)
-    held = rehearse_ar(run, keeps_gradients=states.keeps_gradients and zero.accumulation == 1)
+    held = ar_activation_memory(run, keeps_gradients=states.keeps_gradients and zero.accumulation == 1)
     # They are there at the end of the forward pass; at most, perhaps, later.
     logits = max(0, held.kept + logit_bytes(run) - held.peak)
     lines = [
@@ -91,7 +91,7 @@ def ar_budget(run: ARRun, zero: Zero, network: Network) -> MemoryBudget:
 def tokenizer_budget(run: TokenizerRun, zero: Zero, network: Network, judge: Network, perceptual: int) -> MemoryBudget:
     """Of the tokenizer's training. UserError where `codebook_group` does not divide the ranks."""
     states = engine_states(network.groups, zero)
-    held = rehearse_tokenizer(run, keeps_gradients=states.keeps_gradients and zero.accumulation == 1)
+    held = tokenizer_activation_memory(run, keeps_gradients=states.keeps_gradients and zero.accumulation == 1)
     size = codebook_group_size(run, zero.world)
     tokens = run.train.micro_batch * run.model.tokens * size
     work = FP32 * TOKEN_TENSORS * tokens * run.quantizer.dim
@@ -126,7 +126,7 @@ def tokenizer_states(run: TokenizerRun, zero: Zero, network: Network, judge: Net
 
 
 def judge_zero(zero: Zero) -> Zero:
-    """How the discriminator is trained: as `train.engine.discriminator_config`."""
+    """How the discriminator is trained: as `zero.engine.discriminator_config`."""
     return Zero(min(1, zero.stage), zero.world, zero.weight_bytes, zero.accumulation)
 
 

@@ -33,7 +33,7 @@ from ibq_scale.config.run import TokenizerRun
 from ibq_scale.quantize.kinds import KINDS
 from ibq_scale.scaling.budget import judge_zero
 from ibq_scale.scaling.networks import Network
-from ibq_scale.scaling.states import FP32, Shares, Zero
+from ibq_scale.zero.memory import FP32, Shares, Zero
 
 Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all"]
 # Bytes a token that a shard tells of it: maximum, two sums and a weighted one, and an index.

@@ -12,7 +12,7 @@ from ibq_scale.config.run import AnyRun, TokenizerRun
 from ibq_scale.errors import UserError
 from ibq_scale.scaling import networks
 from ibq_scale.scaling.budget import MemoryBudget, ar_budget, tokenizer_budget
-from ibq_scale.scaling.states import Zero
+from ibq_scale.zero.memory import Zero
 
 # By what they cost: states that are shared at little cost, then more traffic, then the host's bus.
 ZERO = ("zero2", "zero3", "zero2_offload", "zero3_offload")

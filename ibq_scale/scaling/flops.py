@@ -24,7 +24,7 @@ from ibq_scale.models.discriminator import PatchDiscriminator
 from ibq_scale.models.initial import Uninitialized
 from ibq_scale.models.transformer import Transformer
 from ibq_scale.quantize.kinds import KINDS
-from ibq_scale.scaling.memory import NormShapes
+from ibq_scale.scaling.allocations import NormShapes
 
 META = torch.device("meta")
 

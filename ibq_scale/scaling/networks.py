@@ -12,9 +12,9 @@ from ibq_scale.config.run import ARRun, TokenizerRun
 from ibq_scale.models.autoencoder import Autoencoder
 from ibq_scale.models.discriminator import PatchDiscriminator
 from ibq_scale.models.optimizers import adam, adamw
+from ibq_scale.models.precision import compute_dtype
 from ibq_scale.models.transformer import Transformer
 from ibq_scale.scaling.flops import on_meta, perceptual_on_meta
-from ibq_scale.scaling.rehearse import compute_dtype
 
 
 @dataclass(frozen=True)

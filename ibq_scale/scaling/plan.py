@@ -22,7 +22,7 @@ from ibq_scale.scaling.devices import DEVICES, Device, named
 from ibq_scale.scaling.fabric import Fabric
 from ibq_scale.scaling.flops import AR_FORMULA, TOKENIZER_FORMULA, ar_executed, ar_flops, step_flops
 from ibq_scale.scaling.roofline import StepTime, Work, step_time
-from ibq_scale.scaling.states import Zero
+from ibq_scale.zero.memory import Zero
 
 # Of rates that a model's FLOPs explain: a measured file of another model is refused beyond it.
 SAME_FLOPS = 1e-3

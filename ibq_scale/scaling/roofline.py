@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from ibq_scale.scaling.communication import Transfer
 from ibq_scale.scaling.devices import Device
 from ibq_scale.scaling.fabric import LINK_SHARE, Fabric
-from ibq_scale.scaling.states import FP32, Zero
+from ibq_scale.zero.memory import FP32, Zero
 
 # Assumed shares of the data sheet.
 PRODUCTS, MEMORY = 0.6, 0.8

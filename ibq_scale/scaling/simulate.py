@@ -31,7 +31,7 @@ from ibq_scale.scaling.fabric import Fabric
 from ibq_scale.scaling.flops import TRITON_PRODUCTS, ar_executed
 from ibq_scale.scaling.networks import Network
 from ibq_scale.scaling.roofline import MEMORY, OPTIMIZER_BYTES, PRODUCTS, StepTime, Work, step_time
-from ibq_scale.scaling.states import FP32, Zero, engine_states
+from ibq_scale.zero.memory import FP32, Zero, engine_states
 
 Mode = Literal["strong", "weak"]
 STAGES = (1, 2, 3)

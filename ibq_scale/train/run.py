@@ -12,11 +12,9 @@ from datetime import timedelta
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from pydantic import BaseModel
 
 from ibq_scale.checkpoint.mirror import Mirror
 from ibq_scale.checkpoint.reading import Checkpoint
@@ -38,23 +36,18 @@ from ibq_scale.distributed.timeouts import set_timeouts
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from ibq_scale.report.compare import write_report
-from ibq_scale.train.attempts import add_unnoticed
+from ibq_scale.supervise.attempts import add_unnoticed
+from ibq_scale.supervise.compatible import check_same_data, check_same_run
+from ibq_scale.supervise.preemption import REQUEUE_EXIT_CODE, StopRequest
+from ibq_scale.supervise.run_lock import locked
+from ibq_scale.supervise.watchdog import FIRST_STEP_FACTOR, Watchdog
 from ibq_scale.train.kernel_tiles import settle_tiles
-from ibq_scale.train.opening import opening
-from ibq_scale.train.preemption import REQUEUE_EXIT_CODE, StopRequest
-from ibq_scale.train.run_lock import locked
+from ibq_scale.train.startup_summary import startup_summary
 from ibq_scale.train.task import Task
 from ibq_scale.train.trainer import Outcome, Trainer
-from ibq_scale.train.watchdog import FIRST_STEP_FACTOR, Watchdog
 
 # After a signal, for what is under way to the mirror.
 STOPPED_MIRROR_SECONDS = 20.0
-# A checkpoint continues only under the same networks and the same stream of samples.
-FIXED = ("task", "model", "quantizer", "discriminator")
-# How a network is computed and not what it is: may change between one part of a run and the next.
-FREE = {"backend", "logit_precision", "search", "tile_bytes", "revive_after", "attention"}
-FREE |= {"activation_checkpointing", "compile", "fp8"}
-FIXED_DATA = ("lanes", "window", "weights")
 PACKAGES = ("torch", "torchvision", "deepspeed", "webdataset", "s3fs", "numpy", "ibq-scale")
 
 log = logging.getLogger(__name__)
@@ -156,43 +149,11 @@ def _watched(
             check_same_data(config, resume_from, sets.hash)
         watchdog.report("building")
         begin = f"resuming from {resume_from.path}" if resume_from else "starting"
-        said = opening(config, world, hosts, sets, begin)
+        said = startup_summary(config, world, hosts, sets, begin)
         task = _make_task(config, world, sets)
         set_timeouts(patience)
         _say(world, said)
         return Trainer(config, task, world, sets, checkpoints, watchdog).run(resume_from, stop)
-
-
-def check_same_run(config: AnyRun, checkpoint: Checkpoint) -> None:
-    """UserError where the checkpoint belongs to another model or another stream of samples."""
-    saved, now = checkpoint.manifest["config"], config.model_dump(mode="json")
-    sections = [name for name in FIXED[1:] if name in saved and hasattr(config, name)]
-    saved = saved | {name: _with_defaults(saved[name], getattr(config, name)) for name in sections}
-    for section in FIXED:
-        if _what(saved.get(section)) != _what(now.get(section)):
-            raise UserError(
-                f"{checkpoint.path} is a checkpoint of another model: '{section}' has "
-                f"{_difference(saved, now, section)}. Give another out=… or the same config"
-            )
-    for key in FIXED_DATA:
-        if saved["data"][key] != now["data"][key]:
-            raise UserError(
-                f"{checkpoint.path}: data.{key} was {saved['data'][key]}; the order of samples depends on it"
-            )
-    for key in ("seed", "global_batch"):
-        if saved["train"][key] != now["train"][key]:
-            raise UserError(
-                f"{checkpoint.path}: train.{key} was {saved['train'][key]}; the order of samples depends on it"
-            )
-
-
-def check_same_data(config: AnyRun, checkpoint: Checkpoint, data_hash: str) -> None:
-    """UserError where a position would mean another sample than before."""
-    if checkpoint.manifest["data_hash"] != data_hash:
-        raise UserError(
-            f"{checkpoint.path}: {', '.join(config.data.sources)} holds other data than before (the manifests "
-            f"differ), so the order of samples would not go on. Give the same data, or another out=…"
-        )
 
 
 def _check_ranks_agree(config: AnyRun, sets: DataSets, world: World) -> None:
@@ -216,24 +177,6 @@ def _ask_stores(config: AnyRun) -> None:
 def _cache_dir(config: AnyRun) -> Path | None:
     named = config.data.cache_dir
     return None if named in (None, "auto") else Path(str(named))
-
-
-def _with_defaults(saved: dict[str, Any], section: BaseModel) -> dict[str, Any]:
-    """A section of a release that knew fewer keys: what it did without them is what their defaults do."""
-    fields = type(section).model_fields
-    return {name: field.get_default() for name, field in fields.items()} | saved
-
-
-def _what(section: object) -> object:
-    return {k: v for k, v in section.items() if k not in FREE} if isinstance(section, dict) else section
-
-
-def _difference(saved: dict[str, object], now: dict[str, object], section: str) -> str:
-    before, after = saved.get(section), now.get(section)
-    if isinstance(before, dict) and isinstance(after, dict):
-        changed = [k for k in sorted({*before, *after} - FREE) if before.get(k) != after.get(k)]
-        return ", ".join(f"{k}={before.get(k)} there and {after.get(k)} here" for k in changed)
-    return f"{before} there and {after} here"
 
 
 def _make_task(config: AnyRun, world: World, sets: DataSets) -> Task:

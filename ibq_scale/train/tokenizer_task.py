@@ -32,23 +32,24 @@ from ibq_scale.losses.perceptual import Perceptual
 from ibq_scale.models.autoencoder import TokenizerModel, tokens_of
 from ibq_scale.models.discriminator import PatchDiscriminator
 from ibq_scale.models.optimizers import adam
+from ibq_scale.models.precision import compute_dtype
 from ibq_scale.pictures import reconstruction_grid
 from ibq_scale.pretrained.loading import CONFIG, config_text, start_from
 from ibq_scale.quantize.kinds import KINDS
 from ibq_scale.quantize.types import Quantized
-from ibq_scale.scaling.rehearse import compute_dtype
-from ibq_scale.train.alarms import Above, Drop, Rule, Spike
-from ibq_scale.train.averaged import averaged_tokenizer
+from ibq_scale.supervise.alarms import Above, Drop, Rule, Spike
+from ibq_scale.supervise.budgets import BadSamples
+from ibq_scale.supervise.dashboards import Histogram
 from ibq_scale.train.codebook import ShardedCodebook
-from ibq_scale.train.ema import ShardedEMA
-from ibq_scale.train.engine import discriminator_config, gradient_norm, make_engine, set_rates, step
-from ibq_scale.train.engine_state import engine_file, load_engine
-from ibq_scale.train.guards import BadSamples
-from ibq_scale.train.held_out import HeldOutImages
+from ibq_scale.train.ema_model import ema_tokenizer
 from ibq_scale.train.randomness import seed_by_position
 from ibq_scale.train.schedule import lr_factor
-from ibq_scale.train.task import Histogram, Step, StepMetrics, Validation
+from ibq_scale.train.task import Step, StepMetrics, Validation
 from ibq_scale.train.usage import UsageTracker
+from ibq_scale.train.validation_tokenizer import HeldOutImages
+from ibq_scale.zero.engine import discriminator_config, gradient_norm, make_engine, set_rates, step
+from ibq_scale.zero.engine_state import engine_file, load_engine
+from ibq_scale.zero.sharded_ema import ShardedEMA
 
 LECAM = "lecam.safetensors"
 
@@ -262,7 +263,7 @@ class TokenizerTask:
         due = step % self.run.validation.every == 0 or step == self.run.train.total_steps
         if not due or self.held_out is None:
             return Validation()
-        tokenizer = averaged_tokenizer(self.run, self.ema, self.codebook, self.world)
+        tokenizer = ema_tokenizer(self.run, self.ema, self.codebook, self.world)
         values = self.held_out.measure(tokenizer, progress)
         return Validation({f"validation_{name}": value for name, value in values.items()})
 

@@ -21,16 +21,16 @@ from ibq_scale.checkpoint.saving import CheckpointFolder
 from ibq_scale.config.run import AnyRun
 from ibq_scale.data.sets import DataSets
 from ibq_scale.distributed.world import World
-from ibq_scale.train.alarms import Alarms
-from ibq_scale.train.garbage import collect_young, collected_together
-from ibq_scale.train.guards import SkippedSteps
-from ibq_scale.train.metrics import MetricsLog
-from ibq_scale.train.once import SeenOnce
-from ibq_scale.train.preemption import StopRequest
-from ibq_scale.train.stragglers import Stragglers
+from ibq_scale.supervise.alarms import Alarms
+from ibq_scale.supervise.budgets import SkippedSteps
+from ibq_scale.supervise.epoch_audit import EpochAudit
+from ibq_scale.supervise.garbage import collect_young, collected_together
+from ibq_scale.supervise.metrics import MetricsLog
+from ibq_scale.supervise.preemption import StopRequest
+from ibq_scale.supervise.stragglers import Stragglers
+from ibq_scale.supervise.watchdog import Watchdog
 from ibq_scale.train.task import StepMetrics, Task, Validation
 from ibq_scale.train.utilization import Utilization
-from ibq_scale.train.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class NonFiniteLossError(RuntimeError):
 class _CountedBatches:
     """Measures how long the step waits for data, and notes which samples it got; `requests` since last asked."""
 
-    def __init__(self, batches: Iterator[Any], once: SeenOnce, watchdog: Watchdog) -> None:
+    def __init__(self, batches: Iterator[Any], once: EpochAudit, watchdog: Watchdog) -> None:
         self._batches = batches
         self._once = once
         self._watchdog = watchdog
@@ -98,7 +98,7 @@ class Trainer:
         self.sets = sets
         self.checkpoints = checkpoints
         self.watchdog = watchdog
-        self.once = SeenOnce(sets, config.train.seed, world)
+        self.once = EpochAudit(sets, config.train.seed, world)
         self.skipped = SkippedSteps(config.train.skipped_steps, world)
         self.alarms = Alarms(task.alarms)
         self.utilization = Utilization.of(config, world)

@@ -12,7 +12,7 @@ from torch import Tensor
 from ibq_scale.checkpoint.files import StateFile, TensorFile
 from ibq_scale.distributed.world import World
 from ibq_scale.quantize.usage import CodeUsage
-from ibq_scale.train.task import Histogram
+from ibq_scale.supervise.dashboards import Histogram
 
 FILE = "usage.safetensors"
 DEAD_AFTER = 1000

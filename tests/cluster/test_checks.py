@@ -18,7 +18,7 @@ from ibq_scale.cluster.checks import Check, Submission, run_checks, seconds
 from ibq_scale.cluster.render import Script
 from ibq_scale.config.layers import resolve
 from ibq_scale.errors import UserError
-from ibq_scale.train.run_lock import Holder, RunLock
+from ibq_scale.supervise.run_lock import Holder, RunLock
 from tests.cluster.fake_slurm import FakeSlurm
 from tests.samples import write_codes
 

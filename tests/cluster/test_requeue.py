@@ -13,7 +13,7 @@ from ibq_scale.cluster.requeue import after
 from ibq_scale.distributed.failed_nodes import Faults
 from ibq_scale.distributed.failures import FOLDER, leave
 from ibq_scale.errors import UserError
-from ibq_scale.train.attempts import ATTEMPTS, Attempt, add_unnoticed, read_attempts
+from ibq_scale.supervise.attempts import ATTEMPTS, Attempt, add_unnoticed, read_attempts
 
 BUDGET = 3
 

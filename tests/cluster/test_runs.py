@@ -20,14 +20,14 @@ from ibq_scale.cluster.runs import Run, describe, known_runs
 from ibq_scale.cluster.slurm import my_jobs
 from ibq_scale.config.layers import resolve, to_yaml
 from ibq_scale.errors import UserError
-from ibq_scale.train.run_lock import Holder
+from ibq_scale.supervise.run_lock import Holder
 from tests.cluster.fake_slurm import FakeSlurm
 
 # Holds the lock of a run until it is asked to save.
 TRAINS = """
 import signal, sys
 from pathlib import Path
-from ibq_scale.train.run_lock import RunLock
+from ibq_scale.supervise.run_lock import RunLock
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
 lock = RunLock(Path(sys.argv[1]))
 print("held", flush=True)

@@ -19,8 +19,8 @@ from ibq_scale.config.run import ARRun
 from ibq_scale.distributed.world import World
 from ibq_scale.scaling.communication import Transfer, codebook_transfers, engine_transfers
 from ibq_scale.scaling.networks import transformer
-from ibq_scale.scaling.states import Zero
-from ibq_scale.train.engine import COLLECTIVES
+from ibq_scale.zero.engine import COLLECTIVES
+from ibq_scale.zero.memory import Zero
 from tests.ranks import run_ranks
 from tests.samples import SMALL_AR, write_codes
 

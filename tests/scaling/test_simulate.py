@@ -17,7 +17,7 @@ from ibq_scale.scaling.devices import DEVICES, named
 from ibq_scale.scaling.fabric import LINK_SHARE, NDR, NET_LATENCY, NODE_LATENCY, Fabric
 from ibq_scale.scaling.roofline import MEMORY, PRODUCTS, Work, step_time
 from ibq_scale.scaling.simulate import PAYS, best_groups, codebook_rows, transformer_rows
-from ibq_scale.scaling.states import Zero
+from ibq_scale.zero.memory import Zero
 
 H100 = DEVICES["H100"]
 FABRIC = Fabric.of(H100, 8)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from ibq_scale.data.prepare import prepare_images
-from ibq_scale.train.attempts import read_attempts
+from ibq_scale.supervise.attempts import read_attempts
 from tests.chaos.disk import difference
 from tests.faults import fault_proxy
 from tests.samples import SMALL_AR, write_codes
@@ -44,8 +44,8 @@ if run and Path(run + ".fault").exists() and os.environ.get("SLURM_NODEID") == "
 if run and Path(run + ".absent").exists():
     if os.environ.get("SLURM_NODEID") == "1" and "SLURM_RESTART_COUNT" not in os.environ:
         time.sleep(600)
-    from ibq_scale.distributed import arrival
-    arrival.ARRIVAL_SECONDS = 8.0
+    from ibq_scale.distributed import rendezvous
+    rendezvous.RENDEZVOUS_SECONDS = 8.0
 if run and Path(run + ".impatient").exists():
     from ibq_scale.data import store
     store.DEADLINE_SECONDS = 6.0
@@ -62,7 +62,7 @@ if "sample" in sys.argv and "1/3" in sys.argv:
             time.sleep(0.05)
     Chunks.write = write
 if run:
-    from ibq_scale.train.preemption import StopRequest
+    from ibq_scale.supervise.preemption import StopRequest
     # Asked twice before the first step, and after each.
     asked = 0
     def agreed(self, world, real=StopRequest.agreed):

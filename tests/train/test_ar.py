@@ -19,8 +19,9 @@ from ibq_scale.data.stream import code_stream
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from ibq_scale.models.transformer import Transformer
-from ibq_scale.train.codes import HeldOut, check_codes
-from ibq_scale.train.master import pieces, shapes
+from ibq_scale.supervise.compatible import check_codes
+from ibq_scale.train.validation_ar import HeldOut
+from ibq_scale.zero.master_weights import pieces, shapes
 from tests.ranks import run_ranks
 from tests.samples import SMALL_AR, write_codes
 from tests.train.reference import gather

@@ -14,7 +14,7 @@ from ibq_scale.checkpoint.files import write_all
 from ibq_scale.config.run import ARRun, TokenizerRun
 from ibq_scale.data.sets import DataSets, open_sets
 from ibq_scale.distributed.world import World
-from ibq_scale.train.master import shapes
+from ibq_scale.zero.master_weights import shapes
 from tests.ranks import run_ranks
 from tests.train.reference import gather, smooth_leaky_relu
 from tests.train.test_ar import codes, plain_training  # noqa: F401

@@ -13,7 +13,7 @@ from ibq_scale.config.run import TokenizerRun
 from ibq_scale.data.sets import DataSets
 from ibq_scale.data.stream import ImageBatch
 from ibq_scale.distributed.world import World
-from ibq_scale.train.master import pieces, shapes
+from ibq_scale.zero.master_weights import pieces, shapes
 from tests.ranks import run_ranks
 from tests.train.reference import PlainTokenizerTraining, gather, smooth_leaky_relu
 

@@ -11,7 +11,7 @@ from ibq_scale.config.layers import resolve
 from ibq_scale.data.sets import open_sets
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
-from ibq_scale.train.opening import opening
+from ibq_scale.train.startup_summary import startup_summary
 from tests.samples import SMALL_AR, write_codes
 
 FOUR = World(0, 4, 0, torch.device("cpu"))
@@ -22,7 +22,9 @@ def _said(preset: str, world: World, *overrides: str) -> dict[str, list[str]]:
     """The lines by their section, the first line's as ''."""
     config = resolve(preset, overrides).config
     kind = "images" if config.task == "tokenizer" else "codes"
-    first, *lines = opening(config, world, HOSTS[: world.size], open_sets(config.data, kind), "starting").splitlines()
+    first, *lines = startup_summary(
+        config, world, HOSTS[: world.size], open_sets(config.data, kind), "starting"
+    ).splitlines()
     assert len(lines) < 20, "no more than a screen"
     assert all(len(line) < 200 for line in lines), lines
     said, name = {"": [first]}, ""

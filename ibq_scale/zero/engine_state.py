@@ -16,7 +16,7 @@ from ibq_scale.checkpoint.files import TensorFile
 from ibq_scale.checkpoint.pieces import WEIGHTS, Piece, PieceReader, piece_file
 from ibq_scale.distributed.world import World
 from ibq_scale.models.optimizers import MOMENTS, restored_state
-from ibq_scale.train.master import Fragment, fragments, held, shapes
+from ibq_scale.zero.master_weights import Fragment, fragments, held, shapes
 
 
 def engine_file(engine: Any, folder: str, world: World) -> TensorFile:

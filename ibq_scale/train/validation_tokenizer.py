@@ -7,31 +7,22 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
-from ibq_scale.config.run import AnyRun, TokenizerRun
+from ibq_scale.config.run import TokenizerRun
 from ibq_scale.console import tell
-from ibq_scale.data.manifest import Kind
-from ibq_scale.data.sets import DataSets, open_sets
+from ibq_scale.data.sets import DataSets
 from ibq_scale.data.stream import validation_images
 from ibq_scale.distributed.agree import of_all_ranks
 from ibq_scale.distributed.world import World
-from ibq_scale.errors import UserError
 from ibq_scale.evaluate.reconstruction import FILES, Networks, measure
 from ibq_scale.losses.weights import missing
 from ibq_scale.pretrained.loading import Tokenizer
+from ibq_scale.supervise.compatible import open_held_out
 
 # Without being asked for: AlexNet's LPIPS tells little that VGG's does not.
 METRICS = ("lpips", "rfid")
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-def open_held_out(run: AnyRun, training: DataSets, kind: Kind) -> DataSets:
-    """The data at `validation.data`. UserError where they cannot be used, or are what the run trains on."""
-    sets = open_sets(run.data.model_copy(update={"train": run.validation.data, "weights": ()}), kind)
-    if {part.manifest.hash for part in sets.parts} & {part.manifest.hash for part in training.parts}:
-        raise UserError(f"validation.data={run.validation.data} is what the run trains on: give {kind} of its own")
-    return sets
 
 
 def reporting(batches: Iterable[T], progress: Callable[[], None]) -> Iterator[T]:

@@ -23,9 +23,9 @@ from tests.train.test_ar import run_of
 def _weights(rank: int, size: int, runs: list[ARRun]) -> list[dict[str, Any]]:
     """What each run's engine begins with, as its optimizer has it."""
     from ibq_scale.models.optimizers import adamw
-    from ibq_scale.train.construction import build_transformer
-    from ibq_scale.train.engine import make_engine
-    from ibq_scale.train.master import pieces, shapes
+    from ibq_scale.zero.engine import make_engine
+    from ibq_scale.zero.master_weights import pieces, shapes
+    from ibq_scale.zero.meta_init import build_transformer
 
     world = World(rank, size, rank, torch.device("cpu"))
     found = []
@@ -107,8 +107,8 @@ def _status(field: str) -> int:
 def _memory(rank: int, size: int, small: ARRun, large: ARRun) -> list[float]:
     """Bytes a parameter of the large model: at most until it has weights, until it has an engine; after a step."""
     from ibq_scale.models.optimizers import adamw
-    from ibq_scale.train.construction import build_transformer
-    from ibq_scale.train.engine import make_engine
+    from ibq_scale.zero.engine import make_engine
+    from ibq_scale.zero.meta_init import build_transformer
 
     world = World(rank, size, rank, torch.device("cpu"))
     taken = []

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ibq_scale.distributed import arrival
-from ibq_scale.distributed.arrival import Arrival, judge, look
+from ibq_scale.distributed import rendezvous
+from ibq_scale.distributed.rendezvous import Arrival, judge, look
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import PortTakenError
 from tests.nursery import Forked, program
@@ -81,7 +81,7 @@ def test_a_rank_looks_at_its_device_and_its_host(monkeypatch: pytest.MonkeyPatch
     assert look(World(0, 1, 0, torch.device("cpu"))).faults == ()
     (fault,) = look(World(0, 1, 0, torch.device("cuda", 99))).faults
     assert fault.startswith("cuda:99 cannot be used")
-    monkeypatch.setattr(arrival, "LEAST_HOST_BYTES", 1 << 60)
+    monkeypatch.setattr(rendezvous, "LEAST_HOST_BYTES", 1 << 60)
     (fault,) = look(World(0, 1, 0, torch.device("cpu"))).faults
     assert fault.endswith("MiB of memory free")
 
@@ -89,10 +89,10 @@ def test_a_rank_looks_at_its_device_and_its_host(monkeypatch: pytest.MonkeyPatch
 PROGRAM = """
 import os, signal, sys
 from pathlib import Path
-from ibq_scale.distributed import arrival
+from ibq_scale.distributed import rendezvous
 from ibq_scale.distributed.environment import join
 from ibq_scale.errors import UserError
-arrival.ARRIVAL_SECONDS, arrival.ALL_REDUCE_SECONDS, arrival.BEAT_SECONDS = 4.0, 2.0, 0.3
+rendezvous.RENDEZVOUS_SECONDS, rendezvous.ALL_REDUCE_SECONDS, rendezvous.BEAT_SECONDS = 4.0, 2.0, 0.3
 if os.environ["HOW"] == "stops":
     import time, torch.distributed
     def stop(*_, **__):

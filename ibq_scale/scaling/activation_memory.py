@@ -15,33 +15,34 @@ import torch
 from torch import Tensor, nn
 
 from ibq_scale.config.models import AutoencoderConfig, DiscriminatorConfig, TransformerConfig
-from ibq_scale.config.run import ARRun, RunConfig, TokenizerLossConfig, TokenizerRun
+from ibq_scale.config.run import ARRun, TokenizerLossConfig, TokenizerRun
 from ibq_scale.losses.adversarial import discriminator_hinge
 from ibq_scale.losses.image import ImageLoss
 from ibq_scale.models.autoencoder import Autoencoder, image_of, tokens_of
 from ibq_scale.models.discriminator import PatchDiscriminator
 from ibq_scale.models.head import chunk_tokens
+from ibq_scale.models.precision import compute_dtype
 from ibq_scale.models.transformer import Transformer
+from ibq_scale.scaling.allocations import Allocations, NormShapes, as_on_cuda
 from ibq_scale.scaling.flops import ANYWHERE, on_meta, perceptual_on_meta
-from ibq_scale.scaling.memory import Allocations, NormShapes, as_on_cuda
 
 
 @dataclass(frozen=True)
-class Held:
+class ActivationMemory:
     """Bytes beyond the states. `kept`: alive between the passes. `peak`: at most, with gradients that leave at once."""
 
     kept: int
     peak: int
 
 
-def rehearse_ar(run: ARRun, *, keeps_gradients: bool) -> Held:
+def ar_activation_memory(run: ARRun, *, keeps_gradients: bool) -> ActivationMemory:
     """A micro-batch of the transformer, without the chunk of logits that the loss has at a time.
 
     Every block is like the others, so without gradients each one beyond the second adds the same bytes: two short
     transformers are rehearsed. Gradients move the fullest moment with the depth, so with them every block runs.
     """
 
-    def held(depth: int) -> Held:
+    def held(depth: int) -> ActivationMemory:
         model = run.model.model_copy(update=ANYWHERE | {"depth": depth})
         return _transformer(model, run.train.micro_batch, compute_dtype(run), keeps_gradients)
 
@@ -50,11 +51,13 @@ def rehearse_ar(run: ARRun, *, keeps_gradients: bool) -> Held:
         return held(depth)
     two, three = held(2), held(3)
     more = depth - 2
-    return Held(two.kept + more * (three.kept - two.kept), two.peak + more * (three.peak - two.peak))
+    return ActivationMemory(two.kept + more * (three.kept - two.kept), two.peak + more * (three.peak - two.peak))
 
 
 @cache
-def _transformer(config: TransformerConfig, micro_batch: int, dtype: torch.dtype, keeps_gradients: bool) -> Held:
+def _transformer(
+    config: TransformerConfig, micro_batch: int, dtype: torch.dtype, keeps_gradients: bool
+) -> ActivationMemory:
     with on_meta():
         model = Transformer(config).to(dtype)
         codes_BT = torch.zeros((micro_batch, config.tokens), dtype=torch.int64)
@@ -68,7 +71,7 @@ def logit_bytes(run: ARRun) -> int:
     return tokens * run.model.codebook_size * (4 + compute_dtype(run).itemsize)
 
 
-def rehearse_tokenizer(run: TokenizerRun, *, keeps_gradients: bool) -> Held:
+def tokenizer_activation_memory(run: TokenizerRun, *, keeps_gradients: bool) -> ActivationMemory:
     """A micro-batch of the tokenizer as `TokenizerTask` runs it, without the quantizer, which is counted by formula."""
     model = run.model.model_copy(update={"compile": False})
     batch = run.train.micro_batch
@@ -84,7 +87,7 @@ def _tokenizer(
     micro_batch: int,
     dtype: torch.dtype,
     keeps_gradients: bool,
-) -> Held:
+) -> ActivationMemory:
     with on_meta():
         model = Autoencoder(config, dim).to(dtype)
         judge = PatchDiscriminator(discriminator).to(dtype)
@@ -109,19 +112,14 @@ def _tokenizer(
     if losses.adversarial_weight == 0:
         return ours
     theirs = _rehearse(judge.parameters(), judged, keeps_gradients)
-    return Held(ours.kept, max(ours.peak, theirs.peak))
-
-
-def compute_dtype(run: RunConfig) -> torch.dtype:
-    """Of weights and activations."""
-    return torch.bfloat16 if run.train.precision == "bf16" else torch.float32
+    return ActivationMemory(ours.kept, max(ours.peak, theirs.peak))
 
 
 def _frozen(metric: nn.Module | None) -> list[Tensor]:
     return [] if metric is None else [*metric.parameters(), *metric.buffers()]
 
 
-def _rehearse(parameters: Iterable[Tensor], forward: Callable[[], Tensor], keeps_gradients: bool) -> Held:
+def _rehearse(parameters: Iterable[Tensor], forward: Callable[[], Tensor], keeps_gradients: bool) -> ActivationMemory:
     """Runs it both ways. `parameters` are counted elsewhere."""
     known = list(parameters)
     if not keeps_gradients:
@@ -132,7 +130,7 @@ def _rehearse(parameters: Iterable[Tensor], forward: Callable[[], Tensor], keeps
         loss = forward()
         kept = memory.alive
         torch.autograd.backward(loss)
-    return Held(kept, memory.peak)
+    return ActivationMemory(kept, memory.peak)
 
 
 def _drop(parameter: Tensor) -> None:

@@ -10,8 +10,8 @@ import torch
 
 from ibq_scale.config.layers import resolve
 from ibq_scale.console import duration
-from ibq_scale.train.metrics import MetricsLog, _keep_until
-from ibq_scale.train.task import Histogram
+from ibq_scale.supervise.dashboards import Histogram
+from ibq_scale.supervise.metrics import MetricsLog, _keep_until
 
 VALUES = {"loss": 1.0, "samples_per_s": 10.0, "step_s": 0.5, "data_wait": 0.01, "memory_bytes": 2.04e9}
 

@@ -18,8 +18,7 @@ from ibq_scale.config.run import AnyRun
 from ibq_scale.console import duration, tell
 from ibq_scale.documents import read_json_lines
 from ibq_scale.pictures import save_png
-from ibq_scale.train.dashboards import Dashboards
-from ibq_scale.train.task import Histogram
+from ibq_scale.supervise.dashboards import Dashboards, Histogram
 
 PICTURES = "images"
 # A shorter stand for a save is in metrics.jsonl only.

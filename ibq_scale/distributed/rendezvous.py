@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from torch._C._distributed_c10d import TCPStore
 
 # Imports from a slow disk, by a thousand ranks at once, take minutes.
-ARRIVAL_SECONDS = 600.0
+RENDEZVOUS_SECONDS = 600.0
 # NCCL joins a thousand GPUs in less.
 ALL_REDUCE_SECONDS = 180.0
 BEAT_SECONDS = 5.0
@@ -92,10 +92,10 @@ def together(world: World, run_dir: Path | None) -> Iterator[None]:
 
 def _meet(world: World, run_dir: Path | None) -> tuple[TCPStore, SideChannel, Verdict]:
     try:
-        store = open_store(world, timedelta(seconds=ARRIVAL_SECONDS))
+        store = open_store(world, timedelta(seconds=RENDEZVOUS_SECONDS))
         channel = SideChannel(world)
         mine = asdict(look(world))
-        answer = channel.gather("arrival", mine, lambda found: asdict(_decide(found, run_dir)), ARRIVAL_SECONDS)
+        answer = channel.gather("arrival", mine, lambda found: asdict(_decide(found, run_dir)), RENDEZVOUS_SECONDS)
         verdict = Verdict(**answer)
     except RuntimeError as e:
         raise _lost(world, run_dir, e) from None
@@ -195,7 +195,7 @@ def judge(arrivals: Sequence[Arrival | None], names: Sequence[str]) -> Verdict:
     failed: dict[str, str] = {}
     for rank, arrival in enumerate(arrivals):
         if arrival is None:
-            own = [f"did not come within {ARRIVAL_SECONDS:.0f} s"]
+            own = [f"did not come within {RENDEZVOUS_SECONDS:.0f} s"]
         else:
             own = [*arrival.faults, *sharing.get(rank, [])]
             if not own and arrival.gpu is None and any(a.gpu for a in came.values()):

@@ -12,7 +12,7 @@ from ibq_scale.checkpoint.files import write_all
 from ibq_scale.config.run import DataConfig
 from ibq_scale.data.sets import DataSets, open_sets
 from ibq_scale.distributed.world import World
-from ibq_scale.train.once import NotOnceError, SeenOnce
+from ibq_scale.supervise.epoch_audit import EpochAudit, NotOnceError
 from tests.ranks import run_ranks
 
 MICRO, SEED = 2, 7
@@ -22,7 +22,7 @@ def _world(rank: int, size: int) -> World:
     return World(rank, size, rank, torch.device("cpu"))
 
 
-def _take(once: SeenOnce, sets: DataSets, world: World, start: int, stop: int) -> None:
+def _take(once: EpochAudit, sets: DataSets, world: World, start: int, stop: int) -> None:
     """Notes this rank's micro-batches of the positions [start, stop)."""
     order = sets.order(SEED)
     for first in range(start + world.rank * MICRO, stop, world.size * MICRO):
@@ -32,7 +32,7 @@ def _take(once: SeenOnce, sets: DataSets, world: World, start: int, stop: int) -
 def _three_epochs_and_a_half(rank: int, size: int, config: DataConfig, folder: Path) -> None:
     world, sets = _world(rank, size), open_sets(config, "images")
     samples = sets.samples * 7 // 2
-    once = SeenOnce(sets, SEED, world)
+    once = EpochAudit(sets, SEED, world)
     for start in range(0, samples, 12):
         _take(once, sets, world, start, start + 12)
         once.check(start + 12)
@@ -42,7 +42,7 @@ def _three_epochs_and_a_half(rank: int, size: int, config: DataConfig, folder: P
 def _the_rest(rank: int, size: int, config: DataConfig, folder: Path, lost: bool) -> list[str]:
     """From the checkpoint to the end of the fourth epoch; rank 0 perhaps gets a batch a second time and not its own."""
     world, sets = _world(rank, size), open_sets(config, "images")
-    once = SeenOnce(sets, SEED, world)
+    once = EpochAudit(sets, SEED, world)
     once.load(folder)
     start, stop = sets.samples * 7 // 2, sets.samples * 4
     if lost and rank == 0:
@@ -76,7 +76,7 @@ def test_a_lost_batch_changes_the_count(dataset: str) -> None:
 
 def _lose_one(rank: int, size: int, config: DataConfig) -> bool:
     world, sets = _world(rank, size), open_sets(config, "images")
-    once = SeenOnce(sets, SEED, world)
+    once = EpochAudit(sets, SEED, world)
     _take(once, sets, world, 0, sets.samples - MICRO)
     with pytest.raises(NotOnceError, match=r"epoch 0 of .*: 22 samples came, 24 different ones were expected"):
         once.check(sets.samples)

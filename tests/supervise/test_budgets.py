@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from ibq_scale.checkpoint.files import write_all
 from ibq_scale.distributed.world import World
-from ibq_scale.train.guards import BadSamples, SkippedSteps, TooManyBadSamplesError, TooManySkippedStepsError
+from ibq_scale.supervise.budgets import BadSamples, SkippedSteps, TooManyBadSamplesError, TooManySkippedStepsError
 from tests.ranks import run_ranks
 
 

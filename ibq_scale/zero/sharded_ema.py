@@ -14,7 +14,7 @@ from ibq_scale.checkpoint.pieces import WEIGHTS, Piece, PieceReader, piece_file
 from ibq_scale.distributed.world import World
 from ibq_scale.models.ema import EMA
 from ibq_scale.pretrained.loading import InCheckpoint
-from ibq_scale.train.master import pieces, shapes
+from ibq_scale.zero.master_weights import pieces, shapes
 
 # Elements that are brought together at a time, in fp32.
 CHUNK = 2**26

@@ -33,7 +33,7 @@ class NotOnceError(RuntimeError):
     """An epoch did not hold every sample once: the results of the run are not what its config says."""
 
 
-class SeenOnce:
+class EpochAudit:
     """Counts and hashes this rank's samples by (data set, epoch), and compares each epoch that has ended."""
 
     def __init__(self, sets: DataSets, seed: int, world: World) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ibq_scale.train.alarms import LEAST, Above, Alarms, Drop, Spike
+from ibq_scale.supervise.alarms import LEAST, Above, Alarms, Drop, Spike
 from tests.docs.pages import section, setting
 
 

@@ -15,11 +15,11 @@ from torch import nn
 from ibq_scale.config.run import ARRun
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
+from ibq_scale.models.fp8 import check_fp8, use_fp8
 from ibq_scale.models.initial import Values, drawn, fill
 from ibq_scale.models.transformer import TrainedTransformer
 from ibq_scale.pretrained.loading import stored
-from ibq_scale.train.engine import begin_deepspeed
-from ibq_scale.train.fp8 import check_fp8, use_fp8
+from ibq_scale.zero.engine import begin_deepspeed
 
 
 def build_transformer(run: ARRun, config: dict[str, Any], world: World) -> TrainedTransformer:

@@ -10,14 +10,14 @@ import torch
 
 from ibq_scale.config.run import ARRun, TokenizerRun
 from ibq_scale.distributed.world import World
+from ibq_scale.models.precision import compute_dtype
 from ibq_scale.models.transformer import Transformer
 from ibq_scale.pretrained.loading import Tokenizer
-from ibq_scale.scaling.rehearse import compute_dtype
 from ibq_scale.train.codebook import ShardedCodebook
-from ibq_scale.train.ema import ShardedEMA
+from ibq_scale.zero.sharded_ema import ShardedEMA
 
 
-def averaged_tokenizer(run: TokenizerRun, ema: ShardedEMA, codebook: ShardedCodebook, world: World) -> Tokenizer:
+def ema_tokenizer(run: TokenizerRun, ema: ShardedEMA, codebook: ShardedCodebook, world: World) -> Tokenizer:
     """What `load_tokenizer` would read from a checkpoint of now, in fp32. Collective."""
     with torch.device("meta"):
         tokenizer = Tokenizer(run.model, run.quantizer)
@@ -27,7 +27,7 @@ def averaged_tokenizer(run: TokenizerRun, ema: ShardedEMA, codebook: ShardedCode
     return tokenizer
 
 
-def averaged_transformer(run: ARRun, ema: ShardedEMA, world: World) -> Transformer:
+def ema_transformer(run: ARRun, ema: ShardedEMA, world: World) -> Transformer:
     """What `load_ar` would read from a checkpoint of now, in the precision that the run trains in. Collective."""
     with torch.device("meta"):
         transformer = Transformer(run.model).eval().requires_grad_(False)

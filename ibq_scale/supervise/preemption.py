@@ -15,7 +15,7 @@ from threading import Thread
 from typing import TYPE_CHECKING
 
 from ibq_scale.console import tell, tells
-from ibq_scale.distributed.signals import ASKING, ignore, let_in
+from ibq_scale.distributed.signals import ASKING, ignore, unblock
 
 if TYPE_CHECKING:
     from ibq_scale.distributed.world import World
@@ -53,7 +53,7 @@ class StopRequest:
         # Full by signals that nobody needs to hear twice.
         signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
         Thread(target=self._listen, name="stop request", daemon=True).start()
-        let_in()
+        unblock()
 
     def agreed(self, world: World) -> bool:
         """Whether any rank was asked to stop; then all have the same time for it. Collective: a rank that alone began

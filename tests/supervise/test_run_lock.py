@@ -18,8 +18,8 @@ from types import SimpleNamespace
 import pytest
 
 from ibq_scale.errors import UserError
-from ibq_scale.train import run_lock
-from ibq_scale.train.run_lock import Holder, RunLock
+from ibq_scale.supervise import run_lock
+from ibq_scale.supervise.run_lock import Holder, RunLock
 
 # Takes the lock, says so, and holds it until its input ends; 2 where it is refused.
 HOLDER = """
@@ -27,7 +27,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from ibq_scale.errors import UserError
-from ibq_scale.train import run_lock
+from ibq_scale.supervise import run_lock
 run_lock.PATIENCE_SECONDS, run_lock.BEAT_SECONDS = 0.5, 0.2
 try:
     lock = run_lock.RunLock(Path(sys.argv[1]))

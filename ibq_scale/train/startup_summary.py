@@ -17,17 +17,17 @@ from ibq_scale.console import gigabytes, short
 from ibq_scale.data.sets import DataSets
 from ibq_scale.distributed.world import World
 from ibq_scale.models.attention import choose, describe
+from ibq_scale.models.precision import compute_dtype
 from ibq_scale.quantize.backend import describe as describe_passes
 from ibq_scale.scaling import networks
 from ibq_scale.scaling.budget import Line, ar_states, checkpoint_bytes, tokenizer_states
 from ibq_scale.scaling.networks import Network
-from ibq_scale.scaling.rehearse import compute_dtype
-from ibq_scale.scaling.states import Zero
+from ibq_scale.zero.memory import Zero
 
 WIDTH = 10
 
 
-def opening(config: AnyRun, world: World, hosts: Sequence[str], sets: DataSets, begin: str) -> str:
+def startup_summary(config: AnyRun, world: World, hosts: Sequence[str], sets: DataSets, begin: str) -> str:
     """Several lines, for all of the run. `begin`: whether it starts or goes on, in words.
 
     UserError where it asks for an attention kernel that cannot be had here.

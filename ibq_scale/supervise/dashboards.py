@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from operator import mul
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -16,11 +16,17 @@ from ibq_scale.config.run import AnyRun
 from ibq_scale.console import tell
 from ibq_scale.documents import json_object
 from ibq_scale.errors import UserError
-from ibq_scale.train.task import Histogram
 
 EVENTS = "tensorboard"
 
 log = logging.getLogger(__name__)
+
+
+class Histogram(NamedTuple):
+    """`counts[i]` values lie in [`edges[i]`, `edges[i + 1]`)."""
+
+    counts: Sequence[int]
+    edges: Sequence[int]
 
 
 class Dashboard(Protocol):

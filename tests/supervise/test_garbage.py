@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from ibq_scale.train.garbage import collected_together
+from ibq_scale.supervise.garbage import collected_together
 from tests.train.runs import each_rank, told_by
 
 TELLS = """
 import gc
-from ibq_scale.train import garbage
+from ibq_scale.supervise import garbage
 from ibq_scale.train.tokenizer_task import TokenizerTask
 garbage.EVERY_STEPS = 2
 steps, collected = [0], []

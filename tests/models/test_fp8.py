@@ -15,8 +15,8 @@ from torch import nn
 from ibq_scale.config.deepspeed import deepspeed_config
 from ibq_scale.config.run import ARRun
 from ibq_scale.errors import UserError
+from ibq_scale.models.fp8 import check_fp8, use_fp8
 from ibq_scale.models.transformer import Transformer
-from ibq_scale.train.fp8 import check_fp8, use_fp8
 from tests.ranks import run_ranks
 from tests.samples import write_codes
 from tests.train.test_ar import _train, run_of

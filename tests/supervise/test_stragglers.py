@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from ibq_scale.distributed.waiting import collective_in_progress
 from ibq_scale.distributed.world import World
-from ibq_scale.train.stragglers import Stragglers
+from ibq_scale.supervise.stragglers import Stragglers
 from tests.ranks import run_ranks
 
 HOSTS = ["node0", "node1", "node2"]

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-import ibq_scale.train.watchdog as watchdog_module
+import ibq_scale.supervise.watchdog as watchdog_module
 from ibq_scale.distributed.environment import join
-from ibq_scale.train.watchdog import HUNG_EXIT_CODE, Watchdog
+from ibq_scale.supervise.watchdog import HUNG_EXIT_CODE, Watchdog
 from tests.nursery import Forked, nursery, rank_environ
 
 TIMEOUT = 4.0

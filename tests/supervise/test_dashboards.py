@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from ibq_scale.config.layers import resolve
-from ibq_scale.train.metrics import MetricsLog
-from ibq_scale.train.task import Histogram
+from ibq_scale.supervise.dashboards import Histogram
+from ibq_scale.supervise.metrics import MetricsLog
 from ibq_scale.train.usage import by_powers_of_two
 
 VALUES = {"loss": 1.5, "samples_per_s": 10.0, "step_s": 0.5, "data_wait": 0.01, "memory_bytes": 2e9}

@@ -1,0 +1,12 @@
+"""The precision that a run's networks compute in."""
+
+from __future__ import annotations
+
+import torch
+
+from ibq_scale.config.run import RunConfig
+
+
+def compute_dtype(run: RunConfig) -> torch.dtype:
+    """Of weights and activations."""
+    return torch.bfloat16 if run.train.precision == "bf16" else torch.float32
