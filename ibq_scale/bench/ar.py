@@ -25,6 +25,7 @@ from ibq_scale.data.stream import CodeBatch
 from ibq_scale.distributed.memory import peak_bytes
 from ibq_scale.distributed.world import World
 from ibq_scale.models.transformer import PrefixBlock, Transformer
+from ibq_scale.scaling.auto import machine_of, settle
 from ibq_scale.scaling.flops import AR_FORMULA, ar_flops
 from ibq_scale.train.ar_task import ARTask
 from ibq_scale.zero.engine import wrap_collectives
@@ -52,6 +53,7 @@ class ARReport(StepReport):
 
 def bench_ar(run: ARRun, world: World, *, steps: int) -> ARReport:
     """Trains for some steps from the start and measures them. Collective. UserError for what training refuses too."""
+    run, _ = settle(run, machine_of(world))
     synthetic = run.data.train == MISSING
     task = _task(run, world, synthetic)
     clock = Clock(world.device)

@@ -20,6 +20,7 @@ from ibq_scale.data.stream import ImageBatch
 from ibq_scale.distributed.memory import peak_bytes
 from ibq_scale.distributed.world import World
 from ibq_scale.quantize.backend import choose
+from ibq_scale.scaling.auto import machine_of, settle
 from ibq_scale.scaling.flops import TOKENIZER_FORMULA, step_flops
 from ibq_scale.train.tokenizer_task import TokenizerTask
 
@@ -41,6 +42,7 @@ class TokenizerReport(StepReport):
 
 def bench_tokenizer(run: TokenizerRun, world: World, *, steps: int) -> TokenizerReport:
     """Trains for some steps from the start and measures them. Collective. UserError for what training refuses too."""
+    run, _ = settle(run, machine_of(world))
     synthetic = run.data.train == MISSING
     task = TokenizerTask(run, world, DataSets((), run.data) if synthetic else open_sets(run.data, "images"))
     clock = Clock(world.device)

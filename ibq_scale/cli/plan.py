@@ -53,6 +53,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _plan(args: argparse.Namespace) -> int:
     from ibq_scale.config.layers import resolve
+    from ibq_scale.scaling.auto import settle
     from ibq_scale.scaling.fitting import largest_micro_batch, switches
     from ibq_scale.scaling.plan import Machine, Rate, make_plan
 
@@ -67,15 +68,19 @@ def _plan(args: argparse.Namespace) -> int:
     measured = Rate.read(args.measured) if args.measured else None
     net = args.net * 1e9 if args.net else None
     machine = Machine(args.gpus, args.nodes, args.device, args.memory * 1e9 if args.memory else None, net)
+    run, choices = settle(run, machine)
     plan = make_plan(run, machine, mfu=args.mfu, measured=measured)
     memory = machine.gpu_memory
     fitting = None if memory is None else largest_micro_batch(run, machine.world, memory)
     mends = () if memory is None or plan.fits else tuple(switches(run, machine.world, memory))
     if args.json:
         more = {"largest_micro_batch": fitting, "switches": [asdict(mend) for mend in mends]}
+        more |= {"auto": [asdict(choice) for choice in choices]}
         print(json.dumps(_document(plan) | more, indent=2))
     else:
         _print(plan, fitting, mends)
+        for choice in choices:
+            print(f"auto: {choice.key}={choice.value} ({choice.reason})")
     return 0
 
 

@@ -43,8 +43,10 @@ def add_command(leaves: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 def _simulate(args: argparse.Namespace) -> int:
     from ibq_scale.config.layers import resolve
     from ibq_scale.config.run import TokenizerRun
+    from ibq_scale.scaling.auto import settle
     from ibq_scale.scaling.devices import DEVICES, named
     from ibq_scale.scaling.fabric import Fabric
+    from ibq_scale.scaling.plan import Machine
 
     at_least_one(args, "gpus", "most")
     for name in ("link", "net"):
@@ -56,7 +58,7 @@ def _simulate(args: argparse.Namespace) -> int:
         raise UserError(f"--device {args.device} is not in the table ({', '.join(DEVICES)})")
     link, net = (None if value is None else value * 1e9 for value in (args.link, args.net))
     fabric = Fabric.of(device, args.gpus, link=link, net=net)
-    run = resolve(args.source, args.overrides).config
+    run, _ = settle(resolve(args.source, args.overrides).config, Machine(args.gpus, 1, args.device))
     if isinstance(run, TokenizerRun):
         return _codebook(run, device, fabric, args)
     return _transformer(run, device, fabric, args)

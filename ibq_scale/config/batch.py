@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 
+from ibq_scale.config.base import OPEN
 from ibq_scale.config.run import TokenizerRun, TrainConfig
 from ibq_scale.errors import UserError
 
 
 def accumulation_steps(train: TrainConfig, world_size: int) -> int:
     """Micro-batches that each rank adds up before an optimizer step. UserError where the sizes do not divide."""
+    assert train.micro_batch != OPEN, "scaling.auto.settle comes first"
     together = train.micro_batch * world_size
     if train.global_batch % together:
         fitting = [m for m in range(train.micro_batch, 0, -1) if train.global_batch % (m * world_size) == 0]
@@ -31,7 +33,7 @@ def codebook_group_size(run: TokenizerRun, world_size: int) -> int:
     0 in the config is all ranks, or the largest number of them that divides the world and the codebook: a run of 16
     ranks may return on 24 with 262,144 codes, in groups of 8.
     """
-    size = run.codebook_group or math.gcd(world_size, run.quantizer.codebook_size)
+    size = max(0, run.codebook_group) or math.gcd(world_size, run.quantizer.codebook_size)
     if world_size % size:
         raise UserError(
             f"codebook_group={size} does not divide the {world_size} ranks: "
@@ -43,5 +45,7 @@ def codebook_group_size(run: TokenizerRun, world_size: int) -> int:
 def codebook_words(run: TokenizerRun, world_size: int) -> str:
     """How the codebook lies on the ranks, with the reason where it is not over all of them as the config has it."""
     size, codes = codebook_group_size(run, world_size), run.quantizer.codebook_size
-    because = "" if run.codebook_group or size == world_size else f" ({world_size} ranks do not divide {codes:,} codes)"
+    because = (
+        "" if run.codebook_group > 0 or size == world_size else f" ({world_size} ranks do not divide {codes:,} codes)"
+    )
     return f"groups of {size}{because}"

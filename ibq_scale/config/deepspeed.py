@@ -10,6 +10,7 @@ import difflib
 from pathlib import Path
 from typing import Any
 
+from ibq_scale.config.base import AUTO
 from ibq_scale.config.batch import accumulation_steps
 from ibq_scale.config.run import AnyRun, ARRun
 from ibq_scale.documents import read_json
@@ -27,6 +28,7 @@ DERIVED = {
     "scheduler": "schedule",
 }
 STAGES = (0, 1, 2, 3)
+UNSETTLED = "zero1"
 OFFLOADS = ("offload_optimizer", "offload_param")
 ALLOWED = {
     "zero_optimization",
@@ -50,7 +52,11 @@ ALLOWED = {
 
 
 def find_config(name: str) -> Path:
-    """A name in deepspeed_configs/ (beside the package in a checkout, inside it when installed), or a path."""
+    """A name in deepspeed_configs/ (beside the package in a checkout, inside it when installed), or a path.
+
+    ``auto`` is `UNSETTLED` until `scaling.auto` settles it.
+    """
+    name = UNSETTLED if name == AUTO else name
     if name.endswith(".json"):
         path = Path(name)
         if not path.is_file():

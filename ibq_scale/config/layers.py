@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import yaml
 from omegaconf import OmegaConf
@@ -27,6 +27,7 @@ Task = Literal["tokenizer", "ar"]
 PRESETS = Path(__file__).parent / "presets"
 SCHEMAS: dict[str, type[TokenizerRun] | type[ARRun]] = {"tokenizer": TokenizerRun, "ar": ARRun}
 MISSING = "???"
+R = TypeVar("R", bound=AnyRun)
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,17 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def with_values(run: R, settings: Mapping[str, Any]) -> R:
+    """The run with some of its dotted keys set anew, all of them one or two deep."""
+    values = run.model_dump()
+    known = flatten(values)
+    for key, value in settings.items():
+        assert key in known, key
+        section, _, name = key.rpartition(".")
+        (values[section] if section else values)[name] = value
+    return cast(R, type(run).model_validate(values))
 
 
 class _File(NamedTuple):

@@ -149,7 +149,8 @@ class TransformerConfig(Section):
     `attention`: ``auto`` is flash-attn 3, 4 or 2 where installed and possible, else ``sdpa``, which is torch's choice;
     ``sdpa_…`` is one of torch's kernels.
     `activation_checkpointing`: in training, ``full`` computes each block again in the backward pass; ``selective``
-    keeps what its matrix products and attention gave, and computes only the rest again.
+    keeps what its matrix products and attention gave, and computes only the rest again. ``auto`` takes the first of
+    ``none``, ``selective`` and ``full`` that gives the shortest step (see `scaling.auto`).
     `compile` gives each block to torch.compile in training.
     `fp8`: the blocks' linear layers multiply in fp8 in training (torchao; GPUs of compute capability 8.9 or more); the
     weights stay in bf16 and fp32.
@@ -171,7 +172,7 @@ class TransformerConfig(Section):
     label_dropout: Probability = 0.1
     adaln_gain_init: Annotated[float, Field(gt=0)] = 1e-3
     attention: AttentionKind = "auto"
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    activation_checkpointing: Literal["auto", "none", "selective", "full"] = "none"
     compile: bool = False
     fp8: bool = False
 

@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from ibq_scale.config.base import Section
+from ibq_scale.config.base import AUTO, OPEN, Section, auto_int
 from ibq_scale.config.models import (
     AutoencoderConfig,
     DiscriminatorConfig,
@@ -21,6 +21,11 @@ from ibq_scale.config.models import (
 )
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
+if TYPE_CHECKING:
+    AutoPositive = int
+    AutoNonNegative = int
+else:
+    AutoPositive, AutoNonNegative = auto_int(1), auto_int(0)
 
 
 class DataConfig(Section):
@@ -113,6 +118,8 @@ class TrainConfig(Section):
     """Length, batch and rhythm. The gradient accumulation is derived: global / (micro · world size).
 
     Give the length as `samples` (images seen) or as `steps` (optimizer steps), not both.
+    `micro_batch`: images of a rank's pass. ``auto`` takes the largest that fits the GPU's memory and divides the rank's
+    share of the global batch (see `scaling.auto`).
     `keep_checkpoints`: the newest ones; `keep_every`: those of every so many steps for good, 0 for none; `keep_best`:
     the one with the lowest value of a logged metric (``l1``; the highest with a minus before it, ``-usage``).
     `check_hashes`: whether every file of the checkpoint that a run goes on from is read and hashed first.
@@ -130,7 +137,7 @@ class TrainConfig(Section):
     samples: PositiveInt | None = None
     steps: PositiveInt | None = None
     global_batch: PositiveInt = 256
-    micro_batch: PositiveInt = 4
+    micro_batch: AutoPositive = OPEN
     precision: Literal["fp32", "bf16"] = "bf16"
     seed: NonNegativeInt = 0
     log_every: PositiveInt = 50
@@ -166,13 +173,14 @@ class TrainConfig(Section):
 
 
 class DeepSpeedConfig(Section):
-    """`config`: a name in deepspeed_configs/ (``zero2``) or a path to a JSON file; `overrides` go on top.
+    """`config`: a name in deepspeed_configs/ (``zero2``) or a path to a JSON file; `overrides` go on top. ``auto``
+    takes the ZeRO stage with the shortest step that fits the GPU's memory.
     One rank in fp32 runs without ZeRO, since there is nothing to share, unless states are offloaded.
 
     Batch sizes, precision, clipping and optimizer are derived from the run and may not stand in either.
     """
 
-    config: str = "zero1"
+    config: str = AUTO
     overrides: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -246,7 +254,7 @@ class ARValidationConfig(ValidationConfig):
 
 class TokenizerRun(RunConfig):
     """Stage 1: the image tokenizer. `codebook_group`: ranks that share one codebook; 0 for all of them, or for as many
-    as divide the codebook.
+    as divide the codebook; ``auto`` for the number with the shortest exchange.
     """
 
     task: Literal["tokenizer"] = "tokenizer"
@@ -257,7 +265,7 @@ class TokenizerRun(RunConfig):
     optimizer: OptimizerConfig = OptimizerConfig()
     validation: TokenizerValidationConfig = TokenizerValidationConfig()
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    codebook_group: NonNegativeInt = 0
+    codebook_group: AutoNonNegative = OPEN
 
 
 class ARRun(RunConfig):

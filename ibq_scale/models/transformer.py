@@ -130,7 +130,7 @@ class PrefixBlock(nn.Module):
         self, x_BTE: Tensor, condition_BE: Tensor, table_2Tp: Tensor, cache: LayerCache | None, kind: AttentionKind
     ) -> Tensor:
         # In here, so that a compiled block is compiled with what it computes again.
-        if self.checkpointing == "none" or not (self.training and torch.is_grad_enabled()):
+        if self.checkpointing in ("auto", "none") or not (self.training and torch.is_grad_enabled()):
             return self.compute(x_BTE, condition_BE, table_2Tp, cache, kind)
         how: dict[str, Any] = {} if self.checkpointing == "full" else {"context_fn": keeping_products}
         inputs = (x_BTE, condition_BE, table_2Tp, cache, kind)

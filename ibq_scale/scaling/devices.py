@@ -32,6 +32,7 @@ DEVICES = {
     "H200": Device("H200", 989.4e12, 141e9, 4800e9, 450e9),
     "L4": Device("L4", 121e12, 24e9, 300e9, 32e9),
     "L40S": Device("L40S", 362e12, 48e9, 864e9, 32e9),
+    "RTX 4090": Device("RTX 4090", 165.2e12, 24e9, 1008e9, 32e9),
 }
 # By the names that CUDA gives, where that tells the board: those of one chip differ in their memory.
 BOARDS = {
@@ -46,6 +47,7 @@ BOARDS = {
     "NVIDIA H200": "H200",
     "NVIDIA L4": "L4",
     "NVIDIA L40S": "L40S",
+    "NVIDIA GeForce RTX 4090": "RTX 4090",
 }
 BANDWIDTHS = {name: DEVICES[board].bandwidth for name, board in BOARDS.items()} | {"NVIDIA A100 80GB PCIe": 1935e9}
 FORMS = ("NVL", "PCIe")
@@ -55,6 +57,8 @@ ONE_PEAK = ("A100", "A40")
 
 def known_peak(name: str) -> float | None:
     """bf16 FLOP/s of a GPU by the name that CUDA gives, None for one that is not in the table."""
+    if name in BOARDS:
+        return DEVICES[BOARDS[name]].peak_bf16
     words = name.removeprefix("NVIDIA ").replace("-", " ").split()
     model = words[0] if words else ""
     form = next((word for word in words[1:] if word in FORMS), None)

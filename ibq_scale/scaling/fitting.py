@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ibq_scale.config.deepspeed import deepspeed_config
-from ibq_scale.config.layers import flatten
+from ibq_scale.config.layers import with_values
 from ibq_scale.config.run import AnyRun, TokenizerRun
 from ibq_scale.errors import UserError
 from ibq_scale.scaling import networks
@@ -50,7 +50,7 @@ def largest_micro_batch(run: AnyRun, world: int, memory: float) -> int:
     fitting = [m for m in range(1, share + 1) if share % m == 0]
 
     def fits(size: int) -> bool:
-        return budget_of(_with_micro_batch(run, size), world).peak <= memory
+        return budget_of(with_values(run, {"train.micro_batch": size}), world).peak <= memory
 
     # Memory grows with the micro-batch: halve what is open, from the run's own, which is known by now.
     low, high, middle = 0, len(fitting), bisect(fitting, run.train.micro_batch) - 1
@@ -102,26 +102,15 @@ def _options(run: AnyRun, world: int) -> Iterator[str]:
 
 def _fits(run: AnyRun, words: Sequence[str], world: int, memory: float) -> Switch | None:
     try:
-        peak = budget_of(_with(run, words), world).peak
+        peak = budget_of(_with_words(run, words), world).peak
     except UserError:
         # What training refuses, such as ZeRO-3 with fp8.
         return None
     return Switch(tuple(words), peak) if peak <= memory else None
 
 
-def _with(run: AnyRun, words: Sequence[str]) -> AnyRun:
-    """The run with some of its keys set anew, all of them one or two deep."""
+def _with_words(run: AnyRun, words: Sequence[str]) -> AnyRun:
     import yaml
 
-    values = run.model_dump()
-    known = flatten(values)
-    for word in words:
-        key, _, text = word.partition("=")
-        assert key in known, key
-        section, _, name = key.rpartition(".")
-        (values[section] if section else values)[name] = yaml.safe_load(text)
-    return type(run).model_validate(values)
-
-
-def _with_micro_batch(run: AnyRun, size: int) -> AnyRun:
-    return _with(run, [f"train.micro_batch={size}"])
+    pairs = (word.partition("=") for word in words)
+    return with_values(run, {key: yaml.safe_load(text) for key, _, text in pairs})

@@ -107,6 +107,7 @@ def ar_flops(model: TransformerConfig) -> ARFlops:
     )
 
 
+@cache
 def ar_executed(model: TransformerConfig) -> float:
     """FLOPs an image that a step does, counted: what checkpointing computes again is in it.
 

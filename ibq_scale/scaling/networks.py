@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import nn
 
-from ibq_scale.config.run import ARRun, TokenizerRun
+from ibq_scale.config.models import AutoencoderConfig, TransformerConfig
+from ibq_scale.config.run import ARRun, OptimizerConfig, TokenizerRun
 from ibq_scale.models.autoencoder import Autoencoder
 from ibq_scale.models.discriminator import PatchDiscriminator
 from ibq_scale.models.optimizers import adam, adamw
@@ -32,16 +34,27 @@ class Network:
 
 def transformer(run: ARRun) -> Network:
     """Of stage 2."""
+    return _transformer(run.model, run.optimizer)
+
+
+# A search for settings asks for the same networks dozens of times.
+@cache
+def _transformer(model: TransformerConfig, optimizer: OptimizerConfig) -> Network:
     with on_meta():
-        module = Transformer(run.model)
-    return _network(module, _transformer_part, adamw(module, run.optimizer))
+        module = Transformer(model)
+    return _network(module, _transformer_part, adamw(module, optimizer))
 
 
 def autoencoder(run: TokenizerRun) -> Network:
     """What stage 1's first engine trains."""
+    return _autoencoder(run.model, run.quantizer.dim, run.optimizer)
+
+
+@cache
+def _autoencoder(model: AutoencoderConfig, dim: int, optimizer: OptimizerConfig) -> Network:
     with on_meta():
-        module = Autoencoder(run.model, run.quantizer.dim)
-    return _network(module, _autoencoder_part, adam(module.parameters(), run.optimizer))
+        module = Autoencoder(model, dim)
+    return _network(module, _autoencoder_part, adam(module.parameters(), optimizer))
 
 
 def discriminator(run: TokenizerRun) -> Network:

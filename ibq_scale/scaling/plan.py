@@ -11,11 +11,13 @@ from pathlib import Path
 
 from ibq_scale.config.batch import codebook_group_size
 from ibq_scale.config.deepspeed import deepspeed_config, zero_words
+from ibq_scale.config.layers import with_values
 from ibq_scale.config.run import AnyRun, ARRun, TokenizerRun
 from ibq_scale.documents import read_json
 from ibq_scale.errors import UserError
 from ibq_scale.quantize.kinds import KINDS
 from ibq_scale.scaling import networks
+from ibq_scale.scaling.activation_memory import ar_activation_memory, tokenizer_activation_memory
 from ibq_scale.scaling.budget import MemoryBudget, ar_budget, checkpoint_bytes, tokenizer_budget
 from ibq_scale.scaling.communication import Transfer, codebook_transfers, engine_transfers, tokenizer_transfers
 from ibq_scale.scaling.devices import DEVICES, Device, named
@@ -180,7 +182,7 @@ def make_plan(run: AnyRun, machine: Machine, *, mfu: float, measured: Rate | Non
     train = run.train
     size = checkpoint_bytes(run, nets)
     # A product at half the rate takes the time of two.
-    work = Work(flops.executed + flops.tf32, budget.kept_per_image, sum(net.parameters for net in nets))
+    work = Work(flops.executed + flops.tf32, _moved_per_image(run, budget), sum(net.parameters for net in nets))
     overlap = bool(config.get("zero_optimization", {}).get("overlap_comm"))
     return Plan(
         name=run.name,
@@ -210,25 +212,52 @@ def make_plan(run: AnyRun, machine: Machine, *, mfu: float, measured: Rate | Non
 
 def _codebook_note(run: AnyRun, machine: Machine, zero: Zero) -> list[str]:
     """Where other groups would exchange the codebook in less than half of the time."""
-    device = machine.known
-    if not isinstance(run, TokenizerRun) or not KINDS[run.quantizer.kind].reaches_all_codes or device is None:
+    if not isinstance(run, TokenizerRun) or machine.known is None:
         return []
-    world, codes = machine.world, run.quantizer.codebook_size
-    tokens = run.train.micro_batch * run.model.tokens
-    fabric = Fabric.of(device, machine.gpus, net=machine.net)
-
-    def seconds(group: int) -> float:
-        transfers = codebook_transfers(codes, run.quantizer.dim, tokens, zero.accumulation, group, world)
-        return sum(fabric.seconds(transfer, world) for transfer in transfers)
-
-    mine = codebook_group_size(run, world)
-    best = min((g for g in range(1, world + 1) if world % g == 0 and codes % g == 0), key=seconds)
-    if seconds(best) > 0.5 * seconds(mine):
+    mine, best = codebook_group_size(run, machine.world), fastest_group(run, machine)
+    took, least = (_codebook_seconds(run, machine, group, zero.accumulation) for group in (mine, best))
+    if least > 0.5 * took or took == 0:
         return []
     return [
-        f"the codebook over groups of {mine} GPUs takes {1000 * seconds(mine):.3g} ms a step to exchange (links: "
-        f"assumed); codebook_group={best} would take {1000 * seconds(best):.3g} ms"
+        f"the codebook over groups of {mine} GPUs takes {1000 * took:.3g} ms a step to exchange (links: assumed); "
+        f"codebook_group={best} would take {1000 * least:.3g} ms"
     ]
+
+
+def fastest_group(run: TokenizerRun, machine: Machine) -> int:
+    """The number of ranks to a codebook that takes the fewest seconds of exchange a step.
+
+    0, for as many ranks as divide the codebook, where the links are not known or the codes are not exchanged.
+    """
+    if machine.known is None or not KINDS[run.quantizer.kind].reaches_all_codes:
+        return 0
+    world, codes = machine.world, run.quantizer.codebook_size
+    groups = [g for g in range(1, world + 1) if world % g == 0 and codes % g == 0]
+    # A step has the same tokens however they are cut into micro-batches.
+    return min(groups, key=lambda group: _codebook_seconds(run, machine, group, 1))
+
+
+def _codebook_seconds(run: TokenizerRun, machine: Machine, group: int, accumulation: int) -> float:
+    device = machine.known
+    if device is None or not KINDS[run.quantizer.kind].reaches_all_codes:
+        return 0.0
+    world, quantizer = machine.world, run.quantizer
+    tokens = run.train.global_batch // (world * accumulation) * run.model.tokens
+    transfers = codebook_transfers(quantizer.codebook_size, quantizer.dim, tokens, accumulation, group, world)
+    fabric = Fabric.of(device, machine.gpus, net=machine.net)
+    return sum(fabric.seconds(transfer, world) for transfer in transfers)
+
+
+def _moved_per_image(run: AnyRun, budget: MemoryBudget) -> float:
+    """Bytes of an image's activations. What is computed again is written and read again, so it counts like the rest."""
+    if run.model.activation_checkpointing in (False, "none"):
+        return budget.kept_per_image
+    if isinstance(run, TokenizerRun):
+        plain = with_values(run, {"model.activation_checkpointing": False})
+        held = tokenizer_activation_memory(plain, keeps_gradients=False)
+    else:
+        held = ar_activation_memory(with_values(run, {"model.activation_checkpointing": "none"}), keeps_gradients=False)
+    return held.kept / run.train.micro_batch
 
 
 def _kept(run: AnyRun) -> int:

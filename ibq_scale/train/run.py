@@ -7,6 +7,7 @@ import logging
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from contextlib import closing, suppress
 from datetime import timedelta
 from functools import partial
@@ -36,6 +37,7 @@ from ibq_scale.distributed.timeouts import set_timeouts
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from ibq_scale.report.compare import write_report
+from ibq_scale.scaling.auto import Choice, machine_of, settle
 from ibq_scale.supervise.attempts import add_unnoticed
 from ibq_scale.supervise.compatible import check_same_data, check_same_run
 from ibq_scale.supervise.preemption import REQUEUE_EXIT_CODE, StopRequest
@@ -60,7 +62,6 @@ def train(config: AnyRun, world: World, stop: StopRequest) -> int:
     the same run directory. Any other error carries a note on where its traceback is.
     """
     require_complete(config)
-    accumulation_steps(config.train, world.size)
     run_dir = Path(config.run_dir)
     try:
         with locked(run_dir, world):
@@ -70,7 +71,10 @@ def train(config: AnyRun, world: World, stop: StopRequest) -> int:
                     add_unnoticed(run_dir)
             # Before anything else is read or written there, or waited for.
             hosts = check_nodes(world, SideChannel(world), run_dir, _cache_dir(config), partial(_ask_stores, config))
-            return _train(config, run_dir, world, stop, hosts)
+            settled, choices = settle(config, machine_of(world))
+            accumulation_steps(settled.train, world.size)
+            _say_choices(world, choices)
+            return _train(settled, run_dir, world, stop, hosts)
     except UserError:
         raise
     except Exception as e:
@@ -228,6 +232,12 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _say_choices(world: World, choices: Sequence[Choice]) -> None:
+    """A line of the settings that the config leaves open, with their values here and the reasons."""
+    if choices:
+        _say(world, "auto: " + "; ".join(f"{c.key}={c.value} ({c.reason})" for c in choices))
 
 
 def _say(world: World, message: str) -> None:
