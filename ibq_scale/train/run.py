@@ -38,10 +38,12 @@ from ibq_scale.errors import UserError
 from ibq_scale.report.compare import write_report
 from ibq_scale.supervise.attempts import add_unnoticed
 from ibq_scale.supervise.compatible import check_same_data, check_same_run
+from ibq_scale.supervise.dashboards import dashboard_classes
 from ibq_scale.supervise.preemption import REQUEUE_EXIT_CODE, StopRequest
 from ibq_scale.supervise.run_lock import locked
 from ibq_scale.supervise.watchdog import FIRST_STEP_FACTOR, Watchdog
 from ibq_scale.train.kernel_tiles import settle_tiles
+from ibq_scale.train.schedule import shape_of
 from ibq_scale.train.startup_summary import startup_summary
 from ibq_scale.train.task import Task
 from ibq_scale.train.trainer import Outcome, Trainer
@@ -61,6 +63,9 @@ def train(config: AnyRun, world: World, stop: StopRequest) -> int:
     """
     require_complete(config)
     accumulation_steps(config.train, world.size)
+    # An extension that cannot be imported ends the run before anything is built.
+    shape_of(config.schedule)
+    dashboard_classes(config)
     run_dir = Path(config.run_dir)
     try:
         with locked(run_dir, world):
