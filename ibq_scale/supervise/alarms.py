@@ -76,7 +76,7 @@ class Alarms:
         self._before: dict[Rule, deque[float]] = {rule: deque(maxlen=WINDOW) for rule in rules}
         self._ringing: set[Rule] = set()
 
-    def look(self, values: Mapping[str, float]) -> list[str]:
+    def check(self, values: Mapping[str, float]) -> list[str]:
         """One line of metrics; returns the alarms that it sets off."""
         told = []
         for rule in self._rules:

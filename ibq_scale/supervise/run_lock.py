@@ -86,18 +86,18 @@ class Holder:
         return f"process {self.pid} on {self.host}{job}, since {self.since}"
 
 
-class Held(NamedTuple):
+class LockState(NamedTuple):
     """A lock as whoever looks on sees it. `touched`: when its file was, by the clock of its file system (s)."""
 
     holder: Holder | None
     touched: float
 
 
-def look(run_dir: Path) -> Held | None:
+def read_lock(run_dir: Path) -> LockState | None:
     """The lock of `run_dir` as it is, without a claim to it; None where nobody ever had it, or has let it go."""
     try:
         path = max((p for p in (run_dir / "lock").iterdir() if p.name.isdigit()), default=None)
-        held = None if path is None else Held(_read_holder(path), path.stat().st_mtime)
+        held = None if path is None else LockState(_read_holder(path), path.stat().st_mtime)
     except OSError:
         return None
     return None if held is None or (held.holder is not None and held.holder.released) else held

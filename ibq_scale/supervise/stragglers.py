@@ -63,9 +63,9 @@ class Stragglers:
         values = _quantiles("own_step_s", own) | {"memory_bytes": float(memory.max())}
         if bool(probe.any()):
             values |= _quantiles("probe_s", probe)
-        return values, self.judge(own.tolist(), data.tolist(), probe.tolist())
+        return values, self.slow_ranks(own.tolist(), data.tolist(), probe.tolist())
 
-    def judge(self, own: list[float], data: list[float], probe: list[float]) -> list[str]:
+    def slow_ranks(self, own: list[float], data: list[float], probe: list[float]) -> list[str]:
         """One line's seconds of each rank; returns what there is to say about those slow for `LINES` lines, once."""
         typical, typical_probe = statistics.median_low(own), statistics.median_low(probe)
         told = []

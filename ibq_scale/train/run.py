@@ -55,7 +55,7 @@ PACKAGES = ("torch", "torchvision", "deepspeed", "webdataset", "s3fs", "numpy", 
 log = logging.getLogger(__name__)
 
 
-def train(config: AnyRun, world: World, stop: StopRequest) -> int:
+def run_training(config: AnyRun, world: World, stop: StopRequest) -> int:
     """Trains `config` to its end, from the newest whole checkpoint of its run directory if there is one.
 
     Returns the exit code: 0 done, 75 stopped by a signal with everything saved. UserError where another job trains in
@@ -75,7 +75,7 @@ def train(config: AnyRun, world: World, stop: StopRequest) -> int:
                     add_unnoticed(run_dir)
             # Before anything else is read or written there, or waited for.
             hosts = check_nodes(world, SideChannel(world), run_dir, _cache_dir(config), partial(_ask_stores, config))
-            return _train(config, run_dir, world, stop, hosts)
+            return _train_locked(config, run_dir, world, stop, hosts)
     except UserError:
         raise
     except Exception as e:
@@ -88,7 +88,7 @@ def train(config: AnyRun, world: World, stop: StopRequest) -> int:
         raise
 
 
-def _train(config: AnyRun, run_dir: Path, world: World, stop: StopRequest, hosts: list[str]) -> int:
+def _train_locked(config: AnyRun, run_dir: Path, world: World, stop: StopRequest, hosts: list[str]) -> int:
     with closing(
         CheckpointFolder(run_dir / "checkpoints", world, Retention.of(config.train), Mirror.of(config.train.mirror))
     ) as checkpoints:
@@ -105,7 +105,7 @@ def _train(config: AnyRun, run_dir: Path, world: World, stop: StopRequest, hosts
             checkpoints.start_mirror()
             checkpoints.finish_mirror()
             return 0
-        outcome = _watched(config, world, stop, checkpoints, resume_from, hosts)
+        outcome = _train_watched(config, world, stop, checkpoints, resume_from, hosts)
         # Unwatched, since it may take its time: but a signal leaves little. The next start sends the rest.
         checkpoints.finish_mirror(STOPPED_MIRROR_SECONDS if outcome.stopped else None)
     if not outcome.saved:
@@ -131,7 +131,7 @@ def _report(run_dir: Path) -> None:
         tell(f"{run_dir}/report.html could not be written ({describe(e)}): 'ibq-scale report {run_dir}' tries again")
 
 
-def _watched(
+def _train_watched(
     config: AnyRun,
     world: World,
     stop: StopRequest,
