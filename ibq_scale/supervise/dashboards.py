@@ -1,4 +1,4 @@
-"""Where a run's metrics can be watched beside its own files: W&B and TensorBoard. None of them can end a run."""
+"""Dashboards beside a run's own files: W&B, TensorBoard and extensions. A failing dashboard never ends a run."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class Dashboard(Protocol):
     """Receives a run's metrics on rank 0. A method may raise any error: the run goes on without that line."""
 
     def values(self, step: int, line: Mapping[str, Any]) -> None:
-        """A line of metrics.jsonl; numbers are shown."""
+        """A line of metrics.jsonl. W&B and TensorBoard show its numbers."""
         ...
 
     def histogram(self, step: int, name: str, histogram: Histogram) -> None:
-        """How a window's values are spread."""
+        """The distribution of a window's values."""
         ...
 
     def picture(self, step: int, name: str, picture_CHW: Tensor) -> None:
@@ -47,11 +47,11 @@ class Dashboard(Protocol):
         ...
 
     def alarm(self, step: int, text: str) -> None:
-        """Something that a person should look at."""
+        """An alarm for a person."""
         ...
 
     def close(self) -> None:
-        """The end, of the process at least."""
+        """The end of the process."""
         ...
 
 
@@ -92,7 +92,7 @@ class Dashboards:
             try:
                 do(dashboard)
                 self._failing.discard(name)
-            except Exception as e:  # theirs are of any type
+            except Exception as e:  # of any type
                 if name not in self._failing:
                     log.warning("%s refused a line, going on without it: %s", name, e)
                 self._failing.add(name)
@@ -108,7 +108,7 @@ def _begin(make: Callable[[], Dashboard]) -> Dashboard | None:
         return make()
     except UserError as e:
         tell(f"going on without a dashboard: {e}")
-    except Exception as e:  # no dashboard is no reason not to train
+    except Exception as e:  # a run trains without a dashboard too
         log.warning("a dashboard could not start, going on without it: %s", e)
     return None
 
@@ -118,7 +118,7 @@ def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 class WandB:
-    """A W&B run under the same id after every resume; without a network offline, to be sent later."""
+    """A W&B run, under the same id after each resume. Without a network it is offline, for a later `wandb sync`."""
 
     def __init__(self, run_dir: Path, config: AnyRun) -> None:
         import wandb
@@ -166,14 +166,14 @@ class WandB:
 
 
 class TensorBoard:
-    """Event files. UserError where the package is not installed."""
+    """Event files. UserError without the package."""
 
     def __init__(self, folder: Path) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ModuleNotFoundError:
             raise UserError("tensorboard=true needs it: pip install 'ibq-scale[tensorboard]'") from None
-        # Steps after a checkpoint that is gone on from are written again: the last ones count.
+        # A resumed run writes the steps after its checkpoint again: the last ones count.
         self._writer: Any = SummaryWriter(str(folder))
 
     def values(self, step: int, line: Mapping[str, Any]) -> None:
