@@ -30,10 +30,7 @@ def check_name(group: str, name: str, built_in: Sequence[str] = ()) -> str:
     known = [*built_in, *sorted(entry_points(group=group).names)]
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean '{near[0]}'? " if near else ""
-    raise ValueError(
-        f"'{name}' is unknown: {hint}Known: {', '.join(known) or 'none'}; or give module:attribute, or install a "
-        f"package with an entry point of that name in {group}"
-    )
+    raise ValueError(f"'{name}' is unknown: {hint}Known: {', '.join(known) or 'none'}; or give module:attribute")
 
 
 def installed(group: str, name: str) -> bool:

@@ -87,7 +87,10 @@ def test_dashboards_and_storages_by_entry_point(module: str, tmp_path: Path) -> 
 def test_unknown_names_are_told_with_the_nearest(module: str) -> None:
     for item, said in (
         ("schedule.kind=cosin", "schedule.kind: 'cosin' is unknown: did you mean 'cosine'?"),
-        ("schedule.kind=halv", "did you mean 'half'? Known: steps, linear, wsd, cosine, gone, half; or give module:"),
+        (
+            "schedule.kind=halv",
+            "did you mean 'half'? Known: steps, linear, wsd, cosine, gone, half; or give module:attribute",
+        ),
         ("schedule.kind=a-b:c", "'a-b:c' is unknown"),
         ("dashboards=[number]", "did you mean 'numbers'?"),
     ):

@@ -153,4 +153,5 @@ def _files(config: AnyRun, checkpoint: int) -> list[str]:
     ]
     wandb = config.wandb
     boards = [f"W&B {wandb.mode}, {wandb.project}"] * (wandb.mode != "off") + ["TensorBoard"] * config.tensorboard
+    boards += config.dashboards
     return [*texts, *(["; ".join(boards)] if boards else [])]
