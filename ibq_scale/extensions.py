@@ -1,7 +1,8 @@
 """Schedules, dashboards and storages from outside of the package, by name: docs/extending.md.
 
-A name is an entry point of an installed package, or ``module:attribute`` where a config gives it. Only the process
-that trains imports it, from the user's own config. Reading a config, a checkpoint or a manifest imports nothing.
+A name is an entry point of an installed package, or for schedules and dashboards ``module:attribute``. A training
+imports those of its own config, and `data.store.open_store` the storage of a scheme. Reading a config, a checkpoint or
+a manifest imports nothing.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ _PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
 def check_name(group: str, name: str, built_in: Sequence[str] = ()) -> str:
-    """`name`, where it is built in, an import path or an installed entry point. Imports nothing.
+    """Returns a built-in name, an import path or the name of an installed entry point. Imports nothing.
 
-    ValueError with the nearest known name otherwise.
+    ValueError with the nearest known name for others.
     """
     if name in built_in or _PATH.fullmatch(name) or installed(group, name):
         return name
@@ -40,7 +41,7 @@ def installed(group: str, name: str) -> bool:
 
 @cache
 def load(group: str, name: str) -> Any:
-    """Imports the object behind an import path or an entry point. UserError, in a line, where that fails."""
+    """Imports the object of an import path or an entry point. UserError in one line if that fails."""
     found = [EntryPoint(name, name, group)] if _PATH.fullmatch(name) else list(entry_points(group=group, name=name))
     if not found:
         raise UserError(f"no installed package has '{name}' in its entry points {group}")

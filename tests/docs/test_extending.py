@@ -178,6 +178,7 @@ def test_a_storage(copy: Path) -> None:
     _installed(copy)
     _run("A storage", copy)
     assert (copy / "prepared/manifest.json").is_file()
+    assert _metrics(copy, "storage")[-1]["loss"] > 0
 
 
 @pytest.mark.slow
