@@ -94,9 +94,9 @@ class SkippedSteps:
         recent = sum(skipped > step - PERIOD for skipped in self.steps)
         if recent > self.budget:
             raise TooManySkippedStepsError(
-                f"{text}. That makes {recent} of the last {PERIOD} steps, train.skipped_steps allows {self.budget}: go "
-                f"on from the newest checkpoint with a lower optimizer.lr, and where that stops again, from the one "
-                f"before; 'ibq-scale data trace RUN --step {step}' names all samples"
+                f"{text}. That makes {recent} of the last {PERIOD} steps, train.skipped_steps allows {self.budget}: "
+                f"resume from the newest checkpoint with a lower optimizer.lr, or from the one before if it stops "
+                f"again. 'ibq-scale data trace RUN --step {step}' names all samples"
             )
 
     def state(self) -> list[StateFile]:

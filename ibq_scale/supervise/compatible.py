@@ -49,7 +49,7 @@ def check_same_data(config: AnyRun, checkpoint: Checkpoint, data_hash: str) -> N
     if checkpoint.manifest["data_hash"] != data_hash:
         raise UserError(
             f"{checkpoint.path}: {', '.join(config.data.sources)} holds other data than before (the manifests "
-            f"differ), so the order of samples would not go on. Give the same data, or another out=…"
+            f"differ), so the order of samples would change. Give the same data, or another out=…"
         )
 
 

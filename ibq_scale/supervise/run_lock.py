@@ -169,7 +169,7 @@ class RunLock:
             if seen is None:
                 since = time.monotonic()
             if seen is None and not alive:
-                text = f"{self.folder.parent} is held by {holder or 'somebody unnamed'}: waiting for it to show life"
+                text = f"{self.folder.parent} is locked by {holder or 'an unknown process'}: waiting for a sign of life"
                 tell(f"ibq-scale: {text}, at most {STALE_SECONDS if holder else NAMELESS_SECONDS:.0f} s")
             seen = now
             time.sleep(0.2)
@@ -216,7 +216,7 @@ class RunLock:
                 log.warning("could not touch the lock of %s: %s", self.folder.parent, e)
                 continue
             if overtaken:
-                text = f"another job took over {self.folder.parent}, since this one showed no life: it ends"
+                text = f"another job took the lock of {self.folder.parent} after no sign of life: this job ends"
                 log.error("%s", text)
                 tell(f"ibq-scale: {text}")
                 # At once: two writers of the same checkpoints are worse than a lost step.

@@ -119,7 +119,7 @@ class Watchdog:
         except NoAnswerError:
             pass
         except Exception:
-            log.exception("the watchdog ends the process, and failed to say all")
+            log.exception("the watchdog could not report everything before it ends the process")
         finally:
             os._exit(HUNG_EXIT_CODE)
 
