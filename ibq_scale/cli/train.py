@@ -55,6 +55,6 @@ def _train(args: argparse.Namespace) -> int:
     config = resolve(args.source, args.overrides, args.task).config
     # Before torch is imported and the ranks have met, either of which may take minutes.
     with closing(StopRequest(config.train.grace)) as stop, join(Path(config.run_dir)) as world:
-        from ibq_scale.train.run import train
+        from ibq_scale.train.run import run_training
 
-        return train(config, world, stop)
+        return run_training(config, world, stop)

@@ -11,7 +11,7 @@ from pathlib import Path
 from ibq_scale.cluster import slurm
 from ibq_scale.cluster.runs import config_of, jobs_of
 from ibq_scale.errors import UserError
-from ibq_scale.supervise.run_lock import Holder, look
+from ibq_scale.supervise.run_lock import Holder, read_lock
 
 POLL_SECONDS = 2.0
 UNKNOWN_GRACE_SECONDS = 270.0
@@ -69,7 +69,7 @@ def _still_there(asked: Asked) -> bool:
 
 def _ask_process(run_dir: Path) -> Holder:
     """Signals rank 0: one rank that knows is enough, all agree on it after their step."""
-    held = look(run_dir)
+    held = read_lock(run_dir)
     holder = held.holder if held is not None else None
     alive = holder.is_alive() if holder is not None else False
     if holder is None or alive is False:

@@ -21,7 +21,7 @@ from ibq_scale.config.deepspeed import deepspeed_config, zero_words
 from ibq_scale.config.run import AnyRun, TokenizerRun
 from ibq_scale.config.secrets import has_wandb_login, wandb_host
 from ibq_scale.errors import UserError
-from ibq_scale.supervise.run_lock import look
+from ibq_scale.supervise.run_lock import read_lock
 
 if TYPE_CHECKING:
     from ibq_scale.data.sets import DataSets
@@ -256,7 +256,7 @@ def _alone(job: Submission) -> Outcome:
     if mine:
         which = ", ".join(f"{other.id} ({other.state.lower()})" for other in mine)
         return "FAIL", f"{job.run_dir} has job {which} already: {_cancel(job)}"
-    held = look(job.run_dir)
+    held = read_lock(job.run_dir)
     holder = held.holder if held is not None else None
     if holder is not None and holder.is_alive():
         return "FAIL", f"{job.run_dir} is trained by {holder}: {_cancel(job)}"

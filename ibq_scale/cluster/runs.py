@@ -17,7 +17,7 @@ from ibq_scale.documents import json_object
 from ibq_scale.errors import UserError
 from ibq_scale.supervise.attempts import read_attempts
 from ibq_scale.supervise.preemption import REQUEUE_EXIT_CODE
-from ibq_scale.supervise.run_lock import BEAT_SECONDS, look
+from ibq_scale.supervise.run_lock import BEAT_SECONDS, read_lock
 
 State = Literal["queued", "requeued", "running", "stopped", "finished", "failed"]
 # A lock of another host that is younger than so many beats is of a run that lives.
@@ -56,7 +56,7 @@ def jobs_of(run_dir: Path, jobs: Sequence[Job]) -> list[Job]:
     comes first.
     """
     ids = set(snapshot.submitted_jobs(run_dir))
-    held = look(run_dir)
+    held = read_lock(run_dir)
     if held is not None and held.holder is not None and held.holder.job is not None:
         ids.add(held.holder.job)
     place = run_dir.resolve()
@@ -93,7 +93,7 @@ def _state(run_dir: Path, mine: Sequence[Job], *, finished: bool) -> tuple[State
     if mine:
         again = any(str(attempt.get("job")) == mine[0].id for attempt in attempts)
         return "requeued" if again else "queued", mine[0].reason
-    held = look(run_dir)
+    held = read_lock(run_dir)
     if held is not None:
         alive = held.holder.is_alive() if held.holder is not None else None
         age = time.time() - held.touched

@@ -62,7 +62,9 @@ def choices(schema: type[BaseModel], key: str) -> list[str]:
     if (schema, name) == (DeepSpeedConfig, "config"):
         return config_names()
     of = schema.model_json_schema()["properties"][name]
-    return ["true", "false"] if of.get("type") == "boolean" else [str(word) for word in of.get("enum", [])]
+    if of.get("type") == "boolean":
+        return ["true", "false"]
+    return [str(word) for option in (of, *of.get("anyOf", ())) for word in option.get("enum", ())]
 
 
 def markdown() -> str:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
 
+from ibq_scale import extensions
 from ibq_scale.config.base import AUTO, OPEN, Section, auto_int
 from ibq_scale.config.models import (
     AutoencoderConfig,
@@ -98,14 +99,25 @@ class OptimizerConfig(Section):
     grad_clip: NonNegativeFloat = 0.0
 
 
+SCHEDULES = ("steps", "linear", "wsd", "cosine")
+ScheduleName = Annotated[
+    str,
+    AfterValidator(lambda name: extensions.check_name(extensions.SCHEDULES, name, SCHEDULES)),
+    WithJsonSchema({"anyOf": [{"enum": list(SCHEDULES)}, {"type": "string"}]}),
+]
+DashboardName = Annotated[str, AfterValidator(lambda name: extensions.check_name(extensions.DASHBOARDS, name))]
+
+
 class ScheduleConfig(Section):
     """Learning rate as a factor of the optimizer's lr, by samples seen (never by epochs of a loader).
 
-    Warm-up from `warmup_factor` over `warmup_samples`, then either ``steps`` (× `decay_factor` at each of
-    `decay_at`) or ``linear`` (constant for `constant_fraction` of the rest, then linearly to `final_factor`).
+    The factor rises from `warmup_factor` to 1 over `warmup_samples`, then follows `kind`.
+    `kind`: ``steps`` multiplies it by `decay_factor` at each of `decay_at`. ``linear``, also called ``wsd``, keeps 1
+    for `constant_fraction` of the rest and falls linearly to `final_factor`. ``cosine`` falls by half a cosine instead.
+    Other names are extensions (docs/extending.md).
     """
 
-    kind: Literal["steps", "linear"] = "steps"
+    kind: ScheduleName = "steps"
     warmup_samples: NonNegativeInt = 0
     warmup_factor: NonNegativeFloat = 0.005
     decay_at: tuple[PositiveInt, ...] = ()
@@ -201,6 +213,7 @@ class RunConfig(Section):
     """What both stages share. `out` is the run directory.
 
     `tensorboard`: whether its events are written to RUN/tensorboard too.
+    `dashboards`: others, by entry point or ``module:class`` (docs/extending.md).
     `init`: a model of the same sizes (an import, an export, a checkpoint, a run) whose weights a new run starts from.
     """
 
@@ -213,6 +226,7 @@ class RunConfig(Section):
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     wandb: WandbConfig = WandbConfig()
     tensorboard: bool = False
+    dashboards: tuple[DashboardName, ...] = ()
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     @property

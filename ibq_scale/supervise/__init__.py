@@ -1,1 +1,1 @@
-"""What guards a run, and knows no model: lock, signals, watchdog, alarms, budgets, epoch audit, metrics, dashboards."""
+"""Guards of a run, without its model: lock, signals, watchdog, alarms, budgets, epoch audit, metrics, dashboards."""

@@ -1,4 +1,4 @@
-"""What to look at in a run's metrics before it is too late: rules over the lines as they are logged."""
+"""Alarms: rules over the logged lines of metrics."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-# Lines that a rule remembers, and those it wants before it says anything.
+# Lines in a rule's memory, and the lines before its first alarm.
 WINDOW, LEAST = 50, 10
 
 
@@ -17,17 +17,17 @@ class Rule(Protocol):
 
     @property
     def metric(self) -> str:
-        """The metric that it looks at."""
+        """Its name in metrics.jsonl."""
         ...
 
     def broken(self, value: float, before: Sequence[float]) -> str | None:
-        """What is wrong with `value`, given up to `WINDOW` values logged before it; None where nothing is."""
+        """The alarm for `value`, given up to `WINDOW` earlier values. None: no alarm."""
         ...
 
 
 @dataclass(frozen=True)
 class Spike:
-    """Far above what it was: more than `deviations` times the median deviation above the median, and by a half."""
+    """More than `deviations` median deviations above the median, and more than half of the median."""
 
     metric: str
     deviations: float = 10.0
@@ -42,7 +42,7 @@ class Spike:
 
 @dataclass(frozen=True)
 class Drop:
-    """Below `share` of the most that it was."""
+    """Below `share` of the largest value in memory."""
 
     metric: str
     share: float = 0.7
@@ -56,7 +56,7 @@ class Drop:
 
 @dataclass(frozen=True)
 class Above:
-    """Above `limit` for as long as is remembered."""
+    """Above `limit` for all lines in memory."""
 
     metric: str
     limit: float
@@ -69,15 +69,15 @@ class Above:
 
 
 class Alarms:
-    """Applies rules to line after line. A broken rule is told once, and again only after it held in between."""
+    """Applies the rules to each line. A broken rule is reported once, and again after it has held in between."""
 
     def __init__(self, rules: Sequence[Rule]) -> None:
         self._rules = rules
         self._before: dict[Rule, deque[float]] = {rule: deque(maxlen=WINDOW) for rule in rules}
         self._ringing: set[Rule] = set()
 
-    def look(self, values: Mapping[str, float]) -> list[str]:
-        """One line of metrics; returns the alarms that it sets off."""
+    def check(self, values: Mapping[str, float]) -> list[str]:
+        """The new alarms of one line of metrics."""
         told = []
         for rule in self._rules:
             if rule.metric not in values:

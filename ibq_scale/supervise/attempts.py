@@ -1,4 +1,4 @@
-"""RUN/attempts.jsonl: a line for each time that a job ran. Which of them should come back is `cluster.requeue`'s."""
+"""RUN/attempts.jsonl: a line for each attempt of a job. `cluster.requeue` decides if a job returns."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ ATTEMPTS = "attempts.jsonl"
 
 @dataclass(frozen=True)
 class Attempt:
-    """One time that a job ran. Steps are those of checkpoints; `seconds` is how long it ran, `time` its end (UTC), or
-    when that was noticed.
+    """One attempt of a job. `step_before`, `step_after`: of checkpoints. `seconds`: its duration. `time`: its end, or
+    the time of this line (UTC).
 
-    `code`: srun's; None where Slurm ended it and started it again by itself, so that nobody could ask. `excluded`:
-    nodes that it should not come back to. `again`: whether it should come back at all; `why`, in words.
+    `code`: srun's exit code. None: Slurm ended the attempt and started the next one by itself. `excluded`: nodes to
+    avoid in the next attempt. `again`: whether there is a next attempt. `why`: the reason in words.
     """
 
     job: str
@@ -39,20 +39,20 @@ class Attempt:
 
 
 def add(run_dir: Path, attempt: Attempt) -> None:
-    """Adds the line. OSError where that cannot be."""
+    """Appends the line. OSError if it cannot be written."""
     with (run_dir / ATTEMPTS).open("a", encoding="utf-8") as f:
         f.write(json.dumps(asdict(attempt)) + "\n")
 
 
 def read_attempts(run_dir: Path) -> list[dict[str, Any]]:
-    """All attempts of a run, oldest first; a line that is damaged, or cut short by a full disk, is left out."""
+    """All attempts of a run, oldest first. Damaged lines, for example after a full disk, are left out."""
     path = run_dir / ATTEMPTS
     lines = read_json_lines(path) if path.is_file() else ()
     return [line for _, line in lines if _is_whole(line)]
 
 
 def _is_whole(line: dict[str, Any]) -> bool:
-    """Whether the line has what is counted, as it was written."""
+    """Whether all counted keys are there with their types."""
     steps = [line.get(key) for key in ("restart", "step_before", "step_after")]
     code = line.get("code", "absent")
     return (
@@ -63,8 +63,8 @@ def _is_whole(line: dict[str, Any]) -> bool:
 
 
 def add_unnoticed(run_dir: Path) -> None:
-    """Adds lines for those attempts of this very job that Slurm ended and started again by itself: a node that failed
-    takes along the script that would have told. OSError as for `add`.
+    """Adds the missing attempts of this job. A failed node takes along the batch script, and Slurm starts the job again
+    by itself. OSError as for `add`.
     """
     job, restart = this_attempt()
     earlier = read_attempts(run_dir)
@@ -77,7 +77,7 @@ def add_unnoticed(run_dir: Path) -> None:
 
 
 def newest_step(run_dir: Path) -> int:
-    """Of the newest whole checkpoint, 0 where there is none that this program reads."""
+    """The step of the newest whole checkpoint, 0 without a readable one."""
     try:
         whole = whole_checkpoints(run_dir / "checkpoints")
     except UserError:
@@ -86,5 +86,5 @@ def newest_step(run_dir: Path) -> int:
 
 
 def now() -> str:
-    """Of the clock of this node, in UTC."""
+    """The time of this node's clock, in UTC."""
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,4 +1,4 @@
-"""What a run puts up with before it stops, decided by all ranks together."""
+"""Budgets of tolerated faults. All ranks stop together when one is exceeded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ibq_scale.documents import read_json
 
 BAD_SAMPLES = "bad_samples.json"
 SKIPPED = "skipped_steps.json"
-# Steps that the budget of skipped ones is for, and samples named in a line about one of them.
+# Steps of one budget of skipped steps, and samples named in a log line.
 PERIOD, NAMED = 1000, 8
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ class TooManyBadSamplesError(RuntimeError):
 
 
 class BadSamples:
-    """Counts this rank's damaged samples, each replaced by a neighbour; the sum over ranks may not pass the budget."""
+    """Counts damaged samples, each replaced by a neighbour. The budget bounds the sum over all ranks."""
 
     def __init__(self, budget: int, world: World) -> None:
         self.budget = budget
@@ -42,7 +42,7 @@ class BadSamples:
         self._here += len(faults)
 
     def log(self) -> dict[str, float]:
-        """The run's count so far. Collective; raises on all ranks together past the budget."""
+        """The run's count so far. Collective. TooManyBadSamplesError on all ranks beyond the budget."""
         total = self._total()
         if total > self.budget:
             raise TooManyBadSamplesError(
@@ -57,7 +57,7 @@ class BadSamples:
         return [TextFile(BAD_SAMPLES, text)] if self.world.is_main else []
 
     def load(self, directory: Path) -> None:
-        """Takes up the count that `state` gave."""
+        """Restores the count of `state`."""
         self._before = int(read_json(directory / BAD_SAMPLES)["bad_samples"])
         self._here = 0
 
@@ -72,7 +72,7 @@ class TooManySkippedStepsError(RuntimeError):
 
 
 class SkippedSteps:
-    """The run's steps that no rank applied, since a loss or gradient was not finite on some rank."""
+    """Steps skipped on all ranks, because a loss or gradient of some rank was not finite."""
 
     def __init__(self, budget: int, world: World) -> None:
         self.budget = budget
@@ -80,9 +80,9 @@ class SkippedSteps:
         self.steps: list[int] = []
 
     def note(self, step: int, samples: list[str]) -> None:
-        """Logs a skipped step with the samples, by rank, that had losses not finite. Collective.
+        """Logs a skipped step and each rank's samples without a finite loss. Collective.
 
-        `samples` are this rank's, empty where its losses were finite. Raises on all ranks together past the budget.
+        `samples`: of this rank, empty for finite losses. TooManySkippedStepsError on all ranks beyond the budget.
         """
         everyone = of_all_ranks(self.world, samples[:NAMED])
         self.steps.append(step)
@@ -94,9 +94,9 @@ class SkippedSteps:
         recent = sum(skipped > step - PERIOD for skipped in self.steps)
         if recent > self.budget:
             raise TooManySkippedStepsError(
-                f"{text}. That makes {recent} of the last {PERIOD} steps, train.skipped_steps allows {self.budget}: go "
-                f"on from the newest checkpoint with a lower optimizer.lr, and where that stops again, from the one "
-                f"before; 'ibq-scale data trace RUN --step {step}' names all samples"
+                f"{text}. That makes {recent} of the last {PERIOD} steps, train.skipped_steps allows {self.budget}: "
+                f"resume from the newest checkpoint with a lower optimizer.lr, or from the one before if it stops "
+                f"again. 'ibq-scale data trace RUN --step {step}' names all samples"
             )
 
     def state(self) -> list[StateFile]:
@@ -104,5 +104,5 @@ class SkippedSteps:
         return [TextFile(SKIPPED, json.dumps({"steps": self.steps}) + "\n")] if self.world.is_main else []
 
     def load(self, directory: Path) -> None:
-        """Takes up the list that `state` gave."""
+        """Restores the list of `state`."""
         self.steps = list(read_json(directory / SKIPPED)["steps"])

@@ -1,4 +1,4 @@
-"""What a run may go on with: the same networks, the same samples, codes that fit, and held-out data of their own."""
+"""Checks before a run continues: the same networks and samples, fitting codes, held-out data of its own."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from ibq_scale.data.sets import DataSets, open_sets
 from ibq_scale.errors import UserError
 from ibq_scale.pretrained.loading import load_tokenizer
 
-# A checkpoint continues only under the same networks and the same stream of samples.
+# A run continues a checkpoint only with the same networks and the same stream of samples.
 FIXED = ("task", "model", "quantizer", "discriminator")
-# How a network is computed and not what it is: may change between one part of a run and the next.
+# Keys of how a network is computed. They may change when a run continues.
 FREE = {"backend", "logit_precision", "search", "tile_bytes", "revive_after", "attention"}
 FREE |= {"activation_checkpointing", "compile", "fp8"}
 FIXED_DATA = ("lanes", "window", "weights")
 
 
 def check_same_run(config: AnyRun, checkpoint: Checkpoint) -> None:
-    """UserError where the checkpoint belongs to another model or another stream of samples."""
+    """UserError for a checkpoint of another model or another stream of samples."""
     saved, now = checkpoint.manifest["config"], config.model_dump(mode="json")
     sections = [name for name in FIXED[1:] if name in saved and hasattr(config, name)]
     saved = saved | {name: _with_defaults(saved[name], getattr(config, name)) for name in sections}
@@ -45,16 +45,16 @@ def check_same_run(config: AnyRun, checkpoint: Checkpoint) -> None:
 
 
 def check_same_data(config: AnyRun, checkpoint: Checkpoint, data_hash: str) -> None:
-    """UserError where a position would mean another sample than before."""
+    """UserError if a position now means another sample."""
     if checkpoint.manifest["data_hash"] != data_hash:
         raise UserError(
             f"{checkpoint.path}: {', '.join(config.data.sources)} holds other data than before (the manifests "
-            f"differ), so the order of samples would not go on. Give the same data, or another out=…"
+            f"differ), so the order of samples would change. Give the same data, or another out=…"
         )
 
 
 def open_held_out(run: AnyRun, training: DataSets, kind: Kind) -> DataSets:
-    """The data at `validation.data`. UserError where they cannot be used, or are what the run trains on."""
+    """The data at `validation.data`. UserError for unusable data and for the training data."""
     sets = open_sets(run.data.model_copy(update={"train": run.validation.data, "weights": ()}), kind)
     if {part.manifest.hash for part in sets.parts} & {part.manifest.hash for part in training.parts}:
         raise UserError(f"validation.data={run.validation.data} is what the run trains on: give {kind} of its own")
@@ -62,7 +62,7 @@ def open_held_out(run: AnyRun, training: DataSets, kind: Kind) -> DataSets:
 
 
 def check_codes(run: ARRun, sets: DataSets) -> CodesInfo:
-    """Reads what the code shards say of themselves. UserError where they do not fit the model or the tokenizer."""
+    """The description in the code shards. UserError if it does not fit the model or the tokenizer."""
     parts = sets.parts
     for url, part in zip(sets.config.sources, parts, strict=True):
         _check_part(run, url, part.manifest)
@@ -84,12 +84,12 @@ def check_codes(run: ARRun, sets: DataSets) -> CodesInfo:
 
 
 def same_classes(some: tuple[str, ...], more: tuple[str, ...]) -> bool:
-    """Whether each of `some` has its number among `more`: classes are the same by their names."""
+    """Whether each class name of `some` has the same number in `more`."""
     return some == more[: len(some)]
 
 
 def class_difference(some: tuple[str, ...], more: tuple[str, ...]) -> str:
-    """The first number that names two classes."""
+    """The first number with two names, in words."""
     number = next((i for i, names in enumerate(zip(some, more, strict=False)) if names[0] != names[1]), len(more))
     return f"number {number} is '{some[number]}' there and {repr(more[number]) if number < len(more) else 'none'} here"
 
@@ -119,7 +119,7 @@ def _codes(manifest: Manifest) -> CodesInfo:
 
 
 def _with_defaults(saved: dict[str, Any], section: BaseModel) -> dict[str, Any]:
-    """A section of a release that knew fewer keys: what it did without them is what their defaults do."""
+    """A saved section with defaults for missing keys: checkpoints of older releases have fewer keys."""
     fields = type(section).model_fields
     return {name: field.get_default() for name, field in fields.items()} | saved
 

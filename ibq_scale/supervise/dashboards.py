@@ -1,10 +1,11 @@
-"""Where a run's metrics can be watched beside its own files: W&B and TensorBoard. None of them can end a run."""
+"""Dashboards beside a run's own files: W&B, TensorBoard and extensions. A failing dashboard never ends a run."""
 
 from __future__ import annotations
 
 import logging
 import secrets
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from operator import mul
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from ibq_scale import extensions
 from ibq_scale.config.run import AnyRun
 from ibq_scale.console import tell
 from ibq_scale.documents import json_object
@@ -30,16 +32,14 @@ class Histogram(NamedTuple):
 
 
 class Dashboard(Protocol):
-    """What is told of a run, as it goes. Any method may raise anything."""
-
-    name: str
+    """Receives a run's metrics on rank 0. A method may raise any error: the run goes on without that line."""
 
     def values(self, step: int, line: Mapping[str, Any]) -> None:
-        """A line of metrics.jsonl; numbers are shown."""
+        """A line of metrics.jsonl. W&B and TensorBoard show its numbers."""
         ...
 
     def histogram(self, step: int, name: str, histogram: Histogram) -> None:
-        """How a window's values are spread."""
+        """The distribution of a window's values."""
         ...
 
     def picture(self, step: int, name: str, picture_CHW: Tensor) -> None:
@@ -47,25 +47,29 @@ class Dashboard(Protocol):
         ...
 
     def alarm(self, step: int, text: str) -> None:
-        """Something that a person should look at."""
+        """An alarm for a person."""
         ...
 
     def close(self) -> None:
-        """The end, of the process at least."""
+        """The end of the process."""
         ...
 
 
 class Dashboards:
-    """All that a config asks for. One that fails is told of once, in the log, until it works again."""
+    """All dashboards of a config. The first failure of each is logged, and again after it has worked."""
 
     def __init__(self, run_dir: Path, config: AnyRun) -> None:
+        """UserError where one from outside cannot be imported. One that cannot start is reported and left out."""
         self._failing: set[str] = set()
-        makers: list[Callable[[], Dashboard]] = []
+        makers: dict[str, Callable[[], Dashboard]] = {}
         if config.tensorboard:
-            makers.append(lambda: TensorBoard(run_dir / EVENTS))
+            makers["TensorBoard"] = lambda: TensorBoard(run_dir / EVENTS)
         if config.wandb.mode != "off":
-            makers.append(lambda: WandB(run_dir, config))
-        self._open = [dashboard for make in makers if (dashboard := _begin(make)) is not None]
+            makers["W&B"] = lambda: WandB(run_dir, config)
+        for name, make in dashboard_classes(config).items():
+            makers[name] = partial(make, run_dir, config)
+        begun = {name: _begin(make) for name, make in makers.items()}
+        self._open = {name: dashboard for name, dashboard in begun.items() if dashboard is not None}
 
     def values(self, step: int, line: Mapping[str, Any]) -> None:
         """As `Dashboard`, and so are the others."""
@@ -84,14 +88,19 @@ class Dashboards:
         self._each(lambda d: d.close())
 
     def _each(self, do: Callable[[Dashboard], None]) -> None:
-        for dashboard in self._open:
+        for name, dashboard in self._open.items():
             try:
                 do(dashboard)
-                self._failing.discard(dashboard.name)
-            except Exception as e:  # theirs are of any type
-                if dashboard.name not in self._failing:
-                    log.warning("%s refused a line, going on without it: %s", dashboard.name, e)
-                self._failing.add(dashboard.name)
+                self._failing.discard(name)
+            except Exception as e:  # of any type
+                if name not in self._failing:
+                    log.warning("%s refused a line, going on without it: %s", name, e)
+                self._failing.add(name)
+
+
+def dashboard_classes(config: AnyRun) -> dict[str, Callable[[Path, AnyRun], Dashboard]]:
+    """The dashboards from outside of the package, by name. UserError where one cannot be imported."""
+    return {name: extensions.load(extensions.DASHBOARDS, name) for name in config.dashboards}
 
 
 def _begin(make: Callable[[], Dashboard]) -> Dashboard | None:
@@ -99,7 +108,7 @@ def _begin(make: Callable[[], Dashboard]) -> Dashboard | None:
         return make()
     except UserError as e:
         tell(f"going on without a dashboard: {e}")
-    except Exception as e:  # no dashboard is no reason not to train
+    except Exception as e:  # a run trains without a dashboard too
         log.warning("a dashboard could not start, going on without it: %s", e)
     return None
 
@@ -109,9 +118,7 @@ def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 class WandB:
-    """A W&B run under the same id after every resume; without a network offline, to be sent later."""
-
-    name = "W&B"
+    """A W&B run, under the same id after each resume. Without a network it is offline, for a later `wandb sync`."""
 
     def __init__(self, run_dir: Path, config: AnyRun) -> None:
         import wandb
@@ -159,16 +166,14 @@ class WandB:
 
 
 class TensorBoard:
-    """Event files. UserError where the package is not installed."""
-
-    name = "TensorBoard"
+    """Event files. UserError without the package."""
 
     def __init__(self, folder: Path) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ModuleNotFoundError:
             raise UserError("tensorboard=true needs it: pip install 'ibq-scale[tensorboard]'") from None
-        # Steps after a checkpoint that is gone on from are written again: the last ones count.
+        # A resumed run writes the steps after its checkpoint again: the last ones count.
         self._writer: Any = SummaryWriter(str(folder))
 
     def values(self, step: int, line: Mapping[str, Any]) -> None:

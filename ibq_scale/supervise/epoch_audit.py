@@ -1,8 +1,8 @@
-"""That every sample is seen once an epoch, found out while training: by sums over the samples that ranks really got.
+"""Checks in training that each epoch holds every sample exactly once.
 
-Each rank adds up a hash of every sample's (shard, row); at an epoch's end the sum over all ranks must be that of all
-the samples which the manifests name. A sample left out or seen twice, a rank that reads another's part or a worker that
-loses a batch changes it. The sums so far are part of a checkpoint, as one number for all ranks.
+Each rank sums a hash of (shard, row) over its samples. At the end of an epoch, the sum over all ranks must be the sum
+over the manifests. A missing or repeated sample, a rank with another's part or a lost batch changes it. A checkpoint
+holds the sums so far, as one number for all ranks.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ log = logging.getLogger(__name__)
 
 
 class NotOnceError(RuntimeError):
-    """An epoch did not hold every sample once: the results of the run are not what its config says."""
+    """An epoch did not hold every sample once. The run's results do not match its config."""
 
 
 class EpochAudit:
-    """Counts and hashes this rank's samples by (data set, epoch), and compares each epoch that has ended."""
+    """Counts and hashes this rank's samples by (data set, epoch), and compares each ended epoch."""
 
     def __init__(self, sets: DataSets, seed: int, world: World) -> None:
         self._sets = sets
         self._order = sets.order(seed)
         self._world = world
         passes = self._order.passes(0)
-        # The number of the data set that a source belongs to.
+        # Each source's data set, by number.
         self._set_of = np.zeros(len(sets.parts), dtype=np.int64)
         for number, part in enumerate(passes):
             self._set_of[list(part.sources)] = number
@@ -49,7 +49,7 @@ class EpochAudit:
             np.array([int(shard.sha256[:16], 16) for shard in part.manifest.shards], dtype=np.uint64)
             for part in sets.parts
         ]
-        # (data set, epoch): [sum of hashes mod 2^64, samples]; epochs before `_checked` are done with.
+        # (data set, epoch): [sum of hashes mod 2^64, samples], from epoch `_checked` on.
         self._sums: dict[tuple[int, int], list[int]] = {}
         self._checked = [0] * len(passes)
 
@@ -66,9 +66,9 @@ class EpochAudit:
                 entry[1] += len(here)
 
     def check(self, samples: int) -> None:
-        """Compares the epochs that ended within the run's first `samples`. Collective.
+        """Compares the epochs within the run's first `samples`. Collective.
 
-        Raises NotOnceError, on all ranks together.
+        NotOnceError on all ranks.
         """
         for number, part in enumerate(self._order.passes(samples)):
             for epoch in range(self._checked[number], part.read // part.samples):
@@ -77,7 +77,7 @@ class EpochAudit:
 
     def _compare(self, number: int, epoch: int, part: Pass) -> None:
         seen, count = self._sums.pop((number, epoch), [0, 0])
-        # Every rank subtracts its share of what is expected, so that one sum tells, and no rank hashes the whole set.
+        # Each rank subtracts its share of the expected sum: one reduction, and no rank hashes the whole set.
         left = _total([(seen - self._expected(part)) % 2**64, count], self._world)
         urls = ", ".join(self._sets.parts[source].store.url for source in part.sources)
         if left != [0, part.samples]:
@@ -98,7 +98,7 @@ class EpochAudit:
         return total % 2**64
 
     def state(self) -> list[StateFile]:
-        """Rank 0 gives the sums of the epochs that have begun. Collective, after `check` of the same samples."""
+        """Rank 0 gives the sums of the begun epochs. Collective, after `check` of the same samples."""
         sums: dict[tuple[int, int], list[int]] = {}
         for theirs in of_all_ranks(self._world, self._sums):
             for key, (seen, count) in theirs.items():
@@ -110,7 +110,7 @@ class EpochAudit:
         return [TextFile(FILE, text)] if self._world.is_main else []
 
     def load(self, directory: Path) -> None:
-        """Takes up the sums of any number of ranks."""
+        """Restores the sums of any number of ranks."""
         values = read_json(directory / FILE)
         self._checked = list(values["checked"])
         mine = values["begun"] if self._world.is_main else []
@@ -128,7 +128,7 @@ def _hashes(shard_keys: NDArray[np.uint64] | np.uint64, rows: NDArray[np.int64])
 
 
 def _total(values: list[int], world: World) -> list[int]:
-    """Sums mod 2^64 over the ranks; int64 in between, which wraps alike."""
+    """Sums mod 2^64 over the ranks. The reduction is in int64, with the same wrap."""
     here = torch.from_numpy(np.array(values, dtype=np.uint64).view(np.int64)).to(world.device)
     dist.all_reduce(here)
     return [int(value) for value in here.cpu().numpy().view(np.uint64)]

@@ -1,7 +1,7 @@
 """Python's garbage collection, on all ranks after the same steps.
 
-Left alone, each rank collects when its own count of objects says so. The others then wait for it in a collective: among
-a thousand ranks, at almost every step.
+By default each rank collects by its own count of objects, and the others wait for it in a collective. Among a thousand
+ranks this happens at almost every step.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ EVERY_STEPS = 100
 
 @contextmanager
 def collected_together() -> Iterator[None]:
-    """Within, nothing is collected but by `collect_young` and `gc.collect`. What is there now stays."""
+    """Within, only `collect_young` and `gc.collect` collect. Objects from before are frozen."""
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -27,6 +27,6 @@ def collected_together() -> Iterator[None]:
 
 
 def collect_young(step: int) -> None:
-    """Collects what is new, after one step in `EVERY_STEPS`: milliseconds. What is older goes with the next save."""
+    """Collects new objects after each `EVERY_STEPS` steps, in milliseconds. Older ones go with the next save."""
     if step % EVERY_STEPS == 0:
         gc.collect(1)

@@ -1,4 +1,4 @@
-"""One stream of metrics: RUN/metrics.jsonl, a progress line on rank 0, and the dashboards that the config asks for."""
+"""One stream of metrics to RUN/metrics.jsonl, rank 0's progress line and the config's dashboards."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from ibq_scale.pictures import save_png
 from ibq_scale.supervise.dashboards import Dashboards, Histogram
 
 PICTURES = "images"
-# A shorter stand for a save is in metrics.jsonl only.
+# The progress line leaves out shorter stalls.
 SHOWN_STALL_SECONDS = 1.0
 
 log = logging.getLogger(__name__)
 
 
 class MetricsLog:
-    """Rank 0's log. Lines of metrics.jsonl after `start_step`, a lost part of the run, are cut off."""
+    """Rank 0's log. Lines of metrics.jsonl after `start_step` are of a lost part of the run and are removed."""
 
     def __init__(self, run_dir: Path, config: AnyRun, start_step: int) -> None:
         self.path = run_dir / "metrics.jsonl"
@@ -48,7 +48,7 @@ class MetricsLog:
         alarms: Sequence[str] = (),
         histograms: Mapping[str, Histogram] = MappingProxyType({}),
     ) -> None:
-        """Appends one line and prints the progress line with the metrics named in `shown`, and each of the `alarms`."""
+        """Appends a line, prints the progress line with the metrics in `shown`, and prints each alarm."""
         elapsed = self.seconds_before + time.monotonic() - self._started
         line: dict[str, Any] = {"step": step, "samples": samples, "time": round(elapsed, 3), **values}
         if alarms:
@@ -66,7 +66,7 @@ class MetricsLog:
             self._dashboards.alarm(step, alarm)
 
     def show(self, step: int, pictures: Mapping[str, Tensor]) -> None:
-        """Leaves pictures uint8 (3, H, W) in RUN/images, and with the dashboards."""
+        """Writes pictures, uint8 (3, H, W), to RUN/images and the dashboards."""
         for name, picture_CHW in pictures.items():
             path = self._pictures / f"{name}-{step:08d}.png"
             try:
@@ -76,7 +76,7 @@ class MetricsLog:
             self._dashboards.picture(step, name, picture_CHW)
 
     def _append(self, text: str) -> None:
-        """What cannot be written now, on a full disk perhaps, waits in memory for the next line."""
+        """Text for a full disk stays in memory until the next line."""
         try:
             self._file.write(text)
             self._file.flush()
@@ -101,7 +101,7 @@ class MetricsLog:
         return "  ".join(parts)
 
     def close(self) -> None:
-        """Flushes everything to disk, where that has room."""
+        """Flushes all to disk, if there is room."""
         try:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -112,7 +112,7 @@ class MetricsLog:
 
 
 def _keep_until(path: Path, step: int) -> float:
-    """Drops lines after `step` (a resumed run writes them again) and damaged ones; returns the time so far."""
+    """Drops damaged lines and lines after `step`, for a resumed run to write again. Returns the time so far (s)."""
     if not path.is_file():
         return 0.0
     kept, seconds = [], 0.0

@@ -1,4 +1,4 @@
-"""Signals that ask a run to save and leave, agreed on by all ranks before any of them acts, and done in time."""
+"""Stop signals: all ranks agree to stop after the same step, save a checkpoint and exit within the grace time."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from ibq_scale.distributed.signals import ASKING, ignore, unblock
 if TYPE_CHECKING:
     from ibq_scale.distributed.world import World
 
-# EX_TEMPFAIL of sysexits.h: "try again later". A batch script requeues on it and on nothing else.
+# EX_TEMPFAIL of sysexits.h, "try again later". A batch script requeues on this code only.
 REQUEUE_EXIT_CODE = 75
-# Ranks come to the end of the grace time within moments of one another, and the first to leave breaks the others'
-# collectives: an error so close to the end is that.
+# The ranks' grace times end within moments. The first exit breaks the collectives of the other ranks, so an error this
+# close to the end is taken for its result.
 CLOSE_SECONDS = 5.0
-# A log on a file system that hangs may not keep the process from its end.
+# Limit for the last log line: the log's file system may hang.
 SAY_SECONDS = 2.0
 
 log = logging.getLogger(__name__)
 
 
 class StopRequest:
-    """From its construction on, the signals of `ASKING` end nothing at once: they ask the run to stop, once.
+    """Turns the signals of `ASKING` into one request to stop, from construction on.
 
-    The trainer asks `agreed` after each step, on every rank. Whatever is not done `grace` seconds after the signal
-    never will be: a thread then ends the process with the requeue code, also where the main thread is inside of a step
-    that does not end. It hears of a signal from C (`signal.set_wakeup_fd`), so at once.
+    The trainer calls `agreed` after each step, on every rank. `grace` seconds after the signal a thread ends the
+    process with the requeue code, even inside of a hanging step. Python's C handler wakes the thread at once
+    (`signal.set_wakeup_fd`).
 
-    `standing`: says which checkpoint a run that ends now goes on from; set by whoever knows.
+    `standing`: returns the checkpoint to resume from, in words. The checkpoint folder sets it.
     """
 
     def __init__(self, grace: float) -> None:
@@ -50,14 +50,14 @@ class StopRequest:
         self._mouth.setblocking(False)
         for signum in ASKING:
             signal.signal(signum, lambda *_: None)
-        # Full by signals that nobody needs to hear twice.
+        # A full buffer holds repeated signals only.
         signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
         Thread(target=self._listen, name="stop request", daemon=True).start()
         unblock()
 
     def agreed(self, world: World) -> bool:
-        """Whether any rank was asked to stop; then all have the same time for it. Collective: a rank that alone began
-        a save would wait for ever.
+        """Whether any rank has a request to stop. All ranks then get the earliest deadline. Collective, since a save
+        needs all ranks.
         """
         import torch
         import torch.distributed as dist
@@ -71,16 +71,16 @@ class StopRequest:
         return True
 
     def stand_down(self) -> None:
-        """The watchdog ends this process, with its own code: what hangs should not come back by itself."""
+        """Leaves the exit to the watchdog, with its own code: a hanging job is not requeued."""
         self._stood_down = True
 
     def leave_if_due(self) -> None:
-        """Ends the process where its time is over, but for moments."""
+        """Ends the process within `CLOSE_SECONDS` of its deadline."""
         if self._deadline - time.monotonic() < CLOSE_SECONDS:
             self._leave()
 
     def close(self) -> None:
-        """For a process that only has to end: signals change nothing any more, nor does the time."""
+        """Ignores signals and the deadline from now on, for a process near its end."""
         ignore()
         self._stood_down = True
         signal.set_wakeup_fd(-1)

@@ -1,10 +1,10 @@
-"""One job at a time on a run directory, also where its file system knows no working flock.
+"""One job at a time on a run directory, also on file systems without a working flock.
 
-RUN/lock/00000007 names its holder (host, process, job) and is touched while that lives; the highest number counts.
-Whoever finds the holder gone, or released, creates the next number with O_EXCL, which one alone can, and has the lock
-if its number is the highest then. Numbers only grow and the highest file is never removed, so nobody can create one
-that was overtaken and keep it. Times are compared between files of one file system only: clocks of nodes may differ.
-The file system's own may jump: a file that looks old is watched for some beats before that is believed.
+RUN/lock/00000007 names its holder (host, process, job). The holder touches the file regularly. The highest number
+counts. After the holder's end or release, the next job creates the next number with O_EXCL: only one job can. It has
+the lock if its number is then the highest. Numbers only grow and the highest file is never removed, so an overtaken
+number never becomes a lock. Only times of files on one file system are compared, since clocks of nodes may differ. A
+file system's clock may jump: an old file is watched for some beats first.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from ibq_scale.documents import read_json
 from ibq_scale.errors import UserError
 
 BEAT_SECONDS = 20.0
-# A holder that nothing else is known about is gone when it has not touched its file for so long.
+# An unreachable holder is dead after this time without a touch.
 STALE_SECONDS = 300.0
-# A file that names nobody is of one who died between creating it and writing its name: else it would be touched.
+# A file without a name: its creator died before it wrote the name, else it would touch the file.
 NAMELESS_SECONDS = 60.0
-# One whose file is that old by its time alone is watched for so many beats: the clock may have jumped.
+# An old file is watched for this many beats, since the clock may have jumped.
 WATCHED_BEATS = 2.5
-# A killed launcher's rank 0 follows it within a moment: the next job waits for that before it calls the lock held.
+# A killed launcher's rank 0 ends a moment later. The next job waits for it before it reports the lock as held.
 PATIENCE_SECONDS = 5.0
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lock. `start`: of the process, in ticks since boot; `boot`, `pids`: where its pid means something."""
+    """The holder of a lock. `start`: of its process, in ticks since boot. `boot`, `pids`: the scope of its pid."""
 
     host: str
     pid: int
@@ -71,13 +71,13 @@ class Holder:
         )
 
     def is_alive(self) -> bool | None:
-        """Whether its process runs; None where that cannot be seen from here."""
+        """Whether its process runs. None: not visible from here."""
         here = Holder.me()
         if self.job is not None and self.job == here.job and self.restart != here.restart:
-            # The same job, requeued: Slurm ended its last part before it began this one.
+            # The same job, requeued: Slurm ended the earlier attempt before it began this one.
             return False
         if (self.host, self.boot, self.pids) != (here.host, here.boot, here.pids):
-            # Another boot of the same host has ended all that ran before.
+            # A reboot of the host ended all earlier processes.
             return False if self.host == here.host and self.boot != here.boot and self.boot and here.boot else None
         return _start_of(self.pid) == self.start
 
@@ -86,18 +86,18 @@ class Holder:
         return f"process {self.pid} on {self.host}{job}, since {self.since}"
 
 
-class Held(NamedTuple):
-    """A lock as whoever looks on sees it. `touched`: when its file was, by the clock of its file system (s)."""
+class LockState(NamedTuple):
+    """A held lock, read without a claim. `touched`: by the clock of its file system (s)."""
 
     holder: Holder | None
     touched: float
 
 
-def look(run_dir: Path) -> Held | None:
-    """The lock of `run_dir` as it is, without a claim to it; None where nobody ever had it, or has let it go."""
+def read_lock(run_dir: Path) -> LockState | None:
+    """The lock of `run_dir`, without a claim to it. None: never held, or released."""
     try:
         path = max((p for p in (run_dir / "lock").iterdir() if p.name.isdigit()), default=None)
-        held = None if path is None else Held(_read_holder(path), path.stat().st_mtime)
+        held = None if path is None else LockState(_read_holder(path), path.stat().st_mtime)
     except OSError:
         return None
     return None if held is None or (held.holder is not None and held.holder.released) else held
@@ -105,7 +105,7 @@ def look(run_dir: Path) -> Held | None:
 
 @contextmanager
 def locked(run_dir: Path, world: World) -> Iterator[None]:
-    """Holds the lock of `run_dir` for all ranks. Collective; UserError on every rank where another job has it."""
+    """Holds the lock of `run_dir` for all ranks. Collective. UserError on every rank if another job has it."""
     from ibq_scale.distributed.agree import by_rank_0
 
     held: list[RunLock] = []
@@ -118,9 +118,9 @@ def locked(run_dir: Path, world: World) -> Iterator[None]:
 
 
 class RunLock:
-    """The lock of `run_dir`, for rank 0: held from construction to `release`, or to the end of the process.
+    """The lock of `run_dir`, for rank 0: held from construction to `release` or the end of the process.
 
-    UserError where another job has it. Waits up to `STALE_SECONDS` for a holder on another host to show life.
+    UserError if another job has it. Waits up to `STALE_SECONDS` for a sign of life of a holder on another host.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -135,22 +135,22 @@ class RunLock:
         self._thread.start()
 
     def release(self) -> None:
-        """Lets the next job have it at once."""
+        """Frees the lock for the next job."""
         self._released.set()
         self._thread.join(BEAT_SECONDS)
         path = self._path(self._number)
         partial = self.folder / f".released-{secrets.token_hex(8)}"
-        # A full disk, say, is no reason to fail here: a lock of a process that is gone is as good as released.
+        # No error, for example on a full disk: the end of the process frees the lock too.
         with suppress(OSError):
             if self._highest() == self._number:
                 partial.write_text(json.dumps(asdict(Holder.me()) | {"released": True}), encoding="utf-8")
                 partial.replace(path)
 
     def _take(self) -> int:
-        """The number of a lock that is now ours. Tells a user whom it waits for."""
+        """Waits for the lock, tells the user its holder, and returns the new number."""
         began = time.monotonic()
         seen: tuple[int, float] | None = None
-        # When what was `seen` was first seen.
+        # The time of `seen`.
         since = began
         while True:
             number = self._highest()
@@ -169,13 +169,13 @@ class RunLock:
             if seen is None:
                 since = time.monotonic()
             if seen is None and not alive:
-                text = f"{self.folder.parent} is held by {holder or 'somebody unnamed'}: waiting for it to show life"
+                text = f"{self.folder.parent} is locked by {holder or 'an unknown process'}: waiting for a sign of life"
                 tell(f"ibq-scale: {text}, at most {STALE_SECONDS if holder else NAMELESS_SECONDS:.0f} s")
             seen = now
             time.sleep(0.2)
 
     def _is_free(self, number: int, watched: float = 0.0) -> bool:
-        """`watched`: seconds for which its file was seen not to be touched."""
+        """`watched`: seconds of observation without a touch."""
         holder = self._holder(number)
         if holder is not None and holder.released:
             return True
@@ -197,7 +197,7 @@ class RunLock:
         try:
             path.write_text(json.dumps(asdict(Holder.me())), encoding="utf-8")
         except OSError:
-            # Held by a file that names nobody, the directory would be closed to all for minutes.
+            # A file without a name would block the directory for `NAMELESS_SECONDS`.
             path.unlink(missing_ok=True)
             raise
         for old in self._numbers():
@@ -216,14 +216,14 @@ class RunLock:
                 log.warning("could not touch the lock of %s: %s", self.folder.parent, e)
                 continue
             if overtaken:
-                text = f"another job took over {self.folder.parent}, since this one showed no life: it ends"
+                text = f"another job took the lock of {self.folder.parent} after no sign of life: this job ends"
                 log.error("%s", text)
                 tell(f"ibq-scale: {text}")
-                # At once: two jobs that write the same checkpoints are worse than a lost step.
+                # At once: two writers of the same checkpoints are worse than a lost step.
                 os._exit(1)
 
     def _age(self, number: int) -> float:
-        """Seconds since the file was touched, by the file system's own clock."""
+        """Seconds since the last touch, by the file system's clock."""
         now = self.folder / f".now-{secrets.token_hex(8)}"
         now.touch()
         try:
@@ -251,7 +251,7 @@ class RunLock:
 
 
 def _read_holder(path: Path) -> Holder | None:
-    """None for a file that is being written at this moment, or is damaged: then its time alone counts."""
+    """None for a damaged or half-written file. Then only its time counts."""
     try:
         found: Any = read_json(path)
         return Holder(**found)
@@ -260,9 +260,9 @@ def _read_holder(path: Path) -> Holder | None:
 
 
 def _start_of(pid: int) -> int | None:
-    """When a process started, in ticks since boot (a clock that is set does not move it); None where it is no more."""
+    """A process's start in ticks since boot, independent of the clock. None: it has ended."""
     stat = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
-    # Fields 3 and 22 of proc(5); a zombie does nothing any more.
+    # Fields 3 and 22 of proc(5). A zombie has ended.
     return None if not stat or stat[0] in "ZX" else int(stat[19])
 
 

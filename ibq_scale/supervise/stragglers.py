@@ -1,5 +1,5 @@
-"""Which rank holds up the others. A step takes all ranks the same time, since they wait for the slowest inside of it;
-so what is compared is the time that each spent on its own.
+"""Finds the ranks that slow down the others. A step takes equally long on all ranks, since its collectives wait for the
+slowest. Therefore the time outside of collectives is compared.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from ibq_scale.distributed.memory import peak_bytes
 from ibq_scale.distributed.waiting import CollectiveClock
 from ibq_scale.distributed.world import World
 
-# A straggler takes so many times the median's time, on so many logged lines running.
+# A straggler's time over the median, and the number of consecutive lines.
 SLOW, LINES = 1.5, 3
-# Differences below this are the clock's own.
+# Smaller differences are noise of the clock.
 LEAST_SECONDS = 0.01
 PROBE_SIZE = 4096
 
 
 class Stragglers:
-    """Times this rank's steps, compares all ranks once a logged line, and names who is slow line after line.
+    """Times this rank's steps, compares all ranks once a logged line, and names ranks with several slow lines.
 
-    `own`: seconds a step outside of collectives, waiting for data included. On GPUs collectives run beside the host, so
-    own time tells of data and host only; there a product of fixed size is timed on the device, too.
+    `own`: seconds a step outside of collectives, including the wait for data. On GPUs collectives run beside the host,
+    so `own` measures data and host only. A matrix product of fixed size measures the device.
     """
 
     def __init__(self, world: World, hosts: Sequence[str]) -> None:
@@ -50,7 +50,7 @@ class Stragglers:
     def compare(self, data_seconds: float) -> tuple[dict[str, float], list[str]]:
         """Metrics over the ranks since the last call, and a line for each straggler. Collective: four floats a rank.
 
-        `data_seconds`: this rank's, of its steps, waiting for data.
+        `data_seconds`: this rank's wait for data, in all its steps.
         """
         steps = max(1, self._steps)
         device = self._world.device
@@ -63,10 +63,10 @@ class Stragglers:
         values = _quantiles("own_step_s", own) | {"memory_bytes": float(memory.max())}
         if bool(probe.any()):
             values |= _quantiles("probe_s", probe)
-        return values, self.judge(own.tolist(), data.tolist(), probe.tolist())
+        return values, self.slow_ranks(own.tolist(), data.tolist(), probe.tolist())
 
-    def judge(self, own: list[float], data: list[float], probe: list[float]) -> list[str]:
-        """One line's seconds of each rank; returns what there is to say about those slow for `LINES` lines, once."""
+    def slow_ranks(self, own: list[float], data: list[float], probe: list[float]) -> list[str]:
+        """A text for each rank with `LINES` slow lines, once. All arguments: seconds of each rank in this line."""
         typical, typical_probe = statistics.median_low(own), statistics.median_low(probe)
         told = []
         for rank, seconds in enumerate(own):
@@ -94,7 +94,7 @@ def _quantiles(name: str, seconds: Tensor) -> dict[str, float]:
 
 
 def _probe(device: torch.device) -> float:
-    """Seconds of a product on a GPU (well below a millisecond), 0 on a CPU, whose own time tells all."""
+    """Seconds of a product on a GPU (well below a millisecond). 0 on a CPU, where `own` includes the device."""
     if device.type != "cuda":
         return 0.0
     a_NN = torch.ones(PROBE_SIZE, PROBE_SIZE, device=device, dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""Ends a run that hangs, and says who is missing: a thread in every rank that no collective can block."""
+"""Ends a hanging run and names the missing ranks, from a thread in every rank, outside of collectives."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from ibq_scale.distributed.side_channel import NoAnswerError, SideChannel
 from ibq_scale.distributed.waiting import collective_in_progress
 from ibq_scale.distributed.world import World
 
-# EX_SOFTWARE of sysexits.h. Not 75: what hung once may hang again, and somebody should look.
+# EX_SOFTWARE of sysexits.h. Not 75: a run that hung may hang again, and a person should look.
 HUNG_EXIT_CODE = 70
-# Loading, compiling and autotuning come before the end of the first step.
+# The first step includes loading, compiling and autotuning.
 FIRST_STEP_FACTOR = 3.0
-# Phases before the first step begins.
+# Phases before the first step.
 START_UP = ("data sets", "building", "loading")
 BEAT_SECONDS = 30.0
 LEAVE_SECONDS = 10.0
 LAST_RESORT_SECONDS = 60.0
-# Steps that heartbeat.json's seconds a step are a mean over.
+# Steps of the mean in heartbeat.json.
 RECENT_STEPS = 20
 
 log = logging.getLogger(__name__)
 
 
 class Watchdog:
-    """Watches one rank's progress. Where there is none for `timeout` seconds, all ranks' are asked who is missing,
-    stacks and torch's record of collectives are written to RUN/logs, and the process ends with code 70.
+    """Watches one rank's progress. After `timeout` seconds without any, it compares the heartbeats of all ranks, names
+    the missing ones, writes stacks and torch's record of collectives to RUN/logs, and exits with code 70.
 
-    On rank 0 it also keeps RUN/heartbeat.json. Threads only; nothing of the run's state is touched. `ending` is called
-    when it has decided to end the process.
+    Rank 0 also writes RUN/heartbeat.json. The threads do not touch the run's state. `ending` is called before the
+    process ends.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Watchdog:
         self._thread.start()
 
     def report(self, phase: str) -> None:
-        """The rank got on, and is in `phase` now."""
+        """Notes progress, and the new phase."""
         self._phase = phase
         self._progress = time.monotonic()
 
@@ -84,7 +84,7 @@ class Watchdog:
         self._ends.append(self._progress)
 
     def close(self) -> None:
-        """Nobody watches any more."""
+        """Stops watching."""
         self._closed.set()
         self._thread.join()
         self._heartbeats.close()
@@ -96,7 +96,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         while True:
-            # C code that hangs with Python's lock in hand stops this thread too: then this one ends the process.
+            # Hanging C code with Python's lock also stops this thread. faulthandler's thread then ends the process.
             faulthandler.dump_traceback_later(2 * self._patience + LAST_RESORT_SECONDS, exit=True, file=self._stacks)
             if self.world.is_main:
                 self._write_heartbeat()
@@ -119,7 +119,7 @@ class Watchdog:
         except NoAnswerError:
             pass
         except Exception:
-            log.exception("the watchdog ends the process, and failed to say all")
+            log.exception("the watchdog could not report everything before it ends the process")
         finally:
             os._exit(HUNG_EXIT_CODE)
 
@@ -130,12 +130,12 @@ class Watchdog:
             f"{missing.why}. Stacks are in {self.run_dir / 'logs'}"
         )
         log.error("%s", text)
-        # One line of a thousand ranks: rank 0's, or where that is missing, everyone's.
+        # One line for all ranks, from rank 0. If rank 0 is missing, each rank prints it.
         if self.world.is_main or 0 in missing.ranks:
             tell(f"HANG: {text}")
 
     def _dump_flight_record(self) -> None:
-        """Torch's record of the last collectives, for ``torchfrtrace``; TORCH_FR_BUFFER_SIZE=0 turns it off."""
+        """Torch's record of the last collectives, for ``torchfrtrace``. TORCH_FR_BUFFER_SIZE=0 turns it off."""
         name = "_dump_nccl_trace" if self.world.device.type == "cuda" else "_dump_fr_trace"
         if os.environ.get("TORCH_FR_BUFFER_SIZE") == "0" or not hasattr(c10d, name):
             return

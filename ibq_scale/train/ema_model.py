@@ -1,7 +1,7 @@
-"""Whole models of a run's averaged weights, on every rank, for as long as somebody evaluates them.
+"""Whole models of a run's averaged weights, on every rank, during an evaluation.
 
-Beside the engines and not by swapping weights in them: an engine's hold differs by ZeRO stage, and what no evaluation
-touches is what training goes on with. The room is that of the activations, which are not there in between.
+They are separate from the engines. Swapping weights in an engine differs by ZeRO stage, and an evaluation must not
+touch the state of the training. The copy fits in the memory of the activations, freed between steps.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ibq_scale.zero.sharded_ema import ShardedEMA
 
 
 def ema_tokenizer(run: TokenizerRun, ema: ShardedEMA, codebook: ShardedCodebook, world: World) -> Tokenizer:
-    """What `load_tokenizer` would read from a checkpoint of now, in fp32. Collective."""
+    """The tokenizer of a checkpoint at this step, as `load_tokenizer` reads it, in fp32. Collective."""
     with torch.device("meta"):
         tokenizer = Tokenizer(run.model, run.quantizer)
     tokenizer.to_empty(device=world.device)
@@ -28,7 +28,7 @@ def ema_tokenizer(run: TokenizerRun, ema: ShardedEMA, codebook: ShardedCodebook,
 
 
 def ema_transformer(run: ARRun, ema: ShardedEMA, world: World) -> Transformer:
-    """What `load_ar` would read from a checkpoint of now, in the precision that the run trains in. Collective."""
+    """The transformer of a checkpoint at this step, as `load_ar` reads it, in the run's precision. Collective."""
     with torch.device("meta"):
         transformer = Transformer(run.model).eval().requires_grad_(False)
     transformer.to(compute_dtype(run))

@@ -40,41 +40,46 @@ from ibq_scale.report.compare import write_report
 from ibq_scale.scaling.auto import Choice, machine_of, settle
 from ibq_scale.supervise.attempts import add_unnoticed
 from ibq_scale.supervise.compatible import check_same_data, check_same_run
+from ibq_scale.supervise.dashboards import dashboard_classes
 from ibq_scale.supervise.preemption import REQUEUE_EXIT_CODE, StopRequest
 from ibq_scale.supervise.run_lock import locked
 from ibq_scale.supervise.watchdog import FIRST_STEP_FACTOR, Watchdog
 from ibq_scale.train.kernel_tiles import settle_tiles
+from ibq_scale.train.schedule import shape_of
 from ibq_scale.train.startup_summary import startup_summary
 from ibq_scale.train.task import Task
 from ibq_scale.train.trainer import Outcome, Trainer
 
-# After a signal, for what is under way to the mirror.
+# Longest wait for running uploads to the mirror after a stop signal.
 STOPPED_MIRROR_SECONDS = 20.0
 PACKAGES = ("torch", "torchvision", "deepspeed", "webdataset", "s3fs", "numpy", "ibq-scale")
 
 log = logging.getLogger(__name__)
 
 
-def train(config: AnyRun, world: World, stop: StopRequest) -> int:
+def run_training(config: AnyRun, world: World, stop: StopRequest) -> int:
     """Trains `config` to its end, from the newest whole checkpoint of its run directory if there is one.
 
-    Returns the exit code: 0 done, 75 stopped by a signal with everything saved. UserError where another job trains in
-    the same run directory. Any other error carries a note on where its traceback is.
+    Returns the exit code: 0 done, 75 stopped by a signal with everything saved. UserError if another job trains in the
+    same run directory. Any other error has a note with the path of its traceback.
     """
     require_complete(config)
+    # An extension that cannot be imported ends the run before anything is built.
+    shape_of(config.schedule)
+    dashboard_classes(config)
     run_dir = Path(config.run_dir)
     try:
         with locked(run_dir, world):
             if world.is_main:
-                # It is only said; a full disk is met later, where it matters.
+                # A full disk is reported later, by a save.
                 with suppress(OSError):
                     add_unnoticed(run_dir)
-            # Before anything else is read or written there, or waited for.
+            # Before any other read, write or collective.
             hosts = check_nodes(world, SideChannel(world), run_dir, _cache_dir(config), partial(_ask_stores, config))
             settled, choices = settle(config, machine_of(world))
             accumulation_steps(settled.train, world.size)
             _say_choices(world, choices)
-            return _train(settled, run_dir, world, stop, hosts)
+            return _train_locked(settled, run_dir, world, stop, hosts)
     except UserError:
         raise
     except Exception as e:
@@ -87,7 +92,7 @@ def train(config: AnyRun, world: World, stop: StopRequest) -> int:
         raise
 
 
-def _train(config: AnyRun, run_dir: Path, world: World, stop: StopRequest, hosts: list[str]) -> int:
+def _train_locked(config: AnyRun, run_dir: Path, world: World, stop: StopRequest, hosts: list[str]) -> int:
     with closing(
         CheckpointFolder(run_dir / "checkpoints", world, Retention.of(config.train), Mirror.of(config.train.mirror))
     ) as checkpoints:
@@ -104,15 +109,15 @@ def _train(config: AnyRun, run_dir: Path, world: World, stop: StopRequest, hosts
             checkpoints.start_mirror()
             checkpoints.finish_mirror()
             return 0
-        outcome = _watched(config, world, stop, checkpoints, resume_from, hosts)
-        # Unwatched, since it may take its time: but a signal leaves little. The next start sends the rest.
+        outcome = _train_watched(config, world, stop, checkpoints, resume_from, hosts)
+        # Without the watchdog, since it may take long. After a signal time is short: the next start uploads the rest.
         checkpoints.finish_mirror(STOPPED_MIRROR_SECONDS if outcome.stopped else None)
     if not outcome.saved:
         raise UserError(
             f"{run_dir}/checkpoints: step {outcome.step} could not be saved (see above): make room, then the same "
             f"command goes on from the newest whole checkpoint"
         )
-    # One that was stopped while it started has nothing to report.
+    # A run stopped during its start has nothing to report.
     if world.is_main and (run_dir / "metrics.jsonl").is_file():
         _report(run_dir)
     if outcome.stopped:
@@ -123,14 +128,14 @@ def _train(config: AnyRun, run_dir: Path, world: World, stop: StopRequest, hosts
 
 
 def _report(run_dir: Path) -> None:
-    """A run that is trained and saved has not failed for want of a page, which 'ibq-scale report' writes again."""
+    """Writes report.html. A failure only prints a line: the run is trained and saved."""
     try:
         write_report([run_dir], run_dir / "report.html")
     except Exception as e:
         tell(f"{run_dir}/report.html could not be written ({describe(e)}): 'ibq-scale report {run_dir}' tries again")
 
 
-def _watched(
+def _train_watched(
     config: AnyRun,
     world: World,
     stop: StopRequest,
@@ -138,10 +143,10 @@ def _watched(
     resume_from: Checkpoint | None,
     hosts: list[str],
 ) -> Outcome:
-    """Builds and trains, and ends the process where nothing moves any more."""
+    """Builds the task and trains it, under the watchdog."""
     run_dir, timeout = Path(config.run_dir), config.train.hang_timeout
     start = resume_from.step if resume_from is not None else 0
-    # Half as long again as the watchdog's longest patience, also for the groups that engines make.
+    # 1.5 × the watchdog's longest patience, also for the engines' groups.
     patience = timedelta(seconds=1.5 * FIRST_STEP_FACTOR * timeout)
     set_timeouts(patience)
     with closing(Watchdog(run_dir, world, hosts, timeout, start, stop.stand_down)) as watchdog:
@@ -161,7 +166,7 @@ def _watched(
 
 
 def _check_ranks_agree(config: AnyRun, sets: DataSets, world: World) -> None:
-    """UserError, on every rank, where a node's own copy of the data is another than rank 0's."""
+    """UserError, on every rank, if a rank's copy of the data differs from rank 0's."""
     hashes = of_all_ranks(world, sets.hash)
     others = [rank for rank, found in enumerate(hashes) if found != hashes[0]]
     if others:
@@ -172,7 +177,7 @@ def _check_ranks_agree(config: AnyRun, sets: DataSets, world: World) -> None:
 
 
 def _ask_stores(config: AnyRun) -> None:
-    """UserError where this node cannot read of the data that there is any."""
+    """UserError if this node finds no manifest in the data."""
     for url in config.data.sources:
         if not open_store(url).exists(MANIFEST):
             raise UserError(f"{url} has no {MANIFEST}")
@@ -196,12 +201,12 @@ def _make_task(config: AnyRun, world: World, sets: DataSets) -> Task:
 def _prepare_run_dir(run_dir: Path, config: AnyRun, world: World) -> None:
     if world.is_main:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-        # A kill or a full disk leaves the old file or the new one, never an empty one.
+        # A kill or a full disk leaves the old file or the new one, never an empty file.
         store = open_store(str(run_dir))
         store.write("config.yaml", to_yaml(config).encode())
         store.write("environment.json", (json.dumps(environment(world), indent=2) + "\n").encode())
     dist.barrier()
-    # A log on a full disk is no reason for a traceback a line.
+    # No traceback per line for a log on a full disk.
     logging.raiseExceptions = False
     handler = logging.FileHandler(_log_path(run_dir, world))
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -214,7 +219,7 @@ def _log_path(run_dir: Path, world: World) -> Path:
 
 
 def environment(world: World) -> dict[str, object]:
-    """Versions, git commit, devices: what one needs to know to believe a figure."""
+    """Versions, git commit and devices, to reproduce a result."""
     cuda = torch.cuda.is_available()
     return {
         "python": platform.python_version(),

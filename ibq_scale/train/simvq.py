@@ -23,7 +23,7 @@ FILE = "projection.safetensors"
 
 
 class Projection:
-    """The layer, its optimizer and its average. All ranks start from, and stay at, the same numbers."""
+    """The layer, its optimizer and its average, with the same values on all ranks."""
 
     def __init__(self, run: TokenizerRun, world: World) -> None:
         self.world = world
@@ -47,9 +47,9 @@ class Projection:
         return F.linear(basis_KD, **self.ema.state_dict())
 
     def step(self, lr: float) -> bool:
-        """One Adam step. Each rank's gradient came through its own shard: the world's sum is the losses' sum.
+        """One Adam step. Each rank's gradient is of its own shard, so their sum is the gradient of the losses' sum.
 
-        False, on every rank, where the gradient was not finite: nothing is changed then.
+        False, on every rank, if the gradient is not finite. Then nothing changes.
         """
         grads = [parameter.grad for parameter in self.parameters.values()]
         flat = torch.cat([grad.flatten() for grad in grads if grad is not None])
@@ -72,7 +72,7 @@ class Projection:
         return True
 
     def drop_gradient(self) -> None:
-        """Forgets the accumulated gradient."""
+        """Drops the accumulated gradient."""
         self.optimizer.zero_grad(set_to_none=True)
 
     def state(self, folder: str) -> list[StateFile]:
@@ -91,7 +91,7 @@ class Projection:
 
     @torch.no_grad()
     def load(self, directory: Path) -> None:
-        """Restores what `state` gave, on any number of ranks."""
+        """Restores the files of `state`, on any number of ranks."""
         tensors = load_file(directory / FILE)
         self.ema.load_state_dict({name: tensors[f"ema_{name}"] for name in self.parameters})
         for name, parameter in self.parameters.items():

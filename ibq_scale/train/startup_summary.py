@@ -1,6 +1,4 @@
-"""What a run says before its first step, on a screen: which model, which data, over which ranks, in how much memory,
-and where everything lies.
-"""
+"""The summary of a run before its first step: model, data, batch, ranks, memory and files."""
 
 from __future__ import annotations
 
@@ -28,9 +26,9 @@ WIDTH = 10
 
 
 def startup_summary(config: AnyRun, world: World, hosts: Sequence[str], sets: DataSets, begin: str) -> str:
-    """Several lines, for all of the run. `begin`: whether it starts or goes on, in words.
+    """Several lines. `begin`: start or resume, in words.
 
-    UserError where it asks for an attention kernel that cannot be had here.
+    UserError for an attention kernel without support here.
     """
     zero = Zero.of(deepspeed_config(config, world.size), world=world.size)
     if isinstance(config, TokenizerRun):
@@ -155,4 +153,5 @@ def _files(config: AnyRun, checkpoint: int) -> list[str]:
     ]
     wandb = config.wandb
     boards = [f"W&B {wandb.mode}, {wandb.project}"] * (wandb.mode != "off") + ["TensorBoard"] * config.tensorboard
+    boards += config.dashboards
     return [*texts, *(["; ".join(boards)] if boards else [])]

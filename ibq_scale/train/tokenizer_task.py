@@ -137,7 +137,7 @@ class TokenizerTask:
         sums: StepMetrics = {}
         finite = torch.ones((), dtype=torch.bool, device=self.world.device)
         statistics = [buffer.clone() for buffer in self.discriminator.module.buffers()]
-        taught = True
+        discriminator_stepped = True
         micro_batches = [self._to_device(next(batches)) for _ in range(self.accumulation)]
         mean_K = self._step_mean(micro_batches)
         for batch in micro_batches:
@@ -147,7 +147,7 @@ class TokenizerTask:
             applied = step(self.generator)
             if self.adversarial:
                 metrics |= self._discriminator_backward(images, reconstruction)
-                taught = step(self.discriminator)
+                discriminator_stepped = step(self.discriminator)
             for name, value in metrics.items():
                 finite &= value.isfinite()
                 sums[name] = sums.get(name, torch.zeros_like(value)) + value / self.accumulation
@@ -158,14 +158,14 @@ class TokenizerTask:
             self.codebook.drop_gradient()
         self.usage.end_step()
         self._revive(images)
-        if not taught:
+        if not discriminator_stepped:
             # Their running means have seen the pictures that were not finite.
             for buffer, before in zip(self.discriminator.module.buffers(), statistics, strict=True):
                 buffer.copy_(before)
         elif self.adversarial:
             self._update_lecam(sums)
         sums["grad_norm"] = gradient_norm(self.generator, self.world.device)
-        return Step(sums, applied and taught, finite)
+        return Step(sums, applied and discriminator_stepped, finite)
 
     def _to_device(self, batch: ImageBatch) -> ImageBatch:
         self.bad_samples.note(batch.faults)

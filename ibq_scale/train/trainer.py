@@ -134,7 +134,7 @@ class Trainer:
         for step in range(start + 1, total + 1):
             rates = self.task.set_rates((step - 1) * train.global_batch)
             with stragglers.step():
-                applied = self._train(step, batches, window)
+                applied = self._train_step(step, batches, window)
             watchdog.step_ended(step)
             collect_young(step)
             stopping = stop.agreed(self.world)
@@ -151,7 +151,7 @@ class Trainer:
                 self._logged = values
                 self.once.check(step * train.global_batch)
                 if metrics is not None:
-                    alarms += self.alarms.look(values)
+                    alarms += self.alarms.check(values)
                     metrics.write(
                         step, step * train.global_batch, values, self.task.shown, alarms, self.task.histograms()
                     )
@@ -169,7 +169,7 @@ class Trainer:
                 return Outcome(step, stopped=step < total, saved=self.checkpoints.finish())
         return Outcome(total, stopped=False, saved=self.checkpoints.finish())
 
-    def _train(self, number: int, batches: _CountedBatches, window: _Window) -> bool:
+    def _train_step(self, number: int, batches: _CountedBatches, window: _Window) -> bool:
         """One step, and whether it was applied; one that was skipped is no part of the metrics' means."""
         step = self.task.train_step(batches)
         requests = batches.requests()

@@ -1,4 +1,4 @@
-"""What a transformer's codes have to be, and the loss on those that it does not train on."""
+"""Validation of a transformer: the loss on held-out codes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ibq_scale.train.validation_tokenizer import reporting
 
 
 class HeldOut:
-    """Codes of `validation.data`. UserError where they do not fit, or are what is trained on."""
+    """Codes of `validation.data`. UserError for another tokenizer, other classes or the training data."""
 
     def __init__(self, run: ARRun, world: World, training: DataSets) -> None:
         self.run = run
@@ -39,9 +39,9 @@ class HeldOut:
 
     @torch.no_grad()
     def loss(self, transformer: Transformer, progress: Callable[[], None]) -> float:
-        """Mean cross-entropy a code, in nats. Collective, the same for all ranks.
+        """Mean cross-entropy per code, in nats. Collective, with the same value on all ranks.
 
-        Each sample counts once whatever the number of ranks.
+        Each sample counts once for any number of ranks.
         """
         indices, losses = [], []
         batches = evaluation_codes(

@@ -1,4 +1,4 @@
-"""Data of `validation.data`, and what a tokenizer in training makes of them."""
+"""Validation of a tokenizer: reconstructions of `validation.data`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ibq_scale.losses.weights import missing
 from ibq_scale.pretrained.loading import Tokenizer
 from ibq_scale.supervise.compatible import open_held_out
 
-# Without being asked for: AlexNet's LPIPS tells little that VGG's does not.
+# By default. AlexNet's LPIPS adds little to VGG's.
 METRICS = ("lpips", "rfid")
 
 log = logging.getLogger(__name__)
@@ -26,16 +26,16 @@ T = TypeVar("T")
 
 
 def reporting(batches: Iterable[T], progress: Callable[[], None]) -> Iterator[T]:
-    """The same batches; each that is asked for is progress."""
+    """The same batches. Calls `progress` for each."""
     for batch in batches:
         progress()
         yield batch
 
 
 class HeldOutImages:
-    """Images of `validation.data`, and the networks to look at them with. Collective.
+    """Images of `validation.data` and the networks of the metrics. Collective.
 
-    UserError where they do not fit, are what is trained on, or the file of a metric that is named is absent.
+    UserError for unusable data, the training data, and a missing file of a named metric.
     """
 
     def __init__(self, run: TokenizerRun, world: World, training: DataSets) -> None:
@@ -46,7 +46,7 @@ class HeldOutImages:
         self.networks = Networks(world.device, _cached_everywhere(world) if named is None else named)
 
     def measure(self, tokenizer: Tokenizer, progress: Callable[[], None]) -> dict[str, float]:
-        """What ``evaluate reconstruction`` measures, by metric, of 8-bit pixels. Collective, the same for all ranks."""
+        """The metrics of ``evaluate reconstruction``, of 8-bit pixels. Collective, with equal values on all ranks."""
         stream = validation_images(
             self.sets,
             resolution=self.run.model.resolution,
@@ -56,12 +56,12 @@ class HeldOutImages:
             limit=self.run.validation.samples,
         )
         values, _ = measure(tokenizer, self.networks, reporting(stream, progress), self.world)
-        # The PSNR of a black picture that comes back black is infinite, and no reason to end a run.
+        # A perfect reconstruction, for example of a black image, has an infinite PSNR. It must not end the run.
         return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
 
 
 def _cached_everywhere(world: World) -> list[str]:
-    """Of `METRICS` those whose files every rank finds; the first rank says what is not measured, and why."""
+    """Those of `METRICS` with their files on every rank. Rank 0 reports the others with the reason."""
     faults: dict[str, str] = {}
     here = {name: fault for name in METRICS if (fault := missing(FILES[name])) is not None}
     for found in of_all_ranks(world, here):

@@ -19,14 +19,14 @@ from ibq_scale.models.fp8 import check_fp8, use_fp8
 from ibq_scale.models.transformer import Transformer
 from tests.ranks import run_ranks
 from tests.samples import write_codes
-from tests.train.test_ar import _train, run_of
+from tests.train.reference import ar_run, train_transformers
 
 CUDA = torch.device("cuda", 0)
 CONVERTED = ("attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
 
 
 def _run(*words: str) -> ARRun:
-    return run_of("none", "model.fp8=true", "train.precision=bf16", "deepspeed.config=zero2", *words)
+    return ar_run("none", "model.fp8=true", "train.precision=bf16", "deepspeed.config=zero2", *words)
 
 
 @pytest.fixture
@@ -118,12 +118,13 @@ def test_a_transformer_learns_as_in_bf16(checkpointing: str) -> None:
 
 
 def _train_in_fp8(rank: int, size: int, runs: dict[str, ARRun]) -> Any:
-    """`_train`, emulated, since there is no GPU."""
-    from ibq_scale.train import construction, fp8
+    """`train_transformers`, emulated, since there is no GPU."""
+    from ibq_scale.models import fp8
+    from ibq_scale.zero import meta_init
 
-    construction.check_fp8 = lambda run, device: None
-    construction.use_fp8 = lambda model: fp8.use_fp8(model, emulate=True)
-    return _train(rank, size, runs)
+    meta_init.check_fp8 = lambda run, device: None
+    meta_init.use_fp8 = lambda model: fp8.use_fp8(model, emulate=True)
+    return train_transformers(rank, size, runs)
 
 
 @pytest.mark.slow
@@ -133,7 +134,7 @@ def test_zero_holds_the_same_weights(tmp_path: Path) -> None:
     write_codes(tmp_path)
     layouts = {"zero0": "true", "zero1": "true", "zero2": "true", "plain": "false"}
     runs = {
-        name: run_of(str(tmp_path), f"deepspeed.config={name.replace('plain', 'zero2')}", f"model.fp8={fp8}")
+        name: ar_run(str(tmp_path), f"deepspeed.config={name.replace('plain', 'zero2')}", f"model.fp8={fp8}")
         for name, fp8 in layouts.items()
     }
     found = {name: weights for name, (weights, _) in run_ranks(_train_in_fp8, 2, runs)[0].items()}

@@ -204,7 +204,7 @@ def test_a_job_on_another_host_that_shows_life_is_waited_for_and_refuses(
         os.utime(path)
         with pytest.raises(UserError, match="on node7, since"):
             taking.result(5.0)
-    assert "waiting for it to show life" in capsys.readouterr().err
+    assert "waiting for a sign of life" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -222,7 +222,7 @@ def test_who_died_before_it_wrote_its_name_holds_the_lock_for_a_minute_only(
     (tmp_path / "lock").mkdir()
     (tmp_path / "lock" / "00000007").touch()
     RunLock(tmp_path).release()
-    assert "is held by somebody unnamed: waiting for it to show life, at most 1 s" in capsys.readouterr().err
+    assert "is locked by an unknown process: waiting for a sign of life, at most 1 s" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "lock").iterdir()] == ["00000008"]
 
 

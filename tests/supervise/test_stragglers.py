@@ -60,7 +60,7 @@ def stragglers() -> Stragglers:
 
 def test_a_slow_device_is_told_by_its_product(stragglers: Stragglers) -> None:
     """Where collectives run beside the host, own times are equal."""
-    lines = [stragglers.judge([0.5] * 3, [0.0] * 3, [0.001, 0.001, 0.002]) for _ in range(3)]
+    lines = [stragglers.slow_ranks([0.5] * 3, [0.0] * 3, [0.001, 0.001, 0.002]) for _ in range(3)]
     assert lines == [[], [], [lines[2][0]]]
     assert lines[2][0].startswith(
         "rank 2 on node2 holds up the others: for 3 lines 0.002 s for a product on its device"
@@ -70,11 +70,11 @@ def test_a_slow_device_is_told_by_its_product(stragglers: Stragglers) -> None:
 def test_now_and_then_is_no_straggler_and_a_few_milliseconds_are_none(stragglers: Stragglers) -> None:
     none = [0.0] * 3
     for _ in range(5):
-        assert stragglers.judge([1.0, 1.0, 2.0], none, none) == []
-        assert stragglers.judge([1.0, 1.0, 2.0], none, none) == []
-        assert stragglers.judge([1.0, 1.0, 1.4], none, none) == []
+        assert stragglers.slow_ranks([1.0, 1.0, 2.0], none, none) == []
+        assert stragglers.slow_ranks([1.0, 1.0, 2.0], none, none) == []
+        assert stragglers.slow_ranks([1.0, 1.0, 1.4], none, none) == []
     for _ in range(5):
-        assert stragglers.judge([0.001, 0.001, 0.009], none, none) == []
+        assert stragglers.slow_ranks([0.001, 0.001, 0.009], none, none) == []
 
 
 def test_outside_of_collectives_none_is_in_progress() -> None:

@@ -40,7 +40,7 @@ def test_of_a_tokenizer(dataset: str, tmp_path: Path) -> None:
         f"data.train={dataset}", f"out={tmp_path}/run", "quantizer.codebook_size=1024", "quantizer.dim=16",
         "train.global_batch=16", "train.micro_batch=2", "train.steps=30", "codebook_group=2", "deepspeed.config=zero2",
         "train.mirror=s3://bucket/run", "tensorboard=true", "validation.data=/data/val", "validation.every=10",
-        "model.activation_checkpointing=true", "loss.perceptual=random",
+        "dashboards=[boards:Mine]", "model.activation_checkpointing=true", "loss.perceptual=random",
     )  # fmt: skip
     assert said[""] == ["tokenizer-tiny: starting"]
     assert "encoder " in said["model"][0]
@@ -53,7 +53,7 @@ def test_of_a_tokenizer(dataset: str, tmp_path: Path) -> None:
     assert said["memory"][0].startswith("states ")
     assert f"{tmp_path}/run: metrics.jsonl" in said["files"][0]
     assert "copied to s3://bucket/run" in said["files"][1]
-    assert said["files"][2] == "TensorBoard"
+    assert said["files"][2] == "TensorBoard; boards:Mine"
 
 
 def test_of_a_transformer(tmp_path: Path) -> None:

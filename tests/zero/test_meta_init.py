@@ -16,8 +16,7 @@ from ibq_scale.models.transformer import Transformer
 from ibq_scale.pretrained.loading import ARModel, load_ar, save_ar, stored
 from tests.nursery import Nursery, server
 from tests.ranks import run_ranks
-from tests.train.reference import gather
-from tests.train.test_ar import run_of
+from tests.train.reference import ar_run, gather
 
 
 def _weights(rank: int, size: int, runs: list[ARRun]) -> list[dict[str, Any]]:
@@ -40,7 +39,7 @@ def _weights(rank: int, size: int, runs: list[ARRun]) -> list[dict[str, Any]]:
 
 def _run(*words: str) -> ARRun:
     # Sizes that neither 2 nor 3 ranks share out evenly.
-    return run_of("none", "train.global_batch=12", "model.codebook_size=37", "train.seed=5", *words)
+    return ar_run("none", "train.global_batch=12", "model.codebook_size=37", "train.seed=5", *words)
 
 
 @pytest.fixture(scope="module")
@@ -140,8 +139,8 @@ def test_under_zero3_a_rank_holds_its_share_and_never_the_model(monkeypatch: pyt
     buffers = ("reduce_bucket_size", "stage3_prefetch_bucket_size")
     buffers += ("stage3_max_live_parameters", "stage3_max_reuse_distance")
     words += [f"deepspeed.overrides.zero_optimization.{name}=1000000" for name in buffers]
-    small = run_of("none", *words)
-    large = run_of("none", *words, "model.width=768", "model.heads=6", "model.depth=9", "model.codebook_size=4096")
+    small = ar_run("none", *words)
+    large = ar_run("none", *words, "model.width=768", "model.heads=6", "model.depth=9", "model.codebook_size=4096")
     with server() as own:  # the C library reads that setting when a program starts
         found_by_rank = run_ranks(_memory, 2, small, large, of=Nursery(own))
     for taken in found_by_rank:
