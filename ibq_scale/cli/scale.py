@@ -148,6 +148,8 @@ def _fit(args: argparse.Namespace) -> int:
 
 
 def _submit(args: argparse.Namespace) -> int:
+    from dataclasses import replace
+
     from ibq_scale.cluster.profile import load_profile
     from ibq_scale.ladder.rungs import rungs_of
     from ibq_scale.ladder.submit import Order, submit_rungs
@@ -159,7 +161,8 @@ def _submit(args: argparse.Namespace) -> int:
     for done in submit_rungs(rungs_of(_load(args)), order):
         for check in done.checks:
             if check.level != "ok":
-                print(f"{check.level:<4}  {done.rung.name}: {check.name}: {check.text}", file=sys.stderr, flush=True)
+                named = replace(check, name=f"{done.rung.name}: {check.name}:")
+                print(named.lines(0), file=sys.stderr, flush=True)
         failed += [done.rung.name] if done.failed else []
         state = "finished" if done.finished else "not submitted" if done.failed else "checked"
         rows.append({"rung": done.rung.name, "run": str(done.rung.folder), "jobs": done.jobs, "state": state})

@@ -15,10 +15,10 @@ from ibq_scale.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ibq_scale.cluster.checks import Check
     from ibq_scale.cluster.render import Script
     from ibq_scale.cluster.snapshot import Snapshot
     from ibq_scale.cluster.submit import Request
+    from ibq_scale.findings import Finding
 
 # What may stand for a preset; the words behind it are the command's own.
 COMMANDS = ("tokenize", "sample", "evaluate")
@@ -87,7 +87,8 @@ def _submit(args: argparse.Namespace) -> int:
     checks = []
     for check in _checks(args, request, script, command):
         checks.append(check)
-        _say(f"{check.level:<4}  {check.name:<9}  {check.text}")
+        # Standard output is for the script or the JSON document.
+        print(check.lines(9), file=sys.stderr, flush=True)
     failed = [check.name for check in checks if check.level == "FAIL"]
     if args.dry_run or failed:
         if args.json:
@@ -130,14 +131,16 @@ def _log(request: Request, job: str) -> str:
 
 def _checks(
     args: argparse.Namespace, request: Request, script: Script, command: argparse.Namespace | None
-) -> Iterator[Check]:
+) -> Iterator[Finding]:
     from ibq_scale.cluster import checks, command_checks
 
     queue, config = not args.dry_run, request.work.config
     if config is not None:
-        return checks.run_checks(checks.Submission(config, script, request.profile.gpu, queue=queue))
+        job = checks.Submission(script, config, request.profile.gpu, queue=queue)
+        return checks.run_checks(job, checks.CHECKS)
     assert command is not None
-    return command_checks.run_checks(command_checks.CommandJob(request.work.name, command, script, queue=queue))
+    other = command_checks.CommandJob(script, request.work.name, command, queue=queue)
+    return checks.run_checks(other, command_checks.CHECKS)
 
 
 def _request(args: argparse.Namespace) -> tuple[Request, str | None, argparse.Namespace | None]:
@@ -173,7 +176,7 @@ def _parse(name: str, words: list[str]) -> argparse.Namespace:
     return command
 
 
-def _document(request: Request, checks: list[Check], jobs: list[str], folder: str | None) -> dict[str, object]:
+def _document(request: Request, checks: list[Finding], jobs: list[str], folder: str | None) -> dict[str, object]:
     return {
         "run": None if request.work.folder is None else str(request.work.folder),
         "jobs": jobs,
@@ -181,8 +184,3 @@ def _document(request: Request, checks: list[Check], jobs: list[str], folder: st
         "logs": [_log(request, job) for job in jobs],
         "checks": [asdict(check) for check in checks],
     }
-
-
-def _say(line: str) -> None:
-    # Not in the way of what a script reads: the sbatch file, a JSON document.
-    print(line, file=sys.stderr, flush=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from ibq_scale.checkpoint.reading import Checkpoint, newest_or_this, whole_checkpoints
 from ibq_scale.cluster import slurm
@@ -21,36 +21,32 @@ from ibq_scale.config.deepspeed import deepspeed_config, zero_words
 from ibq_scale.config.run import AnyRun, TokenizerRun
 from ibq_scale.config.secrets import has_wandb_login, wandb_host
 from ibq_scale.errors import UserError
+from ibq_scale.findings import Finding, Level
 from ibq_scale.train.run_lock import look
 
 if TYPE_CHECKING:
     from ibq_scale.data.sets import DataSets
     from ibq_scale.scaling.plan import Plan
 
-Level = Literal["ok", "warn", "FAIL"]
 # A signal ahead of the time limit may come so much earlier (man sbatch).
 SIGNAL_SECONDS = 60
 
 
 @dataclass(frozen=True)
-class Check:
-    """One line: what was looked at, how it is, and what to do where it is not well."""
+class Job:
+    """What is checked: the script as it would be submitted. `queue`: submit it now; `failed`: names of checks."""
 
-    name: str
-    level: Level
-    text: str
+    script: Script
+    queue: bool = field(default=True, kw_only=True)
+    failed: set[str] = field(default_factory=set, kw_only=True)
 
 
 @dataclass(frozen=True)
-class Submission:
-    """What is checked: the run, the script as it would be submitted, the kind of GPU where it is known."""
+class Submission(Job):
+    """A run, with the kind of GPU where it is known."""
 
     config: AnyRun
-    script: Script
     gpu: str | None
-    # Whether it is to be submitted now, and not just looked at.
-    queue: bool = True
-    failed: set[str] = field(default_factory=set)
 
     @property
     def nodes(self) -> int:
@@ -90,42 +86,26 @@ class Submission:
         return whole[-1] if whole else None
 
 
-class Checked(Protocol):
-    """What every submission has: its script, and the names of the checks that it failed."""
-
-    @property
-    def script(self) -> Script: ...
-    @property
-    def queue(self) -> bool: ...
-    @property
-    def failed(self) -> set[str]: ...
-
-
 Outcome = tuple[Level, str]
-J = TypeVar("J", bound=Checked)
+J = TypeVar("J", bound=Job)
 # Name, names of others that must be well for it to mean something, and the check.
 Checks = Sequence[tuple[str, tuple[str, ...], Callable[[J], Outcome | None]]]
 
 
-def run_checks(job: Submission) -> Iterator[Check]:
-    """A run's checks, one after the other, each as soon as it is known."""
-    return each_check(job, CHECKS)
-
-
-def each_check(job: J, checks: Checks[J]) -> Iterator[Check]:
-    """What they find. Some need others to be well, and are left out; one that does not apply says nothing."""
+def run_checks(job: J, checks: Checks[J]) -> Iterator[Finding]:
+    """Findings as they come. A check is left out after a failure of one that it needs, or returns None."""
     for name, needs, check in checks:
         if job.failed & set(needs):
             continue
         try:
             found = check(job)
         except UserError as e:
-            found = ("FAIL", " ".join(str(e).split()))
+            found = "FAIL", " ".join(str(e).split())
         if found is None:
             continue
         if found[0] == "FAIL":
             job.failed.add(name)
-        yield Check(name, *found)
+        yield Finding(found[0], name, found[1])
 
 
 def _config(job: Submission) -> Outcome:
@@ -286,7 +266,7 @@ def _time(job: Submission) -> Outcome:
     return "ok", f"{text}; saves and leaves {lead} s before, within {grace:.0f} s (train.grace)"
 
 
-def slurm_takes(job: Checked) -> Outcome:
+def slurm_takes(job: Job) -> Outcome:
     """Whether Slurm would queue the script."""
     try:
         return "ok", slurm.rehearse(job.script.text)

@@ -3,36 +3,25 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from ibq_scale.cluster.checks import Check, Checks, Outcome, each_check, number, ranks_without_gpu, slurm_takes
-from ibq_scale.cluster.render import Script
+from ibq_scale.cluster.checks import Checks, Job, Outcome, number, ranks_without_gpu, slurm_takes
 from ibq_scale.cluster.room import can_hold, nearest
 from ibq_scale.errors import UserError
 
 
 @dataclass(frozen=True)
-class CommandJob:
-    """What is checked: the command's own arguments, as parsed, and the script as it would be submitted."""
+class CommandJob(Job):
+    """A command's job, with the command's own arguments, as parsed."""
 
     name: str
     args: argparse.Namespace
-    script: Script
-    # Whether it is to be submitted now, and not just looked at.
-    queue: bool = True
-    failed: set[str] = field(default_factory=set)
 
     def given(self, name: str) -> str | None:
         """An argument of the command, None where it has none of this name."""
         value = getattr(self.args, name, None)
         return None if value is None else str(value)
-
-
-def run_checks(job: CommandJob) -> Iterator[Check]:
-    """The checks, one after the other, each as soon as it is known."""
-    return each_check(job, CHECKS)
 
 
 def _ranks(job: CommandJob) -> Outcome:

@@ -12,8 +12,8 @@ from ibq_scale.errors import UserError
 
 
 def nearest(path: Path) -> Path:
-    """`path`, or the first folder above it that exists."""
-    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
+    """`path`, or the first above it that exists."""
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
 
 
 def free_bytes(folder: Path) -> int:

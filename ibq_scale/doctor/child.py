@@ -15,8 +15,9 @@ from dataclasses import asdict
 from math import ceil
 from pathlib import Path
 
-from ibq_scale.doctor.lines import Subject, fail, first
+from ibq_scale.doctor.tools import Subject, first
 from ibq_scale.errors import UserError
+from ibq_scale.findings import fail
 
 
 def main(name: str, seconds: str, answer: str) -> None:

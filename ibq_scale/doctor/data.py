@@ -11,7 +11,8 @@ from ibq_scale.data.manifest import ShardInfo
 from ibq_scale.data.multipart import parallel
 from ibq_scale.data.store import open_store
 from ibq_scale.data.verify import load_any_manifest
-from ibq_scale.doctor.lines import Line, Subject, fail, ok, warn
+from ibq_scale.doctor.tools import Subject
+from ibq_scale.findings import Finding, fail, ok, warn
 
 # As many ranges of a file as a download has under way.
 AT_ONCE = 4
@@ -21,7 +22,7 @@ SLOW = 50e6
 TELLING = 8 << 20
 
 
-def store(subject: Subject) -> list[Line]:
+def store(subject: Subject) -> list[Finding]:
     """Reads the manifest, and one shard for some seconds. UserError where they cannot be read."""
     assert subject.data is not None
     source = open_store(subject.data)

@@ -10,7 +10,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from ibq_scale.doctor.lines import Line, Subject, fail, ok, warn
+from ibq_scale.cluster.room import nearest
+from ibq_scale.doctor.tools import Subject
+from ibq_scale.findings import Finding, fail, ok, warn
 
 SIZE = 64 << 20
 SHARED = ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "cifs", "9p", "panfs", "fuse.glusterfs", "wekafs", "afs")
@@ -22,23 +24,23 @@ SLOW = 50e6
 SKEW_SECONDS = 5.0
 
 
-def run_directory(subject: Subject) -> list[Line]:
+def run_directory(subject: Subject) -> list[Finding]:
     """Where checkpoints go: ``--run-dir``, else ``runs`` here."""
-    return [_folder("run directory", Path(subject.run_dir or "runs"), shared=True)]
+    return [_folder("run directory", Path(subject.run_dir or "runs").expanduser(), shared=True)]
 
 
-def cache_folder(subject: Subject) -> list[Line]:
+def cache_folder(subject: Subject) -> list[Finding]:
     """Where shards come to on their way from object storage, unless data.cache_dir says otherwise."""
     from ibq_scale.data.cache import default_folder
 
     return [_folder("cache folder", default_folder(), shared=False)]
 
 
-def _folder(what: str, wanted: Path, *, shared: bool) -> Line:
+def _folder(what: str, wanted: Path, *, shared: bool) -> Finding:
     other = "out=…" if shared else "data.cache_dir=…"
     try:
-        folder = existing(wanted)
-        where = f"{wanted}" if folder == wanted else f"{wanted} (to be made in {folder})"
+        folder = nearest(wanted)
+        where = f"{wanted}" if folder == wanted.absolute() else f"{wanted} (to be made in {folder})"
         if not folder.is_dir():
             return fail(what, f"{folder} is no folder", f"give another: {other}")
         usage, inodes = shutil.disk_usage(folder), os.statvfs(folder)
@@ -52,7 +54,7 @@ def _folder(what: str, wanted: Path, *, shared: bool) -> Line:
         return fail(what, f"{wanted} cannot be written: {e.strerror or e}", todo)
 
 
-def _tried(what: str, folder: Path, where: str, free: int, other: str, *, shared: bool) -> Line:
+def _tried(what: str, folder: Path, where: str, free: int, other: str, *, shared: bool) -> Finding:
     """Writes, locks, compares clocks. OSError where one cannot be done."""
     from ibq_scale.bench.disk import write_rate
 
@@ -90,17 +92,9 @@ def _skew_and_lock(folder: Path) -> float:
     return stamp - min(max(stamp, before), after)
 
 
-def existing(path: Path) -> Path:
-    """The path itself, or the nearest above it that is there."""
-    path = path.expanduser()
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    return path
-
-
 def file_system(path: Path) -> str:
     """The kind of file system of a path, as the kernel names it."""
-    here = existing(path).resolve()
+    here = nearest(path).resolve()
     best, kind = "", "unknown file system"
     for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines():
         _, mount, of, *_ = line.split(" ")

@@ -12,7 +12,8 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 from ibq_scale.console import several
-from ibq_scale.doctor.lines import Line, Subject, ask, fail, first, ok, warn
+from ibq_scale.doctor.tools import Subject, ask, first
+from ibq_scale.findings import Finding, fail, ok, warn
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,7 @@ SLOW_IMPORT_SECONDS = 20.0
 HEAD, CODE = 64, 256
 
 
-def topology(subject: Subject) -> list[Line]:
+def topology(subject: Subject) -> list[Finding]:
     """What nvidia-smi says; nothing where it is not."""
     try:
         code, said = ask("nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader,nounits", seconds=20)
@@ -40,7 +41,7 @@ def topology(subject: Subject) -> list[Line]:
     names = sorted({row[1] for row in rows})
     seen = f"{len(rows)} × {' and '.join(names)}, {float(rows[0][3]) / 1024:,.0f} GiB, driver {rows[0][2]}"
     lines = [*_faults(rows)]
-    if not any(line.what == "GPUs" for line in lines):
+    if not any(line.name == "GPUs" for line in lines):
         lines.insert(0, ok("GPUs", seen))
     return lines + ([_links(len(rows)), *_peers()] if len(rows) > 1 else [])
 
@@ -54,7 +55,7 @@ def listed() -> int:
     return 0 if code else len(re.findall(r"^GPU \d+", said, re.MULTILINE))
 
 
-def _faults(rows: list[list[str]]) -> list[Line]:
+def _faults(rows: list[list[str]]) -> list[Finding]:
     lines = []
     broken = [f"GPU {row[0]}" for row in rows if row[6].isdigit() and int(row[6])]
     if broken:
@@ -73,7 +74,7 @@ def _number(text: str) -> float:
     return float(text) if text.replace(".", "", 1).isdigit() else 0.0
 
 
-def _links(gpus: int) -> Line:
+def _links(gpus: int) -> Finding:
     what = "links"
     try:
         pairs = _matrix(ask("nvidia-smi", "topo", "-m")[1])
@@ -89,7 +90,7 @@ def _links(gpus: int) -> Line:
     return warn(what, f"no NVLink between {several(slow)}", todo)
 
 
-def _peers() -> list[Line]:
+def _peers() -> list[Finding]:
     """Only what hinders: copies between GPUs go through the host where peers are shut off."""
     try:
         pairs = _matrix(ask("nvidia-smi", "topo", "-p2p", "r")[1])
@@ -114,7 +115,7 @@ def _pairs(gpus: list[str]) -> list[tuple[str, tuple[int, str]]]:
     return [(a, (gpus.index(b), b)) for a, b in combinations(gpus, 2)]
 
 
-def device(subject: Subject) -> list[Line]:
+def device(subject: Subject) -> list[Finding]:
     """What torch computes on, and with which kernels."""
     begin = time.perf_counter()
     import torch
@@ -142,7 +143,7 @@ def device(subject: Subject) -> list[Line]:
     return lines + _kernels(torch.device("cuda", 0))
 
 
-def _no_cuda() -> Line:
+def _no_cuda() -> Finding:
     import torch
 
     what, cores = "device", len(os.sched_getaffinity(0))
@@ -165,7 +166,7 @@ def _no_cuda() -> Line:
     return fail(what, seen, todo)
 
 
-def _kernels(where: torch.device) -> list[Line]:
+def _kernels(where: torch.device) -> list[Finding]:
     import torch
 
     from ibq_scale.models.attention import attention, choose, describe
@@ -186,7 +187,7 @@ def _kernels(where: torch.device) -> list[Line]:
     return lines + (_broken_packages(where) if where.type == "cuda" else [])
 
 
-def _tried(what: str, seen: str, work: Callable[[], object], todo: str) -> Line:
+def _tried(what: str, seen: str, work: Callable[[], object], todo: str) -> Finding:
     why = _first_error(work)
     return fail(what, f"{seen} fails: {why}", todo) if why else ok(what, seen)
 
@@ -211,7 +212,7 @@ def _first_error(work: Callable[[], object]) -> str | None:
     return None
 
 
-def _broken_packages(where: torch.device) -> list[Line]:
+def _broken_packages(where: torch.device) -> list[Finding]:
     """flash-attn packages that are for this GPU and installed, and cannot be imported."""
     import torch
 

@@ -9,7 +9,8 @@ import shutil
 from pathlib import Path
 
 from ibq_scale.console import several
-from ibq_scale.doctor.lines import Line, Subject, ok, warn
+from ibq_scale.doctor.tools import Subject
+from ibq_scale.findings import Finding, ok, warn
 
 SHM = Path("/dev/shm")
 LEAST_SHM = 1 << 30
@@ -20,12 +21,12 @@ CGROUPS = Path("/sys/fs/cgroup")
 TIME_ERROR = 5
 
 
-def machine(subject: Subject) -> list[Line]:
+def machine(subject: Subject) -> list[Finding]:
     """All of them."""
     return [_cores(), _shared_memory(), _files(), *_infiniband(), _clock()]
 
 
-def _cores() -> Line:
+def _cores() -> Finding:
     here, all_of_them = len(os.sched_getaffinity(0)), os.cpu_count() or 1
     memory = min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_limits()])
     seen = f"{here} of {all_of_them} cores, {memory / 1e9:,.0f} GB of memory"
@@ -46,7 +47,7 @@ def _limits() -> list[int]:
     return [int(text) for text in texts if text.isdigit()]
 
 
-def _shared_memory() -> Line:
+def _shared_memory() -> Finding:
     what = "shared memory"
     if not SHM.is_dir():
         return warn(what, f"no {SHM}", "loader workers and NCCL need it: mount it (docker: --ipc=host)")
@@ -58,7 +59,7 @@ def _shared_memory() -> Line:
     return ok(what, seen)
 
 
-def _files() -> Line:
+def _files() -> Finding:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < LEAST_FILES:
         enough = hard == resource.RLIM_INFINITY or hard >= LEAST_FILES
@@ -71,7 +72,7 @@ def _number(limit: int) -> str:
     return "unlimited" if limit == resource.RLIM_INFINITY else f"{limit:,}"
 
 
-def _infiniband() -> list[Line]:
+def _infiniband() -> list[Finding]:
     """Nothing where there are no such adapters."""
     ports = sorted(INFINIBAND.glob("*/ports/*/state")) if INFINIBAND.is_dir() else []
     if not ports:
@@ -93,7 +94,7 @@ def _infiniband() -> list[Line]:
     return [ok("InfiniBand", f"{len(states)} ports active: {several(sorted(states))}")]
 
 
-def _clock() -> Line:
+def _clock() -> Finding:
     """By the kernel's own word, which needs no server's."""
     # struct timex is smaller; modes = 0 only reads.
     state = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(512))

@@ -7,7 +7,8 @@ import sys
 
 from ibq_scale.distributed.launch import default_ranks
 from ibq_scale.doctor.gpus import listed
-from ibq_scale.doctor.lines import Line, Subject, ask, fail, ok, warn
+from ibq_scale.doctor.tools import Subject, ask
+from ibq_scale.findings import Finding, fail, ok, warn
 
 # Starting a rank takes seconds, minutes where the environment is on a cold shared disk.
 SECONDS = 60.0
@@ -16,7 +17,7 @@ MEGABYTES = 64
 SLOW = 5e9
 
 
-def all_reduce(subject: Subject) -> list[Line]:
+def all_reduce(subject: Subject) -> list[Finding]:
     """One rank a GPU, or two on CPUs, unless the subject says how many."""
     ranks = subject.ranks or (default_ranks() if listed() else 2)
     again = f"bench collectives --ranks {ranks} --megabytes {MEGABYTES}"

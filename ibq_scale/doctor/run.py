@@ -14,7 +14,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ibq_scale.doctor.lines import Line, Subject, fail
+from ibq_scale.doctor.tools import Subject
+from ibq_scale.findings import Finding, fail
 
 POLL_SECONDS = 0.02
 # Set by launchers: a check is no rank of the job that this may run in.
@@ -53,7 +54,7 @@ CHECKS = (
 )
 
 
-def examine(subject: Subject, checks: Sequence[Check] = CHECKS) -> Iterator[Line]:
+def examine(subject: Subject, checks: Sequence[Check] = CHECKS) -> Iterator[Finding]:
     """The lines of all checks in their order, as they come. A check that crashes or hangs is a FAIL line.
 
     Takes at most the sum of the limits of the checks that measure, and the longest one of the others.
@@ -101,7 +102,7 @@ class _Child:
         while self._process.poll() is None and time.monotonic() < self._deadline:
             time.sleep(POLL_SECONDS)
 
-    def lines(self) -> list[Line]:
+    def lines(self) -> list[Finding]:
         """What it found."""
         self.wait()
         code = self._process.poll()
@@ -111,13 +112,13 @@ class _Child:
             todo = "something there hangs: a network file system, a driver, a server that does not answer"
             return [fail(what, f"no answer within {self.check.seconds:.0f} s", todo)]
         try:
-            found = [Line(**line) for line in json.loads(self._answer.read_text(encoding="utf-8"))]
+            found = [Finding(**line) for line in json.loads(self._answer.read_text(encoding="utf-8"))]
         except (OSError, ValueError):
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             return [
                 fail(what, f"the check itself died ({how}){self._last_words()}", "report it; the other lines stand")
             ]
-        return [line if line.what else Line(line.state, what, line.seen, line.todo) for line in found]
+        return [line if line.name else Finding(line.level, what, line.text, line.todo) for line in found]
 
     def _last_words(self) -> str:
         said = (

@@ -6,13 +6,14 @@ import os
 
 from ibq_scale.cluster import slurm as commands
 from ibq_scale.console import several
-from ibq_scale.doctor.lines import Line, Subject, fail, ok, warn
+from ibq_scale.doctor.tools import Subject
 from ibq_scale.errors import UserError
+from ibq_scale.findings import Finding, fail, ok, warn
 
 UNSET = ("NONE", "UNLIMITED", "INFINITE")
 
 
-def slurm(subject: Subject) -> list[Line]:
+def slurm(subject: Subject) -> list[Finding]:
     """All of it."""
     what = "Slurm"
     try:
@@ -27,7 +28,7 @@ def slurm(subject: Subject) -> list[Line]:
     return [ok(what, f"{version}, controller {', '.join(up)}{inside}"), *partitions(), *_requeue()]
 
 
-def partitions() -> list[Line]:
+def partitions() -> list[Finding]:
     """Each with its limits; those where a job without --time gets less than the partition allows."""
     what = "partitions"
     found = commands.partitions()
@@ -52,7 +53,7 @@ def _describe(p: dict[str, str]) -> str:
     return f"{p['PartitionName']}{star} ({p.get('TotalNodes', '?')} nodes, {longest}{by_default})"
 
 
-def _requeue() -> list[Line]:
+def _requeue() -> list[Finding]:
     """Only what stands in the way of a run's coming back."""
     found = commands.settings()
     if found.get("JobRequeue") != "0":

@@ -13,7 +13,8 @@ from pathlib import Path
 from ibq_scale.config.secrets import has_wandb_login, wandb_host
 from ibq_scale.console import several
 from ibq_scale.doctor.disks import file_system, is_shared
-from ibq_scale.doctor.lines import Line, Subject, ask, fail, ok, warn
+from ibq_scale.doctor.tools import Subject, ask
+from ibq_scale.findings import Finding, fail, ok, warn
 
 # Named in the line of packages; the others only where they are wrong.
 NAMED = ("torch", "deepspeed", "torchvision", "s3fs", "webdataset", "numpy")
@@ -23,7 +24,7 @@ TRAINING = "train"
 OPTIONAL = ("flash-attn", "flash-attn-4", "torchao", "pyarrow")
 
 
-def packages(subject: Subject) -> list[Line]:
+def packages(subject: Subject) -> list[Finding]:
     """What is installed, against the bounds of pyproject.toml."""
     from packaging.requirements import Requirement
 
@@ -76,7 +77,7 @@ def _bounds() -> tuple[str, list[str]]:
     return str(own.metadata["Requires-Python"] or ""), list(own.requires or [])
 
 
-def deepspeed(subject: Subject) -> list[Line]:
+def deepspeed(subject: Subject) -> list[Finding]:
     """Its accelerator, and whether the operators that it compiles at run time could be."""
     import torch
 
@@ -95,7 +96,7 @@ def deepspeed(subject: Subject) -> list[Line]:
     return [*lines, _compiler(torch.version.cuda if cuda else None), *extensions()]
 
 
-def _compiler(cuda: str | None) -> Line:
+def _compiler(cuda: str | None) -> Finding:
     what = "compiler"
     use = "an offloaded optimizer's operator (zero2_offload, zero3_offload) is compiled at the first start"
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
@@ -116,7 +117,7 @@ def _compiler(cuda: str | None) -> Line:
     return ok(what, f"{compiler}, ninja, {nvcc}")
 
 
-def extensions() -> list[Line]:
+def extensions() -> list[Finding]:
     """The folder of compiled operators: local, and without the lock of a build that was killed."""
     what = "TORCH_EXTENSIONS_DIR"
     named = os.environ.get(what)
@@ -131,7 +132,7 @@ def extensions() -> list[Line]:
     return [ok(what, f"{folder} ({file_system(folder)})")]
 
 
-def weights(subject: Subject) -> list[Line]:
+def weights(subject: Subject) -> list[Finding]:
     """The pretrained weights of losses and metrics."""
     from ibq_scale.losses.weights import SOURCES, status, weights_folder
 
@@ -151,7 +152,7 @@ def weights(subject: Subject) -> list[Line]:
     return lines
 
 
-def wandb(subject: Subject) -> list[Line]:
+def wandb(subject: Subject) -> list[Finding]:
     """Whether metrics could go to W&B."""
     what = "W&B"
     version = installed("wandb")

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ibq_scale.cluster.checks import Check, Submission, run_checks
+from ibq_scale.cluster.checks import CHECKS, Submission, run_checks
 from ibq_scale.cluster.profile import Profile
 from ibq_scale.cluster.submit import make_request, next_snapshot, render, submit, training
 from ibq_scale.config.layers import require_complete
+from ibq_scale.findings import Finding
 from ibq_scale.ladder.run import is_finished
 from ibq_scale.ladder.rungs import Rung
 
@@ -21,11 +22,11 @@ class Submitted:
     rung: Rung
     finished: bool = False
     jobs: tuple[str, ...] = ()
-    checks: tuple[Check, ...] = ()
+    checks: tuple[Finding, ...] = ()
     script: str = ""
 
     @property
-    def failed(self) -> list[Check]:
+    def failed(self) -> list[Finding]:
         return [check for check in self.checks if check.level == "FAIL"]
 
 
@@ -55,8 +56,8 @@ def submit_rungs(rungs: Sequence[Rung], order: Order) -> Iterator[Submitted]:
         request = make_request(training(rung.run), order.nodes, order.profile, order.flags, list(order.sbatch))
         script = render(request, next_snapshot(request))
         assert request.work.config is not None, "it trains"
-        job = Submission(request.work.config, script, request.profile.gpu, queue=not order.dry_run)
-        held = Submitted(rung, checks=tuple(run_checks(job)), script=script.text)
+        job = Submission(script, request.work.config, request.profile.gpu, queue=not order.dry_run)
+        held = Submitted(rung, checks=tuple(run_checks(job, CHECKS)), script=script.text)
         if order.dry_run or held.failed:
             yield held
             continue

@@ -1,24 +1,12 @@
-"""What a check returns, and what all of them are told."""
+"""What all checks are told, and how they ask a tool."""
 
 from __future__ import annotations
 
 import subprocess
 from dataclasses import dataclass
-from typing import Literal
 
-State = Literal["ok", "warn", "FAIL"]
 # Of a tool that answers from its own tables: nvidia-smi of a node that just woke is the slowest.
 TOOL_SECONDS = 10.0
-
-
-@dataclass(frozen=True)
-class Line:
-    """One finding. `todo`: what to do about it, empty where all is well."""
-
-    state: State
-    what: str
-    seen: str
-    todo: str = ""
 
 
 @dataclass(frozen=True)
@@ -28,18 +16,6 @@ class Subject:
     data: str | None = None
     run_dir: str | None = None
     ranks: int | None = None
-
-
-def ok(what: str, seen: str) -> Line:
-    return Line("ok", what, seen)
-
-
-def warn(what: str, seen: str, todo: str) -> Line:
-    return Line("warn", what, seen, todo)
-
-
-def fail(what: str, seen: str, todo: str) -> Line:
-    return Line("FAIL", what, seen, todo)
 
 
 def ask(*words: str, seconds: float = TOOL_SECONDS) -> tuple[int, str]:
