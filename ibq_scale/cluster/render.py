@@ -12,6 +12,8 @@ from ibq_scale.errors import UserError
 
 # An option in the file: set, or offered by a second '#'. What follows the value is a comment.
 OPTION = re.compile(r"^(#{1,2})SBATCH --(?P<key>[a-z-]+)(?:=(?P<value>\"[^\"]*\"|\S+))?(?P<rest>.*)$")
+# Where a file sources what all of them share.
+SHARED = re.compile(r"^# Slurm runs a copy.*?^source [^\n]*\n", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"^IBQ_SCALE=.*$", re.MULTILINE)
 
 
@@ -23,11 +25,12 @@ class Script:
 
     @staticmethod
     def of(name: str) -> Script:
-        """slurm/NAME.sbatch, beside the package in a checkout, inside it when installed."""
+        """slurm/NAME.sbatch with the text of common.sh, beside the package in a checkout, inside it when installed."""
         package = Path(__file__).resolve().parents[1]
         for folder in (package.parent / "slurm", package / "slurm"):
             if (folder / f"{name}.sbatch").is_file():
-                return Script((folder / f"{name}.sbatch").read_text(encoding="utf-8"))
+                own, shared = ((folder / file).read_text(encoding="utf-8") for file in (f"{name}.sbatch", "common.sh"))
+                return Script(shared.join(SHARED.split(own)))
         raise UserError(f"slurm/{name}.sbatch is not beside the package: this installation is not whole")
 
     def option(self, key: str) -> str | None:
