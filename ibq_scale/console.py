@@ -46,12 +46,12 @@ def gigabytes(size: float) -> str:
     return f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size / 1e6:,.2f} MB"
 
 
-def short(number: float) -> str:
-    """Four digits and a prefix: ``16.38 k``, ``128.3 M``."""
+def short(number: float, digits: int = 4) -> str:
+    """So many digits and a prefix: ``16.38 k``, ``128.3 M``."""
     for unit, name in ((1e18, " E"), (1e15, " P"), (1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
         if number >= unit:
-            return f"{number / unit:.4g}{name}"
-    return f"{number:.4g}"
+            return f"{number / unit:.{digits}g}{name}"
+    return f"{number:.{digits}g}"
 
 
 def several(items: Sequence[str], most: int = 6) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 from ibq_scale.cli.numbers import finite
 from ibq_scale.cli.ranks import add_ranks, at_least_one
+from ibq_scale.console import gigabytes
 from ibq_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -309,8 +310,8 @@ def _collectives(args: argparse.Namespace) -> int:
             where = f"{report.ranks} × {report.device} on {report.nodes} node{'s' * (report.nodes > 1)}"
             print(f"{where}, {report.backend}: {'sums are right' if report.right else 'SUMS ARE WRONG'}")
             print(
-                f"  {report.bytes / 1e6:,.0f} MB in {1e3 * report.seconds:.2f} ms (median of {report.repeats}): "
-                f"{report.bus_bytes_per_s / 1e9:.2f} GB/s a rank's link; 8 KiB in {1e6 * report.latency_s:,.0f} µs"
+                f"  {gigabytes(report.bytes)} in {1e3 * report.seconds:.2f} ms (median of {report.repeats}): "
+                f"{gigabytes(report.bus_bytes_per_s)}/s a rank's link; 8 KiB in {1e6 * report.latency_s:,.0f} µs"
             )
     return 0 if report.right else 1
 
@@ -350,7 +351,7 @@ def _print_sampling(report: SamplingReport) -> None:
             f"  {way.name:<22}{way.seconds:>9.3f} s{way.images_per_s:>10.3f} images/s"
             f"{way.tokens_per_s:>11,.0f} tokens/s{way.times_naive:>9.2f} × naive"
         )
-    print(f"  {report.weight_bytes / 1e9:.3g} GB of weights a step, a cache of {report.cache_bytes / 1e9:.3g} GB")
+    print(f"  {gigabytes(report.weight_bytes)} of weights a step, a cache of {gigabytes(report.cache_bytes)}")
     if report.bound_share is not None and report.bandwidth is not None:
         rate = report.bandwidth / 1e12
         print(f"  {100 * report.bound_share:.0f} % of what reading the weights at {rate:.4g} TB/s (data sheet) allows")
@@ -407,7 +408,7 @@ def _print_steps(report: TokenizerReport | ARReport, task: str) -> None:
     )
     print(
         f"  {rate}, {report.step_s:.4g} s a step (median of {report.steps}); peak memory "
-        f"{report.peak_bytes / 1e9:.2f} GB, {report.base_bytes / 1e9:.2f} GB of it before the first step"
+        f"{gigabytes(report.peak_bytes)}, {gigabytes(report.base_bytes)} of it before the first step"
     )
     _print_utilisation(report)
     print(f"  {'':<32}{'seconds':>10}{'share':>8}{'GFLOP':>12}{'GFLOP/s':>12}")

@@ -7,6 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+from ibq_scale.console import gigabytes
+
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the family to the command line."""
@@ -90,7 +92,7 @@ def _ls(args: argparse.Namespace) -> int:
     if not rows:
         print(f"{args.run_dir}: no whole checkpoint")
     for row in rows:
-        size, ranks = f"{row['bytes'] / 2**20:.1f} MiB", f"{row['world_size']} ranks"
+        size, ranks = gigabytes(row["bytes"]), f"{row['world_size']} ranks"
         print(f"step {row['step']:>8}  {row['samples']:>12} samples  {ranks:>10}  {size:>12}  {row['path']}")
     return 0
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ibq_scale.cli import trace
 from ibq_scale.cli.numbers import finite
+from ibq_scale.console import gigabytes
 
 if TYPE_CHECKING:
     from ibq_scale.data.prepare import PrepareReport
@@ -153,7 +154,7 @@ def _print_report(report: PrepareReport, as_json: bool) -> int:
     reused = f" ({report.reused_shards} from an earlier run)" if report.reused_shards else ""
     print(
         f"{report.url}: {report.samples:,} images of {report.classes:,} classes in {report.shards:,} shards{reused}, "
-        f"{report.bytes / 2**20:,.1f} MiB"
+        f"{gigabytes(report.bytes)}"
     )
     print("\n".join(report.seen.lines()))
     if report.rejected:
@@ -169,7 +170,7 @@ def _verify(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(asdict(verified)))
     else:
-        read = f"{verified.shards:,} shards, {verified.samples:,} samples, {verified.bytes / 2**20:,.1f} MiB"
+        read = f"{verified.shards:,} shards, {verified.samples:,} samples, {gigabytes(verified.bytes)}"
         end = f"{len(verified.faults)} faults" if verified.faults else "every byte is what was prepared"
         print("\n".join([*verified.faults, f"{verified.url}: {read}: {end}"]))
     return 1 if verified.faults else 0

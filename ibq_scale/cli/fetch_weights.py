@@ -8,6 +8,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from ibq_scale.console import gigabytes
+
 NAMES = ("vgg", "alex", "inception")
 
 
@@ -42,7 +44,7 @@ def _fetch(args: argparse.Namespace) -> int:
         print(json.dumps([asdict(f) for f in found]))
         return 0
     for f in found:
-        size = f"{f.bytes / 1e6:,.0f} MB" if f.bytes else ""
+        size = gigabytes(f.bytes) if f.bytes else ""
         print(f"{f.name:<10} {f.state:<8} {size:>7}  {f.path}  ({f.needed_for})")
     return 0
 

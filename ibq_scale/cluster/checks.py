@@ -20,6 +20,7 @@ from ibq_scale.config.batch import accumulation_steps, codebook_group_size
 from ibq_scale.config.deepspeed import deepspeed_config, zero_words
 from ibq_scale.config.run import AnyRun, TokenizerRun
 from ibq_scale.config.secrets import has_wandb_login, wandb_host
+from ibq_scale.console import gigabytes
 from ibq_scale.errors import UserError
 from ibq_scale.findings import Finding, Level
 from ibq_scale.train.run_lock import look
@@ -138,18 +139,18 @@ def _memory(job: Submission) -> Outcome:
     if (wrong := ranks_without_gpu(job.script)) is not None:
         return wrong
     plan = job.plan
-    needs = f"{_gb(plan.memory.peak)} a GPU"
+    needs = f"{gigabytes(plan.memory.peak)} a GPU"
     if not job.gpus:
-        return "ok", f"{_gb(plan.memory.peak)} a rank, counted as for a GPU: this job asks for none"
+        return "ok", f"{gigabytes(plan.memory.peak)} a rank, counted as for a GPU: this job asks for none"
     if plan.fits is None and job.gpu is not None:
         return "warn", f"needs {needs}; how much a {job.gpu} has is not known (ibq-scale plan --memory GB)"
     if plan.fits is None:
         return "warn", f"needs {needs}; whether that fits is told with --gpu (h100, a100-40gb …)"
     memory = plan.machine.gpu_memory or 0.0
     if plan.fits:
-        return "ok", f"{needs} of {_gb(memory)}"
+        return "ok", f"{needs} of {gigabytes(memory)}"
     return "FAIL", (
-        f"needs {needs}, a {job.gpu} has {_gb(memory)}: a smaller train.micro_batch, another deepspeed.config or "
+        f"needs {needs}, a {job.gpu} has {gigabytes(memory)}: a smaller train.micro_batch, another deepspeed.config or "
         f"model.activation_checkpointing (ibq-scale plan shows each line)"
     )
 
@@ -220,12 +221,13 @@ def _disk(job: Submission) -> Outcome:
     free = free_bytes(folder)
     if free < soon or can_hold(folder, max(soon, 1)) is False:
         return "FAIL", (
-            f"checkpoints of {_gb(each)} need {_gb(soon)} more in {folder}, of {_gb(free)} that are free (or of your "
-            f"quota): make room, give another out=…, or a smaller train.keep_checkpoints"
+            f"checkpoints of {gigabytes(each)} need {gigabytes(soon)} more in {folder}, of {gigabytes(free)} that are "
+            f"free (or of your quota): make room, give another out=…, or a smaller train.keep_checkpoints"
         )
     if free < in_the_end:
-        return "warn", f"train.keep_every={train.keep_every} will take {_gb(in_the_end)}, of {_gb(free)} that are free"
-    return "ok", f"{_gb(in_the_end)} for checkpoints of {_gb(each)}, of {_gb(free)} that are free"
+        needs = f"train.keep_every={train.keep_every} will take {gigabytes(in_the_end)}"
+        return "warn", f"{needs}, of {gigabytes(free)} that are free"
+    return "ok", f"{gigabytes(in_the_end)} for checkpoints of {gigabytes(each)}, of {gigabytes(free)} that are free"
 
 
 def _cancel(job: Submission) -> str:
@@ -329,7 +331,3 @@ def number(script: Script, key: str) -> int:
     if not last.isdigit() or int(last) < 1:
         raise UserError(f"--{key}={text} is no number that can be counted with: give it plainly")
     return int(last)
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:,.2f} GB" if size >= 1e7 else f"{size / 1e6:,.2f} MB"

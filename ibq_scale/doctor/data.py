@@ -6,6 +6,7 @@ import os
 import time
 
 from ibq_scale.config.secrets import without_credentials
+from ibq_scale.console import gigabytes
 from ibq_scale.data.folder import DOWNLOAD_CHUNK, Store
 from ibq_scale.data.manifest import ShardInfo
 from ibq_scale.data.multipart import parallel
@@ -29,7 +30,7 @@ def store(subject: Subject) -> list[Finding]:
     manifest = load_any_manifest(source)
     shard = max(manifest.shards, key=lambda shard: shard.bytes)
     size = sum(s.bytes for s in manifest.shards)
-    whole = f"{manifest.samples:,} {manifest.kind} in {len(manifest.shards):,} shards ({size / 1e9:,.3g} GB)"
+    whole = f"{manifest.samples:,} {manifest.kind} in {len(manifest.shards):,} shards ({gigabytes(size)})"
     try:
         read, seconds = _read(source, shard)
     except FileNotFoundError:
@@ -39,9 +40,9 @@ def store(subject: Subject) -> list[Finding]:
     samples = rate / (shard.bytes / shard.samples)
     endpoint = without_credentials(os.environ.get("AWS_ENDPOINT_URL", "")) if not source.local else "a folder here"
     at = f" at {endpoint}" if endpoint and not source.local else ""
-    seen = f"{source.url}{at}: {whole}; one shard at {rate / 1e6:,.0f} MB/s = {samples:,.0f} samples/s"
+    seen = f"{source.url}{at}: {whole}; one shard at {gigabytes(rate)}/s = {samples:,.0f} samples/s"
     if read < TELLING:
-        return [ok("data", f"{seen} (only {read / 1e6:,.2f} MB: tells little)")]
+        return [ok("data", f"{seen} (only {gigabytes(read)}: tells little)")]
     if rate < SLOW:
         todo = (
             f"enough for training? 'ibq-scale bench data {source.url}' looks closer, 'bench tokenizer' tells the need"

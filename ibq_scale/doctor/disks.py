@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from ibq_scale.cluster.room import nearest
+from ibq_scale.console import gigabytes
 from ibq_scale.doctor.tools import Subject
 from ibq_scale.findings import Finding, fail, ok, warn
 
@@ -45,7 +46,7 @@ def _folder(what: str, wanted: Path, *, shared: bool) -> Finding:
             return fail(what, f"{folder} is no folder", f"give another: {other}")
         usage, inodes = shutil.disk_usage(folder), os.statvfs(folder)
         if usage.free < LEAST_FREE or (inodes.f_files and not inodes.f_favail):
-            lacking = f"{usage.free / 2**20:,.0f} MiB" if usage.free < LEAST_FREE else "room for no file (inodes)"
+            lacking = gigabytes(usage.free) if usage.free < LEAST_FREE else "room for no file (inodes)"
             return fail(what, f"{where}: {lacking} free", f"make room, or give another: {other}")
         return _tried(what, folder, where, usage.free, other, shared=shared)
     except OSError as e:
@@ -61,7 +62,7 @@ def _tried(what: str, folder: Path, where: str, free: int, other: str, *, shared
     skew = _skew_and_lock(folder)
     rate = write_rate(folder, SIZE)
     kind = file_system(folder)
-    seen = f"{where}: {rate / 1e6:,.0f} MB/s, {free / 1e9:,.0f} GB free, {kind}"
+    seen = f"{where}: {gigabytes(rate)}/s, {gigabytes(free)} free, {kind}"
     if abs(skew) > SKEW_SECONDS:
         todo = "this node or the file server has the wrong time: jobs on other nodes will misjudge who is alive"
         return warn(what, f"{seen}; its clock is {skew:+.0f} s off this node's", todo)

@@ -8,7 +8,7 @@ import resource
 import shutil
 from pathlib import Path
 
-from ibq_scale.console import several
+from ibq_scale.console import gigabytes, several
 from ibq_scale.doctor.tools import Subject
 from ibq_scale.findings import Finding, ok, warn
 
@@ -29,7 +29,7 @@ def machine(subject: Subject) -> list[Finding]:
 def _cores() -> Finding:
     here, all_of_them = len(os.sched_getaffinity(0)), os.cpu_count() or 1
     memory = min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_limits()])
-    seen = f"{here} of {all_of_them} cores, {memory / 1e9:,.0f} GB of memory"
+    seen = f"{here} of {all_of_them} cores, {gigabytes(memory)} of memory"
     if here < all_of_them and here == 1:
         return warn("CPU", seen, "one core decodes few pictures: ask for more (--cpus-per-task)")
     return ok("CPU", seen)
@@ -52,7 +52,7 @@ def _shared_memory() -> Finding:
     if not SHM.is_dir():
         return warn(what, f"no {SHM}", "loader workers and NCCL need it: mount it (docker: --ipc=host)")
     usage = shutil.disk_usage(SHM)
-    seen = f"{usage.free / 1e9:,.1f} of {usage.total / 1e9:,.1f} GB free in {SHM}"
+    seen = f"{gigabytes(usage.free)} of {gigabytes(usage.total)} free in {SHM}"
     if usage.free < LEAST_SHM:
         todo = "loader workers and NCCL die without it: remove what others left, or --shm-size=16g (docker)"
         return warn(what, seen, todo)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
+from ibq_scale.console import gigabytes
 from ibq_scale.distributed.launch import default_ranks
 from ibq_scale.doctor.gpus import listed
 from ibq_scale.doctor.tools import Subject, ask
@@ -31,7 +32,7 @@ def all_reduce(subject: Subject) -> list[Finding]:
     if report is None or (code and report["right"]):
         return [fail(what, f"{ranks} ranks: {_last(said)}", f"see all of it: {see}")]
     rate = report["bus_bytes_per_s"]
-    seen = f"{report['ranks']} ranks, {report['backend']}: {rate / 1e9:,.2f} GB/s, {1e3 * report['latency_s']:.2f} ms"
+    seen = f"{report['ranks']} ranks, {report['backend']}: {gigabytes(rate)}/s, {1e3 * report['latency_s']:.2f} ms"
     if not report["right"]:
         todo = "no loss of this node can be believed: leave it out (sbatch --exclude) and tell the administrators"
         return [fail(what, f"{seen}; the sums are WRONG", todo)]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from ibq_scale.console import short
 from ibq_scale.experiments.svg import Axis, Panel, Series, figure
 from ibq_scale.ladder.fit import Fit
 from ibq_scale.ladder.results import Result
@@ -19,7 +20,6 @@ LAW, BEYOND_SLOT = 0, 1
 SAME_BUDGET = 1.1
 # Room at both ends of an axis, a factor.
 ROOM = 1.3
-SUFFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def draw_fit(fit: Fit) -> str:
@@ -38,16 +38,8 @@ def budgets(results: Sequence[Result]) -> list[tuple[str, list[Result]]]:
     """Rungs that share a budget: tokens where several sizes saw the same, else FLOPs."""
     by_tokens = _grouped(results, lambda r: float(r.tokens))
     if any(len({r.parameters for r in group}) > 1 for group in by_tokens):
-        return [(f"{short(group[0].tokens)} tokens", group) for group in by_tokens]
+        return [(f"{short(group[0].tokens, 3)} tokens", group) for group in by_tokens]
     return [(f"{group[0].flops:.2g} FLOPs", group) for group in _grouped(results, lambda r: r.flops)]
-
-
-def short(value: float) -> str:
-    """``1.2M``."""
-    for unit, suffix in SUFFIXES:
-        if value >= unit:
-            return f"{value / unit:.3g}{suffix}" if value < 1e15 else f"{value:.2g}"
-    return f"{value:.3g}"
 
 
 def _grouped(results: Sequence[Result], key: Callable[[Result], float]) -> list[list[Result]]:
@@ -114,7 +106,8 @@ def _axis(label: str, values: Sequence[float]) -> Axis:
     steps = (1, 2, 5) if math.log10(high / low) < 2 else (1,)
     every = max(1, len(decades) // 6)
     places = [s * 10.0**d for d in decades if d % every == 0 for s in steps]
-    return Axis(label, low, high, [(p, short(p)) for p in places if low <= p <= high], log=True)
+    ticks = [(p, f"{p:.2g}" if p >= 1e15 else short(p, 3)) for p in places if low <= p <= high]
+    return Axis(label, low, high, ticks, log=True)
 
 
 def _plain_axis(label: str, values: Sequence[float], digits: int) -> Axis:

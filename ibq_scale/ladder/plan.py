@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ibq_scale.ladder.figures import short
+from ibq_scale.console import gigabytes, short
 from ibq_scale.ladder.rungs import Rung
 from ibq_scale.scaling.plan import Plan
 
@@ -42,7 +42,7 @@ def table(planned: Planned) -> list[str]:
     kept = sum(plan.checkpoint_bytes * rung.run.train.keep_checkpoints for rung, plan in planned)
     cost = f"{sum(hours):,.1f} GPU hours" if len(hours) == len(plans) else "hours unknown"
     flops = sum(rung.flops for rung, _ in planned)
-    lines.append(f"together: {len(plans)} rungs, {flops:.3g} FLOPs, {cost}, {kept / 1e9:,.2f} GB of checkpoints")
+    lines.append(f"together: {len(plans)} rungs, {flops:.3g} FLOPs, {cost}, {gigabytes(kept)} of checkpoints")
     bases = dict.fromkeys(plan.time.basis for plan in plans)
     notes = dict.fromkeys(note for plan in plans for note in plan.notes)
     return [*lines, *bases, *(f"note: {note}" for note in notes)]
@@ -59,12 +59,12 @@ def _row(rung: Rung, plan: Plan) -> tuple[str, ...]:
     hours = plan.time.gpu_hours
     return (
         rung.name,
-        short(sum(plan.parameters.values())),
-        short(rung.tokens),
+        short(sum(plan.parameters.values()), 3),
+        short(rung.tokens, 3),
         f"{plan.steps:,}",
         f"{rung.run.optimizer.lr:.3g}",
         f"{rung.flops:.3g}",
-        f"{plan.memory.peak / 1e9:,.1f} GB{fits}",
-        f"{plan.checkpoint_bytes / 1e9:,.2f} GB",
+        f"{gigabytes(plan.memory.peak)}{fits}",
+        gigabytes(plan.checkpoint_bytes),
         "–" if hours is None else f"{hours:,.1f}",
     )

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ibq_scale.ladder.figures import draw_fit, short
+from ibq_scale.console import short
+from ibq_scale.ladder.figures import draw_fit
 from ibq_scale.ladder.fit import Fit
 from ibq_scale.ladder.plan import aligned
 from ibq_scale.report.page import Section, Table, write
@@ -98,7 +99,7 @@ def _rung_rows(fit: Fit) -> list[list[str]]:
         fitted = ["–", "–"] if residual is None else [f"{r.loss / (1 + residual):.4f}", f"{100 * residual:+.2f} %"]
         passes = "–" if r.epochs is None else f"{r.epochs:.2f}"
         mark = "" if r.held_out else " (training)"
-        row = [r.name, short(r.parameters), short(r.tokens), passes, f"{r.flops:.3g}", f"{r.lr:.3g}"]
+        row = [r.name, short(r.parameters, 3), short(r.tokens, 3), passes, f"{r.flops:.3g}", f"{r.lr:.3g}"]
         rows.append([*row, f"{r.loss:.4f}{mark}", *fitted])
     return rows
 

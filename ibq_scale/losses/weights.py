@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from ibq_scale.config.run import AnyRun, TokenizerRun
+from ibq_scale.console import gigabytes
 from ibq_scale.download import NoNetworkError, Watch, download, sha256_of
 from ibq_scale.errors import UserError
 
@@ -209,8 +210,8 @@ def _watch() -> Watch:
         nonlocal shown
         if have == whole or time.monotonic() - shown > 0.2:
             shown = time.monotonic()
-            of = f" of {whole / 1e6:,.0f}" if whole else ""
+            of = f" of {gigabytes(whole)}" if whole else ""
             end = "\n" if have == whole else ""
-            print(f"\r{have / 1e6:,.0f}{of} MB\x1b[K", end=end, file=sys.stderr, flush=True)
+            print(f"\r{gigabytes(have)}{of}\x1b[K", end=end, file=sys.stderr, flush=True)
 
     return show

@@ -50,7 +50,7 @@ def test_a_disk_without_room(tmp_path: Path, roomy: None, monkeypatch: pytest.Mo
     assert line.text == f"{tmp_path} cannot be written: Disk quota exceeded"
     assert line.todo.startswith("make room or raise the quota")
     monkeypatch.setattr(disks.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
-    assert _run_dir(tmp_path).text == f"{tmp_path}: 1 MiB free"
+    assert _run_dir(tmp_path).text == f"{tmp_path}: 1.00 MB free"
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ def test_this_machine() -> None:
 
 def test_limits_that_are_too_low(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(64 << 20, 0, 64 << 20))
-    assert machine._shared_memory().text == "0.1 of 0.1 GB free in /dev/shm"
+    assert machine._shared_memory().text == "67.11 MB of 67.11 MB free in /dev/shm"
     assert machine._shared_memory().level == "warn"
     monkeypatch.setattr(machine.resource, "getrlimit", lambda which: (1024, 524288))
     assert machine._files().todo == "ulimit -n 65536 before the start"
@@ -47,4 +47,4 @@ def test_memory_that_a_control_group_allows(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(machine, "CGROUPS", tmp_path)
     (tmp_path / "memory.max").write_text("8000000000\n")
     assert machine._limits() == [8_000_000_000]
-    assert machine._cores().text.endswith(" 8 GB of memory")
+    assert machine._cores().text.endswith("8.00 GB of memory")
