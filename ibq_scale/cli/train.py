@@ -7,8 +7,8 @@ import argparse
 from ibq_scale.cli.ranks import add_ranks
 
 EXAMPLES = {
-    "tokenizer": "ibq-scale train tokenizer ibq-16384 data.train=s3://bucket/imagenet out=runs/tok",
-    "ar": "ibq-scale train ar xl data.train=s3://bucket/imagenet-codes out=runs/xl",
+    "tokenizer": "ibq-scale train tokenizer tokenizer/ibq-16384 data.train=s3://bucket/imagenet out=runs/tok",
+    "ar": "ibq-scale train ar ar/xl data.train=s3://bucket/imagenet-codes out=runs/xl",
 }
 
 
@@ -27,7 +27,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
             description=f"Train {about}. Run the same command again to resume from the newest whole checkpoint.",
             epilog=f"example: {EXAMPLES[task]}",
         )
-        parser.add_argument("source", metavar="PRESET_OR_YAML")
+        parser.add_argument("source", metavar="PRESET_OR_YAML", help=f"{task}/NAME, or NAME alone")
         parser.add_argument("overrides", nargs="*", metavar="key=value")
         add_ranks(parser)
         parser.set_defaults(run=_train, check=_check, task=task)
