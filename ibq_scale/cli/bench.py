@@ -11,8 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
-from ibq_scale.cli.numbers import finite
-from ibq_scale.cli.ranks import add_ranks, at_least_one
+from ibq_scale.cli.options import add_ranks, at_least_one, finite
 from ibq_scale.console import gigabytes
 from ibq_scale.errors import UserError
 

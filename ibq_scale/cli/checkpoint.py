@@ -139,7 +139,7 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _import(args: argparse.Namespace) -> int:
-    from ibq_scale.cli.ranks import at_least_one
+    from ibq_scale.cli.options import at_least_one
     from ibq_scale.pretrained.exporting import save_model
     from ibq_scale.pretrained.loading import refuse_overwrite
     from ibq_scale.pretrained.published import import_published

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ibq_scale.cli import trace
-from ibq_scale.cli.numbers import finite
+from ibq_scale.cli.options import finite
 from ibq_scale.console import gigabytes
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from ibq_scale.cli.ranks import at_least_one
+from ibq_scale.cli.options import at_least_one
 
 WIDTH = 20
 

@@ -8,8 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ibq_scale.cli.numbers import finite
-from ibq_scale.cli.ranks import at_least_one
+from ibq_scale.cli.options import at_least_one, finite
 from ibq_scale.console import gigabytes, short
 from ibq_scale.errors import UserError
 

@@ -8,8 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ibq_scale.cli.numbers import finite
-from ibq_scale.cli.ranks import add_ranks, at_least_one
+from ibq_scale.cli.options import add_ranks, at_least_one, finite
 from ibq_scale.cli.tokenize import parse_part
 from ibq_scale.errors import UserError
 

@@ -8,8 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from ibq_scale.cli import simulate
-from ibq_scale.cli.numbers import finite
-from ibq_scale.cli.ranks import at_least_one
+from ibq_scale.cli.options import at_least_one, finite
 from ibq_scale.cli.submit import add_settings, settings_of
 from ibq_scale.errors import UserError
 

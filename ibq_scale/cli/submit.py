@@ -9,7 +9,7 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ibq_scale.cli.ranks import at_least_one
+from ibq_scale.cli.options import at_least_one
 from ibq_scale.errors import UserError
 
 if TYPE_CHECKING:

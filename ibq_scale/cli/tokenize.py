@@ -6,7 +6,7 @@ import argparse
 import json
 from dataclasses import asdict
 
-from ibq_scale.cli.ranks import add_ranks
+from ibq_scale.cli.options import add_ranks
 from ibq_scale.errors import UserError
 
 
@@ -42,7 +42,7 @@ def parse_part(text: str) -> tuple[int, int]:
 
 
 def _check(args: argparse.Namespace) -> None:
-    from ibq_scale.cli.ranks import at_least_one
+    from ibq_scale.cli.options import at_least_one
 
     at_least_one(args, "batch")
     parse_part(args.part)

@@ -28,7 +28,7 @@ def add_command(family: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 
 def _trace(args: argparse.Namespace) -> int:
-    from ibq_scale.cli.ranks import at_least_one
+    from ibq_scale.cli.options import at_least_one
     from ibq_scale.data.trace import trace
 
     at_least_one(args, "ranks")

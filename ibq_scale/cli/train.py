@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ibq_scale.cli.ranks import add_ranks
+from ibq_scale.cli.options import add_ranks
 
 EXAMPLES = {
     "tokenizer": "ibq-scale train tokenizer tokenizer/ibq-16384 data.train=s3://bucket/imagenet out=runs/tok",

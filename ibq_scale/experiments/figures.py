@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from ibq_scale.experiments.results import Result
-from ibq_scale.experiments.svg import Axis, Panel, Series, figure
 from ibq_scale.experiments.tables import TABLES, ceiling, conditions, spread_of, window_tokens
+from ibq_scale.report.svg import Axis, Panel, Series, figure
 
 SHARES = [(v / 100, f"{v} %") for v in (0, 25, 50, 75, 100)]
 IBQ, VQ, ROOM = 0, 1, 4

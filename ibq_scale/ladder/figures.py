@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ibq_scale.console import short
-from ibq_scale.experiments.svg import Axis, Panel, Series, figure
 from ibq_scale.ladder.fit import Fit
 from ibq_scale.ladder.results import Result
+from ibq_scale.report.svg import Axis, Panel, Series, figure
 from ibq_scale.scaling.laws import Law
 from ibq_scale.scaling.optimum import Cost, compute_optimal
 

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 
 from ibq_scale.checkpoint.reading import whole_checkpoints
 from ibq_scale.config.layers import flatten, load_resolved
 from ibq_scale.config.run import AnyRun
+from ibq_scale.data.manifest import NAME as MANIFEST
 from ibq_scale.distributed.launch import launch
 from ibq_scale.errors import UserError
-from ibq_scale.ladder.codes import make_codes
-from ibq_scale.ladder.rungs import Rung, rungs_of
-from ibq_scale.ladder.schema import LadderConfig
+from ibq_scale.experiments.plan import Pictures
+from ibq_scale.experiments.tiles import prepare_tiles
+from ibq_scale.ladder.rungs import PARTS, Rung, code_urls, rungs_of
+from ibq_scale.ladder.schema import LadderConfig, TilesConfig
 
 # A run's own keys that are places, or follow from where it runs.
 PLACES = ("out", "data.train", "data.cache_dir", "data.cache_bytes", "data.workers", "validation.data")
+
+TILES, TOKENIZERS = "tiles", "tokenizers"
+BATCH = "256"
+STDOUT, STDERR = 1, 2
 
 
 def run_ladder(ladder: LadderConfig) -> int:
@@ -53,3 +61,47 @@ def _what(config: AnyRun) -> dict[str, object]:
     """The config without its places, which are other words for the same from another working directory."""
     flat = flatten(config.model_dump(mode="json"))
     return {key: value for key, value in flat.items() if key not in PLACES}
+
+
+def make_codes(ladder: LadderConfig) -> int:
+    """Makes what is not there yet, by the commands that a user would type. Returns the first exit code that is not 0.
+
+    UserError where the folder of pictures is none.
+    """
+    tiles = ladder.tiles
+    if tiles is None:
+        return 0
+    for codebook in ladder.codes.codebooks:
+        if not all((Path(str(url)) / MANIFEST).is_file() for url in code_urls(ladder, codebook)):
+            code = _make(ladder, tiles, codebook)
+            if code:
+                return code
+    return 0
+
+
+def _make(ladder: LadderConfig, tiles: TilesConfig, codebook: int) -> int:
+    pictures = Path(tiles.pictures or ".")
+    if tiles.pictures is not None and not pictures.is_dir():
+        raise UserError(f"tiles.pictures={tiles.pictures} is no folder: give one with photographs")
+    kind: Pictures = "ten" if tiles.pictures is None else "photographs"
+    images = prepare_tiles(kind, pictures, ladder.folder / TILES)
+    tokenizer = str(ladder.folder / TOKENIZERS / str(codebook))
+    print(f"\ntokenizer of {codebook} codes", file=sys.stderr, flush=True)
+    words = [*tiles.overrides, f"quantizer.codebook_size={codebook}", f"data.train={images['train']}"]
+    code = _launch(["train", "tokenizer", tiles.tokenizer, *words, f"out={tokenizer}"])
+    for part, url in zip(PARTS, code_urls(ladder, codebook), strict=True):
+        if code == 0:
+            code = _launch(["tokenize", tokenizer, images[part], "--to", str(url), "--batch", BATCH])
+    return code
+
+
+def _launch(words: list[str]) -> int:
+    """On one rank, what it prints among the progress: the output of a ladder's command is its fit."""
+    sys.stdout.flush()
+    kept = os.dup(STDOUT)
+    os.dup2(STDERR, STDOUT)
+    try:
+        return launch([*words, "--ranks", "1"], ranks=1)
+    finally:
+        os.dup2(kept, STDOUT)
+        os.close(kept)

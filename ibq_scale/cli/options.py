@@ -1,8 +1,9 @@
-"""Commands that run on several ranks, and how they get there."""
+"""Options that several commands have: numbers, and the ranks of this node."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from typing import Any
 
@@ -42,3 +43,14 @@ def at_least_one(args: argparse.Namespace, *names: str) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+
+
+def finite(text: str) -> float:
+    """A finite number: what is computed with ``nan`` is ``nan`` too, and often without a word."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"'{text}' is no finite number")
+    return value
