@@ -15,7 +15,7 @@ from ibq_scale.errors import UserError
 ATTEMPTS = 4
 TIMEOUT_S = 30.0
 FIRST_PAUSE_S = 1.0
-# Answers that may change: time-outs, too many requests, errors of the server.
+# Answers that may change on another try: time-outs, too many requests, errors of the server.
 PASSING = {408, 425, 429, 500, 502, 503, 504}
 
 
@@ -24,7 +24,7 @@ class NoNetworkError(UserError):
 
 
 def download(url: str, to: Path, sha256_prefix: str) -> None:
-    """Fetches `url` to `to`. The file appears whole, with a sha256 that begins with `sha256_prefix`, or not at all.
+    """Fetches `url` to `to`. The file appears whole, with a sha256 of this prefix, or not at all.
 
     A broken download starts again, up to `ATTEMPTS` times, after a growing pause. UserError gives the last fault,
     NoNetworkError an unreachable server.

@@ -1,4 +1,4 @@
-"""What a check finds: one line of ``doctor`` and of ``submit``."""
+"""The result of a check, one line of ``doctor`` and of ``submit``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Level = Literal["ok", "warn", "FAIL"]
 
 @dataclass(frozen=True)
 class Finding:
-    """`name`: the subject of the check; `text`: its state; `todo`: the remedy, unless `text` has it."""
+    """`name`: the subject of the check. `text`: its state. `todo`: the remedy, unless `text` has it."""
 
     level: Level
     name: str
@@ -18,7 +18,7 @@ class Finding:
     todo: str = ""
 
     def lines(self, width: int) -> str:
-        """For a terminal; `width`: of the names."""
+        """For a terminal. `width`: of the names."""
         text = f"{self.level:<4}  {self.name:<{width}}  {self.text}"
         return f"{text}\n{'':<{width + 8}}→ {self.todo}" if self.todo else text
 

@@ -1,4 +1,4 @@
-"""Everything of a job that can be found wrong before it waits in a queue for hours."""
+"""Checks of a training job before submission, so that a fault shows at once and not after hours in the queue."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SIGNAL_SECONDS = 60
 
 @dataclass(frozen=True)
 class Job:
-    """What is checked: the script as it would be submitted. `queue`: submit it now; `failed`: names of checks."""
+    """The job to check. `script`: the text to submit. `queue`: submit it now. `failed`: names of failed checks."""
 
     script: Script
     queue: bool = field(default=True, kw_only=True)
@@ -55,7 +55,7 @@ class Submission(Job):
 
     @property
     def gpus(self) -> int:
-        """A node; 0 for ranks on CPUs."""
+        """Per node. 0 for CPU ranks."""
         return gpus_per_node(self.script)
 
     @property
@@ -89,12 +89,12 @@ class Submission(Job):
 
 Outcome = tuple[Level, str]
 J = TypeVar("J", bound=Job)
-# Name, names of others that must be well for it to mean something, and the check.
+# The name of a check, the checks it depends on, and its function.
 Checks = Sequence[tuple[str, tuple[str, ...], Callable[[J], Outcome | None]]]
 
 
 def run_checks(job: J, checks: Checks[J]) -> Iterator[Finding]:
-    """Findings as they come. A check is left out after a failure of one that it needs, or returns None."""
+    """Findings as they come. A check is left out after a failure of a check it needs. None: it does not apply."""
     for name, needs, check in checks:
         if job.failed & set(needs):
             continue
@@ -294,7 +294,8 @@ CHECKS: Checks[Submission] = (
 
 
 def seconds(text: str) -> float | None:
-    """A time limit as sbatch reads it (``30``, ``30:00``, ``24:00:00``, ``2-12``, ``2-12:00``); None for no limit.
+    """Seconds of a time limit as sbatch reads it (``30``, ``30:00``, ``24:00:00``, ``2-12``, ``2-12:00``). None for no
+    limit.
 
     UserError for anything else.
     """
@@ -311,7 +312,7 @@ def seconds(text: str) -> float | None:
 
 
 def ranks_without_gpu(script: Script) -> Outcome | None:
-    """Whether there are other than one rank a GPU; None where all is well, or there are no GPUs."""
+    """A failure unless each rank has one GPU. None if so, or on CPUs."""
     gpus, ranks = gpus_per_node(script), number(script, "ntasks-per-node")
     if not gpus or gpus == ranks:
         return None
@@ -324,7 +325,7 @@ def gpus_per_node(script: Script) -> int:
 
 
 def number(script: Script, key: str) -> int:
-    """An option's, of which there is one at least. UserError where it is none."""
+    """The number of an option, at least 1. UserError otherwise."""
     text = script.option(key) or ""
     # gpus-per-node may name a type before the number.
     last = text.rpartition(":")[2]

@@ -1,4 +1,4 @@
-"""What of a tokenize, sample or evaluate job can be found wrong before it waits in a queue."""
+"""Checks of a tokenize, sample or evaluate job before submission."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _data(job: CommandJob) -> Outcome | None:
 
 
 def _images(job: CommandJob) -> Outcome | None:
-    """Pictures and statistics that `evaluate` takes as files, folders or prepared data."""
+    """Pictures and statistics for `evaluate`: files, folders or prepared data."""
     given = [text for name in ("samples", "reference") if (text := job.given(name)) is not None]
     absent = [text for text in given if "://" not in text and not Path(text).exists()]
     if absent:
@@ -69,7 +69,7 @@ def _output(job: CommandJob) -> Outcome | None:
     from ibq_scale.data.store import open_store
 
     if "://" in to:
-        # That it answers; whether it may be written to is not tried.
+        # The store answers. Write access is not tried.
         open_store(to).exists("manifest.json")
         return "ok", f"{to} answers"
     folder = nearest(Path(to))

@@ -12,12 +12,12 @@ from ibq_scale.errors import UserError
 
 
 def nearest(path: Path) -> Path:
-    """`path`, or the first above it that exists."""
+    """`path`, or its nearest existing parent."""
     return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
 
 
 def free_bytes(folder: Path) -> int:
-    """What a user may still write to the file system, quotas aside."""
+    """Free bytes of the file system for this user, quotas aside."""
     found = os.statvfs(folder)
     return found.f_bavail * found.f_frsize
 
@@ -32,7 +32,7 @@ def can_hold(folder: Path, size: int) -> bool | None:
         with tempfile.TemporaryFile(dir=folder) as f:
             if fallocate(f.fileno(), 0, 0, size) == 0:
                 return True
-            # Not posix_fallocate: where the file system knows none, that one writes every block.
+            # posix_fallocate would write every block on a file system without support.
             return False if ctypes.get_errno() in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else None
     except OSError as e:
         raise UserError(f"cannot write to {folder} ({e.strerror}): give another out=…") from None

@@ -1,4 +1,4 @@
-"""The folders that a run writes to: room, rate, the kind of their disk, and whether locks and clocks work there."""
+"""The folders of a run: free space, rate, file system, locks and clock."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from ibq_scale.findings import Finding, fail, ok, warn
 
 SIZE = 64 << 20
 SHARED = ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "cifs", "9p", "panfs", "fuse.glusterfs", "wekafs", "afs")
-# A checkpoint of a transformer of 2 · 10⁹ parameters is some 34 GB with its moments and averages; two stand at a time.
+# A checkpoint of 2 · 10⁹ parameters with moments and averages takes about 34 GB, and two exist at a time.
 ROOM = {"run directory": 50e9, "cache folder": 20e9}
-# What the start-up check of a job refuses.
+# The limit of a job's start-up check.
 LEAST_FREE = 256 << 20
 SLOW = 50e6
 SKEW_SECONDS = 5.0
@@ -82,7 +82,7 @@ def _tried(what: str, folder: Path, where: str, free: int, other: str, *, shared
 
 
 def _skew_and_lock(folder: Path) -> float:
-    """How far a new file's time, which the file server gives, is ahead of this node's."""
+    """Seconds by which a new file's time, from the file server, is ahead of this node's clock."""
     with tempfile.TemporaryFile(dir=folder) as f:
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         before = time.time()

@@ -1,4 +1,4 @@
-"""GPUs: what they are and how they are joined (nvidia-smi), whether torch can use them, and which kernels it will."""
+"""GPUs and their links by nvidia-smi, torch's use of them, and the kernels for them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 QUERY = "index,name,driver_version,memory.total,memory.used,mig.mode.current,ecc.errors.uncorrected.volatile.total"
-# Of a GPU that nobody computes on: the driver's own.
+# Memory of an idle GPU, taken by the driver.
 IDLE_MIB = 2048
 SLOW_IMPORT_SECONDS = 20.0
 # The transformers' presets have heads of 64 to 128, the tokenizers' codes of up to 256.
@@ -27,7 +27,7 @@ HEAD, CODE = 64, 256
 
 
 def topology(subject: Subject) -> list[Finding]:
-    """What nvidia-smi says; nothing where it is not."""
+    """Findings from nvidia-smi. None without it."""
     try:
         code, said = ask("nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader,nounits", seconds=20)
     except FileNotFoundError:
@@ -91,7 +91,7 @@ def _links(gpus: int) -> Finding:
 
 
 def _peers() -> list[Finding]:
-    """Only what hinders: copies between GPUs go through the host where peers are shut off."""
+    """A warning for GPU pairs without peer access: their copies go through the host."""
     try:
         pairs = _matrix(ask("nvidia-smi", "topo", "-p2p", "r")[1])
     except FileNotFoundError:
@@ -116,7 +116,7 @@ def _pairs(gpus: list[str]) -> list[tuple[str, tuple[int, str]]]:
 
 
 def device(subject: Subject) -> list[Finding]:
-    """What torch computes on, and with which kernels."""
+    """Torch's device and its kernels."""
     begin = time.perf_counter()
     import torch
 
@@ -213,7 +213,7 @@ def _first_error(work: Callable[[], object]) -> str | None:
 
 
 def _broken_packages(where: torch.device) -> list[Finding]:
-    """flash-attn packages that are for this GPU and installed, and cannot be imported."""
+    """flash-attn packages for this GPU, installed but broken at import."""
     import torch
 
     from ibq_scale.models.attention import PACKAGES
@@ -229,7 +229,7 @@ def _broken_packages(where: torch.device) -> list[Finding]:
 
 
 def broken(module: str) -> str | None:
-    """Why a module that is there cannot be imported; None where it can, or is not there."""
+    """The import error of an installed module. None without an error, or without the module."""
     if importlib.util.find_spec(module.partition(".")[0]) is None:
         return None
     try:

@@ -36,7 +36,7 @@ def _cores() -> Finding:
 
 
 def _limits() -> list[int]:
-    """What control groups allow of the memory: this process's own one, and those above it."""
+    """Memory limits of the process's control group and of its parents."""
     own = [
         line.partition("::")[2].strip("/")
         for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
@@ -95,8 +95,8 @@ def _infiniband() -> list[Finding]:
 
 
 def _clock() -> Finding:
-    """By the kernel's own word, which needs no server's."""
-    # struct timex is smaller; modes = 0 only reads.
+    """The kernel's own state, without a server."""
+    # struct timex is smaller. modes = 0 only reads.
     state = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(512))
     if state == TIME_ERROR:
         todo = "S3 refuses requests 15 minutes off, and nodes must agree within a minute: start chronyd or ntpd"

@@ -1,4 +1,4 @@
-"""Ranks of this node that add up numbers: the first thing that a job does, and the first to hang."""
+"""An all-reduce over ranks of this node: the first step of a job, and the first to hang."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ibq_scale.findings import Finding, fail, ok, warn
 # Starting a rank takes seconds, minutes where the environment is on a cold shared disk.
 SECONDS = 60.0
 MEGABYTES = 64
-# Below what PCIe 3 carries between two GPUs.
+# Below PCIe 3 between two GPUs.
 SLOW = 5e9
 
 
@@ -42,7 +42,7 @@ def all_reduce(subject: Subject) -> list[Finding]:
 
 
 def _last(said: str) -> str:
-    """The line that says why: ours where there is one."""
+    """The last line of our own, or the last line."""
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     ours = [line for line in lines if line.startswith("ibq-scale:")]
     return (ours or lines or ["no word"])[-1].removeprefix("ibq-scale:").strip()

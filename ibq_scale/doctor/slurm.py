@@ -29,7 +29,7 @@ def slurm(subject: Subject) -> list[Finding]:
 
 
 def partitions() -> list[Finding]:
-    """Each with its limits; those where a job without --time gets less than the partition allows."""
+    """Partitions and their limits. A warning for a default time below the limit."""
     what = "partitions"
     found = commands.partitions()
     if not found:
@@ -54,7 +54,7 @@ def _describe(p: dict[str, str]) -> str:
 
 
 def _requeue() -> list[Finding]:
-    """Only what stands in the way of a run's coming back."""
+    """A finding if the cluster does not requeue jobs by default."""
     found = commands.settings()
     if found.get("JobRequeue") != "0":
         return []

@@ -16,16 +16,16 @@ from ibq_scale.doctor.disks import file_system, is_shared
 from ibq_scale.doctor.tools import Subject, ask
 from ibq_scale.findings import Finding, fail, ok, warn
 
-# Named in the line of packages; the others only where they are wrong.
+# Always named in the line of packages. Others appear only if wrong.
 NAMED = ("torch", "deepspeed", "torchvision", "s3fs", "webdataset", "numpy")
-# The extra of pyproject.toml that this is about.
+# The extra of pyproject.toml for training.
 TRAINING = "train"
-# What training takes where it is there.
+# Optional packages of training.
 OPTIONAL = ("flash-attn", "flash-attn-4", "torchao", "pyarrow")
 
 
 def packages(subject: Subject) -> list[Finding]:
-    """What is installed, against the bounds of pyproject.toml."""
+    """Installed packages against the bounds of pyproject.toml."""
     from packaging.requirements import Requirement
 
     python, wanted = _bounds()
@@ -67,7 +67,7 @@ def _within(bounds: str, version: str) -> bool:
 
 
 def _bounds() -> tuple[str, list[str]]:
-    """Python's and the packages' bounds: the checkout's, else those that were installed with the program."""
+    """Bounds of Python and of the packages: from the checkout, else from the installed package."""
     checkout = Path(__file__).parents[2] / "pyproject.toml"
     if checkout.is_file():
         project = tomllib.loads(checkout.read_text(encoding="utf-8"))["project"]
@@ -78,7 +78,7 @@ def _bounds() -> tuple[str, list[str]]:
 
 
 def deepspeed(subject: Subject) -> list[Finding]:
-    """Its accelerator, and whether the operators that it compiles at run time could be."""
+    """DeepSpeed's accelerator, and the compiler for its operators."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -118,7 +118,7 @@ def _compiler(cuda: str | None) -> Finding:
 
 
 def extensions() -> list[Finding]:
-    """The folder of compiled operators: local, and without the lock of a build that was killed."""
+    """The folder of compiled operators: local, and without the lock of a killed build."""
     what = "TORCH_EXTENSIONS_DIR"
     named = os.environ.get(what)
     folder = Path(named or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "torch_extensions")

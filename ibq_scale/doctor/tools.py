@@ -1,17 +1,17 @@
-"""What all checks are told, and how they ask a tool."""
+"""The subject of all checks, and calls of command-line tools."""
 
 from __future__ import annotations
 
 import subprocess
 from dataclasses import dataclass
 
-# Of a tool that answers from its own tables: nvidia-smi of a node that just woke is the slowest.
+# For a tool without computation. nvidia-smi on a woken node is the slowest.
 TOOL_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is to be examined besides the machine. None: leave it out (`data`), or the default."""
+    """The subject besides the machine. None: left out (`data`), or the default."""
 
     data: str | None = None
     run_dir: str | None = None
@@ -19,9 +19,9 @@ class Subject:
 
 
 def ask(*words: str, seconds: float = TOOL_SECONDS) -> tuple[int, str]:
-    """A tool's exit code and what it printed, standard error after standard output; FileNotFoundError without it.
+    """A tool's exit code and output, standard error after standard output. FileNotFoundError without the tool.
 
-    Code 124 where it gave no answer in time.
+    Code 124 after a time-out.
     """
     try:
         done = subprocess.run(
@@ -38,5 +38,5 @@ def ask(*words: str, seconds: float = TOOL_SECONDS) -> tuple[int, str]:
 
 
 def first(text: str) -> str:
-    """The first line that says something."""
+    """The first line with text."""
     return next((line.strip() for line in text.splitlines() if line.strip()), "")
