@@ -1,4 +1,4 @@
-"""The command line. What any command needs of its surroundings is settled when this package is imported."""
+"""The command line. An import of this package sets up the process for any command."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _be_of_utf8() -> None:
 
 
 def _print_anything() -> None:
-    """A name that the locale has no letters for is printed by its number, and ends no command."""
+    """Prints a name outside the locale's characters in escapes, without an error."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

@@ -1,4 +1,4 @@
-"""``ibq-scale bench``: measurements that anyone can repeat."""
+"""``ibq-scale bench``: repeatable measurements."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def _sizes(option: str, text: str) -> list[int]:
 
 
 def _words(option: str, text: str, known: Sequence[Word], more: Sequence[Word] = ()) -> list[Word]:
-    """``bf16,tf32`` → words, ``all`` → all that are known, but for those that are more. UserError for another."""
+    """``bf16,tf32`` → words. ``all``: every known one, without the extra ones. UserError for another word."""
     if text == "all":
         return list(known)
     words = {word: word for word in (*known, *more)}
@@ -370,7 +370,7 @@ def _steps(args: argparse.Namespace) -> int:
 
     run = _steps_run(args)
     with join() as world:
-        # DeepSpeed prints as it starts; standard output is for the report.
+        # DeepSpeed prints at its start. Standard output is for the report.
         with redirect_stdout(sys.stderr):
             report: TokenizerReport | ARReport
             if isinstance(run, TokenizerRun):

@@ -34,7 +34,7 @@ def _completion(args: argparse.Namespace) -> int:
 
 
 def answer_shell(parser: argparse.ArgumentParser) -> None:
-    """Where a shell asks for completions, writes them and ends this process; does nothing otherwise."""
+    """Writes completions and ends this process if a shell asks for them."""
     if "_ARGCOMPLETE" not in os.environ:
         return
     import argcomplete
@@ -78,7 +78,7 @@ def _ladders(prefix: str, **_: Any) -> list[str]:
 
 
 def _schemas(parsed_args: argparse.Namespace) -> list[type[BaseModel]]:
-    """What the command's keys are of: a ladder, a stage, or either stage."""
+    """The schemas with the command's keys: of a ladder, of a stage, or of both stages."""
     from ibq_scale.config.layers import SCHEMAS
     from ibq_scale.ladder.schema import LadderConfig
 
@@ -89,7 +89,7 @@ def _schemas(parsed_args: argparse.Namespace) -> list[type[BaseModel]]:
 
 
 def _overrides(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]:
-    """Keys of the schema; after the ``=`` the words that a key may be."""
+    """Keys of the schema, or after ``=`` the allowed words of a key."""
     from ibq_scale.config.layers import schema_keys
 
     schemas = _schemas(parsed_args)

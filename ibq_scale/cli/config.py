@@ -1,4 +1,4 @@
-"""``ibq-scale config``: the resolved config, each value with the layer that set it; what a config may say."""
+"""``ibq-scale config``: the resolved config with the origin of each value, and the reference of all keys."""
 
 from __future__ import annotations
 

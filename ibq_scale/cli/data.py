@@ -47,7 +47,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _add_source_options(parser: argparse.ArgumentParser) -> None:
-    """What says which pictures and labels of a source are meant."""
+    """Options for the choice of pictures and labels from a source."""
     parser.add_argument("--where", action="append", default=[], metavar="CONDITION", help=WHERE)
     parser.add_argument(
         "--label",

@@ -1,4 +1,4 @@
-"""``ibq-scale doctor``: what stands between this machine and a run."""
+"""``ibq-scale doctor``: checks of this machine before a run."""
 
 from __future__ import annotations
 

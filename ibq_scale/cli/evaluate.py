@@ -1,4 +1,4 @@
-"""``ibq-scale evaluate``: measures of trained models and of what they made."""
+"""``ibq-scale evaluate``: measures of trained models and of their samples."""
 
 from __future__ import annotations
 

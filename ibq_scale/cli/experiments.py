@@ -1,4 +1,4 @@
-"""``ibq-scale experiments``: the paper's experiments in small, and the document that tells of them."""
+"""``ibq-scale experiments``: the paper's experiments at a small scale, and their document."""
 
 from __future__ import annotations
 

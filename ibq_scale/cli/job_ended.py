@@ -33,7 +33,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _first_code(args: argparse.Namespace) -> int:
-    """Of ranks that failed srun has the highest code, which may be that of one which it killed."""
+    """srun reports the highest code of its ranks, and this may be that of a rank killed by srun."""
     from ibq_scale.distributed.failures import tell_of_job_step
 
     return tell_of_job_step() or int(args.code)

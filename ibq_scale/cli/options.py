@@ -1,4 +1,4 @@
-"""Options that several commands have: numbers, and the ranks of this node."""
+"""Options of several commands: numbers, and the ranks of this node."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from ibq_scale.errors import UserError
 
 
 class _Ranks(argparse.Action):
-    """Takes the number. In a Slurm step of one task, such as the shell of ``srun --pty bash``, Slurm's variables would
-    make this command the only rank: what was typed counts, and the ranks are this command's own.
+    """Stores the number. In a Slurm step of one task, as in the shell of ``srun --pty bash``, Slurm's variables
+    describe a single rank. They are dropped, and the command starts its own ranks.
     """
 
     def __call__(
@@ -25,7 +25,7 @@ class _Ranks(argparse.Action):
 
 
 def add_ranks(parser: argparse.ArgumentParser) -> None:
-    """Marks a command as one that runs on several ranks; `cli.main` launches them where no launcher did."""
+    """Marks a command as distributed. `cli.main` starts its ranks if no launcher did."""
     parser.add_argument(
         "--ranks",
         type=int,
@@ -46,7 +46,7 @@ def at_least_one(args: argparse.Namespace, *names: str) -> None:
 
 
 def finite(text: str) -> float:
-    """A finite number: what is computed with ``nan`` is ``nan`` too, and often without a word."""
+    """A finite number. ``nan`` would spread through all results without a message."""
     try:
         value = float(text)
     except ValueError:

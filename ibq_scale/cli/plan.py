@@ -1,4 +1,4 @@
-"""``ibq-scale plan``: what a run needs, before a GPU is asked for."""
+"""``ibq-scale plan``: the needs of a run, before any GPU is reserved."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _document(plan: Plan) -> dict[str, object]:
-    """The plan with what follows from it."""
+    """The plan's fields and the figures derived from them."""
     values = asdict(plan)
     budget, machine = plan.memory, plan.machine
     values["memory"] |= {

@@ -1,4 +1,4 @@
-"""``ibq-scale scale``: ladders of transformers, their laws, and what lies beyond one machine."""
+"""``ibq-scale scale``: ladders of transformers, their laws, and simulated clusters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``ibq-scale submit``: a run into Slurm's queue, after everything that can be checked was."""
+"""``ibq-scale submit``: checks a run and puts it into Slurm's queue."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from ibq_scale.cluster.submit import Request
     from ibq_scale.findings import Finding
 
-# What may stand for a preset; the words behind it are the command's own.
+# Accepted in place of a preset. The words behind are the command's own.
 COMMANDS = ("tokenize", "sample", "evaluate")
 
-# Flags that a cluster's profile has too, under the same name.
+# Flags with a setting of the same name in a cluster's profile.
 SETTINGS = (
     ("partition", str, "NAME", ""),
     ("account", str, "NAME", ""),
@@ -61,7 +61,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Nodes, and what a cluster's profile says too."""
+    """Options for nodes and for the settings of a cluster's profile."""
     parser.add_argument("--nodes", type=int, required=True, metavar="N", help="of each job")
     parser.add_argument("--cluster", metavar="NAME", help="profile (default: the file's 'default')")
     for name, kind, metavar, about in SETTINGS:
@@ -72,7 +72,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What `add_settings` was given for the profile's names, None where it was not. UserError for what cannot be."""
+    """The values of `add_settings` by the profile's names, None if not given. UserError for impossible values."""
     at_least_one(args, "nodes", "chain", "ntasks_per_node", "cpus_per_task")
     if args.gpus_per_node is not None and args.gpus_per_node < 0:
         raise UserError(f"--gpus-per-node must be at least 0, got {args.gpus_per_node}")
@@ -144,7 +144,7 @@ def _checks(
 
 
 def _request(args: argparse.Namespace) -> tuple[Request, str | None, argparse.Namespace | None]:
-    """What is asked for, the cluster's name, and the arguments of a command that is no training."""
+    """The request, the cluster's name, and the arguments of a command other than training."""
     from ibq_scale.cluster.profile import load_profile
     from ibq_scale.cluster.submit import make_request, other_command, training
     from ibq_scale.config.layers import require_complete, resolve
@@ -167,7 +167,7 @@ def _request(args: argparse.Namespace) -> tuple[Request, str | None, argparse.Na
 
 
 def _parse(name: str, words: list[str]) -> argparse.Namespace:
-    """As the command itself would, which ends the program where it would."""
+    """Parses the words as the command itself does. Its errors end the program."""
     from ibq_scale.cli.main import build_parser
 
     command = build_parser().parse_args([name, *words])

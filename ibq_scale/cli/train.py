@@ -34,7 +34,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Wrong configs, and runs whose pretrained weights are absent, are refused before any rank is started."""
+    """Refuses wrong configs and runs without their pretrained weights before any rank starts."""
     from ibq_scale.config.layers import require_complete, resolve
     from ibq_scale.losses.weights import files_of_run, weight_file
 
@@ -53,7 +53,7 @@ def _train(args: argparse.Namespace) -> int:
     from ibq_scale.train.preemption import StopRequest
 
     config = resolve(args.source, args.overrides, args.task).config
-    # Before torch is imported and the ranks have met, either of which may take minutes.
+    # Before the import of torch and the rendezvous of the ranks, since either may take minutes.
     with closing(StopRequest(config.train.grace)) as stop, join(Path(config.run_dir)) as world:
         from ibq_scale.train.run import train
 

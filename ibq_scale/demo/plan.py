@@ -1,4 +1,4 @@
-"""What a demo is: how much it does, where it puts things, and what its stages have left."""
+"""The demo's amounts of work, its paths, and the results of its stages."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Stage:
 
 @dataclass
 class Demo:
-    """What the stages leave for the report."""
+    """Results of the stages, for the report."""
 
     to: Path
     plan: Plan
@@ -43,7 +43,7 @@ class Demo:
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def crops_dir(self, name: str) -> Path:
-        """``photographs``, which training sees, or ``held-out``."""
+        """``photographs`` for training, or ``held-out``."""
         return self.to / name
 
     def run_dir(self, name: str) -> Path:

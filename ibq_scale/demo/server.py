@@ -15,9 +15,9 @@ CREDENTIALS = {"AWS_ACCESS_KEY_ID": "demo", "AWS_SECRET_ACCESS_KEY": "demo-secre
 
 @contextmanager
 def object_storage(bucket: str = BUCKET) -> Iterator[None]:
-    """Starts the server with one empty bucket; this process's environment, and so its children's, points at it.
+    """Starts the server with one empty bucket. The environment of this process and of its children points at it.
 
-    UserError where moto is not installed.
+    UserError without moto.
     """
     try:
         from moto.server import ThreadedMotoServer
@@ -46,7 +46,7 @@ def _make_bucket(bucket: str) -> None:
 
 
 def _drop_bucket(bucket: str) -> None:
-    """moto keeps buckets as long as the process lives, whichever server they were made through."""
+    """moto keeps buckets for the life of the process, across its servers."""
     import s3fs
 
     s3fs.S3FileSystem(skip_instance_cache=True).rm(bucket, recursive=True)

@@ -14,9 +14,9 @@ DOCUMENT, FIGURES = "experiments.md", "figures"
 
 
 def write_document(docs: Path) -> list[Path]:
-    """Makes figures and tables from ``experiments.json`` in `docs` anew; returns what was written.
+    """Makes figures and tables from ``experiments.json`` in `docs`. Returns the written files.
 
-    UserError where the results or the document are missing, or the document lacks a table's markers.
+    UserError if the results, the document or a table's markers are missing.
     """
     results = load(docs / RESULTS)
     document = docs / DOCUMENT

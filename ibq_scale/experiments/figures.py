@@ -15,7 +15,7 @@ Value = Callable[[Result], float]
 
 
 def draw_all(results: Sequence[Result]) -> dict[str, str]:
-    """SVG documents by file name; a figure whose runs are not there is left out."""
+    """SVG documents by file name. A figure without runs is left out."""
     made = {
         "collapse.svg": _in_training("collapse", results, "Codebook usage in training: IBQ and VQ"),
         "long.svg": _in_training("long", results, "Codebook usage in training, three times the steps"),
@@ -73,7 +73,7 @@ def _over_steps(label: str, slot: int, runs: Sequence[Result]) -> Series:
 
 
 def _against(table: str, results: Sequence[Result], title: str, label: str, x: Value) -> str:
-    """Two panels over a logarithmic axis: held-out usage, with what so few tokens can show, and PSNR."""
+    """Two panels over a logarithmic axis: held-out usage with its ceiling for so few tokens, and PSNR."""
     runs = _named(results, [name for _, name in TABLES[table].rows])
     if not runs:
         return ""

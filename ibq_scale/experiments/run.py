@@ -1,4 +1,4 @@
-"""Makes the runs, one after the other, each by the very commands that a user would type."""
+"""Trains and evaluates the experiments, one after the other, by ordinary commands."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ EVALUATION_BATCH = 64
 
 
 def run_trials(pictures: Path, to: Path, trials: Sequence[Trial]) -> int:
-    """Trains and evaluates every trial under `to`: finished ones are skipped, unfinished ones go on.
+    """Trains and evaluates every trial under `to`. Finished trials are skipped, unfinished ones resume.
 
-    Returns 0, or the exit code of the first command that did not succeed (75: stopped by a signal, everything saved).
-    UserError where a folder holds a run of another config.
+    Returns 0, or the exit code of the first failed command (75: stopped by a signal, everything saved). UserError for a
+    folder with a run of another config.
     """
     if not pictures.is_dir():
         raise UserError(f"{pictures} is no folder: give one with photographs")
@@ -44,7 +44,7 @@ def run_trials(pictures: Path, to: Path, trials: Sequence[Trial]) -> int:
 
 
 def trial_overrides(trial: Trial, train: str, run: Path) -> list[str]:
-    """What a trial changes in the preset, its data at the URL `train`."""
+    """A trial's overrides of the preset, with its data at the URL `train`."""
     own = [f"name={trial.configuration.name}", f"train.seed={trial.seed}", f"data.train={train}", f"out={run}"]
     return [*trial.configuration.overrides, *own]
 
@@ -59,7 +59,7 @@ def is_finished(run: Path, config: AnyRun) -> bool:
 
 
 def _what(config: AnyRun) -> dict[str, object]:
-    """The config without its places, which are other words for the same from another working directory."""
+    """The config without its paths. They may be spelled differently from another working directory."""
     values = config.model_dump(exclude={"out"})
     values["data"].pop("train")
     return values
@@ -68,7 +68,7 @@ def _what(config: AnyRun) -> dict[str, object]:
 def _evaluate(run: Path, steps: int, held_out: str) -> int:
     reached = newest_or_this(run).step
     if reached < steps:
-        # Whatever the training's exit code says: a part of a run must not stand for the whole.
+        # A partial run must not count as whole, whatever the exit code.
         print(f"ibq-scale: {run} ended at step {reached} of {steps}; run it again to go on", file=sys.stderr)
         return 1
     words = [

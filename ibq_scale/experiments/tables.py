@@ -15,14 +15,14 @@ NOT_RUN = "not run"
 
 @dataclass(frozen=True)
 class Table:
-    """`rows` are (label, configuration); `columns` are (head, what it says of a configuration's runs)."""
+    """`rows`: (label, configuration). `columns`: (head, text from a configuration's runs)."""
 
     first: str
     rows: Sequence[tuple[str, str]]
     columns: Sequence[tuple[str, Cell]]
 
     def markdown(self, results: Sequence[Result]) -> str:
-        """The table, with a line above it of what all its runs have in common."""
+        """The table, below a line with the facts common to all its runs."""
         of_row = [(label, [r for r in results if r.name == name]) for label, name in self.rows]
         heads = [self.first, *(head for head, _ in self.columns), "seeds"]
         lines = [_row(heads), "|" + "---|" * len(heads)]
@@ -34,7 +34,7 @@ class Table:
 
 
 def conditions(results: Sequence[Result]) -> str:
-    """Sizes and steps of these runs; where they differ, from the least to the most."""
+    """Sizes and steps of these runs, as ranges if they differ."""
     steps = spread_of(results, lambda r: r.steps[-1])
     batch, dim = spread_of(results, lambda r: r.batch_tokens), spread_of(results, lambda r: r.dim)
     return f"{steps} steps of {batch} tokens, codes of {dim} dimensions"
@@ -48,12 +48,12 @@ def spread_of(results: Sequence[Result], value: Callable[[Result], int]) -> str:
 
 
 def window_tokens(result: Result) -> int:
-    """Tokens that the usage of one logged line of training is counted over."""
+    """Tokens behind the usage in one logged line of training."""
     return result.steps[0] * result.batch_tokens
 
 
 def ceiling(tokens: int, codes: int) -> float:
-    """Share of the codes that so many tokens choose at least once if they draw all codes alike: 0 to 1."""
+    """Expected share (0 to 1) of codes chosen at least once in so many uniform draws."""
     return 1.0 - (1.0 - 1.0 / codes) ** tokens
 
 

@@ -16,7 +16,7 @@ from ibq_scale.scaling.optimum import Cost, compute_optimal
 
 CURVE = 40
 LAW, BEYOND_SLOT = 0, 1
-# Rungs whose FLOPs differ by less are of one budget: whole steps seldom fill one.
+# Rungs with FLOPs closer than this factor share a budget. Whole steps seldom fill a budget.
 SAME_BUDGET = 1.1
 # Room at both ends of an axis, a factor.
 ROOM = 1.3
@@ -35,7 +35,7 @@ def draw_fit(fit: Fit) -> str:
 
 
 def budgets(results: Sequence[Result]) -> list[tuple[str, list[Result]]]:
-    """Rungs that share a budget: tokens where several sizes saw the same, else FLOPs."""
+    """Rungs with a common budget: in tokens if several sizes saw the same number, else in FLOPs."""
     by_tokens = _grouped(results, lambda r: float(r.tokens))
     if any(len({r.parameters for r in group}) > 1 for group in by_tokens):
         return [(f"{short(group[0].tokens, 3)} tokens", group) for group in by_tokens]
@@ -85,7 +85,7 @@ def _residuals(fit: Fit, law: Law) -> Panel:
 
 
 def _best(fit: Fit, law: Law, cost: Cost) -> Panel:
-    """Within the FLOPs that were fitted drawn through, beyond dashed."""
+    """Solid within the fitted FLOPs, dashed beyond."""
     most = max([cost.high, *(optimum.flops for optimum in fit.optima if optimum.told)])
     spans = [(cost.low, cost.high, False)] + ([(cost.high, most, True)] if most > cost.high else [])
     series, values = [], []

@@ -1,4 +1,4 @@
-"""What a ladder will cost, rung by rung, before anything is trained."""
+"""The cost of a ladder, rung by rung, before training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _HEAD = ("rung", "N", "tokens", "steps", "lr", "FLOPs", "memory", "checkpoint", 
 
 
 def documents(planned: Planned) -> list[dict[str, Any]]:
-    """As JSON. `command` is what makes the rung."""
+    """As JSON. `command`: the training command of the rung."""
     return [
         {
             "rung": rung.name,

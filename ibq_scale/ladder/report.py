@@ -1,4 +1,4 @@
-"""What a fit says: a table of text, and one HTML page that opens offline."""
+"""Output of a fit: a table of text, and one offline HTML page."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class Drawn(Section):
     figures: Sequence[str] = field(default_factory=tuple)
 
     def html(self) -> str:
-        # As wide as the page allows; the documents themselves have a size of their own.
+        # The figures have a fixed size. Here they fill the page.
         fluid = [svg.replace("<svg ", '<svg style="max-width:100%;height:auto" ', 1) for svg in self.figures]
         body = "".join(f'<figure class="picture">{svg}</figure>' for svg in fluid)
         return super().html().removesuffix("</section>") + body + "</section>"
 
 
 def write_report(fits: Sequence[Fit], missing: Sequence[str], name: str, folder: Path) -> Path:
-    """The page of all fits. `missing`: rungs that are not finished."""
+    """The page of all fits. `missing`: unfinished rungs."""
     sections: list[Section] = []
     for fit in fits:
         sections += _sections(fit)

@@ -1,4 +1,4 @@
-"""Runs a ladder on this machine, one rung after the other, each by the command that a user would type."""
+"""Runs a ladder on this machine, one rung after the other, by ordinary commands."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ibq_scale.experiments.tiles import prepare_tiles
 from ibq_scale.ladder.rungs import PARTS, Rung, code_urls, rungs_of
 from ibq_scale.ladder.schema import LadderConfig, TilesConfig
 
-# A run's own keys that are places, or follow from where it runs.
+# Keys of paths and of the machine. They do not tell runs apart.
 PLACES = ("out", "data.train", "data.cache_dir", "data.cache_bytes", "data.workers", "validation.data")
 
 TILES, TOKENIZERS = "tiles", "tokenizers"
@@ -26,10 +26,10 @@ STDOUT, STDERR = 1, 2
 
 
 def run_ladder(ladder: LadderConfig) -> int:
-    """Makes codes where the ladder says so, and trains every rung: finished ones are skipped, unfinished ones go on.
+    """Makes codes if the ladder needs them, and trains every rung. Finished rungs are skipped, unfinished ones resume.
 
-    Returns 0, or the exit code of the first command that did not succeed (75: stopped by a signal, everything saved).
-    UserError where a rung's folder holds a run of another config, before anything is trained.
+    Returns 0, or the exit code of the first failed command (75: stopped by a signal, everything saved). UserError for a
+    folder with a run of another config, before any training.
     """
     rungs = rungs_of(ladder)
     finished = [is_finished(rung) for rung in rungs]
@@ -58,15 +58,16 @@ def is_finished(rung: Rung) -> bool:
 
 
 def _what(config: AnyRun) -> dict[str, object]:
-    """The config without its places, which are other words for the same from another working directory."""
+    """The config without paths. They may be spelled differently from another working directory."""
     flat = flatten(config.model_dump(mode="json"))
     return {key: value for key, value in flat.items() if key not in PLACES}
 
 
 def make_codes(ladder: LadderConfig) -> int:
-    """Makes what is not there yet, by the commands that a user would type. Returns the first exit code that is not 0.
+    """Makes missing codes by ordinary commands: tiles, a tokenizer per codebook, codes of both parts. Returns the first
+    failed exit code, or 0.
 
-    UserError where the folder of pictures is none.
+    UserError if the folder of pictures does not exist.
     """
     tiles = ladder.tiles
     if tiles is None:
@@ -96,7 +97,7 @@ def _make(ladder: LadderConfig, tiles: TilesConfig, codebook: int) -> int:
 
 
 def _launch(words: list[str]) -> int:
-    """On one rank, what it prints among the progress: the output of a ladder's command is its fit."""
+    """Runs on one rank with its output on standard error. The ladder's standard output is the fit."""
     sys.stdout.flush()
     kept = os.dup(STDOUT)
     os.dup2(STDERR, STDOUT)

@@ -17,7 +17,7 @@ from ibq_scale.ladder.rungs import Rung
 
 @dataclass(frozen=True)
 class Submitted:
-    """What became of a rung: its jobs, or the checks that keep it back. Neither for one that is finished."""
+    """The result for a rung: its jobs, or its failed checks. Neither for a finished rung."""
 
     rung: Rung
     finished: bool = False
@@ -32,7 +32,7 @@ class Submitted:
 
 @dataclass(frozen=True)
 class Order:
-    """How they are to be queued; see `cluster.submit`."""
+    """Settings for the queue. See `cluster.submit`."""
 
     nodes: int
     profile: Profile
@@ -44,9 +44,9 @@ class Order:
 
 
 def submit_rungs(rungs: Sequence[Rung], order: Order) -> Iterator[Submitted]:
-    """Each rung in turn, as soon as it is known. One that fails a check is left out and does not hold up the others.
+    """The result of each rung as it comes. A rung with a failed check is left out, and the others go on.
 
-    UserError where a rung leaves the data open, its folder holds a run of another config, or Slurm refuses a job.
+    UserError for a rung without data, for a folder with a run of another config, or if Slurm refuses a job.
     """
     for rung in rungs:
         require_complete(rung.run)

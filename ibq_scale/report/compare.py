@@ -1,4 +1,4 @@
-"""The report of one or several runs: where they stand, what was measured of them, curves, pictures."""
+"""The report of one or several runs: state, measures, curves, pictures."""
 
 from __future__ import annotations
 

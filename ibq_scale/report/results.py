@@ -1,4 +1,4 @@
-"""What evaluations and samplings left in or beside the runs: tables against the published figures, and pictures."""
+"""Results of evaluations and samplings in or beside the runs: tables with the published figures, and pictures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ibq_scale.generate.published import PUBLISHED
 from ibq_scale.report.page import Block, Picture, Section, Table
 from ibq_scale.report.runs import RunLog
 
-# What the paper states; None where it states nothing.
+# Figures of the paper. None: not stated.
 SOURCE = "arXiv 2412.02692: ImageNet, 256 × 256 pixels, 16 × 16 codes"
 
 
@@ -106,13 +106,13 @@ class _Generation(BaseModel):
     recall: float | None
 
 
-# What is shown of each kind of file. One that lacks some of it is another program's.
+# The shown fields of each kind of file. A file without them is from another program.
 SHOWN: dict[str, type[BaseModel]] = {RECONSTRUCTION: _Reconstruction, GENERATION: _Generation, FACTS: _Sampled}
 
 
 @dataclass(frozen=True)
 class Result:
-    """A file that was left for a run. `model`: the directory of the model that it is about, empty where unknown."""
+    """A result file of a run. `model`: the directory of its model, empty if unknown."""
 
     run: RunLog
     folder: Path
@@ -121,7 +121,7 @@ class Result:
 
     @property
     def step(self) -> str:
-        """Of the checkpoint that was looked at."""
+        """The step of the evaluated checkpoint."""
         name = Path(self.model).parent.name
         step = STEP_NAME.fullmatch(name)
         return f"{int(step[1]):,}" if step else "–"
@@ -132,7 +132,7 @@ class Result:
 
 
 def results_of(run: RunLog, name: str) -> list[Result]:
-    """The files `name` within two folders of the run, or one beside it, that are about the run's model."""
+    """The files `name` within two folders of the run, or one beside it, about the run's model."""
     home = run.path.resolve()
     inside = [path for pattern in ("", "*/", "*/*/") for path in sorted(home.glob(pattern + name))]
     beside = [path for path in sorted(home.parent.glob(f"*/{name}")) if path not in inside]
@@ -145,14 +145,14 @@ def results_of(run: RunLog, name: str) -> list[Result]:
             continue
         model = str((facts.get("sampled") or facts).get("model") or "")
         ours = Path(model).is_relative_to(home) if model else False
-        # A run that was moved is still the run of what lies in it.
+        # A moved run still owns its files.
         if ours or (path in inside and not (model and Path(model).exists())):
             found.append(Result(run, path.parent, facts, model))
     return found
 
 
 def reconstruction_section(runs: Sequence[RunLog]) -> Iterator[Section]:
-    """A table of what ``evaluate reconstruction --to`` left, and the worst images; nothing where it left nothing."""
+    """The table of ``evaluate reconstruction --to`` and the worst images. Empty without results."""
     found = [result for run in runs for result in results_of(run, RECONSTRUCTION)]
     if not found:
         return
@@ -173,7 +173,7 @@ def reconstruction_section(runs: Sequence[RunLog]) -> Iterator[Section]:
 
 
 def generation_section(runs: Sequence[RunLog]) -> Iterator[Section]:
-    """Tables of what ``evaluate generation --to`` left, one a reference, and pictures of samples."""
+    """Tables of ``evaluate generation --to``, one per reference, and pictures of samples."""
     found = [result for run in runs for result in results_of(run, GENERATION)]
     blocks: list[Block] = [_generation_table(same) for same in _by_reference(found)]
     for run in runs:
@@ -229,7 +229,7 @@ def _reconstruction_row(result: Result) -> list[str]:
 
 
 def _by_reference(found: Sequence[Result]) -> list[list[Result]]:
-    """What was measured against one reference, by one extractor, at one size. Others do not compare."""
+    """The key of comparable results: reference, extractor and size."""
     groups: dict[str, list[Result]] = {}
     for result in found:
         key = [result.facts[name] for name in ("reference_hash", "extractor_sha256", "resolution")]
@@ -266,7 +266,7 @@ def _settings(facts: dict[str, Any]) -> str:
 
 
 def _grids(run: RunLog) -> list[Block]:
-    """What validations drew, evenly from the first to the last."""
+    """Pictures of validations, evenly from the first to the last."""
     drawn = run.pictures("samples")
     last = len(drawn) - 1
     chosen = sorted({round(i * last / (GRIDS - 1)) for i in range(GRIDS)}) if drawn else []

@@ -1,6 +1,6 @@
 """Static SVG figures: panels side by side, lines with a band, dots, labels at the lines' ends. No script, no fonts.
 
-A document shows them as pictures, on whatever ground it has: so they bring their own, and every text is text.
+A document embeds them as pictures on a ground of any colour. So a figure has its own ground, and every text is text.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ PANEL_WIDTH, PANEL_HEIGHT = 440, 280
 LEFT, RIGHT, TOP, BOTTOM = 58, 84, 34, 44
 HEADER = 48
 LABEL_STEP = 15
-# What the longest note takes, should there be one panel only.
+# The width of the longest note over a single panel.
 NOTE_WIDTH = 660
 
 
@@ -39,7 +39,9 @@ class Axis:
 
 @dataclass(frozen=True)
 class Series:
-    """`line` through points (x, y), `band` of (x, low, high) around it, single `dots`; a `label` at the right end."""
+    """`line` through points (x, y), `band` of (x, low, high) around it, single `dots`, and a `label` at the
+    right end.
+    """
 
     label: str
     slot: int
