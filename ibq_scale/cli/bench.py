@@ -56,7 +56,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     data.add_argument("url", metavar="URL")
     data.add_argument("--resolution", type=int, default=256, metavar="PIXELS", help="default 256")
-    data.add_argument("--workers", type=int, default=1, metavar="N", help="processes that decode (default 1; 0: none)")
+    data.add_argument("--workers", type=int, default=1, metavar="N", help="decoding processes (default 1; 0: none)")
     data.add_argument("--batch", type=int, default=64, metavar="N", help="default 64")
     data.add_argument("--seconds", type=finite, default=5.0, metavar="S", help="a turn's length (default 5)")
     data.add_argument(
@@ -112,16 +112,16 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def _add_kernels(family: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     kernels = family.add_parser(
         "kernels",
-        help="what the quantizer's kernels need of a GPU, compiled for it without one",
-        description="Compile every kernel of the quantizer with every tile for GPUs that need not be here, and tell "
-        "shared memory, registers, spills, tensor cores. Exit code 1: a kernel has no tile that fits.",
+        help="compile the quantizer's kernels for GPUs that are not here",
+        description="Compile every kernel of the quantizer with every tile for GPUs, present or not, and print "
+        "shared memory, registers, spills, tensor cores. Exit code 1: no tile of a kernel fits.",
         epilog="example: ibq-scale bench kernels --arch sm_80,sm_90 --precision bf16 --dim 64,256",
     )
     kernels.add_argument("--arch", default="sm_90", metavar="A[,A…]", help="sm_80, …, or all (default sm_90)")
     kernels.add_argument("--precision", default="bf16", metavar="P[,P…]", help="bf16, tf32, fp32 (default bf16)")
     kernels.add_argument("--dim", default="256", metavar="D[,D…]", help="code dimensions (default 256)")
     kernels.add_argument(
-        "--kernel", default="all", metavar="K[,K…]", help="some of them (default all that multiply matrices)"
+        "--kernel", default="all", metavar="K[,K…]", help="some of them (default: all with matrix products)"
     )
     kernels.add_argument("--json", action="store_true", help="print one JSON document")
     kernels.set_defaults(run=_kernels)
@@ -131,13 +131,13 @@ def _add_sampling(family: argparse._SubParsersAction[argparse.ArgumentParser]) -
     sampling = family.add_parser(
         "sample",
         help="images/s and tokens/s beside a loop without a cache",
-        description="Sample codes greedily with guidance in three ways, and compare their codes in fp32. A preset has "
-        "random weights; decoding is no part of it.",
+        description="Sample codes greedily with guidance in three ways, and compare their codes in fp32. A preset "
+        "has random weights. Decoding is not timed.",
         epilog="example: ibq-scale bench sample xl --batch 64 --precision bf16 --compile",
     )
     sampling.add_argument("source", metavar="AR_CKPT_OR_PRESET")
     sampling.add_argument("--batch", type=int, default=32, metavar="N", help="images at once (default 32)")
-    sampling.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of what is timed")
+    sampling.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the timed parts")
     sampling.add_argument("--compile", action="store_true", help="as of sample")
     sampling.add_argument("--repeats", type=int, default=3, metavar="N", help="measured batches (default 3)")
     sampling.add_argument("--json", action="store_true", help="print one JSON document")
@@ -159,7 +159,7 @@ def _add_steps(
 
 
 def _sizes(option: str, text: str) -> list[int]:
-    """``4096,65536`` → numbers. UserError where it cannot be read."""
+    """``4096,65536`` → numbers. UserError if unreadable."""
     items = text.split(",")
     if not all(item.strip().isdecimal() and int(item) > 0 for item in items):
         raise UserError(f"{option} {text}: write one or several positive numbers, for example 4096,65536")
@@ -357,7 +357,7 @@ def _print_sampling(report: SamplingReport) -> None:
 
 
 def _steps_run(args: argparse.Namespace) -> AnyRun:
-    """Wrong configs are refused before any rank is started."""
+    """Refuses wrong configs before any rank starts."""
     from ibq_scale.config.layers import resolve
 
     at_least_one(args, "steps", "ranks")

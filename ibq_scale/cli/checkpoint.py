@@ -27,7 +27,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         epilog="example: ibq-scale checkpoint verify runs/tok/checkpoints/step-00001000",
     )
     verify.add_argument(
-        "path", type=Path, metavar="CKPT_OR_RUN", help="a run: its newest whole one, and all that are not"
+        "path", type=Path, metavar="CKPT_OR_RUN", help="a run: its newest whole checkpoint, and all damaged ones"
     )
     verify.set_defaults(run=_verify)
     export = family.add_parser(
@@ -41,9 +41,9 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--layout",
         choices=("safetensors", "published", "huggingface", "deepspeed"),
         default="safetensors",
-        help="safetensors and config in a folder (default); one .ckpt file that the published code loads; a "
-        "tokenizer's config.json and safetensors as BAAI/Emu3.5-VisionTokenizer has them; or a "
-        "checkpoint's live weights, a folder an engine, as DeepSpeed's zero_to_fp32 reads them",
+        help="safetensors and config in a folder (default); one .ckpt file for the published code; a tokenizer's "
+        "config.json and safetensors in the layout of BAAI/Emu3.5-VisionTokenizer; or a checkpoint's live "
+        "weights, a folder per engine, for DeepSpeed's zero_to_fp32",
     )
     export.set_defaults(run=_export)
     imported = family.add_parser(
@@ -108,7 +108,7 @@ def _verify(args: argparse.Namespace) -> int:
     for fault in faults:
         print(f"{checkpoint.path}: {fault}", file=sys.stderr)
     if not faults:
-        print(f"{checkpoint.path}: {len(checkpoint.manifest['files'])} files are what its manifest says")
+        print(f"{checkpoint.path}: {len(checkpoint.manifest['files'])} files are as in its manifest")
     return 1 if faults or damaged else 0
 
 

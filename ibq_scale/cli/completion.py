@@ -1,4 +1,4 @@
-"""``ibq-scale completion``: the words of a command line, completed by the shell (argcomplete does the talking)."""
+"""``ibq-scale completion``: shell completion of commands, presets and keys (by argcomplete)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Adds the command to the command line."""
     parser = commands.add_parser(
         "completion",
-        help="what a shell needs to complete commands, presets and keys",
+        help="shell completion of commands, presets and keys",
         description='Put eval "$(ibq-scale completion bash)" into ~/.bashrc, or zsh\'s into ~/.zshrc; for fish: '
         "ibq-scale completion fish > ~/.config/fish/completions/ibq-scale.fish",
         epilog="example: ibq-scale completion fish > ~/.config/fish/completions/ibq-scale.fish",
@@ -59,7 +59,7 @@ def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
 
 
 def _sources(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]:
-    """Presets, with their stage where the command does not say it, and YAML files."""
+    """YAML files and presets, with their stage if the command does not set it."""
     from argcomplete.completers import FilesCompleter
 
     from ibq_scale.config.layers import preset_names

@@ -8,7 +8,7 @@ import json
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the family to the command line."""
-    family = commands.add_parser("config", help="show a run's config, and what it may say").add_subparsers(
+    family = commands.add_parser("config", help="show a run's config, or all keys").add_subparsers(
         title="commands", metavar="COMMAND", required=True
     )
     show = family.add_parser(

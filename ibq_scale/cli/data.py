@@ -1,4 +1,4 @@
-"""``ibq-scale prepare`` and ``ibq-scale data``: data sets made, adopted, checked and looked at."""
+"""``ibq-scale prepare`` and ``ibq-scale data``: make, adopt, check and describe data sets."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     images.add_argument("--shard-mb", type=int, default=256, metavar="MB", help="most of a shard's input (default 256)")
     images.add_argument("--size", type=int, metavar="PIXELS", help="resize the shortest side and re-encode")
     _add_source_options(images)
-    images.add_argument("--dry-run", action="store_true", help="only look: say what is there and what would be taken")
+    images.add_argument("--dry-run", action="store_true", help="only look: list the contents and the planned choice")
     images.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default 1)")
     images.add_argument("--seed", type=int, default=0, help="of the shuffle (default 0)")
     images.add_argument("--json", action="store_true", help="print one JSON document")
@@ -63,7 +63,7 @@ def _add_source_options(parser: argparse.ArgumentParser) -> None:
         help="a tar's sample is named up to the first dot, as webdataset does (default), or up to the last",
     )
     parser.add_argument("--picture", metavar="MEMBER", help="of a tar's sample, like image.png (default: by a rule)")
-    parser.add_argument("--max-aspect", type=finite, default=0.0, metavar="RATIO", help="leave out what is longer")
+    parser.add_argument("--max-aspect", type=finite, default=0.0, metavar="RATIO", help="leave out longer pictures")
     parser.add_argument(
         "--background", default="white", metavar="COLOUR", help="under transparent pictures (default white)"
     )
@@ -171,7 +171,7 @@ def _verify(args: argparse.Namespace) -> int:
         print(json.dumps(asdict(verified)))
     else:
         read = f"{verified.shards:,} shards, {verified.samples:,} samples, {gigabytes(verified.bytes)}"
-        end = f"{len(verified.faults)} faults" if verified.faults else "every byte is what was prepared"
+        end = f"{len(verified.faults)} faults" if verified.faults else "all bytes are as prepared"
         print("\n".join([*verified.faults, f"{verified.url}: {read}: {end}"]))
     return 1 if verified.faults else 0
 

@@ -1,4 +1,4 @@
-"""``ibq-scale jobs`` and ``cancel``: how runs stand, and their end with everything saved."""
+"""``ibq-scale jobs`` and ``cancel``: the state of runs, and a stop with a save."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "jobs",
         help="runs and how they stand",
         description="State, step, rate, time left, newest checkpoint, job and nodes of runs: from Slurm's queue, and "
-        "from the run directories. Without RUN: all that are queued, and those in ./runs.",
+        "from the run directories. Without RUN: all queued runs, and those in ./runs.",
         epilog="example: ibq-scale jobs runs/tok runs/xl",
     )
     jobs.add_argument("runs", nargs="*", type=Path, metavar="RUN")
@@ -32,8 +32,8 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     cancel = commands.add_parser(
         "cancel",
         help="save a run and stop it",
-        description="Take a run's queued jobs out of the queue, and ask what trains to save, leave and not come "
-        "back. Without Slurm, the process on this host is asked.",
+        description="Take a run's queued jobs out of the queue, and ask the running ones to save, end and not "
+        "come back. Without Slurm, the process on this host is asked.",
         epilog="example: ibq-scale cancel runs/tok --wait",
     )
     cancel.add_argument("run_dir", type=Path, metavar="RUN")
@@ -50,7 +50,7 @@ def _jobs(args: argparse.Namespace) -> int:
     places = args.runs or known_runs(queue)
     found, faults = [], []
     for place in places:
-        # One odd run hides no other.
+        # One unreadable run does not hide the others.
         try:
             found.append(describe(place, queue))
         except UserError as e:
@@ -101,7 +101,7 @@ def _cancel(args: argparse.Namespace) -> int:
         print(f"{who}: saves and leaves, within {seconds:.0f} s")
     if args.wait and not wait(asked, seconds):
         ends = f"scancel {' '.join(asked.saving)}" if asked.saving else "kill it"
-        print(f"ibq-scale: {who} is still there: '{ends}' ends it without a save", file=sys.stderr)
+        print(f"ibq-scale: {who} still runs: '{ends}' ends it without a save", file=sys.stderr)
         return 1
     if args.wait:
         print(f"{args.run_dir}: nobody trains here any more (ibq-scale jobs {args.run_dir})")

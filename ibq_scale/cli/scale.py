@@ -22,7 +22,7 @@ def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
     """Adds the family to the command line."""
     family = commands.add_parser("scale", help="ladders of sizes and budgets, and the laws they follow")
     leaves = family.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    plan = _ladder(leaves, "plan", "what each rung is and costs", "scale plan published machine.gpus=8 machine.nodes=4")
+    plan = _ladder(leaves, "plan", "the rungs and their costs", "scale plan published machine.gpus=8 machine.nodes=4")
     plan.set_defaults(run=_plan)
     run = _ladder(
         leaves,
@@ -42,7 +42,7 @@ def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     _submit_options(submit)
     submit.set_defaults(run=_submit)
-    collect = _ladder(leaves, "collect", "read what finished rungs have left into results.json", "scale collect cpu")
+    collect = _ladder(leaves, "collect", "collect the results of finished rungs into results.json", "scale collect cpu")
     collect.set_defaults(run=_collect)
     fit = _ladder(
         leaves,

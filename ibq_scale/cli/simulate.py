@@ -1,4 +1,4 @@
-"""``ibq-scale scale simulate``: a run past one machine."""
+"""``ibq-scale scale simulate``: a run on more than one machine."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _transformer(run: AnyRun, device: Device, fabric: Fabric, args: argparse.Nam
             if (row.mode, row.stage) == (mode, stage):
                 print(_row(row))
         print(f"  pays up to {gpus:,} GPUs" if gpus else "  does not fit")
-    print(f"\na doubling pays that gives at least {PAYS} times the images/s")
+    print(f"\na doubling pays off from {PAYS} times the images/s")
     return 0
 
 

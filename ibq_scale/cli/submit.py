@@ -28,10 +28,10 @@ SETTINGS = (
     ("partition", str, "NAME", ""),
     ("account", str, "NAME", ""),
     ("qos", str, "NAME", ""),
-    ("constraint", str, "LIST", "features that nodes must have"),
+    ("constraint", str, "LIST", "required features of nodes"),
     ("time", str, "LIMIT", "HH:MM:SS or DAYS-HH:MM:SS"),
     ("mem", str, "SIZE", "of a node; 0: all of it"),
-    ("gpu", str, "GPU", "h100, a100-40gb …: to check that the run fits"),
+    ("gpu", str, "GPU", "h100, a100-40gb …: to check the memory"),
     ("gpus-per-node", int, "N", "0: ranks on CPUs"),
     ("ntasks-per-node", int, "N", "ranks (default: one a GPU)"),
     ("cpus-per-task", int, "N", ""),
@@ -51,7 +51,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("source", metavar="PRESET_OR_YAML", help="or tokenize, sample, evaluate")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="or that command's own words")
     add_settings(parser)
-    parser.add_argument("--array", type=int, metavar="N", help="jobs that share the work of tokenize or sample")
+    parser.add_argument("--array", type=int, metavar="N", help="jobs to share the work of tokenize or sample")
     parser.add_argument(
         "--chain", type=int, default=1, metavar="N", help="N jobs, each goes on where the one before it stopped"
     )
@@ -67,7 +67,11 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
     for name, kind, metavar, about in SETTINGS:
         parser.add_argument(f"--{name}", type=kind, metavar=metavar, help=about or None)
     parser.add_argument(
-        "--sbatch", action="append", default=[], metavar="OPTION", help="any other of sbatch, as reservation=x; repeat"
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="any other option of sbatch, as reservation=x; repeat",
     )
 
 
@@ -96,7 +100,7 @@ def _submit(args: argparse.Namespace) -> int:
         elif args.dry_run:
             print(script.text, end="")
         if failed:
-            raise UserError(f"not submitted: mend {', '.join(failed)} (FAIL, above)")
+            raise UserError(f"not submitted: fix {', '.join(failed)} (FAIL, above)")
         return 0
     snapped, jobs = submit(request, chain=args.chain, cluster=cluster)
     if args.json:
@@ -114,7 +118,7 @@ def _tell(request: Request, snapped: Snapshot | None, jobs: list[str]) -> None:
     if snapped is not None:
         print(f"  runs {snapped.source}, {snapped.folder}")
     else:
-        print(f"  runs {Source.here()}, as that is when it starts: the output is no folder to keep a copy in")
+        print(f"  runs {Source.here()}, as of its start: the output is no folder for a copy")
     print(f"  tail -F {shlex.quote(str(_log(request, jobs[0])))}")
     if work.config is not None:
         folder = shlex.quote(str(work.folder))
@@ -122,7 +126,7 @@ def _tell(request: Request, snapped: Snapshot | None, jobs: list[str]) -> None:
         print(f"  ibq-scale cancel {folder}     # saves first")
     else:
         print(f"  squeue --jobs={','.join(jobs)}")
-        print(f"  scancel {' '.join(jobs)}     # the same command goes on from what it has made")
+        print(f"  scancel {' '.join(jobs)}     # the same command resumes")
 
 
 def _log(request: Request, job: str) -> str:

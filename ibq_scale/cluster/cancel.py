@@ -15,7 +15,7 @@ from ibq_scale.train.run_lock import Holder, look
 
 POLL_SECONDS = 2.0
 UNKNOWN_GRACE_SECONDS = 270.0
-# For its signals, its epilogs and its slow answers.
+# For signals, epilogs and slow answers of Slurm.
 SLURM_SECONDS = 60.0
 
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ibq_scale.data.sets import DataSets
     from ibq_scale.scaling.plan import Plan
 
-# A signal ahead of the time limit may come so much earlier (man sbatch).
+# sbatch may send a signal so much earlier (man sbatch).
 SIGNAL_SECONDS = 60
 
 
@@ -70,7 +70,7 @@ class Submission(Job):
     def plan(self) -> Plan:
         from ibq_scale.scaling.plan import Machine, make_plan
 
-        # The time is not asked for, and any share of the peak does.
+        # The time is not needed, so any MFU is right.
         return make_plan(self.config, Machine(self.ranks // self.nodes, self.nodes, self.gpu), mfu=0.45)
 
     @cached_property
@@ -78,7 +78,7 @@ class Submission(Job):
         from ibq_scale.data.sets import open_sets
 
         kind: Literal["images", "codes"] = "images" if isinstance(self.config, TokenizerRun) else "codes"
-        # Shards are read by the nodes: no folder for them is needed here.
+        # The nodes read the shards. This host needs no folder for them.
         return open_sets(self.config.data.model_copy(update={"cache_dir": None}), kind)
 
     @cached_property
@@ -143,9 +143,9 @@ def _memory(job: Submission) -> Outcome:
     if not job.gpus:
         return "ok", f"{gigabytes(plan.memory.peak)} a rank, counted as for a GPU: this job asks for none"
     if plan.fits is None and job.gpu is not None:
-        return "warn", f"needs {needs}; how much a {job.gpu} has is not known (ibq-scale plan --memory GB)"
+        return "warn", f"needs {needs}; the memory of a {job.gpu} is not known (ibq-scale plan --memory GB)"
     if plan.fits is None:
-        return "warn", f"needs {needs}; whether that fits is told with --gpu (h100, a100-40gb …)"
+        return "warn", f"needs {needs}; give --gpu (h100, a100-40gb …) to check the fit"
     memory = plan.machine.gpu_memory or 0.0
     if plan.fits:
         return "ok", f"{needs} of {gigabytes(memory)}"
@@ -169,7 +169,7 @@ def _data(job: Submission) -> Outcome:
         if validates:
             check_codes(job.config, open_held_out(job.config, sets, "codes"))
     here = [part.store.url for part in sets.parts if part.store.local]
-    seen = f"; {', '.join(here)} must be seen by all nodes" if here else ""
+    seen = f"; {', '.join(here)} must be visible on all nodes" if here else ""
     return "ok", f"{sets.samples:,} samples in {', '.join(job.config.data.sources)}{seen}"
 
 
@@ -181,7 +181,7 @@ def _resume(job: Submission) -> Outcome:
         mirror = job.config.train.mirror
         if mirror is None and job.config.init is not None:
             newest_or_this(Path(job.config.init))
-        begins = f"goes on from {mirror}, if that holds a checkpoint" if mirror else "begins anew"
+        begins = f"goes on from {mirror} if there is a checkpoint" if mirror else "begins anew"
         return "ok", f"{job.run_dir} {begins}"
     check_same_run(job.config, newest)
     if "data" not in job.failed:
@@ -215,19 +215,19 @@ def _disk(job: Submission) -> Outcome:
     train, each = job.config.train, job.plan.checkpoint_bytes
     folder = nearest(job.run_dir)
     there = sum(c.bytes for c in whole_checkpoints(job.run_dir / "checkpoints"))
-    # One more than are kept, while it is written.
+    # During a save, one checkpoint more than the kept ones.
     soon = each * (train.keep_checkpoints + 1 + (train.keep_best is not None)) - there
     in_the_end = soon + each * (train.total_steps // train.keep_every if train.keep_every else 0)
     free = free_bytes(folder)
     if free < soon or can_hold(folder, max(soon, 1)) is False:
         return "FAIL", (
-            f"checkpoints of {gigabytes(each)} need {gigabytes(soon)} more in {folder}, of {gigabytes(free)} that are "
+            f"checkpoints of {gigabytes(each)} need {gigabytes(soon)} more in {folder}, of {gigabytes(free)} "
             f"free (or of your quota): make room, give another out=…, or a smaller train.keep_checkpoints"
         )
     if free < in_the_end:
         needs = f"train.keep_every={train.keep_every} will take {gigabytes(in_the_end)}"
-        return "warn", f"{needs}, of {gigabytes(free)} that are free"
-    return "ok", f"{gigabytes(in_the_end)} for checkpoints of {gigabytes(each)}, of {gigabytes(free)} that are free"
+        return "warn", f"{needs}, of {gigabytes(free)} free"
+    return "ok", f"{gigabytes(in_the_end)} for checkpoints of {gigabytes(each)}, of {gigabytes(free)} free"
 
 
 def _cancel(job: Submission) -> str:
@@ -244,7 +244,7 @@ def _alone(job: Submission) -> Outcome:
     if holder is not None and holder.is_alive():
         return "FAIL", f"{job.run_dir} is trained by {holder}: {_cancel(job)}"
     if holder is not None and holder.is_alive() is None:
-        return "warn", f"{job.run_dir} was held by {holder}; if that lives, the job will be refused"
+        return "warn", f"{job.run_dir} was held by {holder}; if that process lives, the job will be refused"
     return "ok", f"nobody else trains in {job.run_dir}"
 
 
@@ -255,17 +255,16 @@ def _time(job: Submission) -> Outcome:
     if signal is None:
         return (
             "FAIL",
-            "--signal must be USR1@SECONDS: a time limit would lose what came after the last checkpoint",
+            "--signal must be USR1@SECONDS: a time limit would lose all steps after the last checkpoint",
         )
     lead, grace = int(signal[1]), job.config.train.grace
     if lead <= grace:
         return "FAIL", f"--signal=USR1@{lead} leaves less than train.grace={grace:.0f} s: Slurm would kill the save"
     if limit is not None and limit <= lead + SIGNAL_SECONDS:
         return "FAIL", (
-            f"--time={text} is no longer than the {lead} s before its end at which the run saves and leaves: give more "
-            f"time, or a smaller train.grace"
+            f"--time={text} is no longer than the {lead} s for the final save: give more time, or a smaller train.grace"
         )
-    return "ok", f"{text}; saves and leaves {lead} s before, within {grace:.0f} s (train.grace)"
+    return "ok", f"{text}; saves {lead} s before, within {grace:.0f} s (train.grace)"
 
 
 def slurm_takes(job: Job) -> Outcome:
@@ -320,15 +319,15 @@ def ranks_without_gpu(script: Script) -> Outcome | None:
 
 
 def gpus_per_node(script: Script) -> int:
-    """0 for ranks on CPUs."""
+    """Per node. 0 for CPU ranks."""
     return number(script, "gpus-per-node") if script.option("gpus-per-node") else 0
 
 
 def number(script: Script, key: str) -> int:
     """The number of an option, at least 1. UserError otherwise."""
     text = script.option(key) or ""
-    # gpus-per-node may name a type before the number.
+    # gpus-per-node may have a type before the number.
     last = text.rpartition(":")[2]
     if not last.isdigit() or int(last) < 1:
-        raise UserError(f"--{key}={text} is no number that can be counted with: give it plainly")
+        raise UserError(f"--{key}={text} is not a positive whole number: write one")
     return int(last)

@@ -19,7 +19,7 @@ class CommandJob(Job):
     args: argparse.Namespace
 
     def given(self, name: str) -> str | None:
-        """An argument of the command, None where it has none of this name."""
+        """An argument of the command. None if the command has no such argument."""
         value = getattr(self.args, name, None)
         return None if value is None else str(value)
 
@@ -59,7 +59,7 @@ def _images(job: CommandJob) -> Outcome | None:
     absent = [text for text in given if "://" not in text and not Path(text).exists()]
     if absent:
         return "FAIL", f"{absent[0]} does not exist"
-    return ("ok", f"{' and '.join(given)}; must be seen by all nodes") if given else None
+    return ("ok", f"{' and '.join(given)}; must be visible on all nodes") if given else None
 
 
 def _output(job: CommandJob) -> Outcome | None:

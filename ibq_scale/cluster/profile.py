@@ -53,7 +53,7 @@ class Profile(Section):
 
 
 def profiles_path() -> Path:
-    """Where profiles are looked for."""
+    """The path of the profiles."""
     return Path(os.environ.get(PATH_VARIABLE) or Path.home() / ".config/ibq-scale/clusters.yaml")
 
 
@@ -68,7 +68,7 @@ def load_profile(name: str | None) -> tuple[str | None, Profile]:
             raise UserError(f"{path} does not exist: write there  profiles: {{{name or 'NAME'}: {{partition: …}}}}")
         return None, Profile()
     try:
-        # As texts: YAML would take 24:00:00 for a number of seconds.
+        # As texts, since YAML reads 24:00:00 as a number of seconds.
         values = parse_yaml(read_text(path), texts=True) or {}
     except (OSError, DocumentError) as e:
         raise UserError(f"cannot read {path}: {' '.join(str(e).split())}") from None

@@ -19,7 +19,7 @@ COMMAND = re.compile(r"^IBQ_SCALE=.*$", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Script:
-    """Text of an sbatch file. Nothing of it is run here."""
+    """The text of an sbatch file."""
 
     text: str
 

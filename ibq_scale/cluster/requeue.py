@@ -29,7 +29,7 @@ REASONS = {
     75: "it was stopped by a signal",
     PortTakenError.exit_code: "the port where its ranks meet was taken",
 }
-"""Codes after which the run is as good as before."""
+"""Exit codes without a fault of the run."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def after(run_dir: Path, code: int, seconds: float, budget: int, *, may_requeue:
     again, why = _judge(code, seconds, step - before, _idle(job, earlier, step - before), budget)
     dropped = () if again else chained_after(run_dir, job)
     if again and not may_requeue:
-        again, why = False, f"{why}; it is not to go back into the queue"
+        again, why = False, f"{why}; it may not return to the queue"
     excluded = _excluded(faults) if again and faults is not None else ()
     if faults is not None and faults.nodes and code == NodeFaultError.exit_code:
         why += ": " + "; ".join(f"{node} ({fault})" for node, fault in sorted(faults.nodes.items()))
@@ -81,7 +81,7 @@ def _idle(job: str, earlier: Sequence[dict[str, Any]], new_steps: int) -> int:
 
 
 def _excluded(faults: Faults) -> tuple[str, ...]:
-    """Where most nodes fail, it is not for the nodes."""
+    """The nodes to leave out. None if most nodes failed, since the cause is then elsewhere."""
     return tuple(sorted(faults.nodes)) if 2 * len(faults.nodes) <= max(2, faults.of) else ()
 
 

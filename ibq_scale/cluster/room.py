@@ -1,4 +1,4 @@
-"""Whether a folder's file system, and our quota there, have room: asked of the kernel, not of `df`."""
+"""Free space of a folder's file system and of our quota, from the kernel."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def free_bytes(folder: Path) -> int:
 
 
 def can_hold(folder: Path, size: int) -> bool | None:
-    """Whether we may have `size` bytes there: they are reserved and let go at once, so quotas count. None where the
-    file system cannot say. UserError where we may not write at all.
+    """Whether we can write `size` bytes there. They are reserved and released at once, so quotas count. None if the
+    file system cannot reserve. UserError without write access.
     """
     fallocate = ctypes.CDLL(None, use_errno=True).fallocate
     fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]

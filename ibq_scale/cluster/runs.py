@@ -22,7 +22,7 @@ from ibq_scale.train.run_lock import BEAT_SECONDS, look
 State = Literal["queued", "requeued", "running", "stopped", "finished", "failed"]
 # A lock from another host counts as live below this many heartbeats of age.
 LIVELY_BEATS = 4.5
-# Where `jobs` looks without being told.
+# The default folder of `jobs`.
 HOME = Path("runs")
 
 
@@ -63,7 +63,7 @@ def jobs_of(run_dir: Path, jobs: Sequence[Job]) -> list[Job]:
 
 
 def describe(run_dir: Path, jobs: Sequence[Job]) -> Run:
-    """The run in this directory, with Slurm's queue as it is now. UserError where there is no run."""
+    """The run in this directory, with the current queue. UserError without a run."""
     mine = jobs_of(run_dir, jobs)
     config = config_of(run_dir)
     if config is None and not mine:

@@ -1,4 +1,4 @@
-"""Slurm's commands, as far as jobs of ours need them."""
+"""Slurm's commands."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ PATIENCE_SECONDS = 120.0
 LOOK_SECONDS = 10.0
 # squeue: id, state, number and names of nodes, reason, work directory, comment.
 COLUMNS = "%i|%T|%D|%N|%r|%k"
-# sbatch writes it in the job's comment, squeue gives it back.
+# Written by sbatch into the job's comment, returned by squeue.
 COMMENT = "ibq-scale "
 
-# The commands are installed, but belong to no cluster.
+# For installed commands without a cluster.
 NO_CLUSTER = "establish a configuration source"
 
 
 class NoSlurmError(UserError):
-    """There is no Slurm here."""
+    """Slurm is not available."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def my_jobs() -> list[Job]:
 def submit(script: str, words: Sequence[str], after: str | None) -> str:
     """Queues a script with its arguments after the end of job `after`. Returns the job id. UserError if refused."""
     dependency = [f"--dependency=afterany:{after}"] if after is not None else []
-    # Of several clusters, their name follows the id.
+    # With several clusters, the cluster's name follows the id.
     return _run("sbatch", "--parsable", *dependency, script, *words).strip().partition(";")[0]
 
 
@@ -78,7 +78,7 @@ def ask_to_save(job: str) -> None:
 
 
 def version() -> str:
-    """As ``slurm 22.05.8``. UserError as `my_jobs`, NoSlurmError where there is none."""
+    """Slurm's version, as ``slurm 22.05.8``. UserError as `my_jobs`, NoSlurmError without Slurm."""
     return _run("sbatch", "--version", seconds=LOOK_SECONDS).strip()
 
 
@@ -100,7 +100,7 @@ def partitions() -> list[dict[str, str]]:
 
 
 def settings() -> dict[str, str]:
-    """slurm.conf as the controller has it: JobRequeue, KillWait… UserError as above."""
+    """The controller's slurm.conf: JobRequeue, KillWait… UserError as above."""
     said = _run("scontrol", "show", "config", seconds=LOOK_SECONDS)
     return dict(re.findall(r"^(\w+)\s*= (.*\S)", said, re.MULTILINE))
 

@@ -21,7 +21,7 @@ from ibq_scale.documents import read_json
 from ibq_scale.errors import UserError
 
 FOLDER = "submitted"
-# Slurm's number of a job, or of a task of an array.
+# The id of a job, or of a task of an array.
 JOB_ID = re.compile(r"\d+(_\d+)?")
 CODE, CONFIG, SCRIPT, RECORD = "code", "config.yaml", "job.sbatch", "submission.json"
 # The parts of a checkout for a run. Tests and documents are left out.
@@ -83,7 +83,7 @@ class Snapshot:
 
 
 def next_folder(run_dir: Path) -> Path:
-    """Where the next snapshot of this run goes."""
+    """The folder of the next snapshot."""
     taken = [int(p.name) for p in (run_dir / FOLDER).glob("*") if p.name.isdigit()]
     return run_dir / FOLDER / f"{max(taken, default=0) + 1:03d}"
 
@@ -123,14 +123,14 @@ def _chains(run_dir: Path) -> Iterator[tuple[str, ...]]:
     for path in sorted((run_dir / FOLDER).glob(f"*/{RECORD}")):
         try:
             jobs = read_json(path)["jobs"]
-            # They become words of scancel.
+            # The ids become arguments of scancel.
             yield tuple(job for job in jobs if isinstance(job, str) and JOB_ID.fullmatch(job))
         except (OSError, ValueError, KeyError, TypeError):
             continue
 
 
 def _with_own_json(config: AnyRun, folder: Path) -> AnyRun:
-    """DeepSpeed's JSON belongs to the config where it is a file of the user's."""
+    """Copies the user's own DeepSpeed JSON into the snapshot."""
     if not config.deepspeed.config.endswith(".json"):
         return config
     copy = folder / "deepspeed.json"

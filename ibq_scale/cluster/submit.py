@@ -1,4 +1,4 @@
-"""From a config, or a command's words, and a cluster's profile to jobs in the queue."""
+"""Turns a config or a command into jobs in the queue, with the settings of a cluster's profile."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Work:
 
 
 def training(config: AnyRun) -> Work:
-    """A run. UserError where Slurm could not write its log."""
+    """A training run. UserError for a log path unfit for Slurm."""
     folder = Path(config.run_dir).absolute()
     _check_percent(f"out={folder}")
     options = {
@@ -85,7 +85,7 @@ class Request:
 
     @property
     def log(self) -> str:
-        """The job's log, for Slurm to fill in its id."""
+        """The path of the job's log, with Slurm's placeholder for the id."""
         return str(self.cwd / str(self.work.options["output"]))
 
 
@@ -163,7 +163,7 @@ def submit(request: Request, *, chain: int, cluster: str | None) -> tuple[Snapsh
 
 @contextmanager
 def _script_file(script: Script, snapped: Snapshot | None) -> Iterator[Path]:
-    """sbatch takes a copy of its own."""
+    """The script's file. sbatch makes its own copy."""
     with tempfile.TemporaryDirectory() as folder:
         path = snapped.script if snapped is not None else Path(folder) / snapshot.SCRIPT
         path.write_text(script.text, encoding="utf-8")

@@ -62,6 +62,5 @@ def open_photograph(photograph: Photograph) -> Image.Image:
             return Image.open(f).convert("RGB")
     except (ModuleNotFoundError, FileNotFoundError):
         raise UserError(
-            f"the demo's photographs are in {photograph.package}, which is not installed (or without them): "
-            f"pip install 'ibq-scale[demo]'"
+            f"the demo needs the photographs in {photograph.package}: pip install 'ibq-scale[demo]'"
         ) from None

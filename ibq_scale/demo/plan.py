@@ -13,7 +13,7 @@ IMAGES, HELD_OUT, CODES = (f"s3://{BUCKET}/{name}" for name in ("photographs", "
 
 @dataclass(frozen=True)
 class Plan:
-    """How much the demo does. The defaults take minutes on two CPU cores. Crops are numbers a photograph."""
+    """The demo's amounts of work. The defaults take minutes on two CPU cores. Crops are counted per photograph."""
 
     crops: int = 80
     held_out_crops: int = 20
@@ -26,7 +26,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Stage:
-    """A command as it was run, and how long it took."""
+    """A command and its duration."""
 
     name: str
     command: str

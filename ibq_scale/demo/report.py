@@ -167,7 +167,7 @@ def _sample_gallery(photographs: _Photographs, images_u8: Tensor, labels: Tensor
 
 
 class _Photographs:
-    """One data set's images, centre-cropped, as they are in the bucket: uint8 (N, 3, H, W) and labels (N,)."""
+    """One data set's images from the bucket, centre-cropped: uint8 (N, 3, H, W) and labels (N,)."""
 
     def __init__(self, url: str, resolution: int) -> None:
         self.classes = load_manifest(url, "images").classes

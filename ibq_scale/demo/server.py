@@ -1,4 +1,4 @@
-"""An S3 endpoint inside this process, real HTTP on the loopback interface, gone with the demo."""
+"""An S3 endpoint inside this process: real HTTP on the loopback interface."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def _drop_bucket(bucket: str) -> None:
 
 
 def _no_proxy() -> dict[str, str]:
-    """Traffic on the loopback interface is kept away from any proxy."""
+    """Keeps loopback traffic away from any proxy."""
     known = os.environ.get("NO_PROXY") or os.environ.get("no_proxy") or ""
     hosts = ",".join(dict.fromkeys([*filter(None, known.split(",")), "127.0.0.1", "localhost"]))
     return {"NO_PROXY": hosts, "no_proxy": hosts}

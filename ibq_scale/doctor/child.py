@@ -21,7 +21,7 @@ from ibq_scale.findings import fail
 
 
 def main(name: str, seconds: str, answer: str) -> None:
-    """Checks, and writes the answer whole."""
+    """Runs the check and writes its findings."""
     # The parent ends this process in time. The alarm is for a process without a parent.
     signal.alarm(ceil(float(seconds)) + 5)
     os.dup2(2, 1)

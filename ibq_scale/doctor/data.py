@@ -1,4 +1,4 @@
-"""A data set: can its manifest be read, and how fast does one of its shards come."""
+"""A data set: its manifest, and the rate of one shard."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ibq_scale.data.verify import load_any_manifest
 from ibq_scale.doctor.tools import Subject
 from ibq_scale.findings import Finding, fail, ok, warn
 
-# As many ranges of a file as a download has under way.
+# The number of parallel ranges of a download.
 AT_ONCE = 4
 SECONDS = 5.0
 SLOW = 50e6
-# Below this a request's own time is most of it.
+# Below this, the latency of a request dominates.
 TELLING = 8 << 20
 
 
 def store(subject: Subject) -> list[Finding]:
-    """Reads the manifest, and one shard for some seconds. UserError where they cannot be read."""
+    """Reads the manifest, and one shard for some seconds. UserError if unreadable."""
     assert subject.data is not None
     source = open_store(subject.data)
     manifest = load_any_manifest(source)
@@ -34,7 +34,7 @@ def store(subject: Subject) -> list[Finding]:
     try:
         read, seconds = _read(source, shard)
     except FileNotFoundError:
-        todo = f"ibq-scale data verify {source.url} names all that is missing"
+        todo = f"ibq-scale data verify {source.url} names all missing files"
         return [fail("data", f"{source.url}: {whole}, but {shard.name} is missing", todo)]
     rate = read / seconds
     samples = rate / (shard.bytes / shard.samples)
@@ -52,7 +52,7 @@ def store(subject: Subject) -> list[Finding]:
 
 
 def _read(source: Store, shard: ShardInfo) -> tuple[int, float]:
-    """Bytes and seconds of a shard's begin, or all of it."""
+    """Bytes and seconds of reading the start of a shard, or all of it."""
     begin, done = time.perf_counter(), 0
     while done < shard.bytes and time.perf_counter() - begin < SECONDS:
         stop = min(done + AT_ONCE * DOWNLOAD_CHUNK, shard.bytes)

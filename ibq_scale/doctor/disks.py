@@ -26,12 +26,12 @@ SKEW_SECONDS = 5.0
 
 
 def run_directory(subject: Subject) -> list[Finding]:
-    """Where checkpoints go: ``--run-dir``, else ``runs`` here."""
+    """The folder of checkpoints: ``--run-dir``, else ``runs`` here."""
     return [_folder("run directory", Path(subject.run_dir or "runs").expanduser(), shared=True)]
 
 
 def cache_folder(subject: Subject) -> list[Finding]:
-    """Where shards come to on their way from object storage, unless data.cache_dir says otherwise."""
+    """The default folder for shards from object storage, without data.cache_dir."""
     from ibq_scale.data.cache import default_folder
 
     return [_folder("cache folder", default_folder(), shared=False)]
@@ -56,7 +56,7 @@ def _folder(what: str, wanted: Path, *, shared: bool) -> Finding:
 
 
 def _tried(what: str, folder: Path, where: str, free: int, other: str, *, shared: bool) -> Finding:
-    """Writes, locks, compares clocks. OSError where one cannot be done."""
+    """Writes, locks and compares clocks. OSError if one fails."""
     from ibq_scale.bench.disk import write_rate
 
     skew = _skew_and_lock(folder)
@@ -64,13 +64,15 @@ def _tried(what: str, folder: Path, where: str, free: int, other: str, *, shared
     kind = file_system(folder)
     seen = f"{where}: {gigabytes(rate)}/s, {gigabytes(free)} free, {kind}"
     if abs(skew) > SKEW_SECONDS:
-        todo = "this node or the file server has the wrong time: jobs on other nodes will misjudge who is alive"
+        todo = "this node or the file server has the wrong time: jobs on other nodes will take live runs for dead"
         return warn(what, f"{seen}; its clock is {skew:+.0f} s off this node's", todo)
     if rate < SLOW:
         todo = "a save hides behind training only where it is quicker than the next is due: train.checkpoint_every"
         return warn(what, seen, todo if shared else f"a faster disk: {other}")
     if free < ROOM[what]:
-        todo = "'ibq-scale plan' tells a run's checkpoints" if shared else "data.cache_bytes is kept below what is free"
+        todo = (
+            "'ibq-scale plan' tells a run's checkpoints" if shared else "data.cache_bytes is kept below the free space"
+        )
         return warn(what, seen, f"may be little: {todo}")
     if kind in ("tmpfs", "ramfs"):
         return warn(
@@ -94,7 +96,7 @@ def _skew_and_lock(folder: Path) -> float:
 
 
 def file_system(path: Path) -> str:
-    """The kind of file system of a path, as the kernel names it."""
+    """The file system type of a path, in the kernel's words."""
     here = nearest(path).resolve()
     best, kind = "", "unknown file system"
     for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines():
@@ -106,5 +108,5 @@ def file_system(path: Path) -> str:
 
 
 def is_shared(path: Path) -> bool:
-    """Whether other nodes may see this folder too."""
+    """Whether other nodes may share this folder."""
     return file_system(path) in SHARED

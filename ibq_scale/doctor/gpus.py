@@ -22,7 +22,7 @@ QUERY = "index,name,driver_version,memory.total,memory.used,mig.mode.current,ecc
 # Memory of an idle GPU, taken by the driver.
 IDLE_MIB = 2048
 SLOW_IMPORT_SECONDS = 20.0
-# The transformers' presets have heads of 64 to 128, the tokenizers' codes of up to 256.
+# The transformers' presets have heads of 64 to 128, the tokenizers' codes up to 256 dimensions.
 HEAD, CODE = 64, 256
 
 
@@ -47,7 +47,7 @@ def topology(subject: Subject) -> list[Finding]:
 
 
 def listed() -> int:
-    """How many GPUs this node has."""
+    """The number of GPUs of this node."""
     try:
         code, said = ask("nvidia-smi", "-L")
     except FileNotFoundError:
@@ -102,7 +102,7 @@ def _peers() -> list[Finding]:
 
 
 def _matrix(said: str) -> dict[tuple[str, str], str]:
-    """The cells between each two GPUs of one of nvidia-smi's tables."""
+    """The cells for each pair of GPUs, from a table of nvidia-smi."""
     lines = [line.split() for line in re.sub(r"\x1b\[\d*m", "", said).splitlines()]
     header = next((words for words in lines if len(words) > 1 and words[:2] == ["GPU0", "GPU1"]), [])
     gpus = [word for word in header if re.fullmatch(r"GPU\d+", word)]
@@ -123,7 +123,7 @@ def device(subject: Subject) -> list[Finding]:
     seconds = time.perf_counter() - begin
     lines = []
     if seconds > SLOW_IMPORT_SECONDS:
-        todo = "the environment is on a slow disk: every rank waits so at every start; a container or a local copy"
+        todo = "the environment is on a slow disk, and every rank waits at every start: use a container or a local copy"
         lines.append(warn("torch", f"took {seconds:.0f} s to import", todo))
     if not torch.cuda.is_available():
         return [*lines, _no_cuda(), *_kernels(torch.device("cpu"))]
@@ -153,7 +153,7 @@ def _no_cuda() -> Finding:
         listed = ""
     driver = re.search(r"CUDA Version: (\d+\.\d+)", listed)
     if driver is None:
-        todo = "right for trying and on a login node; to see a job's GPUs: srun --gpus-per-node=8 ibq-scale doctor"
+        todo = "right for a trial and on a login node. To see a job's GPUs: srun --gpus-per-node=8 ibq-scale doctor"
         return warn(what, f"no GPU: computes on {cores} cores (torch {torch.__version__})", todo)
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         return fail(what, "there are GPUs, but CUDA_VISIBLE_DEVICES is empty", "unset CUDA_VISIBLE_DEVICES")
@@ -161,7 +161,9 @@ def _no_cuda() -> Finding:
         return fail(what, f"there are GPUs, but torch {torch.__version__} is built for CPUs", "install torch for CUDA")
     why = _first_error(lambda: torch.zeros(1, device="cuda")) or "torch sees none"
     older = int(driver[1].split(".")[0]) < int(torch.version.cuda.split(".")[0])
-    todo = "a newer driver, or torch for that CUDA" if older else "does the container pass them on (/dev/nvidia*)?"
+    todo = (
+        "install a newer driver, or torch for that CUDA" if older else "does the container pass them on (/dev/nvidia*)?"
+    )
     seen = f"there are GPUs, but {why}; torch is for CUDA {torch.version.cuda}, the driver for up to {driver[1]}"
     return fail(what, seen, todo)
 
@@ -181,8 +183,10 @@ def _kernels(where: torch.device) -> list[Finding]:
 
     passes = choose_passes("auto", where, torch.float32, CODE)
     lines = [
-        _tried("attention", describe(kind, where), attend, "model.attention=sdpa does without that package"),
-        _tried("quantizer", passes, lambda: _quantize(where), "triton needs a C compiler on PATH; or backend=tiled"),
+        _tried("attention", describe(kind, where), attend, "model.attention=sdpa needs no such package"),
+        _tried(
+            "quantizer", passes, lambda: _quantize(where), "triton needs a C compiler on PATH. Else set backend=tiled"
+        ),
     ]
     return lines + (_broken_packages(where) if where.type == "cuda" else [])
 
@@ -223,7 +227,7 @@ def _broken_packages(where: torch.device) -> list[Finding]:
     for package in PACKAGES.values():
         why = broken(package.module) if major in package.capabilities else None
         if why:
-            todo = f"build it against torch {torch.__version__}; training goes on without it"
+            todo = f"build it against torch {torch.__version__}. Training works without it"
             lines.append(warn(package.name, f"installed, and cannot be imported: {why}", todo))
     return lines
 

@@ -1,4 +1,4 @@
-"""Cores, memory, limits, the network's ports and the clock of this node."""
+"""Cores, memory, limits, network ports and clock of this node."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ LEAST_SHM = 1 << 30
 LEAST_FILES = 4096
 INFINIBAND = Path("/sys/class/infiniband")
 CGROUPS = Path("/sys/fs/cgroup")
-# adjtimex(2): the kernel's clock is not disciplined by anything.
+# adjtimex(2): the kernel's clock is not synchronised.
 TIME_ERROR = 5
 
 
 def machine(subject: Subject) -> list[Finding]:
-    """All of them."""
+    """All checks of the node."""
     return [_cores(), _shared_memory(), _files(), *_infiniband(), _clock()]
 
 
@@ -54,7 +54,7 @@ def _shared_memory() -> Finding:
     usage = shutil.disk_usage(SHM)
     seen = f"{gigabytes(usage.free)} of {gigabytes(usage.total)} free in {SHM}"
     if usage.free < LEAST_SHM:
-        todo = "loader workers and NCCL die without it: remove what others left, or --shm-size=16g (docker)"
+        todo = "loader workers and NCCL die without it: remove old files, or --shm-size=16g (docker)"
         return warn(what, seen, todo)
     return ok(what, seen)
 
@@ -73,7 +73,7 @@ def _number(limit: int) -> str:
 
 
 def _infiniband() -> list[Finding]:
-    """Nothing where there are no such adapters."""
+    """Empty without such adapters."""
     ports = sorted(INFINIBAND.glob("*/ports/*/state")) if INFINIBAND.is_dir() else []
     if not ports:
         return []
@@ -87,7 +87,7 @@ def _infiniband() -> list[Finding]:
         todo = "NCCL over InfiniBand needs ulimit -l unlimited (in jobs: Slurm's PropagateResourceLimitsExcept=MEMLOCK)"
         return [warn("InfiniBand", f"only {locked:,} bytes of memory may be locked", todo)]
     if down:
-        todo = "if they should be cabled, tell the administrators; NCCL_IB_HCA names those to use"
+        todo = "if they should be connected, tell the administrators. NCCL_IB_HCA names the adapters to use"
         return [
             warn("InfiniBand", f"{len(states) - len(down)} of {len(states)} ports active, not {several(down)}", todo)
         ]
@@ -100,5 +100,5 @@ def _clock() -> Finding:
     state = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(512))
     if state == TIME_ERROR:
         todo = "S3 refuses requests 15 minutes off, and nodes must agree within a minute: start chronyd or ntpd"
-        return warn("clock", "nothing on this host says that it is synchronised", todo)
+        return warn("clock", "no sign of synchronisation on this host", todo)
     return ok("clock", "synchronised" if state >= 0 else "the kernel does not say whether it is synchronised")

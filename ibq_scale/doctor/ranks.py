@@ -11,7 +11,7 @@ from ibq_scale.doctor.gpus import listed
 from ibq_scale.doctor.tools import Subject, ask
 from ibq_scale.findings import Finding, fail, ok, warn
 
-# Starting a rank takes seconds, minutes where the environment is on a cold shared disk.
+# A rank starts in seconds, but in minutes from a cold shared disk.
 SECONDS = 60.0
 MEGABYTES = 64
 # Below PCIe 3 between two GPUs.
@@ -19,7 +19,7 @@ SLOW = 5e9
 
 
 def all_reduce(subject: Subject) -> list[Finding]:
-    """One rank a GPU, or two on CPUs, unless the subject says how many."""
+    """One rank per GPU, or two on CPUs, unless the subject has a number."""
     ranks = subject.ranks or (default_ranks() if listed() else 2)
     again = f"bench collectives --ranks {ranks} --megabytes {MEGABYTES}"
     code, said = ask(sys.executable, "-m", "ibq_scale", *again.split(), "--json", seconds=SECONDS)
@@ -37,7 +37,7 @@ def all_reduce(subject: Subject) -> list[Finding]:
         todo = "no loss of this node can be believed: leave it out (sbatch --exclude) and tell the administrators"
         return [fail(what, f"{seen}; the sums are WRONG", todo)]
     if report["backend"] == "nccl" and ranks > 1 and rate < SLOW:
-        return [warn(what, seen, f"slower than PCIe: {see} tells which way it takes")]
+        return [warn(what, seen, f"slower than PCIe: {see} shows its route")]
     return [ok(what, seen)]
 
 

@@ -98,7 +98,7 @@ class _Child:
             )
 
     def wait(self) -> None:
-        """Until it ends, by itself or by its time limit."""
+        """Until the end of the process or its time limit."""
         while self._process.poll() is None and time.monotonic() < self._deadline:
             time.sleep(POLL_SECONDS)
 
@@ -109,7 +109,7 @@ class _Child:
         self.end()
         what = self.check.title
         if code is None:
-            todo = "something there hangs: a network file system, a driver, a server that does not answer"
+            todo = "a network file system, a driver or a server hangs"
             return [fail(what, f"no answer within {self.check.seconds:.0f} s", todo)]
         try:
             found = [Finding(**line) for line in json.loads(self._answer.read_text(encoding="utf-8"))]
@@ -132,6 +132,6 @@ class _Child:
         """Ends the check and all its children."""
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        # One inside of a dead file system does not end, and is left.
+        # A process blocked by a dead file system does not end, and is left.
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(1.0)

@@ -1,4 +1,4 @@
-"""Slurm as it is seen from here: its controller, its partitions and their limits."""
+"""Slurm from this host: its controller, its partitions and their limits."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ UNSET = ("NONE", "UNLIMITED", "INFINITE")
 
 
 def slurm(subject: Subject) -> list[Finding]:
-    """All of it."""
+    """All checks of Slurm."""
     what = "Slurm"
     try:
         version, up = commands.version(), commands.controllers()
     except commands.NoSlurmError as e:
-        return [warn(what, str(e), "needed to submit jobs only; training here works without it")]
+        return [warn(what, str(e), "needed only to submit jobs")]
     except UserError as e:
         todo = "jobs can be neither submitted nor requeued now: tell the administrators (or is SLURM_CONF wrong?)"
         return [fail(what, str(e), todo)]

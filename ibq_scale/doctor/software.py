@@ -53,7 +53,7 @@ def packages(subject: Subject) -> list[Finding]:
 
 
 def installed(name: str) -> str | None:
-    """A package's version, None where it is not installed."""
+    """A package's version, None if not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -144,7 +144,9 @@ def weights(subject: Subject) -> list[Finding]:
     absent = [f for f in found if f.state == "missing"]
     if absent:
         names = " ".join(f.name for f in absent)
-        todo = f"'ibq-scale fetch-weights {names}' where there is internet; runs that need them do not start"
+        todo = (
+            f"'ibq-scale fetch-weights {names}' on a node with internet. Runs with such a loss or metric do not start"
+        )
         lines.append(warn("weights", f"no {several([f.name for f in absent])} in {weights_folder()}", todo))
     there = [f.name for f in found if f.state == "there"]
     if there and not absent:
@@ -153,7 +155,7 @@ def weights(subject: Subject) -> list[Finding]:
 
 
 def wandb(subject: Subject) -> list[Finding]:
-    """Whether metrics could go to W&B."""
+    """Whether a run can log to W&B."""
     what = "W&B"
     version = installed("wandb")
     if version is None:

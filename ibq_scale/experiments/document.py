@@ -1,4 +1,4 @@
-"""Fills docs/experiments.md: the figures beside it, and each table between its markers. The words stay as they are."""
+"""Fills docs/experiments.md: the figures beside it, and each table between its markers. The text stays."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def write_document(docs: Path) -> list[Path]:
     results = load(docs / RESULTS)
     document = docs / DOCUMENT
     if not document.is_file():
-        raise UserError(f"{document} is missing: --docs is the folder that holds it")
+        raise UserError(f"{document} is missing: --docs must be its folder")
     text = document.read_text(encoding="utf-8")
     for name, table in TABLES.items():
         text = _replaced(text, name, table.markdown(results), document)

@@ -39,7 +39,7 @@ def draw_all(results: Sequence[Result]) -> dict[str, str]:
 
 
 def _in_training(table: str, results: Sequence[Result], title: str) -> str:
-    """A panel a codebook size: usage by window over steps, IBQ and VQ."""
+    """A panel per codebook size: usage by window over steps, IBQ and VQ."""
     chosen = _named(results, [name for _, name in TABLES[table].rows])
     panels = []
     for codes in sorted({r.codes for r in chosen}):

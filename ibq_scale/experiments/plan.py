@@ -13,7 +13,7 @@ SEEDS = (0, 1, 2)
 
 Group = Literal["collapse", "ladder", "terms", "dimension", "batch", "rate", "pictures", "long"]
 Pictures = Literal["photographs", "ten"]
-"""Which tiles a run learns: those of the pictures that were given, or of ten that are not from ImageNet (tiles.py)."""
+"""The source of a run's tiles: the given pictures, or ten not from ImageNet (tiles.py)."""
 
 # The published loss without one of its parts.
 _DOUBLE = "quantizer.double_quantization=false"

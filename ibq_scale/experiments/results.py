@@ -49,7 +49,7 @@ class Result:
 
 
 def collect(runs: Path) -> list[Result]:
-    """Every finished run under `runs`, in the plan's order. UserError where there is none."""
+    """Every finished run under `runs`, in the plan's order. UserError without any."""
     found = [
         _read(configuration, run)
         for configuration in CONFIGURATIONS

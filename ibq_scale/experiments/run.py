@@ -50,7 +50,7 @@ def trial_overrides(trial: Trial, train: str, run: Path) -> list[str]:
 
 
 def is_finished(run: Path, config: AnyRun) -> bool:
-    """Whether `run` is trained and evaluated. UserError where it is of another config than this one."""
+    """Whether `run` is trained and evaluated. UserError if its config differs."""
     if not (run / "config.yaml").is_file():
         return False
     if _what(load_resolved(run / "config.yaml")) != _what(config):

@@ -1,4 +1,4 @@
-"""The tables of docs/experiments.md: a row a configuration, mean ± standard deviation over its seeds."""
+"""The tables of docs/experiments.md: a row per configuration, mean ± standard deviation over its seeds."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def conditions(results: Sequence[Result]) -> str:
 
 
 def spread_of(results: Sequence[Result], value: Callable[[Result], int]) -> str:
-    """``160``, or ``100 to 160`` where the runs differ."""
+    """``160``, or ``100 to 160`` for a range."""
     values = [value(r) for r in results]
     least, most = min(values), max(values)
     return f"{least:,}" if least == most else f"{least:,} to {most:,}"
@@ -58,7 +58,7 @@ def ceiling(tokens: int, codes: int) -> float:
 
 
 def mean_and_spread(values: Sequence[float], digits: int = 1) -> str:
-    """``98.1 ± 0.3`` (sample standard deviation), or one seed's value alone."""
+    """``98.1 ± 0.3`` (sample standard deviation), or the value of a single seed."""
     mean = f"{statistics.fmean(values):,.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):,.{digits}f}" if len(values) > 1 else mean
 
@@ -119,7 +119,7 @@ TABLES = {
     "batch": Table("tokens a step", [("2,048", "ibq-1024"), ("128", "batch-128")], [*_TRAINING, *_HELD_OUT]),
     "pictures": Table("quantizer", _quantizers("ten-", (1024,)), [*_TRAINING, *_HELD_OUT]),
 }
-"""By the name that stands in the document's markers."""
+"""By the name in the document's markers."""
 
 assert {name for table in TABLES.values() for _, name in table.rows} == {c.name for c in CONFIGURATIONS}
 

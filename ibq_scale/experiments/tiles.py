@@ -23,9 +23,9 @@ from ibq_scale.experiments.plan import Pictures
 
 TILE = 16
 SUFFIXES = (".jpg", ".jpeg", ".png")
-# Shortest side of a picture before it is cut: many pictures give few tiles each, ten give many.
+# Shortest side of a picture before its cut. Many pictures give few tiles each, ten give many.
 PHOTOGRAPHS_SIDE, TEN_SIDE = 64, 320
-# One in so many: of the pictures, and of the ten pictures' rows of tiles, from below.
+# One in so many pictures, or of the ten pictures' rows of tiles from below.
 HELD_OUT_SHARE = 5
 SHARD_BYTES = 4 << 20
 PARTS = ("train", "held-out")

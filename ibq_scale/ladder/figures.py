@@ -23,7 +23,7 @@ ROOM = 1.3
 
 
 def draw_fit(fit: Fit) -> str:
-    """One SVG document. Without a law of both there are dots alone."""
+    """One SVG document. Without a joint law it has dots only."""
     law = fit.joint if isinstance(fit.joint, Law) else None
     panels = [_losses(fit, law)]
     if law is not None and fit.cost is not None:
@@ -100,7 +100,7 @@ def _best(fit: Fit, law: Law, cost: Cost) -> Panel:
 
 
 def _axis(label: str, values: Sequence[float]) -> Axis:
-    """Logarithmic, with ticks at 1, 2 and 5 of each decade, or at decades alone where those are many."""
+    """Logarithmic, with ticks at 1, 2 and 5 of each decade, or at decades only if these are many."""
     low, high = min(values) / ROOM, max(values) * ROOM
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     steps = (1, 2, 5) if math.log10(high / low) < 2 else (1,)

@@ -48,7 +48,7 @@ class Fit:
 
     @property
     def not_fitted(self) -> list[NotFitted]:
-        """The others."""
+        """The laws without a fit."""
         return [law for law in (self.joint, *self.singles.values()) if isinstance(law, NotFitted)]
 
 
@@ -117,14 +117,14 @@ def _of_results(results: Sequence[Result]) -> tuple[str, ...]:
     trained = [r.name for r in results if not r.held_out]
     if trained:
         lines.append(
-            f"TRAINING LOSS: {len(trained)} of {len(results)} rungs have no held-out loss; theirs is of the end of "
-            f"training, with its dropout"
+            f"TRAINING LOSS: {len(trained)} of {len(results)} rungs have no held-out loss; their loss is of the "
+            "end of training, with dropout"
         )
     epochs = [r.epochs for r in results if r.epochs is not None]
     if epochs and max(epochs) > EPOCHS:
         lines.append(
-            f"REPEATED DATA: up to {max(epochs):.3g} passes; beyond about {EPOCHS:.0f}, tokens seen again are worth "
-            f"less than new ones, and the law takes them for the same"
+            f"REPEATED DATA: up to {max(epochs):.3g} passes; beyond about {EPOCHS:.0f}, repeated tokens are worth "
+            "less than new ones, and the law counts both alike"
         )
     return tuple(lines)
 

@@ -16,8 +16,8 @@ from ibq_scale.scaling.optimum import Optimum
 
 REPORT = "report.html"
 _LIMITS = (
-    "An interval is of what the noise between rungs leaves open, if the law holds. It does not know whether it holds: "
-    "what is extrapolated is marked, and by how much."
+    "An interval covers the noise between rungs and assumes that the law holds. Extrapolations are marked with their "
+    "factor."
 )
 
 
@@ -45,7 +45,7 @@ def write_report(fits: Sequence[Fit], missing: Sequence[str], name: str, folder:
 
 
 def text(fits: Sequence[Fit], missing: Sequence[str]) -> list[str]:
-    """Lines for a terminal, warnings among them."""
+    """Lines for a terminal, with warnings."""
     lines = []
     for fit in fits:
         lines += [f"K = {fit.codebook:,}: {len(fit.results)} rungs", *_indented(_RUNG_HEAD, _rung_rows(fit))]

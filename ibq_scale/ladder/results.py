@@ -18,7 +18,7 @@ from ibq_scale.scaling import networks
 
 RESULTS = "results.json"
 VERSION = 1
-# Of the training loss, where no held-out one was taken: the last so many parts of the logged lines.
+# Without a held-out loss: the last part of the logged training losses.
 LAST = 0.1
 
 
@@ -48,7 +48,7 @@ class Result:
 
 
 def collect(rungs: Sequence[Rung]) -> tuple[list[Result], list[str]]:
-    """Every finished rung, and the names of the others. UserError where none is finished."""
+    """Every finished rung, and the names of the others. UserError without a finished one."""
     done = [rung for rung in rungs if is_finished(rung)]
     if not done:
         raise UserError(f"no rung is finished in {rungs[0].folder.parent}: train them with 'ibq-scale scale run'")

@@ -47,7 +47,7 @@ def run_ladder(ladder: LadderConfig) -> int:
 
 
 def is_finished(rung: Rung) -> bool:
-    """Whether all its steps are in a whole checkpoint. UserError where its folder holds a run of another config."""
+    """Whether a whole checkpoint has all its steps. UserError if the folder holds a run of another config."""
     config = rung.folder / "config.yaml"
     if not config.is_file():
         return False

@@ -47,7 +47,7 @@ class Rung:
 
 
 def rungs_of(ladder: LadderConfig) -> list[Rung]:
-    """All of them, the cheapest first. UserError where a rung's config is none, or its budget is not one step."""
+    """All rungs, the cheapest first. UserError for an invalid config, or a budget below one step."""
     budgets: list[tuple[str, float | None]] = [("", None)]
     if ladder.budget.samples:
         budgets = [(f"-{count}", float(count)) for count in ladder.budget.samples]

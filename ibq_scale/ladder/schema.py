@@ -67,8 +67,8 @@ MOST_RUNGS = 1000
 
 
 class BudgetConfig(Section):
-    """How long rungs train: every size with each of `samples` (images), or with each of `flops` (of the whole training:
-    larger sizes see less). With neither, each size's preset says.
+    """Lengths of the rungs: every size with each of `samples` (images), or with each of `flops` (of the whole training,
+    so larger sizes see less). Default: each size's preset.
     """
 
     samples: tuple[PositiveInt, ...] = ()
@@ -93,7 +93,7 @@ class RateConfig(Section):
     @model_validator(mode="after")
     def _width_has_a_base(self) -> RateConfig:
         if self.rule == "width" and (self.lr is None or self.base_width is None):
-            raise ValueError("rule=width needs lr and base_width: the width that this lr was found at")
+            raise ValueError("rule=width needs lr and base_width, the width of this lr")
         return self
 
 
@@ -150,7 +150,7 @@ class LadderConfig(Section):
 
     @property
     def folder(self) -> Path:
-        """Where rungs, results and report go."""
+        """The folder of rungs, results and report."""
         return Path(self.out or f"runs/{self.name}")
 
 

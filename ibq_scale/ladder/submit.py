@@ -1,4 +1,4 @@
-"""A ladder's rungs as Slurm jobs: each is checked, copied and queued as ``ibq-scale submit`` does with a run."""
+"""A ladder's rungs as Slurm jobs, each checked, copied and queued as by ``ibq-scale submit``."""
 
 from __future__ import annotations
 

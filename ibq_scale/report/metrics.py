@@ -1,4 +1,4 @@
-"""The numbers of a metrics.jsonl as columns: each line is parsed once and let go, and a number takes eight bytes."""
+"""The numbers of a metrics.jsonl as columns. Each line is parsed once, and a number takes eight bytes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 
 # Axes of every line. A line without one, or with a value of `MOST` or more, is damaged.
 AXES = ("step", "samples", "time")
-# Integers below it are doubles.
+# A double represents smaller integers exactly.
 MOST = 2.0**53
 
 
 class Curve(NamedTuple):
-    """One metric's logged values (R,) fp64, in the order of their lines, and where each was."""
+    """One metric's logged values (R,) fp64 in the order of their lines, with their axes."""
 
     steps: NDArray[np.int64]
     samples: NDArray[np.int64]
@@ -46,7 +46,7 @@ class Metrics:
         found = [block for keys in self._blocks if name in keys for block in [self._columns(keys, name)]]
         line_R = np.concatenate([lines for lines, _ in found] or [np.empty(0, np.int64)])
         table_4R = np.concatenate([columns for _, columns in found] or [np.empty((4, 0))], axis=1)
-        # Lines of other keys lie between those of a block.
+        # Lines with other keys may lie between the lines of a block.
         kept_R = np.argsort(line_R)
         kept_R = kept_R[(np.abs(table_4R[:3, kept_R]) < MOST).all(axis=0)]
         step_R, samples_R, seconds_R, value_R = table_4R[:, kept_R]
@@ -96,5 +96,5 @@ def read_metrics(path: Path) -> Metrics:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether a double takes it."""
+    """Whether the number fits a double."""
     return isinstance(value, float) or (isinstance(value, int) and abs(value) < MOST)

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from ibq_scale.errors import UserError
 
-# A chart of more points than it has pixels only costs bytes.
+# A chart has no more pixels for more points.
 MOST_POINTS = 800
-# Pictures below this width are enlarged as they are, without smoothing.
+# Narrower pictures are enlarged without smoothing.
 SMALL_PIXELS = 800
 
 
@@ -67,7 +67,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG, embedded. A small one's pixels stay sharp squares when it is shown larger."""
+    """An embedded PNG. Pixels of a small one stay sharp squares."""
 
     png: bytes
     caption: str
@@ -80,7 +80,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Labelled strips of pictures: one row a label."""
+    """Labelled strips of pictures, one row per label."""
 
     rows: Sequence[tuple[str, bytes]]
     caption: str

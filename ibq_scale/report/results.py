@@ -161,7 +161,7 @@ def reconstruction_section(runs: Sequence[RunLog]) -> Iterator[Section]:
         [f"{p.name}, published", "–", f"{p.codes:,}", f"{p.rfid:.2f}", _figure(p.lpips, 4), "–", "–", _share(p.usage)]
         for p in TOKENIZERS
     ]
-    caption = f"LPIPS: VGG. Published: {SOURCE}; figures compare where data, size and pixels are the same."
+    caption = f"LPIPS: VGG. Published: {SOURCE}; comparable for equal data, size and pixels."
     yield Section(
         "Reconstruction",
         "",
@@ -185,17 +185,17 @@ def generation_section(runs: Sequence[RunLog]) -> Iterator[Section]:
 
 
 def pictures(named: Iterable[tuple[Path, str, str]]) -> list[Block]:
-    """Pictures, each with its text and caption, of not more than `MOST_PIXELS` a side. Damaged ones are left out."""
+    """Pictures with text and caption, up to `MOST_PIXELS` a side. Damaged ones are left out."""
     found: list[Block] = []
     for path, text, caption in named:
-        # Pillow meets foreign bytes with errors of these types.
+        # Pillow's errors on damaged files.
         with suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             found.append(Picture(small(path), text, caption))
     return found
 
 
 def small(path: Path) -> bytes:
-    """As PNG, where it is larger."""
+    """A PNG of limited size."""
     with open_regular(path) as file:
         content = file.read()
     with Image.open(io.BytesIO(content)) as image:
@@ -252,10 +252,10 @@ def _generation_table(found: Sequence[Result]) -> Table:
         quoted.append([f"{p.name}, published", "–", *knobs, _figure(p.fid, 2), _figure(p.inception_score, 1)])
     facts = found[0].facts
     stamp, (height, width) = facts["reference_stamp"], facts["resolution"]
-    of = f"{stamp['images']:,} images of {stamp['data']}" if stamp else f"{facts['reference']}, which bears no stamp"
+    of = f"{stamp['images']:,} images of {stamp['data']}" if stamp else f"{facts['reference']}, without a stamp"
     caption = (
-        f"Against {of}, at {height} × {width}. Published: {SOURCE}; figures compare where size, reference and number "
-        f"of images are the same."
+        f"Against {of}, at {height} × {width}. Published: {SOURCE}; comparable for equal size, reference and number of "
+        "images."
     )
     return Table(head, rows, caption, quoted)
 

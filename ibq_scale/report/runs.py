@@ -1,4 +1,4 @@
-"""Run directories as a report sees them: their curves laid over one another, and how their configs differ."""
+"""Run directories for reports: curves of several runs together, and differences of their configs."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class RunLog:
-    """A run directory as a report sees it."""
+    """A run directory, as read for a report."""
 
     path: Path
     name: str
@@ -78,7 +78,7 @@ class RunLog:
         return [Point(*at) for at in zip(*(column.tolist() for column in self.curve(metric)), strict=True)]
 
     def series(self, metric: str, slot: int) -> Series:
-        """As a line of a chart, of no more points than it shows."""
+        """As a line of a chart, with at most the shown number of points."""
         curve = self.curve(metric)
         kept_S = extremes(curve.values)
         columns = (column[kept_S].tolist() for column in curve)
@@ -102,7 +102,7 @@ class RunLog:
 
 
 def load_run(path: Path, name: str | None = None) -> RunLog:
-    """Reads a run directory. UserError where it is none. Damaged lines of metrics are left out (`read_metrics`)."""
+    """Reads a run directory. UserError if it is none. Damaged lines of metrics are left out (`read_metrics`)."""
     try:
         metrics = read_metrics(path / "metrics.jsonl")
         config = parse_yaml(read_text(path / "config.yaml"))
@@ -120,7 +120,7 @@ def load_run(path: Path, name: str | None = None) -> RunLog:
 
 
 def metric_chart(metric: str, runs: Sequence[RunLog], first_slot: int = 0) -> Chart | None:
-    """One chart with a line a run, or None where no run logged the metric. A run keeps its colour everywhere."""
+    """One chart with a line per run. None if no run logged the metric. A run keeps its colour everywhere."""
     series = [run.series(metric, slot) for slot, run in enumerate(runs, first_slot)]
     series = [s for s in series if s.points]
     if not series:
@@ -162,7 +162,7 @@ def by_kind(runs: Sequence[RunLog]) -> dict[str, list[RunLog]]:
 
 
 def standing(runs: Sequence[RunLog]) -> Table:
-    """How far runs of one kind have come."""
+    """The state of runs of one kind."""
     shown = [
         name for name in KINDS.get(runs[0].kind, ("", ("loss",)))[1] if any(len(run.curve(name).values) for run in runs)
     ]

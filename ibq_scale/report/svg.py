@@ -31,7 +31,7 @@ class Axis:
     log: bool = False
 
     def place(self, value: float, start: float, end: float) -> float:
-        """Where `value` lies between the pixels `start` and `end`."""
+        """The place of `value` between the pixels `start` and `end`."""
         scale: Callable[[float], float] = math.log if self.log else float
         share = (scale(value) - scale(self.low)) / (scale(self.high) - scale(self.low))
         return start + share * (end - start)
@@ -122,7 +122,7 @@ def _series(series: Series, at: Callable[[float, float], tuple[float, float]]) -
 
 
 def _labels(panel: Panel, at: Callable[[float, float], tuple[float, float]], x1: float) -> list[str]:
-    """At the lines' right ends, from top to bottom, moved apart where they would lie on one another."""
+    """Labels at the lines' right ends, from top to bottom, moved apart against overlaps."""
     ends = sorted(((at(*s.line[-1])[1], s) for s in panel.series if s.label and s.line), key=lambda end: end[0])
     return [
         _text(x1 + 8, y + 4, series.label, colour=COLOURS[series.slot % len(COLOURS)], weight=600)
@@ -131,7 +131,7 @@ def _labels(panel: Panel, at: Callable[[float, float], tuple[float, float]], x1:
 
 
 def _apart(wanted: Sequence[float]) -> list[float]:
-    """Ascending places at least `LABEL_STEP` apart, as near to the wanted ones as pushing down and back allows."""
+    """Ascending places at least `LABEL_STEP` apart, close to the wanted ones."""
     places = list(wanted)
     for i in range(1, len(places)):
         places[i] = max(places[i], places[i - 1] + LABEL_STEP)

@@ -106,7 +106,7 @@ def test_a_dry_run_prints_the_file_and_leaves_nothing(
     assert main([*words, "--dry-run", "train.global_batch=15"]) == 2
     captured = capsys.readouterr()
     assert captured.out.startswith("#!/bin/bash")
-    assert captured.err.splitlines()[-1] == "ibq-scale: not submitted: mend batch (FAIL, above)"
+    assert captured.err.splitlines()[-1] == "ibq-scale: not submitted: fix batch (FAIL, above)"
 
 
 def test_flags_win_over_the_profile_and_that_over_the_file(
@@ -234,7 +234,7 @@ def test_what_writes_to_no_folder_runs_the_code_as_it_is(
     assert call.startswith("sbatch --parsable /")
     assert call.endswith(f"/job.sbatch {' '.join(command[1:])}")
     said = capsys.readouterr().out
-    assert "no folder to keep a copy in" in said
+    assert "no folder for a copy" in said
     assert f"tail -F {tmp_path}/ibq-evaluate-101.log" in said
     assert "scancel 101" in said
     assert [*tmp_path.iterdir()] == []

@@ -73,7 +73,7 @@ def test_gpus_that_torch_cannot_use(fake: Fake, monkeypatch: pytest.MonkeyPatch)
     line = gpus._no_cuda()
     assert line.level == "FAIL"
     assert "torch is for CUDA 13.0, the driver for up to 11.4" in line.text
-    assert line.todo == "a newer driver, or torch for that CUDA"
+    assert line.todo == "install a newer driver, or torch for that CUDA"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert "CUDA_VISIBLE_DEVICES is empty" in gpus._no_cuda().text
 
