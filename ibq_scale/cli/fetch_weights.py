@@ -45,7 +45,7 @@ def _fetch(args: argparse.Namespace) -> int:
         return 0
     for f in found:
         size = gigabytes(f.bytes) if f.bytes else ""
-        print(f"{f.name:<10} {f.state:<8} {size:>7}  {f.path}  ({f.needed_for})")
+        print(f"{f.name:<10} {f.state:<8} {size:>9}  {f.path}  ({f.needed_for})")
     return 0
 
 

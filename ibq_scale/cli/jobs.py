@@ -44,7 +44,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def _jobs(args: argparse.Namespace) -> int:
     from ibq_scale.cluster import slurm
     from ibq_scale.cluster.runs import describe, known_runs
-    from ibq_scale.console import tell
+    from ibq_scale.console import aligned, tell
 
     queue = slurm.my_jobs()
     places = args.runs or known_runs(queue)
@@ -65,10 +65,7 @@ def _jobs(args: argparse.Namespace) -> int:
         if not faults:
             print("no runs in the queue or in ./runs: name run directories")
         return code
-    rows = [COLUMNS, *map(_row, found)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print("\n".join(aligned([COLUMNS, *map(_row, found)])))
     return code
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ibq_scale.checkpoint.reading import newest_or_this
-from ibq_scale.config.layers import load_resolved, resolve
+from ibq_scale.config.layers import flatten, load_resolved, resolve
 from ibq_scale.config.run import AnyRun
 from ibq_scale.console import output_of
 from ibq_scale.distributed.launch import launch
@@ -16,6 +16,8 @@ from ibq_scale.errors import UserError
 from ibq_scale.experiments.plan import PRESET, Trial
 from ibq_scale.experiments.tiles import prepare_tiles
 
+# Keys of paths and of the machine.
+PLACES = {"out", "data.train", "data.cache_dir", "data.cache_bytes", "data.workers", "validation.data"}
 EVALUATION = "evaluation.json"
 EVALUATION_BATCH = 64
 
@@ -53,16 +55,15 @@ def is_finished(run: Path, config: AnyRun) -> bool:
     """Whether `run` is trained and evaluated. UserError if its config differs."""
     if not (run / "config.yaml").is_file():
         return False
-    if _what(load_resolved(run / "config.yaml")) != _what(config):
+    if not same_training(load_resolved(run / "config.yaml"), config):
         raise UserError(f"{run} is a run of another config: remove it, or give another folder with --to")
     return (run / EVALUATION).is_file()
 
 
-def _what(config: AnyRun) -> dict[str, object]:
-    """The config without its paths. They may be spelled differently from another working directory."""
-    values = config.model_dump(exclude={"out"})
-    values["data"].pop("train")
-    return values
+def same_training(one: AnyRun, other: AnyRun) -> bool:
+    """Whether the configs differ at most in keys of paths and of the machine."""
+    left, right = (flatten(config.model_dump(mode="json")) for config in (one, other))
+    return all(left.get(key) == right.get(key) for key in {*left, *right} - PLACES)
 
 
 def _evaluate(run: Path, steps: int, held_out: str) -> int:
@@ -71,18 +72,8 @@ def _evaluate(run: Path, steps: int, held_out: str) -> int:
         # A partial run must not count as whole, whatever the exit code.
         print(f"ibq-scale: {run} ended at step {reached} of {steps}; run it again to go on", file=sys.stderr)
         return 1
-    words = [
-        "evaluate",
-        "reconstruction",
-        str(run),
-        held_out,
-        "--batch",
-        str(EVALUATION_BATCH),
-        "--ranks",
-        "1",
-        "--json",
-    ]
-    done = output_of(words)
+    options = ["--batch", str(EVALUATION_BATCH), "--ranks", "1", "--json"]
+    done = output_of(["evaluate", "reconstruction", str(run), held_out, *options])
     if done.returncode == 0:
         partial = run / f".{EVALUATION}.partial"
         partial.write_text(json.dumps(json.loads(done.stdout), indent=1) + "\n", encoding="utf-8")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ibq_scale.console import gigabytes, short
+from ibq_scale.console import aligned, gigabytes, short
 from ibq_scale.ladder.rungs import Rung
 from ibq_scale.scaling.plan import Plan
 
@@ -46,12 +46,6 @@ def table(planned: Planned) -> list[str]:
     bases = dict.fromkeys(plan.time.basis for plan in plans)
     notes = dict.fromkeys(note for plan in plans for note in plan.notes)
     return [*lines, *bases, *(f"note: {note}" for note in notes)]
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table, each column as wide as its longest cell."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _row(rung: Rung, plan: Plan) -> tuple[str, ...]:

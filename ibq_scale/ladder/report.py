@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ibq_scale.console import short
+from ibq_scale.console import aligned, short
 from ibq_scale.ladder.figures import draw_fit
 from ibq_scale.ladder.fit import Fit
-from ibq_scale.ladder.plan import aligned
 from ibq_scale.report.page import Section, Table, write
 from ibq_scale.scaling.laws import Interval, Law
 from ibq_scale.scaling.optimum import Optimum

@@ -7,18 +7,15 @@ import sys
 from pathlib import Path
 
 from ibq_scale.checkpoint.reading import whole_checkpoints
-from ibq_scale.config.layers import flatten, load_resolved
-from ibq_scale.config.run import AnyRun
+from ibq_scale.config.layers import load_resolved
 from ibq_scale.data.manifest import NAME as MANIFEST
 from ibq_scale.distributed.launch import launch
 from ibq_scale.errors import UserError
 from ibq_scale.experiments.plan import Pictures
+from ibq_scale.experiments.run import same_training
 from ibq_scale.experiments.tiles import prepare_tiles
 from ibq_scale.ladder.rungs import PARTS, Rung, code_urls, rungs_of
 from ibq_scale.ladder.schema import LadderConfig, TilesConfig
-
-# Keys of paths and of the machine. They do not tell runs apart.
-PLACES = ("out", "data.train", "data.cache_dir", "data.cache_bytes", "data.workers", "validation.data")
 
 TILES, TOKENIZERS = "tiles", "tokenizers"
 BATCH = "256"
@@ -51,16 +48,10 @@ def is_finished(rung: Rung) -> bool:
     config = rung.folder / "config.yaml"
     if not config.is_file():
         return False
-    if _what(load_resolved(config)) != _what(rung.run):
+    if not same_training(load_resolved(config), rung.run):
         raise UserError(f"{rung.folder} is a run of another config: remove it, or give the ladder another out=…")
     whole = whole_checkpoints(rung.folder / "checkpoints")
     return bool(whole) and whole[-1].step >= rung.run.train.total_steps
-
-
-def _what(config: AnyRun) -> dict[str, object]:
-    """The config without paths. They may be spelled differently from another working directory."""
-    flat = flatten(config.model_dump(mode="json"))
-    return {key: value for key, value in flat.items() if key not in PLACES}
 
 
 def make_codes(ladder: LadderConfig) -> int:
