@@ -271,7 +271,7 @@ def _data(args: argparse.Namespace) -> int:
 def _check_checkpoint(args: argparse.Namespace) -> None:
     at_least_one(args, "megabytes", "saves", "ranks")
     if not args.folder.is_dir():
-        raise UserError(f"{args.folder} is no folder: name one on the disk to measure")
+        raise UserError(f"{args.folder} is not a folder: name one on the disk to measure")
 
 
 def _checkpoint(args: argparse.Namespace) -> int:
@@ -288,7 +288,7 @@ def _checkpoint(args: argparse.Namespace) -> int:
         elif world.is_main:
             size, rates = report.bytes / 1e6, (report.bytes_per_s / 1e9, report.disk_bytes_per_s / 1e9)
             print(f"{report.folder}: {size:,.0f} MB of {report.ranks} ranks, {report.saves} saves (medians)")
-            print(f"  training stands still for {1e3 * report.stall_s:,.0f} ms; on disk after {report.written_s:.2f} s")
+            print(f"  training pauses for {1e3 * report.stall_s:,.0f} ms; on disk after {report.written_s:.2f} s")
             print(f"  {rates[0]:.2f} GB/s, {report.of_disk:.2f} × a bare write ({rates[1]:.2f} GB/s)")
     return 0
 

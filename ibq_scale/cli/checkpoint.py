@@ -65,7 +65,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     push.add_argument("folder", type=Path, metavar="DIR")
     push.add_argument("repo", metavar="OWNER/NAME")
-    push.add_argument("--private", action="store_true", help="where it is made anew")
+    push.add_argument("--private", action="store_true", help="if the repository is new")
     push.set_defaults(run=_push)
 
 

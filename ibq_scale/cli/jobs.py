@@ -101,5 +101,5 @@ def _cancel(args: argparse.Namespace) -> int:
         print(f"ibq-scale: {who} still runs: '{ends}' ends it without a save", file=sys.stderr)
         return 1
     if args.wait:
-        print(f"{args.run_dir}: nobody trains here any more (ibq-scale jobs {args.run_dir})")
+        print(f"{args.run_dir}: the run has ended (ibq-scale jobs {args.run_dir})")
     return 0

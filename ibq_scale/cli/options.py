@@ -52,5 +52,5 @@ def finite(text: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"'{text}' is no finite number")
+        raise argparse.ArgumentTypeError(f"'{text}' is not a finite number")
     return value

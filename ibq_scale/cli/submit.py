@@ -52,9 +52,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="or that command's own words")
     add_settings(parser)
     parser.add_argument("--array", type=int, metavar="N", help="jobs to share the work of tokenize or sample")
-    parser.add_argument(
-        "--chain", type=int, default=1, metavar="N", help="N jobs, each goes on where the one before it stopped"
-    )
+    parser.add_argument("--chain", type=int, default=1, metavar="N", help="N jobs, each resumes from the one before")
     parser.add_argument("--dry-run", action="store_true", help="check, print the sbatch file, and submit nothing")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.set_defaults(run=_submit)

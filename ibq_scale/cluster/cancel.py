@@ -73,7 +73,7 @@ def _ask_process(run_dir: Path) -> Holder:
     holder = held.holder if held is not None else None
     alive = holder.is_alive() if holder is not None else False
     if holder is None or alive is False:
-        raise UserError(f"nobody trains in {run_dir}: there is nothing to cancel (ibq-scale jobs {run_dir})")
+        raise UserError(f"no run is active in {run_dir}: there is nothing to cancel (ibq-scale jobs {run_dir})")
     if not alive:
         raise UserError(f"{run_dir} is trained by {holder}: run this there, or where its Slurm is")
     os.kill(holder.pid, signal.SIGUSR1)

@@ -181,7 +181,7 @@ def _resume(job: Submission) -> Outcome:
         mirror = job.config.train.mirror
         if mirror is None and job.config.init is not None:
             newest_or_this(Path(job.config.init))
-        begins = f"goes on from {mirror} if there is a checkpoint" if mirror else "begins anew"
+        begins = f"goes on from {mirror} if there is a checkpoint" if mirror else "starts from step 0"
         return "ok", f"{job.run_dir} {begins}"
     check_same_run(job.config, newest)
     if "data" not in job.failed:
@@ -245,7 +245,7 @@ def _alone(job: Submission) -> Outcome:
         return "FAIL", f"{job.run_dir} is trained by {holder}: {_cancel(job)}"
     if holder is not None and holder.is_alive() is None:
         return "warn", f"{job.run_dir} was held by {holder}; if that process lives, the job will be refused"
-    return "ok", f"nobody else trains in {job.run_dir}"
+    return "ok", f"no other run in {job.run_dir}"
 
 
 def _time(job: Submission) -> Outcome:
@@ -302,7 +302,7 @@ def seconds(text: str) -> float | None:
         return None
     found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
     if found is None:
-        raise UserError(f"--time={text} is no time limit: write HH:MM:SS or DAYS-HH:MM:SS")
+        raise UserError(f"--time={text} is not a time limit: write HH:MM:SS or DAYS-HH:MM:SS")
     days, *parts = (None if part is None else int(part) for part in found.groups())
     first, second, third = parts
     if days is not None or third is not None:

@@ -79,7 +79,7 @@ def parse_option(text: str) -> tuple[str, str]:
     """``--reservation=x``, ``reservation=x`` ``#SBATCH --exclusive`` → key and value. UserError for all else."""
     found = re.fullmatch(r"(?:#SBATCH\s+)?(?:--)?([a-z][a-z-]*)(?:=(.+))?", text.strip())
     if found is None:
-        raise UserError(f"'{text}' is no option of sbatch: write it in full, for example --reservation=x")
+        raise UserError(f"'{text}' is not an sbatch option: write it in full, for example --reservation=x")
     if found[1] == "array":
         raise UserError("an array's jobs share their work by --array N (submit), and need all of 0 to N-1")
     return found[1], found[2] or ""
@@ -89,7 +89,7 @@ def environment_lines(values: Mapping[str, str]) -> list[str]:
     """``export`` lines. A value may use other variables ("$HOME/x")."""
     for name in values:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise UserError(f"env: '{name}' is no name of a variable")
+            raise UserError(f"env: '{name}' is not a variable name")
     return [f"export {name}={double_quoted(value)}" for name, value in values.items()]
 
 

@@ -33,7 +33,7 @@ def main(name: str, seconds: str, answer: str) -> None:
         lines = [fail("", " ".join(str(e).split()), "")]
     except Exception as e:
         said = f"the check itself failed: {type(e).__name__}: {first(str(e))}"
-        lines = [fail("", said, "report it; the other lines stand")]
+        lines = [fail("", said, "report it. The other lines are valid")]
     Path(answer).write_text(json.dumps([asdict(line) for line in lines]), encoding="utf-8")
     sys.stdout.flush()
     # Threads and exit handlers of libraries may hang or abort.

@@ -42,10 +42,10 @@ def store(subject: Subject) -> list[Finding]:
     at = f" at {endpoint}" if endpoint and not source.local else ""
     seen = f"{source.url}{at}: {whole}; one shard at {gigabytes(rate)}/s = {samples:,.0f} samples/s"
     if read < TELLING:
-        return [ok("data", f"{seen} (only {gigabytes(read)}: tells little)")]
+        return [ok("data", f"{seen} (only {gigabytes(read)}: not significant)")]
     if rate < SLOW:
         todo = (
-            f"enough for training? 'ibq-scale bench data {source.url}' looks closer, 'bench tokenizer' tells the need"
+            f"enough for training? 'ibq-scale bench data {source.url}' measures more, 'bench tokenizer' shows the need"
         )
         return [warn("data", seen, todo)]
     return [ok("data", seen)]

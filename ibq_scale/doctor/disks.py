@@ -43,7 +43,7 @@ def _folder(what: str, wanted: Path, *, shared: bool) -> Finding:
         folder = nearest(wanted)
         where = f"{wanted}" if folder == wanted.absolute() else f"{wanted} (to be made in {folder})"
         if not folder.is_dir():
-            return fail(what, f"{folder} is no folder", f"give another: {other}")
+            return fail(what, f"{folder} is not a folder", f"give another: {other}")
         usage, inodes = shutil.disk_usage(folder), os.statvfs(folder)
         if usage.free < LEAST_FREE or (inodes.f_files and not inodes.f_favail):
             lacking = gigabytes(usage.free) if usage.free < LEAST_FREE else "room for no file (inodes)"
@@ -70,10 +70,11 @@ def _tried(what: str, folder: Path, where: str, free: int, other: str, *, shared
         todo = "a save hides behind training only where it is quicker than the next is due: train.checkpoint_every"
         return warn(what, seen, todo if shared else f"a faster disk: {other}")
     if free < ROOM[what]:
-        todo = (
-            "'ibq-scale plan' tells a run's checkpoints" if shared else "data.cache_bytes is kept below the free space"
+        plan, cache = (
+            "'ibq-scale plan' shows the size of a run's checkpoints",
+            "data.cache_bytes is kept below the free space",
         )
-        return warn(what, seen, f"may be little: {todo}")
+        return warn(what, seen, f"may be little: {plan if shared else cache}")
     if kind in ("tmpfs", "ramfs"):
         return warn(
             what, seen, f"it is memory, and gone with the node: {other}" if shared else f"it is memory: {other}"

@@ -63,7 +63,7 @@ def _faults(rows: list[list[str]]) -> list[Finding]:
         lines.append(fail("GPUs", f"uncorrected memory errors on {several(broken)}", todo))
     busy = [f"GPU {row[0]} ({float(row[4]) / 1024:,.0f} GiB)" for row in rows if _number(row[4]) > IDLE_MIB]
     if busy:
-        lines.append(warn("GPUs in use", f"by somebody already: {several(busy)}", "nvidia-smi tells who"))
+        lines.append(warn("GPUs in use", f"{several(busy)}", "nvidia-smi names the processes"))
     if any(row[5] == "Enabled" for row in rows):
         todo = "one rank a slice, and NCCL joins no slices of one GPU: train on whole GPUs"
         lines.append(warn("MIG", "on", todo))
@@ -81,7 +81,7 @@ def _links(gpus: int) -> Finding:
     except FileNotFoundError:
         pairs = {}
     if not pairs:
-        return warn(what, "'nvidia-smi topo -m' tells nothing", "in some containers it cannot: see the all-reduce")
+        return warn(what, "'nvidia-smi topo -m' has no output", "not available in some containers: see the all-reduce")
     kinds = sorted(set(pairs.values()))
     if all(kind.startswith("NV") for kind in kinds):
         return ok(what, f"NVLink between all {gpus} GPUs ({', '.join(kinds)})")
@@ -97,7 +97,7 @@ def _peers() -> list[Finding]:
     except FileNotFoundError:
         return []
     shut = [f"{a}–{b} {state}" for (a, b), state in pairs.items() if state != "OK"]
-    todo = "IOMMU or PCIe access control of the host stands between them: NCCL then copies through its memory"
+    todo = "IOMMU or PCIe access control of the host blocks direct copies: NCCL copies through host memory"
     return [warn("peer access", f"not between {several(shut)}", todo)] if shut else []
 
 

@@ -26,7 +26,7 @@ def all_reduce(subject: Subject) -> list[Finding]:
     what = "all-reduce"
     see = f"NCCL_DEBUG=INFO ibq-scale {again}"
     if code == 124:
-        todo = f"see where it stops: {see}; NCCL_P2P_DISABLE=1 or another NCCL_SOCKET_IFNAME often tells more"
+        todo = f"see where it stops: {see}; NCCL_P2P_DISABLE=1 or another NCCL_SOCKET_IFNAME may help"
         return [fail(what, f"{ranks} ranks did not meet within {SECONDS:.0f} s", todo)]
     report = next((json.loads(line) for line in said.splitlines() if line.startswith("{")), None)
     if report is None or (code and report["right"]):
@@ -34,7 +34,7 @@ def all_reduce(subject: Subject) -> list[Finding]:
     rate = report["bus_bytes_per_s"]
     seen = f"{report['ranks']} ranks, {report['backend']}: {gigabytes(rate)}/s, {1e3 * report['latency_s']:.2f} ms"
     if not report["right"]:
-        todo = "no loss of this node can be believed: leave it out (sbatch --exclude) and tell the administrators"
+        todo = "no result of this node can be trusted: leave it out (sbatch --exclude) and tell the administrators"
         return [fail(what, f"{seen}; the sums are WRONG", todo)]
     if report["backend"] == "nccl" and ranks > 1 and rate < SLOW:
         return [warn(what, seen, f"slower than PCIe: {see} shows its route")]

@@ -116,7 +116,7 @@ class _Child:
         except (OSError, ValueError):
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             return [
-                fail(what, f"the check itself died ({how}){self._last_words()}", "report it; the other lines stand")
+                fail(what, f"the check itself died ({how}){self._last_words()}", "report it. The other lines are valid")
             ]
         return [line if line.name else Finding(line.level, what, line.text, line.todo) for line in found]
 

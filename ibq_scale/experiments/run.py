@@ -29,7 +29,7 @@ def run_trials(pictures: Path, to: Path, trials: Sequence[Trial]) -> int:
     folder with a run of another config.
     """
     if not pictures.is_dir():
-        raise UserError(f"{pictures} is no folder: give one with photographs")
+        raise UserError(f"{pictures} is not a folder: give one with photographs")
     for number, trial in enumerate(trials, 1):
         run = to / trial.name
         data = prepare_tiles(trial.configuration.pictures, pictures, to / "data" / trial.configuration.pictures)

@@ -114,7 +114,7 @@ def _held_out(law: Law) -> str:
 
 
 def _optimum_row(optimum: Optimum) -> list[str]:
-    sizes = [_between(v) if optimum.told else "not told" for v in (optimum.parameters, optimum.tokens)]
+    sizes = [_between(v) if optimum.told else "unknown" for v in (optimum.parameters, optimum.tokens)]
     return [f"{optimum.flops:.3g}", *sizes, _between(optimum.loss)]
 
 

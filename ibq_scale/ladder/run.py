@@ -74,7 +74,7 @@ def make_codes(ladder: LadderConfig) -> int:
 def _make(ladder: LadderConfig, tiles: TilesConfig, codebook: int) -> int:
     pictures = Path(tiles.pictures or ".")
     if tiles.pictures is not None and not pictures.is_dir():
-        raise UserError(f"tiles.pictures={tiles.pictures} is no folder: give one with photographs")
+        raise UserError(f"tiles.pictures={tiles.pictures} is not a folder: give one with photographs")
     kind: Pictures = "ten" if tiles.pictures is None else "photographs"
     images = prepare_tiles(kind, pictures, ladder.folder / TILES)
     tokenizer = str(ladder.folder / TOKENIZERS / str(codebook))

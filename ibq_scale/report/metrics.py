@@ -83,7 +83,7 @@ def read_metrics(path: Path) -> Metrics:
     """Reads the file line by line, without damaged lines (a cut line, a missing axis). OSError."""
     metrics = Metrics()
     if not path.is_file() and path.exists():
-        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, text in enumerate(file):
             try:

@@ -154,7 +154,7 @@ def test_the_signal_comes_before_the_grace_time(
         (["--chain", "0"], "--chain must be at least 1"),
         (["--gpus-per-node", "-1"], "--gpus-per-node must be at least 0"),
         (["--cluster", "alps"], "does not exist: write there"),
-        (["--sbatch", "-p gpu"], "no option of sbatch"),
+        (["--sbatch", "-p gpu"], "not an sbatch option"),
         (["out=a%b"], "choose a path without"),
         (["data.train=???"], "leaves data.train open"),
         (["optimizer.lr=fast"], "optimizer.lr"),
@@ -185,7 +185,7 @@ def test_jobs_and_cancel(
     assert "taken out of the queue: 101" in capsys.readouterr().out
     assert slurm.calls[-1] == "scancel 101"
     assert main(["cancel", run]) == 2
-    assert "nobody trains" in capsys.readouterr().err
+    assert "no run is active" in capsys.readouterr().err
     assert main(["cancel", f"{run}-absent"]) == 2
 
 

@@ -135,7 +135,7 @@ def test_a_checkpoint_must_be_of_this_run(dataset: str, tmp_path: Path) -> None:
     def job(*overrides: str) -> Submission:
         return _job("tokenizer/tiny", tmp_path / "run", f"data.train={dataset}", *overrides)
 
-    assert "begins anew" in _found(job(), ["resume"])["resume"].text
+    assert "starts from step 0" in _found(job(), ["resume"])["resume"].text
     _checkpoint(job(), 100, job().sets.hash)
     found = _found(job(), ["resume"])["resume"]
     assert (found.level, found.text) == ("ok", "goes on from step 100 of 300")
@@ -241,7 +241,7 @@ def test_one_job_at_a_time_in_a_run_directory(slurm: FakeSlurm, tmp_path: Path) 
         ({"signal": "USR1@200"}, "leaves less than train.grace=270 s"),
         ({"signal": None}, "--signal must be"),
         ({"time": "5"}, "no longer than the 300 s"),
-        ({"time": "soon"}, "is no time limit"),
+        ({"time": "soon"}, "is not a time limit"),
     ],
 )
 def test_time_for_the_save(tmp_path: Path, options: dict[str, str | None], said: str) -> None:

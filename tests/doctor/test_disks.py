@@ -37,7 +37,7 @@ def test_a_folder_and_one_to_be_made(tmp_path: Path, roomy: None) -> None:
 
 def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
     (tmp_path / "runs").touch()
-    assert _run_dir(tmp_path / "runs/new").text == f"{tmp_path}/runs is no folder"
+    assert _run_dir(tmp_path / "runs/new").text == f"{tmp_path}/runs is not a folder"
 
 
 def test_a_disk_without_room(tmp_path: Path, roomy: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,7 +40,7 @@ def test_what_is_wrong_is_named(fake: Fake) -> None:
     sick = HEALTHY.replace("Disabled, 0\n1", "Enabled, 0\n1").replace("4, Disabled, 0\n", "40960, Disabled, 7\n")
     found = _look(fake, sick, LINKED.replace("NV18", "SYS"), PEERS.replace("OK", "CNS"))
     assert (found["GPUs"].level, found["GPUs"].text) == ("FAIL", "uncorrected memory errors on GPU 1")
-    assert found["GPUs in use"].text == "by somebody already: GPU 1 (40 GiB)"
+    assert found["GPUs in use"].text == "GPU 1 (40 GiB)"
     assert found["MIG"].level == "warn"
     assert found["links"].text == "no NVLink between GPU0–GPU1 SYS"
     assert found["peer access"].text == "not between GPU0–GPU1 CNS"
