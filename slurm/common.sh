@@ -1,4 +1,4 @@
-# What the files of this folder have in common: they source it, and end with a call of one of its three functions.
+# Common part of the files in this folder. Each sources it and calls one of its functions: train, in_parts, all_at_once.
 
 set -uo pipefail
 
@@ -7,53 +7,53 @@ set -uo pipefail
 # module load cuda/12.8
 # <<< modules
 
-# Where 'make install' put the command; change it to your checkout.
+# The path of the command from 'make install'. Change it to your checkout.
 IBQ_SCALE=${IBQ_SCALE:-"$SLURM_SUBMIT_DIR/.venv/bin/ibq-scale"}
 
-# In a container: options of srun (pyxis), or words before the command (apptainer). IBQ_SCALE is the path in there.
+# In a container: options of srun (pyxis), or words before the command (apptainer). IBQ_SCALE is a path in the container.
 SRUN=() INSIDE=()
 # >>> container
 # SRUN+=(--container-image=/shared/images/ibq-scale.sqsh --container-mounts=/shared:/shared,/tmp:/tmp)
 # INSIDE=(apptainer exec --nv --bind /shared,/tmp /shared/images/ibq-scale.sif)
 # <<< container
 
-# All ranks meet at the first node of the list, which is this one; the port is this attempt's own, and nobody listens there.
+# The rendezvous is on the first node of the list, this one. The port is free, and differs between attempts.
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((10000 + (SLURM_JOB_ID + 7919 * ${SLURM_RESTART_COUNT:-0}) % 20000))
 while (: > "/dev/tcp/127.0.0.1/$MASTER_PORT") 2> /dev/null; do MASTER_PORT=$((MASTER_PORT + 1)); done
 export MASTER_ADDR MASTER_PORT
-# Half of the cores are for the data workers.
+# The other half of the cores is for the data workers.
 export OMP_NUM_THREADS=$((SLURM_CPUS_PER_TASK > 1 ? SLURM_CPUS_PER_TASK / 2 : 1))
-# Shards are cached on the node's own disk, and kept there for the next job: name an NVMe disk, if /tmp is none.
+# Shards are cached on the node's own disk and kept for the next job. Name an NVMe disk if /tmp is not on one.
 # export SLURM_TMPDIR=/local/nvme/$USER
-# Operators that DeepSpeed compiles go there too: a shared folder would lock for all ranks.
+# DeepSpeed compiles operators there too. A shared folder would lock all ranks.
 export TORCH_EXTENSIONS_DIR=${SLURM_TMPDIR:-/tmp}/torch_extensions_$SLURM_JOB_ID
 
 
 # >>> environment
-# NCCL finds most networks by itself. What to set where it does not:
-# export NCCL_DEBUG=INFO             # says which adapters and which transport it took, in the first lines of the log
-# export NCCL_IB_HCA=mlx5            # only these adapters: storage and management ones would be taken for fast too
-# export NCCL_SOCKET_IFNAME=ib0      # the interface of the first handshake, where the default route leads elsewhere
-# export GLOO_SOCKET_IFNAME=ib0      # the same for what goes through gloo
+# NCCL finds most networks by itself. Settings for the others:
+# export NCCL_DEBUG=INFO             # prints its adapters and its transport in the first lines of the log
+# export NCCL_IB_HCA=mlx5            # these adapters only, without those for storage and management
+# export NCCL_SOCKET_IFNAME=ib0      # the interface of the first handshake, if not the default route
+# export GLOO_SOCKET_IFNAME=ib0      # the same for gloo
 # export NCCL_IB_GID_INDEX=3         # RoCE: the routable address of the adapter
-# export NCCL_NET_GDR_LEVEL=PHB      # GPUDirect also where adapter and GPU are not on one switch
-# export NCCL_IB_TIMEOUT=22          # large fabrics: 17 s instead of 4 until a lost packet is an error
+# export NCCL_NET_GDR_LEVEL=PHB      # GPUDirect for adapters and GPUs on different switches too
+# export NCCL_IB_TIMEOUT=22          # large fabrics: a lost packet is an error after 17 s instead of 4
 # <<< environment
 
-# On all ranks; and, when these have ended, on this node only.
+# A command on all ranks, and a command on this node after their end.
 RANKS=(srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 "${SRUN[@]}" "${INSIDE[@]}" "$IBQ_SCALE")
 HERE=(srun --overlap --nodes=1 --ntasks=1 --relative=0 "${SRUN[@]}" "${INSIDE[@]}" "$IBQ_SCALE")
 
-# Ranks that fail leave their tracebacks in a folder that begins with $1. job-ended and step-ended name the first cause.
+# Failed ranks write their tracebacks to a folder with the prefix $1. job-ended and step-ended name the first cause.
 collect_failures() {
     export IBQ_SCALE_FAILURES=$1-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
     mkdir -p "$IBQ_SCALE_FAILURES" && trap 'rmdir "$IBQ_SCALE_FAILURES" 2> /dev/null' EXIT
 }
 
-# train tokenizer|ar WORDS: a run, and whether its job comes back.
+# train tokenizer|ar WORDS: runs a training, and requeues its job if that helps.
 train() {
-    # The run's own folder holds its logs.
+    # The logs are in the run directory.
     RUN=$(printf '%s\n' "$@" | sed -n 's/^out=//p' | tail -n 1)
     : "${RUN:?give the run directory, out=/shared/runs/NAME}"
     mkdir -p "$RUN/logs"
@@ -62,10 +62,9 @@ train() {
     "${RANKS[@]}" train "$@"
     code=$?
 
-    # Says in the log what failed and whether the job should come back (RUN/attempts.jsonl: up to 3 attempts without a new
-    # step), and here with which exit code (srun's may be that of a rank which it killed), which nodes it should not come back
-    # to, or which jobs of its chain (submit --chain) would only meet the same. The requeue ends this script by SIGTERM; one
-    # that is cancelled stays away.
+    # job-ended logs the failure and the verdict (RUN/attempts.jsonl: up to 3 attempts without a new step). It prints the verdict,
+    # the exit code (srun's may be from a rank killed by srun), and the nodes to leave out, or the jobs of the chain (submit
+    # --chain) to drop. A requeue ends this script by SIGTERM. A cancelled job does not return.
     trap '' TERM
     STAYS=()
     [[ $(scontrol show job "$SLURM_JOB_ID") != *Requeue=0* ]] || STAYS=(--stays)
@@ -82,15 +81,15 @@ train() {
     exit "${cause:-$code}"
 }
 
-# in_parts COMMAND WORDS: the job, or each task of an array with its part of the work.
+# in_parts COMMAND WORDS: runs the command in one job, or a part of its work in each task of an array.
 in_parts() {
     collect_failures "$SLURM_SUBMIT_DIR/.failures"
-    # What is whole stays, shards or batches: a time limit costs those under way. Ten times, or one takes longer than the job.
+    # Whole shards or batches stay, so a time limit costs those in work only. After ten restarts, one takes longer than a job.
     come_back() {
         [ "${SLURM_RESTART_COUNT:-0}" -ge 10 ] || scontrol requeue "$JOB"
     }
     trap come_back USR1
-    # Of an array, this task only: the number of the last one is that of the whole array too.
+    # This task of an array only. The last task's job id is also the id of the whole array.
     JOB=$SLURM_JOB_ID PART=()
     if [ -n "${SLURM_ARRAY_TASK_ID:-}" ]; then
         JOB=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
@@ -99,10 +98,10 @@ in_parts() {
     "${RANKS[@]}" "$@" "${PART[@]}" &
     wait $!
     code=$?
-    # 138, USR1, is no failure: this job comes back, or ends at its limit.
+    # 138 (USR1) is not a failure. The job comes back, or ends at its limit.
     [ "$code" = 138 ] || name_cause
-    # A broken node (71) would swallow one task after the other: this one goes elsewhere, up to three times. The requeue ends
-    # this script by SIGTERM.
+    # A broken node (71) is soon free again and would fail every task. This task moves to another node, up to three times. The
+    # requeue ends this script by SIGTERM.
     if [ "$code" = 71 ] && [ "$SLURM_JOB_NUM_NODES" = 1 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 3 ]; then
         trap '' TERM
         read -r already < <(squeue --noheader --jobs="$JOB" --format="%x")
@@ -112,7 +111,7 @@ in_parts() {
     exit "$code"
 }
 
-# all_at_once COMMAND WORDS: the job does all of it.
+# all_at_once COMMAND WORDS: runs the command in one job.
 all_at_once() {
     collect_failures "$SLURM_SUBMIT_DIR/.failures"
     "${RANKS[@]}" "$@"
@@ -121,7 +120,7 @@ all_at_once() {
     exit "$code"
 }
 
-# Says in the log what failed. srun's code may be that of a rank which it killed.
+# Logs the failure, and sets code to its cause's. srun's code may be from a rank killed by srun.
 name_cause() {
     [ "$code" = 0 ] || read -r cause < <("${HERE[@]}" step-ended --code "$code")
     code=${cause:-$code}
