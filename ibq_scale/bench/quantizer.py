@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ibq_scale.bench.device import wait
 from ibq_scale.config.models import QuantizerConfig
+from ibq_scale.console import gigabytes
 from ibq_scale.distributed.memory import peak_bytes
 from ibq_scale.errors import UserError
 from ibq_scale.quantize.backend import choose, products_of
@@ -123,7 +124,7 @@ def _measured(
     kind = (coarse if encoding else precision, DONE[name], 1 if encoding else STEP_PRODUCTS)
     if name not in seconds:
         need = DENSE_TENSORS * size.tokens * size.codes * 4
-        return Measured(name, None, None, None, None, None, None, *kind, f"needs about {need / 1e9:.0f} GB: not run")
+        return Measured(name, None, None, None, None, None, None, *kind, f"needs about {gigabytes(need)}: not run")
     dense = seconds.get("encode dense" if encoding else "dense")
     flops = size.product_flops * (1 if encoding else STEP_PRODUCTS)
     products_s = seconds["products"] / (STEP_PRODUCTS if encoding else 1)

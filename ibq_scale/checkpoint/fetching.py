@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from ibq_scale.checkpoint.mirror import Mirror, shares
 from ibq_scale.checkpoint.reading import Checkpoint, NotWholeError
-from ibq_scale.console import tell
+from ibq_scale.console import gigabytes, tell
 from ibq_scale.distributed.agree import by_rank_0, of_all_ranks
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
@@ -90,5 +90,5 @@ def _begin(mirror: Mirror, copy: Checkpoint, partial: Path) -> None:
         raise UserError(f"cannot write {partial}: {e.strerror}") from None
     if free < missing:
         raise UserError(
-            f"{partial.parent}: {copy.path} needs {missing / 2**30:.1f} GiB, {free / 2**30:.1f} are free: make room"
+            f"{partial.parent}: {copy.path} needs {gigabytes(missing)}, {gigabytes(free)} are free: make room"
         )

@@ -37,7 +37,7 @@ from ibq_scale.checkpoint.reading import (
     whole_checkpoints,
 )
 from ibq_scale.checkpoint.retention import Retention, retire
-from ibq_scale.console import tell
+from ibq_scale.console import gigabytes, tell
 from ibq_scale.distributed.agree import by_rank_0, of_all_ranks
 from ibq_scale.distributed.world import World
 
@@ -170,7 +170,7 @@ class CheckpointFolder:
             self._remove_leftovers()
             free = shutil.disk_usage(self.folder).free
             if free < size:
-                raise OSError(errno.ENOSPC, f"{size / 2**30:.1f} GiB are needed, {free / 2**30:.1f} are free")
+                raise OSError(errno.ENOSPC, f"{gigabytes(size)} are needed, {gigabytes(free)} are free")
             partial.mkdir()
         except OSError as e:
             return _not_written(self.folder, e.strerror or str(e))

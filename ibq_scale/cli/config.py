@@ -1,4 +1,4 @@
-"""``ibq-scale config``: the resolved config, each value with the layer that set it; what a config may say."""
+"""``ibq-scale config``: the resolved config with the origin of each value, and the reference of all keys."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from ibq_scale.cli.numbers import finite
-from ibq_scale.cli.ranks import at_least_one
+from ibq_scale.cli.arguments import at_least_one, finite
 from ibq_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the family to the command line."""
-    family = commands.add_parser("config", help="show a run's config, and what it may say").add_subparsers(
+    family = commands.add_parser("config", help="show a run's config, or all keys").add_subparsers(
         title="commands", metavar="COMMAND", required=True
     )
     show = family.add_parser(

@@ -46,8 +46,8 @@ def preset_names() -> list[str]:
 def resolve(source: str, overrides: Sequence[str] = (), task: Task | None = None) -> Resolved:
     """Builds the config of a run from a preset's name or a YAML file and ``key=value`` overrides.
 
-    Raises UserError for an unknown preset, unreadable YAML, a misspelt key (naming the nearest right one),
-    a wrong value, or a config of another task than `task`.
+    With `task`, ``ibq-16384`` is short for ``tokenizer/ibq-16384``. Raises UserError for an unknown preset, unreadable
+    YAML, a misspelt key (naming the nearest right one), a wrong value, or a config of another task than `task`.
     """
     files = _file_layers(source, task)
     kind = _task_of(files, overrides) or task
@@ -173,7 +173,7 @@ def _file_layers(source: str, task: Task | None, above: tuple[Path, ...] = ()) -
 
     values = _read_yaml(path, load)
     base = values.pop("preset", None)
-    label = source if path.is_relative_to(PRESETS) else str(path)
+    label = f"{path.parent.name}/{path.stem}" if path.is_relative_to(PRESETS) else str(path)
     below = _file_layers(str(base), task, (*above, path)) if base is not None else []
     return [*below, _File(label, values, written[0])]
 

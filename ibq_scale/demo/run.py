@@ -1,4 +1,4 @@
-"""The demo's stages, each the very command that a user would type, one after the other."""
+"""The demo's stages, one after the other, by ordinary commands."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ MARKER = ".ibq-scale-demo"
 
 
 class StageFailedError(RuntimeError):
-    """One of the demo's commands did not succeed; what it printed stands above."""
+    """A failed command of the demo. Its output stands above."""
 
 
 def run_demo(to: Path, plan: Plan) -> dict[str, Any]:
-    """Runs every stage and writes ``report.html`` and ``report.json`` into `to`; returns the latter's content.
+    """Runs every stage and writes ``report.html`` and ``report.json`` into `to`. Returns the content of the latter.
 
-    An earlier demo in `to` is replaced. UserError where `to` holds something else.
+    An earlier demo in `to` is replaced. UserError if `to` holds anything else.
     """
     _clear(to)
     demo = Demo(to, plan)
@@ -85,7 +85,7 @@ def _run_stages(demo: Demo) -> None:
 
 
 def _command(demo: Demo, name: str, words: list[str]) -> None:
-    """Runs one command; where it prints a JSON document, that becomes the stage's result."""
+    """Runs one command. A JSON document in its output becomes the stage's result."""
     shown = shlex.join(["ibq-scale", *words])
     with _timed(demo, name, shown):
         print(f"\n$ {shown}", file=sys.stderr, flush=True)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ibq_scale.console import tell
+from ibq_scale.console import gigabytes, tell
 from ibq_scale.distributed.failed_nodes import Faults, NodeFaultError, names_of_nodes, node_name
 from ibq_scale.distributed.heartbeats import Heartbeats, Place, find_missing, leave
 from ibq_scale.distributed.side_channel import NoAnswerError, SideChannel, open_store
@@ -144,7 +144,7 @@ def look(world: World) -> Arrival:
     if asked and torch.version.cuda is not None and gpu is None and not faults:
         faults.append(f"no GPU can be used, of {asked} that were asked for")
     if (memory := _host_memory()) < LEAST_HOST_BYTES:
-        faults.append(f"the host has {memory / 2**20:.0f} MiB of memory free")
+        faults.append(f"the host has {gigabytes(memory)} of memory free")
     return Arrival(socket.gethostname(), node_name(), _ranks_here(world), asked, gpu, free, tuple(faults))
 
 

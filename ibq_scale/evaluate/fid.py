@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from functools import cached_property
 from typing import Any
 
@@ -11,7 +12,6 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ibq_scale.download import sha256_of
 from ibq_scale.losses.weights import damaged, weight_file
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
@@ -51,7 +51,7 @@ class Inception:
     def sha256(self) -> str:
         """Of the weight file, hex."""
         with self.path.open("rb") as f:
-            return sha256_of(f)
+            return hashlib.file_digest(f, "sha256").hexdigest()
 
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 or float 0 … 255 (B, 3, H, W) → features float32 (B, 2048)."""

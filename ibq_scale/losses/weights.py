@@ -5,17 +5,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
-import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from ibq_scale.config.run import AnyRun, TokenizerRun
-from ibq_scale.download import NoNetworkError, Watch, download, sha256_of
+from ibq_scale.download import NoNetworkError, download
 from ibq_scale.errors import UserError
 
 State = Literal["there", "missing", "damaged"]
@@ -167,7 +166,7 @@ def _status(name: str) -> Status:
 def _is(source: Source, path: Path) -> bool:
     try:
         with path.open("rb") as f:
-            return sha256_of(f).startswith(source.sha256_prefix)
+            return hashlib.file_digest(f, "sha256").hexdigest().startswith(source.sha256_prefix)
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
 
@@ -192,25 +191,8 @@ def _download(source: Source, folder: Path, say: Callable[[str], None]) -> None:
     url = source.url()
     say(f"{source.file} ← {url}")
     try:
-        download(url, folder / source.file, source.sha256_prefix, _watch())
+        download(url, folder / source.file, source.sha256_prefix)
     except NoNetworkError as e:
         raise UserError(
             f"{e}\nrun this on a node with internet, or give a folder that holds {source.file} with --from"
         ) from None
-
-
-def _watch() -> Watch:
-    """Rewrites one line on a terminal; keeps quiet in a log."""
-    if not sys.stderr.isatty():
-        return lambda have, whole: None
-    shown = 0.0
-
-    def show(have: int, whole: int | None) -> None:
-        nonlocal shown
-        if have == whole or time.monotonic() - shown > 0.2:
-            shown = time.monotonic()
-            of = f" of {whole / 1e6:,.0f}" if whole else ""
-            end = "\n" if have == whole else ""
-            print(f"\r{have / 1e6:,.0f}{of} MB\x1b[K", end=end, file=sys.stderr, flush=True)
-
-    return show

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ibq_scale.checkpoint.files import write_whole
 from ibq_scale.config.run import AnyRun
-from ibq_scale.console import duration, tell
+from ibq_scale.console import duration, gigabytes, tell
 from ibq_scale.documents import read_json_lines
 from ibq_scale.pictures import save_png
 from ibq_scale.supervise.dashboards import Dashboards, Histogram
@@ -92,7 +92,7 @@ class MetricsLog:
         parts += [f"{rate:.1f} img/s"]
         if "mfu" in values:
             parts.append(f"MFU {100 * values['mfu']:.1f} %")
-        parts += [f"wait {100 * values['data_wait']:.0f} %", f"mem {values['memory_bytes'] / 1e9:.1f} GB"]
+        parts += [f"wait {100 * values['data_wait']:.0f} %", f"mem {gigabytes(values['memory_bytes'])}"]
         parts.append(f"ETA {duration(left)}")
         if values.get("skipped"):
             parts.append(f"skipped {values['skipped']:.0f}")

@@ -180,7 +180,7 @@ def test_cancel_without_slurm_asks_the_process(run: Path, trainer: subprocess.Po
     assert asked.process is not None
     assert wait(asked, 5.0)
     assert _now(run).state == "stopped"
-    with pytest.raises(UserError, match="nobody trains"):
+    with pytest.raises(UserError, match="no run is active"):
         cancel(run)
 
 
@@ -193,6 +193,6 @@ def test_cancel_does_not_signal_a_pid_of_another_host(run: Path, monkeypatch: py
     with pytest.raises(UserError, match=r"on elsewhere.*run this there"):
         cancel(run)
     (run / "lock/00000001").write_text(json.dumps(asdict(Holder.me()) | {"start": 1}))
-    with pytest.raises(UserError, match="nobody trains"):
+    with pytest.raises(UserError, match="no run is active"):
         cancel(run)
     assert killed == []

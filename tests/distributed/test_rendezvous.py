@@ -83,7 +83,7 @@ def test_a_rank_looks_at_its_device_and_its_host(monkeypatch: pytest.MonkeyPatch
     assert fault.startswith("cuda:99 cannot be used")
     monkeypatch.setattr(rendezvous, "LEAST_HOST_BYTES", 1 << 60)
     (fault,) = look(World(0, 1, 0, torch.device("cpu"))).faults
-    assert fault.endswith("MiB of memory free")
+    assert fault.endswith("GB of memory free")
 
 
 PROGRAM = """

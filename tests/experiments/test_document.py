@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 
 from ibq_scale.errors import UserError
-from ibq_scale.experiments.document import DOCUMENT, FIGURES, write_document
-from ibq_scale.experiments.figures import draw_all
+from ibq_scale.experiments.document import DOCUMENT, FIGURES, draw_all, write_document
 from ibq_scale.experiments.results import RESULTS, Result, load, save
-from ibq_scale.experiments.svg import LABEL_STEP, Axis, Panel, Series, figure
 from ibq_scale.experiments.tables import TABLES, ceiling, mean_and_spread
+from ibq_scale.report.svg import LABEL_STEP, Axis, Panel, Series, figure
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 

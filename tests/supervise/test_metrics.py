@@ -27,7 +27,7 @@ def test_a_resumed_run_drops_what_it_will_write_again(tmp_path: Path, capsys: py
         log.write(step, 16 * step, VALUES, ("loss",))
     log.close()
     said = capsys.readouterr().err.splitlines()
-    assert said[0] == "step  10/100  loss 1  10.0 img/s  wait 1 %  mem 2.0 GB  ETA 45s"
+    assert said[0] == "step  10/100  loss 1  10.0 img/s  wait 1 %  mem 2.04 GB  ETA 45s"
     with (tmp_path / "metrics.jsonl").open("a") as f:
         f.write('{"step": 40, "los')
     log = MetricsLog(tmp_path, config, 20)

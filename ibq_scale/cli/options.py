@@ -1,8 +1,9 @@
-"""Commands that run on several ranks, and how they get there."""
+"""Options of several commands: numbers, and the ranks of this node."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from typing import Any
 
@@ -10,8 +11,8 @@ from ibq_scale.errors import UserError
 
 
 class _Ranks(argparse.Action):
-    """Takes the number. In a Slurm step of one task, such as the shell of ``srun --pty bash``, Slurm's variables would
-    make this command the only rank: what was typed counts, and the ranks are this command's own.
+    """Stores the number. In a Slurm step of one task, as in the shell of ``srun --pty bash``, Slurm's variables
+    describe a single rank. They are dropped, and the command starts its own ranks.
     """
 
     def __call__(
@@ -24,7 +25,7 @@ class _Ranks(argparse.Action):
 
 
 def add_ranks(parser: argparse.ArgumentParser) -> None:
-    """Marks a command as one that runs on several ranks; `cli.main` launches them where no launcher did."""
+    """Marks a command as distributed. `cli.main` starts its ranks if no launcher did."""
     parser.add_argument(
         "--ranks",
         type=int,
@@ -42,3 +43,14 @@ def at_least_one(args: argparse.Namespace, *names: str) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+
+
+def finite(text: str) -> float:
+    """A finite number. ``nan`` would spread through all results without a message."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a finite number")
+    return value

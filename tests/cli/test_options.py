@@ -24,7 +24,7 @@ def test_of_a_command(command: str, option: str, value: str, capsys: pytest.Capt
     with pytest.raises(SystemExit) as ended:
         main([*command.split(), f"{option}={value}"])
     assert ended.value.code == 2
-    assert f"'{value}' is no finite number" in capsys.readouterr().err
+    assert f"'{value}' is not a finite number" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("key", ["ema_decay", "data.weights", "loss.perceptual_weight", "quantizer.entropy_weight"])

@@ -1,6 +1,6 @@
 """Static SVG figures: panels side by side, lines with a band, dots, labels at the lines' ends. No script, no fonts.
 
-A document shows them as pictures, on whatever ground it has: so they bring their own, and every text is text.
+A document embeds them as pictures on a ground of any colour. So a figure has its own ground, and every text is text.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ PANEL_WIDTH, PANEL_HEIGHT = 440, 280
 LEFT, RIGHT, TOP, BOTTOM = 58, 84, 34, 44
 HEADER = 48
 LABEL_STEP = 15
-# What the longest note takes, should there be one panel only.
+# The width of the longest note over a single panel.
 NOTE_WIDTH = 660
 
 
@@ -31,7 +31,7 @@ class Axis:
     log: bool = False
 
     def place(self, value: float, start: float, end: float) -> float:
-        """Where `value` lies between the pixels `start` and `end`."""
+        """The place of `value` between the pixels `start` and `end`."""
         scale: Callable[[float], float] = math.log if self.log else float
         share = (scale(value) - scale(self.low)) / (scale(self.high) - scale(self.low))
         return start + share * (end - start)
@@ -39,7 +39,9 @@ class Axis:
 
 @dataclass(frozen=True)
 class Series:
-    """`line` through points (x, y), `band` of (x, low, high) around it, single `dots`; a `label` at the right end."""
+    """`line` through points (x, y), `band` of (x, low, high) around it, single `dots`, and a `label` at the
+    right end.
+    """
 
     label: str
     slot: int
@@ -120,7 +122,7 @@ def _series(series: Series, at: Callable[[float, float], tuple[float, float]]) -
 
 
 def _labels(panel: Panel, at: Callable[[float, float], tuple[float, float]], x1: float) -> list[str]:
-    """At the lines' right ends, from top to bottom, moved apart where they would lie on one another."""
+    """Labels at the lines' right ends, from top to bottom, moved apart against overlaps."""
     ends = sorted(((at(*s.line[-1])[1], s) for s in panel.series if s.label and s.line), key=lambda end: end[0])
     return [
         _text(x1 + 8, y + 4, series.label, colour=COLOURS[series.slot % len(COLOURS)], weight=600)
@@ -129,7 +131,7 @@ def _labels(panel: Panel, at: Callable[[float, float], tuple[float, float]], x1:
 
 
 def _apart(wanted: Sequence[float]) -> list[float]:
-    """Ascending places at least `LABEL_STEP` apart, as near to the wanted ones as pushing down and back allows."""
+    """Ascending places at least `LABEL_STEP` apart, close to the wanted ones."""
     places = list(wanted)
     for i in range(1, len(places)):
         places[i] = max(places[i], places[i - 1] + LABEL_STEP)
