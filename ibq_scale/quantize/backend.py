@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from ibq_scale.errors import UserError
-from ibq_scale.quantize.passes import Passes
+from ibq_scale.quantize.backend_interface import Backend
 from ibq_scale.quantize.product import Precision
-from ibq_scale.quantize.tiled import TiledPasses
+from ibq_scale.quantize.tiled_backend import TiledBackend
 
-Backend = Literal["tiled", "triton"]
+BackendName = Literal["tiled", "triton"]
 
 
 def choose(
     backend: str, device: torch.device, dtype: torch.dtype, dim: int, precision: str = "bf16", kernel: str = ""
-) -> Backend:
+) -> BackendName:
     """What ``auto`` means here, for a step in training or for one kernel. UserError where ``triton`` cannot be had."""
     if backend == "tiled" or (backend == "auto" and device.type != "cuda"):
         return "tiled"
@@ -47,7 +47,7 @@ def describe(backend: str, device: torch.device, dtype: torch.dtype, dim: int, p
 def products_of(backend: str, precision: str) -> Precision:
     """What a backend's products on a GPU are in.
 
-    Plain torch takes tf32 for bf16: it knows no near codes, and bf16 moves the entropy loss's gradient by a sixth.
+    Plain torch takes tf32 for bf16: it has no candidates, and bf16 moves the entropy loss's gradient by a sixth.
     """
     return "tf32" if (backend, precision) == ("tiled", "bf16") else cast(Precision, precision)
 
@@ -65,16 +65,16 @@ def _obstacle(device: torch.device, dtype: torch.dtype, dim: int, precision: Pre
     return without_tile((kernel,) if kernel else tuple(KERNELS), precision, dim, device)
 
 
-def passes_for(z_ND: Tensor, backend: str, precision: str, temperature: float, tile_bytes: int | None) -> Passes:
+def backend_for(z_ND: Tensor, backend: str, precision: str, temperature: float, tile_bytes: int | None) -> Backend:
     """The passes for tensors like z (N, D)."""
     chosen = choose(backend, z_ND.device, z_ND.dtype, z_ND.shape[1], precision)
-    return _made(chosen, cast(Precision, precision), temperature, tile_bytes)
+    return _cached(chosen, cast(Precision, precision), temperature, tile_bytes)
 
 
 @lru_cache(maxsize=64)
-def _made(backend: Backend, precision: Precision, temperature: float, tile_bytes: int | None) -> Passes:
+def _cached(backend: BackendName, precision: Precision, temperature: float, tile_bytes: int | None) -> Backend:
     if backend == "triton":
-        from ibq_scale.quantize.triton_passes import TritonPasses
+        from ibq_scale.quantize.triton_backend import TritonBackend
 
-        return TritonPasses(temperature, precision)
-    return TiledPasses(temperature, products_of(backend, precision), tile_bytes)
+        return TritonBackend(temperature, precision)
+    return TiledBackend(temperature, products_of(backend, precision), tile_bytes)

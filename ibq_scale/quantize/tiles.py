@@ -40,24 +40,24 @@ class Chip(NamedTuple):
 
 
 KERNELS: dict[str, Any] = {
-    name: getattr(kernels, f"_{name}_kernel") for name in ("sums", "mix", "means", "pulled", "slopes", "best")
+    name: getattr(kernels, f"_{name}_kernel") for name in ("sums", "soft_codes", "means", "row_sums", "slopes", "best")
 }
-# Those that work on lists of near codes and multiply no matrices. What they need of a chip is small, and one tile does.
+# Those that work on lists of candidates and multiply no matrices. What they need of a chip is small, and one tile does.
 LIST_KERNELS: dict[str, Any] = {
-    name: getattr(kernels, f"_{name}_kernel") for name in ("near", "rescore", "near_slopes")
+    name: getattr(kernels, f"_{name}_kernel") for name in ("candidates", "rescore", "candidate_slopes")
 }
 # In the order in which they are preferred, by what `bench kernels` tells: the larger first, whose loads are used more
 # often.
 _TILES = (Tile(128, 64, 64, 8, 3), Tile(64, 128, 64, 8, 3), Tile(64, 64, 64, 8, 3), Tile(64, 64, 32, 4, 3))
 TILES: dict[str, tuple[Tile, ...]] = dict.fromkeys(KERNELS, _TILES) | {
     # All dimensions at once: each program that has fewer reads the weights once more.
-    "mix": (Tile(128, 64, 256, 8, 3), Tile(128, 64, 128, 8, 3), Tile(64, 64, 128, 8, 3), *_TILES)
+    "soft_codes": (Tile(128, 64, 256, 8, 3), Tile(128, 64, 128, 8, 3), Tile(64, 64, 128, 8, 3), *_TILES)
 }
 _settled: dict[str, Tile] = {}
 INTERPRETED = Tile(16, 16, 16, 4, 1)
-# Places of a token's list of near codes, and of its codes that may be the best. Trained tokens have tens of the first.
-NEAR, RIVALS = 512, 64
-# Codes that are looked through at once for a list, and codes of a list that are read at once.
+# Places of a token's list of candidates, and of its codes that may be the best. Trained tokens have tens of the first.
+CANDIDATES, RIVALS = 512, 64
+# Codebook that are looked through at once for a list, and codes of a list that are read at once.
 SOUGHT, CODES = 1024, 16
 
 
@@ -75,7 +75,7 @@ def constants(kernel: str, tile: Tile, dim: int, precision: Precision) -> dict[s
         "BM": tile.tokens,
         "BK": tile.codes,
         "TOP": tile.codes,
-        "L": NEAR,
+        "L": CANDIDATES,
         "R": RIVALS,
         "BL": CODES,
         "BC": SOUGHT,
@@ -162,7 +162,7 @@ def settle(record: Mapping[str, Any], precision: Precision, dim: int, device: to
     _settled.update({key: Tile(*sizes) for key, sizes in record.items() if _is_tile(sizes)})
     for kernel in (*KERNELS, *LIST_KERNELS):
         if (key := _key(kernel, precision, dim, on)) not in _settled:
-            most = _settled[_key("sums", precision, dim, on)].codes if kernel == "mix" else 1 << 30
+            most = _settled[_key("sums", precision, dim, on)].codes if kernel == "soft_codes" else 1 << 30
             _settled[key] = _first(kernel, precision, dim, on, most)
     return {key: list(tile) for key, tile in sorted(_settled.items())}
 

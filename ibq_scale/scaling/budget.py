@@ -19,7 +19,7 @@ FRAGMENTATION = 0.05
 # Tensors of all gathered tokens (M, D) in fp32 within the quantizer's step: z, its gradient, the decoder's, p C.
 TOKEN_TENSORS = 4
 TILE = 1 << 30
-# Triton's largest block, and the places of a token's list of near codes (quantize/triton_passes.py, tiles.py).
+# Triton's largest block, and the places of a token's list of candidates (quantize/triton_backend.py, tiles.py).
 BLOCK, NEAR = 512 << 20, 512
 SCRATCH = "optimizer's scratch"
 CODEBOOK_STATES = 5  # rows, gradient, two moments, average

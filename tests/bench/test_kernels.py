@@ -50,7 +50,7 @@ def test_every_kernel_has_a_tile_of_tensor_cores_that_fits_and_spills_nothing() 
 
 @pytest.mark.slow
 def test_the_kernels_of_lists_need_little() -> None:
-    rows = _run("--kernel", "near,rescore,near_slopes", "--dim", "200")
+    rows = _run("--kernel", "candidates,rescore,candidate_slopes", "--dim", "200")
     assert {row["kernel"] for row in rows} == set(LIST_KERNEL_NAMES) == set(LIST_KERNELS)
     assert all(row["fits"] and row["shared_bytes"] < 48 << 10 and row["spill_bytes"] == 0 for row in rows)
 

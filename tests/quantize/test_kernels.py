@@ -12,7 +12,7 @@ from triton.runtime import interpreter
 
 from ibq_scale.config.models import QuantizerConfig
 from ibq_scale.errors import UserError
-from ibq_scale.quantize import tiles, triton_passes
+from ibq_scale.quantize import tiles, triton_backend
 from ibq_scale.quantize.backend import _obstacle, choose, describe
 from ibq_scale.quantize.collectives import Shards, add_at_owned
 from ibq_scale.quantize.compiled import Needs
@@ -112,14 +112,14 @@ def test_the_kernels_search_is_exact(kind: str, search: str) -> None:
 
 
 @pytest.fixture
-def few_near(monkeypatch: pytest.MonkeyPatch) -> None:
+def few_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lists so short that tokens with soft probabilities are flat, and blocks so small that there are several."""
-    monkeypatch.setattr(tiles, "NEAR", 4)
-    monkeypatch.setattr(triton_passes, "BLOCK_BYTES", 1)
-    monkeypatch.setattr(triton_passes, "BLOCK_UNIT", 48)
+    monkeypatch.setattr(tiles, "CANDIDATES", 4)
+    monkeypatch.setattr(triton_backend, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(triton_backend, "BLOCK_UNIT", 48)
 
 
-def _mixed(form: Any, entropy_alone: bool = False, **changes: Any) -> tuple[Any, ...]:
+def _soft_codes(form: Any, entropy_alone: bool = False, **changes: Any) -> tuple[Any, ...]:
     """Tokens from flat to peaked, side by side."""
     g = torch.Generator().manual_seed(3)
     upstream = torch.randn(37, 20, generator=g).to(DEVICE)
@@ -133,16 +133,16 @@ def _mixed(form: Any, entropy_alone: bool = False, **changes: Any) -> tuple[Any,
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("few_near")
+@pytest.mark.usefixtures("few_candidates")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_flat_tokens_beside_peaked_ones_and_several_blocks(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if precision == "bf16":
         # A token is as flat as the list is long: with fewer places S/τ would be wide, and bf16 too coarse for it.
-        monkeypatch.setattr(tiles, "NEAR", 60)
+        monkeypatch.setattr(tiles, "CANDIDATES", 60)
     # softmax(S) itself is as coarse as bf16 makes it.
     alone = precision == "bf16"
-    expected, expected_grads = _mixed(ibq_dense, alone)
-    found, grads = _mixed(quantize, alone, backend="triton", logit_precision=precision)
+    expected, expected_grads = _soft_codes(ibq_dense, alone)
+    found, grads = _soft_codes(quantize, alone, backend="triton", logit_precision=precision)
     assert torch.equal(found.indices_N, expected.indices_N)
     error = {"fp32": 1e-5, "bf16": 0.02}[precision]
     torch.testing.assert_close(found.entropy_loss, expected.entropy_loss, rtol=error, atol=error)
@@ -181,7 +181,7 @@ def _entropy_gradients(form: Any, z: torch.Tensor, codebook: torch.Tensor, confi
 def _products(monkeypatch: pytest.MonkeyPatch, scale: float) -> float:
     """Products of N·K·D that a step does, in whole tiles, tl.dot's and torch's."""
     done = 0
-    dot, multiply = interpreter.InterpreterBuilder.create_dot, triton_passes.product_into
+    dot, multiply = interpreter.InterpreterBuilder.create_dot, triton_backend.product_into
 
     def counted_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         nonlocal done
@@ -194,8 +194,8 @@ def _products(monkeypatch: pytest.MonkeyPatch, scale: float) -> float:
         multiply(out, a, b, *rest, **options)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", counted_dot)
-    monkeypatch.setattr(triton_passes, "product_into", counted_product)
-    monkeypatch.setattr(tiles, "NEAR", 16)
+    monkeypatch.setattr(triton_backend, "product_into", counted_product)
+    monkeypatch.setattr(tiles, "CANDIDATES", 16)
     _run(quantize, (16, 160, 16), scale, backend="triton", logit_precision="bf16", entropy_temperature=0.01)
     monkeypatch.undo()
     return done / (16 * 160 * 16)
@@ -214,7 +214,7 @@ def test_a_step_does_6_products_of_tokens_codes_and_dimensions_and_8_with_flat_t
 
 @pytest.mark.slow
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU has an order of its own")
-@pytest.mark.usefixtures("few_near")
+@pytest.mark.usefixtures("few_candidates")
 def test_the_order_in_which_programs_run_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     builder = interpreter.interpreter_builder
     plain = builder.set_grid_idx
@@ -225,14 +225,14 @@ def test_the_order_in_which_programs_run_changes_no_bit(monkeypatch: pytest.Monk
             plain(*(moved(x, n) for x, n in zip(at, builder.grid_dim, strict=True)))
 
         monkeypatch.setattr(builder, "set_grid_idx", permuted)
-        out, grads = _mixed(quantize, backend="triton", logit_precision="bf16")
+        out, grads = _soft_codes(quantize, backend="triton", logit_precision="bf16")
         found.append([*(value for value in out), *grads])
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 def _shards(rank: int, world: int) -> list[torch.Tensor]:
-    tiles.NEAR = 4
+    tiles.CANDIDATES = 4
     g = torch.Generator().manual_seed(5)
     z_all, upstream_all = torch.randn(24, 20, generator=g) * torch.logspace(-3, 1, 24)[:, None], torch.ones(24, 20)
     codebook = torch.randn(104, 20, generator=g)
@@ -310,7 +310,7 @@ def test_a_runs_tiles_stay_where_another_compiler_would_choose_others(monkeypatc
     monkeypatch.setattr(tiles, "_settled", {})
     record = tiles.settle({}, "bf16", 256, cuda)
     assert len(record) == len(tiles.KERNELS) + len(tiles.LIST_KERNELS)
-    assert record["mix sm_80 bf16 256"][1] <= record["sums sm_80 bf16 256"][1]
+    assert record["soft_codes sm_80 bf16 256"][1] <= record["sums sm_80 bf16 256"][1]
     # The compiler now needs more for the first tile.
     first = tiles.Tile(*record["sums sm_80 bf16 256"])
     monkeypatch.setattr(tiles, "_needs", lambda name, precision, dim, tile, arch: Needs(1, 9, 8 * (tile == first)))

@@ -14,8 +14,8 @@ from ibq_scale.config.models import QuantizerConfig
 from ibq_scale.errors import UserError
 from ibq_scale.quantize.collectives import Shards, sizes_in
 from ibq_scale.quantize.ibq import ibq_dense
+from ibq_scale.quantize.quantized import Quantized
 from ibq_scale.quantize.quantizer import batch_sums, encode, find, initial_codebook, lookup, quantize, rows_of
-from ibq_scale.quantize.types import Quantized
 from tests.ranks import run_ranks
 
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ibq_scale.quantize.passes import Backward, Codes, Near, PartSums, RowStatistics, Segments
+from ibq_scale.quantize.backend_interface import BackwardInputs, Candidates, Codebook, PartSums, RowStatistics, Segments
 from ibq_scale.quantize.product import Precision, product_into
 
 # Tile-sized buffers alive at once in the backward pass: S and g Cᵀ.
@@ -88,32 +88,32 @@ def scratch(size: int, like: Tensor) -> Iterator[Tensor]:
             _kept[like.dtype] = flat
 
 
-class TiledPasses:
-    """See `passes.WholeRowPasses`."""
+class TiledBackend:
+    """See `backend_interface.WholeRowBackend`."""
 
     def __init__(self, temperature: float, precision: Precision, tile_bytes: int | None) -> None:
         self.temperature = temperature
         self.precision = precision
         self.tile_bytes = tile_bytes
 
-    def coarse(self, rows_KD: Tensor) -> Tensor:
+    def rounded(self, rows_KD: Tensor) -> Tensor:
         return rows_KD.new_empty((0, rows_KD.shape[1]))
 
-    def sums(self, z_MD: Tensor, codes: Codes) -> tuple[PartSums, Near]:
-        return self._forward(z_MD, codes.rows_KD, (slice(0, z_MD.shape[0]),), None), self.near(z_MD)
+    def sums(self, z_MD: Tensor, codebook: Codebook) -> tuple[PartSums, Candidates]:
+        return self._forward(z_MD, codebook.rows_KD, (slice(0, z_MD.shape[0]),), None), self.empty_candidates(z_MD)
 
-    def sums_and_means(self, z_MD: Tensor, codes: Codes, segments: Segments) -> tuple[PartSums, Tensor]:
-        mean_GK = z_MD.new_zeros((len(segments), codes.rows_KD.shape[0]))
-        return self._forward(z_MD, codes.rows_KD, segments, mean_GK), mean_GK
+    def sums_and_means(self, z_MD: Tensor, codebook: Codebook, segments: Segments) -> tuple[PartSums, Tensor]:
+        mean_GK = z_MD.new_zeros((len(segments), codebook.rows_KD.shape[0]))
+        return self._forward(z_MD, codebook.rows_KD, segments, mean_GK), mean_GK
 
-    def near(self, z_MD: Tensor) -> Near:
-        return Near(
+    def empty_candidates(self, z_MD: Tensor) -> Candidates:
+        return Candidates(
             z_MD.new_empty((0, 0), dtype=torch.int32), z_MD.new_empty((0, 0)), z_MD.new_empty(0, dtype=torch.int32)
         )
 
     def _forward(self, z_MD: Tensor, rows_KD: Tensor, segments: Segments, mean_GK: Tensor | None) -> PartSums:
         """Adds to q̄ where it is asked for, and so whole rows are at hand; else brings p C."""
-        mixed_MD = torch.zeros_like(z_MD) if mean_GK is None else None
+        soft_codes_MD = torch.zeros_like(z_MD) if mean_GK is None else None
         parts: list[tuple[Tensor, ...]] = []
         with self._tile(z_MD, rows_KD) as tile:
             for number, block in blocks(segments, tile.step):
@@ -123,8 +123,8 @@ class TiledPasses:
                 for piece, work in tile.pieces(S):
                     x = S[piece].sub_(top)
                     total += torch.mul(x, LOG2_E, out=work).exp2_().sum(dim=0)
-                    if mixed_MD is not None:
-                        product_into(mixed_MD[block], work.T, rows_KD[piece], self.precision, accumulate=True)
+                    if soft_codes_MD is not None:
+                        product_into(soft_codes_MD[block], work.T, rows_KD[piece], self.precision, accumulate=True)
                     x.mul_(LOG2_E / self.temperature)
                     total_tau += torch.exp2(x, out=work).sum(dim=0)
                     weighted += x.mul_(work).sum(dim=0)
@@ -133,10 +133,12 @@ class TiledPasses:
                     mean_GK[number].addmv_(S, total_tau.reciprocal())
                 parts.append((index, top, total, total_tau, weighted / LOG2_E))
         index, top, total, total_tau, weighted = (torch.cat(column) for column in zip(*parts, strict=True))
-        return PartSums(index, top, total, total_tau, weighted, mixed_MD)
+        return PartSums(index, top, total, total_tau, weighted, soft_codes_MD)
 
-    def means(self, z_MD: Tensor, codes: Codes, statistics: RowStatistics, segments: Segments, near: Near) -> Tensor:
-        rows_KD = codes.rows_KD
+    def means(
+        self, z_MD: Tensor, codebook: Codebook, statistics: RowStatistics, segments: Segments, candidates: Candidates
+    ) -> Tensor:
+        rows_KD = codebook.rows_KD
         mean_GK = z_MD.new_zeros((len(segments), rows_KD.shape[0]))
         with self._tile(z_MD, rows_KD) as tile:
             for number, block in blocks(segments, tile.step):
@@ -144,14 +146,14 @@ class TiledPasses:
                     mean_GK[number, piece] += q.sum(dim=1)
         return mean_GK
 
-    def pulled(self, job: Backward) -> Tensor:
-        pulled_M = torch.zeros_like(job.statistics.top)
-        assert job.pull.batch_GK is not None
-        with self._tile(job.z_MD, job.codes.rows_KD) as tile:
-            for number, block in blocks(job.segments, tile.step):
-                for piece, q in self._q(tile, job.z_MD, job.codes.rows_KD, job.statistics, block):
-                    pulled_M[block] += job.pull.batch_GK[number, piece] @ q
-        return pulled_M
+    def row_sums(self, inputs: BackwardInputs) -> Tensor:
+        pi_M = torch.zeros_like(inputs.statistics.top)
+        assert inputs.entropy.batch_GK is not None
+        with self._tile(inputs.z_MD, inputs.codebook.rows_KD) as tile:
+            for number, block in blocks(inputs.segments, tile.step):
+                for piece, q in self._q(tile, inputs.z_MD, inputs.codebook.rows_KD, inputs.statistics, block):
+                    pi_M[block] += inputs.entropy.batch_GK[number, piece] @ q
+        return pi_M
 
     def _q(
         self, tile: _Tile, z_MD: Tensor, rows_KD: Tensor, statistics: RowStatistics, block: slice
@@ -163,17 +165,17 @@ class TiledPasses:
             log_q = S[piece].sub_(rows.top).mul_(1.0 / self.temperature).sub_(rows.log_sum_tau)
             yield piece, torch.mul(log_q, LOG2_E, out=work).exp2_()
 
-    def gradients(self, job: Backward) -> tuple[Tensor, Tensor]:
-        grad_z_MD, grad_rows_KD = torch.empty_like(job.z_MD), torch.empty_like(job.codes.rows_KD)
-        with self._tile(job.z_MD, job.codes.rows_KD, LIVE_BUFFERS) as tile:
-            for number, block in blocks(job.segments, tile.step):
-                dS_KR = self._grad_scores(tile, job, number, block)
-                product_into(grad_z_MD[block], dS_KR.T, job.codes.rows_KD, self.precision)
+    def gradients(self, inputs: BackwardInputs) -> tuple[Tensor, Tensor]:
+        grad_z_MD, grad_rows_KD = torch.empty_like(inputs.z_MD), torch.empty_like(inputs.codebook.rows_KD)
+        with self._tile(inputs.z_MD, inputs.codebook.rows_KD, LIVE_BUFFERS) as tile:
+            for number, block in blocks(inputs.segments, tile.step):
+                dS_KR = self._grad_scores(tile, inputs, number, block)
+                product_into(grad_z_MD[block], dS_KR.T, inputs.codebook.rows_KD, self.precision)
                 later = block.start > 0
-                product_into(grad_rows_KD, dS_KR, job.z_MD[block], self.precision, accumulate=later)
+                product_into(grad_rows_KD, dS_KR, inputs.z_MD[block], self.precision, accumulate=later)
         return grad_z_MD, grad_rows_KD
 
-    def _grad_scores(self, tile: _Tile, job: Backward, number: int, block: slice) -> Tensor:
+    def _grad_scores(self, tile: _Tile, inputs: BackwardInputs, number: int, block: slice) -> Tensor:
         """∂L/∂S of a block of tokens, (K, R). The first walk over the pieces makes the row sums, the second uses them.
 
         Few walks over memory: softmaxes stay unnormalised, e = p L and e_τ = q L_τ with L = exp(l), and 1/L and 1/L_τ
@@ -181,26 +183,28 @@ class TiledPasses:
         x = (S − m) log₂e / τ, of which e_τ is a power of two.
         """
         R = block.stop - block.start
-        rows, sample = job.statistics.rows(block), job.pull.sample_M[block]
+        rows, sample = inputs.statistics.rows(block), inputs.entropy.sample_M[block]
         per_sum, per_sum_tau = (-rows.log_sum).exp(), (-rows.log_sum_tau).exp()
-        both_K2R = tile.products(job.codes.rows_KD, torch.cat([job.z_MD[block], job.g_MD[block] * per_sum[:, None]]))
+        both_K2R = tile.products(
+            inputs.codebook.rows_KD, torch.cat([inputs.z_MD[block], inputs.g_MD[block] * per_sum[:, None]])
+        )
         S, G = both_K2R[:, :R], both_K2R[:, R:]
-        r_K = None if job.pull.batch_GK is None else job.pull.batch_GK[number]
-        delta, pulled = rows.top.new_zeros((2, R)).unbind()
+        r_K = None if inputs.entropy.batch_GK is None else inputs.entropy.batch_GK[number]
+        delta, pi = rows.top.new_zeros((2, R)).unbind()
         for piece, work in tile.pieces(S):
             x = S[piece].sub_(rows.top)
             G[piece].mul_(torch.mul(x, LOG2_E, out=work).exp2_())
-            if job.delta_M is None:
+            if inputs.delta_M is None:
                 delta += G[piece].sum(dim=0)
             x.mul_(LOG2_E / self.temperature)
-            if r_K is not None and job.pulled_M is None:
-                pulled += r_K[piece] @ torch.exp2(x, out=work)
-        delta = delta if job.delta_M is None else job.delta_M[block]
-        pulled = pulled * per_sum_tau if job.pulled_M is None else job.pulled_M[block]
+            if r_K is not None and inputs.pi_M is None:
+                pi += r_K[piece] @ torch.exp2(x, out=work)
+        delta = delta if inputs.delta_M is None else inputs.delta_M[block]
+        pi = pi * per_sum_tau if inputs.pi_M is None else inputs.pi_M[block]
         # q/τ (−a (log q + H) + b r − π), log q = x/log₂e − l_τ, as e_τ (x·slope + shift + r·scale).
         scale = per_sum_tau / self.temperature
         slope = sample * scale / -LOG2_E
-        shift = (sample * (rows.log_sum_tau - rows.entropy) - pulled) * scale
+        shift = (sample * (rows.log_sum_tau - rows.entropy) - pi) * scale
         for piece, work in tile.pieces(S):
             x, dS = S[piece], G[piece]
             dS.addcmul_(torch.mul(x, self.temperature, out=work).exp2_(), delta * per_sum, value=-1.0)
