@@ -16,7 +16,7 @@ from ibq_scale.quantize.product import Precision
 from ibq_scale.quantize.tiles import Tile, constants, function
 
 _TYPES = {
-    "i32": ("M", "K", "codes_a_split", "rows_a_split", "codes_a_top", "first_code"),
+    "i32": ("M", "B", "K", "stride", "codes_a_split", "rows_a_split", "codes_a_top", "first_code"),
     "*i32": ("index", "count", "candidates", "candidate_count", "rivals", "rival_count"),
     "fp32": ("inv_tau", "margin", "slack"),
 }

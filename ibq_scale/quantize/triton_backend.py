@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,11 +31,8 @@ from ibq_scale.quantize.backend_interface import (
     combine,
 )
 from ibq_scale.quantize.product import Precision, product_into
-from ibq_scale.quantize.tiles import Tile, chosen, constants, interpreted, run
+from ibq_scale.quantize.tiles import Split, Tile, ceil_div, chosen, interpreted, launch
 
-# Waves of programs that a launch aims for. A split of the codes is a multiple of so many: any tile divides it.
-WAVES, SPLIT_UNIT = 2, 128
-INTERPRETED_PROGRAMS, INTERPRETED_UNIT = 6, 16
 BLOCK_BYTES, BLOCK_UNIT = 512 << 20, 1024
 # ln of what a candidate has of the softmax at the least, times K.
 CUT = -20.0
@@ -46,22 +43,6 @@ SLACK = {"fp32": 2.0**-16, "tf32": 2.0**-16, "bf16": 2.0**-7}
 FIXED = 2.0**-40
 # Of exponents whose exp is not to overflow.
 LARGEST = 80.0
-
-
-class _Split(NamedTuple):
-    """`parts` parts of `size` (the last may be smaller) of a loop, so that a launch fills the device."""
-
-    parts: int
-    size: int
-
-    @staticmethod
-    def of(length: int, programs: int, device: torch.device) -> _Split:
-        wanted, unit = INTERPRETED_PROGRAMS, INTERPRETED_UNIT
-        if not interpreted():
-            wanted, unit = WAVES * torch.cuda.get_device_properties(device).multi_processor_count, SPLIT_UNIT
-        wished = max(1, min(wanted // programs, _blocks(length, 4 * unit)))
-        size = _blocks(_blocks(length, wished), unit) * unit
-        return _Split(_blocks(length, size), size)
 
 
 class _CandidateLists(NamedTuple):
@@ -127,12 +108,12 @@ class TritonBackend:
         """Of a block of codes, whose near ones are added to the lists."""
         (M, D), K = z.shape, len(c)
         tile = self._tile("sums", z)
-        split = _Split.of(K, _blocks(M, tile.tokens), z.device)
+        split = Split.of(K, ceil_div(M, tile.tokens), z.device)
         index = torch.empty((split.parts, M), dtype=torch.int32, device=z.device)
         top, total, total_tau, weighted = _floats(z, 4, split.parts, M)
-        (tile_top,) = _floats(z, 1, _blocks(K, tile.codes), M)
+        (tile_top,) = _floats(z, 1, ceil_div(K, tile.codes), M)
         weights_MK = z.new_empty((M, K))
-        run("sums", tile, (_blocks(M, tile.tokens), split.parts), self._constants("sums", tile, D),
+        launch("sums", tile, (ceil_div(M, tile.tokens), split.parts), D, self.precision,
             z, c, index, top, total, total_tau, weighted, tile_top, weights_MK, M, K, split.size,
             1.0 / self.temperature)  # fmt: skip
         columns = zip(index.long(), top, total, total_tau, weighted, strict=True)
@@ -140,7 +121,7 @@ class TritonBackend:
         norm_K = lists.norm_K[first : first + K]
         norm_T = F.pad(norm_K, (0, -K % tile.codes)).view(-1, tile.codes).amax(dim=1)
         torch.maximum(lists.best_M, (tile_top - norm_T[:, None] * lists.size_M).amax(dim=0), out=lists.best_M)
-        run("candidates", self._tile("candidates", z), (M,), self._constants("candidates", tile, D),
+        launch("candidates", self._tile("candidates", z), (M,), D, self.precision,
             weights_MK, tile_top, norm_T, lists.size_M, lists.best_M, lists.candidates.codes_ML,
             lists.candidates.count_M, lists.rivals_MR, lists.rival_count_M, M, K, first, lists.margin,
             SLACK[self.precision])  # fmt: skip
@@ -149,12 +130,12 @@ class TritonBackend:
     def _soft_codes(self, of_sums: Tile, c: Tensor, top: Tensor, tile_top: Tensor, weights_MK: Tensor) -> Tensor:
         (M, K), D = weights_MK.shape, c.shape[1]
         tile = self._tile("soft_codes", c, most_codes=of_sums.codes)
-        columns = _blocks(D, tile.dims)
-        split = _Split.of(K, _blocks(M, tile.tokens) * columns, c.device)
-        (parts_SMD,) = _floats(c, 1, split.parts, M, D)
-        run("soft_codes", tile, (_blocks(M, tile.tokens), split.parts, columns), self._constants("soft_codes", tile, D),
-            c, tile_top, weights_MK, top, parts_SMD, M, K, split.size, of_sums.codes)  # fmt: skip
-        return parts_SMD.sum(dim=0)
+        columns = ceil_div(D, tile.dims)
+        split = Split.of(K, ceil_div(M, tile.tokens) * columns, c.device)
+        (parts_PMD,) = _floats(c, 1, split.parts, M, D)
+        launch("soft_codes", tile, (ceil_div(M, tile.tokens), split.parts, columns), D, self.precision,
+            c, tile_top, weights_MK, top, parts_PMD, M, K, split.size, of_sums.codes)  # fmt: skip
+        return parts_PMD.sum(dim=0)
 
     def _rescored(self, z_MD: Tensor, rows_KD: Tensor, sums: PartSums, lists: _CandidateLists) -> PartSums:
         """The sums with the codes, and S/τ of all but flat tokens, by the scores of candidates."""
@@ -162,7 +143,7 @@ class TritonBackend:
         index = torch.empty_like(candidates.count_M)
         top, total_tau, weighted = _floats(z_MD, 3, M)
         tile = self._tile("rescore", z_MD)
-        run("rescore", tile, (M,), self._constants("rescore", tile, D),
+        launch("rescore", tile, (M,), D, self.precision,
             z_MD, rows_KD, candidates.codes_ML, candidates.count_M, lists.rivals_MR, lists.rival_count_M,
             candidates.scores_ML, index, top, total_tau, weighted, 1.0 / self.temperature)  # fmt: skip
         flat_M = candidates.count_M < 0
@@ -193,14 +174,14 @@ class TritonBackend:
         for number, segment in enumerate(segments):
             M = segment.stop - segment.start
             tile = self._tile("means", z)
-            split = _Split.of(M, _blocks(K, tile.codes), z.device)
-            (parts_SK,) = _floats(z, 1, split.parts, K)
-            run("means", tile, (_blocks(K, tile.codes), split.parts), self._constants("means", tile, D),
+            split = Split.of(M, ceil_div(K, tile.codes), z.device)
+            (parts_PK,) = _floats(z, 1, split.parts, K)
+            launch("means", tile, (ceil_div(K, tile.codes), split.parts), D, self.precision,
                 z[segment], c, candidates.count_M[segment], statistics.top[segment], statistics.log_sum_tau[segment],
-                parts_SK, M, K, split.size, 1.0 / self.temperature)  # fmt: skip
+                parts_PK, M, K, split.size, 1.0 / self.temperature)  # fmt: skip
             fixed_K = torch.zeros(K, dtype=torch.int64, device=z.device)
             fixed_K.scatter_add_(0, places_ML[segment].flatten(), fixed_ML[segment].flatten())
-            mean_GK[number] = parts_SK.sum(dim=0) + fixed_K.double() * FIXED
+            mean_GK[number] = parts_PK.sum(dim=0) + fixed_K.double() * FIXED
         return mean_GK
 
     def row_sums(self, inputs: BackwardInputs) -> Tensor:
@@ -212,14 +193,14 @@ class TritonBackend:
         for number, segment in enumerate(inputs.segments):
             M = segment.stop - segment.start
             tile = self._tile("row_sums", z)
-            split = _Split.of(K, _blocks(M, tile.tokens), z.device)
-            (parts_SM,) = _floats(z, 1, split.parts, M)
+            split = Split.of(K, ceil_div(M, tile.tokens), z.device)
+            (parts_PM,) = _floats(z, 1, split.parts, M)
             rows, batch_K = inputs.statistics.rows(segment), inputs.entropy.batch_GK[number]
-            run("row_sums", tile, (_blocks(M, tile.tokens), split.parts), self._constants("row_sums", tile, D),
-                z[segment], c, inputs.candidates.count_M[segment], rows.top, rows.log_sum_tau, batch_K, parts_SM, M, K,
+            launch("row_sums", tile, (ceil_div(M, tile.tokens), split.parts), D, self.precision,
+                z[segment], c, inputs.candidates.count_M[segment], rows.top, rows.log_sum_tau, batch_K, parts_PM, M, K,
                 split.size, 1.0 / self.temperature)  # fmt: skip
             of_candidates_M = (q_ML[segment] * batch_K[places_ML[segment]]).sum(dim=1)
-            pi_M[segment] = parts_SM.sum(dim=0) + of_candidates_M
+            pi_M[segment] = parts_PM.sum(dim=0) + of_candidates_M
         return pi_M
 
     def gradients(self, inputs: BackwardInputs) -> tuple[Tensor, Tensor]:
@@ -258,7 +239,7 @@ class TritonBackend:
         rows, (log_sum_tau, *rest) = inputs.statistics.rows(segment), of_tokens
         tile = self._tile("slopes", z)
         dS_MK = z.new_empty((M, K))
-        run("slopes", tile, (_blocks(M, tile.tokens), _blocks(K, tile.codes)), self._constants("slopes", tile, D),
+        launch("slopes", tile, (ceil_div(M, tile.tokens), ceil_div(K, tile.codes)), D, self.precision,
             z, c, g, inputs.candidates.count_M[segment], rows.top, rows.log_sum, log_sum_tau, rest[0], rest[1],
             inputs.delta_M[segment], rest[2], batch_K, dS_MK, M, K, 1.0 / self.temperature)  # fmt: skip
         return dS_MK
@@ -273,7 +254,7 @@ class TritonBackend:
         )
         tile = self._tile("candidate_slopes", rows_KD)
         (M, K), D = dS_MK.shape, rows_KD.shape[1]
-        run("candidate_slopes", tile, (M,), self._constants("candidate_slopes", tile, D),
+        launch("candidate_slopes", tile, (M,), D, self.precision,
             rows_KD, candidates.codes_ML, candidates.count_M, candidates.scores_ML,
             inputs.statistics.top[segment], *of_tokens, batch_K, dS_MK, grad_z_MD, K, part.start,
             1.0 / self.temperature)  # fmt: skip
@@ -295,9 +276,6 @@ class TritonBackend:
     def _tile(self, kernel: str, like: Tensor, most_codes: int = 1 << 30) -> Tile:
         return chosen(kernel, self.precision, like.shape[1], like.device, most_codes)
 
-    def _constants(self, kernel: str, tile: Tile, dim: int) -> dict[str, Any]:
-        return constants(kernel, tile, dim, self.precision)
-
     def _block(self, tokens: int, like: Tensor) -> int:
         """Codebook of a block."""
         return max(1, BLOCK_BYTES // (tokens * like.element_size()) // BLOCK_UNIT) * BLOCK_UNIT
@@ -306,25 +284,21 @@ class TritonBackend:
 def best_and_second(
     z_MD: Tensor, rows_KD: Tensor, offset_K: Tensor | None, precision: Precision
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each part s of the codes: the best code's index int64 (S, M), its score, and the second best score.
+    """Of each part of the codes: the best code's index int64 (P, M), its score, and the second best score.
 
     Scores are z·c (+ offset) in the given precision; the second is −∞ in a part of one code.
     """
     M, (K, D) = len(z_MD), rows_KD.shape
     backend = TritonBackend(1.0, precision)
     tile = backend._tile("best", z_MD)
-    split = _Split.of(K, _blocks(M, tile.tokens), z_MD.device)
+    split = Split.of(K, ceil_div(M, tile.tokens), z_MD.device)
     index = torch.empty((split.parts, M), dtype=torch.int32, device=z_MD.device)
     top, second = _floats(z_MD, 2, split.parts, M)
     offset_K = z_MD.new_zeros(K) if offset_K is None else offset_K
-    run("best", tile, (_blocks(M, tile.tokens), split.parts), backend._constants("best", tile, D),
+    launch("best", tile, (ceil_div(M, tile.tokens), split.parts), D, precision,
         backend._operand(z_MD), backend._operand(rows_KD), offset_K, index, top, second, M, K, split.size)  # fmt: skip
     return index.long(), top, second
 
 
 def _floats(like: Tensor, number: int, *shape: int) -> tuple[Tensor, ...]:
     return torch.empty((number, *shape), dtype=torch.float32, device=like.device).unbind()
-
-
-def _blocks(length: int, size: int) -> int:
-    return -(-length // size)

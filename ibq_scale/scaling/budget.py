@@ -95,7 +95,7 @@ def tokenizer_budget(run: TokenizerRun, zero: Zero, network: Network, judge: Net
     size = codebook_group_size(run, zero.world)
     tokens = run.train.micro_batch * run.model.tokens * size
     work = FP32 * TOKEN_TENSORS * tokens * run.quantizer.dim
-    if run.quantizer.backend == "tiled":
+    if run.quantizer.backend in ("tiled", "cublas"):
         work += run.quantizer.tile_bytes or TILE
     else:
         # A block of e^S, or of the gradient of S, as products read it.
