@@ -3,7 +3,7 @@
 The published form keeps all N·K logits, multiplies dense one-hot rows and takes softmax(S/τ) twice. It is written here
 from its equations. ``--published FOLDER`` also runs the real one, from a checkout of github.com/TencentARC/SEED-Voken
 (needs einops). All forms take steps by turns on one thread. Compared are medians of CPU seconds, forward and backward.
-The exit code is 1 where losses or gradients differ.
+The exit code is 1 where losses or gradients differ, and 2 without the published code.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ibq_scale.config.models import QuantizerConfig
+from ibq_scale.errors import UserError
 from ibq_scale.quantize.ibq import ibq_dense
 from ibq_scale.quantize.quantizer import quantize
 
@@ -135,7 +136,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--turns", type=int, default=5, help="measured steps of each form (5)")
     words = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    seconds, off = compare(steps(words.tokens, words.codes, words.dim, words.published), words.turns)
+    try:
+        forms = steps(words.tokens, words.codes, words.dim, words.published)
+    except UserError as e:
+        print(f"published_quantizer: {e}", file=sys.stderr)
+        return 2
+    seconds, off = compare(forms, words.turns)
     base = statistics.median(seconds["ours"])
     print(f"{'form':<20}{'CPU s a step':>14}{'÷ ours':>9}{'off':>10}   N = {words.tokens}, K = {words.codes}")
     for name, spent in seconds.items():
