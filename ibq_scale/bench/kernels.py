@@ -31,8 +31,11 @@ SHARED_LIMITS = {
 }
 ARCHS = tuple(SHARED_LIMITS)
 PRECISIONS: tuple[Precision, ...] = ("bf16", "tf32", "fp32")
-KERNEL_NAMES = ("sums", "mix", "means", "pulled", "slopes", "best")
-LIST_KERNEL_NAMES = ("near", "rescore", "near_slopes")
+KERNEL_NAMES = ("sums", "soft_codes", "means", "row_sums", "slopes", "best")
+# Those without matrix products, of the lists of candidates and of the cuBLAS backend.
+OTHER_KERNEL_NAMES = (
+    "candidates", "rescore", "candidate_slopes", "column_sums", "column_means", "column_dots", "column_slopes"
+)  # fmt: skip
 # Instructions that multiply matrices: of Hopper; of Blackwell, of all other NVIDIA chips, and of AMD's.
 TENSOR_CORES = (("HGMMA", "wgmma"), ("UTC[A-Z]*MMA", "mma"), ("HMMA", "mma"), ("v_mfma", "mma"))
 ASYNC = "LDGSTS|UTMALDG|buffer_load_.* lds|global_load_lds"

@@ -30,12 +30,13 @@ from ibq_scale.quantize.product import cuda_precision, product_into
 from ibq_scale.quantize.quantizer import find, quantize
 from ibq_scale.scaling.flops import STEP_PRODUCTS, TRITON_PRODUCTS
 
-Name = Literal["dense", "tiled", "triton", "products", "encode", "encode dense"]
+Name = Literal["dense", "tiled", "triton", "cublas", "products", "encode", "encode dense"]
 # Products of N·K·D: the dense form makes (one-hot + p) C and its gradient beside the five.
 DONE: dict[Name, int] = {
     "dense": 6,
     "tiled": STEP_PRODUCTS,
     "triton": TRITON_PRODUCTS,
+    "cublas": STEP_PRODUCTS,
     "products": STEP_PRODUCTS,
     "encode": 1,
     "encode dense": 1,

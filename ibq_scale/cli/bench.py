@@ -41,7 +41,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--tokens", default="1024", metavar="N[,N…]", help="tokens of a micro-batch (default 1024)")
     parser.add_argument("--codes", default="16384", metavar="K[,K…]", help="codebook sizes (default 16384)")
     parser.add_argument("--dim", type=int, default=256, metavar="D", help="code dimension (default 256)")
-    parser.add_argument("--backend", choices=("auto", "tiled", "triton"), default="auto")
+    parser.add_argument("--backend", choices=("auto", "tiled", "triton", "cublas"), default="auto")
     parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="bf16", help="products on a GPU")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="measured turns (default 5)")
@@ -200,10 +200,10 @@ def _quantizer(args: argparse.Namespace) -> int:
 
 
 def _kernels(args: argparse.Namespace) -> int:
-    from ibq_scale.bench.kernels import ARCHS, KERNEL_NAMES, LIST_KERNEL_NAMES, PRECISIONS, kernel_rows
+    from ibq_scale.bench.kernels import ARCHS, KERNEL_NAMES, OTHER_KERNEL_NAMES, PRECISIONS, kernel_rows
 
     rows = kernel_rows(
-        _words("--kernel", args.kernel, KERNEL_NAMES, LIST_KERNEL_NAMES),
+        _words("--kernel", args.kernel, KERNEL_NAMES, OTHER_KERNEL_NAMES),
         _words("--arch", args.arch, ARCHS),
         _words("--precision", args.precision, PRECISIONS),
         _sizes("--dim", args.dim),
@@ -224,13 +224,13 @@ def _kernels(args: argparse.Namespace) -> int:
 def _print_kernel(row: Row, *, first: bool) -> None:
     if first:
         print(
-            f"{'kernel':<12}{'arch':<8}{'precision':<10}{'dim':>4}  {'tile':<20}{'shared':>10}{'limit':>9}"
+            f"{'kernel':<18}{'arch':<8}{'precision':<10}{'dim':>4}  {'tile':<20}{'shared':>10}{'limit':>9}"
             f"{'registers':>11}{'spilled':>9}  {'tensor core':<12}{'async':>6}  fits"
         )
     tile = " × ".join(str(size) for size in row.tile[:3]) + f", {row.tile[3]}, {row.tile[4]}"
     fits = "yes" if row.fits else row.error or "no"
     print(
-        f"{row.kernel:<12}{row.arch:<8}{row.precision:<10}{row.dim:>4}  {tile:<20}{row.shared_bytes:>10}"
+        f"{row.kernel:<18}{row.arch:<8}{row.precision:<10}{row.dim:>4}  {tile:<20}{row.shared_bytes:>10}"
         f"{row.shared_limit:>9}{row.registers:>11}{row.spill_bytes:>9}  {row.tensor_core:<12}{row.async_copies:>6}"
         f"  {fits}",
         flush=True,

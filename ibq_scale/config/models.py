@@ -77,7 +77,8 @@ class QuantizerConfig(Section):
     `entropy_scope`: ``global`` takes the batch entropy over the whole global batch, so that neither ranks nor
     accumulation change the objective (accumulating costs one more pass of the encoder); ``local`` over each rank's
     micro-batch (what the published code does).
-    `backend`: ``auto`` is Triton on a CUDA device that can hold its tiles, and plain torch elsewhere.
+    `backend`: ``auto`` is Triton on a CUDA device that can hold its tiles, cuBLAS products with elementwise Triton
+    kernels on other CUDA devices, and plain torch elsewhere.
     `logit_precision`: of the products in training on a CUDA device (sums and softmaxes are fp32 always; CPUs compute
     products in fp32 always). Triton takes codes and the entropy loss from fp64 scores, whatever it is; plain torch on a
     GPU takes tf32 for bf16. `search`: of the coarse product of `encode` and of VQ; the answer is exact either way.
@@ -96,7 +97,7 @@ class QuantizerConfig(Section):
     sample_entropy_weight: NonNegativeFloat = 1.0
     batch_entropy_weight: NonNegativeFloat = 1.0
     entropy_scope: Literal["global", "local"] = "global"
-    backend: Literal["auto", "tiled", "triton"] = "auto"
+    backend: Literal["auto", "tiled", "triton", "cublas"] = "auto"
     logit_precision: Literal["fp32", "tf32", "bf16"] = "bf16"
     search: Literal["fp32", "bf16"] = "bf16"
     tile_bytes: PositiveInt | None = None

@@ -14,8 +14,8 @@ from ibq_scale.config.models import AutoencoderConfig, QuantizerConfig
 from ibq_scale.models.layout import convolution_layout
 from ibq_scale.models.norm import GroupNorm
 from ibq_scale.quantize.collectives import WHOLE, Shards
+from ibq_scale.quantize.quantized import Quantized
 from ibq_scale.quantize.quantizer import batch_sums, quantize
-from ibq_scale.quantize.types import Quantized
 
 # Graphs of one piece of code that torch.compile keeps: blocks times widths and resolutions, with and without gradient.
 COMPILED_GRAPHS = 64

@@ -16,8 +16,8 @@ from ibq_scale.quantize.product import Precision
 from ibq_scale.quantize.tiles import Tile, constants, function
 
 _TYPES = {
-    "i32": ("M", "K", "codes_a_split", "rows_a_split", "codes_a_top", "first_code"),
-    "*i32": ("index", "count", "near", "near_count", "rivals", "rival_count"),
+    "i32": ("M", "B", "K", "stride", "codes_a_split", "rows_a_split", "codes_a_top", "first_code"),
+    "*i32": ("index", "count", "candidates", "candidate_count", "rivals", "rival_count"),
     "fp32": ("inv_tau", "margin", "slack"),
 }
 # That 16 divides numbers and addresses, as in training it does, the launcher tells the compiler; of these it cannot.
@@ -71,7 +71,7 @@ def machine_code(built: Any) -> str:
 
 def _type(kernel: str, name: str, precision: Precision) -> str:
     # Lists are scored anew from fp32.
-    if name in ("weights", "slopes") or (name in ("z", "c", "g") and kernel not in ("rescore", "near_slopes")):
+    if name in ("weights", "slopes") or (name in ("z", "c", "g") and kernel not in ("rescore", "candidate_slopes")):
         return "*bf16" if precision == "bf16" else "*fp32"
     return next((kind for kind, names in _TYPES.items() if name in names), "*fp32")
 

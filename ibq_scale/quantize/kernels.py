@@ -4,11 +4,11 @@ Statistics and sums are fp32. Products are fp32, tf32 or bf16 as the config says
 of BD dimensions, so what a tile needs of a chip does not grow with D. No kernel adds to memory that another program
 writes: each writes its part and torch adds the parts in a fixed order.
 
-Near codes of a token are those whose softmax(S/τ) counts, by a bound on the rounding of the products: a handful, whose
-scores are computed again in fp64. A token with too many of them is *flat*: there products are accurate enough for S/τ.
-It has a count of −1, and its softmax(S/τ) is computed tile by tile.
+Candidates of a token are the codes whose softmax(S/τ) counts, by a bound on the rounding of the products: a handful,
+whose scores are computed again in fp64. A token with too many of them is *flat*: there products are accurate
+enough for S/τ. It has a count of −1, and its softmax(S/τ) is computed tile by tile.
 
-Shapes: M tokens, K codes, D dimensions, L places for near codes; BM, BK, BD are a tile's. Strides between rows are D, K
+Shapes: M tokens, K codes, D dimensions, L places for candidates; BM, BK, BD are a tile's. Strides between rows are D, K
 for weights and slopes, L for lists.
 """
 
@@ -107,8 +107,8 @@ def _sums_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _mix_kernel(  # type: ignore[no-untyped-def]
-    c, tile_top, weights, top, mixed, M, K, codes_a_split, codes_a_top,
+def _soft_codes_kernel(  # type: ignore[no-untyped-def]
+    c, tile_top, weights, top, soft_codes, M, K, codes_a_split, codes_a_top,
     D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Σ e^(S − top) C over a split of the codes, from the weights of `_sums_kernel`; BK divides `codes_a_top`."""
@@ -117,7 +117,7 @@ def _mix_kernel(  # type: ignore[no-untyped-def]
     split = tl.program_id(1)
     live = row < M
     row_top = tl.load(top + row, mask=live, other=0.0)
-    mix = tl.zeros((BM, BD), tl.float32)
+    soft = tl.zeros((BM, BD), tl.float32)
     first = split * codes_a_split
     last = tl.minimum(first + codes_a_split, K)
     for start in range(first, last, BK):
@@ -129,9 +129,9 @@ def _mix_kernel(  # type: ignore[no-untyped-def]
         e = (e * tl.exp(here - row_top)[:, None]).to(e.dtype)
         places = c + code.to(tl.int64)[:, None] * D + d[None, :]
         c_tile = tl.load(places, mask=inside[:, None] & (d < D)[None, :], other=0.0)
-        mix = tl.dot(e, c_tile, mix, input_precision=PRECISION)
-    places = mixed + (split.to(tl.int64) * M + row)[:, None] * D + d[None, :]
-    tl.store(places, mix, mask=live[:, None] & (d < D)[None, :])
+        soft = tl.dot(e, c_tile, soft, input_precision=PRECISION)
+    places = soft_codes + (split.to(tl.int64) * M + row)[:, None] * D + d[None, :]
+    tl.store(places, soft, mask=live[:, None] & (d < D)[None, :])
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -143,9 +143,9 @@ def _appended(places, codes, found, count, most: tl.constexpr):  # type: ignore[
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _near_kernel(  # type: ignore[no-untyped-def]
-    weights, tile_top, tile_norm, size, best, near, near_count, rivals, rival_count, M, K, first_code, margin, slack,
-    TOP: tl.constexpr, L: tl.constexpr, R: tl.constexpr, BC: tl.constexpr,
+def _candidates_kernel(  # type: ignore[no-untyped-def]
+    weights, tile_top, tile_norm, size, best, candidates, candidate_count, rivals, rival_count, M, K, first_code,
+    margin, slack, TOP: tl.constexpr, L: tl.constexpr, R: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Appends a block's codes that may score `best − margin`, and those that may be the best, to a token's lists.
 
@@ -154,7 +154,7 @@ def _near_kernel(  # type: ignore[no-untyped-def]
     """
     row = tl.program_id(0).to(tl.int64)
     row_size, row_best = tl.load(size + row), tl.load(best + row)
-    count, count_rivals = tl.load(near_count + row), tl.load(rival_count + row)
+    count, count_rivals = tl.load(candidate_count + row), tl.load(rival_count + row)
     for start in range(0, K, BC):
         code = start + tl.arange(0, BC)
         inside = code < K
@@ -163,25 +163,25 @@ def _near_kernel(  # type: ignore[no-untyped-def]
         need = row_best - here - norm * row_size - slack
         if tl.min(need, axis=0) <= margin:
             e = tl.load(weights + row * K + code, mask=need <= margin, other=-1.0).to(tl.float32)
-            count = _appended(near + row * L, first_code + code, e >= tl.exp(need - margin), count, L)
+            count = _appended(candidates + row * L, first_code + code, e >= tl.exp(need - margin), count, L)
             rival = e >= tl.exp(need)
             count_rivals = _appended(rivals + row * R, first_code + code, rival, count_rivals, R)
-    tl.store(near_count + row, count)
+    tl.store(candidate_count + row, count)
     tl.store(rival_count + row, count_rivals)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _rescore_kernel(  # type: ignore[no-untyped-def]
-    z, c, near, near_count, rivals, rival_count, scores, index, top, total_tau, weighted, inv_tau,
+    z, c, candidates, candidate_count, rivals, rival_count, scores, index, top, total_tau, weighted, inv_tau,
     D: tl.constexpr, BD: tl.constexpr, L: tl.constexpr, R: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
-    """A token's scores of near codes in fp64, rounded, and its sums over them; the best code, of rivals where flat."""
+    """A token's scores of candidates in fp64, rounded, and its sums over them; the best code, of rivals where flat."""
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BD)
     z_row = tl.load(z + row * D + d, mask=d < D, other=0.0).to(tl.float64)
-    count = tl.load(near_count + row)
+    count = tl.load(candidate_count + row)
     flat = count > L
-    codes = near + row * L
+    codes = candidates + row * L
     if flat:
         count = tl.minimum(tl.load(rival_count + row), R)
         codes = rivals + row * R
@@ -216,7 +216,7 @@ def _rescore_kernel(  # type: ignore[no-untyped-def]
     tl.store(top + row, reference)
     tl.store(total_tau + row, sum_q)
     tl.store(weighted + row, sum_qx)
-    tl.store(near_count + row, tl.where(flat, -1, count))
+    tl.store(candidate_count + row, tl.where(flat, -1, count))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -243,15 +243,15 @@ def _means_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _pulled_kernel(  # type: ignore[no-untyped-def]
-    z, c, count, top, log_sum_tau, batch, pulled, M, K, codes_a_split, inv_tau,
+def _row_sums_kernel(  # type: ignore[no-untyped-def]
+    z, c, count, top, log_sum_tau, batch, pi, M, K, codes_a_split, inv_tau,
     D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """Σ softmax(S/τ) r of flat tokens over a split of the codes."""
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     split = tl.program_id(1)
     flat = tl.load(count + row, mask=row < M, other=0) < 0
-    row_pulled = tl.zeros((BM,), tl.float32)
+    row_pi = tl.zeros((BM,), tl.float32)
     if tl.max(flat.to(tl.int32), axis=0) > 0:
         row_top = tl.load(top + row, mask=flat, other=0.0)
         row_log = tl.load(log_sum_tau + row, mask=flat, other=0.0)
@@ -263,19 +263,19 @@ def _pulled_kernel(  # type: ignore[no-untyped-def]
             q = tl.exp((S - row_top[:, None]) * inv_tau - row_log[:, None])
             r = tl.load(batch + code, mask=code < last, other=0.0)
             # Codes beyond the last have no pull, whatever their q.
-            row_pulled += tl.sum(tl.where((code < last)[None, :] & flat[:, None], q * r[None, :], 0.0), axis=1)
-    tl.store(pulled + split * M + row, row_pulled, mask=row < M)
+            row_pi += tl.sum(tl.where((code < last)[None, :] & flat[:, None], q * r[None, :], 0.0), axis=1)
+    tl.store(pi + split * M + row, row_pi, mask=row < M)
 
 
 @triton.jit
-def _entropy_slope(log_q, r, pulled, sample, entropy, inv_tau):  # type: ignore[no-untyped-def]
-    """What the entropy loss adds to ∂L/∂S (passes.py)."""
-    return tl.exp(log_q) * (r - pulled - sample * (log_q + entropy)) * inv_tau
+def _entropy_slope(log_q, r, pi, sample, entropy, inv_tau):  # type: ignore[no-untyped-def]
+    """What the entropy loss adds to ∂L/∂S (backend_interface.py)."""
+    return tl.exp(log_q) * (r - pi - sample * (log_q + entropy)) * inv_tau
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _slopes_kernel(  # type: ignore[no-untyped-def]
-    z, c, g, count, top, log_sum, log_sum_tau, entropy, sample, delta, pulled, batch, slopes, M, K, inv_tau,
+    z, c, g, count, top, log_sum, log_sum_tau, entropy, sample, delta, pi, batch, slopes, M, K, inv_tau,
     D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """∂L/∂S (M, K) of a tile, for flat tokens with softmax(S/τ). Programs side by side read the same codes."""
@@ -297,39 +297,37 @@ def _slopes_kernel(  # type: ignore[no-untyped-def]
         row_log_tau = tl.load(log_sum_tau + row, mask=flat, other=0.0)
         row_entropy = tl.load(entropy + row, mask=flat, other=0.0)
         row_sample = tl.load(sample + row, mask=flat, other=0.0)
-        row_pulled = tl.load(pulled + row, mask=flat, other=0.0)
+        row_pi = tl.load(pi + row, mask=flat, other=0.0)
         r = tl.load(batch + code, mask=inside, other=0.0)
         log_q = (S - row_top[:, None]) * inv_tau - row_log_tau[:, None]
-        more = _entropy_slope(
-            log_q, r[None, :], row_pulled[:, None], row_sample[:, None], row_entropy[:, None], inv_tau
-        )
+        more = _entropy_slope(log_q, r[None, :], row_pi[:, None], row_sample[:, None], row_entropy[:, None], inv_tau)
         dS += tl.where(flat[:, None], more, 0.0)
     places = slopes + row.to(tl.int64)[:, None] * K + code[None, :]
     tl.store(places, dS.to(slopes.dtype.element_ty), mask=live[:, None] & inside[None, :])
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _near_slopes_kernel(  # type: ignore[no-untyped-def]
-    c, near, count, scores, top, log_sum_tau, entropy, sample, pulled, batch, slopes, grad_z, K, first_code, inv_tau,
+def _candidate_slopes_kernel(  # type: ignore[no-untyped-def]
+    c, candidates, count, scores, top, log_sum_tau, entropy, sample, pi, batch, slopes, grad_z, K, first_code, inv_tau,
     D: tl.constexpr, BD: tl.constexpr, L: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
-    """Adds softmax(S/τ)'s part of ∂L/∂S at a token's near codes among the K from `first_code` on, and of ∂L/∂z by it.
+    """Adds softmax(S/τ)'s part of ∂L/∂S at a token's candidates among the K from `first_code` on, and of ∂L/∂z by it.
 
-    Near codes pull against each other: what is left of them is in fp32, where rounded codes would hide it.
+    Candidates pull against each other: what is left of them is in fp32, where rounded codes would hide it.
     """
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BD)
     grad = tl.load(grad_z + row * D + d, mask=d < D, other=0.0)
     row_top, row_log = tl.load(top + row), tl.load(log_sum_tau + row)
-    row_entropy, row_sample, row_pulled = tl.load(entropy + row), tl.load(sample + row), tl.load(pulled + row)
+    row_entropy, row_sample, row_pi = tl.load(entropy + row), tl.load(sample + row), tl.load(pi + row)
     for start in range(0, tl.load(count + row), BL):
         place = start + tl.arange(0, BL)
         live = place < tl.load(count + row)
-        code = tl.load(near + row * L + place, mask=live, other=0) - first_code
+        code = tl.load(candidates + row * L + place, mask=live, other=0) - first_code
         live = live & (code >= 0) & (code < K)
         score = tl.load(scores + row * L + place, mask=live, other=0.0)
         r = tl.load(batch + code, mask=live, other=0.0)
-        more = _entropy_slope((score - row_top) * inv_tau - row_log, r, row_pulled, row_sample, row_entropy, inv_tau)
+        more = _entropy_slope((score - row_top) * inv_tau - row_log, r, row_pi, row_sample, row_entropy, inv_tau)
         places = slopes + row * K + code
         before = tl.load(places, mask=live, other=0.0).to(tl.float32)
         tl.store(places, (before + more).to(slopes.dtype.element_ty), mask=live)

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from ibq_scale.config.models import QuantizerConfig
-from ibq_scale.quantize import fsq as finite
 from ibq_scale.quantize.collectives import Group, Shards
+from ibq_scale.quantize.fsq import fsq, grid, grid_index
 from ibq_scale.quantize.function import Settings, group_name, ibq_function, softmax_sums
 from ibq_scale.quantize.lfq import bit_sums, corners, lfq, sign_index
+from ibq_scale.quantize.quantized import Quantized, quantization_loss
 from ibq_scale.quantize.search import Found, Score, best_rows
-from ibq_scale.quantize.terms import quantization_loss
-from ibq_scale.quantize.types import Quantized
 from ibq_scale.quantize.vq import vq
 
 # Rows drawn together from one seed: any split of the codebook then starts from the same numbers.
@@ -95,7 +94,7 @@ def _lfq_sums(z_ND: Tensor, _: Tensor, settings: QuantizerConfig, shards: Shards
 
 
 def _fsq(z_ND: Tensor, _: Tensor, settings: QuantizerConfig, __: Shards, ___: Tensor | None) -> Quantized:
-    return finite.fsq(z_ND, settings)
+    return fsq(z_ND, settings)
 
 
 def _searched(score: Score) -> Callable[[Tensor, Tensor, QuantizerConfig, Group, list[int] | None], Found]:
@@ -199,8 +198,8 @@ KINDS: dict[str, Kind] = {
     "fsq": Kind(
         words="finite scalar quantization (FSQ, arXiv 2309.15505)",
         quantize=_fsq,
-        index=_computed(lambda z_ND, settings: finite.index(z_ND, settings.levels)),
-        initial_rows=lambda settings, _, start, stop: finite.codes(settings.levels, start, stop),
+        index=_computed(lambda z_ND, settings: grid_index(z_ND, settings.levels)),
+        initial_rows=lambda settings, _, start, stop: grid(settings.levels, start, stop),
         learns="nothing",
     ),
 }

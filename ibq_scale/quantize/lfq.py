@@ -15,8 +15,7 @@ from torch import Tensor
 
 from ibq_scale.config.models import QuantizerConfig
 from ibq_scale.quantize.collectives import Group, sum_over
-from ibq_scale.quantize.terms import batch_entropy_of, batch_entropy_slope, commitment_terms
-from ibq_scale.quantize.types import Quantized
+from ibq_scale.quantize.quantized import Quantized, batch_entropy_of, batch_entropy_slope, commitment_terms
 
 # Bits whose joint distribution the batch entropy looks at: Open-MAGVIT2 cuts 18 bits into two nines.
 GROUP_BITS = 9

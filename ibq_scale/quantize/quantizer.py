@@ -9,8 +9,8 @@ from ibq_scale.config.models import QuantizerConfig
 from ibq_scale.errors import UserError
 from ibq_scale.quantize.collectives import WHOLE, Group, Shards, size_of
 from ibq_scale.quantize.kinds import KINDS
+from ibq_scale.quantize.quantized import Quantized
 from ibq_scale.quantize.search import Found
-from ibq_scale.quantize.types import Quantized
 from ibq_scale.quantize.vq import LookupFunction
 
 
@@ -23,7 +23,7 @@ def quantize(
 ) -> Quantized:
     """Quantizes this rank's tokens z (N, D), any float dtype, with gradient.
 
-    `rows_KD` are this rank's rows of the codebook: all of them, or its share as `shards` says. Backward gives the
+    `rows_KD` are this rank's rows of the codebook: all of them, or its share as `shards` says. BackwardInputs gives the
     gradient of the *sum* over all ranks of their losses, ∂/∂C from the tokens of this rank's group: add the replicas'
     and divide by the world size for the mean. The batch entropy is over all ranks' tokens (`entropy_scope`), or over
     those of a whole optimizer step whose `batch_sums` give `mean_K`: the mean loss over its micro-batches, all of one
@@ -32,7 +32,7 @@ def quantize(
 
     Raises ValueError on CPU when z or the codebook is not finite.
     """
-    shards = _alone_is_none(shards, z_ND.shape[0])
+    shards = _without_groups_of_one(shards, z_ND.shape[0])
     z_wide_ND = z_ND.to(rows_KD.dtype)
     quantized = KINDS[settings.kind].quantize(z_wide_ND, rows_KD, settings, shards, mean_K)
     return quantized._replace(z_q_ND=quantized.z_q_ND.to(z_ND.dtype))
@@ -46,13 +46,13 @@ def batch_sums(
 
     The sums are softmax(S/τ) over this rank's rows (K,), for LFQ over its groups of bits. Only for kinds that have it.
     """
-    shards = _alone_is_none(shards, z_ND.shape[0])
+    shards = _without_groups_of_one(shards, z_ND.shape[0])
     sums = KINDS[settings.kind].batch_sums
     assert sums is not None, f"{settings.kind} has no batch entropy"
     return sums(z_ND.to(rows_KD.dtype), rows_KD, settings, shards)
 
 
-def _alone_is_none(shards: Shards, tokens: int) -> Shards:
+def _without_groups_of_one(shards: Shards, tokens: int) -> Shards:
     group, replicas = (g if size_of(g) > 1 else None for g in (shards.group, shards.replicas))
     return Shards(group, replicas, shards.sizes or [tokens] * size_of(group))
 

@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 
 from ibq_scale.quantize.backend import choose
-from ibq_scale.quantize.checks import not_finite
 from ibq_scale.quantize.collectives import Group, exchange_uneven, gather_uneven, rank_in, size_of
 from ibq_scale.quantize.product import Precision, product_into
-from ibq_scale.quantize.tiled import best_codes, scratch, tile_tokens
+from ibq_scale.quantize.quantized import not_finite
+from ibq_scale.quantize.tiled_backend import best_codes, scratch, tile_tokens
 
 UNIT_BF16 = 2.0**-8
 # Rows with more possible winners than this are scored whole in fp64: a token of zeros ties with every code.
 MOST_CANDIDATES = 64
-# Codes converted to fp64 at once for those rows.
+# Codebook converted to fp64 at once for those rows.
 WHOLE_CHUNK = 16_384
 
 
@@ -64,33 +64,33 @@ def best_rows(
     sizes = sizes or [z_ND.shape[0]] * size_of(group)
     z_MD = gather_uneven(z_ND, sizes, group)
     if choose(backend, z_MD.device, z_MD.dtype, z_MD.shape[1], coarse, "best") == "triton":
-        judge = _Judge(z_MD, rows_KD, score, in_bf16=coarse == "bf16")
-        index_M, ambiguous_M = _search_by_kernel(judge, tile_bytes)
+        scorer = _Scorer(z_MD, rows_KD, score, in_bf16=coarse == "bf16")
+        index_M, ambiguous_M = _search_by_kernel(scorer, tile_bytes)
     else:
         in_bf16 = coarse == "bf16" and z_MD.is_cuda and z_MD.dtype == torch.float32
-        judge = _Judge(z_MD, rows_KD, score, in_bf16=in_bf16)
-        index_M, ambiguous_M = _search_by_tile(judge, tile_bytes)
+        scorer = _Scorer(z_MD, rows_KD, score, in_bf16=in_bf16)
+        index_M, ambiguous_M = _search_by_tile(scorer, tile_bytes)
     rescored = ambiguous_M.sum()
     if group is None:
         return Found(index_M, rescored)
     # Shards are compared by exact scores: else a code's shard could decide. Each rank gets those of its own tokens: all
     # tokens' of all shards would be W² N of them.
-    top_WN = exchange_uneven(judge.exact(torch.arange(len(z_MD), device=z_MD.device), index_M), sizes, group)
+    top_WN = exchange_uneven(scorer.exact(torch.arange(len(z_MD), device=z_MD.device), index_M), sizes, group)
     codes = rows_KD.shape[0]
     index_WN = exchange_uneven(index_M + rank_in(group) * codes, sizes, group)
     best_N = torch.where(top_WN == top_WN.amax(dim=0), index_WN, size_of(group) * codes).amin(dim=0)
     return Found(best_N, rescored)
 
 
-def _search_by_kernel(judge: _Judge, tile_bytes: int | None) -> tuple[Tensor, Tensor]:
+def _search_by_kernel(scorer: _Scorer, tile_bytes: int | None) -> tuple[Tensor, Tensor]:
     """As `_search_by_tile`; the kernel names the best code of each part of the codes, and the score of its second."""
-    from ibq_scale.quantize.triton_passes import best_and_second
+    from ibq_scale.quantize.triton_backend import best_and_second
 
-    precision: Precision = "bf16" if judge.in_bf16 else "fp32"
-    index_PM, top_PM, second_PM = best_and_second(judge.z_MD, judge.rows_KD, judge.offset_K, precision)
+    precision: Precision = "bf16" if scorer.in_bf16 else "fp32"
+    index_PM, top_PM, second_PM = best_and_second(scorer.z_MD, scorer.rows_KD, scorer.offset_K, precision)
     top_M, part_M = top_PM.max(dim=0)
     index_M = index_PM.gather(0, part_M[None])[0]
-    least_M = top_M - judge.slack_M
+    least_M = top_M - scorer.slack_M
     possible_PM = top_PM >= least_M
     # A part with two possible codes names only one of them: such tokens are searched again, by tile.
     crowded_M = (second_PM >= least_M).any(dim=0)
@@ -98,29 +98,29 @@ def _search_by_kernel(judge: _Judge, tile_bytes: int | None) -> tuple[Tensor, Te
     tokens = (ambiguous_M & ~crowded_M).nonzero().flatten()
     if len(tokens):
         possible, code = possible_PM[:, tokens].T, index_PM[:, tokens].T
-        index_M[tokens] = _best_pair(judge, tokens, possible, code)
+        index_M[tokens] = _best_pair(scorer, tokens, possible, code)
     tokens = crowded_M.nonzero().flatten()
     if len(tokens):
-        index_M[tokens] = _search_by_tile(judge.of(tokens), tile_bytes)[0]
+        index_M[tokens] = _search_by_tile(scorer.of(tokens), tile_bytes)[0]
     return index_M, ambiguous_M
 
 
-def _search_by_tile(judge: _Judge, tile_bytes: int | None) -> tuple[Tensor, Tensor]:
+def _search_by_tile(scorer: _Scorer, tile_bytes: int | None) -> tuple[Tensor, Tensor]:
     """Index within the shard, and which tokens more than the coarse product decided."""
-    tokens, codes = len(judge.z_MD), len(judge.rows_KD)
-    step = tile_tokens(codes, tile_bytes, judge.z_MD)
+    tokens, codes = len(scorer.z_MD), len(scorer.rows_KD)
+    step = tile_tokens(codes, tile_bytes, scorer.z_MD)
     indices, ambiguous = [], []
-    with scratch(codes * min(step, tokens), judge.z_MD) as flat:
+    with scratch(codes * min(step, tokens), scorer.z_MD) as flat:
         for start in range(0, tokens, step):
             block = slice(start, min(start + step, tokens))
             width = block.stop - block.start
             S_KB = flat[: codes * width].view(codes, width)
-            judge.scores_into(S_KB, block)
-            index_B, ambiguous_B = _coarse(S_KB, judge.slack_M[block])
+            scorer.scores_into(S_KB, block)
+            index_B, ambiguous_B = _coarse(S_KB, scorer.slack_M[block])
             # The one place that waits for a GPU: how many tokens need more is not known before.
             places = ambiguous_B.nonzero().flatten()
             if len(places):
-                index_B[places] = _decide(judge, S_KB[:, places].T, places + start)
+                index_B[places] = _decide(scorer, S_KB[:, places].T, places + start)
             indices.append(index_B)
             ambiguous.append(ambiguous_B)
     return torch.cat(indices), torch.cat(ambiguous)
@@ -136,30 +136,30 @@ def _coarse(S_KB: Tensor, slack_B: Tensor) -> tuple[Tensor, Tensor]:
     return index, second >= top - slack_B
 
 
-def _decide(judge: _Judge, S_AK: Tensor, tokens_A: Tensor) -> Tensor:
+def _decide(scorer: _Scorer, S_AK: Tensor, tokens_A: Tensor) -> Tensor:
     """The best code of ambiguous tokens, by fp64 scores of all codes within the slack of the coarse best."""
-    least_A = S_AK.amax(dim=1) - judge.slack_M[tokens_A]
+    least_A = S_AK.amax(dim=1) - scorer.slack_M[tokens_A]
     possible_AK = S_AK.ge(least_A[:, None])
     few = possible_AK.sum(dim=1) <= MOST_CANDIDATES
     index_A = torch.empty_like(tokens_A)
-    index_A[few] = _best_pair(judge, tokens_A[few], possible_AK[few], None)
+    index_A[few] = _best_pair(scorer, tokens_A[few], possible_AK[few], None)
     if not bool(few.all()):
-        index_A[~few] = judge.whole_rows(tokens_A[~few])
+        index_A[~few] = scorer.whole_rows(tokens_A[~few])
     return index_A
 
 
-def _best_pair(judge: _Judge, tokens: Tensor, possible_AP: Tensor, code_AP: Tensor | None) -> Tensor:
+def _best_pair(scorer: _Scorer, tokens: Tensor, possible_AP: Tensor, code_AP: Tensor | None) -> Tensor:
     """Each token's best code by fp64 score among the possible ones; None: place p stands for code p."""
     place, p = possible_AP.nonzero(as_tuple=True)
     code = p if code_AP is None else code_AP[place, p]
-    exact = judge.exact(tokens[place], code)
+    exact = scorer.exact(tokens[place], code)
     best = exact.new_full((len(tokens),), -torch.inf).scatter_reduce(0, place, exact, "amax")
-    beyond = len(judge.rows_KD)
+    beyond = len(scorer.rows_KD)
     winners = torch.where(exact == best[place], code, beyond)
     return torch.full_like(tokens, beyond).scatter_reduce(0, place, winners, "amin")
 
 
-class _Judge:
+class _Scorer:
     """Scores of tokens against this shard's codes: coarse by tile, exact by pair, and the slack between them."""
 
     def __init__(self, z_MD: Tensor, rows_KD: Tensor, score: Score, *, in_bf16: bool) -> None:
@@ -181,9 +181,9 @@ class _Judge:
         if not self.slack_M.is_cuda and not bool(self.slack_M.isfinite().all()):
             raise not_finite(z_MD, rows_KD)
 
-    def of(self, tokens: Tensor) -> _Judge:
+    def of(self, tokens: Tensor) -> _Scorer:
         """The same for some of the tokens, by fp32 products: what is near in bf16 mostly parts there."""
-        return _Judge(self.z_MD[tokens], self.rows_KD, self.score, in_bf16=False)
+        return _Scorer(self.z_MD[tokens], self.rows_KD, self.score, in_bf16=False)
 
     def scores_into(self, S_KB: Tensor, block: slice) -> None:
         """Coarse scores of a block of tokens."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ibq_scale.quantize import kernels
+from ibq_scale.quantize import column_kernels, kernels
 from ibq_scale.quantize.product import Precision
 
 if TYPE_CHECKING:
@@ -40,24 +40,33 @@ class Chip(NamedTuple):
 
 
 KERNELS: dict[str, Any] = {
-    name: getattr(kernels, f"_{name}_kernel") for name in ("sums", "mix", "means", "pulled", "slopes", "best")
+    name: getattr(kernels, f"_{name}_kernel") for name in ("sums", "soft_codes", "means", "row_sums", "slopes", "best")
 }
-# Those that work on lists of near codes and multiply no matrices. What they need of a chip is small, and one tile does.
+# Kernels without matrix products, of lists of candidates and of the cuBLAS backend. They need little: one tile serves.
 LIST_KERNELS: dict[str, Any] = {
-    name: getattr(kernels, f"_{name}_kernel") for name in ("near", "rescore", "near_slopes")
+    name: getattr(kernels, f"_{name}_kernel") for name in ("candidates", "rescore", "candidate_slopes")
+}
+COLUMN_KERNELS: dict[str, Any] = {
+    name: getattr(column_kernels, f"_{name}_kernel")
+    for name in ("column_sums", "column_means", "column_dots", "column_slopes")
 }
 # In the order in which they are preferred, by what `bench kernels` tells: the larger first, whose loads are used more
 # often.
 _TILES = (Tile(128, 64, 64, 8, 3), Tile(64, 128, 64, 8, 3), Tile(64, 64, 64, 8, 3), Tile(64, 64, 32, 4, 3))
 TILES: dict[str, tuple[Tile, ...]] = dict.fromkeys(KERNELS, _TILES) | {
     # All dimensions at once: each program that has fewer reads the weights once more.
-    "mix": (Tile(128, 64, 256, 8, 3), Tile(128, 64, 128, 8, 3), Tile(64, 64, 128, 8, 3), *_TILES)
+    "soft_codes": (Tile(128, 64, 256, 8, 3), Tile(128, 64, 128, 8, 3), Tile(64, 64, 128, 8, 3), *_TILES)
 }
+# 32 tokens side by side are 128 bytes, one access of a warp.
+COLUMN_TILE = Tile(32, 64, 1, 4, 2)
 _settled: dict[str, Tile] = {}
 INTERPRETED = Tile(16, 16, 16, 4, 1)
-# Places of a token's list of near codes, and of its codes that may be the best. Trained tokens have tens of the first.
-NEAR, RIVALS = 512, 64
-# Codes that are looked through at once for a list, and codes of a list that are read at once.
+# Waves of programs that a launch aims for. A part of the codes is a multiple of so many: any tile divides it.
+WAVES, SPLIT_UNIT = 2, 128
+INTERPRETED_PROGRAMS, INTERPRETED_UNIT = 6, 16
+# Places of a token's list of candidates, and of its codes that may be the best. Trained tokens have tens of the first.
+CANDIDATES, RIVALS = 512, 64
+# Codebook that are looked through at once for a list, and codes of a list that are read at once.
 SOUGHT, CODES = 1024, 16
 
 
@@ -75,7 +84,7 @@ def constants(kernel: str, tile: Tile, dim: int, precision: Precision) -> dict[s
         "BM": tile.tokens,
         "BK": tile.codes,
         "TOP": tile.codes,
-        "L": NEAR,
+        "L": CANDIDATES,
         "R": RIVALS,
         "BL": CODES,
         "BC": SOUGHT,
@@ -84,14 +93,16 @@ def constants(kernel: str, tile: Tile, dim: int, precision: Precision) -> dict[s
 
 
 def function(kernel: str) -> Any:
-    """Triton's function of a kernel of either kind."""
-    return KERNELS.get(kernel) or LIST_KERNELS[kernel]
+    """Triton's function of a kernel."""
+    return (KERNELS | LIST_KERNELS | COLUMN_KERNELS)[kernel]
 
 
 def offered(kernel: str, dim: int) -> tuple[Tile, ...]:
     """The kernel's tiles for D: no wider than it needs. A product wants at least 16 dimensions."""
     if kernel in LIST_KERNELS:
         return (Tile(1, 64, CODES, 4, 2),)
+    if kernel in COLUMN_KERNELS:
+        return (COLUMN_TILE,)
     width = max(16, 1 << (dim - 1).bit_length())
     return tuple(dict.fromkeys(tile._replace(dims=min(tile.dims, width)) for tile in TILES[kernel]))
 
@@ -162,7 +173,7 @@ def settle(record: Mapping[str, Any], precision: Precision, dim: int, device: to
     _settled.update({key: Tile(*sizes) for key, sizes in record.items() if _is_tile(sizes)})
     for kernel in (*KERNELS, *LIST_KERNELS):
         if (key := _key(kernel, precision, dim, on)) not in _settled:
-            most = _settled[_key("sums", precision, dim, on)].codes if kernel == "mix" else 1 << 30
+            most = _settled[_key("sums", precision, dim, on)].codes if kernel == "soft_codes" else 1 << 30
             _settled[key] = _first(kernel, precision, dim, on, most)
     return {key: list(tile) for key, tile in sorted(_settled.items())}
 
@@ -187,6 +198,29 @@ def _first(kernel: str, precision: Precision, dim: int, on: Chip, most_codes: in
     return spilling[0]
 
 
-def run(kernel: str, tile: Tile, grid: tuple[int, ...], fixed: dict[str, Any], *arguments: Any) -> None:
-    """Launches a kernel."""
+class Split(NamedTuple):
+    """`parts` parts of `size` (the last may be smaller) of a loop, so that a launch fills the device."""
+
+    parts: int
+    size: int
+
+    @staticmethod
+    def of(length: int, programs: int, device: torch.device) -> Split:
+        """Of a loop of `length`, for a launch with so many programs a part."""
+        wanted, unit = INTERPRETED_PROGRAMS, INTERPRETED_UNIT
+        if not interpreted():
+            wanted, unit = WAVES * torch.cuda.get_device_properties(device).multi_processor_count, SPLIT_UNIT
+        wished = max(1, min(wanted // programs, ceil_div(length, 4 * unit)))
+        size = ceil_div(ceil_div(length, wished), unit) * unit
+        return Split(ceil_div(length, size), size)
+
+
+def ceil_div(length: int, size: int) -> int:
+    """Blocks of `size` that cover a length."""
+    return -(-length // size)
+
+
+def launch(kernel: str, tile: Tile, grid: tuple[int, ...], dim: int, precision: Precision, *arguments: Any) -> None:
+    """Runs a kernel on a grid of programs."""
+    fixed = constants(kernel, tile, dim, precision)
     function(kernel)[grid](*arguments, **fixed, num_warps=tile.warps, num_stages=tile.stages)

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from ibq_scale.config.models import QuantizerConfig
 from ibq_scale.quantize.collectives import Group, add_at_owned, gather_uneven, owned_codes, scatter_sum_uneven
+from ibq_scale.quantize.quantized import Quantized, commitment_terms
 from ibq_scale.quantize.search import Score, best_rows
-from ibq_scale.quantize.terms import commitment_terms
-from ibq_scale.quantize.types import Quantized
 
 
 class LookupFunction(torch.autograd.Function):

@@ -19,7 +19,7 @@ FRAGMENTATION = 0.05
 # Tensors of all gathered tokens (M, D) in fp32 within the quantizer's step: z, its gradient, the decoder's, p C.
 TOKEN_TENSORS = 4
 TILE = 1 << 30
-# Triton's largest block, and the places of a token's list of near codes (quantize/triton_passes.py, tiles.py).
+# Triton's largest block, and the places of a token's list of candidates (quantize/triton_backend.py, tiles.py).
 BLOCK, NEAR = 512 << 20, 512
 SCRATCH = "optimizer's scratch"
 CODEBOOK_STATES = 5  # rows, gradient, two moments, average
@@ -95,7 +95,7 @@ def tokenizer_budget(run: TokenizerRun, zero: Zero, network: Network, judge: Net
     size = codebook_group_size(run, zero.world)
     tokens = run.train.micro_batch * run.model.tokens * size
     work = FP32 * TOKEN_TENSORS * tokens * run.quantizer.dim
-    if run.quantizer.backend == "tiled":
+    if run.quantizer.backend in ("tiled", "cublas"):
         work += run.quantizer.tile_bytes or TILE
     else:
         # A block of e^S, or of the gradient of S, as products read it.

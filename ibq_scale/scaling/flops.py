@@ -31,7 +31,7 @@ META = torch.device("meta")
 # Products that the quantizer's step needs: S once, then S and g Cᵀ, ∂S C and ∂Sᵀ z.
 STEP_PRODUCTS = KINDS["ibq"].products
 # Products that backends do where whole rows are not at hand: S and p C for the sums, S for q̄, S for π, then S, g Cᵀ,
-# ∂S C and ∂Sᵀ z. Triton's kernels know q̄ and π from lists of near codes, but for flat tokens (`triton_passes`).
+# ∂S C and ∂Sᵀ z. Triton's kernels know q̄ and π from lists of candidates, but for flat tokens (`triton_backend`).
 SHARDED_PRODUCTS, TRITON_PRODUCTS = 8, 6
 
 

@@ -279,7 +279,7 @@ def _roofline(
 
 
 def _tokenizer_flops(run: TokenizerRun, world: int) -> Flops:
-    backend = "tiled" if run.quantizer.backend == "tiled" else "triton"
+    backend = "triton" if run.quantizer.backend == "auto" else run.quantizer.backend
     step = step_flops(run, backend=backend, sharded=(run.codebook_group or world) > 1)
     parts = {
         "autoencoder": step.autoencoder,

@@ -36,7 +36,7 @@ from ibq_scale.models.precision import compute_dtype
 from ibq_scale.pictures import reconstruction_grid
 from ibq_scale.pretrained.loading import CONFIG, config_text, start_from
 from ibq_scale.quantize.kinds import KINDS
-from ibq_scale.quantize.types import Quantized
+from ibq_scale.quantize.quantized import Quantized
 from ibq_scale.supervise.alarms import Above, Drop, Rule, Spike
 from ibq_scale.supervise.budgets import BadSamples
 from ibq_scale.supervise.dashboards import Histogram

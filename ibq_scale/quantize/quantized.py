@@ -1,6 +1,8 @@
-"""Loss terms that all quantizers of a codebook share."""
+"""What all quantizers share: their output, their loss terms, and the error for input that is not finite."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -8,6 +10,36 @@ from ibq_scale.config.models import QuantizerConfig
 
 ENTROPY_EPS = 1e-5
 """ε inside the batch entropy's logarithm, as published."""
+
+
+class Quantized(NamedTuple):
+    """Codes of N tokens of width D, and the loss terms that come with them.
+
+    A named tuple, so that hooks which look into a module's outputs (DeepSpeed's) find the tensors.
+    """
+
+    z_q_ND: Tensor
+    """The codes, in z's dtype, with the quantizer's own gradient."""
+    indices_N: Tensor
+    """int64 rows of the codebook."""
+    quantization_loss: Tensor
+    """fp32 scalar: the double quantization loss, mean over this rank's N·D."""
+    entropy_loss: Tensor
+    """fp32 scalar: w_s·sample_entropy − w_b·batch_entropy; 0 where the kind has none."""
+    sample_entropy: Tensor
+    """fp32 scalar in nats, without gradient: mean entropy of a token's softmax(S/τ)."""
+    batch_entropy: Tensor
+    """fp32 scalar in nats, without gradient: entropy of the mean softmax(S/τ)."""
+
+
+def not_finite(z_ND: Tensor, rows_KD: Tensor) -> ValueError:
+    """The error that names the tensor at fault, for whoever has met NaN or infinity in something made of both."""
+    guilty = "z·codebook (overflow)"
+    if not bool(z_ND.isfinite().all()):
+        guilty = "z"
+    elif not bool(rows_KD.isfinite().all()):
+        guilty = "the codebook"
+    return ValueError(f"quantizer input is not finite: {guilty} holds NaN or infinity")
 
 
 def commitment_terms(hard_ND: Tensor, z_ND: Tensor, settings: QuantizerConfig) -> Tensor:

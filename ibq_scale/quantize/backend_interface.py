@@ -32,7 +32,7 @@ Segments = tuple[slice, ...]
 class PartSums:
     """Sums of M tokens over a part of the codebook, measured from the part's own maximum `top`.
 
-    `index` counts within the part. `weighted` is Σ e^x x with x = (S − top)/τ; `mixed_MD` is Σ exp(S − top) C, or
+    `index` counts within the part. `weighted` is Σ e^x x with x = (S − top)/τ; `soft_codes_MD` is Σ exp(S − top) C, or
     None where nobody needs it.
     """
 
@@ -41,7 +41,7 @@ class PartSums:
     total: Tensor
     total_tau: Tensor
     weighted: Tensor
-    mixed_MD: Tensor | None
+    soft_codes_MD: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -65,18 +65,18 @@ class RowStatistics:
         return RowStatistics(*(getattr(self, f.name)[block] for f in fields(self)))
 
 
-class Codes(NamedTuple):
-    """This shard's rows (K, D), and the same as products read them, where that is not the same (`Passes.coarse`)."""
+class Codebook(NamedTuple):
+    """This shard's rows (K, D), and the same as products read them, where that is not the same (`Backend.rounded`)."""
 
     rows_KD: Tensor
-    coarse_KD: Tensor
+    rounded_KD: Tensor
 
     @property
     def operand(self) -> Tensor:
-        return self.coarse_KD if len(self.coarse_KD) else self.rows_KD
+        return self.rounded_KD if len(self.rounded_KD) else self.rows_KD
 
 
-class Near(NamedTuple):
+class Candidates(NamedTuple):
     """Of each token the codes whose softmax(S/τ) counts and their scores, (M, L), and how many there are.
 
     A count of −1 says that they are too many for the list. All empty for a backend that asks for none.
@@ -87,61 +87,63 @@ class Near(NamedTuple):
     count_M: Tensor
 
 
-class Pull(NamedTuple):
+class EntropyGradient(NamedTuple):
     """What the entropy loss does to S: `sample_M` is a, `batch_GK` is b·r by segment, None without batch entropy."""
 
     sample_M: Tensor
     batch_GK: Tensor | None
 
 
-class Backward(NamedTuple):
+class BackwardInputs(NamedTuple):
     """Everything that the backward pass of one shard of the codebook starts from. δ and π None: from whole rows."""
 
     z_MD: Tensor
-    codes: Codes
+    codebook: Codebook
     g_MD: Tensor
     statistics: RowStatistics
-    pull: Pull
+    entropy: EntropyGradient
     delta_M: Tensor | None
-    pulled_M: Tensor | None
+    pi_M: Tensor | None
     segments: Segments
-    near: Near
+    candidates: Candidates
 
 
-class Passes(Protocol):
+class Backend(Protocol):
     """A backend. `temperature` is τ. z and the rows have one dtype, the statistics' own."""
 
-    def coarse(self, rows_KD: Tensor) -> Tensor:
-        """`Codes.coarse_KD`: made once for both passes; no rows where products read the rows as they are."""
+    def rounded(self, rows_KD: Tensor) -> Tensor:
+        """`Codebook.rounded_KD`: made once for both passes; no rows where products read the rows as they are."""
         ...
 
-    def sums(self, z_MD: Tensor, codes: Codes) -> tuple[PartSums, Near]:
-        """Sums over this shard, `mixed_MD` among them, and what the other passes of this backend are to know."""
+    def sums(self, z_MD: Tensor, codebook: Codebook) -> tuple[PartSums, Candidates]:
+        """Sums over this shard, `soft_codes_MD` among them, and what the other passes of this backend are to know."""
         ...
 
-    def near(self, z_MD: Tensor) -> Near:
+    def empty_candidates(self, z_MD: Tensor) -> Candidates:
         """Lists for so many tokens, not filled."""
         ...
 
-    def means(self, z_MD: Tensor, codes: Codes, statistics: RowStatistics, segments: Segments, near: Near) -> Tensor:
+    def means(
+        self, z_MD: Tensor, codebook: Codebook, statistics: RowStatistics, segments: Segments, candidates: Candidates
+    ) -> Tensor:
         """Σ_i q_ik (G, K) of each segment's tokens over this shard's codes."""
         ...
 
-    def pulled(self, job: Backward) -> Tensor:
+    def row_sums(self, inputs: BackwardInputs) -> Tensor:
         """π over this shard, (M,)."""
         ...
 
-    def gradients(self, job: Backward) -> tuple[Tensor, Tensor]:
+    def gradients(self, inputs: BackwardInputs) -> tuple[Tensor, Tensor]:
         """∂L/∂z (M, D), this shard's part of the sum, and ∂L/∂C (K, D) without the selected rows' own gradient."""
         ...
 
 
 @runtime_checkable
-class WholeRowPasses(Passes, Protocol):
+class WholeRowBackend(Backend, Protocol):
     """A backend that has whole rows of an unsharded S at hand, and then needs no p C, δ and π."""
 
-    def sums_and_means(self, z_MD: Tensor, codes: Codes, segments: Segments) -> tuple[PartSums, Tensor]:
-        """Both in one pass, `mixed_MD` None."""
+    def sums_and_means(self, z_MD: Tensor, codebook: Codebook, segments: Segments) -> tuple[PartSums, Tensor]:
+        """Both in one pass, `soft_codes_MD` None."""
         ...
 
 
@@ -163,27 +165,28 @@ def combine(parts: list[PartSums], first_codes: list[int], temperature: float) -
     # Σ e^x x with x measured from the common maximum is e^s (Σ e^x x + s Σ e^x) of the part, which is 0 for s = −∞.
     moved_PM = torch.where(scale_tau_PM > 0, scale_tau_PM * shift_tau_PM, 0.0)
     weighted_PM = scale_tau_PM * torch.stack([p.weighted for p in parts]) + moved_PM * total_tau_PM
-    mixed_MD = None
-    if parts[0].mixed_MD is not None:
-        mixed_MD = torch.zeros_like(parts[0].mixed_MD)
+    soft_codes_MD = None
+    if parts[0].soft_codes_MD is not None:
+        soft_codes_MD = torch.zeros_like(parts[0].soft_codes_MD)
         for part, scale in zip(parts, scale_PM, strict=True):
-            assert part.mixed_MD is not None
-            mixed_MD.addcmul_(part.mixed_MD, scale[:, None])
+            assert part.soft_codes_MD is not None
+            soft_codes_MD.addcmul_(part.soft_codes_MD, scale[:, None])
     return PartSums(
         index,
         best,
         (scale_PM * torch.stack([p.total for p in parts])).sum(0),
         (scale_tau_PM * total_tau_PM).sum(0),
         weighted_PM.sum(0),
-        mixed_MD,
+        soft_codes_MD,
     )
 
 
 def combine_shards(
     sums: PartSums, codes: int, temperature: float, sizes: Sequence[int], group: dist.ProcessGroup
 ) -> PartSums:
-    """`combine` over the shards of a group, whose ranks have `sizes` tokens. `mixed_MD` stays this shard's part of the
-    sum, rescaled.
+    """`combine` over the shards of a group, whose ranks have `sizes` tokens.
+
+    `soft_codes_MD` stays this shard's part of the sum, rescaled.
 
     Each rank combines its own tokens and tells the others: what all shards know of all tokens, W·M rows, is nowhere
     whole, and would be 25 GB at 1,024 ranks of 1,024 tokens.
@@ -191,14 +194,14 @@ def combine_shards(
     parts_WNX = exchange_uneven(_packed(sums), sizes, group)
     own = combine([_unpacked(part) for part in parts_WNX], [rank * codes for rank in range(len(sizes))], temperature)
     whole = _unpacked(gather_uneven(_packed(own), sizes, group))
-    mixed_MD = sums.mixed_MD
-    if mixed_MD is not None:
-        mixed_MD = mixed_MD * (sums.top - whole.top).exp()[:, None]
-    return replace(whole, mixed_MD=mixed_MD)
+    soft_codes_MD = sums.soft_codes_MD
+    if soft_codes_MD is not None:
+        soft_codes_MD = soft_codes_MD * (sums.top - whole.top).exp()[:, None]
+    return replace(whole, soft_codes_MD=soft_codes_MD)
 
 
 def _packed(sums: PartSums) -> Tensor:
-    """All but `mixed_MD` as rows (M, X) of integers: bits that no collective may take for a number."""
+    """All but `soft_codes_MD` as rows (M, X) of integers: bits that no collective may take for a number."""
     floats_M4 = torch.stack([sums.top, sums.total, sums.total_tau, sums.weighted], dim=1)
     bits = torch.int32 if floats_M4.element_size() == 4 else torch.int64
     return torch.cat([floats_M4.view(bits), sums.index[:, None].view(bits)], dim=1)
