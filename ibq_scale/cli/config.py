@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from ibq_scale.cli.arguments import at_least_one, finite
+from ibq_scale.cli.options import at_least_one, finite
 from ibq_scale.errors import UserError
 
 if TYPE_CHECKING:
