@@ -1,4 +1,4 @@
-"""``ibq-scale config``: the resolved config, each value with the layer that set it; what a config may say."""
+"""``ibq-scale config``: the resolved config with the origin of each value, and the reference of all keys."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the family to the command line."""
-    family = commands.add_parser("config", help="show a run's config, and what it may say").add_subparsers(
+    family = commands.add_parser("config", help="show a run's config and the reference of all keys").add_subparsers(
         title="commands", metavar="COMMAND", required=True
     )
     show = family.add_parser(
@@ -18,6 +18,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     show.add_argument("source", metavar="PRESET_OR_YAML")
     show.add_argument("overrides", nargs="*", metavar="key=value")
+    show.add_argument("--describe", action="store_true", help="each key's meaning under its value")
     show.add_argument("--json", action="store_true", help="one JSON document: config and origins")
     show.set_defaults(run=_show)
     presets = family.add_parser("presets", help="list the presets", epilog="example: ibq-scale config presets")
@@ -39,17 +40,22 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _show(args: argparse.Namespace) -> int:
     from ibq_scale.config.layers import flatten, resolve
+    from ibq_scale.config.reference import descriptions
 
     resolved = resolve(args.source, args.overrides)
     values = resolved.config.model_dump(mode="json")
+    meanings = descriptions(type(resolved.config)) if args.describe else {}
     if args.json:
-        print(json.dumps({"config": values, "origins": resolved.origins}, indent=2))
+        shown = {"config": values, "origins": resolved.origins} | ({"meanings": meanings} if meanings else {})
+        print(json.dumps(shown, indent=2, ensure_ascii=False))
         return 0
     flat = {key: json.dumps(value, ensure_ascii=False) for key, value in flatten(values).items()}
     wide = max(map(len, flat))
     far = min(40, max(map(len, flat.values())))
     for key, value in flat.items():
         print(f"{key:<{wide}}  {value:<{far}}  {resolved.origins.get(key, 'default')}")
+        if meanings.get(key):
+            print(f"  # {meanings[key]}")
     return 0
 
 
