@@ -1,6 +1,6 @@
-"""Pretrained weights that metrics and losses need, from a local folder: nothing downloads inside a job.
+"""Pretrained weights of metrics and losses, from a local folder. Jobs never download.
 
-``ibq-scale fetch-weights`` fills the folder where there is internet, or from files that somebody already has.
+``ibq-scale fetch-weights`` fills the folder on a node with internet, or from existing files.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ State = Literal["there", "missing", "damaged"]
 
 @dataclass(frozen=True)
 class Source:
-    """`file`: the published name, which ends in the first digits of its sha256. `url` asks the package it is from."""
+    """`file`: the published name, ending in the first digits of its sha256. `url` reads it from the package."""
 
     file: str
     what: str
@@ -71,12 +71,12 @@ SOURCES = {
     ),
 }
 
-# Of a tokenizer's validation, by metric.
+# Weights of a tokenizer's validation metrics.
 OF_METRICS = {"lpips": "vgg", "lpips_alex": "alex", "rfid": "inception"}
 
 
 def files_of_run(config: AnyRun) -> list[str]:
-    """The files without which a run does not start: its loss's, and those of the metrics that it names."""
+    """Files required for a run to start: those of its loss and of its named metrics."""
     if not isinstance(config, TokenizerRun):
         return []
     metrics = config.validation.metrics if config.validation.data is not None else None
@@ -86,7 +86,7 @@ def files_of_run(config: AnyRun) -> list[str]:
 
 @dataclass(frozen=True)
 class Status:
-    """One file of the folder. `state` ``damaged``: it is there, but its sha256 is not the published one."""
+    """One file of the folder. `state` ``damaged``: the file exists, but its sha256 is not the published one."""
 
     name: str
     path: str
@@ -102,7 +102,7 @@ def weights_folder() -> Path:
 
 
 def missing(file: str) -> str | None:
-    """What to do about an absent file, in one line; None where it is there."""
+    """The fix for an absent file, in one line. None if it is there."""
     path = weights_folder() / file
     if path.is_file():
         return None
@@ -114,7 +114,7 @@ def missing(file: str) -> str | None:
 
 
 def weight_file(file: str) -> Path:
-    """The path of a weight file. UserError that says how it gets to where it is looked for, when absent."""
+    """The path of a weight file. UserError with the fix if it is absent."""
     fault = missing(file)
     if fault is not None:
         raise UserError(f"{fault},\nor set IBQ_SCALE_WEIGHTS to the folder that holds it (jobs download nothing)")
@@ -122,19 +122,19 @@ def weight_file(file: str) -> Path:
 
 
 def damaged(path: Path) -> UserError:
-    """For a weight file that does not hold what it should."""
+    """The error for a weight file with wrong content."""
     return UserError(f"{path} is damaged or another network's: 'ibq-scale fetch-weights' replaces it")
 
 
 def status(names: Sequence[str]) -> list[Status]:
-    """What is in the folder; every file that is there is read and hashed."""
+    """State of these files in the folder. Existing files are read and hashed."""
     return [_status(name) for name in names]
 
 
 def fetch(names: Sequence[str], given: Path | None, say: Callable[[str], None]) -> list[Status]:
-    """Makes sure that these files are in the folder, whole: from `given` (a folder, or one file) or by HTTP.
+    """Fetches these files into the folder and verifies them, from `given` (a folder or a file) or by HTTP.
 
-    What is there already stays. UserError where a file cannot be had; those before it are then in place.
+    Intact files stay. UserError if a file is not available. The files before it are then in place.
     """
     folder = weights_folder()
     try:
@@ -200,7 +200,7 @@ def _download(source: Source, folder: Path, say: Callable[[str], None]) -> None:
 
 
 def _watch() -> Watch:
-    """Rewrites one line on a terminal; keeps quiet in a log."""
+    """Rewrites one line on a terminal, and prints nothing to a log."""
     if not sys.stderr.isatty():
         return lambda have, whole: None
     shown = 0.0

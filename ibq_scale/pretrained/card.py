@@ -1,4 +1,4 @@
-"""A model card: what stands beside exported weights, for people and for model hubs."""
+"""A model card beside exported weights, for people and for model hubs."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ibq_scale.pretrained.loading import ARModel, Tokenizer
 from ibq_scale.quantize.kinds import KINDS
 
 CARD = "README.md"
-# Of what a run logs, what its model is judged by.
+# Logged metrics that belong on a card.
 SHOWN = ("loss", "l1", "perceptual", "usage", "perplexity", "validation")
 
 
 def write_card(
     folder: Path, model: Tokenizer | ARModel, source: Mapping[str, Any], training: Mapping[str, Any] | None
 ) -> None:
-    """Writes README.md. `source` is the config's; `training`, the manifest of the checkpoint that it comes from."""
+    """Writes README.md. `source`: the config's section. `training`: the manifest of the checkpoint, if any."""
     body = _tokenizer(model, folder.name) if isinstance(model, Tokenizer) else _transformer(model, folder.name)
     parts = [body, _origin(source), _training(training) if training is not None else ""]
     (folder / CARD).write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
@@ -61,7 +61,7 @@ def _transformer(model: ARModel, name: str) -> str:
 
 
 def _origin(source: Mapping[str, Any]) -> str:
-    """Paths of the machine that it was made on are nobody's business, a published file's name is."""
+    """The imported file's name. Paths on the exporting machine are private and left out."""
     file = source.get("imported_from")
     return f"Imported from `{file}`{', averaged weights' if source.get('ema') else ''}." if file else ""
 

@@ -1,4 +1,4 @@
-"""Models as folders of their own, out of a run or out of a file of the published code, each with a card."""
+"""Exports models to folders, from a run or from a file of the published code, each with a card."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from ibq_scale.pretrained.loading import (
 
 
 def export(path: Path, to: Path) -> Kind:
-    """Writes the model at `path` (as the loaders take it) as a model directory of its own, the codebook in one file.
+    """Writes the model at `path` (as for the loaders) to a model directory, with the codebook in one file.
 
-    Returns its kind. UserError where it cannot be loaded whole, or `to` is taken.
+    Returns its kind. UserError if it cannot be loaded completely, or `to` exists.
     """
     refuse_overwrite(to)
     folder = model_directory(path)
@@ -37,7 +37,7 @@ def export(path: Path, to: Path) -> Kind:
 def save_model(
     to: Path, model: Tokenizer | ARModel, source: Mapping[str, Any], training: Mapping[str, Any] | None = None
 ) -> Kind:
-    """Writes a whole model and its card; `source` says where it comes from, `training` is a checkpoint's manifest."""
+    """Writes a model and its card. `source`: its origin. `training`: the checkpoint's manifest, if any."""
     kind: Kind
     if isinstance(model, Tokenizer):
         kind = "tokenizer"
