@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from ibq_scale.errors import UserError
+from ibq_scale.scaling.huber_fit import DELTA, Bounds, best_of, log_loss, minimise, objective, starts
 from ibq_scale.scaling.laws import Law, fit_law, t_quantile
 from ibq_scale.scaling.optimum import Cost, compute_optimal
-from ibq_scale.scaling.robust import DELTA, Bounds, best_of, log_loss, minimise, objective, starts
 
 # Hoffmann et al., arXiv 2203.15556, approach 3.
 E, A, ALPHA, B, BETA = 1.69, 406.4, 0.34, 410.7, 0.28
