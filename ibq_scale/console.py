@@ -1,4 +1,4 @@
-"""What a long run says to whoever looks on. Nobody has to."""
+"""Console output of a long run. A missing reader never stops it."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from pathlib import Path
 
 
 def rank() -> int:
-    """This process's, as its launcher has it; 0 where there is none."""
+    """This process's rank from its launcher, 0 without one."""
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
 
 
 def tells() -> bool:
-    """Whether this process is the one of all ranks that says what concerns all of them."""
+    """Whether this process prints the messages for all ranks."""
     return rank() == 0
 
 
 def tell(message: str) -> None:
-    """Prints a line to standard error. A reader that has gone, or a log on a full disk, is no reason to stop a run."""
+    """Prints a line to standard error. A closed pipe or a full disk does not stop the run."""
     try:
         print(message, file=sys.stderr, flush=True)
     except OSError:
-        # Nothing more can come through; the interpreter would try again at its exit.
+        # Nothing more can be written, and the interpreter would try again at its exit.
         sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
 
 
 def output_of(words: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Runs ``ibq-scale WORDS`` as a process, whose standard output is kept and whose errors are shown."""
+    """Runs ``ibq-scale WORDS`` as a process and returns its standard output. Its errors are shown."""
     command = [sys.executable, "-m", "ibq_scale", *words]
     return subprocess.run(command, stdout=subprocess.PIPE, check=False, encoding="utf-8", errors="replace")
 
@@ -42,7 +42,7 @@ def duration(seconds: float) -> str:
 
 
 def gigabytes(size: float) -> str:
-    """``3.08 GB``; ``87.25 MB`` where that is less than 0.1 (10⁹ and 10⁶ bytes)."""
+    """``3.08 GB``, or ``87.25 MB`` below 0.1 GB (10⁹ and 10⁶ bytes)."""
     return f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size / 1e6:,.2f} MB"
 
 
@@ -55,6 +55,6 @@ def short(number: float) -> str:
 
 
 def several(items: Sequence[str], most: int = 6) -> str:
-    """A list in words, cut short."""
+    """A list in words, shortened."""
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(items[:most]) + more

@@ -1,4 +1,4 @@
-"""One verified file over HTTP: for login nodes, since nothing downloads inside a job."""
+"""Downloads one verified file over HTTP. For login nodes, since jobs never download."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ ATTEMPTS = 6
 TIMEOUT_S = 30.0
 FIRST_PAUSE_S = 1.0
 CHUNK = 1 << 20
-# Answers that another try may change: time-outs, too many requests, the server's own troubles.
+# Status codes worth another try: time-outs, too many requests, server errors.
 PASSING = {408, 425, 429, 500, 502, 503, 504}
 
 Watch = Callable[[int, int | None], None]
-"""Called with the bytes so far and, where the server says so, of the whole file."""
+"""Called with the bytes so far and the size of the file, if the server sends it."""
 
 
 class NoNetworkError(UserError):
-    """The server cannot be reached at all from here."""
+    """The server is unreachable from this node."""
 
 
 def download(url: str, to: Path, sha256_prefix: str, watch: Watch) -> None:
-    """Fetches `url` to `to`, which appears whole and verified (the sha256 begins with `sha256_prefix`) or not at all.
+    """Downloads `url` to `to`, atomically and verified (its sha256 begins with `sha256_prefix`).
 
-    A connection that breaks is taken up where it broke, with a pause that grows. Redirects are followed, and the
-    environment's proxies used. UserError (`NoNetworkError` where no server answers) says why there is no file.
+    A broken connection is resumed after a growing pause. Redirects are followed, and the environment's proxies used.
+    UserError with the reason of a failure (`NoNetworkError` if no server answers).
     """
     partial = to.with_name(f".{to.name}.{secrets.token_hex(4)}.partial")
     try:
@@ -52,7 +52,7 @@ def download(url: str, to: Path, sha256_prefix: str, watch: Watch) -> None:
 
 
 def sha256_of(f: BufferedIOBase) -> str:
-    """Of all bytes of an open file, hex."""
+    """sha256 of an open file's bytes, hex."""
     f.seek(0)
     return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -71,14 +71,14 @@ def _fetch(url: str, f: BufferedIOBase, sha256_prefix: str, watch: Watch) -> Non
             return
         trouble = f"what came is not the published file: its sha256 begins with {found[:8]}, not {sha256_prefix}"
         if not resumed:
-            # The same again would be no better: a page of a proxy, or another file under this name.
+            # Another try would not help: a proxy's page, or another file under this name.
             break
         f.truncate(0)
     raise UserError(f"cannot fetch {url}: {trouble}")
 
 
 def _go_on(url: str, f: BufferedIOBase, watch: Watch, first: bool) -> str | None:
-    """Reads on from the end of `f`. None when the server has no more, else what broke it off."""
+    """Resumes at the end of `f`. None at the end of the file, else the interrupting error."""
     have = f.seek(0, os.SEEK_END)
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
@@ -91,7 +91,7 @@ def _go_on(url: str, f: BufferedIOBase, watch: Watch, first: bool) -> str | None
             raise UserError(f"{url} is answered with {e.code} {e.reason}") from None
         return f"{e.code} {e.reason}"
     except urllib.error.URLError as e:
-        # Later the network was there before and may come back.
+        # After a first success the network may come back.
         if first:
             host = urllib.parse.urlsplit(url).netloc
             raise NoNetworkError(f"cannot reach {host} ({_reason(e)}): no internet here?") from None
@@ -123,7 +123,7 @@ def _pour(answer: http.client.HTTPResponse, f: BufferedIOBase, have: int, watch:
 
 
 def _continues(answer: http.client.HTTPResponse, have: int) -> bool:
-    """Whether the server gave what was asked for, and not the whole file."""
+    """Whether the server sent the requested range, and not the whole file."""
     return answer.status == http.HTTPStatus.PARTIAL_CONTENT and answer.headers.get("Content-Range", "").startswith(
         f"bytes {have}-"
     )

@@ -176,7 +176,7 @@ class MirrorUploader:
         faults = [reply["fault"] for reply in replies if reply["fault"]]
         sent = sorted(file for reply in replies for file in reply["sent"])
         if not faults and sent != sorted(checkpoint.manifest["files"]):
-            faults = ["the ranks do not agree on who sends what"]
+            faults = ["the ranks disagree about their shares"]
         try:
             if not faults:
                 self.mirror.seal(checkpoint)

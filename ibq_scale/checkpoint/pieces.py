@@ -91,13 +91,15 @@ class PieceReader:
             raise self._lacks(name, filled, len(out))
 
     def _lacks(self, name: str, there: int, wanted: int) -> UserError:
-        return UserError(f"{self.folder}: of {name} {there} elements of {wanted} are there: it is another model's")
+        return UserError(f"{self.folder}: {name} has {there} of {wanted} elements: the checkpoint is of another model")
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
         """Full shapes by name without its kind. UserError if the checkpoint has none."""
         if "shapes" not in self.facts:
-            raise UserError(f"{self.folder} was written before the shapes were kept: train one step on, and take that")
+            raise UserError(
+                f"{self.folder} is of an older version without shapes: train one more step, and use that checkpoint"
+            )
         try:
             return {name: _shape(sides) for name, sides in self.facts["shapes"].items()}
         except (AttributeError, TypeError, ValueError) as e:

@@ -60,7 +60,7 @@ def find_config(name: str) -> Path:
         if (folder / f"{name}.json").is_file():
             return folder / f"{name}.json"
     known = ", ".join(config_names())
-    raise UserError(f"deepspeed.config: no '{name}'; there are {known}, or give the path of a .json file")
+    raise UserError(f"deepspeed.config: no '{name}': take one of {known}, or give the path of a .json file")
 
 
 def config_names() -> list[str]:
@@ -102,7 +102,7 @@ def deepspeed_config(run: AnyRun, world_size: int) -> dict[str, Any]:
         )
     if stage == 3 and run.model.compile:
         raise UserError(
-            f"{path.name}: ZeRO-3 gathers weights in hooks that torch.compile cannot take: set model.compile=false"
+            f"{path.name}: ZeRO-3 gathers weights in hooks that torch.compile cannot trace: set model.compile=false"
         )
     if stage == 3 and isinstance(run, ARRun) and run.model.fp8:
         raise UserError(

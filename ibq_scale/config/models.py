@@ -64,7 +64,7 @@ class AutoencoderConfig(Section):
     def _sizes_fit(self) -> AutoencoderConfig:
         if self.resolution % self.downsampling:
             raise ValueError(
-                f"resolution {self.resolution} is no multiple of the downsampling {self.downsampling} "
+                f"resolution {self.resolution} is not a multiple of the downsampling {self.downsampling} "
                 f"({len(self.channel_multipliers)} channel_multipliers)"
             )
         widths = [self.channels * m for m in self.channel_multipliers]
@@ -139,7 +139,7 @@ class QuantizerConfig(Section):
     @model_validator(mode="after")
     def _levels_fit(self) -> QuantizerConfig:
         if (self.kind == "fsq") != bool(self.levels):
-            raise ValueError("levels are for kind=fsq, which needs them: for example levels=[8,5,5,5]")
+            raise ValueError("levels are for kind=fsq only, and required there: for example levels=[8,5,5,5]")
         if self.levels and (self.dim, self.codebook_size) != (len(self.levels), math.prod(self.levels)):
             raise ValueError(
                 f"levels {list(self.levels)} make dim={len(self.levels)} and codebook_size={math.prod(self.levels)}, "
@@ -151,11 +151,13 @@ class QuantizerConfig(Section):
     def _kind_fits(self) -> QuantizerConfig:
         if self.kind == "lfq" and (self.dim > 31 or self.codebook_size != 2**self.dim):
             raise ValueError(
-                f"lfq has one code a pattern of bits: codebook_size must be 2^dim = {2 ** min(self.dim, 31)}, "
+                f"lfq has one code per bit pattern: codebook_size must be 2^dim = {2 ** min(self.dim, 31)}, "
                 f"got {self.codebook_size}"
             )
         if self.revive_after and self.kind != "vq":
-            raise ValueError(f"revive_after is for kind=vq, whose unused codes stay where they are; got {self.kind}")
+            raise ValueError(
+                f"revive_after is for kind=vq only, since the unused codes of others move: got {self.kind}"
+            )
         return self
 
 

@@ -37,8 +37,8 @@ def refuse_secrets(variables: Mapping[str, str], lines: tuple[str, ...], where: 
     for name, value in [*variables.items(), *set_by_lines]:
         if is_secret(name, value):
             raise UserError(
-                f"{where}: {name} is a secret, and batch scripts are kept in the run directory for all to read. Export "
-                f"it in the shell that submits (Slurm takes the environment along), or read it there: {name}=$(cat …)"
+                f"{where}: {name} is a secret, and batch scripts are kept in the run directory, where others can read "
+                f"them. Export it in the submitting shell (Slurm passes it on), or read it in the job: {name}=$(cat …)"
             )
 
 

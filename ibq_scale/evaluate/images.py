@@ -147,7 +147,7 @@ class NpzImages(_ReadImages):
         except FileNotFoundError:
             raise UserError(f"{self.path} does not exist") from None
         except (KeyError, ValueError, OSError, zipfile.BadZipFile):
-            raise UserError(f"{self.path} holds no images: they are looked for as arr_0 of an .npz") from None
+            raise UserError(f"{self.path} holds no images: expected arr_0 in an .npz") from None
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran or not shape[0]:
             raise UserError(f"{self.path}: arr_0 is {dtype} {shape}, not uint8 (N, height, width, 3)")
         return stream, shape
@@ -162,7 +162,7 @@ class NpzImages(_ReadImages):
         except (OSError, EOFError, zipfile.BadZipFile) as e:
             raise UserError(f"{self.path} is damaged: {e}") from None
         if len(data) != count:
-            raise UserError(f"{self.path} is damaged: it ends too soon")
+            raise UserError(f"{self.path} is truncated")
         return data
 
 
@@ -176,7 +176,7 @@ def open_images(source: str, size: Size | None, limit: int | None = None) -> Ima
     images: ImageSet
     if prepared:
         if size is None:
-            raise UserError(f"{source} is a prepared data set: say at which --resolution")
+            raise UserError(f"{source} is a prepared data set: give its --resolution")
         if size[0] != size[1]:
             raise UserError(f"{source} can be cropped to squares only, not to {size[0]} x {size[1]}")
         images = PreparedImages(source, size[0], limit)
@@ -191,7 +191,7 @@ def open_images(source: str, size: Size | None, limit: int | None = None) -> Ima
     if size is not None and images.size != size:
         raise UserError(
             f"{source} has images of {images.size[0]} x {images.size[1]} pixels, {size[0]} x {size[1]} are needed: "
-            "what differs in resolution is not compared"
+            "different resolutions are not comparable"
         )
     return images
 

@@ -176,12 +176,12 @@ def _fitting_stamp(path: Path, text: str, inception: Inception, size: Size) -> S
     if stamp.extractor_sha256 != inception.sha256:
         raise UserError(
             f"{path} was computed with another extractor (weights {stamp.extractor_sha256[:12]}…, here "
-            f"{inception.sha256[:12]}…): their distances mean nothing"
+            f"{inception.sha256[:12]}…): their distances are not comparable"
         )
     if stamp.resolution != size:
         raise UserError(
             f"{path} was computed at {stamp.resolution[0]} x {stamp.resolution[1]}, the images are "
-            f"{size[0]} x {size[1]}: what differs in resolution is not compared"
+            f"{size[0]} x {size[1]}: different resolutions are not comparable"
         )
     return stamp
 

@@ -78,7 +78,7 @@ def tokenize(
     )
     store = open_store(to)
     if store.url == open_store(data).url:
-        raise UserError(f"--to {to} is the folder of the images: give the codes one of their own")
+        raise UserError(f"--to {to} is the folder of the images: give the codes another one")
     usage = CodeUsage(info.codebook_size, world.device)
     mine: dict[int, ShardInfo] = {}
     encoded = reused = 0

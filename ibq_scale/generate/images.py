@@ -63,8 +63,8 @@ def check_pair(ar: ARModel, tokenizer: Tokenizer) -> None:
         )
     if ar.config.codebook_size != tokenizer.quantizer_config.codebook_size:
         raise UserError(
-            f"the transformer knows {ar.config.codebook_size} codes, the tokenizer "
-            f"{tokenizer.quantizer_config.codebook_size}: they do not belong together"
+            f"the transformer has {ar.config.codebook_size} codes, the tokenizer "
+            f"{tokenizer.quantizer_config.codebook_size}: they do not match"
         )
 
 

@@ -257,7 +257,7 @@ def codebook_to_start_from(path: str, quantizer: QuantizerConfig) -> Tensor:
     folder, config = _read_config(Path(path), "tokenizer")
     there = _section(QuantizerConfig, config, "quantizer", folder)
     if KINDS[there.kind].learns == "layer":
-        raise UserError(f"init={path}: of {there.kind} it holds the finished codes, and not the layer that makes them")
+        raise UserError(f"init={path}: an export of {there.kind} has the final codes, but not the layer behind them")
     for key in ("kind", "codebook_size", "dim", "levels"):
         found, wanted = getattr(there, key), getattr(quantizer, key)
         if found != wanted:
@@ -364,7 +364,7 @@ def _check_hashes(checkpoint: Checkpoint, config: dict[str, Any], folder: Path) 
     read = ("model/", f"{_place(config, folder).folder}/") if "weights" in config else ("model/",)
     faults = verify(checkpoint, [name for name in checkpoint.manifest["files"] if name.startswith(read)])
     if faults:
-        raise UserError(f"{checkpoint.path} is damaged ({'; '.join(faults)}): take one that stands beside it")
+        raise UserError(f"{checkpoint.path} is damaged ({'; '.join(faults)}): use another checkpoint of the run")
 
 
 def config_of(folder: Path) -> dict[str, Any]:

@@ -273,7 +273,7 @@ def _autoencoder_sizes(content: _Content, widths: list[int]) -> AutoencoderConfi
 def _require(names: Collection[str], state: Mapping[str, Tensor], file: Path) -> None:
     absent = [name for name in names if name not in state]
     if absent:
-        raise UserError(f"{file}: its sizes cannot be told without {', '.join(absent)}")
+        raise UserError(f"{file}: its sizes are unknown without {', '.join(absent)}")
 
 
 def _sides(table: Tensor, file: Path) -> tuple[int, int]:
@@ -285,7 +285,7 @@ def _sides(table: Tensor, file: Path) -> tuple[int, int]:
 def _side(weight: Tensor, file: Path) -> int:
     """The size of the first dimension. UserError if it is 0 or missing."""
     if not weight.ndim or not weight.shape[0]:
-        raise UserError(f"{file}: a weight of shape {tuple(weight.shape)} where layers have at least one channel")
+        raise UserError(f"{file}: a weight of shape {tuple(weight.shape)} instead of a layer with at least one channel")
     return weight.shape[0]
 
 

@@ -191,6 +191,6 @@ def _budget(lines: list[Line], kept_per_image: float, copy: int, states: States)
     ]
     notes = []
     if states.gradients > states.weights * 2 and states.places.get("gradients") != "host":
-        notes.append("ZeRO-1 under bf16 keeps whole fp32 gradients on every GPU; zero2 shares them")
+        notes.append("ZeRO-1 under bf16 keeps unsharded fp32 gradients on every GPU, zero2 shards them")
     standing = sum(line.step for line in lines if line.name != SCRATCH)
     return MemoryBudget(tuple(lines), kept_per_image, standing + copy if copy else 0, tuple(notes))

@@ -229,7 +229,9 @@ def _check(variables: Sequence[str], points_VR: Array, losses_R: Array) -> None:
                 f"least {LEAST_VALUES}"
             )
     if len(variables) == 2 and abs(np.corrcoef(np.log(points_VR))[0, 1]) > ONE_VARIABLE:
-        raise UserError(f"{name}: parameters and tokens grow by one rule in these rungs, so their powers are one")
+        raise UserError(
+            f"{name}: parameters and tokens are proportional in these rungs, so their terms cannot be separated"
+        )
 
 
 def _hold_out(points: Mapping[str, Sequence[float]], law: Law, replicas: int, seed: int) -> HeldOut | None:

@@ -40,7 +40,7 @@ class Cost:
     def of(parameters: Sequence[float], tokens: Sequence[float], flops: Sequence[float]) -> Cost:
         """Least-squares fit of logs. UserError for fewer than two sizes."""
         if len(set(parameters)) < 2:
-            raise UserError("the cost of a size is read off at least two sizes")
+            raise UserError("the cost of a size needs at least two sizes")
         x_R, y_R = np.log(parameters), np.log(flops) - np.log(tokens)
         gamma, log_c = np.polyfit(x_R, y_R, 1)
         error = float(np.abs(np.exp(log_c + gamma * x_R - y_R) - 1.0).max())

@@ -272,7 +272,7 @@ def _time(run: AnyRun, machine: Machine, flops: float, mfu: float, measured: Rat
                 f"{measured.source} was measured with another model: {measured.flops_per_image / 1e9:.4g} GFLOP an "
                 f"image there, {flops / 1e9:.4g} here"
             )
-        basis = f"measured on {measured.device} ({measured.source}); more GPUs are taken to lose nothing"
+        basis = f"measured on {measured.device} ({measured.source}); assumes no loss with more GPUs"
         return _at(run, machine, measured.images_per_s * machine.world, basis)
     device = machine.known
     if device is None:

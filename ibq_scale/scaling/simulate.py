@@ -87,9 +87,9 @@ def worlds(first: int, most: int) -> list[int]:
 def transformer_rows(run: AnyRun, device: Device, fabric: Fabric, most: int) -> list[Row]:
     """Strong and weak scaling for each ZeRO stage. UserError for a tokenizer, fp32, or an indivisible batch."""
     if not isinstance(run, ARRun):
-        raise UserError(f"{run.name} is a tokenizer: what of it grows past a machine is the codebook")
+        raise UserError(f"{run.name} is a tokenizer: only its codebook is simulated beyond one machine")
     if run.train.precision != "bf16":
-        raise UserError(f"{run.name} computes in fp32, and the peaks that are known are bf16's: train.precision=bf16")
+        raise UserError(f"{run.name} computes in fp32, but the known peaks are for bf16: set train.precision=bf16")
     rehearsed = _Rehearsed.of(run)
     rows = []
     for stage in STAGES:
@@ -97,7 +97,7 @@ def transformer_rows(run: AnyRun, device: Device, fabric: Fabric, most: int) -> 
             found = [r for n in worlds(fabric.node, most) if (r := rehearsed.row(mode, stage, n, device, fabric))]
             rows += _compared(found)
     if not rows:
-        raise UserError(f"train.global_batch={run.train.global_batch} is not divided by {fabric.node} GPUs")
+        raise UserError(f"train.global_batch={run.train.global_batch} does not divide by {fabric.node} GPUs")
     return rows
 
 
@@ -107,7 +107,7 @@ def codebook_rows(run: AnyRun, device: Device, fabric: Fabric, most: int, taken:
     `taken`: bytes of a GPU for the rest of the run. UserError for a transformer.
     """
     if not isinstance(run, TokenizerRun):
-        raise UserError(f"{run.name} is a transformer, which has no codebook")
+        raise UserError(f"{run.name} is a transformer and has no codebook")
     tokens = run.train.micro_batch * run.model.tokens
     rows = []
     for codes in CODEBOOKS:
