@@ -22,7 +22,7 @@ State = Literal["there", "missing", "damaged"]
 
 
 @dataclass(frozen=True)
-class Source:
+class WeightFile:
     """`file`: the published name, ending in the first digits of its sha256. `url` reads it from the package."""
 
     file: str
@@ -54,16 +54,16 @@ def _inception_url() -> str:
 
 
 SOURCES = {
-    "vgg": Source(
+    "vgg": WeightFile(
         "vgg16-397923af.pth", "torchvision's VGG16 (ImageNet)", "LPIPS, as loss (perceptual=vgg) and metric", _vgg_url
     ),
-    "alex": Source(
+    "alex": WeightFile(
         "alexnet-owt-7be5be79.pth",
         "torchvision's AlexNet (ImageNet)",
         "LPIPS, as loss (perceptual=alex) and metric",
         _alex_url,
     ),
-    "inception": Source(
+    "inception": WeightFile(
         "weights-inception-2015-12-05-6726825d.pth",
         "torch-fidelity's Inception v3",
         "FID, IS, precision, recall",
@@ -164,7 +164,7 @@ def _status(name: str) -> Status:
     return Status(name, str(path), state, size, source.what, source.needed_for)
 
 
-def _is(source: Source, path: Path) -> bool:
+def _is(source: WeightFile, path: Path) -> bool:
     try:
         with path.open("rb") as f:
             return sha256_of(f).startswith(source.sha256_prefix)
@@ -172,7 +172,7 @@ def _is(source: Source, path: Path) -> bool:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
 
 
-def _take(source: Source, given: Path, folder: Path) -> None:
+def _take(source: WeightFile, given: Path, folder: Path) -> None:
     path = given / source.file if given.is_dir() else given
     if not path.is_file():
         raise UserError(f"{given} does not hold {source.file} ({source.what})")
@@ -188,7 +188,7 @@ def _take(source: Source, given: Path, folder: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _download(source: Source, folder: Path, say: Callable[[str], None]) -> None:
+def _download(source: WeightFile, folder: Path, say: Callable[[str], None]) -> None:
     url = source.url()
     say(f"{source.file} ← {url}")
     try:

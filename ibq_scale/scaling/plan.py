@@ -21,7 +21,7 @@ from ibq_scale.scaling.communication import Transfer, codebook_transfers, engine
 from ibq_scale.scaling.devices import DEVICES, Device, named
 from ibq_scale.scaling.fabric import Fabric
 from ibq_scale.scaling.flops import AR_FORMULA, TOKENIZER_FORMULA, ar_executed, ar_flops, step_flops
-from ibq_scale.scaling.roofline import StepTime, Work, step_time
+from ibq_scale.scaling.roofline import GpuWork, StepTime, step_time
 from ibq_scale.zero.memory import Zero
 
 # Tolerance in matching a benchmark file to this model by FLOPs. A file of another model is refused.
@@ -180,7 +180,7 @@ def make_plan(run: AnyRun, machine: Machine, *, mfu: float, measured: Rate | Non
     train = run.train
     size = checkpoint_bytes(run, nets)
     # A product at half the rate counts twice.
-    work = Work(flops.executed + flops.tf32, budget.kept_per_image, sum(net.parameters for net in nets))
+    work = GpuWork(flops.executed + flops.tf32, budget.kept_per_image, sum(net.parameters for net in nets))
     overlap = bool(config.get("zero_optimization", {}).get("overlap_comm"))
     return Plan(
         name=run.name,
@@ -239,7 +239,7 @@ def _kept(run: AnyRun) -> int:
 
 
 def _roofline(
-    run: AnyRun, machine: Machine, zero: Zero, work: Work, transfers: tuple[Transfer, ...], *, overlap: bool
+    run: AnyRun, machine: Machine, zero: Zero, work: GpuWork, transfers: tuple[Transfer, ...], *, overlap: bool
 ) -> StepTime | None:
     device = machine.known
     if device is None or run.train.precision != "bf16":

@@ -34,7 +34,7 @@ OPTIMIZER_BYTES = 2 * 3 * FP32 + FP32
 
 
 @dataclass(frozen=True)
-class Work:
+class GpuWork:
     """A GPU's work: executed FLOPs and bytes kept for the backward pass per image, and parameters."""
 
     flops: float
@@ -62,7 +62,7 @@ class StepTime:
 
 
 def step_time(
-    work: Work,
+    work: GpuWork,
     zero: Zero,
     device: Device,
     fabric: Fabric,

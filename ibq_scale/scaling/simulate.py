@@ -30,7 +30,7 @@ from ibq_scale.scaling.devices import Device
 from ibq_scale.scaling.fabric import Fabric
 from ibq_scale.scaling.flops import TRITON_PRODUCTS, ar_executed
 from ibq_scale.scaling.networks import Network
-from ibq_scale.scaling.roofline import MEMORY, OPTIMIZER_BYTES, PRODUCTS, StepTime, Work, step_time
+from ibq_scale.scaling.roofline import MEMORY, OPTIMIZER_BYTES, PRODUCTS, GpuWork, StepTime, step_time
 from ibq_scale.zero.memory import FP32, Zero, engine_states
 
 Mode = Literal["strong", "weak"]
@@ -142,7 +142,7 @@ class _Rehearsed:
     zero: Zero
     network: Network
     budget: MemoryBudget
-    work: Work
+    work: GpuWork
     overlap: bool
 
     @staticmethod
@@ -154,7 +154,7 @@ class _Rehearsed:
         network = networks.transformer(run)
         # As for ZeRO-2 and 3. ZeRO-1 keeps more, counted in its states.
         budget = ar_budget(run, replace(zero, stage=2), network)
-        work = Work(ar_executed(run.model), budget.kept_per_image, network.parameters)
+        work = GpuWork(ar_executed(run.model), budget.kept_per_image, network.parameters)
         return _Rehearsed(run, zero, network, budget, work, bool(config["zero_optimization"].get("overlap_comm")))
 
     def row(self, mode: Mode, stage: int, world: int, device: Device, fabric: Fabric) -> Row | None:
