@@ -52,13 +52,18 @@ def rates(counts: Counter[str]) -> tuple[float, float]:
     return 1000 * counts["clauses"] / words, 1000 * counts["semicolons"] / words
 
 
+def measure_file(path: Path) -> Counter[str]:
+    """`measure` of a module or a page."""
+    text = path.read_text(encoding="utf-8")
+    return measure(prose_of_markdown(text) if path.suffix == ".md" else "\n".join(prose_of(text)))
+
+
 def main(paths: list[Path]) -> None:
     rooms: defaultdict[str, Counter[str]] = defaultdict(Counter)
     files: dict[Path, Counter[str]] = {}
     for given in paths:
         for path in sorted([*given.rglob("*.py"), *given.glob("*.md")] if given.is_dir() else [given]):
-            text = path.read_text(encoding="utf-8")
-            files[path] = measure(prose_of_markdown(text) if path.suffix == ".md" else "\n".join(prose_of(text)))
+            files[path] = measure_file(path)
             # The package by folder, pages one by one.
             rooms[path.name if path.suffix == ".md" else path.parent.name] += files[path]
             rooms["all"] += files[path]
