@@ -43,7 +43,7 @@ def fetch_newest(mirror: Mirror, folder: Path, world: World) -> Checkpoint | Non
     if copies.sealed:
         raise UserError(
             f"{mirror.store.url}: every copy there is damaged (see above): give another train.mirror, or remove "
-            f"them to begin anew"
+            f"them to start afresh"
         )
     return None
 

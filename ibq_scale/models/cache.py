@@ -11,7 +11,7 @@ from ibq_scale.config.models import TransformerConfig
 
 
 class LayerCache(NamedTuple):
-    """One layer's part: the keys and values (B, S, kv_heads, d) read by a step, and the position of its own.
+    """One layer's part: the keys and values (B, S, kv_heads, d) read by a step, and the position of the step's own.
 
     `seen_S`: bool, True for keys already written. None if all are.
     """

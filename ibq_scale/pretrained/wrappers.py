@@ -18,7 +18,7 @@ CONTAINERS = ("state_dict", "model", "model_state_dict", "module", "weights", "n
 # Parts of names from wrappers: DDP's and DeepSpeed's, torch.compile's, FSDP's, activation checkpointing's.
 COMPONENTS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_forward_module", "_checkpoint_wrapped_module"}
 OWNERS_WAY = (
-    "whoever trusts it loads it once in Python, torch.load(FILE, weights_only=False), and torch.save(…)s the state_dict"
+    "if you trust it, load it once in Python with torch.load(FILE, weights_only=False) and torch.save its state_dict"
 )
 
 
@@ -83,5 +83,5 @@ def refused(file: Path, code: str) -> UserError:
     """The error for a checkpoint with executable code."""
     return UserError(
         f"{file} holds more than tensors ({code}), and running code from a checkpoint is refused: "
-        f"ask where it comes from for its state_dict alone; {OWNERS_WAY}"
+        f"ask its author for the state_dict alone, or, {OWNERS_WAY}"
     )
