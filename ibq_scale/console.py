@@ -55,7 +55,7 @@ def short(number: float, digits: int = 4) -> str:
 
 
 def several(items: Sequence[str], most: int = 6) -> str:
-    """A list in words, cut short."""
+    """A list in words, shortened."""
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(items[:most]) + more
 

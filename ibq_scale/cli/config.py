@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the family to the command line."""
-    family = commands.add_parser("config", help="show a run's config, or all keys").add_subparsers(
+    family = commands.add_parser("config", help="show a run's config and the reference of all keys").add_subparsers(
         title="commands", metavar="COMMAND", required=True
     )
     show = family.add_parser(
@@ -31,6 +31,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     show.add_argument("--nodes", type=int, default=1, metavar="N", help="default 1")
     show.add_argument("--device", metavar="GPU", help="a100, h100, l40s …")
     show.add_argument("--memory", type=finite, metavar="GB", help="memory of one GPU (10⁹ bytes), instead of its own")
+    show.add_argument("--describe", action="store_true", help="each key's meaning under its value")
     show.add_argument("--json", action="store_true", help="one JSON document: config and origins")
     show.set_defaults(run=_show)
     presets = family.add_parser("presets", help="list the presets", epilog="example: ibq-scale config presets")
@@ -52,6 +53,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _show(args: argparse.Namespace) -> int:
     from ibq_scale.config.layers import flatten, resolve
+    from ibq_scale.config.reference import descriptions
 
     resolved = resolve(args.source, args.overrides)
     config, origins = resolved.config, dict(resolved.origins)
@@ -59,14 +61,18 @@ def _show(args: argparse.Namespace) -> int:
         config, chosen = _settled(config, args)
         origins |= chosen
     values = config.model_dump(mode="json")
+    meanings = descriptions(type(config)) if args.describe else {}
     if args.json:
-        print(json.dumps({"config": values, "origins": origins}, indent=2))
+        shown = {"config": values, "origins": origins} | ({"meanings": meanings} if meanings else {})
+        print(json.dumps(shown, indent=2, ensure_ascii=False))
         return 0
     flat = {key: json.dumps(value, ensure_ascii=False) for key, value in flatten(values).items()}
     wide = max(map(len, flat))
     far = min(40, max(map(len, flat.values())))
     for key, value in flat.items():
         print(f"{key:<{wide}}  {value:<{far}}  {origins.get(key, 'default')}")
+        if meanings.get(key):
+            print(f"  # {meanings[key]}")
     return 0
 
 

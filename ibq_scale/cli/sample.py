@@ -110,7 +110,7 @@ def _sample(args: argparse.Namespace) -> int:
 
     from ibq_scale.distributed.environment import join
     from ibq_scale.generate.images import sample
-    from ibq_scale.generate.names import GRID, SAMPLES
+    from ibq_scale.outputs import GRID, SAMPLES
     from ibq_scale.pretrained.loading import load_ar, load_tokenizer
 
     _check(args)

@@ -12,10 +12,7 @@ OPEN = -1
 
 
 class Section(BaseModel):
-    """One block of the config: frozen, typed, unknown keys refused.
-
-    Instances never change after validation, so a run's config is its record.
-    """
+    """One block of the config. Instances are immutable, so a run's config stays its record."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, protected_namespaces=(), allow_inf_nan=False

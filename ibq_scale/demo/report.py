@@ -15,7 +15,7 @@ from ibq_scale.data.manifest import load_manifest
 from ibq_scale.data.stream import evaluation_images, to_float
 from ibq_scale.demo.photographs import PHOTOGRAPHS
 from ibq_scale.demo.plan import HELD_OUT, IMAGES, Demo
-from ibq_scale.generate.names import SAMPLES
+from ibq_scale.outputs import SAMPLES
 from ibq_scale.pictures import image_grid, to_png, to_uint8
 from ibq_scale.pretrained.loading import load_tokenizer
 from ibq_scale.report.page import Bars, Gallery, Picture, Section, Table, Tiles, write

@@ -1,7 +1,7 @@
-"""Linear layers that multiply in fp8, through torchao: for GPUs that can, and the weights stay what they are.
+"""Linear layers with products in fp8, through torchao. The weights keep their dtype.
 
-Every product casts its operands with a scale of its own (one a tensor, from the largest entry), forward and backward;
-the parameters, their names, the optimizer and the checkpoints know nothing of it.
+Every product, forward and backward, casts its operands with one scale per tensor, from the largest entry. Parameters,
+their names, the optimizer and the checkpoints do not change.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from ibq_scale.errors import UserError
 from ibq_scale.models.transformer import Attention, FeedForward, Transformer
 
 LEAST_CAPABILITY = (8, 9)
-# Sides of a product that the GPU's fp8 units take.
+# The GPU's fp8 units need sides of this multiple.
 MULTIPLE = 16
 
 
 def check_fp8(run: ARRun, device: torch.device) -> None:
-    """UserError where this run cannot multiply in fp8 on this device, or the package is not there."""
+    """UserError if this run cannot multiply in fp8 on this device, or torchao is missing."""
     if device.type != "cuda":
         raise UserError(f"model.fp8=true needs a CUDA device, this is {device.type}: set model.fp8=false")
     capability = torch.cuda.get_device_capability(device)
@@ -40,10 +40,10 @@ def check_fp8(run: ARRun, device: torch.device) -> None:
 
 
 def use_fp8(model: Transformer, *, emulate: bool = False) -> None:
-    """Lets the projections and feed-forward layers of all blocks multiply in fp8, in place.
+    """Switches the projections and feed-forward layers of all blocks to fp8 products, in place.
 
-    Not the head, whose loss is taken in chunks of its own, nor AdaLN, which works once an image. `emulate` computes on
-    any device what the fp8 units would: slow, for tests.
+    The head is excluded, since its loss runs in chunks, and so is AdaLN, since it runs once an image. `emulate`
+    computes the same numbers on any device: slow, for tests.
     """
     torchao = _torchao()
     parts = {id(m) for part in model.modules() if isinstance(part, Attention | FeedForward) for m in part.children()}

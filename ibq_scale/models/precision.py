@@ -1,4 +1,4 @@
-"""The precision that a run's networks compute in."""
+"""The compute precision of a run's networks."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from ibq_scale.config.run import RunConfig
 
 
 def compute_dtype(run: RunConfig) -> torch.dtype:
-    """Of weights and activations."""
+    """dtype of weights and activations."""
     return torch.bfloat16 if run.train.precision == "bf16" else torch.float32

@@ -16,9 +16,8 @@ from pydantic import BaseModel, ValidationError
 from ibq_scale.checkpoint.reading import STEP_NAME
 from ibq_scale.data.convert import to_rgb
 from ibq_scale.documents import json_object, open_regular
-from ibq_scale.evaluate.names import GENERATION, RECONSTRUCTION, WORST
-from ibq_scale.generate.names import FACTS, GRID
 from ibq_scale.generate.published import PUBLISHED
+from ibq_scale.outputs import FACTS, GENERATION, GRID, RECONSTRUCTION, WORST
 from ibq_scale.report.page import Block, Picture, Section, Table
 from ibq_scale.report.runs import RunLog
 

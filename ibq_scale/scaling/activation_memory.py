@@ -1,8 +1,7 @@
-"""A micro-batch of either stage on tensors without memory: what its pass forward and back holds at most.
+"""Peak memory of a micro-batch's forward and backward pass, rehearsed on tensors without memory.
 
-The networks are the trained ones, in the precision and with the checkpointing of the config. What is inside of an
-operator cannot be seen: workspaces of convolutions and products.
-torch.compile is left out, so compiled blocks need less than this.
+The networks are those of training, with the config's precision and checkpointing. Memory inside of operators is not
+counted: workspaces of convolutions and products. torch.compile is left out, so compiled blocks need less.
 """
 
 from __future__ import annotations
@@ -29,27 +28,27 @@ from ibq_scale.scaling.flops import ANYWHERE, on_meta, perceptual_on_meta
 
 @dataclass(frozen=True)
 class ActivationMemory:
-    """Bytes beyond the states. `kept`: alive between the passes. `peak`: at most, with gradients that leave at once."""
+    """Bytes beyond the states. `kept`: alive between the passes. `peak`: the maximum, with gradients freed at once."""
 
     kept: int
     peak: int
 
 
 def ar_activation_memory(run: ARRun, *, keeps_gradients: bool) -> ActivationMemory:
-    """A micro-batch of the transformer, without the chunk of logits that the loss has at a time.
+    """A micro-batch of the transformer, without the loss's chunk of logits.
 
-    Every block is like the others, so without gradients each one beyond the second adds the same bytes: two short
-    transformers are rehearsed. Gradients move the fullest moment with the depth, so with them every block runs.
+    All blocks are equal, so without gradients each block beyond the second adds the same bytes, and two short
+    transformers are rehearsed. With gradients the moment of the peak depends on the depth, so every block runs.
     """
 
-    def held(depth: int) -> ActivationMemory:
+    def of_depth(depth: int) -> ActivationMemory:
         model = run.model.model_copy(update=ANYWHERE | {"depth": depth})
         return _transformer(model, run.train.micro_batch, compute_dtype(run), keeps_gradients)
 
     depth = run.model.depth
     if keeps_gradients or depth <= 3:
-        return held(depth)
-    two, three = held(2), held(3)
+        return of_depth(depth)
+    two, three = of_depth(2), of_depth(3)
     more = depth - 2
     return ActivationMemory(two.kept + more * (three.kept - two.kept), two.peak + more * (three.peak - two.peak))
 
@@ -66,13 +65,13 @@ def _transformer(
 
 
 def logit_bytes(run: ARRun) -> int:
-    """Of that chunk: fp32 logits, made into their gradient in place, and the gradient in the weights' dtype."""
+    """Bytes of the loss's chunk: fp32 logits, turned into their gradient in place, and a copy in the weights' dtype."""
     tokens = min(chunk_tokens(run.model.codebook_size), run.train.micro_batch * run.model.tokens)
     return tokens * run.model.codebook_size * (4 + compute_dtype(run).itemsize)
 
 
 def tokenizer_activation_memory(run: TokenizerRun, *, keeps_gradients: bool) -> ActivationMemory:
-    """A micro-batch of the tokenizer as `TokenizerTask` runs it, without the quantizer, which is counted by formula."""
+    """A micro-batch of the tokenizer as in `TokenizerTask`, without the quantizer (counted by formula)."""
     model = run.model.model_copy(update={"compile": False})
     batch = run.train.micro_batch
     return _tokenizer(model, run.quantizer.dim, run.discriminator, run.loss, batch, compute_dtype(run), keeps_gradients)
@@ -82,7 +81,7 @@ def tokenizer_activation_memory(run: TokenizerRun, *, keeps_gradients: bool) -> 
 def _tokenizer(
     config: AutoencoderConfig,
     dim: int,
-    discriminator: DiscriminatorConfig,
+    sizes: DiscriminatorConfig,
     losses: TokenizerLossConfig,
     micro_batch: int,
     dtype: torch.dtype,
@@ -90,7 +89,7 @@ def _tokenizer(
 ) -> ActivationMemory:
     with on_meta():
         model = Autoencoder(config, dim).to(dtype)
-        judge = PatchDiscriminator(discriminator).to(dtype)
+        discriminator = PatchDiscriminator(sizes).to(dtype)
         images = torch.zeros((micro_batch, 3, config.resolution, config.resolution))
     net = losses.perceptual
     metric = None if net == "none" else perceptual_on_meta(net, dtype)
@@ -101,17 +100,17 @@ def _tokenizer(
         codes_ND = tokens_of(z_BDhw).float() * 1.0
         reconstruction = model.decode(image_of(codes_ND.to(dtype), z_BDhw.shape))
         shown = reconstruction.detach().float()
-        adversarial = judge if losses.adversarial_weight > 0 else None
+        adversarial = discriminator if losses.adversarial_weight > 0 else None
         return (reconstruction * image_loss(images, shown, adversarial).gradient).sum()
 
-    def judged() -> Tensor:
-        real, fake = judge(images), judge(torch.zeros_like(images))
+    def discriminate() -> Tensor:
+        real, fake = discriminator(images), discriminator(torch.zeros_like(images))
         return discriminator_hinge(real.float(), fake.float())
 
-    ours = _rehearse([*model.parameters(), *judge.parameters(), *_frozen(metric)], forward, keeps_gradients)
+    ours = _rehearse([*model.parameters(), *discriminator.parameters(), *_frozen(metric)], forward, keeps_gradients)
     if losses.adversarial_weight == 0:
         return ours
-    theirs = _rehearse(judge.parameters(), judged, keeps_gradients)
+    theirs = _rehearse(discriminator.parameters(), discriminate, keeps_gradients)
     return ActivationMemory(ours.kept, max(ours.peak, theirs.peak))
 
 
@@ -120,7 +119,7 @@ def _frozen(metric: nn.Module | None) -> list[Tensor]:
 
 
 def _rehearse(parameters: Iterable[Tensor], forward: Callable[[], Tensor], keeps_gradients: bool) -> ActivationMemory:
-    """Runs it both ways. `parameters` are counted elsewhere."""
+    """Runs forward and backward. `parameters` are not counted."""
     known = list(parameters)
     if not keeps_gradients:
         for parameter in known:

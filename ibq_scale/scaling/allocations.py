@@ -1,8 +1,8 @@
-"""Bytes of tensors as they come and go, on any device: on ``meta`` a step can be rehearsed without memory.
+"""Bytes of live tensors on any device. On ``meta`` a step can be rehearsed without memory.
 
-Every operator's outputs are followed from their making to their end, as an allocator would see them. So what counts is
-the code that trains, and not a formula beside it. On ``meta`` two operators are put in as CUDA has them: attention that
-keeps no T × T matrix, and dropout that keeps a byte an element.
+Every operator's outputs are tracked from allocation to release, as by an allocator. The count thus follows the training
+code itself and not a formula. On ``meta`` two operators are replaced by their CUDA forms: attention without a T × T
+matrix, and dropout with a mask of one byte an element.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# What torch's CUDA allocator rounds up to.
+# torch's CUDA allocator rounds up to this size.
 BLOCK = 512
 
 
 def rounded(size: int) -> int:
-    """Bytes that an allocation of `size` takes."""
+    """Bytes taken by an allocation of `size` bytes."""
     return -(-size // BLOCK) * BLOCK
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the tensors' memory, each once however many share it."""
+    """Bytes of the tensors' memory. Shared memory counts once."""
     return sum(rounded(s.nbytes()) for s in {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}.values())
 
 
 class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes alive now and at most, of what is made inside; `known` tensors count from the start, `free` ones never."""
+    """Current and peak bytes of tensors made inside. `known` tensors count from the start, `free` ones never."""
 
     def __init__(self, known: Sequence[Tensor] = (), free: Sequence[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -69,8 +69,9 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class NormShapes(TorchDispatchMode):
-    """Group norms on ``meta`` make their outputs at once. torch composes them there of dozens of operators in Python,
-    which takes half of a tokenizer's rehearsal. To be entered before the mode that looks on.
+    """Group norms on ``meta`` in one operator. Enter it before `Allocations`.
+
+    torch composes them of dozens of operators in Python there, in half of the time of a tokenizer's rehearsal.
     """
 
     def __init__(self) -> None:
@@ -102,10 +103,10 @@ NORMS: dict[Any, Callable[..., Any]] = {
 
 @contextmanager
 def as_on_cuda() -> Iterator[None]:
-    """Attention and dropout keep what their CUDA kernels keep for the backward pass; their results mean nothing.
+    """Attention and dropout keep the same tensors for the backward pass as their CUDA kernels. Results are meaningless.
 
-    By replacing torch's functions and not by a `TorchFunctionMode`, which is off within a backward pass, where
-    checkpointed blocks run again.
+    torch's functions are replaced, since a `TorchFunctionMode` is off within a backward pass, and checkpointed blocks
+    run again there.
     """
     before = F.scaled_dot_product_attention, F.dropout
     F.scaled_dot_product_attention, F.dropout = _attention, _dropout
@@ -120,7 +121,7 @@ def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-    """FlashAttention: queries, keys, values, the output and one fp32 number a query are kept (arXiv 2307.08691)."""
+    """FlashAttention keeps queries, keys, values, the output and one fp32 number per query (arXiv 2307.08691)."""
     if key.shape[1] != query.shape[1]:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]

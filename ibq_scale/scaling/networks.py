@@ -1,4 +1,4 @@
-"""The networks of a run by part, on the meta device: nothing is counted by a formula that a module could tell."""
+"""The networks of a run by part, counted on the meta device from the modules themselves."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ibq_scale.scaling.flops import on_meta, perceptual_on_meta
 
 @dataclass(frozen=True)
 class Network:
-    """Parameters by part, and of each parameter the elements, by the optimizer's groups; `buffers`: elements."""
+    """Parameters by part, and elements of each parameter by the optimizer's groups. `buffers`: elements."""
 
     parts: dict[str, int]
     groups: tuple[tuple[int, ...], ...]
@@ -58,14 +58,14 @@ def _autoencoder(model: AutoencoderConfig, dim: int, optimizer: OptimizerConfig)
 
 
 def discriminator(run: TokenizerRun) -> Network:
-    """What stage 1's second engine trains."""
+    """The network of stage 1's second engine."""
     with on_meta():
         module = PatchDiscriminator(run.discriminator)
     return _network(module, lambda _: "discriminator", adam(module.parameters(), run.optimizer))
 
 
 def perceptual(run: TokenizerRun) -> int:
-    """Elements of the frozen network of LPIPS, 0 without it."""
+    """Elements of LPIPS' frozen network, 0 without LPIPS."""
     net = run.loss.perceptual
     if net == "none":
         return 0

@@ -1,7 +1,7 @@
-"""What a run needs: parameters, FLOPs, memory of a GPU, a checkpoint, and time where a rate is known or assumed.
+"""Needs of a run: parameters, FLOPs, GPU memory, checkpoint size, and time for a known or assumed rate.
 
-Everything is computed on the meta device from the config alone, so a plan takes seconds and no GPU. What is assumed is
-said to be: a GPU that is not in the table has no peak, and so no time.
+Everything is computed on the meta device from the config alone, so a plan takes seconds and no GPU. Assumptions are
+marked. A GPU outside the table has no peak rate, and its plan no time.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from ibq_scale.scaling.communication import Transfer, codebook_transfers, engine
 from ibq_scale.scaling.devices import DEVICES, Device, named
 from ibq_scale.scaling.fabric import Fabric
 from ibq_scale.scaling.flops import AR_FORMULA, TOKENIZER_FORMULA, ar_executed, ar_flops, step_flops
-from ibq_scale.scaling.roofline import StepTime, Work, step_time
+from ibq_scale.scaling.roofline import GpuWork, StepTime, step_time
 from ibq_scale.zero.memory import Zero
 
-# Of rates that a model's FLOPs explain: a measured file of another model is refused beyond it.
+# Tolerance in matching a benchmark file to this model by FLOPs. A file of another model is refused.
 SAME_FLOPS = 1e-3
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What is asked for. `device`: a GPU's name; `memory`: bytes of one GPU, where the name does not tell; `net`:
-    bytes/s of a GPU to other nodes, None for `fabric.NDR`.
+    """The requested machine. `device`: a GPU's name. `memory`: bytes of one GPU, for an unknown name. `net`: bytes/s of
+    a GPU to other nodes, None for `fabric.NDR`.
     """
 
     gpus: int = 1
@@ -44,23 +44,23 @@ class Machine:
 
     @property
     def world(self) -> int:
-        """Ranks, one a GPU."""
+        """Ranks, one per GPU."""
         return self.gpus * self.nodes
 
     @property
     def known(self) -> Device | None:
-        """The GPU in the table, None for one that is not."""
+        """The GPU in the table, None for an unknown one."""
         return None if self.device is None else named(self.device)
 
     @property
     def gpu_memory(self) -> float | None:
-        """Bytes of one GPU, None where nobody said."""
+        """Bytes of one GPU, None if unknown."""
         return self.memory or (self.known.memory if self.known else None)
 
 
 @dataclass(frozen=True)
 class Rate:
-    """A measured rate, from a benchmark's JSON: of one GPU, and of what model."""
+    """A measured rate of one GPU from a benchmark's JSON, with its model."""
 
     source: str
     device: str
@@ -69,7 +69,7 @@ class Rate:
 
     @staticmethod
     def read(path: Path) -> Rate:
-        """From what `ibq-scale bench ar` or `bench tokenizer` printed with --json. UserError for anything else."""
+        """Reads the JSON of `ibq-scale bench ar` or `bench tokenizer`. UserError for other files."""
         try:
             report = read_json(path)
             rate = float(report["images_per_s"]) / int(report["ranks"])
@@ -82,8 +82,8 @@ class Rate:
 
 @dataclass(frozen=True)
 class Flops:
-    """Of training, an image: what is needed, by part, and what is done, with what is computed again. `tf32`: of that,
-    what runs at half of bf16's rate.
+    """Training FLOPs per image: required, by part, and executed, with recomputation. `tf32`: the executed part at half
+    of bf16's rate.
     """
 
     parts: dict[str, float]
@@ -98,7 +98,7 @@ class Flops:
 
 @dataclass(frozen=True)
 class Time:
-    """Of the whole run. `basis` says what it rests on; the rest is None where it rests on nothing."""
+    """Time of the whole run. `basis`: origin of the rate. The other fields are None without a rate."""
 
     basis: str
     images_per_s: float | None = None
@@ -109,10 +109,10 @@ class Time:
 
 @dataclass(frozen=True)
 class Plan:
-    """See the module's docstring. Bytes and FLOP/s are plain numbers, of one GPU where not said otherwise.
+    """See the module's docstring. Bytes and FLOP/s are plain numbers, per GPU unless noted.
 
-    `communication`: of a step. `storage_bytes`: of all checkpoints that are kept, and one that is being written.
-    `roofline`: where a bf16 run's GPU is known.
+    `communication`: per step. `storage_bytes`: of all kept checkpoints and one being written. `roofline`: for a bf16
+    run on a known GPU.
     """
 
     name: str
@@ -140,13 +140,13 @@ class Plan:
 
     @property
     def fits(self) -> bool | None:
-        """None where the GPU's memory is unknown."""
+        """Whether the peak fits, None for an unknown memory."""
         memory = self.machine.gpu_memory
         return None if memory is None else self.memory.peak <= memory
 
     @property
     def sharding(self) -> str:
-        """In words."""
+        """The sharding in words."""
         return zero_words(self.zero_stage, self.machine.world)
 
     @property
@@ -155,7 +155,7 @@ class Plan:
 
 
 def make_plan(run: AnyRun, machine: Machine, *, mfu: float, measured: Rate | None = None) -> Plan:
-    """Plans a run. UserError for what training refuses too: batches, the DeepSpeed JSON, the codebook's groups."""
+    """Plans a run. UserError for configs refused by training: batches, the DeepSpeed JSON, the codebook's groups."""
     config = deepspeed_config(run, machine.world)
     zero = Zero.of(config, world=machine.world)
     if isinstance(run, TokenizerRun):
@@ -182,7 +182,7 @@ def make_plan(run: AnyRun, machine: Machine, *, mfu: float, measured: Rate | Non
     train = run.train
     size = checkpoint_bytes(run, nets)
     # A product at half the rate takes the time of two.
-    work = Work(flops.executed + flops.tf32, _moved_per_image(run, budget), sum(net.parameters for net in nets))
+    work = GpuWork(flops.executed + flops.tf32, _moved_per_image(run, budget), sum(net.parameters for net in nets))
     overlap = bool(config.get("zero_optimization", {}).get("overlap_comm"))
     return Plan(
         name=run.name,
@@ -261,14 +261,14 @@ def _moved_per_image(run: AnyRun, budget: MemoryBudget) -> float:
 
 
 def _kept(run: AnyRun) -> int:
-    """Checkpoints at the most."""
+    """The largest number of kept checkpoints."""
     train = run.train
     for_good = train.total_steps // train.keep_every if train.keep_every else 0
     return train.keep_checkpoints + 1 + for_good + (train.keep_best is not None)
 
 
 def _roofline(
-    run: AnyRun, machine: Machine, zero: Zero, work: Work, transfers: tuple[Transfer, ...], *, overlap: bool
+    run: AnyRun, machine: Machine, zero: Zero, work: GpuWork, transfers: tuple[Transfer, ...], *, overlap: bool
 ) -> StepTime | None:
     device = machine.known
     if device is None or run.train.precision != "bf16":
@@ -301,7 +301,7 @@ def _time(run: AnyRun, machine: Machine, flops: float, mfu: float, measured: Rat
                 f"{measured.source} was measured with another model: {measured.flops_per_image / 1e9:.4g} GFLOP an "
                 f"image there, {flops / 1e9:.4g} here"
             )
-        basis = f"measured on {measured.device} ({measured.source}); more GPUs are taken to lose nothing"
+        basis = f"measured on {measured.device} ({measured.source}); assumes no loss with more GPUs"
         return _at(run, machine, measured.images_per_s * machine.world, basis)
     device = machine.known
     if device is None:

@@ -15,7 +15,7 @@ from ibq_scale.errors import UserError
 from ibq_scale.scaling.communication import Transfer
 from ibq_scale.scaling.devices import DEVICES, named
 from ibq_scale.scaling.fabric import LINK_SHARE, NDR, NET_LATENCY, NODE_LATENCY, Fabric
-from ibq_scale.scaling.roofline import MEMORY, PRODUCTS, Work, step_time
+from ibq_scale.scaling.roofline import MEMORY, PRODUCTS, GpuWork, step_time
 from ibq_scale.scaling.simulate import PAYS, best_groups, codebook_rows, transformer_rows
 from ibq_scale.zero.memory import Zero
 
@@ -45,14 +45,14 @@ def test_replicas_share_a_nodes_cards_with_the_other_rings() -> None:
 def test_the_slower_of_products_and_memory_is_the_time_of_the_passes() -> None:
     zero = Zero(1, 8, 2, 2)
     transfers = [Transfer("x", "all-gather", 8e9, 1, 8)]
-    busy = step_time(Work(1e12, 1e6, 10**9), zero, H100, FABRIC, transfers, 16)
+    busy = step_time(GpuWork(1e12, 1e6, 10**9), zero, H100, FABRIC, transfers, 16)
     assert busy.passes == busy.products == pytest.approx(16e12 / (PRODUCTS * 989.4e12))
     assert busy.optimizer == pytest.approx((28 + 2) * 1e9 / 8 / (MEMORY * 3350e9))
     assert busy.exposed == busy.exchange == pytest.approx(FABRIC.seconds(transfers[0], 8))
     assert busy.total == pytest.approx(busy.passes + busy.optimizer + busy.exchange)
-    moving = step_time(Work(1e9, 1e9, 10**9), zero, H100, FABRIC, transfers, 16)
+    moving = step_time(GpuWork(1e9, 1e9, 10**9), zero, H100, FABRIC, transfers, 16)
     assert moving.passes == moving.memory == pytest.approx((4 * 16e9 + 3 * 2 * 1e9 * 2) / (MEMORY * 3350e9))
-    hidden = step_time(Work(1e12, 1e6, 10**9), zero, H100, FABRIC, transfers, 16, overlap=True)
+    hidden = step_time(GpuWork(1e12, 1e6, 10**9), zero, H100, FABRIC, transfers, 16, overlap=True)
     assert hidden.exposed == pytest.approx(max(0.0, busy.exchange - 2 / 3 * busy.passes))
 
 

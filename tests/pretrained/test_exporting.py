@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ibq_scale.pretrained.card import CARD, write_card
-from ibq_scale.pretrained.exporting import export, save_model
+from ibq_scale.pretrained.exporting import CARD, export, save_model, write_card
 from ibq_scale.pretrained.loading import load_ar, load_tokenizer
 
 MANIFEST = {

@@ -1,10 +1,9 @@
-"""Whole checkpoints go to the mirror beside the training: newest first, one at a time, by all ranks together.
+"""Uploads whole checkpoints to the mirror during training: newest first, one at a time, by all ranks together.
 
-A thread of each rank waits for it. Rank 0's looks, at the start and after each save, for the newest checkpoint that is
-whole here and has no copy there: the one just saved, or one whose copy was cut short by a kill or by a store that was
-away. The ranks share its files, each says that it has sent its part, and rank 0's seals the copy, removes what is to
-stay no longer, and looks again. Saves do not wait for this; if it cannot keep up, it leaves checkpoints out. A fault
-ends it until the next save.
+Each rank has a thread. At the start and after each save, rank 0's thread looks for the newest whole checkpoint without
+a copy: the one just saved, or one with an upload cut short by a kill or an outage. The ranks share its files, and each
+reports its part. Rank 0 then writes the copy's manifest, removes retired copies, and looks again. Saves never wait for
+uploads. A slow mirror skips checkpoints. After a fault the next save tries again.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ from ibq_scale.distributed.side_channel import SideChannel
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 
-# How often a thread looks for another rank's word, and how long for a checkpoint that rank 0 sees already.
-LOOK_SECONDS, APPEARS_SECONDS = 0.5, 120.0
+# Seconds between polls for another rank's message, and the limit for a checkpoint already visible to rank 0.
+POLL_SECONDS, APPEARS_SECONDS = 0.5, 120.0
 CLOSE_SECONDS = 5.0
 REMEMBERED = 16
 
@@ -34,8 +33,8 @@ log = logging.getLogger(__name__)
 _numbers = count()
 
 
-class Copier:
-    """One rank's thread, from here on. To make one is collective."""
+class MirrorUploader:
+    """One rank's upload thread, started at once. The constructor is collective."""
 
     def __init__(self, folder: Path, world: World, keep: Retention, mirror: Mirror) -> None:
         self.folder = folder
@@ -46,12 +45,12 @@ class Copier:
         self._prefix = f"mirror/{next(_numbers)}"
         self._closed = Event()
         self._changed = Condition()
-        # Under the condition's lock.
+        # Guarded by the condition's lock.
         self._news, self._ending = True, False
-        self._held: str | None = None
-        self._owing = False
+        self._uploading: str | None = None
+        self._retire_later = False
         self._wrote: dict[str, list[str]] = {}
-        # The thread's own.
+        # Used by the thread only.
         self._damaged: set[str] = set()
         self._job = 0
         work = self._lead if world.is_main else self._follow
@@ -59,34 +58,34 @@ class Copier:
         self._thread.start()
 
     def wrote(self, name: str, files: list[str]) -> None:
-        """This rank has written these files of a checkpoint, so it sends them too."""
+        """Notes this rank's files of a checkpoint. The rank uploads its own files."""
         with self._changed:
             self._wrote[name] = files
-            # As many on every rank.
+            # The same number on every rank.
             for old in list(self._wrote)[:-REMEMBERED]:
                 del self._wrote[old]
 
-    def look(self) -> None:
-        """On rank 0: there is a new checkpoint."""
+    def notify(self) -> None:
+        """On rank 0: a new checkpoint exists."""
         with self._changed:
             self._news = True
             self._changed.notify()
 
     def retire(self) -> None:
-        """On rank 0: removes what is to stay here no longer, except for the one being sent: that goes then."""
+        """On rank 0: removes retired local checkpoints. One under upload is removed after its upload."""
         with self._changed:
-            self._owing = self._held is not None
-            retire(self.folder, self.keep, self._held)
+            self._retire_later = self._uploading is not None
+            retire(self.folder, self.keep, self._uploading)
 
     def finish(self, seconds: float | None = None) -> None:
-        """Sends what is to be sent, and ends. Each rank waits for its own thread, for so long at most."""
+        """Uploads everything pending, and ends. Each rank waits for its own thread, at most so many seconds."""
         with self._changed:
             self._ending = True
             self._changed.notify()
         self._thread.join(seconds)
 
     def close(self) -> None:
-        """Ends soon, wherever it is: the next start goes on from there."""
+        """Ends soon, also during an upload. The next start resumes it."""
         self._closed.set()
         self.mirror.store.stop()
         with self._changed:
@@ -97,7 +96,7 @@ class Copier:
         try:
             work()
         except Exception:
-            # Rank 0's process is gone, as a rule, and this one will be.
+            # Usually rank 0's process is gone, and this one will end too.
             if not (self._closed.is_set() or self._ending):
                 log.exception("checkpoints are no longer copied to the mirror")
 
@@ -114,19 +113,19 @@ class Copier:
             self._order({"name": None})
 
     def _waited(self) -> bool:
-        """Waits for a new checkpoint; False at the end."""
+        """Waits for a new checkpoint. False at the end."""
         with self._changed:
             self._changed.wait_for(lambda: self._news or self._ending or self._closed.is_set())
             news, self._news = self._news, False
             return news and not self._closed.is_set()
 
     def _order(self, order: dict[str, Any]) -> None:
-        """Says to the other ranks what to do next."""
+        """Sends the next order to the other ranks."""
         if self._channel is not None:
             self._channel.put(f"{self._prefix}/{self._job}", order)
 
     def _send_all(self) -> None:
-        """Sends what has no copy, newest first, until there is nothing more or one fails."""
+        """Uploads checkpoints without a copy, newest first, until none is left or one fails."""
         tidied = False
         while not self._closed.is_set():
             copies = self.mirror.copies()
@@ -139,7 +138,7 @@ class Copier:
             with self._changed:
                 if not checkpoint.path.exists():
                     continue
-                self._held = checkpoint.path.name
+                self._uploading = checkpoint.path.name
             try:
                 sent = self._send(checkpoint, copies)
             finally:
@@ -151,7 +150,7 @@ class Copier:
                 return
 
     def _wanted(self, copies: Copies) -> list[Checkpoint]:
-        """The checkpoints here that are to have a copy and have none, oldest first."""
+        """Local checkpoints without a copy that retention keeps in the mirror, oldest first."""
         return [
             checkpoint
             for checkpoint in whole_checkpoints(self.folder)
@@ -162,22 +161,22 @@ class Copier:
 
     def _release(self) -> None:
         with self._changed:
-            self._held = None
-            if self._owing:
-                self._owing = False
+            self._uploading = None
+            if self._retire_later:
+                self._retire_later = False
                 retire(self.folder, self.keep)
 
     def _send(self, checkpoint: Checkpoint, copies: Copies) -> bool:
-        """Rank 0 leads the sending of one checkpoint. False where it was not sent, which is told."""
+        """Rank 0 leads the upload of one checkpoint. False, with a message, if it failed."""
         name = checkpoint.path.name
         if name in copies.sealed:
-            # The same step was saved anew, or files of the copy are gone.
+            # The same step was saved again, or files of the copy are gone.
             self.mirror.unseal(name)
-        words = self._send_together(name, fresh=name in self._wrote)
-        faults = [word["fault"] for word in words if word["fault"]]
-        sent = sorted(file for word in words for file in word["sent"])
+        replies = self._send_together(name, fresh=name in self._wrote)
+        faults = [reply["fault"] for reply in replies if reply["fault"]]
+        sent = sorted(file for reply in replies for file in reply["sent"])
         if not faults and sent != sorted(checkpoint.manifest["files"]):
-            faults = ["the ranks do not agree on who sends what"]
+            faults = ["the ranks disagree about their shares"]
         try:
             if not faults:
                 self.mirror.seal(checkpoint)
@@ -185,28 +184,28 @@ class Copier:
         except (UserError, OSError) as e:
             faults = [f"rank 0: {e}"]
         then = "it is whole here, and sent again after the next save or start"
-        if any(word["damaged"] for word in words):
+        if any(reply["damaged"] for reply in replies):
             self._damaged.add(name)
             then = "it is left out"
         self._tell(f"{self.mirror.store.url}: {name} COULD NOT BE COPIED THERE ({faults[0]}); {then}")
         return False
 
     def _send_together(self, name: str, fresh: bool) -> list[dict[str, Any]]:
-        """Every rank's word."""
+        """The replies of all ranks."""
         job = self._job
         self._order({"name": name, "fresh": fresh})
         self._job += 1
-        return [self._send_share(name, fresh), *self._words(job)]
+        return [self._send_share(name, fresh), *self._replies(job)]
 
-    def _words(self, job: int) -> list[dict[str, Any]]:
-        """The other ranks' words. Without a limit: each has its own for every request, and a dead one ends the run."""
+    def _replies(self, job: int) -> list[dict[str, Any]]:
+        """The other ranks' replies. No time limit: each request has one, and a dead rank ends the run."""
         channel, name = self._channel, f"{self._prefix}/{job}"
         if channel is None:
             return []
         while channel.count(f"{name}/sent", 0) < self.world.size - 1:
-            if self._closed.wait(LOOK_SECONDS):
+            if self._closed.wait(POLL_SECONDS):
                 raise UserError("stopped")
-        return [word for word in channel.of_each_rank(name) if word is not None]
+        return [reply for reply in channel.of_each_rank(name) if reply is not None]
 
     def _follow(self) -> None:
         channel = self._channel
@@ -214,7 +213,7 @@ class Copier:
         for job in count():
             name = f"{self._prefix}/{job}"
             while (order := channel.get(name)) is None:
-                if self._closed.wait(LOOK_SECONDS):
+                if self._closed.wait(POLL_SECONDS):
                     return
             if order["name"] is None:
                 return
@@ -222,8 +221,8 @@ class Copier:
             channel.count(f"{name}/sent")
 
     def _send_share(self, name: str, fresh: bool) -> dict[str, Any]:
-        """Sends this rank's files: those it wrote, where all ranks still know, or else its share, looked at first."""
-        word = {"sent": list[str](), "fault": "", "damaged": False}
+        """Uploads the files written by this rank if all ranks remember theirs, else a verified share of all files."""
+        reply = {"sent": list[str](), "fault": "", "damaged": False}
         try:
             if fresh:
                 mine = self._wrote.get(name, [])
@@ -232,22 +231,22 @@ class Copier:
                 mine = shares(checkpoint.manifest["files"], self.world.size)[self.world.rank]
                 faults = verify(checkpoint, mine)
                 if faults:
-                    return word | {"fault": f"it is damaged here: {'; '.join(faults)}", "damaged": True}
+                    return reply | {"fault": f"it is damaged here: {'; '.join(faults)}", "damaged": True}
             self.mirror.put(self.folder / name, mine)
-            return word | {"sent": mine}
-        except Exception as e:  # rank 0 waits for word, whatever went wrong
+            return reply | {"sent": mine}
+        except Exception as e:  # rank 0 waits for a reply, whatever went wrong
             if not isinstance(e, (UserError, OSError)):
                 log.exception("a checkpoint's part could not be sent")
-            return word | {"fault": f"rank {self.world.rank}: {e}"}
+            return reply | {"fault": f"rank {self.world.rank}: {e}"}
 
     def _appeared(self, name: str) -> Checkpoint:
-        """A network file system may show another node's rename late."""
+        """The checkpoint, waited for: a network file system may show another node's rename late."""
         end = time.monotonic() + APPEARS_SECONDS
         while True:
             try:
                 return read_checkpoint(self.folder / name)
             except NotWholeError:
-                if time.monotonic() > end or self._closed.wait(LOOK_SECONDS):
+                if time.monotonic() > end or self._closed.wait(POLL_SECONDS):
                     raise
 
     def _tell(self, message: str) -> None:

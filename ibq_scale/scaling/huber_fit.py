@@ -1,12 +1,12 @@
-"""Sums of powers fitted to losses: many problems at once, each from several starts (`laws` says what is fitted).
+"""Fits sums of powers to losses by Huber's loss: many problems in one batch, each from several starts (see `laws`).
 
-The objective is Hoffmann et al.'s (arXiv 2203.15556, appendix D.2, approach 3): Huber's loss, δ = 1e-3, of the log of
-the loss, with the terms of the law as exponentials, so that they stay positive:
+The objective is that of Hoffmann et al. (arXiv 2203.15556, appendix D.2, approach 3): Huber's loss, δ = 1e-3, of the
+log of the loss, with the terms of the law as exponentials, hence positive:
 
     log L = logsumexp(e, a_1 − α_1 x_1, a_2 − α_2 x_2),   x = log of the variable over its geometric mean
 
-Where they take L-BFGS on one problem after the other, this takes Gauss-Newton steps with Huber's weights and a damping
-that adapts (Levenberg-Marquardt), all problems in one batch. Centred x keep e, a and α from being the same direction.
+They run L-BFGS on one problem after the other. Here all problems take Gauss-Newton steps in one batch, with Huber's
+weights and adaptive damping (Levenberg-Marquardt). Centring x keeps e, a and α from being degenerate.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ Array = npt.NDArray[np.float64]
 
 DELTA = 1e-3
 ITERATIONS = 300
-# A step that changes the objective by less than this share of it is the last one.
+# The iteration ends at a smaller relative change of the objective.
 SAME = 1e-9
-# Bounds: of a term, in parts of the lowest loss; of an exponent.
+# Bounds of a term, relative to the lowest loss, and of an exponent.
 LEAST_TERM, LEAST_EXPONENT, MOST_EXPONENT = 1e-3, 0.01, 4.0
-# Where searches start: E in parts of the lowest loss, and exponents.
+# Starting points: E relative to the lowest loss, and exponents.
 START_SHARES, START_EXPONENTS = (0.3, 0.7, 0.95), (0.1, 0.3, 0.8)
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """Of the parameters (M,): e, then (a, α) of each variable."""
+    """Bounds of the parameters (M,): e, then (a, α) of each variable."""
 
     low_M: Array
     high_M: Array
 
     @staticmethod
     def of(loss_R: Array, variables: int) -> Bounds:
-        """For losses (R,) of `variables` variables."""
+        """Bounds for losses (R,) of `variables` variables."""
         least, most = np.log(LEAST_TERM * loss_R.min()), np.log(1.1 * loss_R.max())
         return Bounds(
             np.array([least, *[least, LEAST_EXPONENT] * variables]),
@@ -45,7 +45,7 @@ class Bounds:
         )
 
     def touched(self, theta_PM: Array) -> npt.NDArray[np.bool_]:
-        """Which parameters (P, M) lie at a bound."""
+        """True for parameters (P, M) at a bound."""
         room = 1e-3 * (self.high_M - self.low_M)
         touched: npt.NDArray[np.bool_] = (theta_PM <= self.low_M + room) | (theta_PM >= self.high_M - room)
         return touched
@@ -57,7 +57,7 @@ def log_loss(theta_PM: Array, x_VR: Array) -> Array:
 
 
 def starts(loss_R: Array, variables: int) -> Array:
-    """Parameters (S, M) spread over what may be: the terms share what E leaves of the loss in the middle."""
+    """Starting parameters (S, M) over the possible range. The terms share the rest of the middle loss beside E."""
     middle, least = np.exp(np.log(loss_R).mean()), loss_R.min()
     grid = [np.array(START_SHARES)] + [np.array(START_EXPONENTS)] * variables
     found = []
@@ -94,7 +94,7 @@ def minimise(start_PM: Array, x_VR: Array, log_loss_PR: Array, bounds: Bounds) -
 
 
 def best_of(start_SM: Array, x_VR: Array, log_loss_PR: Array, bounds: Bounds) -> tuple[Array, Array]:
-    """The best minimum of each problem (P, M), (P,), of those that all starts (S, M) lead to."""
+    """The best minimum of each problem, (P, M) and (P,), over all starts (S, M)."""
     problems, count = len(log_loss_PR), len(start_SM)
     theta, value = minimise(np.tile(start_SM, (problems, 1)), x_VR, np.repeat(log_loss_PR, count, axis=0), bounds)
     value_PS = value.reshape(problems, count)
@@ -132,13 +132,13 @@ def _step(theta_PM: Array, x_VR: Array, log_loss_PR: Array, damping_P: Array, bo
     jacobian_PMR[:, 2::2] = -share_PTR[:, 1:] * x_VR
     gradient_PM = np.einsum("pmr,pr->pm", jacobian_PMR, weight_PR * residual_PR)
     normal_PMM = np.einsum("pmr,pnr->pmn", jacobian_PMR * weight_PR[:, None], jacobian_PMR)
-    # What lies at a bound and would leave it stays, and does not hold up the others.
-    held = ((theta_PM <= bounds.low_M) & (gradient_PM > 0)) | ((theta_PM >= bounds.high_M) & (gradient_PM < 0))
-    gradient_PM[held] = 0.0
-    free = (~held).astype(np.float64)
+    # Parameters at a bound with a step beyond it are fixed, and do not stop the others.
+    fixed_PM = ((theta_PM <= bounds.low_M) & (gradient_PM > 0)) | ((theta_PM >= bounds.high_M) & (gradient_PM < 0))
+    gradient_PM[fixed_PM] = 0.0
+    free = (~fixed_PM).astype(np.float64)
     normal_PMM *= free[:, :, None] * free[:, None, :]
     diagonal_PM = np.einsum("pmm->pm", normal_PMM)
-    extra_PM = damping_P[:, None] * np.maximum(diagonal_PM, 1e-12) + 1e-15 + held
+    extra_PM = damping_P[:, None] * np.maximum(diagonal_PM, 1e-12) + 1e-15 + fixed_PM
     normal_PMM += extra_PM[:, :, None] * np.eye(theta_PM.shape[1])
     move_PM = np.linalg.solve(normal_PMM, gradient_PM[:, :, None])[:, :, 0]
     stepped: Array = np.clip(theta_PM - move_PM, bounds.low_M, bounds.high_M)
