@@ -1,1 +1,1 @@
-"""Loss terms around the tokenizer; the quantizer brings its own."""
+"""Loss terms around the tokenizer. The quantizer has its own."""
