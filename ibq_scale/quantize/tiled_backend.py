@@ -224,7 +224,7 @@ class TiledBackend:
             x, dS = S[piece], G[piece]
             dS.addcmul_(torch.mul(x, self.temperature, out=work).exp2_(), delta * per_sum, value=-1.0)
             e_tau = torch.exp2(x, out=work)
-            inner = torch.addcmul(shift, x, slope, out=x)
+            inner = x.mul_(slope).add_(shift)
             if r_K is not None:
                 inner.addcmul_(r_K[piece, None], scale)
             dS.addcmul_(inner, e_tau)
