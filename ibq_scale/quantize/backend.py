@@ -20,7 +20,7 @@ BackendName = Literal["tiled", "triton", "cublas"]
 def choose(
     backend: str, device: torch.device, dtype: torch.dtype, dim: int, precision: str = "bf16", kernel: str = ""
 ) -> BackendName:
-    """The backend that a config's word means here, for a training step or for one kernel.
+    """The backend for a config's word on this device, for a training step or for one kernel.
 
     ``auto``: on a CUDA device Triton's product kernels, else cuBLAS with elementwise kernels, else plain torch.
     UserError where ``triton`` or ``cublas`` is asked for and cannot run.

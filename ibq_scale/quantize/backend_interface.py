@@ -1,15 +1,15 @@
-"""What a backend of the IBQ function computes: passes over S = z Cᵀ, none of which keeps an N×K tensor.
+"""The interface of a backend of the IBQ function. No backend keeps an N×K tensor.
 
 Per token i, in fp32 (fp64 for fp64 input): m = max_k S_ik, l = Σ exp(S − m), l_τ = Σ exp((S − m)/τ), H = entropy of
-q = softmax(S/τ). With g = ∂L/∂z_q, p = softmax(S) and b r = the batch entropy's pull on q̄ (design: "The quantizer,
+q = softmax(S/τ). With g = ∂L/∂z_q, p = softmax(S) and b r = the batch entropy's gradient at q̄ (design: "The quantizer,
 exactly"):
 
     ∂L/∂S = p ⊙ (g Cᵀ − δ) + q/τ ⊙ (−a (log q + H) + b r − π)
     δ_i = rowsum(p ⊙ g Cᵀ) = g·(p C),   π_i = rowsum(q ⊙ b r)
     ∂L/∂z = ∂L/∂S · C,   ∂L/∂C = ∂L/∂Sᵀ · z
 
-δ is a dot product with p C, which the forward pass can bring along; π needs the finished q̄ and so a pass of its own,
-unless whole rows of S are at hand.
+δ is a dot product with p C, a result of the forward pass. π needs the finished q̄, and so one more product S, except in
+a whole-row backend.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ Segments = tuple[slice, ...]
 class PartSums:
     """Sums of M tokens over a part of the codebook, measured from the part's own maximum `top`.
 
-    `index` counts within the part. `weighted` is Σ e^x x with x = (S − top)/τ; `soft_codes_MD` is Σ exp(S − top) C, or
-    None where nobody needs it.
+    `index` counts within the part. `weighted` is Σ e^x x with x = (S − top)/τ. `soft_codes_MD` is Σ exp(S − top) C, or
+    None in a whole-row backend.
     """
 
     index: Tensor
@@ -66,7 +66,7 @@ class RowStatistics:
 
 
 class Codebook(NamedTuple):
-    """This shard's rows (K, D), and the same as products read them, where that is not the same (`Backend.rounded`)."""
+    """This shard's rows (K, D), and the rows as products read them (`Backend.rounded`), empty where both are equal."""
 
     rows_KD: Tensor
     rounded_KD: Tensor
@@ -77,9 +77,9 @@ class Codebook(NamedTuple):
 
 
 class Candidates(NamedTuple):
-    """Of each token the codes whose softmax(S/τ) counts and their scores, (M, L), and how many there are.
+    """Each token's candidates: the codes with a share of softmax(S/τ), and their scores (M, L), and their number (M,).
 
-    A count of −1 says that they are too many for the list. All empty for a backend that asks for none.
+    A count of −1 marks a flat token: it has more candidates than places. All are empty for a backend without lists.
     """
 
     codes_ML: Tensor
@@ -88,14 +88,14 @@ class Candidates(NamedTuple):
 
 
 class EntropyGradient(NamedTuple):
-    """What the entropy loss does to S: `sample_M` is a, `batch_GK` is b·r by segment, None without batch entropy."""
+    """The entropy loss's part in ∂L/∂S: `sample_M` is a. `batch_GK` is b·r by segment, None without batch entropy."""
 
     sample_M: Tensor
     batch_GK: Tensor | None
 
 
 class BackwardInputs(NamedTuple):
-    """Everything that the backward pass of one shard of the codebook starts from. δ and π None: from whole rows."""
+    """The inputs of the backward pass of one shard. δ and π are None for a whole-row backend, to be made from S."""
 
     z_MD: Tensor
     codebook: Codebook
@@ -112,15 +112,15 @@ class Backend(Protocol):
     """A backend. `temperature` is τ. z and the rows have one dtype, the statistics' own."""
 
     def rounded(self, rows_KD: Tensor) -> Tensor:
-        """`Codebook.rounded_KD`: made once for both passes; no rows where products read the rows as they are."""
+        """`Codebook.rounded_KD`, made once for forward and backward. Empty where products read the rows themselves."""
         ...
 
     def sums(self, z_MD: Tensor, codebook: Codebook) -> tuple[PartSums, Candidates]:
-        """Sums over this shard, `soft_codes_MD` among them, and what the other passes of this backend are to know."""
+        """Sums over this shard with `soft_codes_MD`, and the candidates."""
         ...
 
     def empty_candidates(self, z_MD: Tensor) -> Candidates:
-        """Lists for so many tokens, not filled."""
+        """Empty lists for these tokens."""
         ...
 
     def means(
@@ -140,7 +140,7 @@ class Backend(Protocol):
 
 @runtime_checkable
 class WholeRowBackend(Backend, Protocol):
-    """A backend that has whole rows of an unsharded S at hand, and then needs no p C, δ and π."""
+    """A backend with whole rows of an unsharded S in memory. It needs no p C, δ and π."""
 
     def sums_and_means(self, z_MD: Tensor, codebook: Codebook, segments: Segments) -> tuple[PartSums, Tensor]:
         """Both in one pass, `soft_codes_MD` None."""
@@ -148,7 +148,7 @@ class WholeRowBackend(Backend, Protocol):
 
 
 def combine(parts: list[PartSums], first_codes: list[int], temperature: float) -> PartSums:
-    """Sums of parts rescaled to the common maximum, indices counted over all; the lowest index wins a tie.
+    """Sums of parts rescaled to the common maximum, indices counted over all. The lowest index wins a tie.
 
     `first_codes` are the parts' first codes, ascending.
     """
@@ -162,7 +162,7 @@ def combine(parts: list[PartSums], first_codes: list[int], temperature: float) -
     shift_tau_PM = shift_PM / temperature
     scale_tau_PM = shift_tau_PM.exp()
     total_tau_PM = torch.stack([p.total_tau for p in parts])
-    # Σ e^x x with x measured from the common maximum is e^s (Σ e^x x + s Σ e^x) of the part, which is 0 for s = −∞.
+    # Σ e^x x with x measured from the common maximum is e^s (Σ e^x x + s Σ e^x) of the part, and 0 for s = −∞.
     moved_PM = torch.where(scale_tau_PM > 0, scale_tau_PM * shift_tau_PM, 0.0)
     weighted_PM = scale_tau_PM * torch.stack([p.weighted for p in parts]) + moved_PM * total_tau_PM
     soft_codes_MD = None
@@ -184,12 +184,12 @@ def combine(parts: list[PartSums], first_codes: list[int], temperature: float) -
 def combine_shards(
     sums: PartSums, codes: int, temperature: float, sizes: Sequence[int], group: dist.ProcessGroup
 ) -> PartSums:
-    """`combine` over the shards of a group, whose ranks have `sizes` tokens.
+    """`combine` over the shards of a group. Its ranks have `sizes` tokens.
 
     `soft_codes_MD` stays this shard's part of the sum, rescaled.
 
-    Each rank combines its own tokens and tells the others: what all shards know of all tokens, W·M rows, is nowhere
-    whole, and would be 25 GB at 1,024 ranks of 1,024 tokens.
+    Each rank combines the sums of its own tokens and gathers the results. The sums of all shards for all tokens, W·M
+    rows, would be 25 GB at 1,024 ranks of 1,024 tokens.
     """
     parts_WNX = exchange_uneven(_packed(sums), sizes, group)
     own = combine([_unpacked(part) for part in parts_WNX], [rank * codes for rank in range(len(sizes))], temperature)
@@ -201,7 +201,7 @@ def combine_shards(
 
 
 def _packed(sums: PartSums) -> Tensor:
-    """All but `soft_codes_MD` as rows (M, X) of integers: bits that no collective may take for a number."""
+    """All but `soft_codes_MD` as rows (M, X) of integers, for collectives to copy bit by bit."""
     floats_M4 = torch.stack([sums.top, sums.total, sums.total_tau, sums.weighted], dim=1)
     bits = torch.int32 if floats_M4.element_size() == 4 else torch.int64
     return torch.cat([floats_M4.view(bits), sums.index[:, None].view(bits)], dim=1)

@@ -1,4 +1,4 @@
-"""Kernels compiled for any chip, present or not, and what they need of it."""
+"""Kernels compiled for any chip, present or not, and their use of its resources."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TYPES = {
     "*i32": ("index", "count", "candidates", "candidate_count", "rivals", "rival_count"),
     "fp32": ("inv_tau", "margin", "slack"),
 }
-# That 16 divides numbers and addresses, as in training it does, the launcher tells the compiler; of these it cannot.
+# The launcher tells the compiler that 16 divides integers and addresses, as in training. It cannot for floats.
 _ODD = _TYPES["fp32"]
 
 
@@ -38,7 +38,7 @@ def target(arch: str) -> GPUTarget:
 
 
 def build(kernel: str, arch: str, precision: Precision, dim: int, tile: Tile) -> Any:
-    """Triton's compiled kernel. Whatever the compiler's passes raise comes through."""
+    """Triton's compiled kernel. Errors of the compiler's passes come through."""
     source_of = function(kernel)
     fixed = constants(kernel, tile, dim, precision)
     signature = {name: "constexpr" if name in fixed else _type(kernel, name, precision) for name in source_of.arg_names}

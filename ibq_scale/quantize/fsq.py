@@ -14,7 +14,7 @@ from torch import Tensor
 from ibq_scale.config.models import QuantizerConfig
 from ibq_scale.quantize.quantized import Quantized
 
-# Above 1, so that tanh reaches the outer levels.
+# Above 1: tanh then reaches the outer levels.
 MARGIN = 1.0 + 1e-3
 
 

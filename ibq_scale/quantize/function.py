@@ -1,7 +1,7 @@
-"""The IBQ function: forward and backward over any backend's passes and any codebook group, as one custom operator.
+"""The IBQ function: forward and backward over any backend and any codebook group, as one custom operator.
 
-An operator and not a plain autograd.Function, so that torch.compile takes it whole, collectives and all. It is defined
-by torch's low-level calls: `torch.library.custom_op` would import the compiler, 0.2 GB, at the first eager call.
+torch.compile takes an operator whole, with its collectives, unlike an autograd.Function. It is defined by torch's
+low-level calls: `torch.library.custom_op` would import the compiler, 0.2 GB, at the first eager call.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from ibq_scale.quantize.quantized import batch_entropy_of, batch_entropy_slope, 
 
 
 class Settings(NamedTuple):
-    """What the operator takes beside tensors: plain values, as an operator's schema wants them.
+    """The operator's arguments beside tensors. An operator's schema allows plain values only.
 
-    `sizes` are the group's ranks' numbers of tokens (empty for a group of one); `group` and `replicas` are names.
+    `sizes`: numbers of tokens of the group's ranks, empty for a group of one. `group` and `replicas` are names.
     """
 
     sizes: list[int]
@@ -60,9 +60,9 @@ class Settings(NamedTuple):
 class ForwardOutputs(NamedTuple):
     """The operator's outputs: the first two and the entropy loss with gradient, the rest without.
 
-    What stands below `batch_entropy` is kept for the backward pass: all the group's tokens (empty for a group of one),
-    each segment's q̄ over this shard and the number of tokens it is a mean of, the tokens' statistics, p·C of this
-    rank's own tokens (empty for a whole-row backend), `Codebook.rounded_KD`, and `Candidates`.
+    Fields below `batch_entropy` are kept for the backward pass: all the group's tokens (empty for a group of one), each
+    segment's q̄ over this shard and its number of tokens, the tokens' statistics, p·C of this rank's own tokens (empty
+    for a whole-row backend), `Codebook.rounded_KD`, and `Candidates`.
     """
 
     z_q_ND: Tensor
@@ -101,7 +101,7 @@ _library.define(
 
 
 def ibq_function(z_ND: Tensor, rows_KD: Tensor, settings: Settings, mean_K: Tensor | None = None) -> ForwardOutputs:
-    """z (N, D) and this rank's rows (K, D) of the codebook → outputs; see `ForwardOutputs`.
+    """z (N, D) and this rank's rows (K, D) of the codebook → `ForwardOutputs`.
 
     `mean_K` is q̄ over this rank's rows where it is a mean over more tokens than the ranks' z (global entropy only).
     BackwardInputs gives the gradient of the *sum* over all ranks of their losses: ∂/∂z for this rank's tokens, ∂/∂C for
@@ -123,9 +123,9 @@ _resolve: Callable[[str], dist.ProcessGroup] = vars(dist.distributed_c10d)["_res
 
 
 class _Layout(NamedTuple):
-    """Where this rank's tokens are among the group's, and which tokens share a q̄.
+    """The place of this rank's tokens among the group's, and the ranges of tokens with one q̄.
 
-    `replicas` are None where q̄ is each rank's own matter.
+    `replicas` are None where each rank has its own q̄.
     """
 
     group: Group
@@ -155,12 +155,12 @@ def _forward(z_ND: Tensor, rows_KD: Tensor, mean_K: Tensor | None, *values: Any)
     backend = _backend_of(z_ND, settings)
     z_MD = gather_uneven(z_ND, layout.sizes, layout.group)
     statistics, mean_GK, *kept = _statistics(z_MD, rows_KD, backend, layout, settings.temperature)
-    # On a GPU looking would wait for the device; there the trainer's look at the loss finds it.
+    # On a GPU the check would wait for the device. There the trainer's check of the loss finds it.
     if not z_MD.is_cuda and not bool(statistics.log_sum_tau.isfinite().all()):
         raise not_finite(z_MD, rows_KD)
     count_G = mean_GK.new_tensor([segment.stop - segment.start for segment in layout.segments])
     mean_GK, count_G = sum_over([mean_GK, count_G], layout.replicas)
-    # The tokens that pull at a q̄ of many micro-batches are still these: each micro-batch's loss counts once.
+    # The gradient at a q̄ of many micro-batches goes to these tokens only: each micro-batch's loss counts once.
     mean_GK = mean_GK / count_G[:, None] if mean_K is None else mean_K[None].clone()
     hard_ND = scatter_sum_uneven(owned_codes(statistics.index, rows_KD, layout.group), layout.sizes, layout.group)
     sample_entropy = statistics.entropy[layout.mine].mean()
@@ -217,8 +217,8 @@ def _fake_forward(z_ND: Tensor, rows_KD: Tensor, mean_K: Tensor | None, *values:
 def _statistics(
     z_MD: Tensor, rows_KD: Tensor, backend: Backend, layout: _Layout, temperature: float
 ) -> tuple[RowStatistics, Tensor, *tuple[Tensor, ...]]:
-    """Statistics of all tokens over the whole codebook, Σ q (G, K) over this shard, p·C of this rank's tokens, and what
-    else the backward pass is to have: see `ForwardOutputs`.
+    """Statistics of all tokens over the whole codebook, Σ q (G, K) over this shard, p·C of this rank's tokens, and the
+    last fields of `ForwardOutputs`.
     """
     codebook = Codebook(rows_KD, backend.rounded(rows_KD))
     if layout.group is None and isinstance(backend, WholeRowBackend):
@@ -298,14 +298,14 @@ def _fake_backward(*inputs: Any) -> tuple[Tensor, Tensor]:
 def _entropy_gradient(
     grad_entropy: Tensor, mean_GK: Tensor, count_G: Tensor, settings: Settings, layout: _Layout
 ) -> EntropyGradient:
-    """The sample entropies are means over a rank's own tokens, q̄ over its segment's; every rank has its own slope."""
+    """a and b r. A sample entropy is a mean over a rank's tokens, q̄ over a segment's. Each rank has its own slope."""
     grads = gather_rows(grad_entropy.reshape(1), layout.group).unbind()
     sample_M = torch.cat(
         [(grad * (settings.sample_weight / size)).expand(size) for grad, size in zip(grads, layout.sizes, strict=True)]
     )
     if settings.batch_weight == 0:
         return EntropyGradient(sample_M, None)
-    # A q̄ that many ranks share is pulled by all their losses.
+    # The losses of all ranks reach a q̄ that they share.
     grad_G = torch.stack([torch.stack(grads).sum()]) if settings.global_entropy else torch.stack(grads)
     (grad_G,) = sum_over([grad_G], layout.replicas)
     slope_GK = batch_entropy_slope(mean_GK).mul_(settings.batch_weight)
@@ -333,7 +333,7 @@ def _backend_of(z_ND: Tensor, settings: Settings) -> Backend:
 
 
 def group_name(group: Group) -> str:
-    """How an operator names a group; empty for a group of one."""
+    """The group's name for an operator, empty for a group of one."""
     return "" if size_of(group) == 1 else str(group.group_name)  # type: ignore[union-attr]
 
 

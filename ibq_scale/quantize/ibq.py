@@ -15,7 +15,7 @@ from ibq_scale.quantize.quantized import Quantized, batch_entropy_of, quantizati
 def ibq_dense(z_ND: Tensor, codebook_KD: Tensor, settings: QuantizerConfig) -> Quantized:
     """Quantizes z (N, D) with the codebook (K, D) (arXiv 2412.02692). Any float dtype, also float64.
 
-    The one-hot of the argmax passes its gradient on to softmax(z Cᵀ), so that every row of the codebook learns.
+    The one-hot of the argmax passes its gradient on to softmax(z Cᵀ), so every row of the codebook learns.
     """
     S_NK = z_ND @ codebook_KD.T
     p_NK = S_NK.softmax(dim=1)

@@ -27,10 +27,10 @@ INIT_BLOCK = 1024
 
 @dataclass(frozen=True)
 class Kind:
-    """What the package needs to know of a quantizer. Tokens z (N, D) and rows (K/W, D) have one dtype."""
+    """A quantizer as the package uses it. Tokens z (N, D) and rows (K/W, D) have one dtype."""
 
     words: str
-    """What a model card calls it."""
+    """Its name in a model card."""
     quantize: Callable[[Tensor, Tensor, QuantizerConfig, Shards, Tensor | None], Quantized]
     """(z, rows, settings, shards, mean_K) → codes and losses, with gradient."""
     index: Callable[[Tensor, Tensor, QuantizerConfig, Group, list[int] | None], Found]

@@ -1,4 +1,4 @@
-"""What all quantizers share: their output, their loss terms, and the error for input that is not finite."""
+"""Common to all quantizers: their output, their loss terms, and the error for non-finite input."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ ENTROPY_EPS = 1e-5
 
 
 class Quantized(NamedTuple):
-    """Codes of N tokens of width D, and the loss terms that come with them.
+    """Codes of N tokens of width D, and the loss terms.
 
-    A named tuple, so that hooks which look into a module's outputs (DeepSpeed's) find the tensors.
+    A named tuple: DeepSpeed's hooks on a module's outputs find the tensors in it.
     """
 
     z_q_ND: Tensor
@@ -33,7 +33,7 @@ class Quantized(NamedTuple):
 
 
 def not_finite(z_ND: Tensor, rows_KD: Tensor) -> ValueError:
-    """The error that names the tensor at fault, for whoever has met NaN or infinity in something made of both."""
+    """The error for NaN or infinity in a result of z and rows. It names the tensor at fault."""
     guilty = "z·codebook (overflow)"
     if not bool(z_ND.isfinite().all()):
         guilty = "z"

@@ -26,8 +26,8 @@ def quantize(
     `rows_KD` are this rank's rows of the codebook: all of them, or its share as `shards` says. BackwardInputs gives the
     gradient of the *sum* over all ranks of their losses, ∂/∂C from the tokens of this rank's group: add the replicas'
     and divide by the world size for the mean. The batch entropy is over all ranks' tokens (`entropy_scope`), or over
-    those of a whole optimizer step whose `batch_sums` give `mean_K`: the mean loss over its micro-batches, all of one
-    size, then has the gradient of one loss over all.
+    those of a whole optimizer step with `mean_K` from its `batch_sums`. The mean loss over its micro-batches, all of
+    one size, then has the gradient of one loss over all.
     Statistics are fp32 (fp64 for fp64 input).
 
     Raises ValueError on CPU when z or the codebook is not finite.
@@ -42,9 +42,9 @@ def quantize(
 def batch_sums(
     z_ND: Tensor, rows_KD: Tensor, settings: QuantizerConfig, shards: Shards = WHOLE
 ) -> tuple[Tensor, Tensor]:
-    """What micro-batches add up to a `mean_K` for `quantize`: sums over all ranks' tokens, and the tokens' number.
+    """Sums over all ranks' tokens, and the tokens' number. Added over micro-batches, their quotient is `mean_K`.
 
-    The sums are softmax(S/τ) over this rank's rows (K,), for LFQ over its groups of bits. Only for kinds that have it.
+    The sums are softmax(S/τ) over this rank's rows (K,), for LFQ over its groups of bits. Other kinds have none.
     """
     shards = _without_groups_of_one(shards, z_ND.shape[0])
     sums = KINDS[settings.kind].batch_sums
@@ -73,7 +73,7 @@ def encode(z_ND: Tensor, rows_KD: Tensor, settings: QuantizerConfig, group: Grou
 
 @torch.no_grad()
 def lookup(indices_N: Tensor, rows_KD: Tensor, group: Group = None) -> Tensor:
-    """The codes (N, D) of global indices (N,), served by the ranks that own them."""
+    """The codes (N, D) of global indices (N,), served by their owners."""
     group = group if size_of(group) > 1 else None
     codes_ND: Tensor = LookupFunction.apply(indices_N, rows_KD, [len(indices_N)] * size_of(group), group)
     return codes_ND

@@ -1,8 +1,8 @@
-"""The best code of each token: what `encode` needs and nothing else.
+"""The search of the best code of each token, for `encode` and VQ.
 
-A coarse product (fp32, or bf16 where that is faster) finds every code whose score may be the best, given a bound on the
-product's rounding. Where more than one may be, they are scored again in fp64. So the answer does not depend on the
-device, the tile, the batch around a token, the coarse precision or the number of shards; the lowest index wins a tie.
+A coarse product (fp32, or bf16 where faster) finds every code with a possibly best score, by a bound on the product's
+rounding. Several such codes are scored again in fp64. So the answer does not depend on the device, the tile, the batch
+around a token, the coarse precision or the number of shards. The lowest index wins a tie.
 
 Bound: a product of width D, summed in any order in precision u, is off by at most γ Σ|z_d c_d| ≤ γ ‖z‖ ‖c‖ with
 γ = D u / (1 − D u) (Higham, Accuracy and Stability of Numerical Algorithms, 3.1). u is taken twice as large, since
@@ -31,7 +31,7 @@ WHOLE_CHUNK = 16_384
 
 
 class Score(Enum):
-    """What is maximal at the chosen code."""
+    """The quantity to maximize."""
 
     DOT = "dot"
     """z·c: IBQ."""
@@ -83,7 +83,7 @@ def best_rows(
 
 
 def _search_by_kernel(scorer: _Scorer, tile_bytes: int | None) -> tuple[Tensor, Tensor]:
-    """As `_search_by_tile`; the kernel names the best code of each part of the codes, and the score of its second."""
+    """As `_search_by_tile`. The kernel gives the best code of each part of the codes, and the second best score."""
     from ibq_scale.quantize.triton_backend import best_and_second
 
     precision: Precision = "bf16" if scorer.in_bf16 else "fp32"
@@ -106,7 +106,7 @@ def _search_by_kernel(scorer: _Scorer, tile_bytes: int | None) -> tuple[Tensor, 
 
 
 def _search_by_tile(scorer: _Scorer, tile_bytes: int | None) -> tuple[Tensor, Tensor]:
-    """Index within the shard, and which tokens more than the coarse product decided."""
+    """Index within the shard, and a mask of the tokens with several possible codes."""
     tokens, codes = len(scorer.z_MD), len(scorer.rows_KD)
     step = tile_tokens(codes, tile_bytes, scorer.z_MD)
     indices, ambiguous = [], []
@@ -117,7 +117,7 @@ def _search_by_tile(scorer: _Scorer, tile_bytes: int | None) -> tuple[Tensor, Te
             S_KB = flat[: codes * width].view(codes, width)
             scorer.scores_into(S_KB, block)
             index_B, ambiguous_B = _coarse(S_KB, scorer.slack_M[block])
-            # The one place that waits for a GPU: how many tokens need more is not known before.
+            # The only wait for a GPU: the host needs the number of ambiguous tokens.
             places = ambiguous_B.nonzero().flatten()
             if len(places):
                 index_B[places] = _decide(scorer, S_KB[:, places].T, places + start)
@@ -129,7 +129,7 @@ def _search_by_tile(scorer: _Scorer, tile_bytes: int | None) -> tuple[Tensor, Te
 def _coarse(S_KB: Tensor, slack_B: Tensor) -> tuple[Tensor, Tensor]:
     """The best code of each token by coarse scores, and whether another may be better still."""
     top, index = best_codes(S_KB)
-    # The second best without a sort: the best is taken out, and put back for what follows.
+    # The second best without a sort: the best is taken out, and put back for later readers.
     S_KB.scatter_(0, index[None], -torch.inf)
     second = S_KB.amax(dim=0)
     S_KB.scatter_(0, index[None], top[None])
@@ -149,7 +149,7 @@ def _decide(scorer: _Scorer, S_AK: Tensor, tokens_A: Tensor) -> Tensor:
 
 
 def _best_pair(scorer: _Scorer, tokens: Tensor, possible_AP: Tensor, code_AP: Tensor | None) -> Tensor:
-    """Each token's best code by fp64 score among the possible ones; None: place p stands for code p."""
+    """Each token's best code by fp64 score among the possible ones. With code_AP None, place p stands for code p."""
     place, p = possible_AP.nonzero(as_tuple=True)
     code = p if code_AP is None else code_AP[place, p]
     exact = scorer.exact(tokens[place], code)
@@ -170,7 +170,7 @@ class _Scorer:
         norm_K = torch.linalg.vector_norm(rows_KD, dim=1)
         self.offset_K = rows_KD.square().sum(dim=1).mul_(-0.5) if score is Score.DISTANCE else None
         self._narrow_rows_KD = rows_KD.bfloat16() if in_bf16 and rows_KD.is_cuda else None
-        # The offset is a sum of D like the product, halved exactly; adding it is one operation more. eps is 2 u.
+        # The offset is a sum of D like the product, halved exactly. Adding it is one operation more. eps is 2 u.
         rounding = (rows_KD.shape[1] + 1) * torch.finfo(rows_KD.dtype).eps
         gamma = rounding / (1 - rounding)
         operands = 2 * UNIT_BF16 + UNIT_BF16**2 if in_bf16 else 0.0
@@ -182,7 +182,7 @@ class _Scorer:
             raise not_finite(z_MD, rows_KD)
 
     def of(self, tokens: Tensor) -> _Scorer:
-        """The same for some of the tokens, by fp32 products: what is near in bf16 mostly parts there."""
+        """The same for some of the tokens, by fp32 products. They separate most codes with equal bf16 scores."""
         return _Scorer(self.z_MD[tokens], self.rows_KD, self.score, in_bf16=False)
 
     def scores_into(self, S_KB: Tensor, block: slice) -> None:
@@ -195,16 +195,16 @@ class _Scorer:
         if self.offset_K is not None:
             S_KB.add_(self.offset_K[:, None])
 
-    def exact(self, token_P: Tensor, code_P: Tensor) -> Tensor:
-        """fp64 scores of pairs (token, code), the same wherever and beside whichever others they are computed."""
+    def exact(self, token_Q: Tensor, code_Q: Tensor) -> Tensor:
+        """fp64 scores of pairs (token, code). A score does not depend on the device or on the other pairs."""
         parts = []
-        for token, code in zip(torch.split(token_P, WHOLE_CHUNK), torch.split(code_P, WHOLE_CHUNK), strict=True):
+        for token, code in zip(torch.split(token_Q, WHOLE_CHUNK), torch.split(code_Q, WHOLE_CHUNK), strict=True):
             z, c = self.z_MD[token].double(), self.rows_KD[code].double()
             parts.append((z * c if self.score is Score.DOT else z * c - c * c / 2).sum(dim=1))
         return torch.cat(parts) if parts else self.z_MD.new_empty(0, dtype=torch.float64)
 
     def whole_rows(self, rows: Tensor) -> Tensor:
-        """The best code of tokens for whom very many codes are possible, over all codes in fp64."""
+        """The best code of tokens with very many possible codes, over all codes in fp64."""
         best = torch.full((len(rows),), -torch.inf, dtype=torch.float64, device=rows.device)
         index = torch.zeros_like(rows)
         for i, token in enumerate(rows):

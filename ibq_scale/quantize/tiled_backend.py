@@ -1,9 +1,9 @@
-"""The passes in plain torch, for CPUs and any GPU: tile by tile.
+"""The IBQ function in plain torch, for CPUs and any GPU: tile by tile.
 
 A tile is a block of *columns* of Sᵀ = C zᵀ, (K, B): all codes of this shard beside as many tokens as the budget holds.
-With whole softmaxes at hand nothing needs a second pass: one product forward and four backward, against six of the
-dense form. Sᵀ and not S, since the products of this layout are a quarter faster on CPUs (MKL); and what is done element
-by element goes through a tile in pieces that stay in the cache.
+Whole softmaxes are in memory, so nothing needs a second pass: one product forward and four backward, against six of the
+dense form. Products of Sᵀ are a quarter faster on CPUs (MKL) than of S. Elementwise work goes through a tile in pieces
+of the cache's size.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RUN = 256
 
 
 def tile_tokens(codes: int, tile_bytes: int | None, like: Tensor) -> int:
-    """Tokens a tile: the budget covers all buffers that live at once. None chooses the budget by device."""
+    """Tokens a tile, by a budget for all live buffers. None chooses the budget by device."""
     a_token = LIVE_BUFFERS * codes * like.element_size()
     if tile_bytes is not None:
         return max(1, tile_bytes // a_token)
@@ -74,8 +74,8 @@ _kept: dict[torch.dtype, Tensor] = {}
 def scratch(size: int, like: Tensor) -> Iterator[Tensor]:
     """Uninitialised (size,), of like's dtype and device.
 
-    On CPUs the last one is kept for the next call: pages that the system has to make anew and to clear cost a tenth of
-    a step. On GPUs torch's allocator does so itself.
+    On CPUs the last one is kept for the next call: new pages, cleared by the system, cost a tenth of a step. On GPUs
+    torch's allocator keeps it.
     """
     flat = None if like.is_cuda else _kept.pop(like.dtype, None)
     if flat is None or flat.numel() < size:
@@ -128,7 +128,7 @@ class TiledBackend:
     def _block_sums(
         self, tile: BlockScratch, S: Tensor, mean_K: Tensor | None, rows_KD: Tensor, soft_codes_BD: Tensor | None
     ) -> tuple[Tensor, ...]:
-        """`PartSums` of a block but for its last field, which it adds to. Overwrites S."""
+        """`PartSums` of a block without its last field. Adds to Σ q and to soft_codes_BD. Overwrites S."""
         top, index = best_codes(S)
         total, total_tau, weighted = top.new_zeros((3, len(top))).unbind()
         for piece, work in tile.pieces(S):
@@ -224,7 +224,7 @@ class TiledBackend:
             x, dS = S[piece], G[piece]
             dS.addcmul_(torch.mul(x, self.temperature, out=work).exp2_(), delta * per_sum, value=-1.0)
             e_tau = torch.exp2(x, out=work)
-            inner = torch.addcmul(shift, x, slope, out=x)
+            inner = x.mul_(slope).add_(shift)
             if r_K is not None:
                 inner.addcmul_(r_K[piece, None], scale)
             dS.addcmul_(inner, e_tau)
@@ -267,7 +267,7 @@ class BlockScratch:
         return S_and_G[:, : len(z_BD)], S_and_G[:, len(z_BD) :]
 
     def pieces(self, S_KB: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Ranges of codes, each with uninitialised scratch of the shape of that part of S."""
+        """Ranges of codes, each with uninitialised scratch of the shape of its part of S."""
         B = S_KB.shape[1]
         for start in range(0, self._codes, self._piece):
             piece = slice(start, min(start + self._piece, self._codes))

@@ -1,13 +1,13 @@
-"""The passes by the Triton kernels (kernels.py), and cuBLAS for the two products of the backward pass.
+"""The IBQ function by Triton's product kernels (kernels.py), with cuBLAS for the last two products.
 
-Products of N·K·D: S and e C for the sums, S and g Cᵀ for ∂L/∂S, and ∂L/∂S C and ∂L/∂Sᵀ z of it: 6. With flat tokens
-two more, S for q̄ and S for π.
+Products of N·K·D: S and e^S C forward, S, g Cᵀ, ∂L/∂S C and ∂L/∂Sᵀ z backward: 6. Flat tokens need S twice more, for q̄
+and π.
 
-Rounding the operands moves S/τ by nats, and with it the entropy loss and the codes. So a token's code and its
-softmax(S/τ) come from fp64 scores of its candidates: all that could be the best or hold more than e^−20/K of the
-softmax of the best, given a bound on the rounding. What is left out is below e^−20 in all, less than fp32 resolves.
+Rounding of the operands moves S/τ by nats, and with it the entropy loss and the codes. So a token's code and its
+softmax(S/τ) come from fp64 scores of its candidates: all codes that could be the best, or could hold more than e^−20/K
+of the best's share, by a bound on the rounding. The others hold less than e^−20 together, below fp32's resolution.
 
-A step's blocks of e^S and of ∂L/∂S, (M, codes of a block), hold at most `BLOCK_BYTES`.
+A block of e^S or of ∂L/∂S, (M, codes of a block), has at most `BLOCK_BYTES`.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from ibq_scale.quantize.product import Precision, product_into
 from ibq_scale.quantize.tiles import Split, Tile, ceil_div, chosen, interpreted, launch
 
 BLOCK_BYTES, BLOCK_UNIT = 512 << 20, 1024
-# ln of what a candidate has of the softmax at the least, times K.
+# ln of a candidate's least share of softmax(S/τ), relative to the best code's, times K.
 CUT = -20.0
-# Rounding of an operand: to nearest in bf16, cut off in tf32. That of e^S, as an error of S, with exp's own.
+# Relative rounding of an operand: to nearest in bf16, truncated in tf32. Rounding of e^S and of exp, as an error of S.
 OPERAND = {"fp32": 0.0, "tf32": 2.0**-10, "bf16": 2.0**-8}
 SLACK = {"fp32": 2.0**-16, "tf32": 2.0**-16, "bf16": 2.0**-7}
-# Probabilities are added as integers, which no order changes, in units of this.
+# Probabilities are added as integers in this unit: no order changes the sum.
 FIXED = 2.0**-40
-# Of exponents whose exp is not to overflow.
+# Exponents are clamped to it: exp must not overflow.
 LARGEST = 80.0
 
 
 class _CandidateLists(NamedTuple):
-    """What makes candidates. Counts, both lists and the best score that is sure so far are changed in place.
+    """The state of the search for candidates. Counts, lists and `best_M`, the best score by its lower bound, change.
 
     `size_M` times a code's norm bounds the error of a score.
     """
@@ -90,7 +90,7 @@ class TritonBackend:
         return self._rescored(z_MD, codebook.rows_KD, sums, lists), lists.candidates
 
     def _lists(self, z_MD: Tensor, rows_KD: Tensor) -> _CandidateLists:
-        """Empty ones. The bound is that of search.py."""
+        """Empty lists, with the bound of search.py."""
         rounding = (rows_KD.shape[1] + 1) * torch.finfo(torch.float32).eps
         gamma, operand = rounding / (1 - rounding), OPERAND[self.precision]
         share = (gamma + (2 * operand + operand**2) * (1 + gamma)) * (1 + 2 * rounding)
@@ -105,7 +105,7 @@ class TritonBackend:
         )
 
     def _sums(self, z: Tensor, c: Tensor, first: int, lists: _CandidateLists) -> PartSums:
-        """Of a block of codes, whose near ones are added to the lists."""
+        """Sums of a block of codes. Its candidates are added to the lists."""
         (M, D), K = z.shape, len(c)
         tile = self._tile("sums", z)
         split = Split.of(K, ceil_div(M, tile.tokens), z.device)
@@ -286,7 +286,7 @@ def best_and_second(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of each part of the codes: the best code's index int64 (P, M), its score, and the second best score.
 
-    Scores are z·c (+ offset) in the given precision; the second is −∞ in a part of one code.
+    Scores are z·c (+ offset) in the given precision. The second is −∞ in a part of one code.
     """
     M, (K, D) = len(z_MD), rows_KD.shape
     backend = TritonBackend(1.0, precision)
