@@ -66,17 +66,12 @@ def _run_stages(demo: Demo) -> None:
         write_crops(held_out, plan.held_out_crops, seed=1)
     for name, folder, url in (("prepare", crops, IMAGES), ("prepare the held-out crops", held_out, HELD_OUT)):
         step(name, "prepare", "images", str(folder), "--to", url, "--shard-mb", "1", "--json")
-    tokenizer = (
-        "tokenizer",
-        "demo",
-        f"data.train={IMAGES}",
-        f"validation.data={HELD_OUT}",
-        f"train.steps={plan.tokenizer_steps}",
-    )
+    steps = f"train.steps={plan.tokenizer_steps}"
+    tokenizer = ("tokenizer", "tokenizer/demo", f"data.train={IMAGES}", f"validation.data={HELD_OUT}", steps)
     train("train the IBQ tokenizer", *tokenizer, f"out={ibq}")
     train("train the VQ baseline", *tokenizer, f"out={vq}", "quantizer.kind=vq")
     step("tokenize", "tokenize", ibq, IMAGES, "--to", CODES, "--ranks", ranks, "--json")
-    transformer = ("ar", "demo", f"data.train={CODES}", f"train.steps={plan.ar_steps}", f"out={ar}")
+    transformer = ("ar", "ar/demo", f"data.train={CODES}", f"train.steps={plan.ar_steps}", f"out={ar}")
     train("train the AR transformer", *transformer, f"model.classes={len(PHOTOGRAPHS)}")
     options = ["--guidance", str(plan.guidance), "--per-class", str(plan.per_class), "--to", str(demo.to / "samples")]
     step("sample", "sample", ar, "--tokenizer", ibq, *options, "--ranks", ranks, "--json")
