@@ -132,4 +132,4 @@ def _above(runs: Sequence[Result]) -> str:
     if not runs:
         return "No run is finished."
     window, held_out = spread_of(runs, window_tokens), spread_of(runs, lambda r: r.tokens)
-    return f"{conditions(runs)}; a window of training: {window} tokens; held out: {held_out} tokens."
+    return f"{conditions(runs)}. A window of training: {window} tokens. Held out: {held_out} tokens."

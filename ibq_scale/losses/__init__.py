@@ -1,1 +1,1 @@
-"""Loss terms around the tokenizer. The quantizer has its own."""
+"""Loss terms of the tokenizer, except the quantizer's."""

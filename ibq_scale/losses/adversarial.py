@@ -20,7 +20,7 @@ def discriminator_hinge(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def generator_non_saturating(fake: Tensor) -> Tensor:
-    """mean softplus(−x̄) with x̄ an image's mean logit; `fake` is (B, …)."""
+    """mean softplus(−x̄) with x̄ an image's mean logit. `fake` is (B, …)."""
     return F.softplus(-fake.flatten(1).mean(dim=1)).mean()
 
 

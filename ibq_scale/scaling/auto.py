@@ -143,7 +143,7 @@ def _candidates(keys: tuple[str, ...], stages: tuple[str, ...]) -> Iterator[dict
 def _fitted(
     run: AnyRun, values: dict[str, Any], keys: tuple[str, ...], machine: Machine, memory: float
 ) -> dict[str, Any] | None:
-    """The candidate with the codebook's group and the largest micro-batch that fit; None where no image fits."""
+    """The candidate with the codebook's group and the largest micro-batch that fit. None if no image fits."""
     if GROUP in keys:
         assert isinstance(run, TokenizerRun)
         values = values | {GROUP: fastest_group(run, machine)}
