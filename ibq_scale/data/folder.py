@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -40,6 +41,10 @@ class Store(ABC):
     @abstractmethod
     def read(self, path: str) -> bytes:
         """The whole file. FileNotFoundError; UnreadableError where it has more bytes than `MOST_WHOLE`."""
+
+    def map(self, path: str) -> bytes | mmap:
+        """As `read`; of a file system, memory that its readers share and that is no copy."""
+        return self.read(path)
 
     @abstractmethod
     def read_range(self, path: str, start: int, stop: int) -> bytes:
@@ -135,6 +140,11 @@ class LocalStore(Store):
         if len(data) != stop - start:
             raise too_short(f"{self.url}/{path}", stop)
         return data
+
+    def map(self, path: str) -> bytes | mmap:
+        with self._open(path) as f, self._told(path):
+            # An empty file cannot be mapped.
+            return mmap(f.fileno(), 0, access=ACCESS_READ) if os.fstat(f.fileno()).st_size else b""
 
     def _open(self, path: str) -> BinaryIO:
         """FileNotFoundError where it is missing; UnreadableError."""
