@@ -32,7 +32,9 @@ class DataConfig(Section):
     `cache_dir`: local folder for downloaded shards, of at most `cache_bytes` (workers then hold no S3 client). ``auto``
     takes one in the temporary folder (SLURM_TMPDIR, TMPDIR) for ``s3://`` sources, none for folders; ``null`` reads
     each sample by a request of its own.
-    `lanes`, `window`: shuffle geometry, part of the order's definition (see data/order.py).
+    `order`, `lanes`, `window`: version and geometry of the order of samples (see data/order.py). null takes those of
+    the checkpoint that the run goes on from, or else the newest version, and as many lanes and as wide a window as keep
+    the shards in use within half of `cache_bytes`.
     `augment`: random crop, or centre crop; `flip`: mirror half of the images.
     `bad_samples`: damaged samples, each replaced by a neighbour and logged, that a run puts up with before it stops.
     """
@@ -42,8 +44,9 @@ class DataConfig(Section):
     cache_dir: str | None = "auto"
     cache_bytes: PositiveInt = 50 * 10**9
     workers: NonNegativeInt = 4
-    lanes: PositiveInt = 64
-    window: PositiveInt = 4
+    order: Literal[1, 2] | None = None
+    lanes: PositiveInt | None = None
+    window: PositiveInt | None = None
     augment: Literal["random_crop", "center_crop"] = "random_crop"
     flip: bool = False
     bad_samples: NonNegativeInt = 100

@@ -12,6 +12,7 @@ from pydantic import Field, ValidationError
 from ibq_scale.config.base import Section
 from ibq_scale.config.models import Rows, Side
 from ibq_scale.data.folder import Store
+from ibq_scale.data.geometry import Extent
 from ibq_scale.data.pixel_rules import PixelRules
 from ibq_scale.data.seen import Seen
 from ibq_scale.data.store import open_store
@@ -70,6 +71,10 @@ class Manifest(Section):
     @property
     def shard_sizes(self) -> tuple[int, ...]:
         return tuple(shard.samples for shard in self.shards)
+
+    @property
+    def extent(self) -> Extent:
+        return Extent(len(self.shards), self.samples, sum(shard.bytes for shard in self.shards))
 
     @cached_property
     def hash(self) -> str:
