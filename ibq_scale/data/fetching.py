@@ -24,6 +24,9 @@ FETCH_THREADS = 4
 # Samples that may be read singly at first (each rank's), and of all that follow.
 SINGLY_AT_FIRST, SINGLY_SHARE = 4096, 0.02
 
+# A node fetches the shards of which it reads at least this part, and of others its samples singly.
+MOST_OF = 0.5
+
 Shard = tuple[int, int]
 """Source, and number in it."""
 

@@ -64,7 +64,8 @@ class Stream:
         """`batch`: samples of all micro-batches of a node."""
         found = layout(data, extents)
         shards, samples, total = (sum(column) for column in zip(*extents, strict=True))
-        first = batch * total // samples + min(shards, batch) * INDEX_BYTES * samples // shards
+        touched = min(shards, batch, working_shards(found, nodes) * len(extents))
+        first = batch * total // samples + touched * INDEX_BYTES * samples // shards
         if found.order == 1:
             # Every node takes part in every lane, and so reads of nearly all shards.
             traffic = float(nodes)

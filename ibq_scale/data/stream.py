@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ibq_scale.config.run import DataConfig
 from ibq_scale.data.codes import CodeDataset, CodeSample
-from ibq_scale.data.fetching import Fetcher, FetchingSampler
+from ibq_scale.data.fetching import MOST_OF, Fetcher, FetchingSampler
 from ibq_scale.data.images import ImageDataset, ImageSample, Request
 from ibq_scale.data.order import Mixture, Place
 from ibq_scale.data.sets import DataSets, open_sets
@@ -243,7 +243,7 @@ def _sampler(
     node, nodes = rank // local, -(-world_size // local)
 
     def whole(request: Request) -> bool:
-        return order.part(Place(*request[1:]), node / nodes, (node + 1) / nodes) >= 0.5
+        return order.part(Place(*request[1:]), node / nodes, (node + 1) / nodes) >= MOST_OF
 
     return FetchingSampler(requests, fetcher, first, whole)
 
