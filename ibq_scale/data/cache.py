@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 # Earlier versions kept ….index, as JSON.
 _NAME = re.compile(r"([0-9a-f]{64})(\.[0-9a-f]{16}\.(?:table|index))?(\.partial)?")
 # Whoever evicts a shard that was promised this short a time ago is told that the cache is too small.
-RECENT_SECONDS = 60.0
+RECENT_SECONDS = 20.0
 # The part of the limit that is freed at once.
 SPARE = 16
 
@@ -180,7 +180,8 @@ class ShardCache:
         groups: dict[str, list[tuple[Path, os.stat_result]]] = {}
         for path, sha256 in self._files():
             with suppress(FileNotFoundError):  # A partial that has just become its shard.
-                groups.setdefault(sha256, []).append((path, path.stat()))
+                status = path.stat()
+                groups.setdefault(sha256, []).append((path, status))
         total = sum(status.st_size for files in groups.values() for _, status in files)
         # An index may come before its shard, but nothing goes while the shard comes.
         idle = [files for files in groups.values() if not any(path.suffix == ".partial" for path, _ in files)]
