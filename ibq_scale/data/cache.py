@@ -35,8 +35,9 @@ from ibq_scale.errors import UserError
 log = logging.getLogger(__name__)
 # Earlier versions kept ….index, as JSON.
 _NAME = re.compile(r"([0-9a-f]{64})(\.[0-9a-f]{16}\.(?:table|index))?(\.partial)?")
-# Whoever evicts a shard that was promised this short a time ago is told that the cache is too small.
-RECENT_SECONDS = 20.0
+# A shard that comes twice within this time tells that the cache is too small; one used within it goes only for want of
+# room.
+RECENT_SECONDS = 60.0
 # The part of the limit that is freed at once.
 SPARE = 16
 
@@ -53,6 +54,7 @@ class ShardCache:
         self.limit = limit
         self.store = store
         self._warned = False
+        self._came: dict[str, float] = {}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with self._lock():
@@ -143,6 +145,7 @@ class ShardCache:
                     return self._download(shard, claimed)
 
     def _download(self, shard: ShardInfo, claimed: BinaryIO) -> BinaryIO:
+        self._warn_where_again(shard)
         self._make_room(shard, claimed)
         path = self.path(shard)
         for attempt in (1, 2):
@@ -191,15 +194,18 @@ class ShardCache:
             recent = now - used < RECENT_SECONDS
             if total + needed <= (self.limit if recent else self.limit - self.limit // SPARE):
                 break
-            if recent:
-                self._warn()
             for path, status in files:
                 path.unlink(missing_ok=True)
                 total -= status.st_size
         return total
 
-    def _warn(self) -> None:
-        if not self._warned:
+    def _warn_where_again(self, shard: ShardInfo) -> None:
+        """Where this process had the shard a short time ago."""
+        now = time.time()
+        self._came = {sha256: came for sha256, came in self._came.items() if now - came < RECENT_SECONDS}
+        again = shard.sha256 in self._came
+        self._came[shard.sha256] = now
+        if again and not self._warned:
             self._warned = True
             log.warning(
                 "data.cache_bytes=%d is less than the shards in use: they will be downloaded again and again (%s)",

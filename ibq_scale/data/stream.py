@@ -142,8 +142,13 @@ def evaluation_images(
     `resolution` None images keep their size, but for a crop to sides that `multiple` divides; `batch` is 1 then.
     """
     sets = open_sets(DataConfig(train=url), "images")
-    sizes = sets.parts[0].manifest.shard_sizes
-    requests = [Request(0, 0, 0, s, r) for s, size in enumerate(sizes) for r in range(size)][:limit]
+    ends = np.cumsum(sets.parts[0].manifest.shard_sizes)
+
+    def request(place: int) -> Request:
+        shard = int(np.searchsorted(ends, place, side="right"))
+        return Request(place, 0, 0, shard, place - (int(ends[shard - 1]) if shard else 0))
+
+    requests = Requests(sets.samples if limit is None else min(limit, sets.samples), request)
     return _image_shares(_centre_cropped(sets, resolution, multiple), requests, rank, world_size, batch)
 
 
@@ -165,13 +170,20 @@ def shares(count: int, rank: int, world_size: int, batch: int) -> Iterator[tuple
         yield places, [min(place, count - 1) for place in places], torch.tensor([float(p < count) for p in places])
 
 
-def _shuffled(sets: DataSets, limit: int) -> list[Request]:
+class Requests(NamedTuple):
+    """So many requests, each made when it is asked for."""
+
+    total: int
+    at: Callable[[int], Request]
+
+
+def _shuffled(sets: DataSets, limit: int) -> Requests:
     order = sets.order(seed=0)
-    return [Request(0, *order.locate(place)) for place in range(min(limit, sets.samples))]
+    return Requests(min(limit, sets.samples), lambda place: Request(place, *order.locate(place)))
 
 
 def _image_shares(
-    dataset: ImageDataset, requests: Sequence[Request], rank: int, world_size: int, batch: int
+    dataset: ImageDataset, requests: Requests, rank: int, world_size: int, batch: int
 ) -> Iterator[tuple[ImageBatch, Tensor]]:
     def read(requests: list[Request]) -> ImageBatch:
         return _stack_images(dataset.__getitems__(requests))
@@ -180,7 +192,7 @@ def _image_shares(
 
 
 def _read_shares(
-    read: Callable[[list[Request]], Batch], requests: Sequence[Request], rank: int, world_size: int, batch: int
+    read: Callable[[list[Request]], Batch], requests: Requests, rank: int, world_size: int, batch: int
 ) -> Iterator[tuple[Batch, Tensor]]:
     """A rank's `shares`, their positions those in `requests`.
 
@@ -188,12 +200,12 @@ def _read_shares(
     """
 
     def share(places: range, taken: list[int], weights_B: Tensor) -> tuple[Batch, Tensor]:
-        return read([requests[t]._replace(position=p) for p, t in zip(places, taken, strict=True)]), weights_B
+        return read([requests.at(t)._replace(position=p) for p, t in zip(places, taken, strict=True)]), weights_B
 
     waiting: deque[Future[tuple[Batch, Tensor]]] = deque()
     reader = ThreadPoolExecutor(1)
     try:
-        for own in shares(len(requests), rank, world_size, batch):
+        for own in shares(requests.total, rank, world_size, batch):
             waiting.append(reader.submit(share, *own))
             if len(waiting) > PREFETCH:
                 yield waiting.popleft().result()

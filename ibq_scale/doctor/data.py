@@ -27,7 +27,7 @@ def store(subject: Subject) -> list[Line]:
     source = open_store(subject.data)
     manifest = load_any_manifest(source)
     shard = max(manifest.shards, key=lambda shard: shard.bytes)
-    size = sum(s.bytes for s in manifest.shards)
+    size = manifest.bytes
     whole = f"{manifest.samples:,} {manifest.kind} in {len(manifest.shards):,} shards ({size / 1e9:,.3g} GB)"
     try:
         read, seconds = _read(source, shard)

@@ -98,12 +98,12 @@ def _data(config: AnyRun, sets: DataSets, ranks: int, nodes: int) -> list[str]:
     weights = config.data.weights or (None,) * len(sets.parts)
     for part, url, weight in zip(sets.parts, config.data.sources, weights, strict=True):
         manifest = part.manifest
-        size = sum(shard.bytes for shard in manifest.shards)
         share = "" if weight is None else f", weight {weight:g}"
         cache = f", cached in {part.cache.folder}" if part.cache else ""
         texts.append(
             f"{url}: {manifest.samples:,} {manifest.kind}, {len(manifest.classes):,} classes, "
-            f"{len(manifest.shards):,} shard{'s' * (len(manifest.shards) > 1)}, {gigabytes(size)}{share}{cache}"
+            f"{len(manifest.shards):,} shard{'s' * (len(manifest.shards) > 1)}, {gigabytes(manifest.bytes)}{share}"
+            f"{cache}"
         )
     batch = config.train.micro_batch * ranks // nodes
     texts.append(str(Stream.of(sets.extents, config.data, sets.cache_limit, batch, nodes)))
