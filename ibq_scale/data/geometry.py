@@ -99,22 +99,27 @@ def working_shards(layout: Layout, nodes: int = 1) -> int:
     return ceil(layout.lanes / (nodes if layout.order > 1 else 1)) * (layout.window + 1)
 
 
-def chosen(extents: Sequence[Extent], cache_bytes: int) -> tuple[int, int]:
+def chosen(
+    extents: Sequence[Extent], cache_bytes: int, lanes_of: Sequence[int] = LANES, windows: Sequence[int] = WINDOWS
+) -> tuple[int, int]:
     """The most lanes, and then the widest window, whose shards fit half of the cache; the least where none do."""
     fits = (
         (lanes, window)
-        for lanes in LANES
-        for window in WINDOWS
+        for lanes in lanes_of
+        for window in windows
         if working_set(extents, Layout(NEWEST, lanes, window)) * CACHE_SHARE <= cache_bytes
     )
-    return next(fits, (LANES[-1], WINDOWS[-1]))
+    return next(fits, (lanes_of[-1], windows[-1]))
 
 
 def layout(data: DataConfig, extents: Sequence[Extent]) -> Layout:
     """What the config says, and what is chosen where it says nothing."""
     order = data.order or NEWEST
-    lanes, window = chosen(extents, data.cache_bytes) if order > 1 else OLD
-    return Layout(order, data.lanes or lanes, data.window or window)
+    if order == 1:
+        return Layout(order, data.lanes or OLD[0], data.window or OLD[1])
+    lanes = (data.lanes,) if data.lanes else LANES
+    windows = (data.window,) if data.window else WINDOWS
+    return Layout(order, *chosen(extents, data.cache_bytes, lanes, windows))
 
 
 def continued(data: DataConfig, saved: dict[str, Any]) -> DataConfig:

@@ -35,6 +35,13 @@ def test_a_set_that_fits_whole_is_mixed_the_most() -> None:
     assert chosen([_extent(10_000, GB, 64 * MB)], 50 * GB) == (128, 4)
 
 
+def test_what_the_config_names_is_taken_and_the_rest_is_chosen_for_it() -> None:
+    extents = [_extent(*IMAGENET, 64 * MB)]
+    assert layout(DataConfig(lanes=8), extents) == (2, 8, 4)
+    assert layout(DataConfig(window=4), extents) == (2, 64, 4)
+    assert layout(DataConfig(lanes=500, window=9), extents) == (2, 500, 9)
+
+
 def test_nodes_share_the_shards_in_use_and_the_store_serves_each_once() -> None:
     extents, data = [_extent(*IMAGENET, 64 * MB)], DataConfig()
     streams = {nodes: Stream.of(extents, data, data.cache_bytes, 256, nodes) for nodes in (1, 8, 128)}
