@@ -152,15 +152,16 @@ class LocalStore(Store):
             file = open_regular(self.root / path)
         if not self._links:
             # By the file that is open: a link may change meanwhile.
-            there = Path(f"/proc/self/fd/{file.fileno()}").resolve()
-            if not there.is_relative_to(self._whole_root):
+            there = os.readlink(f"/proc/self/fd/{file.fileno()}")
+            if not there.startswith(self._whole_root):
                 file.close()
                 raise UnreadableError(f"cannot read {self.url}/{path}: it is a link out of this folder")
         return file
 
     @cached_property
-    def _whole_root(self) -> Path:
-        return self.root.resolve()
+    def _whole_root(self) -> str:
+        """Ends with a slash."""
+        return f"{str(self.root.resolve()).rstrip('/')}/"
 
     @contextmanager
     def _told(self, path: str) -> Iterator[None]:
