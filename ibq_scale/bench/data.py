@@ -62,7 +62,7 @@ def bench_data(
     """Measures a prepared data set of images. UserError where it cannot be read."""
     config = DataConfig(train=url, workers=workers, cache_dir=cache_dir)
     sets = open_sets(config, "images")
-    image_bytes = sum(shard.bytes for part in sets.parts for shard in part.manifest.shards) / sets.samples
+    image_bytes = sum(part.manifest.bytes for part in sets.parts) / sets.samples
     begin = time.perf_counter()
     ours = image_stream(sets, resolution=resolution, seed=0, rank=0, world_size=1, micro_batch=batch, start=0)
     next(ours)

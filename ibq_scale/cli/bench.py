@@ -54,7 +54,14 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         description="Read a prepared data set of images as training does, and as plain webdataset does, by turns.",
         epilog="example: ibq-scale bench data s3://bucket/imagenet --cache /local/cache --workers 4",
     )
-    data.add_argument("url", metavar="URL")
+    data.add_argument("url", metavar="URL", nargs="?")
+    data.add_argument(
+        "--simulate",
+        metavar="N-shards,B-bytes,S-samples",
+        help="no data: what each of --nodes would keep and download of such a set, --batch samples at a time",
+    )
+    data.add_argument("--nodes", type=int, default=1, metavar="N", help="for --simulate (default 1)")
+    data.add_argument("--cache-bytes", type=finite, default=50e9, metavar="B", help="for --simulate (default 50e9)")
     data.add_argument("--resolution", type=int, default=256, metavar="PIXELS", help="default 256")
     data.add_argument("--workers", type=int, default=1, metavar="N", help="decoding processes (default 1; 0: none)")
     data.add_argument("--batch", type=int, default=64, metavar="N", help="default 64")
@@ -237,10 +244,36 @@ def _print_kernel(row: Row, *, first: bool) -> None:
     )
 
 
+def _simulate_data(args: argparse.Namespace) -> int:
+    from ibq_scale.bench.stream_plan import parse, walk
+    from ibq_scale.config.run import DataConfig
+    from ibq_scale.console import gigabytes
+
+    extent = parse(args.simulate)
+    found = walk(extent, DataConfig(cache_bytes=int(args.cache_bytes)), nodes=args.nodes, batch=args.batch)
+    if args.json:
+        print(json.dumps(asdict(found)))
+        return 0
+    print(f"{extent.samples:,} samples in {extent.shards:,} shards, {gigabytes(extent.bytes)}; {found.stream}")
+    print(
+        f"  walked {found.samples:,} samples on {found.nodes} of {args.nodes} nodes: {gigabytes(found.in_use)} in use, "
+        f"{gigabytes(found.first_batch)} before the first batch"
+    )
+    print(
+        f"  {found.served:.3f} bytes served for each that is read, {100 * found.singly:.2f} % of samples singly, "
+        f"{found.again:,} shards fetched again"
+    )
+    return 0
+
+
 def _data(args: argparse.Namespace) -> int:
     from ibq_scale.bench.data import bench_data
 
-    at_least_one(args, "resolution", "batch")
+    at_least_one(args, "resolution", "batch", "nodes")
+    if args.simulate:
+        return _simulate_data(args)
+    if args.url is None:
+        raise UserError("give a data set's URL, or --simulate N-shards,B-bytes,S-samples")
     if args.workers < 0 or args.seconds <= 0:
         raise UserError("--workers must be at least 0 and --seconds above 0")
     report = bench_data(

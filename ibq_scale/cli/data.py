@@ -32,7 +32,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "source", metavar="SRC", help="ImageFolder, .tar or .parquet files: a folder, file or 'pattern', local or s3://"
     )
     images.add_argument("--to", required=True, metavar="URL", help="folder or s3://bucket/prefix")
-    images.add_argument("--shard-mb", type=int, default=256, metavar="MB", help="most of a shard's input (default 256)")
+    images.add_argument("--shard-mb", type=int, default=64, metavar="MB", help="most of a shard's input (default 64)")
     images.add_argument("--size", type=int, metavar="PIXELS", help="resize the shortest side and re-encode")
     _add_source_options(images)
     images.add_argument("--dry-run", action="store_true", help="only look: list the contents and the planned choice")

@@ -15,6 +15,8 @@ from ibq_scale.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ibq_scale.config.run import AnyRun
+    from ibq_scale.data.geometry import Stream
     from ibq_scale.scaling.budget import MemoryBudget
     from ibq_scale.scaling.fitting import Switch
     from ibq_scale.scaling.plan import Plan
@@ -45,6 +47,9 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--net", type=finite, metavar="GB/S", help="of a GPU to other nodes, one direction (default 50)"
     )
+    parser.add_argument("--data", metavar="URL", help="a prepared set: what its stream keeps and downloads")
+    parser.add_argument("--samples", type=finite, metavar="N", help="with --bytes, of a set that is not there yet")
+    parser.add_argument("--bytes", type=finite, metavar="B", help="with --samples; in shards of 64 MB")
     parser.add_argument("--measured", type=Path, metavar="FILE", help="a bench's JSON: its rate instead of --mfu")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.set_defaults(run=_plan)
@@ -72,15 +77,38 @@ def _plan(args: argparse.Namespace) -> int:
     memory = machine.gpu_memory
     fitting = None if memory is None else largest_micro_batch(run, machine.world, memory)
     mends = () if memory is None or plan.fits else tuple(switches(run, machine.world, memory))
+    stream = _stream(args, run)
     if args.json:
-        more = {"largest_micro_batch": fitting, "switches": [asdict(mend) for mend in mends]}
-        more |= {"auto": [asdict(choice) for choice in choices]}
+        more = {
+            "auto": [asdict(choice) for choice in choices],
+            "data": stream and asdict(stream),
+            "largest_micro_batch": fitting,
+            "switches": [asdict(mend) for mend in mends],
+        }
         print(json.dumps(_document(plan) | more, indent=2))
     else:
         _print(plan, fitting, mends)
+        if stream is not None:
+            print(f"data{'':<32}{stream}")
         for choice in choices:
             print(f"auto: {choice.key}={choice.value} ({choice.reason})")
     return 0
+
+
+def _stream(args: argparse.Namespace, run: AnyRun) -> Stream | None:
+    """What the stream of the data needs, where they are named."""
+    from ibq_scale.data.geometry import SHARD_BYTES, Extent, Stream
+    from ibq_scale.data.manifest import load_manifest
+
+    if (args.samples is None) != (args.bytes is None) or (args.samples is not None and args.data):
+        raise UserError("give the data as --data URL, or as --samples N --bytes B")
+    if args.data:
+        extent = load_manifest(args.data, "images" if run.task == "tokenizer" else "codes").extent
+    elif args.samples:
+        extent = Extent(max(1, round(args.bytes / SHARD_BYTES)), int(args.samples), int(args.bytes))
+    else:
+        return None
+    return Stream.of([extent], run.data, run.data.cache_bytes, run.train.micro_batch * args.gpus, args.nodes)
 
 
 def _document(plan: Plan) -> dict[str, object]:

@@ -49,15 +49,17 @@ class DataConfig(Section):
     workers: NonNegativeInt = Field(
         4, description="Processes that load and decode samples, per rank. 0: the rank itself."
     )
-    lanes: PositiveInt = Field(
-        64,
-        description="Shuffle: places of the data set that are read side by side. Part of the order's definition "
-        "(data/order.py).",
+    order: Literal[1, 2] | None = Field(
+        None, description="Version of the order of samples (data/order.py). null: the checkpoint's, else the newest."
     )
-    window: PositiveInt = Field(
-        4,
-        description="Shuffle: shards of mean size within which the rows of a lane are shuffled. Part of the "
-        "order's definition.",
+    lanes: PositiveInt | None = Field(
+        None,
+        description="Shuffle: places of the data set that are read side by side. null: the checkpoint's, else as many "
+        "as keep the shards in use within half of `cache_bytes`.",
+    )
+    window: PositiveInt | None = Field(
+        None,
+        description="Shuffle: shards of mean size within which the rows of a lane are shuffled. null: as for `lanes`.",
     )
     augment: Literal["random_crop", "center_crop"] = Field(
         "random_crop", description="Random or centre crop of the training images."

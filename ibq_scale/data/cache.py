@@ -2,9 +2,9 @@
 
 ```
 SHA256                  a whole, verified shard; its time is that of its last promise to a reader
-SHA256.NAME.index       its index as one data set has it (NAME: hash of URL and content); goes when the shard goes
+SHA256.NAME.table       its index as one data set has it (NAME: hash of URL and content), binary; goes with the shard
 ….partial               being written by whoever holds its lock, and is as large as it will be; unlocked, a leftover
-lock                    held while room is made
+lock                    held while room is made; the bytes of all files, counted anew only for want of room
 ```
 
 Every file appears whole, by a rename. The kernel drops the locks of a killed process, so nobody waits for the dead, and
@@ -21,8 +21,10 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import BinaryIO
 
@@ -31,9 +33,13 @@ from ibq_scale.data.manifest import ShardInfo
 from ibq_scale.errors import UserError
 
 log = logging.getLogger(__name__)
-_NAME = re.compile(r"([0-9a-f]{64})(\.[0-9a-f]{16}\.index)?(\.partial)?")
-# Whoever evicts a shard that was promised this short a time ago is told that the cache is too small.
+# Earlier versions kept ….index, as JSON.
+_NAME = re.compile(r"([0-9a-f]{64})(\.[0-9a-f]{16}\.(?:table|index))?(\.partial)?")
+# A shard that comes twice within this time tells that the cache is too small; one used within it goes only for want of
+# room.
 RECENT_SECONDS = 60.0
+# The part of the limit that is freed at once.
+SPARE = 16
 
 
 class ShardCache:
@@ -48,6 +54,7 @@ class ShardCache:
         self.limit = limit
         self.store = store
         self._warned = False
+        self._came: dict[str, float] = {}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with self._lock():
@@ -59,16 +66,28 @@ class ShardCache:
         """Where the shard is, or will be."""
         return self.folder / shard.sha256
 
-    def fetch(self, shard: ShardInfo, index: str | None = None) -> None:
+    def has(self, shard: ShardInfo) -> bool:
+        """Whether the whole shard is there now."""
+        try:
+            return self.path(shard).stat().st_size == shard.bytes
+        except FileNotFoundError:
+            return False
+
+    def touch(self, shard: ShardInfo) -> bool:
+        """As `has`; a shard that is there becomes the last to be evicted."""
+        with suppress(FileNotFoundError):
+            if self.has(shard):
+                os.utime(self.path(shard))
+                return True
+        return False
+
+    def fetch(self, shard: ShardInfo) -> None:
         """Makes sure that the whole, verified shard is there, and makes it the last to be evicted.
 
-        `index` is the store's file with the shard's index, which then is there too. UserError where either is missing
-        or the shard's content has changed, or where the limit or the disk does not hold it.
+        UserError where it is missing or its content has changed, or where the limit or the disk does not hold it.
         """
         with self._open(shard) as f:
             os.utime(f.fileno())
-        if index is not None and not self._index_path(shard, index).exists():
-            self.read_index(shard, index)
 
     def read_range(self, shard: ShardInfo, start: int, stop: int) -> bytes:
         """Bytes start … stop − 1, fewer where the shard ends before. Raises as `fetch`, which it calls at need."""
@@ -80,27 +99,33 @@ class ShardCache:
         with self._open(shard) as f:
             return f.read()
 
-    def read_index(self, shard: ShardInfo, index: str) -> bytes:
-        """The shard's index, which is the store's file `index`; kept with the shard. UserError where it is missing."""
-        local = self._index_path(shard, index)
+    def map(self, shard: ShardInfo) -> mmap:
+        """As `read`, in memory that all processes of the node share; it outlives the file."""
+        with self._open(shard) as f:
+            return mmap(f.fileno(), 0, access=ACCESS_READ)
+
+    def table(self, shard: ShardInfo, index: str, convert: Callable[[bytes], bytes]) -> mmap:
+        """What `convert` makes of the store's file `index`, which is kept beside the shard, in memory as `map`.
+
+        UserError where the file is missing, or from `convert`.
+        """
+        what = hashlib.sha256(f"{self.store.url}/{index} {shard.index_sha256}".encode()).hexdigest()
+        local = self.folder / f"{shard.sha256}.{what[:16]}.table"
         while True:
-            with suppress(FileNotFoundError):
-                return local.read_bytes()
+            with suppress(FileNotFoundError), local.open("rb") as f:
+                return mmap(f.fileno(), 0, access=ACCESS_READ)
             try:
-                data = self.store.read(index)
+                data = convert(self.store.read(index))
             except FileNotFoundError:
                 raise UserError(f"{self.store.url}/{index} is missing: prepare again") from None
-            with self._claim(local) as f:
-                if f is not None:
-                    f.write(data)
-                    f.flush()
-                    os.fsync(f.fileno())
+            with self._claim(local) as claimed:
+                if claimed is not None:
+                    claimed.write(data)
+                    claimed.flush()
+                    os.fsync(claimed.fileno())
                     _partial(local).replace(local)
-                    return data
-
-    def _index_path(self, shard: ShardInfo, index: str) -> Path:
-        what = hashlib.sha256(f"{self.store.url}/{index} {shard.index_sha256}".encode()).hexdigest()
-        return self.folder / f"{shard.sha256}.{what[:16]}.index"
+                    with self._lock() as held:
+                        held.add(len(data))
 
     def _open(self, shard: ShardInfo) -> BinaryIO:
         """An open file outlives its eviction, so a reader that has one cannot lose the race against others' room."""
@@ -120,6 +145,7 @@ class ShardCache:
                     return self._download(shard, claimed)
 
     def _download(self, shard: ShardInfo, claimed: BinaryIO) -> BinaryIO:
+        self._warn_where_again(shard)
         self._make_room(shard, claimed)
         path = self.path(shard)
         for attempt in (1, 2):
@@ -142,26 +168,44 @@ class ShardCache:
         if shard.bytes > self.limit:
             name = f"{self.store.url}/{shard.name}"
             raise UserError(f"data.cache_bytes={self.limit} does not hold {name} of {shard.bytes} bytes: raise it")
-        with self._lock():
-            self._sweep()
-            held: dict[str, list[tuple[Path, os.stat_result]]] = {}
-            for path, sha256 in self._files():
-                with suppress(FileNotFoundError):  # A partial that has just become its shard.
-                    held.setdefault(sha256, []).append((path, path.stat()))
-            total = shard.bytes + sum(status.st_size for files in held.values() for _, status in files)
-            whole = [(path.name, status) for files in held.values() for path, status in files if not path.suffix]
-            for sha256, used in sorted(whole, key=lambda file: file[1].st_mtime):
-                if total <= self.limit:
-                    break
-                self._warn_where_recent(used.st_mtime)
-                for path, status in held[sha256]:
-                    if path.suffix != ".partial":
-                        path.unlink(missing_ok=True)
-                        total -= status.st_size
+        with self._lock() as held:
+            if held.bytes is None or held.bytes + shard.bytes > self.limit:
+                held.bytes = self._evict(shard.bytes)
+            held.add(shard.bytes)
             os.ftruncate(claimed.fileno(), shard.bytes)
 
-    def _warn_where_recent(self, used: float) -> None:
-        if time.time() - used < RECENT_SECONDS and not self._warned:
+    def _evict(self, needed: int) -> int:
+        """Removes files until `needed` bytes fit, and some that are long unused, lest all be listed for each download.
+
+        Returns the bytes that are left.
+        """
+        self._sweep()
+        groups: dict[str, list[tuple[Path, os.stat_result]]] = {}
+        for path, sha256 in self._files():
+            with suppress(FileNotFoundError):  # A partial that has just become its shard.
+                status = path.stat()
+                groups.setdefault(sha256, []).append((path, status))
+        total = sum(status.st_size for files in groups.values() for _, status in files)
+        # An index may come before its shard, but nothing goes while the shard comes.
+        idle = [files for files in groups.values() if not any(path.suffix == ".partial" for path, _ in files)]
+        last_use = [(max(status.st_mtime for _, status in files), files) for files in idle]
+        now = time.time()
+        for used, files in sorted(last_use, key=lambda group: group[0]):
+            recent = now - used < RECENT_SECONDS
+            if total + needed <= (self.limit if recent else self.limit - self.limit // SPARE):
+                break
+            for path, status in files:
+                path.unlink(missing_ok=True)
+                total -= status.st_size
+        return total
+
+    def _warn_where_again(self, shard: ShardInfo) -> None:
+        """Where this process had the shard a short time ago."""
+        now = time.time()
+        self._came = {sha256: came for sha256, came in self._came.items() if now - came < RECENT_SECONDS}
+        again = shard.sha256 in self._came
+        self._came[shard.sha256] = now
+        if again and not self._warned:
             self._warned = True
             log.warning(
                 "data.cache_bytes=%d is less than the shards in use: they will be downloaded again and again (%s)",
@@ -170,14 +214,10 @@ class ShardCache:
             )
 
     def _sweep(self) -> None:
-        """Removes what killed processes left, and the indices of shards that are gone."""
-        for path, sha256 in self._files():
+        """Removes what killed processes left."""
+        for path, _ in self._files():
             if path.suffix == ".partial":
                 _remove_leftover(path)
-            elif path.suffix == ".index" and not any(
-                (self.folder / name).exists() for name in (sha256, f"{sha256}.partial")
-            ):
-                path.unlink(missing_ok=True)
 
     def _files(self) -> Iterator[tuple[Path, str]]:
         """The cache's own files, and the hash of the shard each belongs to."""
@@ -215,10 +255,26 @@ class ShardCache:
                     partial.unlink()
 
     @contextmanager
-    def _lock(self) -> Iterator[None]:
-        with (self.folder / "lock").open("w", encoding="utf-8") as f:
+    def _lock(self) -> Iterator[_Held]:
+        with (self.folder / "lock").open("a+", encoding="utf-8") as f:
             fcntl.flock(f, fcntl.LOCK_EX)
-            yield
+            f.seek(0)
+            text = f.read()
+            held = _Held(int(text) if text.isdecimal() else None)
+            yield held
+            f.truncate(0)
+            f.write("" if held.bytes is None else str(held.bytes))
+
+
+@dataclass
+class _Held:
+    """Bytes of all files, at most: None where they have not been counted."""
+
+    bytes: int | None
+
+    def add(self, size: int) -> None:
+        if self.bytes is not None:
+            self.bytes += size
 
 
 def default_folder() -> Path:

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from mmap import mmap
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import load, save
+from numpy.typing import NDArray
+from safetensors.torch import save
 from torch import Tensor
 
 from ibq_scale.data.folder import Store
 from ibq_scale.data.images import Request, draws
 from ibq_scale.data.manifest import CodesInfo, Manifest, ShardInfo, save_manifest
 from ibq_scale.data.sets import DataSets
+from ibq_scale.documents import DocumentError, parse_json
 from ibq_scale.errors import UserError
 
 # safetensors: 8 bytes of length, then a JSON header whose __metadata__ carries the stamp.
 STAMP = "ibq_scale_stamp"
+DTYPES = {"U16": "<u2", "U32": "<u4", "I32": "<i4"}
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,13 @@ class CodeShard:
 
     codes: Tensor
     labels: Tensor
+
+
+class StoredCodes(NamedTuple):
+    """A shard as it is stored: codes uint16 or uint32 (n, crops, h, w), labels int32 (n,)."""
+
+    codes: NDArray[np.unsignedinteger[Any]]
+    labels: NDArray[np.int32]
 
 
 class CodeSample(NamedTuple):
@@ -77,12 +89,29 @@ def finish_codes(store: Store, shards: list[ShardInfo], classes: tuple[str, ...]
 
 def read_code_shard(data: bytes, name: str) -> CodeShard:
     """Decodes a shard's bytes. UserError where they are damaged."""
+    stored = stored_codes(data, name)
+    return CodeShard(*(torch.from_numpy(values.astype(np.int64)) for values in stored))
+
+
+def stored_codes(data: bytes | mmap, name: str) -> StoredCodes:
+    """A shard's arrays in the memory that holds its bytes. UserError where they are damaged."""
     try:
-        tensors = load(data)
-        # uint16 and uint32 tensors support little else than widening.
-        return CodeShard(tensors["codes"].to(torch.int64), tensors["labels"].to(torch.int64))
-    except Exception as e:
+        begin = 8 + int.from_bytes(data[:8], "little")
+        header = parse_json(data[8:begin])
+        codes, labels = (_array(data, begin, header[key]) for key in ("codes", "labels"))
+        if codes.ndim != 4 or labels.shape != codes.shape[:1]:
+            raise ValueError(f"codes of shape {codes.shape}, labels of shape {labels.shape}")
+        return StoredCodes(codes, labels)
+    except (DocumentError, ValueError, KeyError, TypeError, OverflowError) as e:
         raise UserError(f"code shard {name} is damaged: {e}") from None
+
+
+def _array(data: bytes | mmap, begin: int, entry: dict[str, Any]) -> NDArray[Any]:
+    """A tensor of a safetensors file whose data begin at byte `begin`."""
+    dtype, shape, (start, stop) = np.dtype(DTYPES[entry["dtype"]]), entry["shape"], entry["data_offsets"]
+    if min(start, *shape, 0) < 0 or stop - start != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{entry} do not fit together")
+    return np.frombuffer(data, dtype, math.prod(shape), begin + start).reshape(shape)
 
 
 class CodeDataset(torch.utils.data.Dataset[CodeSample]):
@@ -95,7 +124,7 @@ class CodeDataset(torch.utils.data.Dataset[CodeSample]):
         self.sets = sets
         self.seed = seed
         self.shards_in_memory = shards_in_memory
-        self._shards: OrderedDict[tuple[int, int], CodeShard] = OrderedDict()
+        self._shards: OrderedDict[tuple[int, int], StoredCodes] = OrderedDict()
 
     def __getitems__(self, requests: Sequence[Request]) -> list[CodeSample]:
         """A batch's samples, in order."""
@@ -105,23 +134,29 @@ class CodeDataset(torch.utils.data.Dataset[CodeSample]):
         shard = self._shard(request.source, request.shard)
         crops = shard.codes.shape[1]
         crop = int(draws(self.seed, request)[0] % np.uint64(crops)) if crops > 1 else 0
-        return CodeSample(shard.codes[request.row, crop].flatten(), int(shard.labels[request.row]), request)
+        codes_T = torch.from_numpy(shard.codes[request.row, crop].astype(np.int64).reshape(-1))
+        return CodeSample(codes_T, int(shard.labels[request.row]), request)
+
+    def is_here(self, source: int, shard: int) -> bool:
+        """Whether the shard need not be fetched; if so, it is now the last that the cache evicts."""
+        part = self.sets.parts[source]
+        return part.cache is None or part.cache.touch(part.manifest.shards[shard])
 
     def fetch(self, source: int, shard: int) -> None:
-        """Brings a shard into the cache (in the process that holds the store's client)."""
+        """Brings a shard into the cache."""
         part = self.sets.parts[source]
         if part.cache is not None:
             part.cache.fetch(part.manifest.shards[shard])
 
-    def _shard(self, source: int, number: int) -> CodeShard:
+    def _shard(self, source: int, number: int) -> StoredCodes:
         key = (source, number)
         if key not in self._shards:
             part = self.sets.parts[source]
             info = part.manifest.shards[number]
-            data = part.read(number)
+            data = part.map(number)
             if hashlib.sha256(data).hexdigest() != info.sha256:
                 raise UserError(f"{part.store.url}/{info.name} is not what the manifest says (sha256 differs)")
-            self._shards[key] = read_code_shard(data, info.name)
+            self._shards[key] = stored_codes(data, info.name)
             if len(self._shards) > self.shards_in_memory:
                 self._shards.popitem(last=False)
         self._shards.move_to_end(key)

@@ -64,7 +64,7 @@ def describe(url: str, *, pick: int = 0, seed: int = 0) -> Description:
         "samples": manifest.samples,
         "shards": len(manifest.shards),
         "classes": len(manifest.classes),
-        "bytes": sum(shard.bytes for shard in manifest.shards),
+        "bytes": manifest.bytes,
         "hash": manifest.hash,
     }
     if manifest.seen is not None:

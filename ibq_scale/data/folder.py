@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -40,6 +41,10 @@ class Store(ABC):
     @abstractmethod
     def read(self, path: str) -> bytes:
         """The whole file. FileNotFoundError; UnreadableError where it has more bytes than `MOST_WHOLE`."""
+
+    def map(self, path: str) -> bytes | mmap:
+        """As `read`; of a file system, memory that its readers share and that is no copy."""
+        return self.read(path)
 
     @abstractmethod
     def read_range(self, path: str, start: int, stop: int) -> bytes:
@@ -136,21 +141,27 @@ class LocalStore(Store):
             raise too_short(f"{self.url}/{path}", stop)
         return data
 
+    def map(self, path: str) -> bytes | mmap:
+        with self._open(path) as f, self._told(path):
+            # An empty file cannot be mapped.
+            return mmap(f.fileno(), 0, access=ACCESS_READ) if os.fstat(f.fileno()).st_size else b""
+
     def _open(self, path: str) -> BinaryIO:
         """FileNotFoundError where it is missing; UnreadableError."""
         with self._told(path):
             file = open_regular(self.root / path)
         if not self._links:
             # By the file that is open: a link may change meanwhile.
-            there = Path(f"/proc/self/fd/{file.fileno()}").resolve()
-            if not there.is_relative_to(self._whole_root):
+            there = str(Path(f"/proc/self/fd/{file.fileno()}").readlink())
+            if not there.startswith(self._whole_root):
                 file.close()
                 raise UnreadableError(f"cannot read {self.url}/{path}: it is a link out of this folder")
         return file
 
     @cached_property
-    def _whole_root(self) -> Path:
-        return self.root.resolve()
+    def _whole_root(self) -> str:
+        """Ends with a slash."""
+        return f"{str(self.root.resolve()).rstrip('/')}/"
 
     @contextmanager
     def _told(self, path: str) -> Iterator[None]:

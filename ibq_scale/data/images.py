@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -20,8 +19,12 @@ from ibq_scale.data.pixel_rules import OLD_RULES, PixelRules
 from ibq_scale.data.sets import DataSet, DataSets
 from ibq_scale.errors import UserError
 
+Table = NDArray[np.void]
+
 # Samples of a batch that are read at once where each is a request to a remote store: waiting, not work, fills the time.
 REQUESTS_AT_ONCE = 32
+# What may lie between two samples that one request reads (a tar's headers, labels), and the most that it brings.
+BETWEEN, MOST_SPAN = 4096, 16 << 20
 # Beyond this a resized picture is made only where it is cropped: of a thin one the whole would be gigabytes.
 MOST_RESIZED = 1 << 22
 
@@ -49,28 +52,13 @@ class BadSampleError(RuntimeError):
     """A sample's bytes are not those that were prepared, or are no picture."""
 
 
-@dataclass(frozen=True)
-class PictureIndex:
-    """Where a shard's pictures are, by row: 20 bytes a sample, since a worker holds hundreds of shards'."""
-
-    offset_R: NDArray[np.int64]
-    size_R: NDArray[np.int32]
-    crc_R: NDArray[np.uint32]
-    label_R: NDArray[np.int32]
-
-    @staticmethod
-    def of(index: ShardIndex) -> PictureIndex:
-        members = index.members
-        return PictureIndex(
-            np.array([m.offset for m in members], dtype=np.int64),
-            np.array([m.size for m in members], dtype=np.int32),
-            np.array([m.crc for m in members], dtype=np.uint32),
-            np.array([m.label for m in members], dtype=np.int32),
-        )
+# Where a shard's pictures are, by row.
+PICTURE = np.dtype([("offset", "<i8"), ("size", "<i4"), ("crc", "<u4"), ("label", "<i4")])
 
 
 class ImageDataset(torch.utils.data.Dataset[ImageSample]):
-    """Samples by `Request`. With caches it reads local files; only what was evicted too soon comes from the store.
+    """Samples by `Request`. With caches it reads local files; a batch's samples of shards that have not come are read
+    from the store singly, all at once.
 
     In `training` a damaged sample is replaced by the next good one of its shard, the same on every run, and says so;
     and a large JPEG is decoded at the least fraction of its size that covers the crop. With `resolution` None pictures
@@ -86,7 +74,7 @@ class ImageDataset(torch.utils.data.Dataset[ImageSample]):
         flip: bool,
         seed: int,
         training: bool,
-        indices_in_memory: int = 256,
+        shards_in_memory: int = 256,
         multiple: int = 1,
     ) -> None:
         self.sets = sets
@@ -96,46 +84,78 @@ class ImageDataset(torch.utils.data.Dataset[ImageSample]):
         self.flip = flip
         self.seed = seed
         self.training = training
-        self.indices_in_memory = indices_in_memory
-        self._indices: OrderedDict[tuple[int, int], PictureIndex] = OrderedDict()
-        self._waits = any(part.cache is None and not part.store.local for part in sets.parts)
+        self.shards_in_memory = shards_in_memory
+        self._tables: OrderedDict[tuple[int, int], Table] = OrderedDict()
 
     def __getitems__(self, requests: Sequence[Request]) -> list[ImageSample]:
         """A batch's samples, in order."""
-        if not self._waits:
-            return [self[request] for request in requests]
-        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-            # The indices first, each by one thread: samples of one shard would all read it.
-            list(pool.map(lambda shard: self._index(*shard), {(r.source, r.shard) for r in requests}))
-            return list(pool.map(self.__getitem__, requests))
+        singly = self._read_singly(requests)
+        return [self._sample(request, singly) for request in requests]
 
     def __getitem__(self, request: Request) -> ImageSample:
+        return self._sample(request, {})
+
+    def _read_singly(self, requests: Sequence[Request]) -> dict[Request, bytes]:
+        """The bytes of those samples whose shards are not here, by ranges, merged where they touch."""
+        away = {shard for shard in {(r.source, r.shard) for r in requests} if self._is_away(*shard)}
+        if not away:
+            return {}
+        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+            tables = dict(zip(away, pool.map(lambda shard: self._table(*shard), away), strict=True))
+            wanted = [
+                Wanted(r, int(row["offset"]), int(row["offset"]) + int(row["size"]))
+                for r in requests
+                if (table := tables.get((r.source, r.shard))) is not None
+                for row in (table[r.row],)
+            ]
+            return {r: data for found in pool.map(self._read_span, touching(wanted)) for r, data in found}
+
+    def _is_away(self, source: int, shard: int) -> bool:
+        part = self.sets.parts[source]
+        if part.cache is None:
+            return not part.store.local
+        # Without a fetcher a shard comes when it is read, and stays for the next evaluation.
+        return self.training and not part.cache.has(part.manifest.shards[shard])
+
+    def _read_span(self, span: Sequence[Wanted]) -> list[tuple[Request, bytes]]:
+        first = span[0]
+        part = self.sets.parts[first.request.source]
+        data = part.read_singly(first.request.shard, first.start, max(w.stop for w in span))
+        return [(w.request, data[w.start - first.start : w.stop - first.start]) for w in span]
+
+    def _sample(self, request: Request, singly: Mapping[Request, bytes]) -> ImageSample:
         part = self.sets.parts[request.source]
-        index = self._index(request.source, request.shard)
-        rows = len(index.offset_R)
+        table = self._table(request.source, request.shard)
+        rows = len(table)
         fault = ""
         for step in range(rows):
             row = (request.row + step) % rows
             try:
-                pixels = self._pixels(part, request._replace(row=row), index)
+                data = None if step else singly.get(request)
+                pixels = self._pixels(part, request._replace(row=row), table[row], data)
             except BadSampleError as e:
                 if not self.training:
                     raise
                 fault = fault or str(e)
                 continue
-            return ImageSample(pixels, int(index.label_R[row]), request, fault)
+            return ImageSample(pixels, int(table["label"][row]), request, fault)
         raise BadSampleError(f"no sample of the shard is good; the first: {fault}")
 
-    def _pixels(self, part: DataSet, request: Request, index: PictureIndex) -> Pixels:
-        """The cropped picture; read twice before it counts as damaged, since a cable may be at fault."""
+    def _pixels(self, part: DataSet, request: Request, place: np.void, data: bytes | None) -> Pixels:
+        """The cropped picture; read twice before it counts as damaged, since a cable may be at fault.
+
+        `data`: what has been read already.
+        """
         name = self.sets.name(request.source, request.shard, request.row)
-        offset, size = int(index.offset_R[request.row]), int(index.size_R[request.row])
+        offset, size, crc = int(place["offset"]), int(place["size"]), int(place["crc"])
         for attempt in (1, 2):
-            data = part.read_range(request.shard, offset, offset + size)
-            if zlib.crc32(data) == index.crc_R[request.row]:
+            if data is None or attempt == 2:
+                data = part.read_range(request.shard, offset, offset + size)
+            if zlib.crc32(data) == crc:
                 break
             if attempt == 2:
                 raise BadSampleError(f"{name} is not what was prepared (crc)")
+        assert data is not None
         rules = part.manifest.pixels or OLD_RULES
         try:
             pixels = decode(data, self.resolution if self.training else None, rules)
@@ -171,22 +191,69 @@ class ImageDataset(torch.utils.data.Dataset[ImageSample]):
         square = resized(pixels, size, (left, top), side, rules)
         return square[:, ::-1] if mirror else square
 
-    def _index(self, source: int, shard: int) -> PictureIndex:
+    def _table(self, source: int, shard: int) -> Table:
         key = (source, shard)
         # Several threads may read one index at once; each step on the dict is whole by itself.
-        index = self._indices.pop(key, None) or PictureIndex.of(shard_index(self.sets.parts[source], shard))
-        self._indices[key] = index
-        while len(self._indices) > self.indices_in_memory:
-            self._indices.popitem(last=False)
-        return index
+        table = self._tables.pop(key, None)
+        if table is None:
+            table = picture_table(self.sets.parts[source], shard)
+        self._tables[key] = table
+        while len(self._tables) > self.shards_in_memory:
+            self._tables.popitem(last=False)
+        return table
+
+    def is_here(self, source: int, shard: int) -> bool:
+        """Whether the shard need not be fetched; if so, it is now the last that the cache evicts."""
+        part = self.sets.parts[source]
+        return part.cache is None or part.cache.touch(part.manifest.shards[shard])
 
     def fetch(self, source: int, shard: int) -> None:
-        """Brings a shard and its index into the cache (in the process that holds the store's client)."""
+        """Brings a shard and its index into the cache."""
         part = self.sets.parts[source]
-        if part.cache is None:
-            return
-        info = part.manifest.shards[shard]
-        part.cache.fetch(info, index_name(info.name))
+        if part.cache is not None:
+            part.cache.fetch(part.manifest.shards[shard])
+            picture_table(part, shard)
+
+
+class Wanted(NamedTuple):
+    """A sample's bytes in its shard."""
+
+    request: Request
+    start: int
+    stop: int
+
+
+def touching(wanted: Iterable[Wanted]) -> list[list[Wanted]]:
+    """Those that lie side by side in a shard together: one request brings them all."""
+    spans: list[list[Wanted]] = []
+    for one in sorted(wanted, key=lambda w: (w.request.source, w.request.shard, w.start)):
+        if spans and _touches(spans[-1], one):
+            spans[-1].append(one)
+        else:
+            spans.append([one])
+    return spans
+
+
+def _touches(span: Sequence[Wanted], one: Wanted) -> bool:
+    first, last = span[0], span[-1]
+    same = (last.request.source, last.request.shard) == (one.request.source, one.request.shard)
+    return same and one.start - last.stop <= BETWEEN and one.stop - first.start <= MOST_SPAN
+
+
+def picture_table(part: DataSet, shard: int) -> Table:
+    """Where the shard's pictures are: `PICTURE` rows. Mapped from the cache, where there is one, and shared."""
+    if part.cache is None:
+        return _table_of(shard_index(part, shard))
+
+    def convert(data: bytes) -> bytes:
+        return _table_of(_fitting(part, shard, data)).tobytes()
+
+    info = part.manifest.shards[shard]
+    return np.frombuffer(part.cache.table(info, index_name(info.name), convert), PICTURE)
+
+
+def _table_of(index: ShardIndex) -> Table:
+    return np.array([(m.offset, m.size, m.crc, m.label) for m in index.members], dtype=PICTURE)
 
 
 def resized(pixels: Pixels, size: tuple[int, int], corner: tuple[int, int], side: int, rules: PixelRules) -> Pixels:
@@ -208,16 +275,20 @@ def resized(pixels: Pixels, size: tuple[int, int], corner: tuple[int, int], side
 
 
 def shard_index(part: DataSet, shard: int) -> ShardIndex:
-    """The shard's index: beside the cached shard where there is a cache. UserError where it does not fit."""
-    info = part.manifest.shards[shard]
-    name = index_name(info.name)
+    """The shard's index, from the store. UserError where it does not fit."""
+    name = index_name(part.manifest.shards[shard].name)
     try:
-        data = part.store.read(name) if part.cache is None else part.cache.read_index(info, name)
-        return index_of(data, info)
+        return _fitting(part, shard, part.store.read(name))
     except FileNotFoundError:
         raise UserError(f"{part.store.url}/{name} is missing: prepare again") from None
+
+
+def _fitting(part: DataSet, shard: int, data: bytes) -> ShardIndex:
+    info = part.manifest.shards[shard]
+    try:
+        return index_of(data, info)
     except UnfitIndexError as e:
-        raise UserError(f"{part.store.url}/{name}: {e}: prepare again") from None
+        raise UserError(f"{part.store.url}/{index_name(info.name)}: {e}: prepare again") from None
 
 
 def draws(seed: int, request: Request) -> NDArray[np.uint64]:

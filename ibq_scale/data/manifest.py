@@ -5,38 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 
 from ibq_scale.config.base import Section
 from ibq_scale.config.models import Rows, Side
 from ibq_scale.data.folder import Store
+from ibq_scale.data.geometry import Extent
 from ibq_scale.data.pixel_rules import PixelRules
 from ibq_scale.data.seen import Seen
+from ibq_scale.data.shards import ShardInfo as ShardInfo
+from ibq_scale.data.shards import ShardTable
 from ibq_scale.data.store import open_store
 from ibq_scale.documents import DocumentError, parse_json
 from ibq_scale.errors import UserError
-from ibq_scale.names import FileName, Sha256
 
 MANIFEST_VERSION = 1
 NAME = "manifest.json"
 Kind = Literal["images", "codes"]
-# What 64 bits hold of sums over all shards.
-Count = Annotated[int, Field(ge=1, le=2**48)]
-
-
-class ShardInfo(Section):
-    """One shard: its file, how many samples, bytes and sha256 (hex). Image shards have an index NAME.index.json.
-
-    Adopted shards may be indexed anew with other labels or samples while their bytes stay: hence the index's own hash.
-    """
-
-    name: FileName
-    samples: Count
-    bytes: Count
-    sha256: Sha256
-    index_sha256: Sha256 | None = None
 
 
 class CodesInfo(Section):
@@ -57,7 +44,7 @@ class Manifest(Section):
 
     version: int = MANIFEST_VERSION
     kind: Kind
-    shards: tuple[ShardInfo, ...]
+    shards: ShardTable
     classes: tuple[str, ...]
     codes: CodesInfo | None = None
     pixels: PixelRules | None = None
@@ -65,18 +52,31 @@ class Manifest(Section):
 
     @property
     def samples(self) -> int:
-        return sum(shard.samples for shard in self.shards)
+        return int(self.shards.samples.sum())
+
+    @property
+    def bytes(self) -> int:
+        return int(self.shards.bytes.sum())
 
     @property
     def shard_sizes(self) -> tuple[int, ...]:
-        return tuple(shard.samples for shard in self.shards)
+        return tuple(self.shards.samples.tolist())
+
+    @property
+    def extent(self) -> Extent:
+        return Extent(len(self.shards), self.samples, self.bytes)
 
     @cached_property
     def hash(self) -> str:
         """sha256 (hex) of the content, independent of formatting and of what was seen on the way."""
-        values = self.model_dump(mode="json", exclude={"seen"} | ({"pixels"} if self.pixels is None else set()))
-        text = json.dumps(values, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
+        left_out = {"seen", "shards"} | ({"pixels"} if self.pixels is None else set())
+        values = self.model_dump(mode="json", exclude=left_out) | {"shards": []}
+        before, name, after = json.dumps(values, sort_keys=True, separators=(",", ":")).rpartition('"shards":[')
+        digest = hashlib.sha256(f"{before}{name}".encode())
+        for number, shard in enumerate(self.shards.json()):
+            digest.update(f"{',' * (number > 0)}{shard}".encode())
+        digest.update(after.encode())
+        return digest.hexdigest()
 
 
 def load_manifest(source: Store | str, kind: Kind) -> Manifest:

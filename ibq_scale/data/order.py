@@ -1,9 +1,12 @@
-"""The order of samples, a pure function of (shard sizes, seed, lanes, window, position).
+"""The order of samples, a pure function of (version, shard sizes, seed, lanes, window, position).
 
 Epoch e is a permutation of all samples: shards are permuted, their rows laid end to end, the line cut into `lanes`
-lanes of equal length (± 1), and rows shuffled inside windows of `window` shards' worth of a lane. Position p of an
-epoch is row p // lanes of lane p mod lanes, so consecutive positions read `lanes` places of the set at once, each of
-them mostly forwards. World size and workers do not occur here: any number of ranks reads the same stream.
+lanes of equal length (± 1), and rows shuffled inside windows of `window` shards' worth of a lane. Consecutive positions
+take the lanes in turn, so they read `lanes` places of the set at once. World size and workers do not change the stream.
+
+Version 1 (`SampleOrder`) gives rank r the r-th micro-batch. Version 2 (`PlannedOrder`) gives each rank the lanes of its
+own part of the line, so that a node reads few shards and each shard is read by about one node. A checkpoint keeps the
+version: runs of version 1 go on under it.
 """
 
 from __future__ import annotations
@@ -50,7 +53,10 @@ class Pass(NamedTuple):
 
 
 class SampleOrder:
-    """`locate` maps an absolute position, counted from the run's first sample, to a sample."""
+    """`locate` maps an absolute position, counted from the run's first sample, to a sample.
+
+    Version 1: position p of an epoch is row p // lanes of lane p mod lanes, and lanes lie on the line in this order.
+    """
 
     def __init__(self, shard_sizes: Sequence[int], seed: int, lanes: int, window: int) -> None:
         assert min(shard_sizes, default=0) > 0, "every shard holds samples"
@@ -70,14 +76,27 @@ class SampleOrder:
 
     def locate(self, position: int) -> Location:
         """The sample at an absolute position ≥ 0."""
-        epoch, within = divmod(position, self._total)
-        lane, row = within % self._lanes, within // self._lanes
-        window, offset = divmod(row, self._window_rows)
-        flat = self._lane_start(lane) + window * self._window_rows + int(self._shuffled(epoch, lane, window)[offset])
+        epoch = position // self._total
+        flat = self._flat(epoch, position)
         shards, ends = self._epoch_shards(epoch)
         place = int(np.searchsorted(ends, flat, side="right"))
         start = int(ends[place - 1]) if place else 0
         return Location(epoch, int(shards[place]), flat - start)
+
+    def places(self, positions: Int64s) -> NDArray[np.float64]:
+        """Where on the line (0 … 1) each position's lane is: by it ranks share positions. All alike in version 1."""
+        return np.zeros(len(positions))
+
+    def part(self, epoch: int, shard: int, begin: float, end: float) -> float:
+        """How much of a shard, or of the line from `begin` to `end` if that is shorter, is in both. 1 in version 1."""
+        return 1.0
+
+    def _flat(self, epoch: int, position: int) -> int:
+        """The place on the epoch's line, in rows."""
+        within = position - epoch * self._total
+        lane, row = within % self._lanes, within // self._lanes
+        window, offset = divmod(row, self._window_rows)
+        return self._lane_start(lane) + window * self._window_rows + int(self._shuffled(epoch, lane, window)[offset])
 
     def _lane_start(self, lane: int) -> int:
         """The first lanes are one longer where the samples do not divide: so p mod lanes fits p // lanes."""
@@ -94,6 +113,64 @@ class SampleOrder:
         return _permutation(rows, self._seed, epoch, lane + 1, window)
 
 
+class PlannedOrder(SampleOrder):
+    """Version 2: position P, counted over all epochs, is of lane P mod lanes, and lanes lie apart on the line.
+
+    - Lanes lie in the order of their bit-reversed numbers, so that any run of positions covers the line evenly. Ranks
+      that share a step's positions by their `places` then read one part of the line each, the same in every step.
+    - Lanes run forwards and backwards by turns, so that a shard that two lanes share is read by both at one time.
+    - Windows begin at another row in each lane, so that shards are wanted one by one and not all lanes' at once.
+    """
+
+    def __init__(self, shard_sizes: Sequence[int], seed: int, lanes: int, window: int) -> None:
+        super().__init__(shard_sizes, seed, lanes, window)
+        self._places = _bit_reversed(self._lanes)
+        self._epoch_starts = lru_cache(maxsize=2)(self._cut_line)
+        self._epoch_places = lru_cache(maxsize=2)(lambda epoch: np.argsort(self._epoch_shards(epoch)[0]))
+
+    def places(self, positions: Int64s) -> NDArray[np.float64]:
+        return self._places[positions % self._lanes] / self._lanes
+
+    def part(self, epoch: int, shard: int, begin: float, end: float) -> float:
+        stop = int(self._epoch_shards(epoch)[1][self._epoch_places(epoch)[shard]])
+        size = int(self._sizes[shard])
+        both = min(stop, end * self._total) - max(stop - size, begin * self._total)
+        return max(0.0, both / min(size, (end - begin) * self._total))
+
+    def _flat(self, epoch: int, position: int) -> int:
+        lane = position % self._lanes
+        start, rows, shift = self._lane(epoch, lane)
+        first = epoch * self._total
+        row = (position - first - (lane - first) % self._lanes) // self._lanes
+        window = (row + shift) // self._window_rows
+        begin = max(0, window * self._window_rows - shift)
+        row = begin + int(self._shuffled(epoch, lane, window)[row - begin])
+        return start + (row if self._places[lane] % 2 == 0 else rows - 1 - row)
+
+    def _lane(self, epoch: int, lane: int) -> tuple[int, int, int]:
+        """Where a lane starts on the line, its rows, and the rows by which its first window is shorter."""
+        starts, place = self._epoch_starts(epoch), int(self._places[lane])
+        start = int(starts[place])
+        return start, int(starts[place + 1]) - start, lane * self._window_rows // self._lanes
+
+    def _cut_line(self, epoch: int) -> Int64s:
+        """The lanes' starts by their places, and the line's end. A lane is as long as the epoch has positions of it."""
+        length, longer = divmod(self._total, self._lanes)
+        first = epoch * self._total % self._lanes
+        rows = np.empty(self._lanes, dtype=np.int64)
+        rows[self._places] = length + ((np.arange(self._lanes) - first) % self._lanes < longer)
+        return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(rows)])
+
+    def _shuffle_window(self, epoch: int, lane: int, window: int) -> Int64s:
+        _, rows, shift = self._lane(epoch, lane)
+        begin = max(0, window * self._window_rows - shift)
+        end = min(rows, (window + 1) * self._window_rows - shift)
+        return _permutation(end - begin, self._seed, epoch, lane + 1, window)
+
+
+VERSIONS = {1: SampleOrder, 2: PlannedOrder}
+
+
 class Mixture:
     """The order of several sources: one data set of all their shards, or each with a share of the positions.
 
@@ -103,16 +180,23 @@ class Mixture:
     """
 
     def __init__(
-        self, sizes: Sequence[Sequence[int]], weights: Sequence[float], seed: int, lanes: int, window: int
+        self,
+        sizes: Sequence[Sequence[int]],
+        weights: Sequence[float],
+        seed: int,
+        lanes: int,
+        window: int,
+        version: int = max(VERSIONS),
     ) -> None:
+        order = VERSIONS[version]
         self._seed = seed
         self._ends = np.cumsum([len(part) for part in sizes])
         if not weights:
-            self._union = SampleOrder([size for part in sizes for size in part], seed, lanes, window)
+            self._union = order([size for part in sizes for size in part], seed, lanes, window)
             self.quotas: tuple[int, ...] = ()
             return
         self.quotas = quotas(weights)
-        self._orders = [SampleOrder(part, seed + number, lanes, window) for number, part in enumerate(sizes)]
+        self._orders = [order(part, seed + number, lanes, window) for number, part in enumerate(sizes)]
         self._block = lru_cache(maxsize=4)(self._mix_block)
 
     def locate(self, position: int) -> Place:
@@ -125,6 +209,33 @@ class Mixture:
         sources, ranks = self._block(block)
         source = int(sources[within])
         return Place(source, *self._orders[source].locate(block * self.quotas[source] + int(ranks[within])))
+
+    def share(self, first: int, rank: int, world_size: int, size: int) -> list[int]:
+        """The `size` positions that a rank takes of the `world_size` · `size` from `first` on: its part of the line."""
+        positions = np.arange(first, first + world_size * size)
+        by_place = np.argsort(self._places(positions), kind="stable")
+        return sorted(positions[by_place[rank * size : (rank + 1) * size]].tolist())
+
+    def part(self, place: Place, begin: float, end: float) -> float:
+        """`SampleOrder.part` of the shard at a place."""
+        if self.quotas:
+            return self._orders[place.source].part(place.epoch, place.shard, begin, end)
+        before = int(self._ends[place.source - 1]) if place.source else 0
+        return self._union.part(place.epoch, before + place.shard, begin, end)
+
+    def _places(self, positions: Int64s) -> NDArray[np.float64]:
+        """As `SampleOrder.places`, each of its own source's line."""
+        if not self.quotas:
+            return self._union.places(positions)
+        places = np.empty(len(positions))
+        blocks, within = positions // BLOCK, positions % BLOCK
+        for block in np.unique(blocks):
+            here = np.flatnonzero(blocks == block)
+            sources, ranks = (values[within[here]] for values in self._block(int(block)))
+            for source in np.unique(sources):
+                own = int(block) * self.quotas[source] + ranks[sources == source]
+                places[here[sources == source]] = self._orders[source].places(own)
+        return places
 
     def passes(self, position: int) -> list[Pass]:
         """How far each data set that has epochs of its own is read when `position` samples are."""
@@ -156,6 +267,13 @@ def quotas(weights: Sequence[float]) -> tuple[int, ...]:
     for source in np.argsort(floors - shares, kind="stable")[: BLOCK - int(floors.sum())]:
         floors[source] += 1
     return tuple(int(quota) for quota in floors)
+
+
+def _bit_reversed(count: int) -> Int64s:
+    """The place of each of `count` numbers among all when their bits are read backwards (van der Corput's sequence)."""
+    bits = max(1, (count - 1).bit_length())
+    backwards = [int(f"{number:0{bits}b}"[::-1], 2) for number in range(count)]
+    return np.argsort(np.argsort(backwards)).astype(np.int64)
 
 
 def _permutation(count: int, seed: int, epoch: int, stream: int, part: int) -> Int64s:

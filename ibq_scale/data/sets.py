@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from mmap import mmap
 from pathlib import Path
 
 from ibq_scale.config.run import DataConfig
 from ibq_scale.data.cache import ShardCache, bytes_held, default_folder
 from ibq_scale.data.folder import Store
+from ibq_scale.data.geometry import Extent, Layout, layout, require_fit
 from ibq_scale.data.manifest import Kind, Manifest, ShardInfo, load_manifest
 from ibq_scale.data.order import Mixture, quotas
 from ibq_scale.data.store import open_store
@@ -28,11 +30,11 @@ class DataSet:
     store: Store
     cache: ShardCache | None = None
 
-    def read(self, shard: int) -> bytes:
-        """A whole shard. UserError where it is missing, or cannot be had."""
+    def map(self, shard: int) -> bytes | mmap:
+        """A whole shard, in memory that workers share where it is a file here. UserError where it cannot be had."""
         info = self.manifest.shards[shard]
         with self._named(info):
-            return self.store.read(info.name) if self.cache is None else self.cache.read(info)
+            return self.store.map(info.name) if self.cache is None else self.cache.map(info)
 
     def read_range(self, shard: int, start: int, stop: int) -> bytes:
         """Bytes start … stop − 1 of a shard. UserError as `read`."""
@@ -41,6 +43,12 @@ class DataSet:
             if self.cache is None:
                 return self.store.read_range(info.name, start, stop)
             return self.cache.read_range(info, start, stop)
+
+    def read_singly(self, shard: int, start: int, stop: int) -> bytes:
+        """As `read_range`, from the store, and nothing is kept."""
+        info = self.manifest.shards[shard]
+        with self._named(info):
+            return self.store.read_range(info.name, start, stop)
 
     @contextmanager
     def _named(self, info: ShardInfo) -> Iterator[None]:
@@ -71,10 +79,37 @@ class DataSets:
         part = self.parts[source]
         return f"{part.store.url}/{part.manifest.shards[shard].name}, sample {row}"
 
+    @cached_property
+    def extents(self) -> tuple[Extent, ...]:
+        """What has lanes of its own: each source where they are mixed by weight, or else all together."""
+        each = [part.manifest.extent for part in self.parts]
+        return tuple(each) if self.config.weights else (Extent(*(sum(column) for column in zip(*each, strict=True))),)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The order's version, lanes and window."""
+        return layout(self.config, self.extents)
+
+    @property
+    def shards_in_use(self) -> int:
+        """The most shards that a rank reads of at once: those of each lane's window, and of the next one."""
+        return self.layout.lanes * (self.layout.window + 2) * len(self.extents)
+
+    @property
+    def cache_limit(self) -> int | None:
+        """Bytes of this node's cache; None where shards are read without one."""
+        return min((part.cache.limit for part in self.parts if part.cache is not None), default=None)
+
+    def require_fit(self, nodes: int) -> None:
+        """UserError where this node's cache does not hold the shards that a run on `nodes` has in use at once."""
+        if self.cache_limit is not None:
+            require_fit(self.extents, self.layout, self.cache_limit, nodes)
+
     def order(self, seed: int) -> Mixture:
         """Positions of a run with this seed to samples."""
         sizes = [part.manifest.shard_sizes for part in self.parts]
-        return Mixture(sizes, self.config.weights, seed, self.config.lanes, self.config.window)
+        order, lanes, window = self.layout
+        return Mixture(sizes, self.config.weights, seed, lanes, window, order)
 
 
 def open_sets(data: DataConfig, kind: Kind) -> DataSets:

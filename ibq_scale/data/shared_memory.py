@@ -19,12 +19,17 @@ class SharedMemoryError(RuntimeError):
     """A batch that a data worker could not hand over."""
 
 
+def ranks_of_node() -> int:
+    """Ranks on this node, by what launchers say."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or "1")
+
+
 def require_room(batch_bytes: int, batches: int) -> None:
     """UserError where FOLDER cannot hold so many batches of each rank of this node.
 
     Without the room, a worker loses a batch and its rank waits for that without end (torch's queues only print so).
     """
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or "1")
+    ranks = ranks_of_node()
     wanted = ranks * batches * batch_bytes
     try:
         there = os.statvfs(FOLDER)

@@ -1,7 +1,8 @@
 """From positions to batches on a rank.
 
-Micro-batch b (counted over the whole run) holds positions [b·m, (b + 1)·m) and goes to rank b mod W. So an optimizer
-step covers one unbroken range of positions whatever the number of ranks, and a run's whole data state is one integer.
+The W ranks' micro-batches of m samples share W·m consecutive positions, by an order that knows which lie together
+(data/order.py). So an optimizer step covers one unbroken range of positions whatever the number of ranks, and a run's
+whole data state is one integer.
 """
 
 from __future__ import annotations
@@ -23,20 +24,20 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ibq_scale.config.run import DataConfig
 from ibq_scale.data.codes import CodeDataset, CodeSample
+from ibq_scale.data.fetching import MOST_OF, Fetcher, FetchingSampler
 from ibq_scale.data.images import ImageDataset, ImageSample, Request
-from ibq_scale.data.order import Mixture
+from ibq_scale.data.order import Mixture, Place
 from ibq_scale.data.sets import DataSets, open_sets
-from ibq_scale.data.shared_memory import SharedMemoryError, require_room, share
+from ibq_scale.data.shared_memory import SharedMemoryError, ranks_of_node, require_room, share
 from ibq_scale.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# Batches whose shards are fetched ahead of use, and those that each worker (or reader of an evaluation) has ready.
-FETCH_AHEAD = 16
+# Batches that each worker (or reader of an evaluation) has ready.
 PREFETCH = 4
 
 
@@ -73,11 +74,10 @@ def to_float(images_u8: Tensor) -> Tensor:
     return images_u8.to(torch.float32, memory_format=layout).div_(127.5).sub_(1.0)
 
 
-def rank_positions(start: int, rank: int, world_size: int, micro_batch: int) -> Iterator[range]:
+def rank_positions(order: Mixture, start: int, rank: int, world_size: int, micro_batch: int) -> Iterator[list[int]]:
     """The positions of a rank's micro-batches, without end. `start` is a multiple of micro_batch · world_size."""
-    for step in count():
-        first = start + (step * world_size + rank) * micro_batch
-        yield range(first, first + micro_batch)
+    for first in count(start, world_size * micro_batch):
+        yield order.share(first, rank, world_size, micro_batch)
 
 
 def image_stream(
@@ -94,20 +94,21 @@ def image_stream(
         flip=data.flip,
         seed=seed,
         training=True,
-        indices_in_memory=4 * data.lanes * len(sets.parts),
+        shards_in_memory=sets.shards_in_use,
     )
-    requests = _requests(sets.order(seed), rank_positions(start, rank, world_size, micro_batch))
-    return _load(dataset, _FetchingSampler(requests, dataset.fetch), _stack_images, data.workers)
+    share = {"rank": rank, "world_size": world_size, "micro_batch": micro_batch, "start": start}
+    sampler = _sampler(sets, dataset, seed=seed, first=_before_fetching(data.workers), **share)
+    return _load(dataset, sampler, _stack_images, data.workers)
 
 
 def code_stream(
     sets: DataSets, *, seed: int, rank: int, world_size: int, micro_batch: int, start: int
 ) -> Iterator[CodeBatch]:
     """As `image_stream`, for code shards."""
-    data = sets.config
-    dataset = CodeDataset(sets, seed=seed, shards_in_memory=4 * data.lanes * len(sets.parts))
-    requests = _requests(sets.order(seed), rank_positions(start, rank, world_size, micro_batch))
-    return _load(dataset, _FetchingSampler(requests, dataset.fetch), _stack_codes, data.workers)
+    dataset = CodeDataset(sets, seed=seed, shards_in_memory=sets.shards_in_use)
+    share = {"rank": rank, "world_size": world_size, "micro_batch": micro_batch, "start": start}
+    sampler = _sampler(sets, dataset, seed=seed, first=0, **share)
+    return _load(dataset, sampler, _stack_codes, sets.config.workers)
 
 
 def evaluation_codes(
@@ -117,7 +118,7 @@ def evaluation_codes(
 
     All ranks get equally many batches of equal size: places beyond the end repeat a sample with weight 0.
     """
-    dataset = CodeDataset(sets, seed=0, shards_in_memory=4 * sets.config.lanes * len(sets.parts))
+    dataset = CodeDataset(sets, seed=0, shards_in_memory=sets.shards_in_use)
 
     def read(requests: list[Request]) -> CodeBatch:
         return _stack_codes([dataset[request] for request in requests])
@@ -141,8 +142,13 @@ def evaluation_images(
     `resolution` None images keep their size, but for a crop to sides that `multiple` divides; `batch` is 1 then.
     """
     sets = open_sets(DataConfig(train=url), "images")
-    sizes = sets.parts[0].manifest.shard_sizes
-    requests = [Request(0, 0, 0, s, r) for s, size in enumerate(sizes) for r in range(size)][:limit]
+    ends = np.cumsum(sets.parts[0].manifest.shard_sizes)
+
+    def request(place: int) -> Request:
+        shard = int(np.searchsorted(ends, place, side="right"))
+        return Request(place, 0, 0, shard, place - (int(ends[shard - 1]) if shard else 0))
+
+    requests = Requests(sets.samples if limit is None else min(limit, sets.samples), request)
     return _image_shares(_centre_cropped(sets, resolution, multiple), requests, rank, world_size, batch)
 
 
@@ -164,13 +170,20 @@ def shares(count: int, rank: int, world_size: int, batch: int) -> Iterator[tuple
         yield places, [min(place, count - 1) for place in places], torch.tensor([float(p < count) for p in places])
 
 
-def _shuffled(sets: DataSets, limit: int) -> list[Request]:
+class Requests(NamedTuple):
+    """So many requests, each made when it is asked for."""
+
+    total: int
+    at: Callable[[int], Request]
+
+
+def _shuffled(sets: DataSets, limit: int) -> Requests:
     order = sets.order(seed=0)
-    return [Request(0, *order.locate(place)) for place in range(min(limit, sets.samples))]
+    return Requests(min(limit, sets.samples), lambda place: Request(place, *order.locate(place)))
 
 
 def _image_shares(
-    dataset: ImageDataset, requests: Sequence[Request], rank: int, world_size: int, batch: int
+    dataset: ImageDataset, requests: Requests, rank: int, world_size: int, batch: int
 ) -> Iterator[tuple[ImageBatch, Tensor]]:
     def read(requests: list[Request]) -> ImageBatch:
         return _stack_images(dataset.__getitems__(requests))
@@ -179,7 +192,7 @@ def _image_shares(
 
 
 def _read_shares(
-    read: Callable[[list[Request]], Batch], requests: Sequence[Request], rank: int, world_size: int, batch: int
+    read: Callable[[list[Request]], Batch], requests: Requests, rank: int, world_size: int, batch: int
 ) -> Iterator[tuple[Batch, Tensor]]:
     """A rank's `shares`, their positions those in `requests`.
 
@@ -187,12 +200,12 @@ def _read_shares(
     """
 
     def share(places: range, taken: list[int], weights_B: Tensor) -> tuple[Batch, Tensor]:
-        return read([requests[t]._replace(position=p) for p, t in zip(places, taken, strict=True)]), weights_B
+        return read([requests.at(t)._replace(position=p) for p, t in zip(places, taken, strict=True)]), weights_B
 
     waiting: deque[Future[tuple[Batch, Tensor]]] = deque()
     reader = ThreadPoolExecutor(1)
     try:
-        for own in shares(len(requests), rank, world_size, batch):
+        for own in shares(requests.total, rank, world_size, batch):
             waiting.append(reader.submit(share, *own))
             if len(waiting) > PREFETCH:
                 yield waiting.popleft().result()
@@ -226,37 +239,33 @@ def _centre_cropped(sets: DataSets, resolution: int | None, multiple: int = 1) -
     )
 
 
-def _requests(order: Mixture, batches: Iterator[range]) -> Iterator[list[Request]]:
-    for positions in batches:
+def _requests(order: Mixture, start: int, rank: int, world_size: int, micro_batch: int) -> Iterator[list[Request]]:
+    for positions in rank_positions(order, start, rank, world_size, micro_batch):
         yield [Request(p, *order.locate(p)) for p in positions]
 
 
-class _FetchingSampler(Sampler[list[Request]]):
-    """Hands out batches of requests in order, their shards fetched before and some batches ahead by a thread."""
+def _sampler(
+    sets: DataSets, fetcher: Fetcher, *, seed: int, rank: int, world_size: int, micro_batch: int, start: int, first: int
+) -> Iterable[list[Request]]:
+    """The order's requests for a rank; its node fetches the shards of which its own part of the line has most."""
+    order, local = sets.order(seed), min(ranks_of_node(), world_size)
+    requests = _requests(order, start, rank, world_size, micro_batch)
+    if all(part.cache is None for part in sets.parts):
+        return requests
+    node, nodes = rank // local, -(-world_size // local)
 
-    def __init__(self, requests: Iterator[list[Request]], fetch: Callable[[int, int], None]) -> None:
-        self._requests = requests
-        self._fetch = fetch
+    def whole(request: Request) -> bool:
+        return order.part(Place(*request[1:]), node / nodes, (node + 1) / nodes) >= MOST_OF
 
-    def __iter__(self) -> Iterator[list[Request]]:
-        waiting: deque[tuple[list[Request], list[Future[None]]]] = deque()
-        fetcher = ThreadPoolExecutor(1)
-        try:
-            while True:
-                while len(waiting) < FETCH_AHEAD:
-                    batch = next(self._requests)
-                    shards = dict.fromkeys((request.source, request.shard) for request in batch)
-                    waiting.append((batch, [fetcher.submit(self._fetch, *shard) for shard in shards]))
-                batch, futures = waiting.popleft()
-                for future in futures:
-                    future.result()
-                yield batch
-        finally:
-            # Whoever stops here, for a dead store perhaps, does not wait for what nobody will read.
-            fetcher.shutdown(wait=False, cancel_futures=True)
+    return FetchingSampler(requests, fetcher, first, whole)
 
 
-def _load(dataset: Any, sampler: _FetchingSampler, stack: Callable[[Any], Any], workers: int) -> Iterator[Any]:
+def _before_fetching(workers: int) -> int:
+    """The batches that are asked for before the first comes."""
+    return max(1, workers * PREFETCH)
+
+
+def _load(dataset: Any, sampler: Iterable[list[Request]], stack: Callable[[Any], Any], workers: int) -> Iterator[Any]:
     # Not fork: threads of torch and of S3 clients do not survive it.
     context = "forkserver" if workers else None
     if workers:

@@ -53,13 +53,15 @@ def _trace(config: AnyRun, step: int, ranks: int) -> list[Traced]:
     order = sets.order(config.train.seed)
     index_of = lru_cache(maxsize=None)(lambda source, shard: shard_index(sets.parts[source], shard))
     found = []
-    first = (step - 1) * config.train.global_batch
+    first, micro = (step - 1) * config.train.global_batch, config.train.micro_batch
+    starts = range(first, first + config.train.global_batch, micro * ranks)
+    rank_of = {p: rank for start in starts for rank in range(ranks) for p in order.share(start, rank, ranks, micro)}
     for position in range(first, first + config.train.global_batch):
         place = order.locate(position)
         member = index_of(place.source, place.shard).members[place.row] if images else None
         found.append(
             Traced(
-                rank=position // config.train.micro_batch % ranks,
+                rank=rank_of[position],
                 position=position,
                 epoch=place.epoch,
                 shard=_shard_name(sets, place.source, place.shard),

@@ -34,7 +34,7 @@ def verify(url: str, *, workers: int = 4) -> Verified:
     """Hashes every shard, and sums every indexed sample, on `workers` threads. UserError where there is no data set."""
     store = open_store(url)
     manifest = load_any_manifest(store)
-    progress = Progress("verify", sum(shard.bytes for shard in manifest.shards))
+    progress = Progress("verify", manifest.bytes)
     totals = [0, 0]
     lock = Lock()
 

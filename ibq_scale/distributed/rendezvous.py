@@ -190,6 +190,7 @@ def judge(arrivals: Sequence[Arrival | None], names: Sequence[str]) -> Verdict:
     seen = {a.node for a in came.values()}
     silent = [name for name in names if name not in seen]
     sharing, misuse = _sharing(came)
+    gpus = any(a.gpu for a in came.values())
     usual = median([a.free for a in came.values() if a.free is not None] or [0])
     faults: list[str] = []
     failed: dict[str, str] = {}
@@ -198,7 +199,7 @@ def judge(arrivals: Sequence[Arrival | None], names: Sequence[str]) -> Verdict:
             own = [f"did not come within {RENDEZVOUS_SECONDS:.0f} s"]
         else:
             own = [*arrival.faults, *sharing.get(rank, [])]
-            if not own and arrival.gpu is None and any(a.gpu for a in came.values()):
+            if not own and arrival.gpu is None and gpus:
                 own = ["sees no GPU, where others do"]
             if arrival.free is not None and arrival.free < LEAST_SHARE * usual:
                 own += [f"{arrival.free:.0%} of its GPU's memory is free, of the others' {usual:.0%}: who is there?"]

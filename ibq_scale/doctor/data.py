@@ -29,7 +29,7 @@ def store(subject: Subject) -> list[Finding]:
     source = open_store(subject.data)
     manifest = load_any_manifest(source)
     shard = max(manifest.shards, key=lambda shard: shard.bytes)
-    size = sum(s.bytes for s in manifest.shards)
+    size = manifest.bytes
     whole = f"{manifest.samples:,} {manifest.kind} in {len(manifest.shards):,} shards ({gigabytes(size)})"
     try:
         read, seconds = _read(source, shard)

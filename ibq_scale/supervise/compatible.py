@@ -18,7 +18,7 @@ FIXED = ("task", "model", "quantizer", "discriminator")
 # Keys of how a network is computed. They may change when a run continues.
 FREE = {"backend", "logit_precision", "search", "tile_bytes", "revive_after", "attention"}
 FREE |= {"activation_checkpointing", "compile", "fp8"}
-FIXED_DATA = ("lanes", "window", "weights")
+FIXED_DATA = ("order", "lanes", "window", "weights")
 
 
 def check_same_run(config: AnyRun, checkpoint: Checkpoint) -> None:
@@ -33,10 +33,10 @@ def check_same_run(config: AnyRun, checkpoint: Checkpoint) -> None:
                 f"{_difference(saved, now, section)}. Give another out=… or the same config"
             )
     for key in FIXED_DATA:
-        if saved["data"][key] != now["data"][key]:
-            raise UserError(
-                f"{checkpoint.path}: data.{key} was {saved['data'][key]}; the order of samples depends on it"
-            )
+        # Checkpoints older than the key have version 1 of the order.
+        before = saved["data"].get(key, 1)
+        if now["data"][key] not in (None, before):
+            raise UserError(f"{checkpoint.path}: data.{key} was {before}; the order of samples depends on it")
     for key in ("seed", "global_batch"):
         if saved["train"][key] != now["train"][key]:
             raise UserError(

@@ -24,8 +24,9 @@ from ibq_scale.checkpoint.saving import CheckpointFolder
 from ibq_scale.commit import current_commit
 from ibq_scale.config.batch import accumulation_steps
 from ibq_scale.config.layers import require_complete, to_yaml
-from ibq_scale.config.run import AnyRun, TokenizerRun
+from ibq_scale.config.run import AnyRun, DataConfig, TokenizerRun
 from ibq_scale.console import tell
+from ibq_scale.data.geometry import continued
 from ibq_scale.data.manifest import NAME as MANIFEST
 from ibq_scale.data.sets import DataSets, open_sets
 from ibq_scale.data.store import open_store
@@ -100,6 +101,7 @@ def _train_locked(config: AnyRun, run_dir: Path, world: World, stop: StopRequest
         stop.standing = checkpoints.standing
         if resume_from is not None:
             check_same_run(config, resume_from)
+            config = _with_data(config, continued(config.data, resume_from.manifest["config"]["data"]))
         _prepare_run_dir(run_dir, config, world)
         if isinstance(config, TokenizerRun):
             settle_tiles(run_dir, config.quantizer, world)
@@ -156,6 +158,9 @@ def _train_watched(
         _check_ranks_agree(config, sets, world)
         if resume_from is not None:
             check_same_data(config, resume_from, sets.hash)
+        config = _with_data(config, config.data.model_copy(update=sets.layout._asdict()))
+        if world.is_main:
+            _write_config(run_dir, config)
         watchdog.report("building")
         begin = f"resuming from {resume_from.path}" if resume_from else "starting"
         said = startup_summary(config, world, hosts, sets, begin)
@@ -174,6 +179,10 @@ def _check_ranks_agree(config: AnyRun, sets: DataSets, world: World) -> None:
             f"rank {others[0]} sees other data in {', '.join(config.data.sources)} than rank 0 does (the manifests "
             f"differ): give all nodes the same"
         )
+
+
+def _with_data(config: AnyRun, data: DataConfig) -> AnyRun:
+    return config.model_copy(update={"data": data})
 
 
 def _ask_stores(config: AnyRun) -> None:
@@ -201,10 +210,9 @@ def _make_task(config: AnyRun, world: World, sets: DataSets) -> Task:
 def _prepare_run_dir(run_dir: Path, config: AnyRun, world: World) -> None:
     if world.is_main:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-        # A kill or a full disk leaves the old file or the new one, never an empty file.
-        store = open_store(str(run_dir))
-        store.write("config.yaml", to_yaml(config).encode())
-        store.write("environment.json", (json.dumps(environment(world), indent=2) + "\n").encode())
+        # A kill or a full disk leaves the old file or the new one, never an empty one.
+        _write_config(run_dir, config)
+        open_store(str(run_dir)).write("environment.json", (json.dumps(environment(world), indent=2) + "\n").encode())
     dist.barrier()
     # No traceback per line for a log on a full disk.
     logging.raiseExceptions = False
@@ -212,6 +220,10 @@ def _prepare_run_dir(run_dir: Path, config: AnyRun, world: World) -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.getLogger().addHandler(handler)
     logging.getLogger("ibq_scale").setLevel(logging.INFO)
+
+
+def _write_config(run_dir: Path, config: AnyRun) -> None:
+    open_store(str(run_dir)).write("config.yaml", to_yaml(config).encode())
 
 
 def _log_path(run_dir: Path, world: World) -> Path:

@@ -12,6 +12,7 @@ from ibq_scale.config.deepspeed import deepspeed_config, zero_words
 from ibq_scale.config.models import QuantizerConfig
 from ibq_scale.config.run import AnyRun, ARRun, TokenizerRun
 from ibq_scale.console import gigabytes, short
+from ibq_scale.data.geometry import Stream
 from ibq_scale.data.sets import DataSets
 from ibq_scale.distributed.world import World
 from ibq_scale.models.attention import choose, describe
@@ -28,7 +29,7 @@ WIDTH = 10
 def startup_summary(config: AnyRun, world: World, hosts: Sequence[str], sets: DataSets, begin: str) -> str:
     """Several lines. `begin`: start or resume, in words.
 
-    UserError for an attention kernel without support here.
+    UserError for an attention kernel without support here, or for more shards in use than the cache holds.
     """
     zero = Zero.of(deepspeed_config(config, world.size), world=world.size)
     if isinstance(config, TokenizerRun):
@@ -41,7 +42,7 @@ def startup_summary(config: AnyRun, world: World, hosts: Sequence[str], sets: Da
         model = _transformer(config, nets[0], world)
     sections = {
         "model": model,
-        "data": _data(config, sets),
+        "data": _data(config, sets, world.size, len(set(hosts))),
         "batch": [_batch(config, world, sets)],
         "ranks": [_ranks(config, world, hosts, zero)],
         "memory": [_memory(states, world)],
@@ -89,18 +90,21 @@ def _parts(nets: Sequence[Network]) -> str:
     return ", ".join(f"{name} {short(number)}" for net in nets for name, number in net.parts.items())
 
 
-def _data(config: AnyRun, sets: DataSets) -> list[str]:
+def _data(config: AnyRun, sets: DataSets, ranks: int, nodes: int) -> list[str]:
+    sets.require_fit(nodes)
     texts = []
     weights = config.data.weights or (None,) * len(sets.parts)
     for part, url, weight in zip(sets.parts, config.data.sources, weights, strict=True):
         manifest = part.manifest
-        size = sum(shard.bytes for shard in manifest.shards)
         share = "" if weight is None else f", weight {weight:g}"
         cache = f", cached in {part.cache.folder}" if part.cache else ""
         texts.append(
             f"{url}: {manifest.samples:,} {manifest.kind}, {len(manifest.classes):,} classes, "
-            f"{len(manifest.shards):,} shard{'s' * (len(manifest.shards) > 1)}, {gigabytes(size)}{share}{cache}"
+            f"{len(manifest.shards):,} shard{'s' * (len(manifest.shards) > 1)}, {gigabytes(manifest.bytes)}{share}"
+            f"{cache}"
         )
+    batch = config.train.micro_batch * ranks // nodes
+    texts.append(str(Stream.of(sets.extents, config.data, sets.cache_limit, batch, nodes)))
     held = config.validation
     if held.data is not None:
         texts.append(f"validation {held.data}: {held.samples:,} at the most, every {held.every:,} steps")

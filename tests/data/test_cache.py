@@ -66,10 +66,16 @@ def _names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()} - {"lock"}
 
 
+def _table(cache: ShardCache, shard: ShardInfo) -> bytes:
+    return bytes(cache.table(shard, index_name(shard.name), bytes.upper))
+
+
 def _fetch(cache: ShardCache, shard: ShardInfo, used: float | None = None) -> None:
-    cache.fetch(shard, index_name(shard.name))
+    cache.fetch(shard)
+    _table(cache, shard)
     if used is not None:
-        os.utime(cache.path(shard), (used, used))
+        for path in cache.folder.glob(f"{shard.sha256}*"):
+            os.utime(path, (used, used))
 
 
 def test_the_longest_unused_go_first_with_their_indices(store: CountingStore, folder: Path) -> None:
@@ -116,7 +122,7 @@ def test_what_was_evicted_before_it_was_read_comes_again_with_a_warning(
     assert caplog.text.count("data.cache_bytes=150 is less than the shards in use") == 1
     assert cache.read_range(first, 10, 20) == bytes([0]) * 10
     assert cache.read(second) == bytes([1]) * 100
-    assert cache.read_index(first, index_name(first.name)) == b"index"
+    assert _table(cache, first) == b"INDEX"
 
 
 def test_a_limit_below_a_shard_is_an_error(store: CountingStore, folder: Path) -> None:
@@ -130,10 +136,10 @@ def test_a_missing_shard_or_index_is_an_error(store: CountingStore, folder: Path
     (shard,) = _shards(store, 100)
     cache = ShardCache(folder, 1000, store)
     with pytest.raises(UserError, match=r"absent is missing: prepare again"):
-        cache.fetch(shard, "absent")
+        cache.table(shard, "absent", bytes)
     with pytest.raises(UserError, match=r"absent is missing, though the manifest names it"):
         cache.fetch(shard.model_copy(update={"name": "absent", "sha256": "0" * 64}))
-    assert _names(folder) == {shard.sha256}
+    assert not _names(folder)
 
 
 def test_a_full_disk_is_an_error_and_leaves_nothing(
@@ -162,7 +168,7 @@ def test_a_shard_of_another_size_is_replaced(store: CountingStore, folder: Path)
 def test_leftovers_are_removed_and_files_at_work_are_not(store: CountingStore, folder: Path) -> None:
     (first,) = _shards(store, 100)
     folder.mkdir()
-    for name in (f"{'a' * 64}.partial", f"{'b' * 64}.{'0' * 16}.index", f"{'c' * 64}.{'0' * 16}.index.partial"):
+    for name in (f"{'a' * 64}.partial", f"{'c' * 64}.{'0' * 16}.table.partial"):
         (folder / name).write_bytes(b"half")
     ShardCache(folder, 1000, store)
     assert not _names(folder)
@@ -201,7 +207,7 @@ def test_ranks_that_evict_each_others_shards_all_read_the_right_bytes(store: Cou
         for step in range(30):
             number = (step * (rank + 1) + rank) % 6
             assert cache.read(shards[number]) == bytes([number]) * 1000
-            assert cache.read_index(shards[number], index_name(shards[number].name)) == b"index"
+            assert _table(cache, shards[number]) == b"INDEX"
 
     with ThreadPoolExecutor(4) as pool:
         for future in [pool.submit(read, rank) for rank in range(4)]:
@@ -219,6 +225,37 @@ store.DOWNLOAD_CHUNK = 512
 source = store.open_store(sys.argv[1])
 ShardCache(Path(sys.argv[2]), 10**9, source).fetch(load_manifest(source, "images").shards[0])
 """
+
+
+def test_an_index_may_come_before_its_shard_and_goes_when_it_is_not_used(store: CountingStore, folder: Path) -> None:
+    """An old version's, as JSON, goes alike."""
+    first, second = _shards(store, 100, 100)
+    cache = ShardCache(folder, 104, store)
+    assert _table(cache, first) == _table(ShardCache(folder, 104, store), first) == b"INDEX"
+    (folder / f"{'b' * 64}.{'0' * 16}.index").write_bytes(b"old")
+    for path in folder.iterdir():
+        os.utime(path, (1, 1))
+    cache.fetch(second)
+    assert _names(folder) == {second.sha256}
+    assert not cache.has(first)
+    assert not cache.touch(first)
+    assert cache.touch(second)
+
+
+def test_files_are_listed_when_there_is_no_room_and_not_for_each_download(
+    store: CountingStore, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = _shards(store, *[100] * 64)
+    listed: list[int] = []
+    evict = ShardCache._evict
+    monkeypatch.setattr(ShardCache, "_evict", lambda self, needed: listed.append(needed) or evict(self, needed))
+    cache = ShardCache(folder, 3_200, store)
+    for number, shard in enumerate(shards):
+        cache.fetch(shard)
+        os.utime(cache.path(shard), (number, number))
+    # Once to begin with; then each makes room for two more than it needs, a sixteenth of the limit.
+    assert len(listed) == 1 + -(-32 // 3)
+    assert 2_800 <= sum(path.stat().st_size for path in folder.glob("?" * 64)) <= 3_200
 
 
 @pytest.mark.slow

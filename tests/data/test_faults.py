@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ibq_scale.config.run import DataConfig
+from ibq_scale.data import fetching
 from ibq_scale.data import store as store_module
 from ibq_scale.data import stream as stream_module
 from ibq_scale.data.sets import open_sets
@@ -37,7 +38,8 @@ TAR, INDEX = r"\.tar$", r"\.index\.json$"
 @pytest.fixture(autouse=True)
 def _one_batch_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     """An error is seen once what was begun has ended too."""
-    monkeypatch.setattr(stream_module, "FETCH_AHEAD", 1)
+    monkeypatch.setattr(fetching, "FETCH_AHEAD", 1)
+    monkeypatch.setattr(fetching, "SAMPLES_AHEAD", 1)
 
 
 @pytest.fixture(scope="module")
@@ -59,10 +61,18 @@ def _upload(folder: str, url: str) -> str:
     return url
 
 
-@pytest.fixture(params=["direct", "cached"])
+@pytest.fixture
+def fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every batch waits for its shards, the first too."""
+    monkeypatch.setattr(stream_module, "_before_fetching", lambda workers: 0)
+
+
+@pytest.fixture(params=["direct", "cached", "singly"])
 def data(request: pytest.FixtureRequest, shared_url: str, tmp_path: Path, proxy: FaultProxy) -> DataConfig:
-    """Read through the proxy, shards by ranges or through the cache."""
-    cache = str(tmp_path / "cache") if request.param == "cached" else None
+    """Read through the proxy: by ranges without a cache, through the cache, or by ranges since shards have not come."""
+    cache = None if request.param == "direct" else str(tmp_path / "cache")
+    if request.param == "cached":
+        request.getfixturevalue("fetched")
     return DataConfig(train=shared_url, cache_dir=cache, workers=0, lanes=3, window=2)
 
 
@@ -173,6 +183,7 @@ def test_other_bytes_once_are_seen(data: DataConfig, expected: ImageBatch, proxy
         assert _same(_epoch(data), expected)
 
 
+@pytest.mark.usefixtures("fetched")
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", [flipped, overwritten])
 def test_a_changed_shard_never_enters_the_cache(
@@ -186,6 +197,7 @@ def test_a_changed_shard_never_enters_the_cache(
     assert {path.name for path in (tmp_path / "cache").iterdir() if path.suffix != ".partial"} == {"lock"}
 
 
+@pytest.mark.usefixtures("fetched")
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [10, 100_000], ids=["shorter", "longer"])
 def test_an_object_overwritten_between_ranges_is_never_mixed(
@@ -203,6 +215,7 @@ def test_an_object_overwritten_between_ranges_is_never_mixed(
         _epoch(data)
 
 
+@pytest.mark.usefixtures("fetched")
 @pytest.mark.slow
 def test_a_cache_smaller_than_what_is_in_use_gives_the_same(shared_url: str, dataset: str, tmp_path: Path) -> None:
     largest = max(path.stat().st_size for path in Path(dataset).glob("*.tar"))

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ibq_scale.config.run import DataConfig
+from ibq_scale.data import images as images_module
 from ibq_scale.data import stream as stream_module
 from ibq_scale.data.cache import ShardCache
 from ibq_scale.data.convert import decode
@@ -281,7 +282,7 @@ def test_s3_is_read_through_a_cache_unless_one_asks_for_ranges(
 def test_requests_of_a_batch_wait_together(
     config: DataConfig, pictures: Path, new_prefix: Callable[[], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a cache every sample is a request; as many at once as the batch has, so one's wait is all the wait."""
+    """Without a cache samples are requests of their own where they do not touch; all at once, so one's wait is all."""
     from ibq_scale.data.prepare import prepare_images
 
     url = new_prefix()
@@ -294,6 +295,7 @@ def test_requests_of_a_batch_wait_together(
         return read_range(self, path, start, stop)
 
     monkeypatch.setattr(S3Store, "read_range", slow)
+    monkeypatch.setattr(images_module, "BETWEEN", -1)
     sets = open_sets(config.model_copy(update={"train": url, "cache_dir": None}), "images")
     batch = next(image_stream(sets, resolution=32, seed=5, rank=0, world_size=1, micro_batch=24, start=0))
     whole = open_sets(config, "images")
@@ -388,31 +390,12 @@ def test_sources_are_mixed_by_weight_or_make_one_set(dataset: str, config: DataC
         _global(tiny, 1)
 
 
-def test_the_index_of_many_shards_stays_small(dataset: str, config: DataConfig) -> None:
+def test_the_indices_of_many_shards_stay_small(dataset: str, config: DataConfig) -> None:
     sets = open_sets(config, "images")
-    images = ImageDataset(
-        sets, resolution=32, random_crop=False, flip=False, seed=0, training=True, indices_in_memory=2
-    )
+    images = ImageDataset(sets, resolution=32, random_crop=False, flip=False, seed=0, training=True, shards_in_memory=2)
     for shard, info in enumerate(sets.parts[0].manifest.shards):
         images[Request(0, 0, 0, shard, info.samples - 1)]
-        assert len(images._indices) <= 2
-
-
-def test_a_failed_fetch_is_told_at_once_and_not_after_those_behind_it() -> None:
-    told = threading.Event()
-    waited_for = []
-
-    def fetch(source: int, shard: int) -> None:
-        if shard == 0:
-            raise UserError("the store is dead")
-        waited_for.append(not told.wait(PATIENCE))
-
-    requests = iter([[Request(shard, 0, 0, shard, 0)] for shard in range(100)])
-    with pytest.raises(UserError, match="the store is dead"):
-        for _ in stream_module._FetchingSampler(requests, fetch):
-            pass
-    told.set()
-    assert not any(waited_for)
+        assert len(images._tables) <= 2
 
 
 @pytest.mark.slow

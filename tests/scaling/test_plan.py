@@ -175,3 +175,16 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
         assert words in said
     # What CUDA takes alone is more than that.
     assert "no switch, and no two of them, make it fit" in said
+
+
+@pytest.mark.slow
+def test_the_stream_of_a_set_that_is_named(dataset: str, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["train.micro_batch=2", "--samples", "1281167", "--bytes", "141e9", "--nodes", "8"]
+    assert main(["plan", "ar/tiny", *sizes]) == 0
+    line = capsys.readouterr().out.rpartition("\ndata ")[2]
+    assert "order 2: 8 lanes, windows of 4 shards; 0.34 GB in use a node, 50.00 GB of cache" in line
+    assert main(["plan", "tokenizer/tiny", "data.lanes=null", "--data", dataset, "--json"]) == 0
+    stream = json.loads(capsys.readouterr().out)["data"]
+    assert stream["layout"] == [2, 128, 4]
+    assert stream["working_set"] == stream["bytes"] == sum(path.stat().st_size for path in Path(dataset).glob("*.tar"))
+    assert main(["plan", "ar/tiny", "--samples", "5"]) == 2

@@ -47,7 +47,8 @@ def test_of_a_tokenizer(dataset: str, tmp_path: Path) -> None:
     assert "LPIPS random, frozen" in said["model"][0]
     assert "1,024 codes × 16 (16.38 k), ibq; activation checkpointing" in said["model"][1]
     assert said["data"][0].startswith(f"{dataset}: 24 images, 3 classes, ")
-    assert said["data"][1] == "validation /data/val: 5,000 at the most, every 10 steps"
+    assert said["data"][1] == "order 2: 8 lanes, windows of 4 shards; no cache"
+    assert said["data"][2] == "validation /data/val: 5,000 at the most, every 10 steps"
     assert said["batch"] == ["16 = 2 micro × 2 accumulation × 4 ranks; 30 steps, 480 images (20.0 epochs)"]
     assert said["ranks"] == ["4 on 2 nodes (CPU); fp32, DeepSpeed zero2 (ZeRO-2); the codebook over groups of 2"]
     assert said["memory"][0].startswith("states ")
@@ -67,7 +68,10 @@ def test_of_a_transformer(tmp_path: Path) -> None:
         "selective"
     )
     assert said["ranks"] == ["1 on 1 node (CPU); fp32, DeepSpeed zero1 (ZeRO off: one rank has nothing to share)"]
-    assert said["data"] == [f"{tmp_path / 'codes'}: 60 codes, 3 classes, 3 shards, 0.00 MB"]
+    assert said["data"] == [
+        f"{tmp_path / 'codes'}: 60 codes, 3 classes, 3 shards, 0.00 MB",
+        "order 2: 8 lanes, windows of 4 shards; no cache",
+    ]
     with pytest.raises(UserError, match=r"model\.attention=flash3 needs a CUDA device, this is cpu"):
         _said("ar/tiny", world, *words, "model.attention=flash3")
 

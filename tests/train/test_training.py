@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from ibq_scale.checkpoint.reading import Checkpoint, newest_or_this, verify, whole_checkpoints
 from ibq_scale.config.layers import resolve
 from ibq_scale.errors import UserError
-from ibq_scale.train.run import check_same_run
+from ibq_scale.supervise.compatible import check_same_run
 from tests import nursery
 from tests.train.runs import SMALL, words
 
@@ -81,6 +81,16 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint_with_the_same_samples(
     _train(dataset, run, *more)
     assert _losses(run) == _losses(whole)
     assert newest_or_this(run).step == 6
+
+
+def test_a_run_under_an_old_order_goes_on_under_it(dataset: str, tmp_path: Path) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    _train(dataset, whole, "train.steps=4", "data.order=1")
+    _train(dataset, run, "train.steps=2", "data.order=1")
+    _train(dataset, run, "train.steps=4")
+    assert _losses(run) == _losses(whole)
+    assert newest_or_this(run).manifest["config"]["data"]["order"] == 1
+    assert "order: 1\n" in (run / "config.yaml").read_text()
 
 
 def test_a_stopped_and_resumed_run_ends_in_the_same_bits(whole: Path, dataset: str, tmp_path: Path) -> None:
@@ -158,10 +168,12 @@ def test_a_run_that_does_not_fit_its_checkpoint_is_refused(whole: Path, dataset:
         config: Any = resolve("tokenizer/tiny", changed).config
         check_same_run(config, checkpoint)
 
+    assert checkpoint.manifest["config"]["data"]["order"] == 2
     check("optimizer.lr=0.5", "train.micro_batch=2", "train.log_every=3", "deepspeed.config=zero3", "codebook_group=1")
     cases = {
         "is a checkpoint of another model": "quantizer.codebook_size=128",
         "data.lanes was 8": "data.lanes=4",
+        "data.order was 2": "data.order=1",
         "train.seed was 0": "train.seed=1",
     }
     for said, override in cases.items():

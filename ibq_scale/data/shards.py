@@ -1,0 +1,97 @@
+"""A manifest's shards. They may be a hundred thousand, and every rank and data worker holds them: so in columns."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
+
+from ibq_scale.config.base import Section
+from ibq_scale.names import FileName, Sha256
+
+# What 64 bits hold of sums over all shards.
+Count = Annotated[int, Field(ge=1, le=2**48)]
+SHA256_BYTES = 32
+
+
+class ShardInfo(Section):
+    """One shard: its file, how many samples, bytes and sha256 (hex). Image shards have an index NAME.index.json.
+
+    Adopted shards may be indexed anew with other labels or samples while their bytes stay: hence the index's own hash.
+    """
+
+    name: FileName
+    samples: Count
+    bytes: Count
+    sha256: Sha256
+    index_sha256: Sha256 | None = None
+
+
+class ShardTable(Sequence[ShardInfo]):
+    """Looks like a tuple of `ShardInfo`, and takes about 100 bytes a shard; pickles as fast as it is copied."""
+
+    def __init__(self, shards: Sequence[ShardInfo]) -> None:
+        names = [shard.name.encode() for shard in shards]
+        self._names: NDArray[np.bytes_] = np.array(names, dtype=np.bytes_)
+        self.samples: NDArray[np.int64] = np.array([shard.samples for shard in shards], dtype=np.int64)
+        self.bytes: NDArray[np.int64] = np.array([shard.bytes for shard in shards], dtype=np.int64)
+        self.sha256 = _digests(shard.sha256 for shard in shards)
+        self._index_sha256 = _digests(shard.index_sha256 or "" for shard in shards)
+        self._has_index_sha256: NDArray[np.bool_] = np.array([s.index_sha256 is not None for s in shards], dtype=bool)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @overload
+    def __getitem__(self, number: int) -> ShardInfo: ...
+    @overload
+    def __getitem__(self, number: slice) -> tuple[ShardInfo, ...]: ...
+    def __getitem__(self, number: int | slice) -> ShardInfo | tuple[ShardInfo, ...]:
+        if isinstance(number, slice):
+            return tuple(self[place] for place in range(len(self))[number])
+        return ShardInfo.model_construct(
+            name=self._names[number].decode(),
+            samples=int(self.samples[number]),
+            bytes=int(self.bytes[number]),
+            sha256=self.sha256[number].tobytes().hex(),
+            index_sha256=self._index_sha256[number].tobytes().hex() if self._has_index_sha256[number] else None,
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(map(ShardInfo.__eq__, self, other))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def json(self) -> Iterator[str]:
+        """Each shard as JSON with sorted keys: parts of what a manifest's hash is of."""
+        hexes = (rows.tobytes().hex() for rows in (self.sha256, self._index_sha256))
+        of_shard, of_index = ([text[i : i + 64] for i in range(0, len(text), 64)] for text in hexes)
+        columns = (self._names, self.samples, self.bytes, self._has_index_sha256)
+        rows = zip(*(column.tolist() for column in columns), of_shard, of_index, strict=True)
+        for name, samples, size, indexed, sha256, index_sha256 in rows:
+            index = f'"{index_sha256}"' if indexed else "null"
+            yield (
+                f'{{"bytes":{size},"index_sha256":{index},"name":{json.dumps(name.decode())},"samples":{samples},'
+                f'"sha256":"{sha256}"}}'
+            )
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(
+            cls,
+            handler.generate_schema(tuple[ShardInfo, ...]),
+            serialization=core_schema.plain_serializer_function_ser_schema(
+                lambda shards: [shard.model_dump(mode="json") for shard in shards]
+            ),
+        )
+
+
+def _digests(hexes: Iterator[str]) -> NDArray[np.uint8]:
+    """(n, 32), zeros for an empty one."""
+    raw = b"".join(bytes.fromhex(text).rjust(SHA256_BYTES, b"\0") for text in hexes)
+    return np.frombuffer(raw, dtype=np.uint8).reshape(-1, SHA256_BYTES)
