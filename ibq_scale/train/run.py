@@ -150,8 +150,7 @@ def _watched(
         watchdog.report("building")
         begin = f"resuming from {resume_from.path}" if resume_from else "starting"
         said = startup_summary(config, world, hosts, sets, begin)
-        task = _make_task(config, world, sets)
-        set_timeouts(patience)
+        task = _make_task(config, world, sets, patience)
         _say(world, said)
         return Trainer(config, task, world, sets, checkpoints, watchdog).run(resume_from, stop)
 
@@ -179,14 +178,18 @@ def _cache_dir(config: AnyRun) -> Path | None:
     return None if named in (None, "auto") else Path(str(named))
 
 
-def _make_task(config: AnyRun, world: World, sets: DataSets) -> Task:
+def _make_task(config: AnyRun, world: World, sets: DataSets, patience: timedelta) -> Task:
+    """The run's task. `patience`: how long collectives wait, those of the groups that it makes too."""
     if isinstance(config, TokenizerRun):
         from ibq_scale.train.tokenizer_task import TokenizerTask
 
-        return TokenizerTask(config, world, sets)
-    from ibq_scale.train.ar_task import ARTask
+        task: Task = TokenizerTask(config, world, sets)
+    else:
+        from ibq_scale.train.ar_task import ARTask
 
-    return ARTask(config, world, sets)
+        task = ARTask(config, world, sets)
+    set_timeouts(patience)
+    return task
 
 
 def _prepare_run_dir(run_dir: Path, config: AnyRun, world: World) -> None:
