@@ -137,7 +137,7 @@ class Trainer:
                 applied = self._train(step, batches, window)
             watchdog.step_ended(step)
             collect_young(step)
-            stopping = stop.agreed(self.world)
+            stopping = stop.agreed_before(self.world)
             # What is left of the time after a signal is for the checkpoint.
             validation = Validation() if stopping and step < total else self._validate(step, window)
             if step % train.log_every == 0 or step == total or validation.values:

@@ -20,6 +20,8 @@ DRIVER = "IBQ_SCALE_REHEARSAL_DRIVER"
 DEVICES = 8
 on_wait: list[Callable[[], object]] = []
 """Called where the host waits for a stream, an event or the device."""
+step = 0
+"""Counted by who runs steps."""
 PROPERTIES = SimpleNamespace(
     name="pretended H200", major=9, minor=0, multi_processor_count=132, total_memory=141 * 10**9
 )
@@ -63,6 +65,19 @@ class _Stream:
         return lambda *_, **__: None
 
 
+class _Event(_Stream):
+    """Waiting for one of an earlier step lets the device run on: that is no wait for the device."""
+
+    recorded = -1
+
+    def record(self, *_: Any) -> None:
+        self.recorded = step
+
+    def synchronize(self) -> None:
+        if self.recorded == step:
+            _wait()
+
+
 def pretend() -> None:
     """Changes torch in this process, for good."""
     torch._C._ensureCUDADeviceGuardSet()  # type: ignore[attr-defined]
@@ -86,7 +101,9 @@ def pretend() -> None:
     answers |= dict.fromkeys(nothing) | dict.fromkeys(counts, 0)
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
-    vars(torch.cuda).update(Stream=_Stream, Event=_Stream, synchronize=lambda *_: _wait())
+    vars(torch.cuda).update(Stream=_Stream, Event=_Event, synchronize=lambda *_: _wait())
+    vars_of: Any = torch.Tensor
+    vars_of.pin_memory = lambda self: self
     _move_by_replacing()
     _show_devices_in_backward()
 

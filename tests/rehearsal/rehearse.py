@@ -61,10 +61,11 @@ def rehearse(preset: str, words: tuple[str, ...], ranks: int, before: Callable[[
         seconds.append(time.process_time())
         for watched in (False, True):
             begun = watch if watched else Watch()
+            gpu.step += 1
             with begun.watching():
                 task.set_rates(0)
                 assert task.train_step(batches).applied, "skipped"
-                assert not stop.agreed(world)
+                assert not stop.agreed_before(world)
             seconds.append(time.process_time())
     took = [b - a for a, b in pairwise(seconds)]
     faults = watch.faults + groups.faults()
