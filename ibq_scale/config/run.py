@@ -125,6 +125,9 @@ class TrainConfig(Section):
     `grace`: seconds after a signal (SIGTERM, SIGUSR1, Ctrl-C) by which the run has saved and left; what is not done
     then is left undone, and the newest whole checkpoint stands. Somewhat less than the cluster waits before it kills
     (``--signal=USR1@300``; KillWait or a partition's GraceTime for SIGTERM).
+    `deterministic`: whether a GPU adds in the same order each time, for the same bits from the same ranks; slower, and
+    an error where torch has no such kernel. CPUs do anyway.
+    `profile`: first and last step that `profile_ranks` trace into RUN/profile, with what holds a GPU's memory.
     """
 
     samples: PositiveInt | None = None
@@ -143,6 +146,15 @@ class TrainConfig(Section):
     skipped_steps: NonNegativeInt = 10
     hang_timeout: Annotated[float, Field(gt=0, lt=1800)] = 1200.0
     grace: Annotated[float, Field(gt=0)] = 270.0
+    deterministic: bool = False
+    profile: tuple[PositiveInt, PositiveInt] | None = None
+    profile_ranks: tuple[NonNegativeInt, ...] = (0,)
+
+    @model_validator(mode="after")
+    def _steps_in_order(self) -> TrainConfig:
+        if self.profile is not None and self.profile[0] > self.profile[1]:
+            raise ValueError(f"profile: the first step ({self.profile[0]}) comes after the last ({self.profile[1]})")
+        return self
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:

@@ -41,6 +41,7 @@ from ibq_scale.supervise.compatible import check_same_data, check_same_run
 from ibq_scale.supervise.preemption import REQUEUE_EXIT_CODE, StopRequest
 from ibq_scale.supervise.run_lock import locked
 from ibq_scale.supervise.watchdog import FIRST_STEP_FACTOR, Watchdog
+from ibq_scale.train.determinism import fix_the_order_of_sums
 from ibq_scale.train.kernel_tiles import settle_tiles
 from ibq_scale.train.startup_summary import startup_summary
 from ibq_scale.train.task import Task
@@ -60,6 +61,7 @@ def train(config: AnyRun, world: World, stop: StopRequest) -> int:
     the same run directory. Any other error carries a note on where its traceback is.
     """
     require_complete(config)
+    fix_the_order_of_sums(config)
     accumulation_steps(config.train, world.size)
     run_dir = Path(config.run_dir)
     try:
