@@ -209,6 +209,21 @@ class TrainConfig(Section):
         "somewhat less than the cluster's delay before it kills (`--signal=USR1@300`, KillWait or a partition's "
         "GraceTime).",
     )
+    deterministic: bool = Field(
+        False,
+        description="A GPU adds in the same order each time: the same ranks give the same bits. Slower, and an error "
+        "for an operator without such a kernel. CPUs always do.",
+    )
+    profile: tuple[PositiveInt, PositiveInt] | None = Field(
+        None, description="First and last step of a torch trace in RUN/profile, with a snapshot of the GPU's memory."
+    )
+    profile_ranks: tuple[NonNegativeInt, ...] = Field((0,), description="Ranks that `profile` traces.")
+
+    @model_validator(mode="after")
+    def _steps_in_order(self) -> TrainConfig:
+        if self.profile is not None and self.profile[0] > self.profile[1]:
+            raise ValueError(f"profile: the first step ({self.profile[0]}) comes after the last ({self.profile[1]})")
+        return self
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:

@@ -73,7 +73,7 @@ class ImageLoss:
             (generator_gradient,) = torch.autograd.grad(adversarial, fake)
             discriminator.requires_grad_(True)
             terms["generator"] = adversarial.detach()
-            weight = torch.as_tensor(self.config.adversarial_weight, device=fake.device)
+            weight = torch.full((), self.config.adversarial_weight, device=fake.device)
             if balance is not None:
                 weight = weight * balance(gradient, generator_gradient)
                 terms["adversarial_weight"] = weight

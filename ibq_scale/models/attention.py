@@ -83,7 +83,9 @@ def attention(
     if kind in PACKAGES:
         function = _LOADED[PACKAGES[kind].module]
         assert function is not None
-        out = function(q_BTHd, k_BSGd, v_BSGd, causal=causal)
+        # Torch's own kernels read the switch themselves.
+        fixed = {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
+        out = function(q_BTHd, k_BSGd, v_BSGd, causal=causal, **fixed)
         # Some releases of 3 and 4 also return the softmaxes' normalizers.
         mixed: Tensor = out[0] if isinstance(out, tuple) else out
         return mixed
@@ -117,6 +119,8 @@ def _hindrance(kind: AttentionKind, device: torch.device, dtype: torch.dtype, he
         return f"computes in bf16 only (train.precision), this is {str(dtype).removeprefix('torch.')}"
     if head_dim % 8 or head_dim > package.largest_head:
         return f"takes heads of multiples of 8 up to {package.largest_head}, these have {head_dim}"
+    if kind == "flash4" and torch.are_deterministic_algorithms_enabled():
+        return "has no order of sums to keep to (train.deterministic)"
     if torch.cuda.get_device_capability(device)[0] not in package.capabilities:
         return f"does not support {torch.cuda.get_device_name(device)}"
     return None if _importable(package.module) else f"needs the package {package.name}, which cannot be imported"

@@ -18,6 +18,7 @@ from ibq_scale.models.transformer import Attention, FeedForward, Transformer
 LEAST_CAPABILITY = (8, 9)
 # The GPU's fp8 units need sides of this multiple.
 MULTIPLE = 16
+EAGER = "model.fp8 without model.compile=true is slower than bf16: each cast is then a kernel of its own"
 
 
 def check_fp8(run: ARRun, device: torch.device) -> None:

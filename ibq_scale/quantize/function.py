@@ -115,7 +115,7 @@ def softmax_sums(z_ND: Tensor, rows_KD: Tensor, settings: Settings) -> tuple[Ten
     layout = _Layout.of(z_ND.shape[0], settings)
     z_MD = gather_uneven(z_ND, layout.sizes, layout.group)
     sums_GK = _statistics(z_MD, rows_KD, _backend_of(z_ND, settings), layout, settings.temperature)[1]
-    sums_K, count = sum_over([sums_GK.sum(dim=0), sums_GK.new_tensor(float(sum(layout.sizes)))], layout.replicas)
+    sums_K, count = sum_over([sums_GK.sum(dim=0), sums_GK.new_full((), float(sum(layout.sizes)))], layout.replicas)
     return sums_K, count
 
 
@@ -158,7 +158,8 @@ def _forward(z_ND: Tensor, rows_KD: Tensor, mean_K: Tensor | None, *values: Any)
     # On a GPU the check would wait for the device. There the trainer's check of the loss finds it.
     if not z_MD.is_cuda and not bool(statistics.log_sum_tau.isfinite().all()):
         raise not_finite(z_MD, rows_KD)
-    count_G = mean_GK.new_tensor([segment.stop - segment.start for segment in layout.segments])
+    # Filled there: a copy from the host would wait for the device.
+    count_G = torch.cat([mean_GK.new_full((1,), segment.stop - segment.start) for segment in layout.segments])
     mean_GK, count_G = sum_over([mean_GK, count_G], layout.replicas)
     # The gradient at a q̄ of many micro-batches goes to these tokens only: each micro-batch's loss counts once.
     mean_GK = mean_GK / count_G[:, None] if mean_K is None else mean_K[None].clone()

@@ -5,9 +5,9 @@ ZeRO-1 and 2, 3 ψ for ZeRO-3). The list has the code's actual calls, counted on
 tests/scaling/test_communication.py:
 
     ZeRO-0      all-reduce of the gradients, once a step, in fp32 (`communication_data_type`)
-    ZeRO-1      the same, then an all-gather of the weights
-    ZeRO-2      the same, but an all-reduce for each micro-batch: only one rank needs a sum, yet a bucket is all-reduced
-                whole (`use_multi_rank_bucket_allreduce`)
+    ZeRO-1      the same, under bf16 as a reduce-scatter (`zero.gradients`); then an all-gather of the weights
+    ZeRO-2      for each micro-batch a reduce to each rank of its part of a bucket (an all-reduce of the whole one where
+                `use_multi_rank_bucket_allreduce` is left on); then an all-gather of the weights
     ZeRO-3      for each micro-batch an all-gather of the weights forward, another backward, and a reduce-scatter of the
                 gradients, then an all-gather of the small unpartitioned weights
 
@@ -36,7 +36,7 @@ from ibq_scale.scaling.budget import discriminator_zero
 from ibq_scale.scaling.networks import Network
 from ibq_scale.zero.memory import FP32, Shares, Zero
 
-Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all"]
+Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "reduce", "all-to-all"]
 # Bytes per token and shard: maximum, two sums, a weighted sum, and an index.
 OF_A_SHARD = 4 * FP32 + 8
 # Tensors (M, D) that are gathered, and that are reduce-scattered to their tokens' ranks.
@@ -89,7 +89,8 @@ def engine_transfers(network: Network, zero: Zero, name: str = "") -> list[Trans
             [Transfer(f"{weights}, small ones", "all-gather", b * n.persistent, 1, world)] if n.persistent else []
         )
     times = micro_batches if zero.stage == 2 else 1
-    reduced = Transfer(gradients, "all-reduce", FP32 * n.whole, times, world, messages=buckets)
+    messages = {"all-reduce": buckets, "reduce": buckets + world, "reduce-scatter": len(network.groups)}
+    reduced = Transfer(gradients, zero.reduction, FP32 * n.whole, times, world, messages=messages[zero.reduction])
     return [reduced] if zero.stage == 0 else [reduced, Transfer(weights, "all-gather", b * n.whole, 1, world)]
 
 

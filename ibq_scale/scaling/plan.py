@@ -15,6 +15,7 @@ from ibq_scale.config.layers import with_values
 from ibq_scale.config.run import AnyRun, ARRun, TokenizerRun
 from ibq_scale.documents import read_json
 from ibq_scale.errors import UserError
+from ibq_scale.models.fp8 import EAGER
 from ibq_scale.quantize.kinds import KINDS
 from ibq_scale.scaling import networks
 from ibq_scale.scaling.activation_memory import ar_activation_memory, tokenizer_activation_memory
@@ -329,6 +330,7 @@ def _notes(run: AnyRun, machine: Machine, budget: MemoryBudget) -> tuple[str, ..
         notes.append("model.compile keeps less for the backward pass than is counted here")
     if isinstance(run, ARRun) and run.model.fp8:
         notes.append("model.fp8: products of the blocks are quicker than the bf16 peak that the time counts with")
+        notes += [EAGER] if not run.model.compile else []
     if isinstance(run, ARRun) and run.ema_decay == 0:
         notes.append("no EMA of the weights (ema_decay=0)")
     return tuple(notes)

@@ -12,12 +12,14 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from threading import Thread
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ibq_scale.console import tell, tells
 from ibq_scale.distributed.signals import ASKING, ignore, unblock
 
 if TYPE_CHECKING:
+    import torch
+
     from ibq_scale.distributed.world import World
 
 # EX_TEMPFAIL of sysexits.h, "try again later". A batch script requeues on this code only.
@@ -31,10 +33,26 @@ SAY_SECONDS = 2.0
 log = logging.getLogger(__name__)
 
 
+class _Question(NamedTuple):
+    """What all ranks were asked at `time`: the least of their seconds left, in host memory once `event` has passed."""
+
+    time: float
+    seconds: torch.Tensor
+    pending: torch.distributed.Work | None
+    event: torch.cuda.Event | None
+
+    def answer(self) -> float:
+        if self.pending is not None:
+            self.pending.wait()
+        if self.event is not None:
+            self.event.synchronize()
+        return float(self.seconds)
+
+
 class StopRequest:
     """Turns the signals of `ASKING` into one request to stop, from construction on.
 
-    The trainer calls `agreed` after each step, on every rank. `grace` seconds after the signal a thread ends the
+    The trainer calls `agreed_before` after each step, on every rank. `grace` seconds after the signal a thread ends the
     process with the requeue code, even inside of a hanging step. Python's C handler wakes the thread at once
     (`signal.set_wakeup_fd`).
 
@@ -46,6 +64,7 @@ class StopRequest:
         self.standing: Callable[[], str] = lambda: "training had not begun, nothing is lost"
         self._deadline = math.inf
         self._stood_down = False
+        self._asked: _Question | None = None
         self._ear, self._mouth = socket.socketpair()
         self._mouth.setblocking(False)
         for signum in ASKING:
@@ -59,15 +78,38 @@ class StopRequest:
         """Whether any rank has a request to stop. All ranks then get the earliest deadline. Collective, since a save
         needs all ranks.
         """
+        return self._agree_on(self._ask(world))
+
+    def agreed_before(self, world: World) -> bool:
+        """What `agreed` would have said at the call before this one, False at the first. Collective.
+
+        All ranks ask now and read what they asked before: on GPUs the host then waits for no step that still runs.
+        """
+        before, self._asked = self._asked, self._ask(world)
+        return before is not None and self._agree_on(before)
+
+    def _ask(self, world: World) -> _Question:
         import torch
         import torch.distributed as dist
 
-        left = torch.tensor([self._deadline - time.monotonic()], device=world.device)
-        dist.all_reduce(left, op=dist.ReduceOp.MIN)
-        seconds = float(left.item())
+        now = time.monotonic()
+        left = torch.tensor([self._deadline - now])
+        if world.device.type == "cpu":
+            return _Question(now, left, dist.all_reduce(left, op=dist.ReduceOp.MIN, async_op=True), None)
+        left = left.pin_memory()
+        there = left.to(world.device, non_blocking=True)
+        # The stream waits for it, not the host.
+        dist.all_reduce(there, op=dist.ReduceOp.MIN)
+        left.copy_(there, non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        return _Question(now, left, None, event)
+
+    def _agree_on(self, question: _Question) -> bool:
+        seconds = question.answer()
         if math.isinf(seconds):
             return False
-        self._end_by(time.monotonic() + seconds)
+        self._end_by(question.time + seconds)
         return True
 
     def stand_down(self) -> None:

@@ -45,6 +45,7 @@ from ibq_scale.supervise.dashboards import dashboard_classes
 from ibq_scale.supervise.preemption import REQUEUE_EXIT_CODE, StopRequest
 from ibq_scale.supervise.run_lock import locked
 from ibq_scale.supervise.watchdog import FIRST_STEP_FACTOR, Watchdog
+from ibq_scale.train.determinism import fix_the_order_of_sums
 from ibq_scale.train.kernel_tiles import settle_tiles
 from ibq_scale.train.schedule import shape_of
 from ibq_scale.train.startup_summary import startup_summary
@@ -68,6 +69,7 @@ def run_training(config: AnyRun, world: World, stop: StopRequest) -> int:
     # An extension that cannot be imported ends the run before anything is built.
     shape_of(config.schedule)
     dashboard_classes(config)
+    fix_the_order_of_sums(config)
     run_dir = Path(config.run_dir)
     try:
         with locked(run_dir, world):
@@ -164,8 +166,7 @@ def _train_watched(
         watchdog.report("building")
         begin = f"resuming from {resume_from.path}" if resume_from else "starting"
         said = startup_summary(config, world, hosts, sets, begin)
-        task = _make_task(config, world, sets)
-        set_timeouts(patience)
+        task = _make_task(config, world, sets, patience)
         _say(world, said)
         return Trainer(config, task, world, sets, checkpoints, watchdog).run(resume_from, stop)
 
@@ -197,14 +198,18 @@ def _cache_dir(config: AnyRun) -> Path | None:
     return None if named in (None, "auto") else Path(str(named))
 
 
-def _make_task(config: AnyRun, world: World, sets: DataSets) -> Task:
+def _make_task(config: AnyRun, world: World, sets: DataSets, patience: timedelta) -> Task:
+    """The run's task. `patience`: how long collectives wait, those of the groups that it makes too."""
     if isinstance(config, TokenizerRun):
         from ibq_scale.train.tokenizer_task import TokenizerTask
 
-        return TokenizerTask(config, world, sets)
-    from ibq_scale.train.ar_task import ARTask
+        task: Task = TokenizerTask(config, world, sets)
+    else:
+        from ibq_scale.train.ar_task import ARTask
 
-    return ARTask(config, world, sets)
+        task = ARTask(config, world, sets)
+    set_timeouts(patience)
+    return task
 
 
 def _prepare_run_dir(run_dir: Path, config: AnyRun, world: World) -> None:

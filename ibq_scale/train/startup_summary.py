@@ -16,6 +16,7 @@ from ibq_scale.data.geometry import Stream
 from ibq_scale.data.sets import DataSets
 from ibq_scale.distributed.world import World
 from ibq_scale.models.attention import choose, describe
+from ibq_scale.models.fp8 import EAGER
 from ibq_scale.models.precision import compute_dtype
 from ibq_scale.quantize.backend import describe as describe_passes
 from ibq_scale.scaling import networks
@@ -77,6 +78,7 @@ def _transformer(run: ARRun, net: Network, world: World) -> list[str]:
         f"{short(net.parameters)}: {_parts([net])}",
         f"{model.depth} blocks × {model.width}, {model.heads} heads; {model.tokens} tokens of {model.codebook_size:,} "
         f"codes, {model.classes:,} classes; attention {kind}{', linear layers in fp8' * model.fp8}{_how(run)}",
+        *([EAGER] if model.fp8 and not model.compile else []),
     ]
 
 

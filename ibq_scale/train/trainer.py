@@ -27,6 +27,7 @@ from ibq_scale.supervise.epoch_audit import EpochAudit
 from ibq_scale.supervise.garbage import collect_young, collected_together
 from ibq_scale.supervise.metrics import MetricsLog
 from ibq_scale.supervise.preemption import StopRequest
+from ibq_scale.supervise.profile import StepProfile
 from ibq_scale.supervise.stragglers import Stragglers
 from ibq_scale.supervise.watchdog import Watchdog
 from ibq_scale.train.task import StepMetrics, Task, Validation
@@ -123,7 +124,10 @@ class Trainer:
             self.watchdog.report("step")
             if stop.agreed(self.world):
                 return Outcome(start, stopped=True, saved=True)
-            with collected_together():
+            train = self.config.train
+            self.profile = StepProfile(self.run_dir, train.profile, train.profile_ranks, self.world)
+            stack.callback(self.profile.close)
+            with collected_together(), self.profile.out_of_memory():
                 return self._loop(start, metrics, stop, stragglers)
 
     def _loop(self, start: int, metrics: MetricsLog | None, stop: StopRequest, stragglers: Stragglers) -> Outcome:
@@ -133,11 +137,11 @@ class Trainer:
         save_due = False
         for step in range(start + 1, total + 1):
             rates = self.task.set_rates((step - 1) * train.global_batch)
-            with stragglers.step():
+            with self.profile.step(step), stragglers.step():
                 applied = self._train_step(step, batches, window)
             watchdog.step_ended(step)
             collect_young(step)
-            stopping = stop.agreed(self.world)
+            stopping = stop.agreed_before(self.world)
             # What is left of the time after a signal is for the checkpoint.
             validation = Validation() if stopping and step < total else self._validate(step, window)
             if step % train.log_every == 0 or step == total or validation.values:

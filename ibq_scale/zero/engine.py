@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ibq_scale.zero.gradients import reduction, scatter_gradients
+
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast", "reduce", "reduce_scatter_tensor")
 
 
@@ -26,6 +28,8 @@ def make_engine(
     if engine.dp_world_size == 1 and engine.zero_optimization_stage() == 0:
         # The mean over one rank: 0.19.8 would copy all gradients into a buffer and back.
         engine.enable_backward_allreduce = False
+    elif reduction(config) == "reduce-scatter":
+        scatter_gradients(engine.optimizer)
     return engine
 
 
@@ -43,6 +47,7 @@ def begin_deepspeed(device: torch.device) -> None:
         # leaves a lock that hangs the next one; gloo's own all-reduce is what small CPU runs need.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     _take_norms_in_fp32()
+    _wait_less()
     deepspeed.init_distributed(auto_mpi_discovery=False)
 
 
@@ -69,6 +74,36 @@ def _take_norms_in_fp32() -> None:
 
     for stage in (stage_1_and_2, stage3):
         stage.get_norm_dtype = lambda: torch.float32
+
+
+def _wait_less() -> None:
+    """Takes out waits for the device around ZeRO's one look at the norm of the gradients.
+
+    0.19.8 copies a constant from the host, searches gradients in bf16 for what is not finite before it looks for the
+    same in their norm, and looks at the norm again to find whether to clip: a factor of 1 changes no bit.
+    """
+    from deepspeed.runtime import bf16_optimizer, utils
+    from deepspeed.runtime.zero import stage3, stage_1_and_2
+
+    def mark_invalid(norm: torch.Tensor, device: object = None, val: float = -1.0) -> None:
+        norm.masked_fill_(~norm.isfinite(), -1.0)
+
+    for module in (utils, stage3, stage_1_and_2):
+        module.mask_nan_or_inf_with_val_inplace = mark_invalid
+
+    def clip(input_tensors: list[torch.Tensor], max_norm: float, global_norm: torch.Tensor, mpu: object) -> None:
+        factor = (max_norm / (global_norm + 1e-6)).clamp(max=1.0)
+        for tensor in input_tensors:
+            tensor.mul_(factor)
+
+    bf16_optimizer.clip_tensors_by_global_norm = clip
+    search = stage_1_and_2.DeepSpeedZeroOptimizer.check_overflow
+
+    def check_overflow(self: Any, partition_gradients: bool = True) -> None:
+        if self.cpu_offload or not self.compute_grad_norm:
+            search(self, partition_gradients)
+
+    stage_1_and_2.DeepSpeedZeroOptimizer.check_overflow = check_overflow
 
 
 def discriminator_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -110,8 +145,8 @@ def wrap_collectives(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -
 def gradient_norm(engine: Any, device: torch.device) -> torch.Tensor:
     """Of the last step, before clipping; 0 where the engine takes none."""
     norm = engine.get_global_grad_norm()
-    # Not `norm or 0.0`: its truth would wait for the device.
-    return torch.as_tensor(0.0 if norm is None else norm, device=device)
+    # Not `norm or 0.0`: its truth would wait for the device, as a copy of 0 would.
+    return torch.zeros((), device=device) if norm is None else torch.as_tensor(norm, device=device)
 
 
 def set_rates(engine: Any, lr: float, decay: float | None = None) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ibq_scale.config.deepspeed import OFFLOADS, offloaded
+from ibq_scale.zero.gradients import Reduction, reduction
 
 Place = Literal["gpu", "host"]
 FP32 = 4
@@ -21,7 +22,10 @@ BUCKET, PERSISTENCE, LIVE = 500_000_000, 100_000, 1_000_000_000
 
 @dataclass(frozen=True)
 class Zero:
-    """What of a DeepSpeed JSON decides memory. `weight_bytes`: of a parameter as the network computes with it."""
+    """What of a DeepSpeed JSON decides memory and traffic.
+
+    `weight_bytes`: of a parameter as the network computes with it. `reduction`: how gradients are summed below ZeRO-3.
+    """
 
     stage: int
     world: int
@@ -32,6 +36,7 @@ class Zero:
     reduce_bucket: int = BUCKET
     persistence_threshold: int = PERSISTENCE
     live_parameters: int = LIVE
+    reduction: Reduction = "all-reduce"
 
     @staticmethod
     def of(config: dict[str, Any], *, world: int) -> Zero:
@@ -47,6 +52,7 @@ class Zero:
             reduce_bucket=int(zero.get("reduce_bucket_size", BUCKET)),
             persistence_threshold=int(zero.get("stage3_param_persistence_threshold", PERSISTENCE)),
             live_parameters=int(zero.get("stage3_max_live_parameters", LIVE)),
+            reduction=reduction(config),
         )
 
 

@@ -27,7 +27,7 @@ from tests.samples import SMALL_AR, write_codes
 RANKS, TOKENS, CODES, DIM = 2, 24, 64, 8
 # Of norms, flags and sums for metrics.
 SMALL = 4096
-KINDS = {"all_reduce": "all-reduce", "reduce": "all-reduce", "broadcast": "broadcast", "all_gather": "all-gather"}
+KINDS = {"all_reduce": "all-reduce", "reduce": "reduce", "broadcast": "broadcast", "all_gather": "all-gather"}
 KINDS |= {"all_gather_into_tensor": "all-gather", "reduce_scatter_tensor": "reduce-scatter"}
 KINDS |= {"all_to_all_single": "all-to-all"}
 

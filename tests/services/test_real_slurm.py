@@ -34,6 +34,7 @@ ENDED = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "PREEMPTED"
 # beside the folder of images holds a task after each batch, and the last task meets a broken node first.
 PROGRAM = """#!{python}
 import os, sys, time
+from functools import partialmethod
 from pathlib import Path
 from types import SimpleNamespace
 run = next((word[4:] for word in sys.argv if word.startswith("out=")), None)
@@ -65,17 +66,18 @@ if run:
     from ibq_scale.supervise.preemption import StopRequest
     # Asked twice before the first step, and after each.
     asked = 0
-    def agreed(self, world, real=StopRequest.agreed):
+    def held(self, world, real):
         global asked
         if Path(run + ".broken").exists() and world.rank == 1:
             raise RuntimeError("broken")
-        held = Path(run + ".held")
-        while held.exists() and asked == int(held.read_text()) + 1 and self._deadline == float("inf"):
+        mark = Path(run + ".held")
+        while mark.exists() and asked == int(mark.read_text()) + 1 and self._deadline == float("inf"):
             Path(run + ".waits-" + os.environ.get("SLURM_RESTART_COUNT", "0")).touch()
             time.sleep(0.05)
         asked += 1
         return real(self, world)
-    StopRequest.agreed = agreed
+    StopRequest.agreed = partialmethod(held, real=StopRequest.agreed)
+    StopRequest.agreed_before = partialmethod(held, real=StopRequest.agreed_before)
 from ibq_scale.cli.main import main
 # Data workers import this file too.
 if __name__ == "__main__":
