@@ -43,10 +43,13 @@ def rehearse(preset: str, words: tuple[str, ...], ranks: int, before: Callable[[
 
     from ibq_scale.config.layers import resolve
     from ibq_scale.distributed.world import World
+    from ibq_scale.scaling.auto import settle
+    from ibq_scale.scaling.plan import Machine
     from ibq_scale.supervise.preemption import StopRequest
     from ibq_scale.train.run import _make_task
 
-    run = resolve(preset, ["data.train=none", *words]).config
+    # Constants for what is auto: the table does not follow the memory model.
+    run, _ = settle(resolve(preset, ["data.train=none", *words]).config, Machine(gpus=ranks))
     world = World(0, ranks, 0, torch.device("cuda", 0))
     _build_on_gpu(run)
     before()

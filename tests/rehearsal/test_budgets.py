@@ -58,14 +58,16 @@ def _reads_a_value() -> None:
 
 
 def _lists_in_64_bits() -> None:
-    from ibq_scale.quantize.backend_interface import Candidates
     from ibq_scale.quantize.triton_backend import TritonBackend
 
-    real = TritonBackend.candidates
+    real = TritonBackend._lists
     vars_of: Any = TritonBackend
-    vars_of.candidates = lambda self, z_MD: Candidates(
-        *(x.long() if x.dtype == torch.int32 else x for x in real(self, z_MD))
-    )
+    vars_of._lists = lambda self, z_MD, rows_KD: _widened(real(self, z_MD, rows_KD))
+
+
+def _widened(lists: Any) -> Any:
+    """The same lists with int64 in place of int32."""
+    return type(lists)(*(x.long() if torch.is_tensor(x) and x.dtype == torch.int32 else x for x in lists))
 
 
 def _leaves_the_batch_on_the_host() -> None:

@@ -60,12 +60,12 @@ class Watch(TorchDispatchMode):
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Within, everything is noted."""
-        from ibq_scale.quantize import backend, tiles, triton_passes
+        from ibq_scale.quantize import backend, tiles, triton_backend
 
-        known = {module: dict(vars(module)) for module in (backend, triton_passes)}
+        known = {module: dict(vars(module)) for module in (backend, triton_backend)}
         vars(backend)["_obstacle"] = lambda *_: None
-        vars(triton_passes)["run"] = self._launch
-        vars(triton_passes)["chosen"] = lambda kernel, precision, dim, *_: tiles.offered(kernel, dim)[0]
+        vars(triton_backend)["launch"] = self._launch
+        vars(triton_backend)["chosen"] = lambda kernel, precision, dim, *_: tiles.offered(kernel, dim)[0]
         gpu.on_wait.append(lambda: self.syncs.append(Call("synchronize", place())))
         try:
             with self:
@@ -124,11 +124,11 @@ class Watch(TorchDispatchMode):
         self.collectives.append(Call(kind, place(), max(sums)))
         self.faults += [f"{kind} of a tensor on {t.device}, in {place()}" for t in tensors if not t.is_cuda]
 
-    def _launch(self, kernel: str, tile: Any, grid: tuple[int, ...], fixed: dict[str, Any], *arguments: Any) -> None:
+    def _launch(self, kernel: str, tile: Any, grid: tuple[int, ...], dim: int, precision: Any, *arguments: Any) -> None:
         from ibq_scale.quantize import compiled, tiles
 
         self.launches[kernel] += 1
-        precision = "bf16" if any(torch.is_tensor(a) and a.dtype == torch.bfloat16 for a in arguments) else "tf32"
+        fixed = tiles.constants(kernel, tile, dim, precision)
         names = [name for name in tiles.function(kernel).arg_names if name not in fixed]
         if len(names) != len(arguments) or not all(blocks > 0 for blocks in grid):
             self.faults.append(f"kernel {kernel}: {len(arguments)} arguments for {names}, grid {grid}")
