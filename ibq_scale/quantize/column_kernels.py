@@ -113,8 +113,9 @@ def _column_slopes_kernel(  # type: ignore[no-untyped-def]
 
     top, log_sum, log_sum_tau, entropy, sample, delta, pi: m, log l, log l_τ, H, a, δ, π (B,).
     """
-    token = tl.program_id(0) * BM + tl.arange(0, BM)
-    code = tl.program_id(1) * BK + tl.arange(0, BK)
+    # A grid's first axis has no limit of 65,535 programs.
+    code = tl.program_id(0) * BK + tl.arange(0, BK)
+    token = tl.program_id(1) * BM + tl.arange(0, BM)
     live, inside = token < B, code < K
     mask = live[:, None] & inside[None, :]
     places = _places(token, code, stride)

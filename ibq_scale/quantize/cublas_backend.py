@@ -63,7 +63,7 @@ class CublasBackend(TiledBackend):
             delta = inputs.delta_M[block]
             pi = torch.zeros_like(delta) if inputs.pi_M is None else inputs.pi_M[block]
         shape = self._shape("column_slopes", S)
-        launch("column_slopes", shape, (ceil_div(B, shape.tokens), ceil_div(K, shape.codes)), 1, self.precision,
+        launch("column_slopes", shape, (ceil_div(K, shape.codes), ceil_div(B, shape.tokens)), 1, self.precision,
             S, G, rows.top, rows.log_sum, rows.log_sum_tau, rows.entropy, sample, delta, pi, batch_K, B, K,
             S.stride(0), 1.0 / self.temperature)  # fmt: skip
         return G

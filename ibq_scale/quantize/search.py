@@ -108,7 +108,7 @@ def _search_by_kernel(scorer: _Scorer, tile_bytes: int | None) -> tuple[Tensor, 
 def _search_by_tile(scorer: _Scorer, tile_bytes: int | None) -> tuple[Tensor, Tensor]:
     """Index within the shard, and a mask of the tokens with several possible codes."""
     tokens, codes = len(scorer.z_MD), len(scorer.rows_KD)
-    step = tile_tokens(codes, tile_bytes, scorer.z_MD)
+    step = tile_tokens(codes, tile_bytes, scorer.z_MD, 1)
     indices, ambiguous = [], []
     with scratch(codes * min(step, tokens), scorer.z_MD) as flat:
         for start in range(0, tokens, step):

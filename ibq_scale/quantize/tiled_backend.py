@@ -19,7 +19,7 @@ from torch import Tensor
 from ibq_scale.quantize.backend_interface import BackwardInputs, Candidates, Codebook, PartSums, RowStatistics, Segments
 from ibq_scale.quantize.product import Precision, product_into
 
-# BlockScratch-sized buffers alive at once in the backward pass: S and g Cᵀ.
+# Buffers of the size of a tile, alive at once in the backward pass: S and g Cᵀ.
 LIVE_BUFFERS = 2
 CPU_BUDGET, GPU_BUDGET = 128 << 20, 1 << 30
 # Fewer tokens would read the codebook from memory more often than the arithmetic hides. 2 buffers × 32 tokens are 64
@@ -32,9 +32,9 @@ LOG2_E = 1.0 / math.log(2.0)
 RUN = 256
 
 
-def tile_tokens(codes: int, tile_bytes: int | None, like: Tensor) -> int:
-    """Tokens a tile, by a budget for all live buffers. None chooses the budget by device."""
-    a_token = LIVE_BUFFERS * codes * like.element_size()
+def tile_tokens(codes: int, tile_bytes: int | None, like: Tensor, buffers: int) -> int:
+    """Tokens a tile, by a budget for so many buffers at once. None chooses the budget by device."""
+    a_token = buffers * codes * like.element_size()
     if tile_bytes is not None:
         return max(1, tile_bytes // a_token)
     return max(LEAST_TOKENS, (GPU_BUDGET if like.is_cuda else CPU_BUDGET) // a_token)
@@ -232,9 +232,8 @@ class TiledBackend:
 
     @contextmanager
     def _tile(self, z_MD: Tensor, rows_KD: Tensor, buffers: int = 1) -> Iterator[BlockScratch]:
-        """With one buffer alive it has the room of all, and so more tokens."""
         codes = len(rows_KD)
-        step = min(tile_tokens(codes, self.tile_bytes, z_MD) * LIVE_BUFFERS // buffers, len(z_MD))
+        step = min(tile_tokens(codes, self.tile_bytes, z_MD, buffers), len(z_MD))
         with scratch(codes * buffers * step, z_MD) as flat:
             yield BlockScratch(step, codes, flat, self.precision)
 

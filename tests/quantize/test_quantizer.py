@@ -16,6 +16,7 @@ from ibq_scale.quantize.collectives import Shards, sizes_in
 from ibq_scale.quantize.ibq import ibq_dense
 from ibq_scale.quantize.quantized import Quantized
 from ibq_scale.quantize.quantizer import batch_sums, encode, find, initial_codebook, lookup, quantize, rows_of
+from ibq_scale.quantize.tiled_backend import tile_tokens
 from tests.ranks import run_ranks
 
 
@@ -78,6 +79,13 @@ def test_entropy_gradient_is_the_derivative_of_the_entropy() -> None:
     config = _config(7, 3, tile_bytes=400)
     z, codebook = _inputs(5, 7, 3)
     assert torch.autograd.gradcheck(lambda a, b: quantize(a, b, config).entropy_loss, (z, codebook))
+
+
+def test_a_tile_of_one_buffer_has_twice_the_tokens() -> None:
+    """The codebook is read from memory less often where the backward pass's second buffer is not needed."""
+    like = torch.empty(0)
+    assert [tile_tokens(100, 2 * 4 * 100 * 8, like, buffers) for buffers in (1, 2)] == [16, 8]
+    assert tile_tokens(100, 1, like, 2) == 1
 
 
 def test_training_goes_on_after_an_evaluation_in_inference_mode() -> None:
