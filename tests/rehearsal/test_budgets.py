@@ -90,7 +90,7 @@ def _leaves_the_batch_on_the_host() -> None:
     [
         (_sums_on_the_host, AR, "all-reduce of a tensor on cpu"),
         (_makes_a_group, AR, "a group of 2 ranks without a timeout"),
-        (_lists_in_64_bits, TOKENIZER, r"kernel near, near: torch.int64 on cuda:0, .* it takes \*i32"),
+        (_lists_in_64_bits, TOKENIZER, r"kernel candidates, rivals: torch.int64 on cuda:0, .* it takes \*i32"),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )
