@@ -27,7 +27,8 @@ from ibq_scale.supervise.run_lock import read_lock
 
 if TYPE_CHECKING:
     from ibq_scale.data.sets import DataSets
-    from ibq_scale.scaling.plan import Plan
+    from ibq_scale.scaling.auto import Choice
+    from ibq_scale.scaling.plan import Machine, Plan
 
 # sbatch may send a signal so much earlier (man sbatch).
 SIGNAL_SECONDS = 60
@@ -67,11 +68,24 @@ class Submission(Job):
         return Path(self.config.run_dir)
 
     @cached_property
+    def machine(self) -> Machine:
+        from ibq_scale.scaling.plan import Machine
+
+        return Machine(self.ranks // self.nodes, self.nodes, self.gpu)
+
+    @cached_property
+    def settled(self) -> tuple[AnyRun, tuple[Choice, ...]]:
+        """The config as the job will have it on these GPUs, and the choices for what is ``auto``."""
+        from ibq_scale.scaling.auto import settle
+
+        return settle(self.config, self.machine)
+
+    @cached_property
     def plan(self) -> Plan:
-        from ibq_scale.scaling.plan import Machine, make_plan
+        from ibq_scale.scaling.plan import make_plan
 
         # The time is not needed, so any MFU is right.
-        return make_plan(self.config, Machine(self.ranks // self.nodes, self.nodes, self.gpu), mfu=0.45)
+        return make_plan(self.settled[0], self.machine, mfu=0.45)
 
     @cached_property
     def sets(self) -> DataSets:
@@ -115,24 +129,28 @@ def _config(job: Submission) -> Outcome:
 
 
 def _batch(job: Submission) -> Outcome:
-    train = job.config.train
+    config, choices = job.settled
+    train, chosen = config.train, ", ".join(f"{choice.key}={choice.value}" for choice in choices)
     accumulation = accumulation_steps(train, job.ranks)
-    return "ok", f"{train.global_batch} = {train.micro_batch} micro × {accumulation} accumulation × {job.ranks} ranks"
+    words = f"{train.global_batch} = {train.micro_batch} micro × {accumulation} accumulation × {job.ranks} ranks"
+    return "ok", words + (f"; auto: {chosen}" if chosen else "")
 
 
 def _codebook(job: Submission) -> Outcome | None:
-    if not isinstance(job.config, TokenizerRun):
+    config = job.settled[0]
+    if not isinstance(config, TokenizerRun):
         return None
     from ibq_scale.quantize.quantizer import rows_of
 
-    group, rows = codebook_group_size(job.config, job.ranks), job.config.quantizer.codebook_size
+    group, rows = codebook_group_size(config, job.ranks), config.quantizer.codebook_size
     rows_of(0, group, rows)
     return "ok", f"{rows} codes over {group} ranks, {rows // group} on each"
 
 
 def _deepspeed(job: Submission) -> Outcome:
-    stage = deepspeed_config(job.config, job.ranks).get("zero_optimization", {}).get("stage", 0)
-    return "ok", f"{job.config.deepspeed.config}: {zero_words(stage, job.ranks)}"
+    config = job.settled[0]
+    stage = deepspeed_config(config, job.ranks).get("zero_optimization", {}).get("stage", 0)
+    return "ok", f"{config.deepspeed.config}: {zero_words(stage, job.ranks)}"
 
 
 def _memory(job: Submission) -> Outcome:
@@ -277,7 +295,7 @@ def slurm_takes(job: Job) -> Outcome:
 CHECKS: Checks[Submission] = (
     ("config", (), _config),
     ("batch", (), _batch),
-    ("codebook", (), _codebook),
+    ("codebook", ("batch",), _codebook),
     ("deepspeed", ("batch",), _deepspeed),
     ("memory", ("batch", "codebook", "deepspeed"), _memory),
     ("data", (), _data),
