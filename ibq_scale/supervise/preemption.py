@@ -148,7 +148,7 @@ class StopRequest:
             if asking and math.isinf(self._deadline):
                 self._deadline = time.monotonic() + self.grace
                 name = signal.Signals(asking[0]).name
-                _say(f"{name}: saving and leaving after this step, within {self.grace:.0f} s (train.grace)")
+                _say(f"{name}: saving and leaving after the next step, within {self.grace:.0f} s (train.grace)")
 
     def _leave(self) -> None:
         if self._stood_down:

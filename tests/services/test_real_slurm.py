@@ -26,7 +26,7 @@ from tests.train.runs import SMALL, lines
 
 pytestmark = [pytest.mark.slow, pytest.mark.services]
 FILES = Path(__file__).resolve().parents[2] / "slurm"
-STEPS = 8
+STEPS = 12
 NODES = 6
 PATIENCE = 300.0
 ENDED = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "PREEMPTED", "OUT_OF_MEMORY")
