@@ -152,7 +152,7 @@ class LocalStore(Store):
             file = open_regular(self.root / path)
         if not self._links:
             # By the file that is open: a link may change meanwhile.
-            there = os.readlink(f"/proc/self/fd/{file.fileno()}")
+            there = str(Path(f"/proc/self/fd/{file.fileno()}").readlink())
             if not there.startswith(self._whole_root):
                 file.close()
                 raise UnreadableError(f"cannot read {self.url}/{path}: it is a link out of this folder")
