@@ -1,8 +1,8 @@
 """Fetches shards into the node's cache ahead of use.
 
 A batch does not wait for its shards: samples of a missing shard are read by range (images.py). So the first batch costs
-its own bytes only. Single reads are limited to a share of all samples. Beyond it a batch waits for its shards. Otherwise
-a slow store would serve the same bytes twice.
+its own bytes only. Single reads are limited to a share of all samples. Beyond it a batch waits for its shards; else a
+slow store would serve the same bytes twice.
 """
 
 from __future__ import annotations

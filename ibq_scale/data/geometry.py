@@ -102,7 +102,7 @@ def working_shards(layout: Layout, nodes: int = 1) -> int:
 def chosen(
     extents: Sequence[Extent], cache_bytes: int, lanes_of: Sequence[int] = LANES, windows: Sequence[int] = WINDOWS
 ) -> tuple[int, int]:
-    """The most lanes, then the widest window, with the shards in use within half of the cache. The least if none fit."""
+    """The most lanes, then the widest window, with the shards in use within half of the cache. Else the least."""
     fits = (
         (lanes, window)
         for lanes in lanes_of

@@ -1,8 +1,8 @@
 """From positions to batches on a rank.
 
-The W ranks' micro-batches of m samples share W·m consecutive positions, by their places in the order (data/order.py). So
-an optimizer step covers one unbroken range of positions whatever the number of ranks, and a run's whole data state is
-one integer.
+The W ranks' micro-batches of m samples share W·m consecutive positions, by their places in the order (data/order.py).
+So an optimizer step covers one unbroken range of positions whatever the number of ranks, and a run's whole data state
+is one integer.
 """
 
 from __future__ import annotations
