@@ -40,7 +40,7 @@ services:
 	fi
 
 check: $(VENV)/.dev lint
-	$(BIN)/python -m pytest -n 2 -m "not slow and not distributed"
+	$(BIN)/python -m pytest -n 2 -m "not (slow or long or distributed or services)"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """Loads torch only when a model is asked for."""
+    """Imports torch on first use of a model."""
     if name in ("load_ar", "load_tokenizer"):
         from ibq_scale.pretrained import loading
 

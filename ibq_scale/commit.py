@@ -1,4 +1,4 @@
-"""Which commit of the code this is."""
+"""The commit of this code."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# Beside the package in a copy that is no checkout any more, such as a submitted job's.
+# Beside the package in a copy outside of git, such as a submitted job's.
 COMMIT = "COMMIT"
 
 
 def current_commit() -> str | None:
-    """Hash of the checkout's commit, or of the one that this is a copy of; None where nobody knows."""
+    """Hash of the checkout's commit, or of the commit behind a copy. None if unknown."""
     if (ROOT / COMMIT).is_file():
         return (ROOT / COMMIT).read_text(encoding="utf-8").strip()
     try:

@@ -1,7 +1,7 @@
-"""JSON and YAML from other people: bounded in size and depth, so that none of them ends or holds up a program.
+"""Reads JSON and YAML from other people, bounded in size and depth, so no file can crash or block the program.
 
-Data sets, models and run directories hold such files. A parser takes each level of nesting from a stack (libyaml's from
-C's, which then ends the process), aliases in YAML multiply, and a file that is a pipe or a device never ends.
+Data sets, models and run directories hold such files. Each level of nesting takes stack memory (for libyaml C's stack,
+whose overflow ends the process), aliases in YAML multiply, and a pipe or a device never ends.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ MOST_FILE_BYTES = 1 << 28
 MOST_YAML_CHARACTERS = 1 << 20
 MOST_LINE_BYTES = 1 << 20
 MOST_DEPTH = 64
-# Of YAML, with what aliases stand for.
+# Nodes of a YAML document, with aliases expanded.
 MOST_NODES = 20_000
 
 
 class DocumentError(ValueError):
-    """A file that cannot be read as what it should be, in a few words."""
+    """A file without the expected content, with a short reason."""
 
 
 def parse_json(data: bytes | str) -> Any:
-    """The values of a JSON text. DocumentError where it is damaged or nested deeper than `MOST_DEPTH`."""
+    """The values of a JSON text. DocumentError if it is damaged or nested deeper than `MOST_DEPTH`."""
     try:
         values = json.loads(data)
     except RecursionError:
@@ -45,13 +45,13 @@ def parse_json(data: bytes | str) -> Any:
 
 
 def require_regular(path: Path) -> None:
-    """DocumentError for a pipe, a folder or a device, where a library opens the file itself. OSError."""
+    """DocumentError for a pipe, a folder or a device. For files opened by a library itself. OSError."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise DocumentError("it is no regular file")
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """A regular file; of a pipe the opening itself would wait. OSError, DocumentError."""
+    """Opens a regular file without blocking on a pipe. OSError, DocumentError."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
@@ -77,7 +77,7 @@ def read_json(path: Path) -> Any:
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """The keys and values of a JSON file; none where it is missing, damaged or something else."""
+    """The keys and values of a JSON file. Empty if it is missing, damaged or no object."""
     try:
         found = read_json(path)
     except (OSError, DocumentError):
@@ -86,12 +86,12 @@ def json_object(path: Path) -> dict[str, Any]:
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The JSON objects of a log, a line each, with their text. Damaged lines are left out. OSError, DocumentError."""
+    """The JSON objects of a log, one per line, with their text. Skips damaged lines. OSError, DocumentError."""
     with open_regular(path) as file:
         while line := file.readline(MOST_LINE_BYTES):
             begun = line
             while len(line) == MOST_LINE_BYTES and not line.endswith(b"\n"):
-                # The rest of a line that no log of ours has.
+                # The rest of a line too long for our logs.
                 begun, line = b"", file.readline(MOST_LINE_BYTES)
             try:
                 text = begun.decode().rstrip("\n")
@@ -103,19 +103,19 @@ def read_json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def parse_yaml(text: str, *, texts: bool = False) -> Any:
-    """Plain values, by libyaml where PyYAML has it, which is ten times as fast. DocumentError where it is damaged.
+    """Plain values, by libyaml if PyYAML has it (ten times as fast). DocumentError if it is damaged.
 
-    `texts`: every value is the text as it stands. YAML takes 24:00:00 for a number of seconds.
+    `texts`: keep every value as text. YAML reads 24:00:00 as a number of seconds.
     """
     require_modest(text)
     try:
         return yaml.load(text, Loader=yaml.BaseLoader if texts else _loader())
-    except Exception as e:  # a tagged value ("!!bool x") fails with an error of any type
+    except Exception as e:  # a tagged value ("!!bool x") raises an error of any type
         raise DocumentError(_line(e)) from None
 
 
 def require_modest(text: str) -> None:
-    """DocumentError where a loader would go too deep, or aliases would make much of little. Takes no stack itself."""
+    """DocumentError for a YAML text nested too deep or grown too large by aliases. Needs no stack itself."""
     if len(text) > MOST_YAML_CHARACTERS:
         raise DocumentError(f"it has more than {MOST_YAML_CHARACTERS:,} characters")
     nodes = 0
@@ -157,5 +157,5 @@ def _too_deep() -> DocumentError:
 
 
 def _line(error: Exception) -> str:
-    """Its words in a line; some of yaml's have none."""
+    """The error's text in one line. Some of yaml's errors have none."""
     return " ".join(str(error).split())[:300] or type(error).__name__

@@ -1,7 +1,7 @@
-"""Names and hashes that come from manifests, before they become paths.
+"""Checks names and hashes from manifests before they become paths.
 
-Data sets, mirrors, models and run directories come from other people. A name with `..`, or a hash that is a path, would
-let them read, write or remove files outside of the folder that they are in.
+Data sets, mirrors, models and run directories come from other people. A name with `..`, or a path as a hash, could
+read, write or remove files outside of its folder.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from ibq_scale.errors import UserError
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _DRIVE = re.compile(r"[A-Za-z]:")
-# Of a file system: bytes of a part, and of a path.
+# Limits of file systems: bytes of a part, and of a path.
 MOST_PART, MOST_NAME = 255, 1024
 
-# By pydantic's regular expressions, in which $ is the end of the text and no line's.
+# For pydantic's regular expressions, where $ is the end of the text, not of a line.
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
 def file_name(name: object) -> str:
-    """`name`, where it is a relative, normal path with ``/``. ValueError where it is not."""
+    """`name`, if it is a relative, normal path with ``/``. ValueError otherwise."""
     if not isinstance(name, str):
         raise ValueError(f"{name!r:.100} is no file name")
     try:
@@ -46,7 +46,7 @@ FileName = Annotated[str, AfterValidator(file_name)]
 
 
 def expand_home(path: str) -> Path:
-    """A path whose ``~`` no shell has expanded: in quotes, in YAML, after a ``=``. UserError where no home is known."""
+    """Expands ``~`` where no shell did: in quotes, in YAML, after a ``=``. UserError without a known home."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -54,19 +54,19 @@ def expand_home(path: str) -> Path:
 
 
 def is_text(name: str) -> bool:
-    """Whether it can be written as UTF-8: names of files may be any bytes, which Python has as lone surrogates."""
+    """Whether it can be written as UTF-8. Python represents other bytes in file names as lone surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def is_sha256(value: object) -> bool:
-    """Whether it is 64 hexadecimal digits, lower case."""
+    """Whether it has 64 lower-case hexadecimal digits."""
     return isinstance(value, str) and _SHA256.fullmatch(value) is not None
 
 
 def is_inside(root: Path, name: str) -> bool:
-    """Whether ROOT/NAME, with all links followed, is in `root`, which may itself be a link."""
+    """Whether ROOT/NAME, with all links followed, is in `root`. The root may be a link."""
     try:
         return (root / name).resolve().is_relative_to(root.resolve())
     except (OSError, RuntimeError):
-        # Links that lead to one another.
+        # A circle of links.
         return False

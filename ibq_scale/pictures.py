@@ -14,14 +14,14 @@ SHOWN = 8
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Float images in [-1, 1] → uint8, rounded and clamped, the same shape; uint8 passes through."""
+    """Float images in [-1, 1] → uint8, rounded and clamped, the same shape. uint8 stays unchanged."""
     if images.dtype == torch.uint8:
         return images
     return images.detach().float().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def image_grid(images_BCHW: Tensor, columns: int, gap: int = 2) -> Tensor:
-    """Images (B, 3, H, W), float or uint8, row by row on a white ground → uint8 (3, H', W') on the CPU."""
+    """Images (B, 3, H, W), float or uint8, row by row on white → uint8 (3, H', W') on the CPU."""
     images = to_uint8(images_BCHW).cpu()
     count, channels, height, width = images.shape
     rows = -(-count // columns)
@@ -47,6 +47,6 @@ def reconstruction_grid(originals_BCHW: Tensor, reconstructions_BCHW: Tensor) ->
 
 
 def save_png(path: Path, image_CHW: Tensor) -> None:
-    """Writes one image (3, H, W); makes its folder."""
+    """Writes one image (3, H, W), and makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(to_png(image_CHW))

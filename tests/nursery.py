@@ -49,7 +49,7 @@ IMPORTED = (
     "ibq_scale.evaluate.reconstruction",
     "ibq_scale.generate.images",
     "ibq_scale.train.ar_task",
-    "ibq_scale.train.opening",
+    "ibq_scale.train.startup_summary",
     "ibq_scale.train.run",
     "ibq_scale.train.tokenizer_task",
 )

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import ibq_scale
-from ibq_scale.cli import ranks
+from ibq_scale.cli import options
 from ibq_scale.distributed.environment import is_launched
 from ibq_scale.errors import UserError
 from ibq_scale.report import page
@@ -101,7 +101,7 @@ def test_ranks_that_were_typed_count_in_a_step_of_one_task(
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
     parser = argparse.ArgumentParser()
-    ranks.add_ranks(parser)
+    options.add_ranks(parser)
     args = parser.parse_args(words)
     assert args.ranks == (2 if words else None)
     assert is_launched() == launched

@@ -1,1 +1,1 @@
-"""Measurements that users can repeat: each prints a table, or JSON."""
+"""Repeatable measurements. Each prints a table or JSON."""

@@ -1,7 +1,7 @@
-"""Training steps of the transformer as it is trained, timed by part.
+"""Times training steps of the transformer by part.
 
-The task is the trainer's own; what is measured is hung around its engine, its blocks and its loss. Parts overlap
-nowhere: what DeepSpeed sends within a backward pass is communication's, not that pass's.
+The task is the trainer's own, with timers around its engine, its blocks and its loss. Parts do not overlap: DeepSpeed's
+communication within a backward pass counts as communication, not as that pass.
 """
 
 from __future__ import annotations
@@ -25,20 +25,21 @@ from ibq_scale.data.stream import CodeBatch
 from ibq_scale.distributed.memory import peak_bytes
 from ibq_scale.distributed.world import World
 from ibq_scale.models.transformer import PrefixBlock, Transformer
+from ibq_scale.scaling.auto import machine_of, settle
 from ibq_scale.scaling.flops import AR_FORMULA, ar_flops
 from ibq_scale.train.ar_task import ARTask
-from ibq_scale.train.engine import wrap_collectives
+from ibq_scale.zero.engine import wrap_collectives
 
 ATTENTION, FEED_FORWARD, HEAD = "attention", "feed-forward", "head, loss"
 BLOCKS, REST, COMMUNICATION, UPDATE = "blocks, compiled", "embedding, AdaLN, norms", "communication", "optimizer, EMA"
 PARTS = (DATA, ATTENTION, FEED_FORWARD, BLOCKS, HEAD, REST, COMMUNICATION, UPDATE, OTHER)
-# The loss's functions: which of them a task takes is its own affair.
+# The functions of the loss. The task may use any of them.
 LOSSES = ("cross_entropy", "linear_cross_entropy")
 
 
 @dataclass(frozen=True)
 class ARReport(StepReport):
-    """See `StepReport`. Tokens are codes; the class's prefix takes the place of the last one, which is never read."""
+    """See `StepReport`. Tokens are codes. The class prefix replaces the last one, since it is never read."""
 
     tokens_per_s: float
     tokens: int
@@ -51,7 +52,8 @@ class ARReport(StepReport):
 
 
 def bench_ar(run: ARRun, world: World, *, steps: int) -> ARReport:
-    """Trains for some steps from the start and measures them. Collective. UserError for what training refuses too."""
+    """Trains for some steps from the start and measures them. Collective. UserError for configs refused by training."""
+    run, _ = settle(run, machine_of(world))
     synthetic = run.data.train == MISSING
     task = _task(run, world, synthetic)
     clock = Clock(world.device)
@@ -83,7 +85,7 @@ def bench_ar(run: ARRun, world: World, *, steps: int) -> ARReport:
 
 @contextmanager
 def _hung(clock: Clock, task: ARTask) -> Iterator[None]:
-    """Times the task's pieces inside."""
+    """Times the task's parts within this context."""
     engine = task.engine
     timed = [(engine, "forward", REST), (engine, "backward", REST), (engine, "step", UPDATE)]
     for owner, name, part in [*timed, (task.ema, "update", UPDATE)]:
@@ -102,7 +104,7 @@ def _hung(clock: Clock, task: ARTask) -> Iterator[None]:
 
 
 def _pieces(model: Transformer) -> Iterator[tuple[nn.Module, str, str]]:
-    """Modules, the name of what is called of each, and whose time that is. A compiled block cannot be looked into."""
+    """(module, method, part) for each timed call. A compiled block is timed as a whole."""
     yield model.head, "forward", HEAD
     for block in model.modules():
         if isinstance(block, PrefixBlock) and block._compiled_call_impl is not None:
@@ -125,7 +127,7 @@ def _task(run: ARRun, world: World, synthetic: bool) -> ARTask:
 
 
 def _synthetic(run: ARRun) -> Iterator[CodeBatch]:
-    """One batch of random codes, over and over, laid out as codes come."""
+    """One batch of random codes, repeated, in the layout of real ones."""
     size, generator = run.train.micro_batch, torch.Generator().manual_seed(0)
     codes_BT = torch.randint(run.model.codebook_size, (size, run.model.tokens), generator=generator)
     labels_B = torch.randint(run.model.classes, (size,), generator=generator)

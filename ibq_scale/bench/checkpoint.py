@@ -1,4 +1,4 @@
-"""Saves of a state of a given size: how long training stands still, and how fast it is written beside a bare write."""
+"""Saves a state of a given size: time without training, and write rate compared with a plain write."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ TENSORS = 64
 
 @dataclass(frozen=True)
 class CheckpointReport:
-    """Medians over the saves, of the whole world's bytes. `stall_s`: the ranks' longest wait within `save`.
+    """Medians over the saves, in bytes of all ranks. `stall_s`: the ranks' longest time within `save`.
 
-    `written_s`: from a save's begin until it is whole on disk. `disk_bytes_per_s`: one process, one file, flushed.
+    `written_s`: from the start of a save until it is whole on disk. `disk_bytes_per_s`: one process, one file, flushed.
     """
 
     folder: str
@@ -40,12 +40,12 @@ class CheckpointReport:
 
     @property
     def of_disk(self) -> float:
-        """The save's rate over the disk's."""
+        """The save's rate divided by the disk's."""
         return self.bytes_per_s / self.disk_bytes_per_s
 
 
 def bench_checkpoint(folder: Path, world: World, *, megabytes: int, saves: int) -> CheckpointReport:
-    """Saves `megabytes` a rank under `folder`, several times over. Collective. OSError where it cannot be written."""
+    """Saves `megabytes` per rank under `folder`, several times. Collective. OSError if it cannot be written."""
     here = Path(by_rank_0(world, lambda: tempfile.mkdtemp(prefix="bench-", dir=folder)))
     try:
         elements = megabytes * 2**20 // (4 * TENSORS)

@@ -1,4 +1,4 @@
-"""Which part of a step the device is at, forward and backward, by marks on the device's own time line."""
+"""Times the parts of a step, forward and backward, by marks on the device's own time line."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ OTHER = "other"
 
 
 class Clock:
-    """Time by part, each exclusive: a part within another is not the other's.
+    """Exclusive time by part: an inner part does not count for the outer one.
 
-    On a GPU the marks are events in its stream, so nothing waits; its idle time counts for the part it waits in.
+    On a GPU the marks are events in its stream, without synchronisation. Idle time counts for the current part.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -27,22 +27,22 @@ class Clock:
         self._stack = [OTHER]
 
     def push(self, part: str) -> None:
-        """`part` begins."""
+        """Starts `part`."""
         self._stack.append(part)
         self._mark()
 
     def pop(self) -> None:
-        """The part that began last ends."""
+        """Ends the part started last."""
         self._stack.pop()
         self._mark()
 
     def reset(self) -> None:
-        """Forgets what was; time begins."""
+        """Clears all times and starts anew."""
         self._marks = []
         self._mark()
 
     def seconds(self) -> dict[str, float]:
-        """Seconds by part since `reset`. Waits for the device."""
+        """Seconds by part since `reset`. Synchronises with the device."""
         self._mark()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -62,7 +62,7 @@ class Clock:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Everything inside is `name`'s."""
+        """Counts the time in this context for `name`."""
         self.push(name)
         try:
             yield
@@ -70,7 +70,7 @@ class Clock:
             self.pop()
 
     def timed(self, call: Callable[..., Any], part: str) -> Callable[..., Any]:
-        """`call`, its time `part`'s."""
+        """`call`, with its time counted for `part`."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
             with self.part(part):
@@ -79,7 +79,7 @@ class Clock:
         return run
 
     def timed_both_ways(self, call: Callable[..., Any], part: str) -> Callable[..., Any]:
-        """`call`, its time and that of its backward pass `part`'s."""
+        """`call`, with its time and that of its backward pass counted for `part`."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
             with self.part(part):
@@ -91,7 +91,7 @@ class Clock:
 
 
 def _through(gate: type[torch.autograd.Function], clock: Clock, part: str, values: Any) -> tuple[Any, bool]:
-    """`values` with the tensors that have a gradient led through one gate, and whether there are such tensors."""
+    """Leads all tensors of `values` that need a gradient through one gate. Also returns whether there are any."""
     leaves, shape = tree_flatten(values)
     places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
     if not places or not torch.is_grad_enabled():
@@ -102,7 +102,7 @@ def _through(gate: type[torch.autograd.Function], clock: Clock, part: str, value
 
 
 class _Entrance(torch.autograd.Function):
-    """Where a part begins, and so where its backward pass ends."""
+    """The start of a part, and the end of its backward pass."""
 
     @staticmethod
     def forward(ctx: Any, clock: Clock, part: str, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -116,7 +116,7 @@ class _Entrance(torch.autograd.Function):
 
 
 class _Exit(torch.autograd.Function):
-    """Where a part ends, and so where its backward pass begins."""
+    """The end of a part, and the start of its backward pass."""
 
     @staticmethod
     def forward(ctx: Any, clock: Clock, part: str, *tensors: Tensor) -> tuple[Tensor, ...]:

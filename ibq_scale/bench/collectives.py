@@ -1,4 +1,4 @@
-"""All-reduces between the ranks: are their sums right, and how fast do they come."""
+"""All-reduces between the ranks: correctness of the sums, and speed."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ SMALL = 8 << 10
 
 @dataclass(frozen=True)
 class CollectivesReport:
-    """Medians of the slowest rank. `bus_bytes_per_s`: what each rank's link carries, 2·(n − 1)/n · bytes / seconds,
-    which does not fall with the number of ranks (as nccl-tests define it). `latency_s`: of 8 KiB.
+    """Medians of the slowest rank. `bus_bytes_per_s`: rate of each rank's link, 2·(n − 1)/n · bytes / seconds,
+    independent of the number of ranks (definition of nccl-tests). `latency_s`: of 8 KiB.
     """
 
     ranks: int
@@ -53,7 +53,7 @@ def bench_collectives(world: World, *, megabytes: int, repeats: int) -> Collecti
 
 
 def _all_reduce(world: World, elements: int, repeats: int) -> tuple[float, bool]:
-    """Seconds, the slowest rank's median, and whether the sum was right everywhere."""
+    """Seconds (the slowest rank's median), and whether the sum was right on all ranks."""
     values = torch.empty(elements, device=world.device)
     times = []
     right = True
@@ -64,7 +64,7 @@ def _all_reduce(world: World, elements: int, repeats: int) -> tuple[float, bool]
         begin = time.perf_counter()
         dist.all_reduce(values)
         _finish(world)
-        # The first one makes the connections.
+        # The first one opens the connections.
         times += [time.perf_counter() - begin] if turn else []
         right = right and bool((values == world.size * (world.size + 1) // 2).all())
     worst = torch.tensor([statistics.median(times), float(not right)], dtype=torch.float64, device=world.device)
@@ -79,7 +79,7 @@ def _finish(world: World) -> None:
 
 
 def _nodes(world: World) -> int:
-    """Ranks that are the first of their node."""
+    """The number of nodes, from the first rank of each."""
     firsts = torch.tensor([float(world.local_rank == 0)], device=world.device)
     dist.all_reduce(firsts)
     return int(firsts.item())

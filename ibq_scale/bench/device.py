@@ -1,4 +1,4 @@
-"""What a device can do at most."""
+"""Peak rates of a device."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ TRIES_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class Reference:
-    """FLOP/s of one device to hold a rate against. `sheet`: of its data sheet, None where there is none to trust.
+    """FLOP/s of one device for comparison. `sheet`: from its data sheet, None if unknown.
 
-    `product`: of the best square product measured here, of `side` and `dtype`.
+    `product`: of the best square product measured here, with `side` and `dtype`.
     """
 
     sheet: float | None
@@ -25,21 +25,21 @@ class Reference:
     dtype: str
 
     def mfu(self, flops_per_s: float) -> float | None:
-        """Model FLOPs utilisation: only against a data sheet, since a measured peak flatters whatever is slow."""
+        """Model FLOPs utilization against the data sheet only. A measured peak would hide a slow device."""
         return None if self.sheet is None else flops_per_s / self.sheet
 
 
 def reference(device: torch.device, dtype: torch.dtype) -> Reference:
-    """Looks the device up, and measures a product on it."""
+    """Looks up the device and measures a product on it."""
     sheet = sheet_peak(device, dtype)
     side = 8192 if device.type == "cuda" else 1024
     return Reference(sheet, _best_product(device, dtype, side), side, str(dtype).removeprefix("torch."))
 
 
 def _best_product(device: torch.device, dtype: torch.dtype, side: int) -> float:
-    """FLOP/s by the fastest of some tries: what others do on the machine at the same time is no bound of it.
+    """FLOP/s of the fastest of several tries, so that other load on the machine matters little.
 
-    CPUs without bf16 in hardware take a hundred times as long as for fp32, so time is what limits the tries.
+    CPUs without bf16 in hardware take a hundred times as long as in fp32, so the tries are limited by time.
     """
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     seconds: list[float] = []
@@ -53,6 +53,6 @@ def _best_product(device: torch.device, dtype: torch.dtype, side: int) -> float:
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done everything."""
+    """Synchronises with the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""What a disk takes: a plain file, written and flushed."""
+"""Write rate of a disk: a plain file, written and flushed."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ CHUNK = 16 << 20
 
 
 def write_rate(folder: Path, size: int) -> float:
-    """Bytes a second of a plain file of this size, flushed to the disk. OSError where it cannot be written.
+    """Bytes per second of a plain file of this size, flushed to the disk. OSError if it cannot be written.
 
-    The file has no name from its start, so that nothing of it stays, whatever happens.
+    The file is unlinked at once, so nothing of it remains in any case.
     """
     chunk = os.urandom(CHUNK)
     chunks = max(1, size // CHUNK)

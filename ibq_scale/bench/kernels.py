@@ -1,4 +1,4 @@
-"""What the quantizer's kernels need of a chip, from code compiled for it here, without a GPU.
+"""The resources of the quantizer's kernels on a chip, from code compiled for it here, without a GPU.
 
 Triton compiles for any target: its wheel has the assembler and the disassembler. The compiler reports shared memory.
 The binary has registers and stack, and its instructions show the tensor cores and the asynchronous loads.
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ibq_scale.quantize.tiles import Tile
 
 KIB = 1024
-# Shared memory that one program may have: CUDA programming guide, "technical specifications per compute capability";
+# Most shared memory of one program: CUDA programming guide, "technical specifications per compute capability", and
 # local data share of CDNA 3.
 SHARED_LIMITS = {
     "sm_80": 163 * KIB,
@@ -31,9 +31,12 @@ SHARED_LIMITS = {
 }
 ARCHS = tuple(SHARED_LIMITS)
 PRECISIONS: tuple[Precision, ...] = ("bf16", "tf32", "fp32")
-KERNEL_NAMES = ("sums", "mix", "means", "pulled", "slopes", "best")
-LIST_KERNEL_NAMES = ("near", "rescore", "near_slopes")
-# Instructions that multiply matrices: of Hopper; of Blackwell, of all other NVIDIA chips, and of AMD's.
+KERNEL_NAMES = ("sums", "soft_codes", "means", "row_sums", "slopes", "best")
+# Those without matrix products, of the lists of candidates and of the cuBLAS backend.
+OTHER_KERNEL_NAMES = (
+    "candidates", "rescore", "candidate_slopes", "column_sums", "column_means", "column_dots", "column_slopes"
+)  # fmt: skip
+# Matrix instructions of Hopper, of Blackwell, of all other NVIDIA chips, and of AMD's.
 TENSOR_CORES = (("HGMMA", "wgmma"), ("UTC[A-Z]*MMA", "mma"), ("HMMA", "mma"), ("v_mfma", "mma"))
 ASYNC = "LDGSTS|UTMALDG|buffer_load_.* lds|global_load_lds"
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/|^\s+(?:v|s|ds|buffer|global)_\w+ ", re.MULTILINE)
@@ -43,8 +46,8 @@ INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/|^\s+(?:v|s|ds|buffer|global)_\
 class Row:
     """One kernel compiled for one chip. `tile`: tokens, codes, dimensions at once, warps, stages.
 
-    `tensor_core`: wgmma (Hopper), mma (others; `instruction` names it) or none. `spill_bytes`: a thread's stack, which
-    these kernels use for nothing else. `async_copies` counts loads to shared memory that bypass registers. Where
+    `tensor_core`: wgmma (Hopper), mma (others, named by `instruction`) or none. `spill_bytes`: a thread's stack, of
+    spills alone. `async_copies` counts loads to shared memory past the registers. Where
     `error` says why a kernel did not compile, numbers are 0.
     """
 
@@ -66,7 +69,7 @@ class Row:
 
     @property
     def case(self) -> tuple[str, str, str, int]:
-        """What one tile that fits is enough for."""
+        """The case for one fitting tile."""
         return self.kernel, self.arch, self.precision, self.dim
 
 
@@ -96,7 +99,7 @@ def row(kernel: str, arch: str, precision: Precision, dim: int, tile: Tile) -> R
     head = (kernel, arch, precision, dim, tuple(tile))
     try:
         built = build(kernel, arch, precision, dim, tile)
-    # The compiler raises what its passes do, RuntimeError and bare assertions among them.
+    # The compiler raises its passes' errors, RuntimeError and bare assertions among them.
     except Exception as e:
         why = f"{type(e).__name__}: {e}".partition("\n")[0]
         return Row(*head, 0, limit, 0, 0, "none", "", 0, 0, fits=False, error=why)

@@ -1,7 +1,7 @@
 """The quantizer's step beside the dense form and beside bare matrix products of the same FLOPs.
 
-Times: all variants by turns in one process, so that a busy machine slows them alike; medians. Memory: each variant once
-more in a process of its own, whose highest resident size (or allocated device memory) is its own too.
+Times: medians of all variants by turns in one process, so a busy machine slows them alike. Memory: the peak resident
+size (or allocated device memory) of one more step in a process of its own.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ibq_scale.bench.device import wait
 from ibq_scale.config.models import QuantizerConfig
+from ibq_scale.console import gigabytes
 from ibq_scale.distributed.memory import peak_bytes
 from ibq_scale.errors import UserError
 from ibq_scale.quantize.backend import choose, products_of
@@ -29,12 +30,13 @@ from ibq_scale.quantize.product import cuda_precision, product_into
 from ibq_scale.quantize.quantizer import find, quantize
 from ibq_scale.scaling.flops import STEP_PRODUCTS, TRITON_PRODUCTS
 
-Name = Literal["dense", "tiled", "triton", "products", "encode", "encode dense"]
+Name = Literal["dense", "tiled", "triton", "cublas", "products", "encode", "encode dense"]
 # Products of N·K·D: the dense form makes (one-hot + p) C and its gradient beside the five.
 DONE: dict[Name, int] = {
     "dense": 6,
     "tiled": STEP_PRODUCTS,
     "triton": TRITON_PRODUCTS,
+    "cublas": STEP_PRODUCTS,
     "products": STEP_PRODUCTS,
     "encode": 1,
     "encode dense": 1,
@@ -45,7 +47,7 @@ DENSE_TENSORS = 9
 
 @dataclass(frozen=True)
 class Size:
-    """What is measured: N tokens, K codes, D dimensions."""
+    """N tokens, K codes, D dimensions."""
 
     tokens: int
     codes: int
@@ -60,9 +62,9 @@ class Size:
 class Measured:
     """`seconds` is the median of a training step (or of one encoding of all tokens), None where it did not fit.
 
-    `flops_per_s` counts the products of N·K·D that the task cannot do without, `products_needed`. This form does
+    `flops_per_s` counts the products of N·K·D of the task, `products_needed`. This form does
     `products_done` in `precision`. `peak_bytes` is the whole process's on CPUs, the
-    allocator's on a GPU; `base_bytes` what of it stood before the inputs were made.
+    allocator's on a GPU. `base_bytes` is its part before the inputs.
     """
 
     name: str
@@ -80,7 +82,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class QuantizerReport:
-    """One size on one device. `rescored` is the share (0 to 1) of tokens that `encode` decided in fp64."""
+    """One size on one device. `rescored` is the share (0 to 1) of tokens decided in fp64 by `encode`."""
 
     tokens: int
     codes: int
@@ -105,7 +107,7 @@ def bench_quantizer(
     seconds = _by_turns(work, place, repeats)
     work.clear()
     memory = {name: memory_alone(name, size, settings, place) for name in kept}
-    # All forms are measured in what this one computes in.
+    # All forms are measured in this form's precision.
     used = products_of(chosen, precision) if place.type == "cuda" else "fp32"
     z_ND, rows_KD, _ = _inputs(size, place)
     rescored = float(find(z_ND.detach(), rows_KD.detach(), settings).rescored) / size.tokens
@@ -118,12 +120,12 @@ def _measured(
     name: Name, size: Size, seconds: dict[Name, float], memory: dict[Name, tuple[int, int]], precision: str, search: str
 ) -> Measured:
     encoding = name.startswith("encode")
-    # The answer of encode is exact, so the dense argmax that it is held against is fp32's.
+    # The answer of encode is exact, so its dense counterpart is fp32's argmax.
     coarse = "fp32" if name == "encode dense" or precision == "fp32" else search
     kind = (coarse if encoding else precision, DONE[name], 1 if encoding else STEP_PRODUCTS)
     if name not in seconds:
         need = DENSE_TENSORS * size.tokens * size.codes * 4
-        return Measured(name, None, None, None, None, None, None, *kind, f"needs about {need / 1e9:.0f} GB: not run")
+        return Measured(name, None, None, None, None, None, None, *kind, f"needs about {gigabytes(need)}: not run")
     dense = seconds.get("encode dense" if encoding else "dense")
     flops = size.product_flops * (1 if encoding else STEP_PRODUCTS)
     products_s = seconds["products"] / (STEP_PRODUCTS if encoding else 1)
@@ -147,7 +149,7 @@ def _inputs(size: Size, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _work(name: Name, size: Size, settings: QuantizerConfig, device: torch.device) -> Callable[[], object]:
-    """What is timed. Inputs are shared by nothing: each variant has its own."""
+    """The timed call. Each variant has inputs of its own."""
     z_ND, rows_KD, g_ND = _inputs(size, device)
     if name == "encode":
         return lambda: find(z_ND.detach(), rows_KD.detach(), settings)
@@ -169,7 +171,7 @@ def _work(name: Name, size: Size, settings: QuantizerConfig, device: torch.devic
 
 
 def _dense_products(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[None]]:
-    """Within it torch's own products are in this precision, as the form that they are compared with has them."""
+    """A context with torch's own products in the precision of the form under comparison."""
     if device.type != "cuda" or precision == "fp32":
         return nullcontext
     if precision == "tf32":
@@ -178,7 +180,7 @@ def _dense_products(precision: str, device: torch.device) -> Callable[[], Abstra
 
 
 def _products(z_ND: Tensor, rows_KD: Tensor, settings: QuantizerConfig) -> Callable[[], object]:
-    """STEP_PRODUCTS products of N·K·D, in tiles that fit, written over and over."""
+    """STEP_PRODUCTS products of N·K·D, in tiles of at most 256 MiB in one buffer."""
     part = min(len(z_ND), max(1, (256 << 20) // (4 * len(rows_KD))))
     S = z_ND.new_empty((len(rows_KD), part))
 

@@ -1,4 +1,4 @@
-"""Sampling of codes, measured: as `sample` does it, step by step, and by a loop that computes everything again."""
+"""Times the sampling of codes: as in `sample`, step by step, and by a loop without a cache."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from ibq_scale.models.transformer import AdaLN, Transformer
 from ibq_scale.pretrained.loading import load_ar
 from ibq_scale.scaling.devices import known_bandwidth
 
-# Of the comparison of codes, in fp32 whatever is timed: bf16 rounds two ways of computing apart.
+# Codes are compared in fp32 always, since bf16 rounding makes equal methods differ.
 COMPARED = 2
 
 
 @dataclass(frozen=True)
 class Way:
-    """`seconds` of the fastest batch, its rates, and how many times those of the naive loop they are."""
+    """`seconds` of the fastest batch, its rates, and its speed-up over the naive loop."""
 
     name: str
     seconds: float
@@ -36,9 +36,9 @@ class Way:
 
 @dataclass(frozen=True)
 class SamplingReport:
-    """`weight_bytes`: read once a step; `cache_bytes`: keys and values, all there. `bound_share` (0 to 1): of the
-    tokens/s that a step had if it read its weights at the data sheet's `bandwidth` (bytes/s) and did nothing else;
-    None where that is not known. `same_codes`: whether the ways took the same codes, greedily.
+    """`weight_bytes`: read once a step. `cache_bytes`: all keys and values. `bound_share` (0 to 1): share of the
+    tokens/s of a step that only reads its weights at the data sheet's `bandwidth` (bytes/s), None if unknown.
+    `same_codes`: all methods gave the same greedy codes.
     """
 
     name: str
@@ -58,13 +58,13 @@ class SamplingReport:
 
 
 def naive(model: Transformer, labels_B: Tensor, guidance: float) -> Tensor:
-    """The likeliest codes int64 (B, tokens), every step from the whole prefix."""
+    """The likeliest codes int64 (B, tokens), with each step computed from the whole prefix."""
     config = model.config
     batch, labels_B = len(labels_B), labels_B.to(model.head.weight.device)
     labels = torch.cat([labels_B, torch.full_like(labels_B, config.classes)])
     codes_BT = torch.zeros(batch, 0, dtype=torch.int64, device=labels.device)
     for _ in range(config.tokens):
-        # The last code is never read: a place to fill.
+        # A placeholder: the last code is never read.
         filled = torch.cat([codes_BT, torch.zeros_like(labels_B)[:, None]], dim=1).repeat(2, 1)
         conditional, free = model.head(model.hidden(filled, labels)[:, -1]).float().chunk(2)
         picked_B = (free + (conditional - free) * guidance).argmax(dim=-1)
@@ -76,7 +76,7 @@ def naive(model: Transformer, labels_B: Tensor, guidance: float) -> Tensor:
 def bench_sampling(
     source: str, device: torch.device, *, batch: int, precision: str, compiled: bool, repeats: int
 ) -> SamplingReport:
-    """Samples whole batches greedily with guidance. UserError where `source` is neither preset nor model."""
+    """Samples whole batches greedily with guidance. UserError if `source` is neither a preset nor a model."""
     model = _model(source).to(device)
     config, guidance = model.config, 2.0
     settings = SamplingSettings(guidance=guidance, greedy=True)
@@ -92,7 +92,7 @@ def bench_sampling(
     sampler = Sampler(model, settings, batch)
     if compiled:
         model.compile_regions()
-    # The first batch captures and compiles.
+    # The first batch captures graphs and compiles.
     sampler(labels_B)
     seconds["sample"] = _fastest(lambda: sampler(labels_B), device, repeats)
     cuda = device.type == "cuda"
@@ -119,7 +119,7 @@ def bench_sampling(
 
 
 def step_bytes(model: Transformer) -> int:
-    """Bytes of the weights that a step reads: not of tables, of which it reads rows, nor of the blocks' modulations."""
+    """Bytes of the weights read by a step, without tables (only rows are read) and the blocks' modulations."""
     kept = {p for block in model.blocks for m in block.modules() if isinstance(m, AdaLN) for p in m.parameters()}
     kept |= {*model.tok_emb.parameters(), *model.class_emb.parameters()}
     return sum(p.nbytes for p in model.parameters() if p not in kept)
@@ -134,7 +134,7 @@ def _model(source: str) -> Transformer:
     run = resolve(name, (), "ar").config
     assert isinstance(run, ARRun)
     model = Transformer(run.model).eval().requires_grad_(False)
-    # A head of zeros, as training begins with, would find all codes alike.
+    # The initial head of zeros would give all codes the same logit.
     torch.nn.init.normal_(model.head.weight, std=0.1, generator=torch.Generator().manual_seed(0))
     return model
 

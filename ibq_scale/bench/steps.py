@@ -1,4 +1,4 @@
-"""Training steps of either stage, measured: what `bench tokenizer` and `bench ar` have in common."""
+"""Times training steps of either stage: the common part of `bench tokenizer` and `bench ar`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ibq_scale.config.layers import MISSING
 from ibq_scale.config.run import AnyRun
 from ibq_scale.distributed.memory import peak_bytes
 from ibq_scale.distributed.world import World
-from ibq_scale.scaling.rehearse import compute_dtype
+from ibq_scale.models.precision import compute_dtype
 from ibq_scale.train.task import Task
 
 DATA = "data"
@@ -25,7 +25,7 @@ WARM_UP = 2
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a step on one rank: seconds, its share of the step (0 to 1), and the FLOPs that it needs."""
+    """One part of a step on one rank: seconds, its share of the step (0 to 1), and its required FLOPs."""
 
     name: str
     seconds: float
@@ -35,12 +35,11 @@ class Part:
 
 @dataclass(frozen=True)
 class StepReport:
-    """A step of one config. `step_s` is the median; parts are means over the same steps, of rank 0.
+    """A step of one config. `step_s`: median. Parts: means over the same steps, of rank 0.
 
-    `mfu` is needed FLOPs over what the device's data sheet promises, None where there is none; `of_product` is them
-    over the best matrix product of `product` (its FLOP/s and what it was), which flatters whatever is slow at products.
-    `peak_bytes` is the allocator's on a GPU and the whole process's on a CPU; `base_bytes` what stood before the first
-    step.
+    `mfu`: required FLOPs over the data sheet's peak, None for an unknown device. `of_product`: required FLOPs over
+    those of the best matrix product in `product` (its FLOP/s and shape), a high share on devices with slow products.
+    `peak_bytes`: the allocator's on a GPU, the whole process's on a CPU. `base_bytes`: memory before the first step.
     """
 
     name: str
@@ -77,7 +76,7 @@ class Measured:
     def common(
         self, run: AnyRun, world: World, *, flops: float, formula: str, names: Sequence[str], needs: Mapping[str, float]
     ) -> dict[str, Any]:
-        """A `StepReport`'s fields. `needs`: FLOPs an image of the parts that multiply."""
+        """A `StepReport`'s fields. `needs`: FLOPs per image of the parts with products."""
         steps, step_s = len(self.seconds), statistics.median(self.seconds)
         images = run.train.global_batch // world.size
         ideal = reference(world.device, compute_dtype(run))
@@ -136,7 +135,7 @@ def measure(task: Task, run: AnyRun, batches: Iterator[Any], clock: Clock, *, st
 
 
 def timed_batches(batches: Iterator[Any], clock: Clock) -> Iterator[Any]:
-    """The same batches; the wait for each is `DATA`'s."""
+    """The same batches, with the wait for each counted for `DATA`."""
     while True:
         with clock.part(DATA):
             batch = next(batches)

@@ -1,7 +1,7 @@
-"""Training steps of the tokenizer as they are trained, timed by part.
+"""Times training steps of the tokenizer by part.
 
-The task is the trainer's own; what is measured is hung around its engines, its losses and the quantizer. Parts overlap
-nowhere: the generator's time is without the quantizer's, and what ZeRO sends within a backward pass is that pass's.
+The task is the trainer's own, with timers around its engines, its losses and the quantizer. Parts do not overlap: the
+generator's time excludes the quantizer's. ZeRO's communication within a backward pass counts for that pass.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ibq_scale.data.stream import ImageBatch
 from ibq_scale.distributed.memory import peak_bytes
 from ibq_scale.distributed.world import World
 from ibq_scale.quantize.backend import choose
+from ibq_scale.scaling.auto import machine_of, settle
 from ibq_scale.scaling.flops import TOKENIZER_FORMULA, step_flops
 from ibq_scale.train.tokenizer_task import TokenizerTask
 
@@ -30,7 +31,7 @@ PARTS = (DATA, GENERATOR, QUANTIZER, DISCRIMINATOR, PERCEPTUAL, UPDATE, OTHER)
 
 @dataclass(frozen=True)
 class TokenizerReport(StepReport):
-    """See `StepReport`. `quantizer_executed`: FLOPs an image with what the quantizer's backend does again."""
+    """See `StepReport`. `quantizer_executed`: FLOPs per image with the recomputation of the quantizer's backend."""
 
     compile: bool
     activation_checkpointing: bool
@@ -40,7 +41,8 @@ class TokenizerReport(StepReport):
 
 
 def bench_tokenizer(run: TokenizerRun, world: World, *, steps: int) -> TokenizerReport:
-    """Trains for some steps from the start and measures them. Collective. UserError for what training refuses too."""
+    """Trains for some steps from the start and measures them. Collective. UserError for configs refused by training."""
+    run, _ = settle(run, machine_of(world))
     synthetic = run.data.train == MISSING
     task = TokenizerTask(run, world, DataSets((), run.data) if synthetic else open_sets(run.data, "images"))
     clock = Clock(world.device)
@@ -70,7 +72,7 @@ def bench_tokenizer(run: TokenizerRun, world: World, *, steps: int) -> Tokenizer
 
 
 def _hang(clock: Clock, task: TokenizerTask) -> None:
-    """Times the task's pieces from now on."""
+    """Times the task's parts from now on."""
     for engine, part in ((task.generator, GENERATOR), (task.discriminator, DISCRIMINATOR)):
         engine.forward = clock.timed(engine.forward, part)
         engine.backward = clock.timed(engine.backward, part)
@@ -86,7 +88,7 @@ def _hang(clock: Clock, task: TokenizerTask) -> None:
 
 
 def _synthetic(run: TokenizerRun) -> Iterator[ImageBatch]:
-    """One batch of noise, over and over, laid out as pictures come."""
+    """One batch of noise, repeated, in the layout of real images."""
     side, size = run.model.resolution, run.train.micro_batch
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(256, (size, side, side, 3), generator=generator, dtype=torch.uint8)

@@ -1,1 +1,1 @@
-"""Checkpoints: what ranks give to one, how it appears whole or not at all, copies elsewhere. Plain torch, no model."""
+"""Checkpoints: files of all ranks, atomic saves, copies in a mirror. Plain torch, no model."""

@@ -1,4 +1,4 @@
-"""A bare node gets its checkpoint from the mirror, by all ranks together."""
+"""Fetches a checkpoint from the mirror into an empty run directory, by all ranks together."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from typing import NamedTuple
 
 from ibq_scale.checkpoint.mirror import Mirror, shares
 from ibq_scale.checkpoint.reading import Checkpoint, NotWholeError
-from ibq_scale.console import tell
+from ibq_scale.console import gigabytes, tell
 from ibq_scale.distributed.agree import by_rank_0, of_all_ranks
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 
 
 class _Outcome(NamedTuple):
-    """Of one rank's part: what is damaged there, or why it could not be brought."""
+    """The result of one rank's part: damaged files, or an error."""
 
     damage: list[str]
     error: UserError | None
 
 
 def fetch_newest(mirror: Mirror, folder: Path, world: World) -> Checkpoint | None:
-    """The mirror's newest copy that is what was sent, under a hidden name in `folder`; None where it has no copy.
+    """The mirror's newest intact copy, under a hidden name in `folder`. None if the mirror has no copy.
 
-    Collective. One that is damaged is told, and the one before is taken. What a killed fetch has brought already, with
-    the right hash, is not brought again. UserError, on all ranks, where the store or the disk fails, or no copy is
-    whole: to begin anew is not for the program to decide.
+    Collective. A damaged copy is reported and the one before it used. Files of a killed fetch are kept if their hash is
+    right. UserError, on all ranks, if the store or the disk fails, or no copy is whole, since a fresh start is the
+    user's decision.
     """
     copies = by_rank_0(world, mirror.copies)
     for name in reversed(copies.sealed):
@@ -43,7 +43,7 @@ def fetch_newest(mirror: Mirror, folder: Path, world: World) -> Checkpoint | Non
     if copies.sealed:
         raise UserError(
             f"{mirror.store.url}: every copy there is damaged (see above): give another train.mirror, or remove "
-            f"them to begin anew"
+            f"them to start afresh"
         )
     return None
 
@@ -56,29 +56,29 @@ def _manifest(mirror: Mirror, name: str) -> Checkpoint | None:
 
 
 def _fetch(mirror: Mirror, copy: Checkpoint, partial: Path, world: World) -> list[str]:
-    """What is damaged of it. UserError, on all ranks, where a part could not be brought."""
+    """Damaged files of the copy. UserError, on all ranks, if a part could not be fetched."""
     by_rank_0(world, lambda: _begin(mirror, copy, partial))
     mine = shares(copy.manifest["files"], world.size)[world.rank]
     try:
         outcome = _Outcome(mirror.fetch(copy, mine, partial), None)
     except UserError as e:
         outcome = _Outcome([], e)
-    except Exception as e:  # the others wait for word
+    except Exception as e:  # the others wait for a reply
         outcome = _Outcome([], UserError(f"{partial}: {(isinstance(e, OSError) and e.strerror) or repr(e)}"))
     outcomes = of_all_ranks(world, outcome)
     errors = [each.error for each in outcomes if each.error]
     if errors:
-        # Of its own class: a store that does not answer brings the job back.
+        # Keeps its class: a store without an answer requeues the job.
         raise type(errors[0])(f"{copy.path} could not be fetched: {errors[0]}")
     return [line for each in outcomes for line in each.damage]
 
 
 def _begin(mirror: Mirror, copy: Checkpoint, partial: Path) -> None:
-    """The folder, with nothing in it but what may be files of the copy. UserError where it cannot be made."""
+    """Makes the folder, with only possible files of the copy in it. UserError if that fails."""
     tell(f"{partial.parent} has no whole checkpoint: fetching {copy.path} from {mirror.store.url}")
     try:
         if partial.is_symlink():
-            # Its target is not ours to empty.
+            # A link's target must not be emptied.
             partial.unlink()
         partial.mkdir(parents=True, exist_ok=True)
         for path in sorted(partial.rglob("*"), reverse=True):
@@ -90,5 +90,5 @@ def _begin(mirror: Mirror, copy: Checkpoint, partial: Path) -> None:
         raise UserError(f"cannot write {partial}: {e.strerror}") from None
     if free < missing:
         raise UserError(
-            f"{partial.parent}: {copy.path} needs {missing / 2**30:.1f} GiB, {free / 2**30:.1f} are free: make room"
+            f"{partial.parent}: {copy.path} needs {gigabytes(missing)}, {gigabytes(free)} are free: make room"
         )

@@ -1,6 +1,7 @@
-"""What a rank gives to a checkpoint: files that are named first, with all ranks, and written then, by each alone.
+"""A rank's files of a checkpoint. All ranks name them together, and each writes its own alone.
 
-Apart, since a disk may be full on one rank only: whoever fails while others wait in a collective hangs them.
+Naming and writing are separate because a disk may be full on one rank only. A failure within a collective would hang
+the other ranks.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 CHUNK = 16 << 20
-# The names of https://github.com/huggingface/safetensors, whose library reads what is written here.
+# The dtype names of https://github.com/huggingface/safetensors, the reader of these files.
 DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -34,26 +35,25 @@ ALIGNMENT = 8
 
 
 class Written(NamedTuple):
-    """What is on disk, flushed."""
+    """A flushed file on disk."""
 
     bytes: int
     sha256: str
 
 
 class TensorFile(NamedTuple):
-    """A safetensors file at `path` in the checkpoint. The tensors are the live ones: they are written before a step."""
+    """A safetensors file at `path` in the checkpoint, of the live tensors, to be written before the next step."""
 
     path: str
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str] | None = None
 
     def write(self, folder: Path) -> Written:
-        """Raises OSError.
+        """Writes the file under `folder`. Raises OSError.
 
-        Not safetensors' `save_file`: that one makes a copy of all tensors, and what it wrote would have to be read
-        again to be hashed.
+        safetensors' `save_file` would copy all tensors, and its file would have to be read again for the hash.
         """
-        # The widest first, so that each begins where its dtype wants it.
+        # The widest dtype first, so that each tensor is aligned.
         names = sorted(self.tensors, key=lambda name: -self.tensors[name].element_size())
         return _write(folder / self.path, [self._header(names), *(_bytes(self.tensors[name]) for name in names)])
 
@@ -74,7 +74,7 @@ class TensorFile(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """About as many as the file has."""
+        """Approximate size of the file."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values()) + 1024
 
 
@@ -85,7 +85,7 @@ class TextFile(NamedTuple):
     text: str
 
     def write(self, folder: Path) -> Written:
-        """Raises OSError."""
+        """Writes the file under `folder`. Raises OSError."""
         return _write(folder / self.path, [self.text.encode()])
 
     @property
@@ -97,16 +97,16 @@ StateFile = TensorFile | TextFile
 
 
 class HostCopies:
-    """Copies of a rank's files in host memory, pinned where they come from a GPU.
+    """Copies of a rank's files in host memory, pinned for tensors on a GPU.
 
-    The memory is kept from one save to the next: to ask for it anew costs more time than to copy.
+    The memory is kept between saves, since allocating it takes longer than the copy.
     """
 
     def __init__(self) -> None:
         self._kept: dict[tuple[str, str], Tensor] = {}
 
     def take(self, files: Sequence[StateFile]) -> list[StateFile]:
-        """The files as they are now; waits for the device once. What was taken before is overwritten."""
+        """Copies the files' current tensors over the previous copies. Synchronises with the device once."""
         before, self._kept = self._kept, {}
         copies = [self._copy(file, before) if isinstance(file, TensorFile) else file for file in files]
         if torch.cuda.is_available():
@@ -130,7 +130,7 @@ def write_all(files: Sequence[StateFile], folder: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replaces a text file; readers see the old or the new one, never a part. Raises OSError."""
+    """Replaces a text file atomically: readers see the old or the new one. Raises OSError."""
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
@@ -142,7 +142,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def _write(path: Path, parts: Iterable[bytes | memoryview]) -> Written:
-    """Writes and flushes a file; each chunk is hashed while the disk takes it."""
+    """Writes and flushes a file. Each chunk is hashed while the disk writes it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
     size = 0

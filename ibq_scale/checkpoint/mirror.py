@@ -1,7 +1,7 @@
-"""Copies of checkpoints in another place, object storage as a rule, from which a bare node can go on.
+"""Copies of checkpoints in a second place, usually object storage, from which an empty run directory resumes.
 
-The manifest of a copy comes last and goes first, so a copy without one does not count there either. How the ranks share
-the sending: copying.py; the fetching: fetching.py.
+The manifest of a copy is written last and removed first, so a copy without one does not count. mirror_uploader.py
+shares the upload out over ranks, fetching.py the download.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from ibq_scale.names import is_inside
 
 
 class Copies(NamedTuple):
-    """What is in the mirror under names of checkpoints."""
+    """The mirror's files under names of checkpoints."""
 
     files: Mapping[str, Mapping[str, int]]
-    """By checkpoint, the bytes of its files, by their names in it."""
+    """By checkpoint and file name, the size in bytes."""
     sealed: list[str]
     """Checkpoints with a manifest, oldest first."""
 
     def faults(self, copy: Checkpoint) -> list[str]:
-        """One line for each file that is missing or of another size; none where the copy is whole."""
+        """One line for each file missing or of another size, none for a whole copy."""
         found = self.files.get(copy.path.name, {})
         return [
             f"{name}: missing" if name not in found else f"{name}: {found[name]} bytes instead of {info['bytes']}"
@@ -45,9 +45,9 @@ class Copies(NamedTuple):
 
 
 class Mirror:
-    """The folder or ``s3://bucket/prefix`` of one run's copies, with the checkpoints' own names in it.
+    """The folder or ``s3://bucket/prefix`` of one run's copies, named as the checkpoints.
 
-    Every method raises UserError where the store refuses, or does not answer for long.
+    Every method raises UserError if the store refuses, or does not answer for long.
     """
 
     def __init__(self, url: str) -> None:
@@ -59,23 +59,23 @@ class Mirror:
         return None if url is None else Mirror(url)
 
     def put(self, checkpoint: Path, names: Iterable[str]) -> None:
-        """Sends files of a checkpoint, but no byte that is there already. OSError where one is not here."""
+        """Uploads files of a checkpoint, except bytes already there. OSError if a local file is missing."""
         for name in names:
             self.store.upload_resumable(checkpoint / name, f"{checkpoint.name}/{name}")
 
     def seal(self, checkpoint: Checkpoint) -> None:
-        """Sends the manifest, when every file is there."""
+        """Uploads the manifest, once every file is there."""
         name = checkpoint.path.name
         self.store.upload(checkpoint.path / MANIFEST, f"{name}/{MANIFEST}")
         self._manifests[name] = Checkpoint(Path(name), checkpoint.manifest)
 
     def unseal(self, name: str) -> None:
-        """Before its files change, or go."""
+        """Removes the manifest, before files of the copy change or are removed."""
         self._manifests.pop(name, None)
         self.store.delete([f"{name}/{MANIFEST}"])
 
     def copies(self) -> Copies:
-        """What is there now."""
+        """The current copies."""
         files: dict[str, dict[str, int]] = {}
         try:
             found = self.store.files()
@@ -83,39 +83,38 @@ class Mirror:
             found = {}
         for path, size in found.items():
             name, separator, rest = path.partition("/")
-            # Of a folder on a file system, what lies behind a link is no copy of ours: it could be removed with one.
+            # In a local folder a linked directory is no copy of this run, and must not be removed as one.
             inside = not isinstance(self.store, LocalStore) or is_inside(self.store.root, path)
             if separator and STEP_NAME.fullmatch(name) and inside:
                 files.setdefault(name, {})[rest] = size
         return Copies(files, sorted(name for name in files if MANIFEST in files[name]))
 
     def manifest(self, name: str) -> Checkpoint:
-        """What a sealed copy's manifest says; its path is `name`. Raises as `read_checkpoint`."""
+        """The manifest of a complete copy, with the path `name`. Raises as `read_checkpoint`."""
         if name not in self._manifests:
             text = self.store.read(f"{name}/{MANIFEST}").decode(errors="replace")
             self._manifests[name] = parse_manifest(text, Path(name))
         return self._manifests[name]
 
     def whole(self, copies: Copies) -> list[Checkpoint]:
-        """The copies that a run can go on from, oldest first."""
+        """The whole copies, oldest first."""
         readable = [self.manifest(name) for name in copies.sealed if self._readable(name)]
         return [copy for copy in readable if not copies.faults(copy)]
 
     def holds(self, checkpoint: Checkpoint, copies: Copies) -> bool:
-        """Whether this very checkpoint, not just one of the same step, has a whole copy."""
+        """Whether this checkpoint (not another one of the same step) has a whole copy."""
         return any(copy.manifest == checkpoint.manifest for copy in self.whole(copies))
 
     def wants(self, checkpoint: Checkpoint, copies: Copies, keep: Retention) -> bool:
-        """Whether a copy would stay."""
+        """Whether retention would keep a copy."""
         others = [copy for copy in self.whole(copies) if copy.step != checkpoint.step]
         return checkpoint not in keep.retired(sorted([*others, checkpoint], key=lambda c: c.step))
 
     def tidy(self, keep: Retention, pending: Iterable[str]) -> None:
-        """Removes the copies that `keep` lets go, and what never became one and never will.
+        """Removes copies retired by `keep`, incomplete copies older than the newest whole one, and orphaned uploads.
 
-        That is copies that are not whole and older than the newest that is, and uploads that nobody goes on with; but
-        nothing of the checkpoints `pending`, nothing without a checkpoint's name, no copy with a manifest that is not
-        understood, and never the newest whole copy.
+        Not removed: files of the checkpoints `pending`, anything without a checkpoint's name, copies with an unknown
+        manifest, and the newest whole copy.
         """
         copies, pending = self.copies(), set(pending)
         for upload in self.store.unfinished():
@@ -141,9 +140,9 @@ class Mirror:
         return True
 
     def fetch(self, copy: Checkpoint, names: Iterable[str], into: Path) -> list[str]:
-        """Brings files of a copy to `into`, each checked by its hash; one that is right there already is left.
+        """Fetches files of a copy to `into` and verifies their hashes. Existing files with the right hash are kept.
 
-        Returns one line for each that is not what was sent. Raises OSError where it cannot be written here.
+        Returns one line for each damaged file. Raises OSError for local write errors.
         """
         faults = []
         for name in names:
@@ -165,7 +164,7 @@ class Mirror:
 
 
 def shares(files: Mapping[str, Mapping[str, Any]], ranks: int) -> list[list[str]]:
-    """The files of a manifest, dealt out so that each rank has about as many bytes."""
+    """The files of a manifest by rank, with about the same number of bytes each."""
     dealt: list[list[str]] = [[] for _ in range(ranks)]
     loads = [(0, rank) for rank in range(ranks)]
     for name in sorted(files, key=lambda name: (-int(files[name]["bytes"]), name)):

@@ -1,7 +1,7 @@
-"""Named vectors on disk in pieces, each rank its own, read back by any other number of ranks in other pieces.
+"""Named vectors on disk, in pieces by rank. Any other number of ranks can read them in other pieces.
 
-A folder holds one safetensors file a rank. A tensor NAME in it is the elements start … start + n − 1 of the vector
-NAME, start being in the file's metadata; the files' pieces together are every vector exactly once.
+A folder holds one safetensors file per rank. Its tensor NAME holds elements start … start + n − 1 of the vector NAME,
+with start in the file's metadata. The pieces of all files cover every vector exactly once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ibq_scale.documents import parse_json, require_regular
 from ibq_scale.errors import UserError
 
 STARTS, FACTS = "starts", "facts"
-# What an engine's weights are called among its vectors, before their own names.
+# Prefix of an engine's weights among its vectors.
 WEIGHTS = "weights/"
 
 
@@ -33,14 +33,14 @@ class Piece(NamedTuple):
     values: Tensor
 
 
-class _Place(NamedTuple):
+class _Extent(NamedTuple):
     start: int
     stop: int
     path: Path
 
 
 def piece_file(folder: str, rank: int, pieces: Iterable[Piece], facts: Mapping[str, Any]) -> TensorFile:
-    """This rank's file; a rank without pieces has its facts to write all the same."""
+    """This rank's file. A rank without pieces still writes the facts."""
     pieces = list(pieces)
     tensors = {piece.name: piece.values for piece in pieces}
     assert len(tensors) == len(pieces), "a rank has one piece of a vector"
@@ -50,12 +50,12 @@ def piece_file(folder: str, rank: int, pieces: Iterable[Piece], facts: Mapping[s
 
 
 class PieceReader:
-    """The vectors in a folder. `facts` are those of the first file; every rank writes the same."""
+    """Reads the vectors in a folder. `facts` come from the first file, since every rank writes the same."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.facts: dict[str, Any] = {}
-        self._places: dict[str, list[_Place]] = {}
+        self._extents: dict[str, list[_Extent]] = {}
         self._files: dict[Path, Any] = {}
         files = sorted(folder.glob("rank-*.safetensors"))
         if not files:
@@ -74,40 +74,42 @@ class PieceReader:
                 (length,) = f.get_slice(name).get_shape()
                 if type(start) is not int or start < 0:
                     raise ValueError(f"{name} starts at {start!r:.50}")
-                self._places.setdefault(name, []).append(_Place(start, start + length, path))
+                self._extents.setdefault(name, []).append(_Extent(start, start + length, path))
         except (OSError, SafetensorError, KeyError, ValueError) as e:
             raise UserError(f"{path} is damaged: {e}") from None
 
     def read(self, name: str, start: int, out: Tensor) -> None:
-        """Fills `out` (n,) with elements from `start` on. UserError where some are missing."""
+        """Fills `out` (n,) with elements from `start` on. UserError if some are missing."""
         stop, filled = start + len(out), 0
-        for place in self._places.get(name, ()):
-            first, last = max(start, place.start), min(stop, place.stop)
+        for extent in self._extents.get(name, ()):
+            first, last = max(start, extent.start), min(stop, extent.stop)
             if first < last:
-                values = self._files[place.path].get_slice(name)[first - place.start : last - place.start]
+                values = self._files[extent.path].get_slice(name)[first - extent.start : last - extent.start]
                 out[first - start : last - start] = values
                 filled += last - first
         if filled != len(out):
             raise self._lacks(name, filled, len(out))
 
     def _lacks(self, name: str, there: int, wanted: int) -> UserError:
-        return UserError(f"{self.folder}: of {name} {there} elements of {wanted} are there: it is another model's")
+        return UserError(f"{self.folder}: {name} has {there} of {wanted} elements: the checkpoint is of another model")
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
-        """Whole shapes by name, without a kind before it. UserError where they were not kept."""
+        """Full shapes by name without its kind. UserError if the checkpoint has none."""
         if "shapes" not in self.facts:
-            raise UserError(f"{self.folder} was written before the shapes were kept: train one step on, and take that")
+            raise UserError(
+                f"{self.folder} is of an older version without shapes: train one more step, and use that checkpoint"
+            )
         try:
             return {name: _shape(sides) for name, sides in self.facts["shapes"].items()}
         except (AttributeError, TypeError, ValueError) as e:
             raise UserError(f"{self.folder} is damaged: its shapes: {e}") from None
 
     def tensors(self, kind: str = "") -> dict[str, Tensor]:
-        """The vectors `kind`NAME whole and in shape, fp32, by NAME. UserError as `shapes`."""
+        """The vectors `kind`NAME in their full shapes, fp32, by NAME. UserError as `shapes`."""
         whole = {}
         for name, shape in self.shapes.items():
-            there = sum(place.stop - place.start for place in self._places.get(f"{kind}{name}", ()))
+            there = sum(extent.stop - extent.start for extent in self._extents.get(f"{kind}{name}", ()))
             if there != shape.numel():
                 raise self._lacks(f"{kind}{name}", there, shape.numel())
             whole[name] = torch.empty(shape)

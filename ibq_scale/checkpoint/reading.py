@@ -1,8 +1,8 @@
-"""Checkpoint directories, as whoever reads them sees them: whole or not at all.
+"""Reads checkpoint directories. A checkpoint is whole or does not count. saving.py writes them.
 
-RUN/checkpoints/step-00001000/ holds the ranks' files and manifest.json with the sha256 of each; the one-line file
-RUN/checkpoints/latest names the newest. A directory without the manifest, or with a file of another size, is not a
-checkpoint. How they come to be: saving.py.
+RUN/checkpoints/step-00001000/ holds the ranks' files and manifest.json with the sha256 of each. The one-line file
+RUN/checkpoints/latest names the newest. A directory without a manifest, or with a file of another size, is not a
+checkpoint.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ibq_scale.errors import UserError
 from ibq_scale.names import file_name, is_inside, is_sha256
 
 FORMAT_VERSION = 3
-# Before 3 the model for inference was written once more, whole; everything else was the same.
+# Version 2 differs only by an additional full copy of the model for inference.
 READ_VERSIONS = (2, FORMAT_VERSION)
 MANIFEST = "manifest.json"
 OWN_SHA256 = "manifest_sha256"
@@ -32,7 +32,7 @@ STEP_NAME = re.compile(r"step-(\d{8})")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One whole checkpoint on disk: its directory and what its manifest says."""
+    """One whole checkpoint on disk: its directory and manifest."""
 
     path: Path
     manifest: dict[str, Any]
@@ -51,11 +51,11 @@ class Checkpoint:
 
 
 class NotWholeError(UserError):
-    """A directory that has not become a checkpoint, or is one no more."""
+    """An incomplete or damaged checkpoint directory."""
 
 
 class OtherFormatError(UserError):
-    """A checkpoint that another version of this program wrote."""
+    """A checkpoint of another version of this program."""
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -91,7 +91,7 @@ def parse_manifest(text: str, path: Path) -> Checkpoint:
 
 
 def _manifest_fault(manifest: dict[str, Any]) -> str | None:
-    """What keeps this from being a checkpoint's manifest. Its names become paths, so each is checked."""
+    """The fault of a manifest, None if it is valid. Names become paths, so each is checked."""
     files = manifest.get("files")
     if not isinstance(manifest.get("step"), int) or not isinstance(files, dict):
         return "it has no step, or no files"
@@ -107,7 +107,7 @@ def _manifest_fault(manifest: dict[str, Any]) -> str | None:
 
 
 def manifest_text(manifest: dict[str, Any]) -> str:
-    """What `parse_manifest` reads, with a hash of itself."""
+    """The text of a manifest, with its own hash, for `parse_manifest`."""
     return json.dumps(manifest | {OWN_SHA256: _content_sha256(manifest)}, indent=1)
 
 
@@ -116,15 +116,15 @@ def _content_sha256(manifest: dict[str, Any]) -> str:
 
 
 def whole_checkpoints(folder: Path) -> list[Checkpoint]:
-    """The checkpoints under RUN/checkpoints whose files are all there with their sizes, oldest first.
+    """The checkpoints under RUN/checkpoints with all files in their sizes, oldest first.
 
-    UserError where one is of another format: a run that left it out would begin anew.
+    UserError for another format, since a run that skipped it would start afresh.
     """
     return examine(folder)[0]
 
 
 def examine(folder: Path) -> tuple[list[Checkpoint], list[str]]:
-    """`whole_checkpoints`, and what is wrong with those that it leaves out, a line each. Raises as it does."""
+    """`whole_checkpoints`, and one line with the fault of each other one. Raises as `whole_checkpoints`."""
     found = [_whole_or_fault(path) for path in _directories(folder)]
     return [f for f in found if isinstance(f, Checkpoint)], [f for f in found if isinstance(f, str)]
 
@@ -145,7 +145,7 @@ def _whole_or_fault(path: Path) -> Checkpoint | str:
 
 
 def newest_or_this(path: Path) -> Checkpoint:
-    """The checkpoint at `path`, or the newest whole one of the run at `path`. UserError where there is none."""
+    """The checkpoint at `path`, or the newest whole one of the run at `path`. UserError if there is none."""
     if (path / "checkpoints").is_dir():
         whole = whole_checkpoints(path / "checkpoints")
         if not whole:
@@ -157,7 +157,7 @@ def newest_or_this(path: Path) -> Checkpoint:
 
 
 def verify(checkpoint: Checkpoint, names: Iterable[str] | None = None) -> list[str]:
-    """Re-hashes these files, or all, several at once; returns one line a fault, none when all is well."""
+    """Hashes these files (default: all), several at once. Returns one line per fault."""
     files = checkpoint.manifest["files"]
     chosen = list(files if names is None else names)
     with ThreadPoolExecutor(min(HASHING_THREADS, len(os.sched_getaffinity(0)))) as threads:

@@ -1,10 +1,10 @@
-"""Checkpoints come to be beside the training, and appear whole or not at all.
+"""Saves checkpoints in the background of training, atomically.
 
-A save stops the ranks for a copy of their state to host memory; a thread of each rank then writes, flushes and hashes
-its files under RUN/checkpoints/.partial-step-00001000, and says in a small file there that it is done, or why not. Rank
-0's thread waits for all of them, writes the manifest, renames the folder and replaces `latest`. No collective takes
-part, so training's own are not disturbed. One save is under way at a time: the next waits for it. What goes to a mirror
-goes in a thread of its own (copying.py), which saves do not wait for.
+A save stops the ranks only for a copy of their state to host memory. A thread of each rank then writes, flushes and
+hashes its files under RUN/checkpoints/.partial-step-00001000, and reports success or an error in a small file there.
+Rank 0's thread waits for all reports, writes the manifest, renames the folder and replaces `latest`. No collective
+takes part, so training is not disturbed. A save waits for the end of the previous one, but never for uploads to a
+mirror, which have their own thread (mirror_uploader.py).
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ibq_scale.checkpoint.copying import Copier
 from ibq_scale.checkpoint.fetching import fetch_newest
 from ibq_scale.checkpoint.files import HostCopies, StateFile, write_whole
 from ibq_scale.checkpoint.mirror import Mirror
+from ibq_scale.checkpoint.mirror_uploader import MirrorUploader
 from ibq_scale.checkpoint.reading import (
     FORMAT_VERSION,
     MANIFEST,
@@ -37,12 +37,12 @@ from ibq_scale.checkpoint.reading import (
     whole_checkpoints,
 )
 from ibq_scale.checkpoint.retention import Retention, retire
-from ibq_scale.console import tell
+from ibq_scale.console import gigabytes, tell
 from ibq_scale.distributed.agree import by_rank_0, of_all_ranks
 from ibq_scale.distributed.world import World
 
-# How often rank 0 looks whether the others are done, and for how long after it is done itself.
-LOOK_SECONDS, PATIENCE_SECONDS = 0.1, 3600.0
+# Seconds between rank 0's polls for reports, and its limit after its own part is done.
+POLL_SECONDS, PATIENCE_SECONDS = 0.1, 3600.0
 SETTLE_SECONDS = 60.0
 DONE = ".done-rank-"
 
@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 
 
 class CheckpointFolder:
-    """RUN/checkpoints: saves with all ranks, keeps what `keep` says. The run holds its lock."""
+    """RUN/checkpoints: saves by all ranks, with the retention `keep`. The run must hold its lock."""
 
     def __init__(self, folder: Path, world: World, keep: Retention, mirror: Mirror | None = None) -> None:
         self.folder = folder
@@ -59,30 +59,30 @@ class CheckpointFolder:
         self.mirror = mirror
         self._host = HostCopies()
         self._writing: _Writing | None = None
-        self._copier: Copier | None = None
+        self._uploader: MirrorUploader | None = None
         self._stands = "there is no checkpoint yet"
 
     def newest(self, check_hashes: bool = True) -> Checkpoint | None:
-        """The newest checkpoint whose every byte is what was written, the same on every rank. Collective.
+        """The newest checkpoint with all hashes right, the same on every rank. Collective.
 
-        The ranks share the hashing. One that is damaged is told, with its faults, and the one before is taken. Where
-        there is none, the mirror's newest is fetched. Without `check_hashes` the sizes have to do.
+        The ranks share the hashing. A damaged one is reported with its faults, and the one before it used. Without any,
+        the mirror's newest is fetched. Without `check_hashes` only sizes are compared.
         """
         found = self._newest_here(check_hashes) or self._fetch()
         if found is not None:
             self._stands = f"{found.path.name} stands"
             if self.world.is_main:
-                # A kill between a checkpoint's rename and its pointer leaves an older one's, or none.
+                # A kill between a checkpoint's rename and its pointer leaves an older pointer, or none.
                 with suppress(OSError):
                     _point(self.folder, found.path.name)
         return found
 
     def standing(self) -> str:
-        """On rank 0: the newest whole checkpoint, and how long its save took if this run made it. Reads no disk."""
+        """On rank 0: the newest whole checkpoint, and the duration of its save in this run. Reads no disk."""
         return self._stands
 
     def note_whole(self, name: str, seconds: float) -> None:
-        """Rank 0's thread made a checkpoint whole, so many seconds after its save began."""
+        """Notes on rank 0 a checkpoint as whole, `seconds` after its save began."""
         self._stands = f"{name} stands, whose save took {seconds:.1f} s"
 
     def _newest_here(self, check_hashes: bool) -> Checkpoint | None:
@@ -100,7 +100,7 @@ class CheckpointFolder:
         return None
 
     def _fetch(self) -> Checkpoint | None:
-        """The mirror's newest, brought here by all ranks together."""
+        """The mirror's newest copy, fetched by all ranks together."""
         copy = None if self.mirror is None else fetch_newest(self.mirror, self.folder, self.world)
         if copy is None:
             return None
@@ -110,26 +110,25 @@ class CheckpointFolder:
         return Checkpoint(_final(copy.path), copy.manifest)
 
     def start_mirror(self) -> None:
-        """Begins to send to the mirror, in the background, what has no whole copy there. Collective."""
-        if self.mirror is not None and self._copier is None:
-            self._copier = Copier(self.folder, self.world, self.keep, self.mirror)
+        """Starts uploading checkpoints without a whole copy to the mirror, in the background. Collective."""
+        if self.mirror is not None and self._uploader is None:
+            self._uploader = MirrorUploader(self.folder, self.world, self.keep, self.mirror)
 
     def finish_mirror(self, seconds: float | None = None) -> None:
-        """Waits, for so long at most, until what is whole here has a copy in the mirror, or a fault has been told."""
-        if self._copier is not None:
-            self._copier.finish(seconds)
+        """Waits, at most `seconds`, until all whole checkpoints have a copy in the mirror, or a fault is reported."""
+        if self._uploader is not None:
+            self._uploader.finish(seconds)
 
     def close(self) -> None:
-        """Ends the sending to the mirror wherever it is; the next `start_mirror`, in whatever process, goes on."""
-        if self._copier is not None:
-            self._copier.close()
+        """Ends uploads to the mirror at any point. The next `start_mirror`, in any process, resumes them."""
+        if self._uploader is not None:
+            self._uploader.close()
 
     def save(self, facts: dict[str, Any], files: Sequence[StateFile]) -> None:
-        """Begins to make the ranks' files a checkpoint; `facts` (with ``step``, and the ``metrics`` that
-        `keep` may ask for) go into its manifest. Collective.
+        """Starts saving the ranks' files as a checkpoint. Collective.
 
-        Returns when the files' tensors may change again. Where it cannot be written, this is told, and the checkpoints
-        before stand: see `finish`.
+        `facts` go into its manifest: ``step``, and the ``metrics`` for `keep`. Returns when the files' tensors may
+        change again. A failed save is reported, and earlier checkpoints stand: see `finish`.
         """
         self.finish()
         self.start_mirror()
@@ -140,7 +139,7 @@ class CheckpointFolder:
         self._writing = _Writing(write, fault)
 
     def finish(self) -> bool:
-        """Waits for the save under way; whether the last one is on disk, the same on every rank. Collective."""
+        """Waits for the current save. Returns, the same on every rank, whether the last one is on disk. Collective."""
         if self._writing is None:
             return True
         fault: list[Any] = [self._writing.wait()]
@@ -152,25 +151,25 @@ class CheckpointFolder:
         return fault[0] is None
 
     def tidy(self, last: Checkpoint) -> None:
-        """Removes what a kill within the run's last save left, where `last` is the newest there is."""
+        """Removes the remains of a kill within the run's last save, if `last` is the newest checkpoint."""
         if self.world.is_main and whole_checkpoints(self.folder)[-1].step == last.step:
             with suppress(OSError):
                 self._remove_leftovers()
                 retire(self.folder, self.keep)
 
     def settle(self) -> None:
-        """At the end of a run that failed: lets the save under way come to its end, where the other ranks live."""
+        """After a failure of the run: waits for the current save, if the other ranks live."""
         if self._writing is not None:
             self._writing.wait(SETTLE_SECONDS)
 
     def _begin(self, partial: Path, size: int) -> str | None:
-        """Rank 0 makes the folder, where the disk has room for the whole checkpoint; else what is wrong."""
+        """Rank 0 makes the folder if the disk has space for the whole checkpoint. Returns the fault otherwise."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._remove_leftovers()
             free = shutil.disk_usage(self.folder).free
             if free < size:
-                raise OSError(errno.ENOSPC, f"{size / 2**30:.1f} GiB are needed, {free / 2**30:.1f} are free")
+                raise OSError(errno.ENOSPC, f"{gigabytes(size)} are needed, {gigabytes(free)} are free")
             partial.mkdir()
         except OSError as e:
             return _not_written(self.folder, e.strerror or str(e))
@@ -184,7 +183,7 @@ class CheckpointFolder:
 
 
 class _Writing:
-    """The save under way: its thread, and what came of it. Without a thread it is over."""
+    """The current save: its thread and its result. Without a thread it is over."""
 
     def __init__(self, work: Callable[[], str | None] | None, fault: str | None) -> None:
         self._fault: str | BaseException | None = fault
@@ -200,14 +199,14 @@ class _Writing:
             self._fault = e
 
     def wait(self, seconds: float | None = None) -> str | BaseException | None:
-        """None where all is well."""
+        """Waits for the end. None on success, else the fault."""
         if self._thread is not None:
             self._thread.join(seconds)
         return self._fault
 
 
 class _Share:
-    """One rank's part in one checkpoint; rank 0's makes it one. Runs in a thread and answers what went wrong."""
+    """One rank's part of one save, run in a thread. Rank 0's part completes the checkpoint. Returns the fault."""
 
     def __init__(
         self, checkpoints: CheckpointFolder, partial: Path, facts: dict[str, Any], files: Sequence[StateFile]
@@ -215,7 +214,7 @@ class _Share:
         self.folder = checkpoints.folder
         self.world = checkpoints.world
         self.keep = checkpoints.keep
-        self.copier = checkpoints._copier
+        self.uploader = checkpoints._uploader
         self.note_whole = checkpoints.note_whole
         self.began = time.monotonic()
         self.partial = partial
@@ -228,11 +227,11 @@ class _Share:
         try:
             for file in self.files:
                 written[file.path] = file.write(self.partial)._asdict()
-        except Exception as e:  # rank 0 waits for word, whatever went wrong
+        except Exception as e:  # rank 0 waits for a report, whatever went wrong
             log.exception("a checkpoint's part could not be written")
             fault = f"rank {self.world.rank}: {(isinstance(e, OSError) and e.strerror) or repr(e)}"
-        if self.copier is not None:
-            self.copier.wrote(_final(self.partial).name, sorted(written))
+        if self.uploader is not None:
+            self.uploader.wrote(_final(self.partial).name, sorted(written))
         if not self.world.is_main:
             self._say(written, fault)
             return fault
@@ -247,7 +246,7 @@ class _Share:
         return _not_written(self.folder, faults[0])
 
     def _say(self, written: dict[str, dict[str, Any]], fault: str | None) -> None:
-        """Leaves word for rank 0, whole: by a rename. On a full disk there is room for a name, at least."""
+        """Writes the report for rank 0 atomically. A full disk still has space for an empty file."""
         done = self.partial / f"{DONE}{self.world.rank:05d}"
         try:
             write_whole(done, json.dumps({"files": written, "fault": fault}))
@@ -257,9 +256,9 @@ class _Share:
     def _gather(
         self, written: dict[str, dict[str, Any]], fault: str | None
     ) -> tuple[list[str], dict[str, dict[str, Any]]]:
-        """The ranks' faults, and all files by name, when every rank has left word."""
+        """The ranks' faults, and all files by name, after every rank's report."""
         if fault:
-            # The checkpoint is lost. On a file system that is read-only now, the others cannot leave word either.
+            # The checkpoint is lost. On a read-only file system the others cannot report either.
             return [fault], {}
         faults: list[str] = []
         every = dict(written)
@@ -268,11 +267,11 @@ class _Share:
             if not _wait(done.exists):
                 return [*faults, f"rank {rank} has not written its part"], every
             said = done.read_text(encoding="utf-8")
-            word: dict[str, Any] = (
+            reply: dict[str, Any] = (
                 json.loads(said) if said else {"files": {}, "fault": f"rank {rank}: its disk is full"}
             )
-            every |= word["files"]
-            faults += [word["fault"]] if word["fault"] else []
+            every |= reply["files"]
+            faults += [reply["fault"]] if reply["fault"] else []
             done.unlink()
         return faults, every
 
@@ -280,27 +279,27 @@ class _Share:
         manifest = self.facts | {"format_version": FORMAT_VERSION, "files": dict(sorted(files.items()))}
         _make_whole(self.partial, manifest)
         self.note_whole(_final(self.partial).name, time.monotonic() - self.began)
-        if self.copier is None:
+        if self.uploader is None:
             retire(self.folder, self.keep)
         else:
-            self.copier.look()
-            self.copier.retire()
+            self.uploader.notify()
+            self.uploader.retire()
 
 
 def _final(partial: Path) -> Path:
-    """Where a checkpoint goes when it is whole."""
+    """The path of the whole checkpoint."""
     return partial.with_name(partial.name.removeprefix(".partial-"))
 
 
 def _make_whole(partial: Path, manifest: dict[str, Any]) -> None:
-    """The manifest, everything flushed, the folder's name, `latest`: in this order. Raises OSError."""
+    """Writes the manifest, flushes everything, renames the folder, replaces `latest`. Raises OSError."""
     (partial / MANIFEST).write_text(manifest_text(manifest), encoding="utf-8")
     _flush(partial / MANIFEST)
     for parent in {(partial / name).parent for name in manifest["files"]} | {partial}:
         _flush(parent)
     final, folder = _final(partial), partial.parent
     if final.exists():
-        # The same step once more: the one that is there was damaged, or the run would have gone on from it.
+        # The existing one of the same step is damaged, since the run did not resume from it.
         shutil.rmtree(final)
     partial.rename(final)
     _flush(folder)
@@ -308,7 +307,7 @@ def _make_whole(partial: Path, manifest: dict[str, Any]) -> None:
 
 
 def _point(folder: Path, name: str) -> None:
-    """`latest` names this checkpoint from now on. Raises OSError."""
+    """Replaces `latest`. Raises OSError."""
     pointer = folder / ".latest.partial"
     pointer.write_text(name + "\n", encoding="utf-8")
     _flush(pointer)
@@ -317,12 +316,12 @@ def _point(folder: Path, name: str) -> None:
 
 
 def _wait(condition: Callable[[], bool]) -> bool:
-    """Waits for what another rank does; False where it does not within reason."""
+    """Waits for another rank. False after `PATIENCE_SECONDS`."""
     end = time.monotonic() + PATIENCE_SECONDS
     while not condition():
         if time.monotonic() > end:
             return False
-        time.sleep(LOOK_SECONDS)
+        time.sleep(POLL_SECONDS)
     return True
 
 

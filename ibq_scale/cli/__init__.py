@@ -1,4 +1,4 @@
-"""The command line. What any command needs of its surroundings is settled when this package is imported."""
+"""The command line. An import of this package sets up the process for any command."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def _be_of_utf8() -> None:
-    """Where a locale would make Python read names of files as ASCII, this command begins anew in UTF-8 mode."""
+    """Restarts this command in UTF-8 mode if the locale makes Python read file names as ASCII."""
     own = sys.orig_argv[1:3] == ["-m", "ibq_scale"] or Path(sys.argv[0]).name == "ibq-scale"
     if own and sys.getfilesystemencoding().lower() != "utf-8" and not sys.flags.utf8_mode:
         os.environ["PYTHONUTF8"] = "1"
@@ -17,16 +17,16 @@ def _be_of_utf8() -> None:
 
 
 def _print_anything() -> None:
-    """A name that the locale has no letters for is printed by its number, and ends no command."""
+    """Prints a name outside the locale's characters in escapes, without an error."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
 def _have_a_home() -> None:
-    """In a container with a foreign user id there is no HOME and no line in the passwd file: many libraries ask for it.
+    """In a container, a foreign user id has no HOME and no line in the passwd file, and many libraries need one.
 
-    A folder of this user's in the temporary one stands in.
+    A folder of this user in the temporary folder takes its place.
     """
     try:
         Path.home()

@@ -1,4 +1,4 @@
-"""``ibq-scale bench``: measurements that anyone can repeat."""
+"""``ibq-scale bench``: repeatable measurements."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
-from ibq_scale.cli.numbers import finite
-from ibq_scale.cli.ranks import add_ranks, at_least_one
+from ibq_scale.cli.options import add_ranks, at_least_one, finite
+from ibq_scale.console import gigabytes
 from ibq_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--tokens", default="1024", metavar="N[,N…]", help="tokens of a micro-batch (default 1024)")
     parser.add_argument("--codes", default="16384", metavar="K[,K…]", help="codebook sizes (default 16384)")
     parser.add_argument("--dim", type=int, default=256, metavar="D", help="code dimension (default 256)")
-    parser.add_argument("--backend", choices=("auto", "tiled", "triton"), default="auto")
+    parser.add_argument("--backend", choices=("auto", "tiled", "triton", "cublas"), default="auto")
     parser.add_argument("--precision", choices=("fp32", "tf32", "bf16"), default="bf16", help="products on a GPU")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="measured turns (default 5)")
@@ -63,7 +63,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     data.add_argument("--nodes", type=int, default=1, metavar="N", help="for --simulate (default 1)")
     data.add_argument("--cache-bytes", type=finite, default=50e9, metavar="B", help="for --simulate (default 50e9)")
     data.add_argument("--resolution", type=int, default=256, metavar="PIXELS", help="default 256")
-    data.add_argument("--workers", type=int, default=1, metavar="N", help="processes that decode (default 1; 0: none)")
+    data.add_argument("--workers", type=int, default=1, metavar="N", help="decoding processes (default 1; 0: none)")
     data.add_argument("--batch", type=int, default=64, metavar="N", help="default 64")
     data.add_argument("--seconds", type=finite, default=5.0, metavar="S", help="a turn's length (default 5)")
     data.add_argument(
@@ -119,16 +119,16 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def _add_kernels(family: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     kernels = family.add_parser(
         "kernels",
-        help="what the quantizer's kernels need of a GPU, compiled for it without one",
-        description="Compile every kernel of the quantizer with every tile for GPUs that need not be here, and tell "
-        "shared memory, registers, spills, tensor cores. Exit code 1: a kernel has no tile that fits.",
+        help="compile the quantizer's kernels for GPUs that are not here",
+        description="Compile every kernel of the quantizer with every tile for GPUs, present or not, and print "
+        "shared memory, registers, spills, tensor cores. Exit code 1: no tile of a kernel fits.",
         epilog="example: ibq-scale bench kernels --arch sm_80,sm_90 --precision bf16 --dim 64,256",
     )
     kernels.add_argument("--arch", default="sm_90", metavar="A[,A…]", help="sm_80, …, or all (default sm_90)")
     kernels.add_argument("--precision", default="bf16", metavar="P[,P…]", help="bf16, tf32, fp32 (default bf16)")
     kernels.add_argument("--dim", default="256", metavar="D[,D…]", help="code dimensions (default 256)")
     kernels.add_argument(
-        "--kernel", default="all", metavar="K[,K…]", help="some of them (default all that multiply matrices)"
+        "--kernel", default="all", metavar="K[,K…]", help="some of them (default: all with matrix products)"
     )
     kernels.add_argument("--json", action="store_true", help="print one JSON document")
     kernels.set_defaults(run=_kernels)
@@ -138,13 +138,13 @@ def _add_sampling(family: argparse._SubParsersAction[argparse.ArgumentParser]) -
     sampling = family.add_parser(
         "sample",
         help="images/s and tokens/s beside a loop without a cache",
-        description="Sample codes greedily with guidance in three ways, and compare their codes in fp32. A preset has "
-        "random weights; decoding is no part of it.",
+        description="Sample codes greedily with guidance in three ways, and compare their codes in fp32. A preset "
+        "has random weights. Decoding is not timed.",
         epilog="example: ibq-scale bench sample xl --batch 64 --precision bf16 --compile",
     )
     sampling.add_argument("source", metavar="AR_CKPT_OR_PRESET")
     sampling.add_argument("--batch", type=int, default=32, metavar="N", help="images at once (default 32)")
-    sampling.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of what is timed")
+    sampling.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the timed parts")
     sampling.add_argument("--compile", action="store_true", help="as of sample")
     sampling.add_argument("--repeats", type=int, default=3, metavar="N", help="measured batches (default 3)")
     sampling.add_argument("--json", action="store_true", help="print one JSON document")
@@ -166,7 +166,7 @@ def _add_steps(
 
 
 def _sizes(option: str, text: str) -> list[int]:
-    """``4096,65536`` → numbers. UserError where it cannot be read."""
+    """``4096,65536`` → numbers. UserError if unreadable."""
     items = text.split(",")
     if not all(item.strip().isdecimal() and int(item) > 0 for item in items):
         raise UserError(f"{option} {text}: write one or several positive numbers, for example 4096,65536")
@@ -174,7 +174,7 @@ def _sizes(option: str, text: str) -> list[int]:
 
 
 def _words(option: str, text: str, known: Sequence[Word], more: Sequence[Word] = ()) -> list[Word]:
-    """``bf16,tf32`` → words, ``all`` → all that are known, but for those that are more. UserError for another."""
+    """``bf16,tf32`` → words. ``all``: every known one, without the extra ones. UserError for another word."""
     if text == "all":
         return list(known)
     words = {word: word for word in (*known, *more)}
@@ -207,10 +207,10 @@ def _quantizer(args: argparse.Namespace) -> int:
 
 
 def _kernels(args: argparse.Namespace) -> int:
-    from ibq_scale.bench.kernels import ARCHS, KERNEL_NAMES, LIST_KERNEL_NAMES, PRECISIONS, kernel_rows
+    from ibq_scale.bench.kernels import ARCHS, KERNEL_NAMES, OTHER_KERNEL_NAMES, PRECISIONS, kernel_rows
 
     rows = kernel_rows(
-        _words("--kernel", args.kernel, KERNEL_NAMES, LIST_KERNEL_NAMES),
+        _words("--kernel", args.kernel, KERNEL_NAMES, OTHER_KERNEL_NAMES),
         _words("--arch", args.arch, ARCHS),
         _words("--precision", args.precision, PRECISIONS),
         _sizes("--dim", args.dim),
@@ -231,13 +231,13 @@ def _kernels(args: argparse.Namespace) -> int:
 def _print_kernel(row: Row, *, first: bool) -> None:
     if first:
         print(
-            f"{'kernel':<12}{'arch':<8}{'precision':<10}{'dim':>4}  {'tile':<20}{'shared':>10}{'limit':>9}"
+            f"{'kernel':<18}{'arch':<8}{'precision':<10}{'dim':>4}  {'tile':<20}{'shared':>10}{'limit':>9}"
             f"{'registers':>11}{'spilled':>9}  {'tensor core':<12}{'async':>6}  fits"
         )
     tile = " × ".join(str(size) for size in row.tile[:3]) + f", {row.tile[3]}, {row.tile[4]}"
     fits = "yes" if row.fits else row.error or "no"
     print(
-        f"{row.kernel:<12}{row.arch:<8}{row.precision:<10}{row.dim:>4}  {tile:<20}{row.shared_bytes:>10}"
+        f"{row.kernel:<18}{row.arch:<8}{row.precision:<10}{row.dim:>4}  {tile:<20}{row.shared_bytes:>10}"
         f"{row.shared_limit:>9}{row.registers:>11}{row.spill_bytes:>9}  {row.tensor_core:<12}{row.async_copies:>6}"
         f"  {fits}",
         flush=True,
@@ -304,7 +304,7 @@ def _data(args: argparse.Namespace) -> int:
 def _check_checkpoint(args: argparse.Namespace) -> None:
     at_least_one(args, "megabytes", "saves", "ranks")
     if not args.folder.is_dir():
-        raise UserError(f"{args.folder} is no folder: name one on the disk to measure")
+        raise UserError(f"{args.folder} is not a folder: name one on the disk to measure")
 
 
 def _checkpoint(args: argparse.Namespace) -> int:
@@ -321,7 +321,7 @@ def _checkpoint(args: argparse.Namespace) -> int:
         elif world.is_main:
             size, rates = report.bytes / 1e6, (report.bytes_per_s / 1e9, report.disk_bytes_per_s / 1e9)
             print(f"{report.folder}: {size:,.0f} MB of {report.ranks} ranks, {report.saves} saves (medians)")
-            print(f"  training stands still for {1e3 * report.stall_s:,.0f} ms; on disk after {report.written_s:.2f} s")
+            print(f"  training pauses for {1e3 * report.stall_s:,.0f} ms; on disk after {report.written_s:.2f} s")
             print(f"  {rates[0]:.2f} GB/s, {report.of_disk:.2f} × a bare write ({rates[1]:.2f} GB/s)")
     return 0
 
@@ -342,8 +342,8 @@ def _collectives(args: argparse.Namespace) -> int:
             where = f"{report.ranks} × {report.device} on {report.nodes} node{'s' * (report.nodes > 1)}"
             print(f"{where}, {report.backend}: {'sums are right' if report.right else 'SUMS ARE WRONG'}")
             print(
-                f"  {report.bytes / 1e6:,.0f} MB in {1e3 * report.seconds:.2f} ms (median of {report.repeats}): "
-                f"{report.bus_bytes_per_s / 1e9:.2f} GB/s a rank's link; 8 KiB in {1e6 * report.latency_s:,.0f} µs"
+                f"  {gigabytes(report.bytes)} in {1e3 * report.seconds:.2f} ms (median of {report.repeats}): "
+                f"{gigabytes(report.bus_bytes_per_s)}/s a rank's link; 8 KiB in {1e6 * report.latency_s:,.0f} µs"
             )
     return 0 if report.right else 1
 
@@ -383,14 +383,14 @@ def _print_sampling(report: SamplingReport) -> None:
             f"  {way.name:<22}{way.seconds:>9.3f} s{way.images_per_s:>10.3f} images/s"
             f"{way.tokens_per_s:>11,.0f} tokens/s{way.times_naive:>9.2f} × naive"
         )
-    print(f"  {report.weight_bytes / 1e9:.3g} GB of weights a step, a cache of {report.cache_bytes / 1e9:.3g} GB")
+    print(f"  {gigabytes(report.weight_bytes)} of weights a step, a cache of {gigabytes(report.cache_bytes)}")
     if report.bound_share is not None and report.bandwidth is not None:
         rate = report.bandwidth / 1e12
         print(f"  {100 * report.bound_share:.0f} % of what reading the weights at {rate:.4g} TB/s (data sheet) allows")
 
 
 def _steps_run(args: argparse.Namespace) -> AnyRun:
-    """Wrong configs are refused before any rank is started."""
+    """Refuses wrong configs before any rank starts."""
     from ibq_scale.config.layers import resolve
 
     at_least_one(args, "steps", "ranks")
@@ -403,7 +403,7 @@ def _steps(args: argparse.Namespace) -> int:
 
     run = _steps_run(args)
     with join() as world:
-        # DeepSpeed prints as it starts; standard output is for the report.
+        # DeepSpeed prints at its start. Standard output is for the report.
         with redirect_stdout(sys.stderr):
             report: TokenizerReport | ARReport
             if isinstance(run, TokenizerRun):
@@ -440,7 +440,7 @@ def _print_steps(report: TokenizerReport | ARReport, task: str) -> None:
     )
     print(
         f"  {rate}, {report.step_s:.4g} s a step (median of {report.steps}); peak memory "
-        f"{report.peak_bytes / 1e9:.2f} GB, {report.base_bytes / 1e9:.2f} GB of it before the first step"
+        f"{gigabytes(report.peak_bytes)}, {gigabytes(report.base_bytes)} of it before the first step"
     )
     _print_utilisation(report)
     print(f"  {'':<32}{'seconds':>10}{'share':>8}{'GFLOP':>12}{'GFLOP/s':>12}")

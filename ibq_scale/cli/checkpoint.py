@@ -7,6 +7,8 @@ import json
 import sys
 from pathlib import Path
 
+from ibq_scale.console import gigabytes
+
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the family to the command line."""
@@ -25,7 +27,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         epilog="example: ibq-scale checkpoint verify runs/tok/checkpoints/step-00001000",
     )
     verify.add_argument(
-        "path", type=Path, metavar="CKPT_OR_RUN", help="a run: its newest whole one, and all that are not"
+        "path", type=Path, metavar="CKPT_OR_RUN", help="a run: its newest whole checkpoint, and all damaged ones"
     )
     verify.set_defaults(run=_verify)
     export = family.add_parser(
@@ -39,9 +41,9 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--layout",
         choices=("safetensors", "published", "huggingface", "deepspeed"),
         default="safetensors",
-        help="safetensors and config in a folder (default); one .ckpt file that the published code loads; a "
-        "tokenizer's config.json and safetensors as BAAI/Emu3.5-VisionTokenizer has them; or a "
-        "checkpoint's live weights, a folder an engine, as DeepSpeed's zero_to_fp32 reads them",
+        help="safetensors and config in a folder (default); one .ckpt file for the published code; a tokenizer's "
+        "config.json and safetensors in the layout of BAAI/Emu3.5-VisionTokenizer; or a checkpoint's live "
+        "weights, a folder per engine, for DeepSpeed's zero_to_fp32",
     )
     export.set_defaults(run=_export)
     imported = family.add_parser(
@@ -63,7 +65,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     push.add_argument("folder", type=Path, metavar="DIR")
     push.add_argument("repo", metavar="OWNER/NAME")
-    push.add_argument("--private", action="store_true", help="where it is made anew")
+    push.add_argument("--private", action="store_true", help="if the repository is new")
     push.set_defaults(run=_push)
 
 
@@ -90,7 +92,7 @@ def _ls(args: argparse.Namespace) -> int:
     if not rows:
         print(f"{args.run_dir}: no whole checkpoint")
     for row in rows:
-        size, ranks = f"{row['bytes'] / 2**20:.1f} MiB", f"{row['world_size']} ranks"
+        size, ranks = gigabytes(row["bytes"]), f"{row['world_size']} ranks"
         print(f"step {row['step']:>8}  {row['samples']:>12} samples  {ranks:>10}  {size:>12}  {row['path']}")
     return 0
 
@@ -106,7 +108,7 @@ def _verify(args: argparse.Namespace) -> int:
     for fault in faults:
         print(f"{checkpoint.path}: {fault}", file=sys.stderr)
     if not faults:
-        print(f"{checkpoint.path}: {len(checkpoint.manifest['files'])} files are what its manifest says")
+        print(f"{checkpoint.path}: {len(checkpoint.manifest['files'])} files are as in its manifest")
     return 1 if faults or damaged else 0
 
 
@@ -120,9 +122,9 @@ def _export(args: argparse.Namespace) -> int:
 
         kind = export_huggingface(args.path, args.to)
     elif args.layout == "deepspeed":
-        from ibq_scale.checkpoint.deepspeed_layout import export_deepspeed
         from ibq_scale.checkpoint.reading import newest_or_this
         from ibq_scale.pretrained.loading import refuse_overwrite
+        from ibq_scale.zero.export import export_deepspeed
 
         refuse_overwrite(args.to)
         for folder in export_deepspeed(newest_or_this(args.path), args.to):
@@ -137,7 +139,7 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _import(args: argparse.Namespace) -> int:
-    from ibq_scale.cli.ranks import at_least_one
+    from ibq_scale.cli.options import at_least_one
     from ibq_scale.pretrained.exporting import save_model
     from ibq_scale.pretrained.loading import refuse_overwrite
     from ibq_scale.pretrained.published import import_published

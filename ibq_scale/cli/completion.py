@@ -1,4 +1,4 @@
-"""``ibq-scale completion``: the words of a command line, completed by the shell (argcomplete does the talking)."""
+"""``ibq-scale completion``: shell completion of commands, presets and keys (by argcomplete)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     """Adds the command to the command line."""
     parser = commands.add_parser(
         "completion",
-        help="what a shell needs to complete commands, presets and keys",
+        help="shell completion of commands, presets and keys",
         description='Put eval "$(ibq-scale completion bash)" into ~/.bashrc, or zsh\'s into ~/.zshrc; for fish: '
         "ibq-scale completion fish > ~/.config/fish/completions/ibq-scale.fish",
         epilog="example: ibq-scale completion fish > ~/.config/fish/completions/ibq-scale.fish",
@@ -34,7 +34,7 @@ def _completion(args: argparse.Namespace) -> int:
 
 
 def answer_shell(parser: argparse.ArgumentParser) -> None:
-    """Where a shell asks for completions, writes them and ends this process; does nothing otherwise."""
+    """Writes completions and ends this process if a shell asks for them."""
     if "_ARGCOMPLETE" not in os.environ:
         return
     import argcomplete
@@ -59,7 +59,7 @@ def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
 
 
 def _sources(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]:
-    """Presets, with their stage where the command does not say it, and YAML files."""
+    """YAML files and presets, with their stage if the command does not set it."""
     from argcomplete.completers import FilesCompleter
 
     from ibq_scale.config.layers import preset_names
@@ -78,7 +78,7 @@ def _ladders(prefix: str, **_: Any) -> list[str]:
 
 
 def _schemas(parsed_args: argparse.Namespace) -> list[type[BaseModel]]:
-    """What the command's keys are of: a ladder, a stage, or either stage."""
+    """The schemas with the command's keys: of a ladder, of a stage, or of both stages."""
     from ibq_scale.config.layers import SCHEMAS
     from ibq_scale.ladder.schema import LadderConfig
 
@@ -89,7 +89,7 @@ def _schemas(parsed_args: argparse.Namespace) -> list[type[BaseModel]]:
 
 
 def _overrides(prefix: str, parsed_args: argparse.Namespace, **_: Any) -> list[str]:
-    """Keys of the schema; after the ``=`` the words that a key may be."""
+    """Keys of the schema, or after ``=`` the allowed words of a key."""
     from ibq_scale.config.layers import schema_keys
 
     schemas = _schemas(parsed_args)

@@ -1,4 +1,4 @@
-"""``ibq-scale prepare`` and ``ibq-scale data``: data sets made, adopted, checked and looked at."""
+"""``ibq-scale prepare`` and ``ibq-scale data``: make, adopt, check and describe data sets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ibq_scale.cli import trace
-from ibq_scale.cli.numbers import finite
+from ibq_scale.cli.options import finite
+from ibq_scale.console import gigabytes
 
 if TYPE_CHECKING:
     from ibq_scale.data.prepare import PrepareReport
@@ -34,7 +35,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     images.add_argument("--shard-mb", type=int, default=64, metavar="MB", help="most of a shard's input (default 64)")
     images.add_argument("--size", type=int, metavar="PIXELS", help="resize the shortest side and re-encode")
     _add_source_options(images)
-    images.add_argument("--dry-run", action="store_true", help="only look: say what is there and what would be taken")
+    images.add_argument("--dry-run", action="store_true", help="only look: list the contents and the planned choice")
     images.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default 1)")
     images.add_argument("--seed", type=int, default=0, help="of the shuffle (default 0)")
     images.add_argument("--json", action="store_true", help="print one JSON document")
@@ -46,7 +47,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _add_source_options(parser: argparse.ArgumentParser) -> None:
-    """What says which pictures and labels of a source are meant."""
+    """Options for the choice of pictures and labels from a source."""
     parser.add_argument("--where", action="append", default=[], metavar="CONDITION", help=WHERE)
     parser.add_argument(
         "--label",
@@ -62,7 +63,7 @@ def _add_source_options(parser: argparse.ArgumentParser) -> None:
         help="a tar's sample is named up to the first dot, as webdataset does (default), or up to the last",
     )
     parser.add_argument("--picture", metavar="MEMBER", help="of a tar's sample, like image.png (default: by a rule)")
-    parser.add_argument("--max-aspect", type=finite, default=0.0, metavar="RATIO", help="leave out what is longer")
+    parser.add_argument("--max-aspect", type=finite, default=0.0, metavar="RATIO", help="leave out longer pictures")
     parser.add_argument(
         "--background", default="white", metavar="COLOUR", help="under transparent pictures (default white)"
     )
@@ -153,7 +154,7 @@ def _print_report(report: PrepareReport, as_json: bool) -> int:
     reused = f" ({report.reused_shards} from an earlier run)" if report.reused_shards else ""
     print(
         f"{report.url}: {report.samples:,} images of {report.classes:,} classes in {report.shards:,} shards{reused}, "
-        f"{report.bytes / 2**20:,.1f} MiB"
+        f"{gigabytes(report.bytes)}"
     )
     print("\n".join(report.seen.lines()))
     if report.rejected:
@@ -169,8 +170,8 @@ def _verify(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(asdict(verified)))
     else:
-        read = f"{verified.shards:,} shards, {verified.samples:,} samples, {verified.bytes / 2**20:,.1f} MiB"
-        end = f"{len(verified.faults)} faults" if verified.faults else "every byte is what was prepared"
+        read = f"{verified.shards:,} shards, {verified.samples:,} samples, {gigabytes(verified.bytes)}"
+        end = f"{len(verified.faults)} faults" if verified.faults else "all bytes are as prepared"
         print("\n".join([*verified.faults, f"{verified.url}: {read}: {end}"]))
     return 1 if verified.faults else 0
 

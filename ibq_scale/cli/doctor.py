@@ -1,18 +1,13 @@
-"""``ibq-scale doctor``: what stands between this machine and a run."""
+"""``ibq-scale doctor``: checks of this machine before a run."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
-from typing import TYPE_CHECKING
 
-from ibq_scale.cli.ranks import at_least_one
+from ibq_scale.cli.options import at_least_one
 
-if TYPE_CHECKING:
-    from ibq_scale.doctor.lines import Line
-
-WIDTH = 22
+WIDTH = 20
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -34,10 +29,9 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def _doctor(args: argparse.Namespace) -> int:
     import platform
     import time
-    from dataclasses import asdict
 
-    from ibq_scale.doctor.lines import Subject
     from ibq_scale.doctor.run import examine
+    from ibq_scale.doctor.tools import Subject
 
     at_least_one(args, "ranks")
     begin, host = time.perf_counter(), platform.node()
@@ -47,22 +41,15 @@ def _doctor(args: argparse.Namespace) -> int:
     for line in examine(Subject(args.data, args.run_dir, args.ranks)):
         lines.append(line)
         if not args.json:
-            _print(line)
-    failed = [line.what for line in lines if line.state == "FAIL"]
+            print(line.lines(WIDTH), flush=True)
+    failed = [line.name for line in lines if line.level == "FAIL"]
     seconds = time.perf_counter() - begin
     if args.json:
-        found = [asdict(line) for line in lines]
+        found = [{"state": f.level, "what": f.name, "seen": f.text, "todo": f.todo} for f in lines]
         print(json.dumps({"host": host, "seconds": seconds, "failed": len(failed), "lines": found}, indent=2))
     else:
-        warned = sum(line.state == "warn" for line in lines)
+        warned = sum(line.level == "warn" for line in lines)
         verdict = f"{len(failed)} FAILED ({', '.join(failed)})" if failed else "nothing fails"
         left_out = "" if args.data else "; not looked at: a data set (--data URL)"
         print(f"{verdict}, {warned} warning{'s' * (warned != 1)}, {seconds:.0f} s{left_out}")
     return 1 if failed else 0
-
-
-def _print(line: Line) -> None:
-    print(f"{line.state:<5}{line.what:<{WIDTH}}{line.seen}")
-    if line.todo:
-        print(f"{'':<{5 + WIDTH}}→ {line.todo}")
-    sys.stdout.flush()

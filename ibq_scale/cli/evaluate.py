@@ -1,4 +1,4 @@
-"""``ibq-scale evaluate``: measures of trained models and of what they made."""
+"""``ibq-scale evaluate``: measures of trained models and of their samples."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ibq_scale.cli.ranks import add_ranks, at_least_one
+from ibq_scale.cli.options import add_ranks, at_least_one
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -22,11 +22,11 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     compare = family.add_parser(
         "compare",
         help="results of 'evaluate generation' side by side",
-        description="Results that were measured against different references are refused.",
+        description="Results of different references are refused.",
         epilog="example: ibq-scale evaluate compare b.json l.json",
     )
     compare.add_argument(
-        "results", nargs="+", type=Path, metavar="FILE", help="generation.json, or what --json printed"
+        "results", nargs="+", type=Path, metavar="FILE", help="generation.json, or the output of --json"
     )
     compare.add_argument("--json", action="store_true", help="print one JSON document")
     compare.set_defaults(run=_compare)
@@ -40,11 +40,11 @@ def _add_reconstruction(family: argparse._SubParsersAction[argparse.ArgumentPars
         epilog="example: ibq-scale evaluate reconstruction runs/tok s3://bucket/imagenet-val --json",
     )
     parser.add_argument("checkpoint", metavar="CKPT", help="run directory, checkpoint or exported model")
-    parser.add_argument("data", metavar="DATA", help="folder or s3:// prefix that 'prepare images' wrote")
+    parser.add_argument("data", metavar="DATA", help="folder or s3:// prefix from 'prepare images'")
     parser.add_argument(
         "--native",
         action="store_true",
-        help="one image at a time at its own size, cropped to what the downsampling divides (default: centre crop)",
+        help="one image at a time at its own size, cropped to a multiple of the downsampling (default: centre crop)",
     )
     parser.add_argument(
         "--pixels",
@@ -85,7 +85,7 @@ def _add_reference(family: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = family.add_parser(
         "reference",
         help="statistics of real images, to measure samples against",
-        description="Write moments and features of real images, stamped with what they were computed from.",
+        description="Write moments and features of real images, stamped with their source.",
         epilog="example: ibq-scale evaluate reference s3://bucket/imagenet --resolution 256 --to imagenet-256.npz",
     )
     parser.add_argument("data", metavar="DATA", help="prepared data (all of it), folder of pictures, or .npz (arr_0)")
@@ -95,7 +95,7 @@ def _add_reference(family: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=int,
         default=10_000,
         metavar="N",
-        help="images whose features are kept for precision and recall (default 10000)",
+        help="images with features kept for precision and recall (default 10000)",
     )
     _add_resolution(parser)
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="images at once on a rank (default 16)")
@@ -164,7 +164,7 @@ def _generation(args: argparse.Namespace) -> int:
         print(json.dumps(asdict(report)))
         return 0
     stamp = report.reference_stamp
-    real = "unstamped: it does not say what it was computed from"
+    real = "unstamped: its source is unknown"
     if stamp is not None:
         real = (
             f"{stamp.images} images of {stamp.data}, crop {stamp.crop}, {stamp.resolution[0]} x {stamp.resolution[1]}"

@@ -1,4 +1,4 @@
-"""``ibq-scale experiments``: the paper's experiments in small, and the document that tells of them."""
+"""``ibq-scale experiments``: the paper's experiments at a small scale, and their document."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     run = family.add_parser(
         "run",
         help="train and evaluate every configuration, or some, with each seed",
-        description="Run it again to go on: what is finished is skipped.",
+        description="Run it again to go on: finished runs are skipped.",
         epilog="example: ibq-scale experiments run photographs/ --only ibq-1024 vq-1024 --seeds 0 1",
     )
     run.add_argument("pictures", type=Path, metavar="PICTURES", help="folder of photographs, cut into tiles")
@@ -28,7 +28,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     run.set_defaults(run=_run)
     listed = family.add_parser(
         "list",
-        help="the configurations and what each changes in the preset",
+        help="the configurations and their overrides of the preset",
         epilog="example: ibq-scale experiments list",
     )
     listed.set_defaults(run=_list)
@@ -37,7 +37,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="collect finished runs, draw the figures and fill the tables of docs/experiments.md",
         epilog="example: ibq-scale experiments report --runs runs/experiments --docs docs",
     )
-    report.add_argument("--runs", type=Path, metavar="DIR", help="collect these first (default: what was collected)")
+    report.add_argument("--runs", type=Path, metavar="DIR", help="collect these first (default: use earlier results)")
     report.add_argument("--docs", type=Path, default=Path("docs"), metavar="DIR", help="default: docs")
     report.set_defaults(run=_report)
 

@@ -1,4 +1,4 @@
-"""``ibq-scale fetch-weights``: pretrained weights for losses and metrics, before a job needs them."""
+"""``ibq-scale fetch-weights``: pretrained weights of losses and metrics, before a job needs them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+
+from ibq_scale.console import gigabytes
 
 NAMES = ("vgg", "alex", "inception")
 
@@ -17,14 +19,14 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "fetch-weights",
         help="get the pretrained weights of losses and metrics, on a node with internet",
         description="Download VGG16 and AlexNet (LPIPS) and Inception (FID) to $IBQ_SCALE_WEIGHTS or "
-        "~/.cache/ibq-scale/weights, verified by their published hashes. What is there stays.",
+        "~/.cache/ibq-scale/weights, verified by their published hashes. Existing files stay.",
         epilog="example: ibq-scale fetch-weights vgg inception",
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)} (default: all)")
     parser.add_argument(
         "--from", dest="given", type=Path, metavar="PATH", help="take them from a folder or file instead"
     )
-    parser.add_argument("--list", action="store_true", help="only tell what is there and where it is looked for")
+    parser.add_argument("--list", action="store_true", help="only list the files and the folder")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.set_defaults(run=_fetch)
 
@@ -42,8 +44,8 @@ def _fetch(args: argparse.Namespace) -> int:
         print(json.dumps([asdict(f) for f in found]))
         return 0
     for f in found:
-        size = f"{f.bytes / 1e6:,.0f} MB" if f.bytes else ""
-        print(f"{f.name:<10} {f.state:<8} {size:>7}  {f.path}  ({f.needed_for})")
+        size = gigabytes(f.bytes) if f.bytes else ""
+        print(f"{f.name:<10} {f.state:<8} {size:>9}  {f.path}  ({f.needed_for})")
     return 0
 
 

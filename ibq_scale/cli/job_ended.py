@@ -1,19 +1,19 @@
-"""``ibq-scale job-ended`` and ``step-ended``: for batch scripts, so not in the list of commands."""
+"""``ibq-scale job-ended`` and ``step-ended``, for batch scripts and absent from the list of commands."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from ibq_scale.cli.numbers import finite
+from ibq_scale.cli.options import finite
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the commands to the command line."""
     parser = commands.add_parser(
         "job-ended",
-        description="Prints 'requeue', the exit code and the nodes to leave out, or 'end', the exit code and the jobs "
-        "of its chain that need not begin; says why, and what ranks failed of, on standard error.",
+        description="Prints 'requeue', the exit code and the nodes to leave out, or 'end', the exit code and the "
+        "jobs of its chain to drop. The reason and the ranks' failures go to standard error.",
         epilog="example: ibq-scale job-ended runs/tok --code 75 --seconds 3600",
     )
     parser.add_argument("folder", metavar="RUN", type=Path, help="run directory")
@@ -24,8 +24,8 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.set_defaults(run=_job_ended)
     parser = commands.add_parser(
         "step-ended",
-        description="Prints the exit code of the first cause, of a job that trains nothing; says what ranks failed of "
-        "on standard error.",
+        description="Prints the exit code of the first cause, for a job without training. The ranks' failures go "
+        "to standard error.",
         epilog="example: ibq-scale step-ended --code 143",
     )
     parser.add_argument("--code", type=int, required=True, metavar="N", help="srun's exit code")
@@ -33,7 +33,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _first_code(args: argparse.Namespace) -> int:
-    """Of ranks that failed srun has the highest code, which may be that of one which it killed."""
+    """srun reports the highest code of its ranks, and this may be that of a rank killed by srun."""
     from ibq_scale.distributed.failures import tell_of_job_step
 
     return tell_of_job_step() or int(args.code)
@@ -53,6 +53,6 @@ def _job_ended(args: argparse.Namespace) -> int:
     without = f", without {', '.join(attempt.excluded)}" if attempt.excluded else ""
     tell(f"ibq-scale: the job {f'goes back into the queue{without}' if attempt.again else 'ends'}: {attempt.why}")
     if end.dropped:
-        tell(f"ibq-scale: what was to follow it is taken out of the queue: {', '.join(end.dropped)}")
+        tell(f"ibq-scale: its chained jobs are taken out of the queue: {', '.join(end.dropped)}")
     print("requeue" if attempt.again else "end", attempt.code, ",".join(attempt.excluded or end.dropped))
     return 0

@@ -1,4 +1,4 @@
-"""``ibq-scale jobs`` and ``cancel``: how runs stand, and their end with everything saved."""
+"""``ibq-scale jobs`` and ``cancel``: the state of runs, and a stop with a save."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "jobs",
         help="runs and how they stand",
         description="State, step, rate, time left, newest checkpoint, job and nodes of runs: from Slurm's queue, and "
-        "from the run directories. Without RUN: all that are queued, and those in ./runs.",
+        "from the run directories. Without RUN: all queued runs, and those in ./runs.",
         epilog="example: ibq-scale jobs runs/tok runs/xl",
     )
     jobs.add_argument("runs", nargs="*", type=Path, metavar="RUN")
@@ -32,8 +32,8 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     cancel = commands.add_parser(
         "cancel",
         help="save a run and stop it",
-        description="Take a run's queued jobs out of the queue, and ask what trains to save, leave and not come "
-        "back. Without Slurm, the process on this host is asked.",
+        description="Take a run's queued jobs out of the queue, and ask the running ones to save, end and not "
+        "come back. Without Slurm, the process on this host is asked.",
         epilog="example: ibq-scale cancel runs/tok --wait",
     )
     cancel.add_argument("run_dir", type=Path, metavar="RUN")
@@ -44,13 +44,13 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 def _jobs(args: argparse.Namespace) -> int:
     from ibq_scale.cluster import slurm
     from ibq_scale.cluster.runs import describe, known_runs
-    from ibq_scale.console import tell
+    from ibq_scale.console import aligned, tell
 
     queue = slurm.my_jobs()
     places = args.runs or known_runs(queue)
     found, faults = [], []
     for place in places:
-        # One odd run hides no other.
+        # One unreadable run does not hide the others.
         try:
             found.append(describe(place, queue))
         except UserError as e:
@@ -65,10 +65,7 @@ def _jobs(args: argparse.Namespace) -> int:
         if not faults:
             print("no runs in the queue or in ./runs: name run directories")
         return code
-    rows = [COLUMNS, *map(_row, found)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print("\n".join(aligned([COLUMNS, *map(_row, found)])))
     return code
 
 
@@ -101,8 +98,8 @@ def _cancel(args: argparse.Namespace) -> int:
         print(f"{who}: saves and leaves, within {seconds:.0f} s")
     if args.wait and not wait(asked, seconds):
         ends = f"scancel {' '.join(asked.saving)}" if asked.saving else "kill it"
-        print(f"ibq-scale: {who} is still there: '{ends}' ends it without a save", file=sys.stderr)
+        print(f"ibq-scale: {who} still runs: '{ends}' ends it without a save", file=sys.stderr)
         return 1
     if args.wait:
-        print(f"{args.run_dir}: nobody trains here any more (ibq-scale jobs {args.run_dir})")
+        print(f"{args.run_dir}: the run has ended (ibq-scale jobs {args.run_dir})")
     return 0

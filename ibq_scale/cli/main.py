@@ -20,7 +20,7 @@ from typing import NoReturn
 
 from ibq_scale.cli.completion import answer_shell
 from ibq_scale.console import tells
-from ibq_scale.distributed.signals import held, ignore
+from ibq_scale.distributed.signals import blocked, ignore
 from ibq_scale.errors import UserError
 
 FAMILIES = (
@@ -157,7 +157,7 @@ def _run(args: argparse.Namespace, words: list[str]) -> int:
     from ibq_scale.distributed.launch import launch
 
     # A signal while all this is imported waits for who can answer it.
-    with held():
+    with blocked():
         if is_launched():
             return _run_rank(args)
         if hasattr(args, "check"):

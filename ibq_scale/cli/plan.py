@@ -1,4 +1,4 @@
-"""``ibq-scale plan``: what a run needs, before a GPU is asked for."""
+"""``ibq-scale plan``: the needs of a run, before any GPU is reserved."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ibq_scale.cli.numbers import finite
-from ibq_scale.cli.ranks import at_least_one
+from ibq_scale.cli.options import at_least_one, finite
 from ibq_scale.console import gigabytes, short
 from ibq_scale.errors import UserError
 
@@ -28,8 +27,8 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = commands.add_parser(
         "plan",
         help="parameters, FLOPs, memory, checkpoint and time of a run, without a GPU",
-        description="Rehearse one micro-batch of the config's networks on tensors without memory and tell what a run "
-        "needs: of each GPU, of the disk, of time. A GPU that is not known gets no time.",
+        description="Rehearse one micro-batch of the config's networks on tensors without memory and print a "
+        "run's needs: memory of each GPU, disk, time. An unknown GPU gets no time.",
         epilog="example: ibq-scale plan ar/xxl deepspeed.config=zero2 --device h100 --gpus 8 --nodes 4",
     )
     parser.add_argument("source", metavar="PRESET_OR_YAML")
@@ -58,6 +57,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _plan(args: argparse.Namespace) -> int:
     from ibq_scale.config.layers import resolve
+    from ibq_scale.scaling.auto import settle
     from ibq_scale.scaling.fitting import largest_micro_batch, switches
     from ibq_scale.scaling.plan import Machine, Rate, make_plan
 
@@ -72,6 +72,7 @@ def _plan(args: argparse.Namespace) -> int:
     measured = Rate.read(args.measured) if args.measured else None
     net = args.net * 1e9 if args.net else None
     machine = Machine(args.gpus, args.nodes, args.device, args.memory * 1e9 if args.memory else None, net)
+    run, choices = settle(run, machine)
     plan = make_plan(run, machine, mfu=args.mfu, measured=measured)
     memory = machine.gpu_memory
     fitting = None if memory is None else largest_micro_batch(run, machine.world, memory)
@@ -79,6 +80,7 @@ def _plan(args: argparse.Namespace) -> int:
     stream = _stream(args, run)
     if args.json:
         more = {
+            "auto": [asdict(choice) for choice in choices],
             "data": stream and asdict(stream),
             "largest_micro_batch": fitting,
             "switches": [asdict(mend) for mend in mends],
@@ -88,6 +90,8 @@ def _plan(args: argparse.Namespace) -> int:
         _print(plan, fitting, mends)
         if stream is not None:
             print(f"data{'':<32}{stream}")
+        for choice in choices:
+            print(f"auto: {choice.key}={choice.value} ({choice.reason})")
     return 0
 
 
@@ -108,7 +112,7 @@ def _stream(args: argparse.Namespace, run: AnyRun) -> Stream | None:
 
 
 def _document(plan: Plan) -> dict[str, object]:
-    """The plan with what follows from it."""
+    """The plan's fields and the figures derived from them."""
     values = asdict(plan)
     budget, machine = plan.memory, plan.machine
     values["memory"] |= {
@@ -147,7 +151,7 @@ def _print(plan: Plan, fitting: int | None, mends: Sequence[Switch]) -> None:
     _print_memory(plan.memory)
     _print_fit(plan)
     if fitting is not None:
-        print(f"  largest micro-batch that fits: {fitting or 'none'}")
+        print(f"  largest fitting micro-batch: {fitting or 'none'}")
     for mend in mends:
         print(f"  would fit with {' '.join(mend.words)}: {gigabytes(mend.peak)}")
     if plan.fits is False and not mends:
@@ -167,7 +171,7 @@ def _print_flops(plan: Plan) -> None:
     for name, number in flops.parts.items():
         print(f"  {name:<34}{short(number):>10}{100 * number / flops.total:>7.1f} %")
     if flops.executed > 1.001 * flops.total:
-        print(f"  {'done, with what is computed again':<34}{short(flops.executed):>10}")
+        print(f"  {'done, with recomputation':<34}{short(flops.executed):>10}")
     if plan.task == "ar":
         again = flops.executed - flops.total
         parts = {"forward": flops.total / 3, "backward": flops.total * 2 / 3, "computed again": again}
@@ -192,7 +196,7 @@ def _print_memory(budget: MemoryBudget) -> None:
 def _print_fit(plan: Plan) -> None:
     memory, peak = plan.machine.gpu_memory, plan.memory.peak
     if memory is None:
-        print(f"  needs {gigabytes(peak)}; say --device or --memory to know whether it fits")
+        print(f"  needs {gigabytes(peak)}; give --device or --memory to check the fit")
     elif plan.fits:
         print(f"  fits: {gigabytes(peak)} of {gigabytes(memory)}, {gigabytes(memory - peak)} free")
     else:

@@ -8,8 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ibq_scale.cli.numbers import finite
-from ibq_scale.cli.ranks import add_ranks, at_least_one
+from ibq_scale.cli.options import add_ranks, at_least_one, finite
 from ibq_scale.cli.tokenize import parse_part
 from ibq_scale.errors import UserError
 
@@ -28,7 +27,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         epilog="example: ibq-scale sample runs/xl --tokenizer runs/tok --to samples --per-class 50 --published",
     )
     parser.add_argument("checkpoint", metavar="AR_CKPT", help="run directory, checkpoint or exported model")
-    parser.add_argument("--tokenizer", required=True, metavar="CKPT", help="the tokenizer that wrote its codes")
+    parser.add_argument("--tokenizer", required=True, metavar="CKPT", help="the tokenizer of its codes")
     parser.add_argument("--to", required=True, type=Path, metavar="DIR")
     parser.add_argument("--classes", metavar="LIST", help="labels, for example 0,7,20-29 (default: all)")
     parser.add_argument("--per-class", type=int, default=8, metavar="N", help="images a class (default 8)")
@@ -44,7 +43,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--published",
         action="store_true",
-        help="guidance and temperature that the model's size was published with, where not given: "
+        help="the published guidance and temperature of the model's size, if not given: "
         "b 2.25, 1.10; l 2.0, 1.0; xl 2.35, 1.15; xxl 2.85, 1.20 (FID there: --per-class 50)",
     )
     parser.add_argument("--top-k", type=int, default=0, help="0 keeps every code (default)")
@@ -67,7 +66,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def parse_classes(text: str) -> list[int]:
-    """``0,7,20-29`` → labels. UserError where it cannot be read."""
+    """``0,7,20-29`` → labels. UserError if unreadable."""
     labels: list[int] = []
     for item in text.split(","):
         first, dash, last = item.strip().partition("-")
@@ -111,7 +110,7 @@ def _sample(args: argparse.Namespace) -> int:
 
     from ibq_scale.distributed.environment import join
     from ibq_scale.generate.images import sample
-    from ibq_scale.generate.names import GRID, SAMPLES
+    from ibq_scale.outputs import GRID, SAMPLES
     from ibq_scale.pretrained.loading import load_ar, load_tokenizer
 
     _check(args)

@@ -1,4 +1,4 @@
-"""``ibq-scale scale``: ladders of transformers, their laws, and what lies beyond one machine."""
+"""``ibq-scale scale``: ladders of transformers, their laws, and simulated clusters."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from ibq_scale.cli import simulate
-from ibq_scale.cli.numbers import finite
-from ibq_scale.cli.ranks import at_least_one
+from ibq_scale.cli.options import at_least_one, finite
 from ibq_scale.cli.submit import add_settings, settings_of
 from ibq_scale.errors import UserError
 
@@ -23,7 +22,7 @@ def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
     """Adds the family to the command line."""
     family = commands.add_parser("scale", help="ladders of sizes and budgets, and the laws they follow")
     leaves = family.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    plan = _ladder(leaves, "plan", "what each rung is and costs", "scale plan published machine.gpus=8 machine.nodes=4")
+    plan = _ladder(leaves, "plan", "the rungs and their costs", "scale plan published machine.gpus=8 machine.nodes=4")
     plan.set_defaults(run=_plan)
     run = _ladder(
         leaves,
@@ -43,7 +42,7 @@ def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
     )
     _submit_options(submit)
     submit.set_defaults(run=_submit)
-    collect = _ladder(leaves, "collect", "read what finished rungs have left into results.json", "scale collect cpu")
+    collect = _ladder(leaves, "collect", "collect the results of finished rungs into results.json", "scale collect cpu")
     collect.set_defaults(run=_collect)
     fit = _ladder(
         leaves,
@@ -148,6 +147,8 @@ def _fit(args: argparse.Namespace) -> int:
 
 
 def _submit(args: argparse.Namespace) -> int:
+    from dataclasses import replace
+
     from ibq_scale.cluster.profile import load_profile
     from ibq_scale.ladder.rungs import rungs_of
     from ibq_scale.ladder.submit import Order, submit_rungs
@@ -159,7 +160,8 @@ def _submit(args: argparse.Namespace) -> int:
     for done in submit_rungs(rungs_of(_load(args)), order):
         for check in done.checks:
             if check.level != "ok":
-                print(f"{check.level:<4}  {done.rung.name}: {check.name}: {check.text}", file=sys.stderr, flush=True)
+                named = replace(check, name=f"{done.rung.name}: {check.name}:")
+                print(named.lines(0), file=sys.stderr, flush=True)
         failed += [done.rung.name] if done.failed else []
         state = "finished" if done.finished else "not submitted" if done.failed else "checked"
         rows.append({"rung": done.rung.name, "run": str(done.rung.folder), "jobs": done.jobs, "state": state})

@@ -1,4 +1,4 @@
-"""``ibq-scale scale simulate``: a run past one machine."""
+"""``ibq-scale scale simulate``: a run on more than one machine."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from ibq_scale.cli.numbers import finite
-from ibq_scale.cli.ranks import at_least_one
+from ibq_scale.cli.options import at_least_one, finite
+from ibq_scale.console import gigabytes
 from ibq_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,8 +43,10 @@ def add_command(leaves: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 def _simulate(args: argparse.Namespace) -> int:
     from ibq_scale.config.layers import resolve
     from ibq_scale.config.run import TokenizerRun
+    from ibq_scale.scaling.auto import settle
     from ibq_scale.scaling.devices import DEVICES, named
     from ibq_scale.scaling.fabric import Fabric
+    from ibq_scale.scaling.plan import Machine
 
     at_least_one(args, "gpus", "most")
     for name in ("link", "net"):
@@ -56,7 +58,7 @@ def _simulate(args: argparse.Namespace) -> int:
         raise UserError(f"--device {args.device} is not in the table ({', '.join(DEVICES)})")
     link, net = (None if value is None else value * 1e9 for value in (args.link, args.net))
     fabric = Fabric.of(device, args.gpus, link=link, net=net)
-    run = resolve(args.source, args.overrides).config
+    run, _ = settle(resolve(args.source, args.overrides).config, Machine(args.gpus, 1, args.device))
     if isinstance(run, TokenizerRun):
         return _codebook(run, device, fabric, args)
     return _transformer(run, device, fabric, args)
@@ -79,13 +81,13 @@ def _transformer(run: AnyRun, device: Device, fabric: Fabric, args: argparse.Nam
             if (row.mode, row.stage) == (mode, stage):
                 print(_row(row))
         print(f"  pays up to {gpus:,} GPUs" if gpus else "  does not fit")
-    print(f"\na doubling pays that gives at least {PAYS} times the images/s")
+    print(f"\na doubling pays off from {PAYS} times the images/s")
     return 0
 
 
 def _row(row: Row) -> str:
     ms = [f"{1000 * value:,.1f} ms" for value in (row.time.passes, row.time.optimizer, row.time.exposed)]
-    memory = f"{row.peak / 1e9:,.1f} GB" + ("" if row.fits else " !")
+    memory = gigabytes(row.peak) + ("" if row.fits else " !")
     cells = [f"{row.gpus:,}", f"{row.micro_batch} × {row.accumulation}", *ms, f"{row.images_per_s:,.0f}"]
     return "".join(f"{cell:>12}" for cell in [*cells, f"{100 * row.efficiency:.0f} %", memory])
 
@@ -102,7 +104,7 @@ def _codebook(run: TokenizerRun, device: Device, fabric: Fabric, args: argparse.
         return 0
     _head(run, device, fabric)
     micro = run.train.micro_batch
-    print(f"codes of {run.quantizer.dim}, micro-batch {micro}; the rest of the run: {taken / 1e9:.1f} GB")
+    print(f"codes of {run.quantizer.dim}, micro-batch {micro}; the rest of the run: {gigabytes(taken)}")
     print(f"\n{'K':>10}{'GPUs':>8}{'products':>12}{'replicated':>22}{'over all':>22}{'best group':>22}")
     best = {(row.codes, row.gpus): row for row in best_groups(rows)}
     for (codes, gpus), quickest in best.items():
@@ -116,14 +118,14 @@ def _codebook(run: TokenizerRun, device: Device, fabric: Fabric, args: argparse.
 
 
 def _cell(row: CodebookRow) -> str:
-    return f"{1000 * (row.exchange + row.optimizer):,.1f} ms {row.bytes / 1e9:,.1f} GB" + ("" if row.fits else " !")
+    return f"{1000 * (row.exchange + row.optimizer):,.1f} ms {gigabytes(row.bytes)}" + ("" if row.fits else " !")
 
 
 def _head(run: AnyRun, device: Device, fabric: Fabric) -> None:
     from ibq_scale.scaling.roofline import BASIS
 
     print(
-        f"{run.name} on {device.name}, {fabric.node} a node: {fabric.link / 1e9:,.0f} GB/s within it, "
-        f"{fabric.net / 1e9:,.0f} GB/s a GPU between nodes"
+        f"{run.name} on {device.name}, {fabric.node} a node: {gigabytes(fabric.link)}/s within it, "
+        f"{gigabytes(fabric.net)}/s a GPU between nodes"
     )
     print(BASIS)

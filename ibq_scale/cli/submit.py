@@ -1,4 +1,4 @@
-"""``ibq-scale submit``: a run into Slurm's queue, after everything that can be checked was."""
+"""``ibq-scale submit``: checks a run and puts it into Slurm's queue."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ibq_scale.cli.ranks import at_least_one
+from ibq_scale.cli.options import at_least_one
 from ibq_scale.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ibq_scale.cluster.checks import Check
     from ibq_scale.cluster.render import Script
     from ibq_scale.cluster.snapshot import Snapshot
     from ibq_scale.cluster.submit import Request
+    from ibq_scale.findings import Finding
 
-# What may stand for a preset; the words behind it are the command's own.
+# Accepted in place of a preset. The words behind are the command's own.
 COMMANDS = ("tokenize", "sample", "evaluate")
 
-# Flags that a cluster's profile has too, under the same name.
+# Flags with a setting of the same name in a cluster's profile.
 SETTINGS = (
     ("partition", str, "NAME", ""),
     ("account", str, "NAME", ""),
     ("qos", str, "NAME", ""),
-    ("constraint", str, "LIST", "features that nodes must have"),
+    ("constraint", str, "LIST", "required features of nodes"),
     ("time", str, "LIMIT", "HH:MM:SS or DAYS-HH:MM:SS"),
     ("mem", str, "SIZE", "of a node; 0: all of it"),
-    ("gpu", str, "GPU", "h100, a100-40gb …: to check that the run fits"),
+    ("gpu", str, "GPU", "h100, a100-40gb …: to check the memory"),
     ("gpus-per-node", int, "N", "0: ranks on CPUs"),
     ("ntasks-per-node", int, "N", "ranks (default: one a GPU)"),
     ("cpus-per-task", int, "N", ""),
@@ -51,28 +51,30 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("source", metavar="PRESET_OR_YAML", help="or tokenize, sample, evaluate")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="or that command's own words")
     add_settings(parser)
-    parser.add_argument("--array", type=int, metavar="N", help="jobs that share the work of tokenize or sample")
-    parser.add_argument(
-        "--chain", type=int, default=1, metavar="N", help="N jobs, each goes on where the one before it stopped"
-    )
+    parser.add_argument("--array", type=int, metavar="N", help="jobs to share the work of tokenize or sample")
+    parser.add_argument("--chain", type=int, default=1, metavar="N", help="N jobs, each resumes from the one before")
     parser.add_argument("--dry-run", action="store_true", help="check, print the sbatch file, and submit nothing")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.set_defaults(run=_submit)
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Nodes, and what a cluster's profile says too."""
+    """Options for nodes and for the settings of a cluster's profile."""
     parser.add_argument("--nodes", type=int, required=True, metavar="N", help="of each job")
     parser.add_argument("--cluster", metavar="NAME", help="profile (default: the file's 'default')")
     for name, kind, metavar, about in SETTINGS:
         parser.add_argument(f"--{name}", type=kind, metavar=metavar, help=about or None)
     parser.add_argument(
-        "--sbatch", action="append", default=[], metavar="OPTION", help="any other of sbatch, as reservation=x; repeat"
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="OPTION",
+        help="any other option of sbatch, as reservation=x; repeat",
     )
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What `add_settings` was given for the profile's names, None where it was not. UserError for what cannot be."""
+    """The values of `add_settings` by the profile's names, None if not given. UserError for impossible values."""
     at_least_one(args, "nodes", "chain", "ntasks_per_node", "cpus_per_task")
     if args.gpus_per_node is not None and args.gpus_per_node < 0:
         raise UserError(f"--gpus-per-node must be at least 0, got {args.gpus_per_node}")
@@ -87,7 +89,8 @@ def _submit(args: argparse.Namespace) -> int:
     checks = []
     for check in _checks(args, request, script, command):
         checks.append(check)
-        _say(f"{check.level:<4}  {check.name:<9}  {check.text}")
+        # Standard output is for the script or the JSON document.
+        print(check.lines(9), file=sys.stderr, flush=True)
     failed = [check.name for check in checks if check.level == "FAIL"]
     if args.dry_run or failed:
         if args.json:
@@ -95,7 +98,7 @@ def _submit(args: argparse.Namespace) -> int:
         elif args.dry_run:
             print(script.text, end="")
         if failed:
-            raise UserError(f"not submitted: mend {', '.join(failed)} (FAIL, above)")
+            raise UserError(f"not submitted: fix {', '.join(failed)} (FAIL, above)")
         return 0
     snapped, jobs = submit(request, chain=args.chain, cluster=cluster)
     if args.json:
@@ -113,7 +116,7 @@ def _tell(request: Request, snapped: Snapshot | None, jobs: list[str]) -> None:
     if snapped is not None:
         print(f"  runs {snapped.source}, {snapped.folder}")
     else:
-        print(f"  runs {Source.here()}, as that is when it starts: the output is no folder to keep a copy in")
+        print(f"  runs {Source.here()}, as of its start: the output is no folder for a copy")
     print(f"  tail -F {shlex.quote(str(_log(request, jobs[0])))}")
     if work.config is not None:
         folder = shlex.quote(str(work.folder))
@@ -121,7 +124,7 @@ def _tell(request: Request, snapped: Snapshot | None, jobs: list[str]) -> None:
         print(f"  ibq-scale cancel {folder}     # saves first")
     else:
         print(f"  squeue --jobs={','.join(jobs)}")
-        print(f"  scancel {' '.join(jobs)}     # the same command goes on from what it has made")
+        print(f"  scancel {' '.join(jobs)}     # the same command resumes")
 
 
 def _log(request: Request, job: str) -> str:
@@ -130,18 +133,20 @@ def _log(request: Request, job: str) -> str:
 
 def _checks(
     args: argparse.Namespace, request: Request, script: Script, command: argparse.Namespace | None
-) -> Iterator[Check]:
+) -> Iterator[Finding]:
     from ibq_scale.cluster import checks, command_checks
 
     queue, config = not args.dry_run, request.work.config
     if config is not None:
-        return checks.run_checks(checks.Submission(config, script, request.profile.gpu, queue=queue))
+        job = checks.Submission(script, config, request.profile.gpu, queue=queue)
+        return checks.run_checks(job, checks.CHECKS)
     assert command is not None
-    return command_checks.run_checks(command_checks.CommandJob(request.work.name, command, script, queue=queue))
+    other = command_checks.CommandJob(script, request.work.name, command, queue=queue)
+    return checks.run_checks(other, command_checks.CHECKS)
 
 
 def _request(args: argparse.Namespace) -> tuple[Request, str | None, argparse.Namespace | None]:
-    """What is asked for, the cluster's name, and the arguments of a command that is no training."""
+    """The request, the cluster's name, and the arguments of a command other than training."""
     from ibq_scale.cluster.profile import load_profile
     from ibq_scale.cluster.submit import make_request, other_command, training
     from ibq_scale.config.layers import require_complete, resolve
@@ -164,7 +169,7 @@ def _request(args: argparse.Namespace) -> tuple[Request, str | None, argparse.Na
 
 
 def _parse(name: str, words: list[str]) -> argparse.Namespace:
-    """As the command itself would, which ends the program where it would."""
+    """Parses the words as the command itself does. Its errors end the program."""
     from ibq_scale.cli.main import build_parser
 
     command = build_parser().parse_args([name, *words])
@@ -173,7 +178,7 @@ def _parse(name: str, words: list[str]) -> argparse.Namespace:
     return command
 
 
-def _document(request: Request, checks: list[Check], jobs: list[str], folder: str | None) -> dict[str, object]:
+def _document(request: Request, checks: list[Finding], jobs: list[str], folder: str | None) -> dict[str, object]:
     return {
         "run": None if request.work.folder is None else str(request.work.folder),
         "jobs": jobs,
@@ -181,8 +186,3 @@ def _document(request: Request, checks: list[Check], jobs: list[str], folder: st
         "logs": [_log(request, job) for job in jobs],
         "checks": [asdict(check) for check in checks],
     }
-
-
-def _say(line: str) -> None:
-    # Not in the way of what a script reads: the sbatch file, a JSON document.
-    print(line, file=sys.stderr, flush=True)

@@ -6,7 +6,7 @@ import argparse
 import json
 from dataclasses import asdict
 
-from ibq_scale.cli.ranks import add_ranks
+from ibq_scale.cli.options import add_ranks
 from ibq_scale.errors import UserError
 
 
@@ -19,7 +19,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         epilog="example: ibq-scale tokenize runs/tok s3://bucket/imagenet --to s3://bucket/imagenet-codes",
     )
     parser.add_argument("checkpoint", metavar="CKPT", help="run directory, checkpoint or exported model")
-    parser.add_argument("data", metavar="DATA", help="folder or s3:// prefix that 'prepare images' wrote")
+    parser.add_argument("data", metavar="DATA", help="folder or s3:// prefix from 'prepare images'")
     parser.add_argument("--to", required=True, metavar="URL", help="folder or s3://bucket/prefix for the codes")
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="images at once on a rank (default 32)")
     parser.add_argument(
@@ -34,7 +34,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def parse_part(text: str) -> tuple[int, int]:
-    """``3/16`` → (3, 16). UserError where it cannot be read."""
+    """``3/16`` → (3, 16). UserError if unreadable."""
     index, slash, count = text.partition("/")
     if not (slash and index.isdigit() and count.isdigit() and int(index) < int(count)):
         raise UserError(f"--part {text}: write I/N with 0 ≤ I < N, for example 0/16 to 15/16")
@@ -42,7 +42,7 @@ def parse_part(text: str) -> tuple[int, int]:
 
 
 def _check(args: argparse.Namespace) -> None:
-    from ibq_scale.cli.ranks import at_least_one
+    from ibq_scale.cli.options import at_least_one
 
     at_least_one(args, "batch")
     parse_part(args.part)

@@ -14,21 +14,19 @@ def add_command(family: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     """Adds the command to the family ``data``."""
     parser = family.add_parser(
         "trace",
-        help="which samples a training step saw, and on which rank",
+        help="the samples of a training step, by rank",
         description="Name the samples of one optimizer step, from the run's config and the data's manifests alone.",
         epilog="example: ibq-scale data trace runs/tok --step 12345",
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN")
     parser.add_argument("--step", type=int, required=True, metavar="S", help="as in metrics.jsonl; 1 is the first")
-    parser.add_argument(
-        "--ranks", type=int, metavar="N", help="ranks of that step (default: as the run was started last)"
-    )
+    parser.add_argument("--ranks", type=int, metavar="N", help="ranks of that step (default: of the run's last start)")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.set_defaults(run=_trace)
 
 
 def _trace(args: argparse.Namespace) -> int:
-    from ibq_scale.cli.ranks import at_least_one
+    from ibq_scale.cli.options import at_least_one
     from ibq_scale.data.trace import trace
 
     at_least_one(args, "ranks")

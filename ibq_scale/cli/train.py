@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from ibq_scale.cli.ranks import add_ranks
+from ibq_scale.cli.options import add_ranks
 
 EXAMPLES = {
-    "tokenizer": "ibq-scale train tokenizer ibq-16384 data.train=s3://bucket/imagenet out=runs/tok",
-    "ar": "ibq-scale train ar xl data.train=s3://bucket/imagenet-codes out=runs/xl",
+    "tokenizer": "ibq-scale train tokenizer tokenizer/ibq-16384 data.train=s3://bucket/imagenet out=runs/tok",
+    "ar": "ibq-scale train ar ar/xl data.train=s3://bucket/imagenet-codes out=runs/xl",
 }
 
 
@@ -27,14 +27,14 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
             description=f"Train {about}. Run the same command again to resume from the newest whole checkpoint.",
             epilog=f"example: {EXAMPLES[task]}",
         )
-        parser.add_argument("source", metavar="PRESET_OR_YAML")
+        parser.add_argument("source", metavar="PRESET_OR_YAML", help=f"{task}/NAME, or NAME alone")
         parser.add_argument("overrides", nargs="*", metavar="key=value")
         add_ranks(parser)
         parser.set_defaults(run=_train, check=_check, task=task)
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Wrong configs, and runs whose pretrained weights are absent, are refused before any rank is started."""
+    """Refuses wrong configs and runs without their pretrained weights before any rank starts."""
     from ibq_scale.config.layers import require_complete, resolve
     from ibq_scale.losses.weights import files_of_run, weight_file
 
@@ -50,11 +50,11 @@ def _train(args: argparse.Namespace) -> int:
 
     from ibq_scale.config.layers import resolve
     from ibq_scale.distributed.environment import join
-    from ibq_scale.train.preemption import StopRequest
+    from ibq_scale.supervise.preemption import StopRequest
 
     config = resolve(args.source, args.overrides, args.task).config
-    # Before torch is imported and the ranks have met, either of which may take minutes.
+    # Before the import of torch and the rendezvous of the ranks, since either may take minutes.
     with closing(StopRequest(config.train.grace)) as stop, join(Path(config.run_dir)) as world:
-        from ibq_scale.train.run import train
+        from ibq_scale.train.run import run_training
 
-        return train(config, world, stop)
+        return run_training(config, world, stop)

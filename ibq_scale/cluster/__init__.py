@@ -1,1 +1,1 @@
-"""Jobs on a cluster: what is submitted, checked before, followed, and stopped."""
+"""Jobs on a cluster: checks before submission, submission, state, cancellation."""

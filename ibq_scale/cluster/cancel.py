@@ -1,4 +1,4 @@
-"""Stops a run so that nothing is lost: it saves, leaves, and does not come back."""
+"""Cancels a run without loss: the run saves, ends, and does not return to the queue."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from pathlib import Path
 from ibq_scale.cluster import slurm
 from ibq_scale.cluster.runs import config_of, jobs_of
 from ibq_scale.errors import UserError
-from ibq_scale.train.run_lock import Holder, look
+from ibq_scale.supervise.run_lock import Holder, read_lock
 
 POLL_SECONDS = 2.0
 UNKNOWN_GRACE_SECONDS = 270.0
-# For its signals, its epilogs and its slow answers.
+# For signals, epilogs and slow answers of Slurm.
 SLURM_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
 class Asked:
-    """Who was asked to leave: jobs taken out of the queue, jobs and a process that save now."""
+    """The parties asked to leave: jobs removed from the queue, jobs and a process now saving."""
 
     dropped: tuple[str, ...]
     saving: tuple[str, ...]
@@ -29,14 +29,14 @@ class Asked:
 
 
 def cancel(run_dir: Path) -> Asked:
-    """Takes the run's queued jobs out of the queue and asks what trains to save and leave.
+    """Removes the run's queued jobs and asks the running ones to save and leave.
 
-    Without Slurm the process on this host is asked. UserError where nobody trains, or does so where we cannot reach it.
+    Without Slurm, the process on this host is asked. UserError without a running process, or with one on another host.
     """
     mine = jobs_of(run_dir, slurm.my_jobs())
     queued = [job.id for job in mine if job.pending]
     running = [job.id for job in mine if not job.pending]
-    # First those that wait for its end.
+    # Queued jobs first: they wait for the running one's end.
     slurm.drop(queued)
     for job in running:
         slurm.ask_to_save(job)
@@ -46,13 +46,13 @@ def cancel(run_dir: Path) -> Asked:
 
 
 def patience(run_dir: Path) -> float:
-    """Seconds by which a run that was asked has gone: its grace time, and Slurm's own."""
+    """Seconds until an asked run has ended: its grace time plus Slurm's delay."""
     config = config_of(run_dir)
     return (config.train.grace if config is not None else UNKNOWN_GRACE_SECONDS) + SLURM_SECONDS
 
 
 def wait(asked: Asked, seconds: float) -> bool:
-    """Whether all who were asked are gone within so many seconds."""
+    """Whether all jobs and processes ended within the given seconds."""
     deadline = time.monotonic() + seconds
     while _still_there(asked):
         if time.monotonic() > deadline:
@@ -68,12 +68,12 @@ def _still_there(asked: Asked) -> bool:
 
 
 def _ask_process(run_dir: Path) -> Holder:
-    """Signals rank 0: one rank that knows is enough, all agree on it after their step."""
-    held = look(run_dir)
+    """Signals rank 0. One informed rank is enough, since all ranks agree on a stop after each step."""
+    held = read_lock(run_dir)
     holder = held.holder if held is not None else None
     alive = holder.is_alive() if holder is not None else False
     if holder is None or alive is False:
-        raise UserError(f"nobody trains in {run_dir}: there is nothing to cancel (ibq-scale jobs {run_dir})")
+        raise UserError(f"no run is active in {run_dir}: there is nothing to cancel (ibq-scale jobs {run_dir})")
     if not alive:
         raise UserError(f"{run_dir} is trained by {holder}: run this there, or where its Slurm is")
     os.kill(holder.pid, signal.SIGUSR1)

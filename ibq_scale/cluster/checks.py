@@ -1,4 +1,4 @@
-"""Everything of a job that can be found wrong before it waits in a queue for hours."""
+"""Checks of a training job before submission, so that a fault shows at once and not after hours in the queue."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from ibq_scale.checkpoint.reading import Checkpoint, newest_or_this, whole_checkpoints
 from ibq_scale.cluster import slurm
@@ -20,37 +20,34 @@ from ibq_scale.config.batch import accumulation_steps, codebook_group_size
 from ibq_scale.config.deepspeed import deepspeed_config, zero_words
 from ibq_scale.config.run import AnyRun, TokenizerRun
 from ibq_scale.config.secrets import has_wandb_login, wandb_host
+from ibq_scale.console import gigabytes
 from ibq_scale.errors import UserError
-from ibq_scale.train.run_lock import look
+from ibq_scale.findings import Finding, Level
+from ibq_scale.supervise.run_lock import read_lock
 
 if TYPE_CHECKING:
     from ibq_scale.data.sets import DataSets
     from ibq_scale.scaling.plan import Plan
 
-Level = Literal["ok", "warn", "FAIL"]
-# A signal ahead of the time limit may come so much earlier (man sbatch).
+# sbatch may send a signal so much earlier (man sbatch).
 SIGNAL_SECONDS = 60
 
 
 @dataclass(frozen=True)
-class Check:
-    """One line: what was looked at, how it is, and what to do where it is not well."""
+class Job:
+    """The job to check. `script`: the text to submit. `queue`: submit it now. `failed`: names of failed checks."""
 
-    name: str
-    level: Level
-    text: str
+    script: Script
+    queue: bool = field(default=True, kw_only=True)
+    failed: set[str] = field(default_factory=set, kw_only=True)
 
 
 @dataclass(frozen=True)
-class Submission:
-    """What is checked: the run, the script as it would be submitted, the kind of GPU where it is known."""
+class Submission(Job):
+    """A run, with the kind of GPU where it is known."""
 
     config: AnyRun
-    script: Script
     gpu: str | None
-    # Whether it is to be submitted now, and not just looked at.
-    queue: bool = True
-    failed: set[str] = field(default_factory=set)
 
     @property
     def nodes(self) -> int:
@@ -58,7 +55,7 @@ class Submission:
 
     @property
     def gpus(self) -> int:
-        """A node; 0 for ranks on CPUs."""
+        """Per node. 0 for CPU ranks."""
         return gpus_per_node(self.script)
 
     @property
@@ -73,7 +70,7 @@ class Submission:
     def plan(self) -> Plan:
         from ibq_scale.scaling.plan import Machine, make_plan
 
-        # The time is not asked for, and any share of the peak does.
+        # The time is not needed, so any MFU is right.
         return make_plan(self.config, Machine(self.ranks // self.nodes, self.nodes, self.gpu), mfu=0.45)
 
     @cached_property
@@ -81,7 +78,7 @@ class Submission:
         from ibq_scale.data.sets import open_sets
 
         kind: Literal["images", "codes"] = "images" if isinstance(self.config, TokenizerRun) else "codes"
-        # Shards are read by the nodes: no folder for them is needed here.
+        # The nodes read the shards. This host needs no folder for them.
         return open_sets(self.config.data.model_copy(update={"cache_dir": None}), kind)
 
     @cached_property
@@ -90,42 +87,26 @@ class Submission:
         return whole[-1] if whole else None
 
 
-class Checked(Protocol):
-    """What every submission has: its script, and the names of the checks that it failed."""
-
-    @property
-    def script(self) -> Script: ...
-    @property
-    def queue(self) -> bool: ...
-    @property
-    def failed(self) -> set[str]: ...
-
-
 Outcome = tuple[Level, str]
-J = TypeVar("J", bound=Checked)
-# Name, names of others that must be well for it to mean something, and the check.
+J = TypeVar("J", bound=Job)
+# The name of a check, the checks it depends on, and its function.
 Checks = Sequence[tuple[str, tuple[str, ...], Callable[[J], Outcome | None]]]
 
 
-def run_checks(job: Submission) -> Iterator[Check]:
-    """A run's checks, one after the other, each as soon as it is known."""
-    return each_check(job, CHECKS)
-
-
-def each_check(job: J, checks: Checks[J]) -> Iterator[Check]:
-    """What they find. Some need others to be well, and are left out; one that does not apply says nothing."""
+def run_checks(job: J, checks: Checks[J]) -> Iterator[Finding]:
+    """Findings as they come. A check is left out after a failure of a check it needs. None: it does not apply."""
     for name, needs, check in checks:
         if job.failed & set(needs):
             continue
         try:
             found = check(job)
         except UserError as e:
-            found = ("FAIL", " ".join(str(e).split()))
+            found = "FAIL", " ".join(str(e).split())
         if found is None:
             continue
         if found[0] == "FAIL":
             job.failed.add(name)
-        yield Check(name, *found)
+        yield Finding(found[0], name, found[1])
 
 
 def _config(job: Submission) -> Outcome:
@@ -158,25 +139,24 @@ def _memory(job: Submission) -> Outcome:
     if (wrong := ranks_without_gpu(job.script)) is not None:
         return wrong
     plan = job.plan
-    needs = f"{_gb(plan.memory.peak)} a GPU"
+    needs = f"{gigabytes(plan.memory.peak)} a GPU"
     if not job.gpus:
-        return "ok", f"{_gb(plan.memory.peak)} a rank, counted as for a GPU: this job asks for none"
+        return "ok", f"{gigabytes(plan.memory.peak)} a rank, counted as for a GPU: this job asks for none"
     if plan.fits is None and job.gpu is not None:
-        return "warn", f"needs {needs}; how much a {job.gpu} has is not known (ibq-scale plan --memory GB)"
+        return "warn", f"needs {needs}; the memory of a {job.gpu} is not known (ibq-scale plan --memory GB)"
     if plan.fits is None:
-        return "warn", f"needs {needs}; whether that fits is told with --gpu (h100, a100-40gb …)"
+        return "warn", f"needs {needs}; give --gpu (h100, a100-40gb …) to check the fit"
     memory = plan.machine.gpu_memory or 0.0
     if plan.fits:
-        return "ok", f"{needs} of {_gb(memory)}"
+        return "ok", f"{needs} of {gigabytes(memory)}"
     return "FAIL", (
-        f"needs {needs}, a {job.gpu} has {_gb(memory)}: a smaller train.micro_batch, another deepspeed.config or "
+        f"needs {needs}, a {job.gpu} has {gigabytes(memory)}: a smaller train.micro_batch, another deepspeed.config or "
         f"model.activation_checkpointing (ibq-scale plan shows each line)"
     )
 
 
 def _data(job: Submission) -> Outcome:
-    from ibq_scale.train.codes import check_codes
-    from ibq_scale.train.held_out import open_held_out
+    from ibq_scale.supervise.compatible import check_codes, open_held_out
 
     sets = job.sets
     validates = job.config.validation.data is not None
@@ -188,19 +168,19 @@ def _data(job: Submission) -> Outcome:
         if validates:
             check_codes(job.config, open_held_out(job.config, sets, "codes"))
     here = [part.store.url for part in sets.parts if part.store.local]
-    seen = f"; {', '.join(here)} must be seen by all nodes" if here else ""
+    seen = f"; {', '.join(here)} must be visible on all nodes" if here else ""
     return "ok", f"{sets.samples:,} samples in {', '.join(job.config.data.sources)}{seen}"
 
 
 def _resume(job: Submission) -> Outcome:
-    from ibq_scale.train.run import check_same_data, check_same_run
+    from ibq_scale.supervise.compatible import check_same_data, check_same_run
 
     newest, total = job.newest, job.config.train.total_steps
     if newest is None:
         mirror = job.config.train.mirror
         if mirror is None and job.config.init is not None:
             newest_or_this(Path(job.config.init))
-        begins = f"goes on from {mirror}, if that holds a checkpoint" if mirror else "begins anew"
+        begins = f"goes on from {mirror} if there is a checkpoint" if mirror else "starts from step 0"
         return "ok", f"{job.run_dir} {begins}"
     check_same_run(job.config, newest)
     if "data" not in job.failed:
@@ -234,18 +214,19 @@ def _disk(job: Submission) -> Outcome:
     train, each = job.config.train, job.plan.checkpoint_bytes
     folder = nearest(job.run_dir)
     there = sum(c.bytes for c in whole_checkpoints(job.run_dir / "checkpoints"))
-    # One more than are kept, while it is written.
+    # During a save, one checkpoint more than the kept ones.
     soon = each * (train.keep_checkpoints + 1 + (train.keep_best is not None)) - there
     in_the_end = soon + each * (train.total_steps // train.keep_every if train.keep_every else 0)
     free = free_bytes(folder)
     if free < soon or can_hold(folder, max(soon, 1)) is False:
         return "FAIL", (
-            f"checkpoints of {_gb(each)} need {_gb(soon)} more in {folder}, of {_gb(free)} that are free (or of your "
-            f"quota): make room, give another out=…, or a smaller train.keep_checkpoints"
+            f"checkpoints of {gigabytes(each)} need {gigabytes(soon)} more in {folder}, of {gigabytes(free)} "
+            f"free (or of your quota): make room, give another out=…, or a smaller train.keep_checkpoints"
         )
     if free < in_the_end:
-        return "warn", f"train.keep_every={train.keep_every} will take {_gb(in_the_end)}, of {_gb(free)} that are free"
-    return "ok", f"{_gb(in_the_end)} for checkpoints of {_gb(each)}, of {_gb(free)} that are free"
+        needs = f"train.keep_every={train.keep_every} will take {gigabytes(in_the_end)}"
+        return "warn", f"{needs}, of {gigabytes(free)} free"
+    return "ok", f"{gigabytes(in_the_end)} for checkpoints of {gigabytes(each)}, of {gigabytes(free)} free"
 
 
 def _cancel(job: Submission) -> str:
@@ -257,13 +238,13 @@ def _alone(job: Submission) -> Outcome:
     if mine:
         which = ", ".join(f"{other.id} ({other.state.lower()})" for other in mine)
         return "FAIL", f"{job.run_dir} has job {which} already: {_cancel(job)}"
-    held = look(job.run_dir)
+    held = read_lock(job.run_dir)
     holder = held.holder if held is not None else None
     if holder is not None and holder.is_alive():
         return "FAIL", f"{job.run_dir} is trained by {holder}: {_cancel(job)}"
     if holder is not None and holder.is_alive() is None:
-        return "warn", f"{job.run_dir} was held by {holder}; if that lives, the job will be refused"
-    return "ok", f"nobody else trains in {job.run_dir}"
+        return "warn", f"{job.run_dir} was held by {holder}; if that process lives, the job will be refused"
+    return "ok", f"no other run in {job.run_dir}"
 
 
 def _time(job: Submission) -> Outcome:
@@ -273,20 +254,19 @@ def _time(job: Submission) -> Outcome:
     if signal is None:
         return (
             "FAIL",
-            "--signal must be USR1@SECONDS: a time limit would lose what came after the last checkpoint",
+            "--signal must be USR1@SECONDS: a time limit would lose all steps after the last checkpoint",
         )
     lead, grace = int(signal[1]), job.config.train.grace
     if lead <= grace:
         return "FAIL", f"--signal=USR1@{lead} leaves less than train.grace={grace:.0f} s: Slurm would kill the save"
     if limit is not None and limit <= lead + SIGNAL_SECONDS:
         return "FAIL", (
-            f"--time={text} is no longer than the {lead} s before its end at which the run saves and leaves: give more "
-            f"time, or a smaller train.grace"
+            f"--time={text} is no longer than the {lead} s for the final save: give more time, or a smaller train.grace"
         )
-    return "ok", f"{text}; saves and leaves {lead} s before, within {grace:.0f} s (train.grace)"
+    return "ok", f"{text}; saves {lead} s before, within {grace:.0f} s (train.grace)"
 
 
-def slurm_takes(job: Checked) -> Outcome:
+def slurm_takes(job: Job) -> Outcome:
     """Whether Slurm would queue the script."""
     try:
         return "ok", slurm.rehearse(job.script.text)
@@ -312,7 +292,8 @@ CHECKS: Checks[Submission] = (
 
 
 def seconds(text: str) -> float | None:
-    """A time limit as sbatch reads it (``30``, ``30:00``, ``24:00:00``, ``2-12``, ``2-12:00``); None for no limit.
+    """Seconds of a time limit as sbatch reads it (``30``, ``30:00``, ``24:00:00``, ``2-12``, ``2-12:00``). None for no
+    limit.
 
     UserError for anything else.
     """
@@ -320,7 +301,7 @@ def seconds(text: str) -> float | None:
         return None
     found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
     if found is None:
-        raise UserError(f"--time={text} is no time limit: write HH:MM:SS or DAYS-HH:MM:SS")
+        raise UserError(f"--time={text} is not a time limit: write HH:MM:SS or DAYS-HH:MM:SS")
     days, *parts = (None if part is None else int(part) for part in found.groups())
     first, second, third = parts
     if days is not None or third is not None:
@@ -329,7 +310,7 @@ def seconds(text: str) -> float | None:
 
 
 def ranks_without_gpu(script: Script) -> Outcome | None:
-    """Whether there are other than one rank a GPU; None where all is well, or there are no GPUs."""
+    """A failure unless each rank has one GPU. None if so, or on CPUs."""
     gpus, ranks = gpus_per_node(script), number(script, "ntasks-per-node")
     if not gpus or gpus == ranks:
         return None
@@ -337,19 +318,15 @@ def ranks_without_gpu(script: Script) -> Outcome | None:
 
 
 def gpus_per_node(script: Script) -> int:
-    """0 for ranks on CPUs."""
+    """Per node. 0 for CPU ranks."""
     return number(script, "gpus-per-node") if script.option("gpus-per-node") else 0
 
 
 def number(script: Script, key: str) -> int:
-    """An option's, of which there is one at least. UserError where it is none."""
+    """The number of an option, at least 1. UserError otherwise."""
     text = script.option(key) or ""
-    # gpus-per-node may name a type before the number.
+    # gpus-per-node may have a type before the number.
     last = text.rpartition(":")[2]
     if not last.isdigit() or int(last) < 1:
-        raise UserError(f"--{key}={text} is no number that can be counted with: give it plainly")
+        raise UserError(f"--{key}={text} is not a positive whole number: write one")
     return int(last)
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:,.2f} GB" if size >= 1e7 else f"{size / 1e6:,.2f} MB"

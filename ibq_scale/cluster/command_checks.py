@@ -1,38 +1,27 @@
-"""What of a tokenize, sample or evaluate job can be found wrong before it waits in a queue."""
+"""Checks of a tokenize, sample or evaluate job before submission."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from ibq_scale.cluster.checks import Check, Checks, Outcome, each_check, number, ranks_without_gpu, slurm_takes
-from ibq_scale.cluster.render import Script
+from ibq_scale.cluster.checks import Checks, Job, Outcome, number, ranks_without_gpu, slurm_takes
 from ibq_scale.cluster.room import can_hold, nearest
 from ibq_scale.errors import UserError
 
 
 @dataclass(frozen=True)
-class CommandJob:
-    """What is checked: the command's own arguments, as parsed, and the script as it would be submitted."""
+class CommandJob(Job):
+    """A command's job, with the command's own arguments, as parsed."""
 
     name: str
     args: argparse.Namespace
-    script: Script
-    # Whether it is to be submitted now, and not just looked at.
-    queue: bool = True
-    failed: set[str] = field(default_factory=set)
 
     def given(self, name: str) -> str | None:
-        """An argument of the command, None where it has none of this name."""
+        """An argument of the command. None if the command has no such argument."""
         value = getattr(self.args, name, None)
         return None if value is None else str(value)
-
-
-def run_checks(job: CommandJob) -> Iterator[Check]:
-    """The checks, one after the other, each as soon as it is known."""
-    return each_check(job, CHECKS)
 
 
 def _ranks(job: CommandJob) -> Outcome:
@@ -65,12 +54,12 @@ def _data(job: CommandJob) -> Outcome | None:
 
 
 def _images(job: CommandJob) -> Outcome | None:
-    """Pictures and statistics that `evaluate` takes as files, folders or prepared data."""
+    """Pictures and statistics for `evaluate`: files, folders or prepared data."""
     given = [text for name in ("samples", "reference") if (text := job.given(name)) is not None]
     absent = [text for text in given if "://" not in text and not Path(text).exists()]
     if absent:
         return "FAIL", f"{absent[0]} does not exist"
-    return ("ok", f"{' and '.join(given)}; must be seen by all nodes") if given else None
+    return ("ok", f"{' and '.join(given)}; must be visible on all nodes") if given else None
 
 
 def _output(job: CommandJob) -> Outcome | None:
@@ -80,7 +69,7 @@ def _output(job: CommandJob) -> Outcome | None:
     from ibq_scale.data.store import open_store
 
     if "://" in to:
-        # That it answers; whether it may be written to is not tried.
+        # The store answers. Write access is not tried.
         open_store(to).exists("manifest.json")
         return "ok", f"{to} answers"
     folder = nearest(Path(to))

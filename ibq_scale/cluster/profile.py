@@ -1,4 +1,4 @@
-"""A cluster's own settings, typed once: ~/.config/ibq-scale/clusters.yaml, or the file that $IBQ_SCALE_CLUSTERS names.
+"""A cluster's settings, from ~/.config/ibq-scale/clusters.yaml or the file in $IBQ_SCALE_CLUSTERS.
 
 default: alps
 profiles:
@@ -26,12 +26,12 @@ Line = Annotated[str, Field(pattern=r"^[^\n]+$")]
 
 
 class Profile(Section):
-    """One cluster. What is None stays as the sbatch file has it.
+    """One cluster. None keeps the value of the sbatch file.
 
-    `gpu`: as ``ibq-scale plan --device`` takes it. `gpus_per_node`: 0 for nodes without any; then `ntasks_per_node`
-    ranks on each, else one a GPU. `setup`: shell lines before all else (modules). `env`: variables of the job.
+    `gpu`: as for ``ibq-scale plan --device``. `gpus_per_node`: 0 for nodes without GPUs. A node then runs
+    `ntasks_per_node` ranks, otherwise one per GPU. `setup`: first shell lines (modules). `env`: variables of the job.
     `sbatch`: more options of sbatch (``--reservation=x``). For containers, `srun`: options of srun, `inside`: words
-    before the command. `ibq_scale`: path of the command on the nodes (default: the one that submits).
+    before the command. `ibq_scale`: path of the command on the nodes (default: the path of the submitting command).
     """
 
     partition: Line | None = None
@@ -53,14 +53,14 @@ class Profile(Section):
 
 
 def profiles_path() -> Path:
-    """Where profiles are looked for."""
+    """The path of the profiles."""
     return Path(os.environ.get(PATH_VARIABLE) or Path.home() / ".config/ibq-scale/clusters.yaml")
 
 
 def load_profile(name: str | None) -> tuple[str | None, Profile]:
-    """The profile of this name, or the default one, with its name; an empty one where nothing is written down.
+    """The profile of this name or the default one, with its name. An empty profile without a file.
 
-    UserError for a file that cannot be read, an unknown key (with the nearest right one), or a name that is not there.
+    UserError for an unreadable file, an unknown key (with the nearest valid one), or an unknown name.
     """
     path = profiles_path()
     if not path.is_file():
@@ -68,7 +68,7 @@ def load_profile(name: str | None) -> tuple[str | None, Profile]:
             raise UserError(f"{path} does not exist: write there  profiles: {{{name or 'NAME'}: {{partition: …}}}}")
         return None, Profile()
     try:
-        # As texts: YAML would take 24:00:00 for a number of seconds.
+        # As texts, since YAML reads 24:00:00 as a number of seconds.
         values = parse_yaml(read_text(path), texts=True) or {}
     except (OSError, DocumentError) as e:
         raise UserError(f"cannot read {path}: {' '.join(str(e).split())}") from None

@@ -1,8 +1,8 @@
-"""Whether a job that ended should come back, and to which nodes not: asked by the batch script when srun has ended.
+"""Decides whether an ended job returns to the queue, and without which nodes. The batch script asks after srun's end.
 
-A job comes back as long as its attempts (RUN/attempts.jsonl) bring the run on. One that has not saved a new step for
-some attempts stays away, as does one that is done, is used wrongly, or fails at once; and then the jobs that were
-chained to it would only meet the same.
+A job returns while its attempts (RUN/attempts.jsonl) make progress. It stays away after several attempts without a new
+checkpoint, when it is done or misused, and after an early failure. Its chained jobs are then dropped too, since they
+would fail alike.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from ibq_scale.cluster.snapshot import chained_after
 from ibq_scale.distributed.failed_nodes import Faults, NodeFaultError, recorded
 from ibq_scale.distributed.failed_nodes import attempt as this_attempt
 from ibq_scale.errors import PortTakenError, StoreUnavailableError, UserError
-from ibq_scale.train import attempts
-from ibq_scale.train.attempts import Attempt
+from ibq_scale.supervise import attempts
+from ibq_scale.supervise.attempts import Attempt
 
-# A wrong config, a missing file: what fails so early fails again.
+# Early failures repeat: a wrong config, a missing file.
 EARLY_SECONDS = 600.0
 REASONS = {
     StoreUnavailableError.exit_code: "the object storage did not answer",
@@ -29,23 +29,22 @@ REASONS = {
     75: "it was stopped by a signal",
     PortTakenError.exit_code: "the port where its ranks meet was taken",
 }
-"""Codes after which the run is as good as before."""
+"""Exit codes without a fault of the run."""
 
 
 @dataclass(frozen=True)
 class End:
-    """What the batch script is told. `dropped`: jobs of its chain that need not begin any more."""
+    """The answer to the batch script. `dropped`: chained jobs to remove."""
 
     attempt: Attempt
     dropped: tuple[str, ...] = ()
 
 
 def after(run_dir: Path, code: int, seconds: float, budget: int, *, may_requeue: bool = True) -> End:
-    """Judges the attempt that ended with srun's exit code `code` after `seconds`, and adds it to the run's attempts.
+    """Judges the attempt with srun's exit code `code` after `seconds`, and records it in the run's attempts.
 
-    `budget`: attempts in a row without a new step in a checkpoint that a job may have. `may_requeue`: False for a job
-    that was cancelled, or may never come back; its chain goes on. UserError where `run_dir` cannot be written to: a job
-    that cannot be counted may not come back.
+    `budget`: allowed attempts in a row without a new step in a checkpoint. `may_requeue`: False for a cancelled job, or
+    one without requeue. Its chain goes on. UserError for an unwritable `run_dir`: an uncounted job does not return.
     """
     job, restart = this_attempt()
     earlier = attempts.read_attempts(run_dir)
@@ -53,12 +52,12 @@ def after(run_dir: Path, code: int, seconds: float, budget: int, *, may_requeue:
     step = attempts.newest_step(run_dir)
     faults = recorded(run_dir)
     if faults is not None and code not in (0, 2):
-        # Of ranks that did not come srun tells how it killed them, which is a higher code.
+        # For missing ranks srun reports its own kill, a higher code.
         code = NodeFaultError.exit_code
     again, why = _judge(code, seconds, step - before, _idle(job, earlier, step - before), budget)
     dropped = () if again else chained_after(run_dir, job)
     if again and not may_requeue:
-        again, why = False, f"{why}; it is not to go back into the queue"
+        again, why = False, f"{why}; it may not return to the queue"
     excluded = _excluded(faults) if again and faults is not None else ()
     if faults is not None and faults.nodes and code == NodeFaultError.exit_code:
         why += ": " + "; ".join(f"{node} ({fault})" for node, fault in sorted(faults.nodes.items()))
@@ -72,7 +71,7 @@ def after(run_dir: Path, code: int, seconds: float, budget: int, *, may_requeue:
 
 
 def _idle(job: str, earlier: Sequence[dict[str, Any]], new_steps: int) -> int:
-    """Attempts of the job in a row, with this one, that saved no new step. What Slurm did by itself does not count."""
+    """Attempts of the job in a row without a new step, this one included. Requeues by Slurm itself do not count."""
     idle = 1 if new_steps <= 0 else 0
     for line in reversed(earlier):
         if not idle or line["job"] != job or line["step_after"] > line["step_before"]:
@@ -82,7 +81,7 @@ def _idle(job: str, earlier: Sequence[dict[str, Any]], new_steps: int) -> int:
 
 
 def _excluded(faults: Faults) -> tuple[str, ...]:
-    """Where most nodes fail, it is not for the nodes."""
+    """The nodes to leave out. None if most nodes failed, since the cause is then elsewhere."""
     return tuple(sorted(faults.nodes)) if 2 * len(faults.nodes) <= max(2, faults.of) else ()
 
 

@@ -1,4 +1,4 @@
-"""Whether a folder's file system, and our quota there, have room: asked of the kernel, not of `df`."""
+"""Free space of a folder's file system and of our quota, from the kernel."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from ibq_scale.errors import UserError
 
 
 def nearest(path: Path) -> Path:
-    """`path`, or the first folder above it that exists."""
-    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
+    """`path`, or its nearest existing parent."""
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
 
 
 def free_bytes(folder: Path) -> int:
-    """What a user may still write to the file system, quotas aside."""
+    """Free bytes of the file system for this user, quotas aside."""
     found = os.statvfs(folder)
     return found.f_bavail * found.f_frsize
 
 
 def can_hold(folder: Path, size: int) -> bool | None:
-    """Whether we may have `size` bytes there: they are reserved and let go at once, so quotas count. None where the
-    file system cannot say. UserError where we may not write at all.
+    """Whether we can write `size` bytes there. They are reserved and released at once, so quotas count. None if the
+    file system cannot reserve. UserError without write access.
     """
     fallocate = ctypes.CDLL(None, use_errno=True).fallocate
     fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
@@ -32,7 +32,7 @@ def can_hold(folder: Path, size: int) -> bool | None:
         with tempfile.TemporaryFile(dir=folder) as f:
             if fallocate(f.fileno(), 0, 0, size) == 0:
                 return True
-            # Not posix_fallocate: where the file system knows none, that one writes every block.
+            # posix_fallocate would write every block on a file system without support.
             return False if ctypes.get_errno() in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else None
     except OSError as e:
         raise UserError(f"cannot write to {folder} ({e.strerror}): give another out=…") from None

@@ -1,4 +1,4 @@
-"""How runs stand: from Slurm's queue where there is one, and from what a run leaves in its directory."""
+"""The state of runs, from Slurm's queue and from the run directory."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from ibq_scale.config.layers import load_resolved
 from ibq_scale.config.run import AnyRun
 from ibq_scale.documents import json_object
 from ibq_scale.errors import UserError
-from ibq_scale.train.attempts import read_attempts
-from ibq_scale.train.preemption import REQUEUE_EXIT_CODE
-from ibq_scale.train.run_lock import BEAT_SECONDS, look
+from ibq_scale.supervise.attempts import read_attempts
+from ibq_scale.supervise.preemption import REQUEUE_EXIT_CODE
+from ibq_scale.supervise.run_lock import BEAT_SECONDS, read_lock
 
 State = Literal["queued", "requeued", "running", "stopped", "finished", "failed"]
-# A lock of another host that is younger than so many beats is of a run that lives.
+# A lock from another host counts as live below this many heartbeats of age.
 LIVELY_BEATS = 4.5
-# Where `jobs` looks without being told.
+# The default folder of `jobs`.
 HOME = Path("runs")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run as a line of a table. `why`: what the state rests on, where that is not plain. `step`: of the heartbeat
-    while it runs, else of the newest checkpoint; `eta_s`: seconds to the last step at the rate of the last few.
+    """One run, a row of a table. `why`: the reason for a state, if not obvious. `step`: of the heartbeat while running,
+    else of the newest checkpoint. `eta_s`: seconds to the last step at the recent rate.
     """
 
     path: str
@@ -52,11 +52,9 @@ def known_runs(jobs: Iterable[Job]) -> list[Path]:
 
 
 def jobs_of(run_dir: Path, jobs: Sequence[Job]) -> list[Job]:
-    """Those of the queue that train in this run directory, by what was submitted and by who holds its lock: what runs
-    comes first.
-    """
+    """The queue's jobs for this run directory, by submission record and by lock holder. Running jobs come first."""
     ids = set(snapshot.submitted_jobs(run_dir))
-    held = look(run_dir)
+    held = read_lock(run_dir)
     if held is not None and held.holder is not None and held.holder.job is not None:
         ids.add(held.holder.job)
     place = run_dir.resolve()
@@ -65,7 +63,7 @@ def jobs_of(run_dir: Path, jobs: Sequence[Job]) -> list[Job]:
 
 
 def describe(run_dir: Path, jobs: Sequence[Job]) -> Run:
-    """The run in this directory, with Slurm's queue as it is now. UserError where there is no run."""
+    """The run in this directory, with the current queue. UserError without a run."""
     mine = jobs_of(run_dir, jobs)
     config = config_of(run_dir)
     if config is None and not mine:
@@ -76,7 +74,7 @@ def describe(run_dir: Path, jobs: Sequence[Job]) -> Run:
     beat = json_object(run_dir / "heartbeat.json") if state == "running" else {}
     step, seconds = beat.get("step", newest), beat.get("step_s")
     if not isinstance(step, int) or not isinstance(seconds, (int, float)):
-        # What is no heartbeat of this program.
+        # The file is no heartbeat of this program.
         step, seconds = newest, None
     rate = config.train.global_batch / seconds if config is not None and seconds else None
     left = (steps - step) * seconds if steps is not None and step is not None and seconds else None
@@ -93,7 +91,7 @@ def _state(run_dir: Path, mine: Sequence[Job], *, finished: bool) -> tuple[State
     if mine:
         again = any(str(attempt.get("job")) == mine[0].id for attempt in attempts)
         return "requeued" if again else "queued", mine[0].reason
-    held = look(run_dir)
+    held = read_lock(run_dir)
     if held is not None:
         alive = held.holder.is_alive() if held.holder is not None else None
         age = time.time() - held.touched
@@ -118,13 +116,15 @@ def _newest_step(run_dir: Path) -> int | None:
 
 
 def _phase(run_dir: Path) -> str:
-    """Where it is, unless it takes steps; what an earlier part of the run has left may be told for some seconds."""
+    """The phase, empty while stepping. For some seconds it may be that of an earlier attempt."""
     phase = str(json_object(run_dir / "heartbeat.json").get("phase", "starting"))
     return "" if phase == "step" else phase
 
 
 def config_of(run_dir: Path) -> AnyRun | None:
-    """Of the run, or of its newest submission where it has not begun; None too for one of another release."""
+    """The config of the run, or of its newest submission before a start. None for an unreadable one, as of another
+    release.
+    """
     submitted = sorted((run_dir / snapshot.FOLDER).glob(f"*/{snapshot.CONFIG}"))
     for path in [run_dir / "config.yaml", *reversed(submitted)]:
         try:

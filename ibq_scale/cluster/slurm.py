@@ -1,4 +1,4 @@
-"""Slurm's commands, as far as jobs of ours need them."""
+"""Slurm's commands."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from dataclasses import dataclass
 
 from ibq_scale.errors import UserError
 
-# A controller that is busy answers late; one that is gone, never.
+# For a busy controller. A dead one never answers.
 PATIENCE_SECONDS = 120.0
-# For a look at the cluster, which nothing waits for.
+# For queries of the cluster's state.
 LOOK_SECONDS = 10.0
 # squeue: id, state, number and names of nodes, reason, work directory, comment.
 COLUMNS = "%i|%T|%D|%N|%r|%k"
-# sbatch writes it in the job's comment, squeue gives it back.
+# Written by sbatch into the job's comment, returned by squeue.
 COMMENT = "ibq-scale "
 
-# The commands are installed, but belong to no cluster.
+# For installed commands without a cluster.
 NO_CLUSTER = "establish a configuration source"
 
 
 class NoSlurmError(UserError):
-    """There is no Slurm here."""
+    """Slurm is not available."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job in the queue. `state`: Slurm's own word; `run`: the run directory that `submit` wrote in its comment."""
+    """A job in the queue. `state`: Slurm's word. `run`: the run directory, from the comment by `submit`."""
 
     id: str
     state: str
@@ -43,7 +43,7 @@ class Job:
 
 
 def my_jobs() -> list[Job]:
-    """The user's jobs that are queued or running; none where there is no Slurm. UserError where it does not answer."""
+    """The user's queued or running jobs. Empty without Slurm. UserError without an answer."""
     try:
         listed = _run("squeue", "--me", "--noheader", "--array", f"--format={COLUMNS}")
     except NoSlurmError:
@@ -52,38 +52,38 @@ def my_jobs() -> list[Job]:
 
 
 def submit(script: str, words: Sequence[str], after: str | None) -> str:
-    """Queues a script with its arguments, behind the end of job `after`; returns the job's id. UserError if refused."""
+    """Queues a script with its arguments after the end of job `after`. Returns the job id. UserError if refused."""
     dependency = [f"--dependency=afterany:{after}"] if after is not None else []
-    # Of several clusters, their name follows the id.
+    # With several clusters, the cluster's name follows the id.
     return _run("sbatch", "--parsable", *dependency, script, *words).strip().partition(";")[0]
 
 
 def rehearse(script: str) -> str:
-    """What Slurm says of a script's text without queueing it: when it would start. UserError if it would be refused."""
+    """Slurm's expected start of a script, without queueing it. UserError if Slurm would refuse it."""
     said = _run("sbatch", "--test-only", text=script, both=True)
-    # The number that it names is nobody's.
+    # The job number in it is not real.
     return re.sub(r"(?s).*Job \d+ to start at", "would start at", " ".join(said.split()))
 
 
 def drop(ids: Sequence[str]) -> None:
-    """Removes jobs from the queue; what runs is killed."""
+    """Removes jobs from the queue, and kills running ones."""
     if ids:
         _run("scancel", *ids)
 
 
 def ask_to_save(job: str) -> None:
-    """SIGUSR1 to the job's ranks, not to its batch script, and what comes of it does not go back into the queue."""
+    """Sends SIGUSR1 to the job's ranks, not to its batch script. The job does not return to the queue."""
     _run("scontrol", "update", f"JobId={job}", "Requeue=0")
     _run("scancel", "--signal=USR1", job)
 
 
 def version() -> str:
-    """As ``slurm 22.05.8``. UserError as `my_jobs`, NoSlurmError where there is none."""
+    """Slurm's version, as ``slurm 22.05.8``. UserError as `my_jobs`, NoSlurmError without Slurm."""
     return _run("sbatch", "--version", seconds=LOOK_SECONDS).strip()
 
 
 def controllers() -> list[str]:
-    """Hosts of those that answer. UserError where none does, NoSlurmError without a cluster."""
+    """Hosts of controllers with an answer. UserError if none answers, NoSlurmError without a cluster."""
     said = _run("scontrol", "ping", seconds=LOOK_SECONDS)
     up = re.findall(r"Slurmctld\(\w+\) at (\S+) is UP", said)
     if not up:
@@ -94,13 +94,13 @@ def controllers() -> list[str]:
 
 
 def partitions() -> list[dict[str, str]]:
-    """Those that can be seen, in Slurm's own words: PartitionName, State, MaxTime, DefaultTime… UserError as above."""
+    """The visible partitions in Slurm's words: PartitionName, State, MaxTime, DefaultTime… UserError as above."""
     said = _run("scontrol", "show", "partition", "--oneliner", seconds=LOOK_SECONDS)
     return [dict(re.findall(r"(\w+)=(\S*)", line)) for line in said.splitlines() if "PartitionName=" in line]
 
 
 def settings() -> dict[str, str]:
-    """slurm.conf as the controller has it: JobRequeue, KillWait… UserError as above."""
+    """The controller's slurm.conf: JobRequeue, KillWait… UserError as above."""
     said = _run("scontrol", "show", "config", seconds=LOOK_SECONDS)
     return dict(re.findall(r"^(\w+)\s*= (.*\S)", said, re.MULTILINE))
 

@@ -1,6 +1,6 @@
-"""What a job runs: code and config as they are when it is submitted, in RUN/submitted/NNN, whatever is edited later.
+"""A copy of code and config at submission, in RUN/submitted/NNN. Later edits do not reach the job.
 
-RUN is the run directory, or the folder that another command writes to.
+RUN is the run directory, or the output folder of another command.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from ibq_scale.documents import read_json
 from ibq_scale.errors import UserError
 
 FOLDER = "submitted"
-# Slurm's number of a job, or of a task of an array.
+# The id of a job, or of a task of an array.
 JOB_ID = re.compile(r"\d+(_\d+)?")
 CODE, CONFIG, SCRIPT, RECORD = "code", "config.yaml", "job.sbatch", "submission.json"
-# What a run reads of a checkout; its tests and documents stay.
+# The parts of a checkout for a run. Tests and documents are left out.
 PARTS = ("ibq_scale", "deepspeed_configs", "slurm", "pyproject.toml")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where the running package comes from. `root`: its checkout, None for an installed one, which cannot be edited."""
+    """The origin of the running package. `root`: its checkout. None for an installed package."""
 
     version: str
     root: Path | None = None
@@ -55,7 +55,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """RUN/submitted/NNN. `pythonpath`: what the job imports from, None for an installed package."""
+    """RUN/submitted/NNN. `pythonpath`: the job's import folder, None for an installed package."""
 
     folder: Path
     source: Source
@@ -73,23 +73,23 @@ class Snapshot:
         return None if self.source.root is None else self.folder / CODE
 
     def forget(self) -> None:
-        """Of a submission that came to nothing."""
+        """Removes the snapshot of a failed submission."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def record(self, **values: object) -> None:
-        """What was submitted: `jobs` (ids), and whatever tells a person how it came about."""
+        """Records the submission: `jobs` (ids) and facts for a reader."""
         source = asdict(self.source) | {"root": str(self.source.root) if self.source.root else None}
         (self.folder / RECORD).write_text(json.dumps(values | {"source": source}, indent=1) + "\n", encoding="utf-8")
 
 
 def next_folder(run_dir: Path) -> Path:
-    """Where the next snapshot of this run goes."""
+    """The folder of the next snapshot."""
     taken = [int(p.name) for p in (run_dir / FOLDER).glob("*") if p.name.isdigit()]
     return run_dir / FOLDER / f"{max(taken, default=0) + 1:03d}"
 
 
 def take(folder: Path, config: AnyRun | None) -> Snapshot:
-    """Copies the code and writes the config, if there is one. UserError where that cannot be written."""
+    """Copies the code and writes the config, if any. UserError if that fails."""
     snapshot = Snapshot(folder, Source.here())
     try:
         folder.mkdir(parents=True)
@@ -110,12 +110,12 @@ def take(folder: Path, config: AnyRun | None) -> Snapshot:
 
 
 def submitted_jobs(run_dir: Path) -> list[str]:
-    """Ids of all jobs that were submitted for this run, oldest first."""
+    """Ids of all jobs submitted for this run, oldest first."""
     return [job for chain in _chains(run_dir) for job in chain]
 
 
 def chained_after(run_dir: Path, job: str) -> tuple[str, ...]:
-    """Jobs that were submitted together with this one, to follow it."""
+    """Later jobs of the same chain."""
     return next((chain[chain.index(job) + 1 :] for chain in _chains(run_dir) if job in chain), ())
 
 
@@ -123,14 +123,14 @@ def _chains(run_dir: Path) -> Iterator[tuple[str, ...]]:
     for path in sorted((run_dir / FOLDER).glob(f"*/{RECORD}")):
         try:
             jobs = read_json(path)["jobs"]
-            # They become words of scancel.
+            # The ids become arguments of scancel.
             yield tuple(job for job in jobs if isinstance(job, str) and JOB_ID.fullmatch(job))
         except (OSError, ValueError, KeyError, TypeError):
             continue
 
 
 def _with_own_json(config: AnyRun, folder: Path) -> AnyRun:
-    """DeepSpeed's JSON belongs to the config where it is a file of the user's."""
+    """Copies the user's own DeepSpeed JSON into the snapshot."""
     if not config.deepspeed.config.endswith(".json"):
         return config
     copy = folder / "deepspeed.json"
@@ -145,7 +145,9 @@ def _copy(root: Path, to: Path) -> None:
 
 
 def _files(root: Path) -> list[str]:
-    """Paths below `root`: tracked files as they are now, and new ones that git does not ignore; without git, all."""
+    """Paths below `root`: tracked files in their current state, and untracked files not ignored. Without git, all
+    files.
+    """
     listed = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *PARTS)
     if listed:
         return [name for name in dict.fromkeys(listed.split("\0")) if name and (root / name).is_file()]

@@ -1,4 +1,4 @@
-"""From a config, or a command's words, and a cluster's profile to jobs in the queue."""
+"""Turns a config or a command into jobs in the queue, with the settings of a cluster's profile."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from ibq_scale.errors import UserError
 
 # Between the end of the grace time and Slurm's kill.
 SPARE_SECONDS = 30
-# Commands whose work an array of jobs can share.
+# Commands with work for an array of jobs.
 IN_PARTS = ("tokenize", "sample")
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a job does: slurm/FILE.sbatch with `words`, or with a snapshot's `config`. `folder`: where its snapshots and
-    logs go, None where its output is no folder; `options`: of sbatch, that follow from the work.
+    """The work of a job: slurm/FILE.sbatch with `words`, or with the snapshot's `config`. `folder`: for snapshots and
+    logs, None if the output is no folder. `options`: sbatch options for this work.
     """
 
     file: str
@@ -42,7 +42,7 @@ class Work:
 
 
 def training(config: AnyRun) -> Work:
-    """A run. UserError where Slurm could not write its log."""
+    """A training run. UserError for a log path unfit for Slurm."""
     folder = Path(config.run_dir).absolute()
     _check_percent(f"out={folder}")
     options = {
@@ -55,9 +55,9 @@ def training(config: AnyRun) -> Work:
 
 
 def other_command(name: str, words: Sequence[str], to: str | None, tasks: int | None) -> Work:
-    """``ibq-scale NAME WORDS``, of `tasks` jobs of an array; `to`: its output, in a file system or in a store.
+    """``ibq-scale NAME WORDS`` in `tasks` jobs of an array. `to`: its output, in a file system or in a store.
 
-    UserError for an array of what has no parts, or where Slurm could not write the log.
+    UserError for an array of an indivisible command, or for a log path unfit for Slurm.
     """
     if tasks is not None and name not in IN_PARTS:
         raise UserError(f"--array is for {' and '.join(IN_PARTS)}: {name} takes more nodes")
@@ -76,7 +76,7 @@ def _check_percent(text: str) -> None:
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be submitted, and how. `profile`: with flags on top."""
+    """The work to submit, and its settings. `profile`: with flags on top."""
 
     work: Work
     nodes: int
@@ -85,25 +85,25 @@ class Request:
 
     @property
     def log(self) -> str:
-        """The job's log, for Slurm to fill in its id."""
+        """The path of the job's log, with Slurm's placeholder for the id."""
         return str(self.cwd / str(self.work.options["output"]))
 
 
 def make_request(work: Work, nodes: int, profile: Profile, flags: dict[str, Any], sbatch: list[str]) -> Request:
-    """Flags that are not None win over the profile; lines for sbatch come after its own."""
+    """Flags other than None override the profile. sbatch lines come after the profile's own."""
     given = {key: value for key, value in flags.items() if value is not None}
     merged = profile.model_copy(update=given | {"sbatch": (*profile.sbatch, *sbatch)})
     return Request(work, nodes, merged, Path.cwd())
 
 
 def next_snapshot(request: Request) -> Snapshot | None:
-    """What a submission would take; None for work without a folder, whose job runs the code as it is by then."""
+    """The snapshot of the next submission. None for work without a folder: its job runs the code of its start time."""
     folder = request.work.folder
     return None if folder is None else Snapshot(snapshot.next_folder(folder), Source.here())
 
 
 def render(request: Request, snapped: Snapshot | None) -> Script:
-    """The work's file for this job. What neither flags nor profile say stays as the file has it."""
+    """The work's file for this job. The file's own values stand where flags and profile are silent."""
     profile = request.profile
     script = Script.of(request.work.file).with_options(_options(request))
     script = script.with_options(dict(map(parse_option, profile.sbatch)))
@@ -115,7 +115,7 @@ def render(request: Request, snapped: Snapshot | None) -> Script:
         container.append(f"INSIDE=({' '.join(map(_word, profile.inside))})")
     environment = environment_lines(profile.env)
     if snapped is not None and snapped.pythonpath is not None:
-        # A folder that a job is submitted from may hold another copy, which `python -m` would take.
+        # The submission folder may hold another copy, and `python -m` would import it.
         environment += ["# The code as it was when this was submitted.", python_path_line(str(snapped.pythonpath))]
         environment += environment_lines({"PYTHONSAFEPATH": "1"})
     script = script.with_block("modules", profile.setup).with_block("container", container)
@@ -132,8 +132,8 @@ def words(request: Request, snapped: Snapshot | None) -> list[str]:
 
 
 def submit(request: Request, *, chain: int, cluster: str | None) -> tuple[Snapshot | None, list[str]]:
-    """Takes the snapshot and queues `chain` jobs, each behind the one before. UserError where Slurm refuses the first;
-    of a chain that breaks later, the jobs so far stay.
+    """Takes the snapshot and queues `chain` jobs, each after the one before. UserError if Slurm refuses the first. If a
+    later one fails, the earlier ones stay.
     """
     folder = request.work.folder
     snapped = None if folder is None else snapshot.take(snapshot.next_folder(folder), request.work.config)
@@ -163,7 +163,7 @@ def submit(request: Request, *, chain: int, cluster: str | None) -> tuple[Snapsh
 
 @contextmanager
 def _script_file(script: Script, snapped: Snapshot | None) -> Iterator[Path]:
-    """sbatch takes a copy of its own."""
+    """The script's file. sbatch makes its own copy."""
     with tempfile.TemporaryDirectory() as folder:
         path = snapped.script if snapped is not None else Path(folder) / snapshot.SCRIPT
         path.write_text(script.text, encoding="utf-8")
@@ -201,5 +201,5 @@ def _own_command() -> str:
 
 
 def _word(text: str) -> str:
-    """For an array of the shell; variables are left to it."""
+    """A word of a shell array, with its variables."""
     return double_quoted(text) if re.search(r"[^\w@%+=:,./-]", text) else text

@@ -1,15 +1,17 @@
-"""How a run falls apart over ranks: global batch = micro × accumulation × world size, and groups share a codebook."""
+"""How a run is split over ranks: global batch = micro × accumulation × world size, one codebook per group."""
 
 from __future__ import annotations
 
 import math
 
+from ibq_scale.config.base import OPEN
 from ibq_scale.config.run import TokenizerRun, TrainConfig
 from ibq_scale.errors import UserError
 
 
 def accumulation_steps(train: TrainConfig, world_size: int) -> int:
-    """Micro-batches that each rank adds up before an optimizer step. UserError where the sizes do not divide."""
+    """Micro-batches of a rank per optimizer step. UserError if the sizes do not divide."""
+    assert train.micro_batch != OPEN, "scaling.auto.settle comes first"
     together = train.micro_batch * world_size
     if train.global_batch % together:
         fitting = [m for m in range(train.micro_batch, 0, -1) if train.global_batch % (m * world_size) == 0]
@@ -26,12 +28,11 @@ def accumulation_steps(train: TrainConfig, world_size: int) -> int:
 
 
 def codebook_group_size(run: TokenizerRun, world_size: int) -> int:
-    """Ranks that share one codebook. UserError where they do not divide the world.
+    """Ranks per codebook. UserError if this does not divide the world size.
 
-    0 in the config is all ranks, or the largest number of them that divides the world and the codebook: a run of 16
-    ranks may return on 24 with 262,144 codes, in groups of 8.
+    0 in the config means gcd(world size, codes), so a run of 262,144 codes may move from 16 ranks to 24 (groups of 8).
     """
-    size = run.codebook_group or math.gcd(world_size, run.quantizer.codebook_size)
+    size = max(0, run.codebook_group) or math.gcd(world_size, run.quantizer.codebook_size)
     if world_size % size:
         raise UserError(
             f"codebook_group={size} does not divide the {world_size} ranks: "
@@ -41,7 +42,9 @@ def codebook_group_size(run: TokenizerRun, world_size: int) -> int:
 
 
 def codebook_words(run: TokenizerRun, world_size: int) -> str:
-    """How the codebook lies on the ranks, with the reason where it is not over all of them as the config has it."""
+    """The codebook's layout in words, with the reason for a group smaller than the world."""
     size, codes = codebook_group_size(run, world_size), run.quantizer.codebook_size
-    because = "" if run.codebook_group or size == world_size else f" ({world_size} ranks do not divide {codes:,} codes)"
+    because = (
+        "" if run.codebook_group > 0 or size == world_size else f" ({world_size} ranks do not divide {codes:,} codes)"
+    )
     return f"groups of {size}{because}"

@@ -1,7 +1,7 @@
 """DeepSpeed's JSON, completed from the run: one source for batch sizes, precision and clipping.
 
-DeepSpeed ignores unknown top-level keys and lets its own batch fields disagree with the run's; both are refused
-here (facts of DeepSpeed 0.19.8: gradient_clipping defaults to 1.0, reductions to the model's dtype).
+DeepSpeed 0.19.8 ignores unknown top-level keys, and its batch fields may contradict the run's. Both are refused here.
+Its defaults: gradient_clipping 1.0, reductions in the model's dtype.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ import difflib
 from pathlib import Path
 from typing import Any
 
+from ibq_scale.config.base import AUTO
 from ibq_scale.config.batch import accumulation_steps
 from ibq_scale.config.run import AnyRun, ARRun
 from ibq_scale.documents import read_json
 from ibq_scale.errors import UserError
 
-# Set from the run; in a JSON they could only repeat it or contradict it.
+# Set from the run. In a JSON they could only repeat or contradict it.
 DERIVED = {
     "train_batch_size": "train.global_batch",
     "train_micro_batch_size_per_gpu": "train.micro_batch",
@@ -27,6 +28,7 @@ DERIVED = {
     "scheduler": "schedule",
 }
 STAGES = (0, 1, 2, 3)
+UNSETTLED = "zero1"
 OFFLOADS = ("offload_optimizer", "offload_param")
 ALLOWED = {
     "zero_optimization",
@@ -50,7 +52,11 @@ ALLOWED = {
 
 
 def find_config(name: str) -> Path:
-    """A name in deepspeed_configs/ (beside the package in a checkout, inside it when installed), or a path."""
+    """A name in deepspeed_configs/ (beside the package in a checkout, inside it when installed), or a path.
+
+    ``auto`` is `UNSETTLED` until `scaling.auto` settles it.
+    """
+    name = UNSETTLED if name == AUTO else name
     if name.endswith(".json"):
         path = Path(name)
         if not path.is_file():
@@ -60,11 +66,11 @@ def find_config(name: str) -> Path:
         if (folder / f"{name}.json").is_file():
             return folder / f"{name}.json"
     known = ", ".join(config_names())
-    raise UserError(f"deepspeed.config: no '{name}'; there are {known}, or give the path of a .json file")
+    raise UserError(f"deepspeed.config: no '{name}': take one of {known}, or give the path of a .json file")
 
 
 def config_names() -> list[str]:
-    """What stands in deepspeed_configs/."""
+    """Names of the files in deepspeed_configs/."""
     return sorted({p.stem for folder in _folders() for p in folder.glob("*.json")})
 
 
@@ -74,7 +80,7 @@ def _folders() -> list[Path]:
 
 
 def deepspeed_config(run: AnyRun, world_size: int) -> dict[str, Any]:
-    """What ``deepspeed.initialize(config=…)`` gets. UserError for unknown, derived or unreadable keys."""
+    """The config for ``deepspeed.initialize``. UserError for unknown or derived keys, or an unreadable file."""
     path = find_config(run.deepspeed.config)
     try:
         values = read_json(path)
@@ -96,13 +102,13 @@ def deepspeed_config(run: AnyRun, world_size: int) -> dict[str, Any]:
     if stage not in STAGES:
         raise UserError(f"{path.name}: ZeRO stage {stage!r} does not exist: take one of {STAGES}")
     if stage == 0 and run.train.precision == "bf16":
-        # DeepSpeed 0.19.8 has no fp32 accumulation there, and bf16 sums lose small gradients.
+        # DeepSpeed 0.19.8 accumulates in bf16 there, and bf16 sums lose small gradients.
         raise UserError(
             f"{path.name}: without ZeRO there are no fp32 weights under bf16: take zero1, or train.precision=fp32"
         )
     if stage == 3 and run.model.compile:
         raise UserError(
-            f"{path.name}: ZeRO-3 gathers weights in hooks that torch.compile cannot take: set model.compile=false"
+            f"{path.name}: ZeRO-3 gathers weights in hooks that torch.compile cannot trace: set model.compile=false"
         )
     if stage == 3 and isinstance(run, ARRun) and run.model.fp8:
         raise UserError(
@@ -116,25 +122,25 @@ def deepspeed_config(run: AnyRun, world_size: int) -> dict[str, Any]:
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": run.optimizer.grad_clip,
         "bf16": {"enabled": run.train.precision == "bf16"},
-        # The trainer prints one calm line of its own; DeepSpeed's would come every 10 steps.
+        # The trainer prints its own lines. DeepSpeed's default is one every 10 steps.
         "steps_per_print": 2**62,
     }
 
 
 def offloaded(zero: dict[str, Any], key: str) -> bool:
-    """Whether the `key` of `OFFLOADS` moves states off the GPU."""
+    """Whether `key`, one of `OFFLOADS`, moves states off the GPU."""
     return zero.get(key, {}).get("device", "none") not in ("none", None)
 
 
 def zero_words(stage: int, world_size: int) -> str:
-    """How a network is shared, in words."""
+    """A network's ZeRO stage in words."""
     return "ZeRO off: one rank has nothing to share" if stage == 0 and world_size == 1 else f"ZeRO-{stage}"
 
 
 def unsharded(values: dict[str, Any], run: AnyRun, world_size: int) -> dict[str, Any]:
-    """`values` without ZeRO where one rank has nothing to share: it would only copy gradients and weights.
+    """`values` without ZeRO on a single rank, since ZeRO would only copy gradients and weights there.
 
-    bf16 keeps its stage, since its fp32 weights are ZeRO's; so does offloading, which moves states to the host.
+    bf16 keeps its stage, since ZeRO holds the fp32 weights. Offloading keeps it to move states to the host.
     """
     zero = values.get("zero_optimization", {})
     if world_size > 1 or run.train.precision == "bf16" or any(offloaded(zero, key) for key in OFFLOADS):

@@ -1,4 +1,4 @@
-"""Layers of a config: preset → file → ``key=value``, each key remembering which layer set it last."""
+"""Layers of a config: preset → file → ``key=value``, with the origin of each key's value."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import yaml
 from omegaconf import OmegaConf
@@ -27,26 +27,27 @@ Task = Literal["tokenizer", "ar"]
 PRESETS = Path(__file__).parent / "presets"
 SCHEMAS: dict[str, type[TokenizerRun] | type[ARRun]] = {"tokenizer": TokenizerRun, "ar": ARRun}
 MISSING = "???"
+R = TypeVar("R", bound=AnyRun)
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A validated config and, for each dotted key that a layer set, that layer's name."""
+    """A validated config, and by dotted key the name of the layer with its value (defaults have none)."""
 
     config: AnyRun
     origins: dict[str, str]
 
 
 def preset_names() -> list[str]:
-    """Names as the command line takes them: ``tokenizer/ibq-16384``, ``ar/xl``."""
+    """Names for the command line: ``tokenizer/ibq-16384``, ``ar/xl``."""
     return sorted(f"{p.parent.name}/{p.stem}" for p in PRESETS.glob("*/*.yaml"))
 
 
 def resolve(source: str, overrides: Sequence[str] = (), task: Task | None = None) -> Resolved:
-    """Builds the config of a run from a preset's name or a YAML file and ``key=value`` overrides.
+    """Builds a run's config from a preset's name or a YAML file, and ``key=value`` overrides.
 
-    Raises UserError for an unknown preset, unreadable YAML, a misspelt key (naming the nearest right one),
-    a wrong value, or a config of another task than `task`.
+    With `task`, ``ibq-16384`` is short for ``tokenizer/ibq-16384``. Raises UserError for an unknown preset, unreadable
+    YAML, a misspelt key (naming the nearest right one), a wrong value, or a config of another task than `task`.
     """
     files = _file_layers(source, task)
     kind = _task_of(files, overrides) or task
@@ -66,14 +67,14 @@ def resolve(source: str, overrides: Sequence[str] = (), task: Task | None = None
 
 
 def _task_of(files: Sequence[_File], overrides: Sequence[str]) -> Any:
-    """What the highest layer says."""
+    """`task` of the highest layer with one."""
     said = [layer.values["task"] for layer in files if "task" in layer.values]
     said += [item.partition("=")[2] for item in overrides if item.startswith("task=")]
     return said[-1] if said else None
 
 
 def validate(schema: type[TokenizerRun] | type[ARRun], values: Mapping[str, Any], source: str) -> AnyRun:
-    """Checks plain values against a schema; UserError with one line a fault."""
+    """Checks plain values against a schema. UserError with one line for each fault."""
     for value in _texts(values):
         refuse_credentials(value)
     try:
@@ -83,7 +84,7 @@ def validate(schema: type[TokenizerRun] | type[ARRun], values: Mapping[str, Any]
 
 
 def _at_home(value: Any) -> Any:
-    """Nested values with ``~/`` as the home folder: no shell has expanded it in a file, or after a ``=``."""
+    """Nested values with ``~/`` expanded. A shell expands it neither in a file nor after ``=``."""
     if isinstance(value, str):
         return str(expand_home(value)) if value == "~" or value.startswith("~/") else value
     if isinstance(value, Mapping):
@@ -104,7 +105,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def require_complete(config: AnyRun) -> None:
-    """A preset leaves open what only the user knows; training needs it."""
+    """UserError for keys that a preset leaves to the user, such as `data.train`."""
     missing = [key for key, value in flatten(config.model_dump()).items() if value == MISSING]
     if missing:
         given = " ".join(f"{key}=…" for key in missing)
@@ -112,8 +113,9 @@ def require_complete(config: AnyRun) -> None:
 
 
 def load_resolved(path: Path) -> AnyRun:
-    """Reads a run's own ``config.yaml`` back: complete, so without layers, and without OmegaConf, which takes ten
-    times as long, where nothing is to be interpolated.
+    """Reads a run's own ``config.yaml``. It is complete, so it has no layers.
+
+    OmegaConf takes ten times as long as YAML and is used only for a text with interpolations.
     """
     values = _read_yaml(path, lambda text: _interpolated(text) if "${" in text else parse_yaml(text))
     kind = values.get("task")
@@ -123,7 +125,7 @@ def load_resolved(path: Path) -> AnyRun:
 
 
 def to_yaml(config: BaseModel) -> str:
-    """The config as YAML that `load_resolved` reads back."""
+    """The config as YAML for `load_resolved`."""
     text: str = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     return text
 
@@ -139,8 +141,19 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def with_values(run: R, settings: Mapping[str, Any]) -> R:
+    """The run with some of its dotted keys set anew, all of them one or two deep."""
+    values = run.model_dump()
+    known = flatten(values)
+    for key, value in settings.items():
+        assert key in known, key
+        section, _, name = key.rpartition(".")
+        (values[section] if section else values)[name] = value
+    return cast(R, type(run).model_validate(values))
+
+
 class _File(NamedTuple):
-    """A file's values, and the same as text."""
+    """A file's values, and the same document with every scalar as text."""
 
     label: str
     values: dict[str, Any]
@@ -148,7 +161,7 @@ class _File(NamedTuple):
 
 
 def _file_layers(source: str, task: Task | None, above: tuple[Path, ...] = ()) -> list[_File]:
-    """A file's own layer on top of the preset that it names under `preset`. `above`: the files that led here."""
+    """A file's layer over the preset named in it. `above`: the files that named this one, against circles."""
     path = _find(source, task)
     if path in above:
         raise UserError(f"{path} is its own preset: {' → '.join(map(str, [*above, path]))}")
@@ -161,7 +174,7 @@ def _file_layers(source: str, task: Task | None, above: tuple[Path, ...] = ()) -
 
     values = _read_yaml(path, load)
     base = values.pop("preset", None)
-    label = source if path.is_relative_to(PRESETS) else str(path)
+    label = f"{path.parent.name}/{path.stem}" if path.is_relative_to(PRESETS) else str(path)
     below = _file_layers(str(base), task, (*above, path)) if base is not None else []
     return [*below, _File(label, values, written[0])]
 
@@ -187,19 +200,19 @@ def _interpolated(text: str) -> Any:
 
 
 def load_omegaconf(text: str) -> Any:
-    """OmegaConf's form of a YAML text, nothing of it interpolated yet. DocumentError, yaml.YAMLError."""
+    """OmegaConf's form of a YAML text, before interpolation. DocumentError, yaml.YAMLError."""
     require_modest(text)
     try:
         return OmegaConf.load(io.StringIO(text))
     except (KeyError, AttributeError, TypeError, AssertionError) as e:
-        # Tagged values ("!!bool x") and single ones fail with an error of any type.
+        # Tagged values ("!!bool x") and bare scalars raise errors of many types.
         raise DocumentError(f"no keys and values: {e}") from None
 
 
 @contextmanager
 def without_environment() -> Iterator[None]:
-    """Interpolations cannot read environment variables: a secret would be kept in RUN/config.yaml, and shown."""
-    # Its name since OmegaConf 2.4.
+    """Refuses environment variables in interpolations. A secret would be written to RUN/config.yaml and shown."""
+    # The new name is of OmegaConf 2.4.
     register = getattr(OmegaConf, "register_resolver", OmegaConf.register_new_resolver)
     register("oc.env", _refuse_environment, replace=True)
     try:
@@ -229,7 +242,7 @@ def _overrides(overrides: Sequence[str], schema: type[BaseModel]) -> dict[str, A
         if not equals or not key:
             raise UserError(f"'{item}' is no override: write key=value, for example train.global_batch=64")
         if "${" in item:
-            # RUN/config.yaml would have the text, and resolve it when it is read back.
+            # RUN/config.yaml would keep the text and resolve it when read back.
             raise UserError(f"'{item}': an override has no interpolation: write the value")
         try:
             layer = override(item, schema)
@@ -240,7 +253,7 @@ def _overrides(overrides: Sequence[str], schema: type[BaseModel]) -> dict[str, A
 
 
 def _forget_other_length(merged: dict[str, Any], origins: dict[str, str], layer: Mapping[str, Any]) -> None:
-    """A layer that sets train.steps replaces a lower layer's train.samples, and the other way round."""
+    """train.steps in a layer replaces train.samples of lower layers, and the other way round."""
     above, below = layer.get("train"), merged.get("train")
     if not isinstance(above, Mapping) or not isinstance(below, dict):
         return
@@ -263,7 +276,7 @@ def _leaves(values: Mapping[str, Any]) -> list[str]:
 
 
 def explain(error: Any, schema: type[BaseModel], source: str) -> str:
-    """One of pydantic's errors in a line, with the nearest right key for an unknown one."""
+    """A pydantic error in one line, with the nearest known key for an unknown one."""
     key = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         near = _nearest(key, schema)
@@ -280,14 +293,14 @@ def _nearest(key: str, schema: type[BaseModel]) -> str | None:
     found = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
     if found:
         return found[0]
-    # A right name in the wrong section is the commonest slip: look at last names alone.
+    # The commonest slip is a right name in the wrong section, so compare last parts alone.
     by_name = {k.rpartition(".")[2]: k for k in keys}
     found = difflib.get_close_matches(key.rpartition(".")[2], by_name, n=1, cutoff=0.6)
     return by_name[found[0]] if found else None
 
 
 def schema_keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
-    """Every dotted key that a config of this schema may set."""
+    """All dotted keys of a schema."""
     keys: list[str] = []
     for name, field in schema.model_fields.items():
         section = section_of(field.annotation)

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from ibq_scale.config.base import Section
 
 PositiveInt = Annotated[int, Field(ge=1)]
-# No model has more, and what goes beyond would be built for minutes before it fails.
+# Upper bounds beyond any model. Without them a mistyped size would build for minutes and then fail.
 Layers = Annotated[int, Field(ge=1, le=1024)]
 Side = Annotated[int, Field(ge=1, le=2**17)]
 Rows = Annotated[int, Field(ge=1, le=2**31)]
@@ -19,22 +19,32 @@ Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
 class AutoencoderConfig(Section):
-    """The VQGAN encoder and decoder (128M parameters at the defaults).
+    """The VQGAN encoder and decoder (128M parameters at the defaults)."""
 
-    `activation_checkpointing` computes each block again in the backward pass instead of keeping its activations.
-    `compile` gives each block to torch.compile in training: for GPUs; on CPUs it brings nothing (docs/benchmarks.md).
-    Neither changes what the network is.
-    """
-
-    channels: Side = 128
-    channel_multipliers: Annotated[tuple[Side, ...], Field(min_length=1, max_length=16)] = (1, 1, 2, 2, 4)
-    res_blocks: Layers = 4
-    attention_resolutions: tuple[Side, ...] = (16,)
-    resolution: Side = 256
-    z_channels: Side = 256
-    dropout: Probability = 0.0
-    activation_checkpointing: bool = False
-    compile: bool = False
+    channels: Side = Field(128, description="Width of the first level.")
+    channel_multipliers: Annotated[tuple[Side, ...], Field(min_length=1, max_length=16)] = Field(
+        (1, 1, 2, 2, 4),
+        description="Width of each level as a multiple of `channels`. Each level after the first halves the sides.",
+    )
+    res_blocks: Layers = Field(4, description="Residual blocks in each level of the encoder. The decoder has one more.")
+    attention_resolutions: tuple[Side, ...] = Field(
+        (16,), description="Levels of these sides have self-attention after each block."
+    )
+    resolution: Side = Field(256, description="Side of the training images in pixels.")
+    z_channels: Side = Field(
+        256, description="Channels of the encoder's output, before the 1×1 convolution to `quantizer.dim`."
+    )
+    dropout: Probability = Field(0.0, description="Dropout in the residual blocks.")
+    activation_checkpointing: bool = Field(
+        False,
+        description="Recompute each block in the backward pass instead of keeping its activations. The results "
+        "do not change.",
+    )
+    compile: bool = Field(
+        False,
+        description="Compile each block with torch.compile in training. Meant for GPUs: on CPUs it gains "
+        "nothing (docs/benchmarks.md).",
+    )
 
     @property
     def downsampling(self) -> int:
@@ -47,14 +57,14 @@ class AutoencoderConfig(Section):
         return (self.resolution // self.downsampling) ** 2
 
     def architecture(self) -> AutoencoderConfig:
-        """The same network without a word on how it is computed: what an exported model says of itself."""
+        """The config without settings of the computation, as an exported model stores it."""
         return self.model_copy(update={"activation_checkpointing": False, "compile": False})
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> AutoencoderConfig:
         if self.resolution % self.downsampling:
             raise ValueError(
-                f"resolution {self.resolution} is no multiple of the downsampling {self.downsampling} "
+                f"resolution {self.resolution} is not a multiple of the downsampling {self.downsampling} "
                 f"({len(self.channel_multipliers)} channel_multipliers)"
             )
         widths = [self.channels * m for m in self.channel_multipliers]
@@ -64,49 +74,74 @@ class AutoencoderConfig(Section):
 
 
 class QuantizerConfig(Section):
-    """The quantizer between encoder and decoder.
+    """The quantizer between encoder and decoder."""
 
-    `kind`: ``ibq`` (index backpropagation, arXiv 2412.02692), ``vq`` (VQGAN: nearest code, straight-through),
-    ``simvq`` (frozen basis × one linear layer, arXiv 2411.02038), ``lfq`` (sign bits, arXiv 2310.05737; then
-    codebook_size = 2^dim) or ``fsq`` (rounded numbers, arXiv 2309.15505).
-    `levels`: FSQ only: values that each of the dim numbers has; codebook_size is their product.
-    `beta_on`: the term of the quantization loss that `beta` multiplies: ``codebook`` is what the published
-    models were trained with (mean‖C[i*] − sg(z)‖²), ``commitment`` is the paper's text.
-    `straight_through`, `double_quantization`: the paper's ablations. Without the first, the decoder's gradient ends at
-    the selected codes; without the second, the loss lacks mean‖z_q − z‖².
-    `entropy_scope`: ``global`` takes the batch entropy over the whole global batch, so that neither ranks nor
-    accumulation change the objective (accumulating costs one more pass of the encoder); ``local`` over each rank's
-    micro-batch (what the published code does).
-    `backend`: ``auto`` is Triton on a CUDA device that can hold its tiles, and plain torch elsewhere.
-    `logit_precision`: of the products in training on a CUDA device (sums and softmaxes are fp32 always; CPUs compute
-    products in fp32 always). Triton takes codes and the entropy loss from fp64 scores, whatever it is; plain torch on a
-    GPU takes tf32 for bf16. `search`: of the coarse product of `encode` and of VQ; the answer is exact either way.
-    `tile_bytes`: memory budget of one tile of logits in plain torch, forward and backward; null chooses by device.
-    `revive_after`: VQ only: steps after which an unused code is replaced by a token of the batch; 0 is never.
-    """
-
-    kind: Literal["ibq", "vq", "simvq", "lfq", "fsq"] = "ibq"
-    codebook_size: Rows = 16384
-    dim: Side = 256
-    beta: NonNegativeFloat = 0.25
-    beta_on: Literal["codebook", "commitment"] = "codebook"
-    straight_through: bool = True
-    double_quantization: bool = True
-    entropy_temperature: Annotated[float, Field(gt=0)] = 0.01
-    sample_entropy_weight: NonNegativeFloat = 1.0
-    batch_entropy_weight: NonNegativeFloat = 1.0
-    entropy_scope: Literal["global", "local"] = "global"
-    backend: Literal["auto", "tiled", "triton"] = "auto"
-    logit_precision: Literal["fp32", "tf32", "bf16"] = "bf16"
-    search: Literal["fp32", "bf16"] = "bf16"
-    tile_bytes: PositiveInt | None = None
-    revive_after: Annotated[int, Field(ge=0)] = 0
-    levels: Annotated[tuple[Annotated[int, Field(ge=2, le=2**16)], ...], Field(max_length=64)] = ()
+    kind: Literal["ibq", "vq", "simvq", "lfq", "fsq"] = Field(
+        "ibq",
+        description="`ibq`: index backpropagation (arXiv 2412.02692). `vq`: nearest code, straight-through "
+        "(VQGAN). `simvq`: a frozen basis times one linear layer (arXiv 2411.02038). `lfq`: sign bits (arXiv "
+        "2310.05737), with codebook_size = 2^dim. `fsq`: rounded numbers (arXiv 2309.15505).",
+    )
+    codebook_size: Rows = Field(16384, description="Codes K.")
+    dim: Side = Field(256, description="Dimensions D of a code.")
+    beta: NonNegativeFloat = Field(
+        0.25, description="Factor on one term of the quantization loss, chosen by `beta_on`."
+    )
+    beta_on: Literal["codebook", "commitment"] = Field(
+        "codebook",
+        description="The term that `beta` multiplies. `codebook`: mean‖C[i*] − sg(z)‖², as the published models "
+        "were trained. `commitment`: mean‖sg(C[i*]) − z‖², as the paper writes.",
+    )
+    straight_through: bool = Field(
+        True, description="false: the decoder's gradient ends at the selected codes (an ablation of the paper)."
+    )
+    double_quantization: bool = Field(
+        True, description="false: the loss lacks mean‖z_q − z‖² (an ablation of the paper)."
+    )
+    entropy_temperature: Annotated[float, Field(gt=0)] = Field(
+        0.01, description="Temperature τ of the softmax in the entropy loss."
+    )
+    sample_entropy_weight: NonNegativeFloat = Field(
+        1.0, description="Weight of the mean entropy of a token. This term is minimised."
+    )
+    batch_entropy_weight: NonNegativeFloat = Field(
+        1.0, description="Weight of the entropy of the mean distribution. This term is maximised."
+    )
+    entropy_scope: Literal["global", "local"] = Field(
+        "global",
+        description="`global`: the batch entropy is taken over the global batch. Ranks and accumulation then do "
+        "not change the objective, and accumulation costs one more pass of the encoder. `local`: over each rank's "
+        "micro-batch, as in the published code.",
+    )
+    backend: Literal["auto", "tiled", "triton", "cublas"] = Field(
+        "auto",
+        description="`auto`: Triton on a CUDA device with room for its tiles, cuBLAS products with elementwise Triton "
+        "kernels on other CUDA devices, and plain torch (`tiled`) elsewhere.",
+    )
+    logit_precision: Literal["fp32", "tf32", "bf16"] = Field(
+        "bf16",
+        description="Precision of the products in training on a CUDA device. Sums and softmaxes are always "
+        "fp32, and so are products on a CPU. Triton takes codes and the entropy loss from fp64 scores at any "
+        "setting. Plain torch on a GPU uses tf32 for `bf16`.",
+    )
+    search: Literal["fp32", "bf16"] = Field(
+        "bf16",
+        description="Precision of the coarse product in `encode` and in VQ. The chosen codes are exact either way.",
+    )
+    tile_bytes: PositiveInt | None = Field(
+        None, description="Memory of one tile of logits in plain torch, forward and backward. null: chosen by device."
+    )
+    revive_after: Annotated[int, Field(ge=0)] = Field(
+        0, description="VQ only: replace a code by a token of the batch after so many unused steps. 0: never."
+    )
+    levels: Annotated[tuple[Annotated[int, Field(ge=2, le=2**16)], ...], Field(max_length=64)] = Field(
+        (), description="FSQ only: number of values of each dimension. Their product is `codebook_size`."
+    )
 
     @model_validator(mode="after")
     def _levels_fit(self) -> QuantizerConfig:
         if (self.kind == "fsq") != bool(self.levels):
-            raise ValueError("levels are for kind=fsq, which needs them: for example levels=[8,5,5,5]")
+            raise ValueError("levels are for kind=fsq only, and required there: for example levels=[8,5,5,5]")
         if self.levels and (self.dim, self.codebook_size) != (len(self.levels), math.prod(self.levels)):
             raise ValueError(
                 f"levels {list(self.levels)} make dim={len(self.levels)} and codebook_size={math.prod(self.levels)}, "
@@ -118,19 +153,23 @@ class QuantizerConfig(Section):
     def _kind_fits(self) -> QuantizerConfig:
         if self.kind == "lfq" and (self.dim > 31 or self.codebook_size != 2**self.dim):
             raise ValueError(
-                f"lfq has one code a pattern of bits: codebook_size must be 2^dim = {2 ** min(self.dim, 31)}, "
+                f"lfq has one code per bit pattern: codebook_size must be 2^dim = {2 ** min(self.dim, 31)}, "
                 f"got {self.codebook_size}"
             )
         if self.revive_after and self.kind != "vq":
-            raise ValueError(f"revive_after is for kind=vq, whose unused codes stay where they are; got {self.kind}")
+            raise ValueError(
+                f"revive_after is for kind=vq only, since the unused codes of others move: got {self.kind}"
+            )
         return self
 
 
 class DiscriminatorConfig(Section):
     """PatchGAN discriminator."""
 
-    channels: Side = 64
-    layers: Annotated[int, Field(ge=1, le=16)] = 3
+    channels: Side = Field(
+        64, description="Width of the first convolution. It doubles with each layer, up to eightfold."
+    )
+    layers: Annotated[int, Field(ge=1, le=16)] = Field(3, description="Convolutions of stride 2.")
 
 
 AttentionKind = Literal[
@@ -139,41 +178,52 @@ AttentionKind = Literal[
 
 
 class TransformerConfig(Section):
-    """Class-conditional Llama-like transformer over `tokens` codes in raster order.
+    """Class-conditional Llama-like transformer over `tokens` codes in raster order."""
 
-    `conditioning`: ``adaln`` gives the class to every block as modulations of its norms and residuals, beside the
-    prefix token (the published models); ``prefix`` leaves it to the prefix token alone (LlamaGen, arXiv 2406.06525).
-    `adaln_gain_init` scales the initial residual gains: 1e-3 for the published B and L, 1e-4 for XL, 1e-5 for XXL.
-    `kv_heads`: heads of keys and values, each read by heads / kv_heads of queries; null is as many as `heads`.
-    `qk_norm`: RMSNorm over each head's query and key, before they are rotated.
-    `attention`: ``auto`` is flash-attn 3, 4 or 2 where installed and possible, else ``sdpa``, which is torch's choice;
-    ``sdpa_…`` is one of torch's kernels.
-    `activation_checkpointing`: in training, ``full`` computes each block again in the backward pass; ``selective``
-    keeps what its matrix products and attention gave, and computes only the rest again.
-    `compile` gives each block to torch.compile in training.
-    `fp8`: the blocks' linear layers multiply in fp8 in training (torchao; GPUs of compute capability 8.9 or more); the
-    weights stay in bf16 and fp32.
-    The last four change nothing of what the network is.
-    """
-
-    codebook_size: Rows = 16384
-    classes: Rows = 1000
-    tokens: Rows = 256
-    depth: Layers = 16
-    heads: Side = 16
-    kv_heads: Side | None = None
-    width: Side = 1024
-    conditioning: Literal["adaln", "prefix"] = "adaln"
-    qk_norm: bool = False
-    token_dropout: Probability = 0.1
-    residual_dropout: Probability = 0.1
-    ffn_dropout: Probability = 0.1
-    label_dropout: Probability = 0.1
-    adaln_gain_init: Annotated[float, Field(gt=0)] = 1e-3
-    attention: AttentionKind = "auto"
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    compile: bool = False
-    fp8: bool = False
+    codebook_size: Rows = Field(16384, description="Codes to choose from: the tokenizer's codebook size.")
+    classes: Rows = Field(1000, description="Number of classes. Label `classes` itself means no class.")
+    tokens: Rows = Field(256, description="Codes of an image. Must be a square.")
+    depth: Layers = Field(16, description="Blocks.")
+    heads: Side = Field(16, description="Heads of queries.")
+    kv_heads: Side | None = Field(
+        None,
+        description="Heads of keys and values, each shared by heads / kv_heads query heads. null: as many as `heads`.",
+    )
+    width: Side = Field(1024, description="Width of the residual stream.")
+    conditioning: Literal["adaln", "prefix"] = Field(
+        "adaln",
+        description="`adaln`: the class modulates norms and residuals of every block and is the prefix token "
+        "(the published models). `prefix`: the class is the prefix token only (LlamaGen, arXiv 2406.06525).",
+    )
+    qk_norm: bool = Field(False, description="RMSNorm over each head's query and key, before the rotation.")
+    token_dropout: Probability = Field(0.1, description="Dropout of the embeddings.")
+    residual_dropout: Probability = Field(0.1, description="Dropout of each attention's output.")
+    ffn_dropout: Probability = Field(0.1, description="Dropout of each feed-forward layer's output.")
+    label_dropout: Probability = Field(
+        0.1, description="Probability of replacing a label by no class in training, for classifier-free guidance."
+    )
+    adaln_gain_init: Annotated[float, Field(gt=0)] = Field(
+        1e-3,
+        description="Scale of the initial residual gains of AdaLN. Published: 1e-3 for B and L, 1e-4 for XL, "
+        "1e-5 for XXL.",
+    )
+    attention: AttentionKind = Field(
+        "auto",
+        description="`auto`: flash-attn 3, 4 or 2 where installed and supported, else `sdpa`. `sdpa`: torch's "
+        "own choice. `sdpa_…`: that kernel of torch. The results agree up to rounding.",
+    )
+    activation_checkpointing: Literal["auto", "none", "selective", "full"] = Field(
+        "none",
+        description="`full`: recompute each block in the backward pass. `selective`: keep the outputs of matrix "
+        "products and attention, and recompute the rest. `auto`: the one with the shortest step that fits the GPU's "
+        "memory. The results do not change.",
+    )
+    compile: bool = Field(False, description="Compile each block with torch.compile in training.")
+    fp8: bool = Field(
+        False,
+        description="The blocks' linear layers multiply in fp8 in training (torchao, GPUs of compute capability "
+        "8.9 or more). Weights stay in bf16 and fp32.",
+    )
 
     @property
     def head_dim(self) -> int:
@@ -195,7 +245,7 @@ class TransformerConfig(Section):
         return -(-int(2 * 4 * self.width / 3) // 256) * 256
 
     def architecture(self) -> TransformerConfig:
-        """The same network without a word on how it is computed: what an exported model says of itself."""
+        """The config without settings of the computation, as an exported model stores it."""
         free = {"attention": "auto", "activation_checkpointing": "none", "compile": False, "fp8": False}
         return self.model_copy(update=free)
 

@@ -1,10 +1,9 @@
-"""What a config may say, from the schema itself: Markdown for people, JSON Schema for editors."""
+"""The reference of all config keys, from the schema: Markdown for people, JSON Schema for editors."""
 
 from __future__ import annotations
 
 import inspect
 import json
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,9 +16,10 @@ from ibq_scale.config.text import section_of
 
 HEAD = """# Configuration reference
 
-Every key of a run's config, its type and its default, where no preset says otherwise. This page is made from the
-schema by `ibq-scale config reference`. `ibq-scale config show PRESET [key=value …]` prints what a run would get, and
-which layer said so; `ibq-scale config schema tokenizer` a JSON Schema, with which editors complete and check YAML:
+Every key of a run's config with its type, default and meaning. A preset may set other defaults. `ibq-scale config
+reference` makes this page from the schema. `ibq-scale config show PRESET [key=value …]` prints the config of a run and
+the origin of each value, and with `--describe` each key's meaning. `ibq-scale config schema tokenizer` prints a JSON
+Schema, for completion and checks in an editor:
 
 ```bash
 ibq-scale config schema tokenizer > tokenizer.schema.json
@@ -32,13 +32,12 @@ data: {train: s3://bucket/imagenet}
 ```
 """
 STAGES = {"tokenizer": "Stage 1: `train tokenizer`", "ar": "Stage 2: `train ar`"}
-SAID_OF_KEY = re.compile(r"`(\w+)`")
-OPEN = "(yours to say)"
+OPEN = "(required)"
 RANGES = (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("exclusiveMaximum", "<"))
 
 
 def json_schema(task: str) -> dict[str, Any]:
-    """JSON Schema (draft 2020-12) of a config file: all keys are optional, since a preset may give the others."""
+    """JSON Schema (draft 2020-12) of a config file. All keys are optional, since a preset may set them."""
     schema = SCHEMAS[task].model_json_schema()
     for part in (schema, *schema.get("$defs", {}).values()):
         part.pop("required", None)
@@ -51,7 +50,7 @@ def json_schema(task: str) -> dict[str, Any]:
 
 
 def choices(schema: type[BaseModel], key: str) -> list[str]:
-    """The words that a dotted key may be, where they can be counted: of a Literal, a boolean, deepspeed_configs/."""
+    """The possible values of a dotted key, if it has a list: a Literal, a boolean, deepspeed_configs/."""
     name, _, below = key.partition(".")
     field = schema.model_fields.get(name)
     if field is None:
@@ -62,23 +61,25 @@ def choices(schema: type[BaseModel], key: str) -> list[str]:
     if (schema, name) == (DeepSpeedConfig, "config"):
         return config_names()
     of = schema.model_json_schema()["properties"][name]
-    return ["true", "false"] if of.get("type") == "boolean" else [str(word) for word in of.get("enum", [])]
+    if of.get("type") == "boolean":
+        return ["true", "false"]
+    return [str(word) for option in (of, *of.get("anyOf", ())) for word in option.get("enum", ())]
 
 
 def markdown() -> str:
-    """The whole reference: sections that both stages share first, then each stage's own."""
+    """The whole reference: shared sections first, then each stage's own."""
     stages = {task: dict(_sections(schema)) for task, schema in SCHEMAS.items()}
     first, *others = stages.values()
     shared = [name for name in first if all(other.get(name) == first[name] for other in others)]
     parts = [HEAD, "## Both stages\n", *(_chapter(name, *first[name]) for name in shared)]
     for task, schema in SCHEMAS.items():
-        parts.append(f"## {STAGES[task]}\n\n{_text(RunConfig)}\n{_text(schema)}\n\n{_table(schema, None, '')}")
+        parts.append(f"## {STAGES[task]}\n\n{_text(schema)}\n\n{_table(schema, None, '')}")
         parts += [_chapter(name, *own) for name, own in stages[task].items() if name not in shared]
     return "\n".join(parts)
 
 
 def _sections(schema: type[RunConfig]) -> Iterator[tuple[str, tuple[type[BaseModel], BaseModel | None]]]:
-    """Names of a run's sections, what they are, and the section that a run has by default."""
+    """Each section's name, its class and its default instance."""
     for name, field in schema.model_fields.items():
         section = section_of(field.annotation)
         if section is not None:
@@ -89,30 +90,30 @@ def _chapter(name: str, section: type[BaseModel], default: BaseModel | None) -> 
     return f"### `{name}`\n\n{_text(section)}\n\n{_table(section, default, f'{name}.')}"
 
 
+def descriptions(schema: type[BaseModel], prefix: str = "") -> dict[str, str]:
+    """The meaning of each dotted key."""
+    found: dict[str, str] = {}
+    for name, field in schema.model_fields.items():
+        section = section_of(field.annotation)
+        found |= descriptions(section, f"{prefix}{name}.") if section else {f"{prefix}{name}": field.description or ""}
+    return found
+
+
 def _text(section: type[BaseModel]) -> str:
-    """A docstring in Markdown: ``literals`` become `literals`, and what is said of a key an item of a list."""
-    lines = inspect.cleandoc(section.__doc__ or "").replace("``", "`").splitlines()
-    out: list[str] = []
-    listed = False
-    for line in lines:
-        said_of = SAID_OF_KEY.match(line)
-        begins = said_of is not None and said_of[1] in section.model_fields
-        if begins and not listed and out and out[-1]:
-            out.append("")
-        listed = begins or (listed and bool(line))
-        out.append(f"- {line}" if begins else f"  {line}" if listed else line)
-    return "\n".join(out)
+    """A docstring in Markdown."""
+    return inspect.cleandoc(section.__doc__ or "").replace("``", "`")
 
 
 def _table(section: type[BaseModel], default: BaseModel | None, prefix: str) -> str:
     schema = section.model_json_schema()
     given = {} if default is None else default.model_dump(mode="json")
-    lines = ["| key | type | default |", "|---|---|---|"]
+    lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for name, field in section.model_fields.items():
         if section_of(field.annotation) is not None or name == "task":
             continue
         of = {**schema["properties"][name], **({"default": given[name]} if name in given else {})}
-        lines.append(f"| `{prefix}{name}` | {_type(of).replace('|', chr(92) + '|')} | {_default(of)} |")
+        cells = [f"`{prefix}{name}`", _type(of), _default(of), field.description or ""]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,15 +1,16 @@
 """Config of a run: data, losses, optimizer, schedule, length, parallel layout, logging.
 
-`TokenizerRun` and `ARRun` are what a YAML file describes; the trainer reads nothing else.
+A YAML file describes a `TokenizerRun` or an `ARRun`. The trainer reads no other settings.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
 
-from ibq_scale.config.base import Section
+from ibq_scale import extensions
+from ibq_scale.config.base import AUTO, OPEN, Section, auto_int
 from ibq_scale.config.models import (
     AutoencoderConfig,
     DiscriminatorConfig,
@@ -21,35 +22,52 @@ from ibq_scale.config.models import (
 )
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
+if TYPE_CHECKING:
+    AutoPositive = int
+    AutoNonNegative = int
+else:
+    AutoPositive, AutoNonNegative = auto_int(1), auto_int(0)
 
 
 class DataConfig(Section):
-    """Where samples come from and in which order.
+    """Sources of samples and their order."""
 
-    `train`: a folder or ``s3://bucket/prefix`` that holds a ``manifest.json``, or several: ``[a, b]``.
-    `weights`: shares of the stream that several sources get, by position (rounded to 1/4096); without them the sources
-    are one data set, every sample once an epoch.
-    `cache_dir`: local folder for downloaded shards, of at most `cache_bytes` (workers then hold no S3 client). ``auto``
-    takes one in the temporary folder (SLURM_TMPDIR, TMPDIR) for ``s3://`` sources, none for folders; ``null`` reads
-    each sample by a request of its own.
-    `order`, `lanes`, `window`: version and geometry of the order of samples (see data/order.py). null takes those of
-    the checkpoint that the run goes on from, or else the newest version, and as many lanes and as wide a window as keep
-    the shards in use within half of `cache_bytes`.
-    `augment`: random crop, or centre crop; `flip`: mirror half of the images.
-    `bad_samples`: damaged samples, each replaced by a neighbour and logged, that a run puts up with before it stops.
-    """
-
-    train: str | tuple[str, ...] = "???"
-    weights: tuple[Annotated[float, Field(gt=0)], ...] = ()
-    cache_dir: str | None = "auto"
-    cache_bytes: PositiveInt = 50 * 10**9
-    workers: NonNegativeInt = 4
-    order: Literal[1, 2] | None = None
-    lanes: PositiveInt | None = None
-    window: PositiveInt | None = None
-    augment: Literal["random_crop", "center_crop"] = "random_crop"
-    flip: bool = False
-    bad_samples: NonNegativeInt = 100
+    train: str | tuple[str, ...] = Field(
+        "???", description="A folder or `s3://bucket/prefix` with a `manifest.json`, or several: `[a, b]`."
+    )
+    weights: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (),
+        description="Share of each source in the stream, by position (rounded to 1/4096). Without weights the "
+        "sources form one data set, and every sample occurs once an epoch.",
+    )
+    cache_dir: str | None = Field(
+        "auto",
+        description="Local folder for downloaded shards. Workers then hold no S3 client. `auto`: a folder in "
+        "SLURM_TMPDIR or TMPDIR for `s3://` sources, none for folders. null: one request per sample.",
+    )
+    cache_bytes: PositiveInt = Field(50 * 10**9, description="Largest size of the cache, in bytes.")
+    workers: NonNegativeInt = Field(
+        4, description="Processes that load and decode samples, per rank. 0: the rank itself."
+    )
+    order: Literal[1, 2] | None = Field(
+        None, description="Version of the order of samples (data/order.py). null: the checkpoint's, else the newest."
+    )
+    lanes: PositiveInt | None = Field(
+        None,
+        description="Shuffle: places of the data set that are read side by side. null: the checkpoint's, else as many "
+        "as keep the shards in use within half of `cache_bytes`.",
+    )
+    window: PositiveInt | None = Field(
+        None,
+        description="Shuffle: shards of mean size within which the rows of a lane are shuffled. null: as for `lanes`.",
+    )
+    augment: Literal["random_crop", "center_crop"] = Field(
+        "random_crop", description="Random or centre crop of the training images."
+    )
+    flip: bool = Field(False, description="Mirror half of the images.")
+    bad_samples: NonNegativeInt = Field(
+        100, description="Damaged samples before the run stops. Each one is logged and replaced by a neighbour."
+    )
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -67,85 +85,145 @@ class TokenizerLossConfig(Section):
     """Weights of the tokenizer's loss terms.
 
     Published: 1·L1 + 1·LPIPS(VGG) + 0.1·GAN + 1·quantization + 0.05·entropy.
-    `adversarial`: ``constant`` takes `adversarial_weight` as it is (published); ``adaptive`` multiplies it, for each
-    micro-batch of all ranks, by the ratio of the gradients of L1 + LPIPS and of the GAN at the decoder's last layer
-    (VQGAN).
     """
 
-    l1_weight: NonNegativeFloat = 1.0
-    l2_weight: NonNegativeFloat = 0.0
-    perceptual: Literal["vgg", "alex", "random", "none"] = "vgg"
-    perceptual_weight: NonNegativeFloat = 1.0
-    adversarial: Literal["constant", "adaptive"] = "constant"
-    adversarial_weight: NonNegativeFloat = 0.1
-    adversarial_start: NonNegativeInt = 0
-    quantization_weight: NonNegativeFloat = 1.0
-    entropy_weight: NonNegativeFloat = 0.05
-    lecam_weight: NonNegativeFloat = 0.05
-    lecam_decay: Probability = 0.999
+    l1_weight: NonNegativeFloat = Field(1.0, description="Weight of the mean absolute error of the pixels.")
+    l2_weight: NonNegativeFloat = Field(0.0, description="Weight of the mean squared error of the pixels.")
+    perceptual: Literal["vgg", "alex", "random", "none"] = Field(
+        "vgg", description="Backbone of LPIPS. `random`: seeded random weights, for dry runs."
+    )
+    perceptual_weight: NonNegativeFloat = Field(1.0, description="Weight of LPIPS.")
+    adversarial: Literal["constant", "adaptive"] = Field(
+        "constant",
+        description="`constant`: `adversarial_weight` as it is (published). `adaptive`: times the ratio of two "
+        "gradients at the decoder's last layer, of L1 + LPIPS and of the GAN, for each micro-batch over all ranks "
+        "(VQGAN).",
+    )
+    adversarial_weight: NonNegativeFloat = Field(0.1, description="Weight of the generator's loss.")
+    adversarial_start: NonNegativeInt = Field(
+        0, description="Samples seen before the discriminator trains and its loss counts."
+    )
+    quantization_weight: NonNegativeFloat = Field(1.0, description="Weight of the quantization loss.")
+    entropy_weight: NonNegativeFloat = Field(0.05, description="Weight of the entropy loss.")
+    lecam_weight: NonNegativeFloat = Field(
+        0.05, description="Weight of LeCAM's penalty in the discriminator's loss (arXiv 2104.03310)."
+    )
+    lecam_decay: Probability = Field(0.999, description="Decay of LeCAM's averages of the logits, per step.")
 
 
 class OptimizerConfig(Section):
-    """Adam or AdamW. `weight_decay_end` makes the decay follow a cosine from `weight_decay` to it."""
+    """Adam for the tokenizer, AdamW for the transformer."""
 
-    lr: Annotated[float, Field(gt=0)] = 1e-4
-    betas: tuple[Probability, Probability] = (0.5, 0.9)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: NonNegativeFloat = 0.0
-    weight_decay_end: NonNegativeFloat | None = None
-    grad_clip: NonNegativeFloat = 0.0
+    lr: Annotated[float, Field(gt=0)] = Field(1e-4, description="Learning rate before the schedule's factor.")
+    betas: tuple[Probability, Probability] = Field((0.5, 0.9), description="Decay of Adam's two moments.")
+    eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="Adam's ε.")
+    weight_decay: NonNegativeFloat = Field(
+        0.0, description="AdamW's decay of matrices. Norms, biases and embeddings are not decayed."
+    )
+    weight_decay_end: NonNegativeFloat | None = Field(
+        None, description="The decay follows a cosine from `weight_decay` to this value. null: constant."
+    )
+    grad_clip: NonNegativeFloat = Field(0.0, description="Largest norm of the gradient. 0: no clipping.")
+
+
+SCHEDULES = ("steps", "linear", "wsd", "cosine")
+ScheduleName = Annotated[
+    str,
+    AfterValidator(lambda name: extensions.check_name(extensions.SCHEDULES, name, SCHEDULES)),
+    WithJsonSchema({"anyOf": [{"enum": list(SCHEDULES)}, {"type": "string"}]}),
+]
+DashboardName = Annotated[str, AfterValidator(lambda name: extensions.check_name(extensions.DASHBOARDS, name))]
 
 
 class ScheduleConfig(Section):
-    """Learning rate as a factor of the optimizer's lr, by samples seen (never by epochs of a loader).
+    """The learning rate as a factor on `optimizer.lr`, by samples seen (never by epochs of a loader)."""
 
-    Warm-up from `warmup_factor` over `warmup_samples`, then either ``steps`` (× `decay_factor` at each of
-    `decay_at`) or ``linear`` (constant for `constant_fraction` of the rest, then linearly to `final_factor`).
-    """
-
-    kind: Literal["steps", "linear"] = "steps"
-    warmup_samples: NonNegativeInt = 0
-    warmup_factor: NonNegativeFloat = 0.005
-    decay_at: tuple[PositiveInt, ...] = ()
-    decay_factor: NonNegativeFloat = 0.1
-    constant_fraction: Annotated[float, Field(ge=0, le=1)] = 0.05
-    final_factor: NonNegativeFloat = 0.1
+    kind: ScheduleName = Field(
+        "steps",
+        description="`steps`: times `decay_factor` at each of `decay_at`. `linear`, also called `wsd`: constant for "
+        "`constant_fraction` of the samples after the warm-up, then linear to `final_factor`. `cosine`: half a cosine "
+        "to `final_factor` instead. Other names are extensions (docs/extending.md).",
+    )
+    warmup_samples: NonNegativeInt = Field(0, description="Samples of the linear warm-up.")
+    warmup_factor: NonNegativeFloat = Field(0.005, description="Factor at the start of the warm-up.")
+    decay_at: tuple[PositiveInt, ...] = Field((), description="`steps`: samples after which the rate decays.")
+    decay_factor: NonNegativeFloat = Field(0.1, description="`steps`: factor of each decay.")
+    constant_fraction: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.05, description="`linear`: share of the samples after the warm-up with a constant rate."
+    )
+    final_factor: NonNegativeFloat = Field(0.1, description="`linear`: factor at the end of the run.")
 
 
 class TrainConfig(Section):
-    """Length, batch and rhythm. The gradient accumulation is derived: global / (micro · world size).
+    """Length, batch, checkpoints and guards. Gradient accumulation is derived: global / (micro × world size).
 
-    Give the length as `samples` (images seen) or as `steps` (optimizer steps), not both.
-    `keep_checkpoints`: the newest ones; `keep_every`: those of every so many steps for good, 0 for none; `keep_best`:
-    the one with the lowest value of a logged metric (``l1``; the highest with a minus before it, ``-usage``).
-    `check_hashes`: whether every file of the checkpoint that a run goes on from is read and hashed first.
-    `mirror`: a folder or ``s3://`` prefix of this run's own that checkpoints are copied to in the background, newest
-    first, that keeps by the same rules, and that a run directory without one begins from.
-    `skipped_steps`: steps with a loss or gradient that is not finite, each skipped on all ranks and logged, that any
-    1,000 steps may have before the run stops.
-    `hang_timeout`: seconds without progress after which a run ends itself and names the ranks that did not arrive;
-    below the 30 minutes after which torch ends a collective without such words.
-    `grace`: seconds after a signal (SIGTERM, SIGUSR1, Ctrl-C) by which the run has saved and left; what is not done
-    then is left undone, and the newest whole checkpoint stands. Somewhat less than the cluster waits before it kills
-    (``--signal=USR1@300``; KillWait or a partition's GraceTime for SIGTERM).
+    Give the length as `samples` or as `steps`, not both.
     """
 
-    samples: PositiveInt | None = None
-    steps: PositiveInt | None = None
-    global_batch: PositiveInt = 256
-    micro_batch: PositiveInt = 4
-    precision: Literal["fp32", "bf16"] = "bf16"
-    seed: NonNegativeInt = 0
-    log_every: PositiveInt = 50
-    checkpoint_every: PositiveInt = 5000
-    keep_checkpoints: PositiveInt = 2
-    keep_every: NonNegativeInt = 0
-    keep_best: str | None = None
-    check_hashes: bool = True
-    mirror: str | None = None
-    skipped_steps: NonNegativeInt = 10
-    hang_timeout: Annotated[float, Field(gt=0, lt=1800)] = 1200.0
-    grace: Annotated[float, Field(gt=0)] = 270.0
+    samples: PositiveInt | None = Field(None, description="Length in images seen.")
+    steps: PositiveInt | None = Field(None, description="Length in optimizer steps.")
+    global_batch: PositiveInt = Field(256, description="Images in an optimizer step, over all ranks.")
+    micro_batch: AutoPositive = Field(
+        OPEN,
+        description="Images in one forward pass of a rank. `auto`: the largest number that fits the GPU's memory and "
+        "divides the rank's share of the global batch.",
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        "bf16", description="Precision of weights and activations. `bf16` keeps fp32 master weights."
+    )
+    seed: NonNegativeInt = Field(
+        0, description="Seed of the initial weights, of the order of samples and of all randomness."
+    )
+    log_every: PositiveInt = Field(50, description="Steps between two lines of metrics.jsonl.")
+    checkpoint_every: PositiveInt = Field(5000, description="Steps between two checkpoints.")
+    keep_checkpoints: PositiveInt = Field(2, description="Number of newest checkpoints to keep.")
+    keep_every: NonNegativeInt = Field(
+        0, description="Keep the checkpoints at multiples of this many steps for good. 0: none."
+    )
+    keep_best: str | None = Field(
+        None,
+        description="Keep the checkpoint with the lowest value of this logged metric (`l1`). A leading minus "
+        "means the highest (`-usage`).",
+    )
+    check_hashes: bool = Field(True, description="Read and hash every file of the checkpoint before resuming from it.")
+    mirror: str | None = Field(
+        None,
+        description="A folder or `s3://` prefix of this run alone. Checkpoints are copied there in the "
+        "background, newest first, and kept by the same rules. A run directory without a checkpoint resumes from "
+        "it.",
+    )
+    skipped_steps: NonNegativeInt = Field(
+        10,
+        description="Skipped steps within any 1,000 before the run stops. A step with a loss or gradient that "
+        "is not finite is skipped on all ranks and logged.",
+    )
+    hang_timeout: Annotated[float, Field(gt=0, lt=1800)] = Field(
+        1200.0,
+        description="Seconds without progress before the run ends itself and names the missing ranks. Must be "
+        "less than torch's 30 minutes for a collective, since its error names no rank.",
+    )
+    grace: Annotated[float, Field(gt=0)] = Field(
+        270.0,
+        description="Seconds from a signal (SIGTERM, SIGUSR1, Ctrl-C) to the exit. The run saves a checkpoint "
+        "within them. If the save is not done by then, the run exits with the newest whole checkpoint. Choose "
+        "somewhat less than the cluster's delay before it kills (`--signal=USR1@300`, KillWait or a partition's "
+        "GraceTime).",
+    )
+    deterministic: bool = Field(
+        False,
+        description="A GPU adds in the same order each time: the same ranks give the same bits. Slower, and an error "
+        "for an operator without such a kernel. CPUs always do.",
+    )
+    profile: tuple[PositiveInt, PositiveInt] | None = Field(
+        None, description="First and last step of a torch trace in RUN/profile, with a snapshot of the GPU's memory."
+    )
+    profile_ranks: tuple[NonNegativeInt, ...] = Field((0,), description="Ranks that `profile` traces.")
+
+    @model_validator(mode="after")
+    def _steps_in_order(self) -> TrainConfig:
+        if self.profile is not None and self.profile[0] > self.profile[1]:
+            raise ValueError(f"profile: the first step ({self.profile[0]}) comes after the last ({self.profile[1]})")
+        return self
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:
@@ -169,46 +247,53 @@ class TrainConfig(Section):
 
 
 class DeepSpeedConfig(Section):
-    """`config`: a name in deepspeed_configs/ (``zero2``) or a path to a JSON file; `overrides` go on top.
-    One rank in fp32 runs without ZeRO, since there is nothing to share, unless states are offloaded.
+    """DeepSpeed's own JSON. Batch sizes, precision, clipping and optimizer follow from the run and are refused here.
 
-    Batch sizes, precision, clipping and optimizer are derived from the run and may not stand in either.
+    One rank in fp32 without offloading runs without ZeRO, since there is nothing to share.
     """
 
-    config: str = "zero1"
-    overrides: dict[str, Any] = Field(default_factory=dict)
+    config: str = Field(
+        AUTO,
+        description="A name in deepspeed_configs/ (`zero2`) or a path to a JSON file. `auto`: the ZeRO stage with the "
+        "shortest step that fits the GPU's memory.",
+    )
+    overrides: dict[str, Any] = Field(default_factory=dict, description="Values merged over the file's.")
 
 
 class WandbConfig(Section):
-    """Weights & Biases beside metrics.jsonl. ``offline`` writes RUN/wandb, which ``wandb sync`` sends later, and so
-    does ``online`` where there is no network at the start. A resumed run goes on under the same id.
+    """Weights & Biases, in addition to metrics.jsonl. A resumed run continues under the same id."""
 
-    `group`: what runs are gathered by.
-    """
-
-    mode: Literal["off", "offline", "online"] = "off"
-    project: str = "ibq-scale"
-    entity: str | None = None
-    group: str | None = None
+    mode: Literal["off", "offline", "online"] = Field(
+        "off",
+        description="`offline`: write RUN/wandb for a later `wandb sync`. `online` falls back to it without a "
+        "network at the start.",
+    )
+    project: str = Field("ibq-scale", description="W&B project.")
+    entity: str | None = Field(None, description="W&B user or team. null: the account's default.")
+    group: str | None = Field(None, description="Group of the run in W&B.")
 
 
 class RunConfig(Section):
-    """What both stages share. `out` is the run directory.
+    """Keys of both stages."""
 
-    `tensorboard`: whether its events are written to RUN/tensorboard too.
-    `init`: a model of the same sizes (an import, an export, a checkpoint, a run) whose weights a new run starts from.
-    """
-
-    name: str
-    out: str | None = None
-    init: str | None = None
+    name: str = Field(description="Name of the run.")
+    out: str | None = Field(None, description="The run directory. null: runs/NAME.")
+    init: str | None = Field(
+        None,
+        description="A model of the same sizes (import, export, checkpoint or run). A new run starts from its weights.",
+    )
     data: DataConfig = DataConfig()
     train: TrainConfig
     schedule: ScheduleConfig = ScheduleConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     wandb: WandbConfig = WandbConfig()
-    tensorboard: bool = False
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    tensorboard: bool = Field(False, description="Write TensorBoard events to RUN/tensorboard too.")
+    dashboards: tuple[DashboardName, ...] = Field(
+        (), description="Other dashboards, by entry point or `module:class` (docs/extending.md)."
+    )
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="Decay of the moving average of the weights, per step. 0: no average."
+    )
 
     @property
     def run_dir(self) -> str:
@@ -216,41 +301,42 @@ class RunConfig(Section):
 
 
 class ValidationConfig(Section):
-    """Measures on samples that training does not see, of the averaged weights (the live ones without an average).
+    """Metrics on samples outside the training set, of the averaged weights (the live ones without an average)."""
 
-    `data`: prepared images for a tokenizer, code shards for a transformer; null for none. `every`: steps from one to
-    the next, and at the end. `samples`: how many, the same ones each time.
-    """
-
-    data: str | None = None
-    every: PositiveInt = 1000
-    samples: PositiveInt = 5000
+    data: str | None = Field(
+        None, description="Prepared images for a tokenizer, code shards for a transformer. null: no validation."
+    )
+    every: PositiveInt = Field(1000, description="Steps between two validations. The last step always validates.")
+    samples: PositiveInt = Field(5000, description="Number of samples, the same ones each time.")
 
 
 class TokenizerValidationConfig(ValidationConfig):
-    """PSNR, SSIM, usage and perplexity of centre crops, and `metrics` that need weights: null takes those of LPIPS
-    (VGG) and rFID whose files are cached on every node at the start; one that is named and absent ends the start.
-    """
+    """PSNR, SSIM, usage and perplexity of centre crops, and `metrics`."""
 
-    metrics: tuple[Literal["lpips", "lpips_alex", "rfid"], ...] | None = None
+    metrics: tuple[Literal["lpips", "lpips_alex", "rfid"], ...] | None = Field(
+        None,
+        description="Metrics with weights of their own. null: LPIPS (VGG) and rFID where their files are cached "
+        "on every node at the start. A named metric without its file is an error at the start.",
+    )
 
 
 class ARValidationConfig(ValidationConfig):
-    """The mean loss, and where the run knows its tokenizer a grid of samples: the same places and numbers each time.
+    """The mean loss, and a grid of samples if the run knows its tokenizer.
 
-    `images`: how many, of evenly spaced classes; 0 for none. `guidance`, `temperature`: null takes what was published
-    for the model's size, else 1.
+    The grid has the same classes and random numbers each time.
     """
 
-    images: NonNegativeInt = 16
-    guidance: Annotated[float, Field(gt=0)] | None = None
-    temperature: Annotated[float, Field(gt=0)] | None = None
+    images: NonNegativeInt = Field(16, description="Images in the grid, of evenly spaced classes. 0: none.")
+    guidance: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Guidance of the samples. null: the published value for the model's size, else 1."
+    )
+    temperature: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Temperature of the samples. null: the published value for the model's size, else 1."
+    )
 
 
 class TokenizerRun(RunConfig):
-    """Stage 1: the image tokenizer. `codebook_group`: ranks that share one codebook; 0 for all of them, or for as many
-    as divide the codebook.
-    """
+    """Stage 1: the image tokenizer."""
 
     task: Literal["tokenizer"] = "tokenizer"
     model: AutoencoderConfig = AutoencoderConfig()
@@ -259,21 +345,27 @@ class TokenizerRun(RunConfig):
     loss: TokenizerLossConfig = TokenizerLossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     validation: TokenizerValidationConfig = TokenizerValidationConfig()
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    codebook_group: NonNegativeInt = 0
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.999, description="Decay of the moving average of the weights, per step. 0: no average."
+    )
+    codebook_group: AutoNonNegative = Field(
+        OPEN,
+        description="Ranks that share one codebook. 0: all ranks, or as many as divide the codebook. `auto`: the "
+        "number with the shortest exchange.",
+    )
 
 
 class ARRun(RunConfig):
-    """Stage 2: the class-conditional transformer on code shards.
-
-    `tokenizer`: a tokenizer checkpoint or export whose hash the code shards must carry, and which decodes the samples
-    of a validation; ``null`` takes the codes' own word.
-    """
+    """Stage 2: the class-conditional transformer on code shards."""
 
     task: Literal["ar"] = "ar"
     model: TransformerConfig = TransformerConfig()
     optimizer: OptimizerConfig = OptimizerConfig(lr=3e-4, betas=(0.9, 0.95), weight_decay=0.05, grad_clip=1.0)
-    tokenizer: str | None = None
+    tokenizer: str | None = Field(
+        None,
+        description="A tokenizer checkpoint or export. The code shards must carry its hash, and it decodes the "
+        "samples of a validation. null: no check and no samples.",
+    )
     validation: ARValidationConfig = ARValidationConfig()
 
 

@@ -1,5 +1,6 @@
-"""Secrets stay in the environment and in the files that AWS's, W&B's and Hugging Face's own tools read: what is written
-into configs, batch scripts, run directories and reports is for others to see. No message here repeats one.
+"""Keeps secrets out of configs, batch scripts, run directories and reports, since others can read them.
+
+Secrets belong in the environment or in the files of the AWS, W&B and Hugging Face tools. No message here repeats one.
 """
 
 from __future__ import annotations
@@ -13,39 +14,39 @@ from urllib.parse import urlsplit
 from ibq_scale.errors import UserError
 from ibq_scale.names import expand_home
 
-# WANDB_API_KEY, HF_TOKEN, AWS_SECRET_ACCESS_KEY, DB_PASSWORD …, and MYPASS, APIKEY; not BYPASS, not PKEY.
+# Matches WANDB_API_KEY, HF_TOKEN, AWS_SECRET_ACCESS_KEY, DB_PASSWORD, MYPASS, APIKEY. Not BYPASS, not PKEY.
 SECRET_NAME = re.compile(
     r"(?:^|_)(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASS|CREDENTIALS?)(?:_|$)"
     r"|(?:API_?KEY|ACCESS_?KEY|SECRET|TOKEN|PASSWORD|PASSWD|PASSPHRASE|(?<!BY)PASS)$",
     re.IGNORECASE,
 )
-# Of one of several, as in export=ALL,NAME=value, too.
+# Also inside a list, as in export=ALL,NAME=value.
 ASSIGNMENT = re.compile(r"\b([A-Za-z_][A-Za-z0-9_]*)=([\"']?)([^\s\"';,]+)")
 BEARER = re.compile(r"\bBearer\s+([\"']?)([^\s\"']+)", re.IGNORECASE)
 
 
 def is_secret(variable: str, value: str) -> bool:
-    """Whether this looks like a secret in plain words; ``$NAME`` and ``$(cat file)`` are none."""
+    """Whether this looks like a secret in plain text. ``$NAME`` and ``$(cat file)`` do not."""
     return bool(SECRET_NAME.search(variable)) and bool(value) and not value.lstrip("\"'").startswith(("$", "`"))
 
 
 def refuse_secrets(variables: Mapping[str, str], lines: tuple[str, ...], where: str) -> None:
-    """UserError where one of `variables`, or a shell line that sets one, holds a secret."""
+    """UserError if one of `variables`, or an assignment in a shell line, holds a secret."""
     set_by_lines = [(found[1], found[3]) for line in lines for found in ASSIGNMENT.finditer(line)]
     set_by_lines += [("Authorization_token", found[2]) for line in lines for found in BEARER.finditer(line)]
     for name, value in [*variables.items(), *set_by_lines]:
         if is_secret(name, value):
             raise UserError(
-                f"{where}: {name} is a secret, and batch scripts are kept in the run directory for all to read. Export "
-                f"it in the shell that submits (Slurm takes the environment along), or read it there: {name}=$(cat …)"
+                f"{where}: {name} is a secret, and batch scripts are kept in the run directory, where others can read "
+                f"them. Export it in the submitting shell (Slurm passes it on), or read it in the job: {name}=$(cat …)"
             )
 
 
 def refuse_credentials(url: str) -> None:
-    """UserError where an address holds a user or a password."""
+    """UserError if an address holds a user or a password."""
     scheme, separator, rest = url.partition("://")
     head = rest.partition("/")[0]
-    # A key may have a slash itself.
+    # A secret key may contain a slash.
     if separator and ("@" in head or (":" in head and "@" in rest)):
         raise UserError(
             f"{scheme}://…@{rest.rpartition('@')[2]}: an address holds no credentials, since it is written into "
@@ -60,16 +61,16 @@ def without_credentials(url: str) -> str:
 
 
 def wandb_host() -> str:
-    """Of the W&B server: WANDB_BASE_URL's, or the public one."""
+    """Host of the W&B server: from WANDB_BASE_URL, or the public one."""
     return urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
 
 
 def has_wandb_login(host: str) -> bool:
-    """Whether W&B finds a key for this host: in WANDB_API_KEY, or where 'wandb login' keeps it."""
+    """Whether W&B finds a key for this host, in WANDB_API_KEY or in the netrc file of 'wandb login'."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
-        # An entry for every host (`default`) counts too, as it does for W&B.
+        # As for W&B, an entry for every host (`default`) counts too.
         return netrc.netrc(expand_home(os.environ.get("NETRC", "~/.netrc"))).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError, UserError):
         return False

@@ -1,6 +1,6 @@
-"""Text as it was typed: where the schema wants text, YAML does not decide that it is a number, a date or a truth.
+"""Text fields keep the text as typed. YAML alone would make a number, a date or a boolean of it.
 
-``wandb.mode=off``, ``name=20241201`` and ``out=/runs/lr #2`` are what they say.
+Examples: ``wandb.mode=off``, ``name=20241201``, ``out=/runs/lr #2``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NULL = ("", "~", "null")
 
 
 def as_typed(values: Mapping[str, Any], written: Any, schema: type[BaseModel]) -> dict[str, Any]:
-    """YAML's values with text fields as they were written. `written`: the same document, all of it text."""
+    """YAML's values with text fields as written. `written`: the same document with every scalar as text."""
     out = dict(values)
     said = written if isinstance(written, Mapping) else {}
     for key, value in values.items():
@@ -38,12 +38,12 @@ def as_typed(values: Mapping[str, Any], written: Any, schema: type[BaseModel]) -
 
 
 def as_written(text: str) -> Any:
-    """A YAML document with every scalar as text. DocumentError where it is damaged."""
+    """A YAML document with every scalar as text. DocumentError if it is damaged."""
     return parse_yaml(text, texts=True)
 
 
 def override(item: str, schema: type[BaseModel]) -> dict[str, Any]:
-    """The nested values of ``key=value``. OmegaConf's and YAML's errors for what has no meaning."""
+    """The nested values of ``key=value``. OmegaConf's and YAML's errors for text without a meaning."""
     key, _, text = item.partition("=")
     annotation = _annotation(schema, key.split("."))
     if annotation is None or not _is_text(annotation, text):
@@ -61,7 +61,7 @@ def override(item: str, schema: type[BaseModel]) -> dict[str, Any]:
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field of this type holds, None where it holds a value."""
+    """The section class in a field's type, None for a plain value."""
     for candidate in (annotation, *get_args(annotation)):
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate
@@ -83,13 +83,13 @@ def _is_quoted(text: str) -> bool:
 
 
 def _is_text(annotation: Any, text: str) -> bool:
-    """Whether a field takes this text as it is: text alone, or one of the words that it may have."""
+    """Whether a field takes this text as it is: the field is text, or the text is one of its literals."""
     leaves = _leaves(annotation)
     return text in leaves or all(leaf in (str, NoneType) or isinstance(leaf, str) for leaf in leaves)
 
 
 def _leaves(annotation: Any) -> tuple[Any, ...]:
-    """The types that a value may have, at any depth; of a Literal its values."""
+    """The possible types of a value, at any depth. For a Literal its values."""
     if annotation in (str, NoneType, None):
         return (annotation or NoneType,)
     origin, inner = get_origin(annotation), get_args(annotation)
@@ -99,7 +99,7 @@ def _leaves(annotation: Any) -> tuple[Any, ...]:
         return (annotation,)
     if origin is dict:
         return (dict,)
-    # Of Annotated, the type is the first.
+    # Annotated's first argument is the type.
     inner = inner[:1] if hasattr(annotation, "__metadata__") else inner
     return tuple(leaf for candidate in inner if candidate is not Ellipsis for leaf in _leaves(candidate))
 
@@ -109,7 +109,7 @@ def _holds_several(annotation: Any) -> bool:
 
 
 def _annotation(schema: type[BaseModel], parts: Sequence[str]) -> Any:
-    """The type of a dotted key's field; None where it has none of its own."""
+    """The type of a dotted key's field. None for an unknown key or a section."""
     field = schema.model_fields.get(parts[0])
     if field is None:
         return None

@@ -6,6 +6,8 @@ import sys
 import time
 from typing import TextIO
 
+from ibq_scale.console import duration
+
 TERMINAL_SECONDS, LOG_SECONDS = 0.2, 30.0
 
 
@@ -39,7 +41,7 @@ class Progress:
         share = min((self._worked + self._skipped) / self._total, 1.0)
         text = f"{self._what}: {self._images:,} images, {self._images / seconds:,.0f}/s, {share:.0%}"
         if self._worked and share < 1.0:
-            text += f", {_duration((self._total - self._worked - self._skipped) * seconds / self._worked)} left"
+            text += f", {duration((self._total - self._worked - self._skipped) * seconds / self._worked)} left"
         # Clears what a longer line left behind.
         print(
             f"\r{text}\x1b[K" if self._terminal else text,
@@ -47,11 +49,3 @@ class Progress:
             file=self._out,
             flush=True,
         )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 90 * 60:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"

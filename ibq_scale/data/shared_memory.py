@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ibq_scale.console import gigabytes
 from ibq_scale.errors import UserError
 
 FOLDER = Path("/dev/shm")
@@ -36,8 +37,8 @@ def require_room(batch_bytes: int, batches: int) -> None:
         return
     if (free := there.f_bavail * there.f_frsize) < wanted:
         raise UserError(
-            f"{FOLDER} has {free / 2**20:,.0f} MiB free, and the batches of {ranks} ranks' data workers take "
-            f"{wanted / 2**20:,.0f} MiB: enlarge it (docker --shm-size=16g), or set data.workers=0"
+            f"{FOLDER} has {gigabytes(free)} free, and the batches of {ranks} ranks' data workers take "
+            f"{gigabytes(wanted)}: enlarge it (docker --shm-size=16g), or set data.workers=0"
         )
 
 

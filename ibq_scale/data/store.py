@@ -25,6 +25,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from ibq_scale import extensions
 from ibq_scale.config.secrets import refuse_credentials
 from ibq_scale.data.folder import DOWNLOAD_CHUNK, LocalStore, Store, Unfinished, over, require_fit, too_short
 from ibq_scale.data.multipart import Content, parallel, send_parts
@@ -320,6 +321,7 @@ def _content(size: int, cut: Callable[[int, int], bytes]) -> Content:
 def open_store(url: str, *, links: bool = False) -> Store:
     """The store at a plain path, ``file://`` path or ``s3://bucket/prefix``. Nothing is read yet.
 
+    Other schemes are entry points (docs/extending.md). They are never import paths, since a URL may come from others.
     `links`: whether files of a local folder may be links out of it.
     """
     refuse_credentials(url)
@@ -327,5 +329,8 @@ def open_store(url: str, *, links: bool = False) -> Store:
         return S3Store(url)
     scheme, separator, rest = url.partition("://")
     if separator and scheme != "file":
+        if scheme.isidentifier() and extensions.installed(extensions.STORAGES, scheme):
+            store: Store = extensions.load(extensions.STORAGES, scheme)(url)
+            return store
         raise UserError(f"'{url}': unknown scheme '{scheme}': write a path, file:// or s3://bucket/prefix")
     return LocalStore(expand_home(rest if separator else url), links=links)

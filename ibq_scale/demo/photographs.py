@@ -1,4 +1,4 @@
-"""Photographs for the demo: crops of those that scikit-image and scikit-learn ship inside their wheels."""
+"""Photographs for the demo: crops from pictures inside the wheels of scikit-image and scikit-learn."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 
 from ibq_scale.errors import UserError
 
-# Crops keep most of their picture, so that a class looks like one thing and not like patches of many.
+# A crop keeps most of its picture, so a class looks like one object.
 LEAST_SIDE = 0.55
 CROP_PIXELS = 96
 
@@ -36,9 +36,9 @@ PHOTOGRAPHS = {
 
 
 def write_crops(folder: Path, per_photograph: int, seed: int = 0) -> int:
-    """Writes an ImageFolder of square JPEG crops, a class a photograph; the same bytes for the same seed.
+    """Writes an ImageFolder of square JPEG crops, one class per photograph. Equal seeds give equal bytes.
 
-    Returns how many. UserError where the packages that carry the photographs are not installed.
+    Returns their number. UserError without the packages of the photographs.
     """
     for label, (name, photograph) in enumerate(PHOTOGRAPHS.items()):
         target = folder / name
@@ -56,12 +56,11 @@ def write_crops(folder: Path, per_photograph: int, seed: int = 0) -> int:
 
 
 def open_photograph(photograph: Photograph) -> Image.Image:
-    """The photograph, RGB. UserError where the package that carries it is not installed."""
+    """The photograph, RGB. UserError without its package."""
     try:
         with (files(photograph.package) / photograph.path).open("rb") as f:
             return Image.open(f).convert("RGB")
     except (ModuleNotFoundError, FileNotFoundError):
         raise UserError(
-            f"the demo's photographs are in {photograph.package}, which is not installed (or without them): "
-            f"pip install 'ibq-scale[demo]'"
+            f"the demo needs the photographs in {photograph.package}: pip install 'ibq-scale[demo]'"
         ) from None

@@ -1,4 +1,4 @@
-"""What a demo is: how much it does, where it puts things, and what its stages have left."""
+"""The demo's amounts of work, its paths, and the results of its stages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ IMAGES, HELD_OUT, CODES = (f"s3://{BUCKET}/{name}" for name in ("photographs", "
 
 @dataclass(frozen=True)
 class Plan:
-    """How much the demo does. The defaults take minutes on two CPU cores. Crops are numbers a photograph."""
+    """The demo's amounts of work. The defaults take minutes on two CPU cores. Crops are counted per photograph."""
 
     crops: int = 80
     held_out_crops: int = 20
@@ -26,7 +26,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Stage:
-    """A command as it was run, and how long it took."""
+    """A command and its duration."""
 
     name: str
     command: str
@@ -35,7 +35,7 @@ class Stage:
 
 @dataclass
 class Demo:
-    """What the stages leave for the report."""
+    """Results of the stages, for the report."""
 
     to: Path
     plan: Plan
@@ -43,7 +43,7 @@ class Demo:
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def crops_dir(self, name: str) -> Path:
-        """``photographs``, which training sees, or ``held-out``."""
+        """``photographs`` for training, or ``held-out``."""
         return self.to / name
 
     def run_dir(self, name: str) -> Path:

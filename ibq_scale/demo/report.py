@@ -15,7 +15,7 @@ from ibq_scale.data.manifest import load_manifest
 from ibq_scale.data.stream import evaluation_images, to_float
 from ibq_scale.demo.photographs import PHOTOGRAPHS
 from ibq_scale.demo.plan import HELD_OUT, IMAGES, Demo
-from ibq_scale.generate.names import SAMPLES
+from ibq_scale.outputs import SAMPLES
 from ibq_scale.pictures import image_grid, to_png, to_uint8
 from ibq_scale.pretrained.loading import load_tokenizer
 from ibq_scale.report.page import Bars, Gallery, Picture, Section, Table, Tiles, write
@@ -23,12 +23,12 @@ from ibq_scale.report.runs import RunLog, curves, environments, load_run
 
 TOKENIZER_CURVES = ("loss", "l1", "quantization", "entropy", "lr", "samples_per_s")
 AR_CURVES = ("loss", "grad_norm", "lr", "samples_per_s")
-# Side of the small copies that decide which photograph a sample looks like most.
+# Side of the thumbnails for the nearest photograph of a sample.
 THUMBNAIL = 8
 
 
 def write_demo_report(demo: Demo) -> dict[str, Any]:
-    """Writes both files; returns the content of ``report.json``."""
+    """Writes both files. Returns the content of ``report.json``."""
     ibq, vq, ar = (load_run(demo.run_dir(key), name) for key, name in (("ibq", "IBQ"), ("vq", "VQ"), ("ar", "AR")))
     resolution = int(ibq.config["model"]["resolution"])
     photographs, held_out = _Photographs(IMAGES, resolution), _Photographs(HELD_OUT, resolution)
@@ -116,7 +116,7 @@ def _percent(share: float) -> str:
 
 
 def _psnr_in_words(facts: dict[str, Any]) -> str:
-    """The two PSNR, and where VQ is ahead that so short a training does not tell which quantizer is better."""
+    """The two PSNR. If VQ is ahead, a note: so short a training does not rank the quantizers."""
     ahead = facts["psnr"] - facts["psnr_vq"]
     both = f"PSNR is {facts['psnr']:.1f} dB with IBQ and {facts['psnr_vq']:.1f} dB with VQ"
     if ahead >= 0:
@@ -167,7 +167,7 @@ def _sample_gallery(photographs: _Photographs, images_u8: Tensor, labels: Tensor
 
 
 class _Photographs:
-    """One data set's images, centre-cropped, as they are in the bucket: uint8 (N, 3, H, W) and labels (N,)."""
+    """One data set's images from the bucket, centre-cropped: uint8 (N, 3, H, W) and labels (N,)."""
 
     def __init__(self, url: str, resolution: int) -> None:
         self.classes = load_manifest(url, "images").classes
@@ -182,7 +182,7 @@ class _Photographs:
         return self.images_u8[first]
 
     def recognised(self, images_u8: Tensor, labels: Tensor) -> float:
-        """Share (0 to 1) of images whose nearest photograph, compared as tiny thumbnails, is of their class."""
+        """Share (0 to 1) of images with a nearest photograph, by tiny thumbnails, of their own class."""
         distances = torch.cdist(_thumbnails(images_u8), _thumbnails(self.images_u8))
         return float((self.labels[distances.argmin(dim=1)] == labels).double().mean())
 

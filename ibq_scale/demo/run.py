@@ -1,4 +1,4 @@
-"""The demo's stages, each the very command that a user would type, one after the other."""
+"""The demo's stages, one after the other, by ordinary commands."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ MARKER = ".ibq-scale-demo"
 
 
 class StageFailedError(RuntimeError):
-    """One of the demo's commands did not succeed; what it printed stands above."""
+    """A failed command of the demo. Its output stands above."""
 
 
 def run_demo(to: Path, plan: Plan) -> dict[str, Any]:
-    """Runs every stage and writes ``report.html`` and ``report.json`` into `to`; returns the latter's content.
+    """Runs every stage and writes ``report.html`` and ``report.json`` into `to`. Returns the content of the latter.
 
-    An earlier demo in `to` is replaced. UserError where `to` holds something else.
+    An earlier demo in `to` is replaced. UserError if `to` holds anything else.
     """
     _clear(to)
     demo = Demo(to, plan)
@@ -66,17 +66,12 @@ def _run_stages(demo: Demo) -> None:
         write_crops(held_out, plan.held_out_crops, seed=1)
     for name, folder, url in (("prepare", crops, IMAGES), ("prepare the held-out crops", held_out, HELD_OUT)):
         step(name, "prepare", "images", str(folder), "--to", url, "--shard-mb", "1", "--json")
-    tokenizer = (
-        "tokenizer",
-        "demo",
-        f"data.train={IMAGES}",
-        f"validation.data={HELD_OUT}",
-        f"train.steps={plan.tokenizer_steps}",
-    )
+    steps = f"train.steps={plan.tokenizer_steps}"
+    tokenizer = ("tokenizer", "tokenizer/demo", f"data.train={IMAGES}", f"validation.data={HELD_OUT}", steps)
     train("train the IBQ tokenizer", *tokenizer, f"out={ibq}")
     train("train the VQ baseline", *tokenizer, f"out={vq}", "quantizer.kind=vq")
     step("tokenize", "tokenize", ibq, IMAGES, "--to", CODES, "--ranks", ranks, "--json")
-    transformer = ("ar", "demo", f"data.train={CODES}", f"train.steps={plan.ar_steps}", f"out={ar}")
+    transformer = ("ar", "ar/demo", f"data.train={CODES}", f"train.steps={plan.ar_steps}", f"out={ar}")
     train("train the AR transformer", *transformer, f"model.classes={len(PHOTOGRAPHS)}")
     options = ["--guidance", str(plan.guidance), "--per-class", str(plan.per_class), "--to", str(demo.to / "samples")]
     step("sample", "sample", ar, "--tokenizer", ibq, *options, "--ranks", ranks, "--json")
@@ -85,7 +80,7 @@ def _run_stages(demo: Demo) -> None:
 
 
 def _command(demo: Demo, name: str, words: list[str]) -> None:
-    """Runs one command; where it prints a JSON document, that becomes the stage's result."""
+    """Runs one command. A JSON document in its output becomes the stage's result."""
     shown = shlex.join(["ibq-scale", *words])
     with _timed(demo, name, shown):
         print(f"\n$ {shown}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""An S3 endpoint inside this process, real HTTP on the loopback interface, gone with the demo."""
+"""An S3 endpoint inside this process: real HTTP on the loopback interface."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ CREDENTIALS = {"AWS_ACCESS_KEY_ID": "demo", "AWS_SECRET_ACCESS_KEY": "demo-secre
 
 @contextmanager
 def object_storage(bucket: str = BUCKET) -> Iterator[None]:
-    """Starts the server with one empty bucket; this process's environment, and so its children's, points at it.
+    """Starts the server with one empty bucket. The environment of this process and of its children points at it.
 
-    UserError where moto is not installed.
+    UserError without moto.
     """
     try:
         from moto.server import ThreadedMotoServer
@@ -46,14 +46,14 @@ def _make_bucket(bucket: str) -> None:
 
 
 def _drop_bucket(bucket: str) -> None:
-    """moto keeps buckets as long as the process lives, whichever server they were made through."""
+    """moto keeps buckets for the life of the process, across its servers."""
     import s3fs
 
     s3fs.S3FileSystem(skip_instance_cache=True).rm(bucket, recursive=True)
 
 
 def _no_proxy() -> dict[str, str]:
-    """Traffic on the loopback interface is kept away from any proxy."""
+    """Keeps loopback traffic away from any proxy."""
     known = os.environ.get("NO_PROXY") or os.environ.get("no_proxy") or ""
     hosts = ",".join(dict.fromkeys([*filter(None, known.split(",")), "127.0.0.1", "localhost"]))
     return {"NO_PROXY": hosts, "no_proxy": hosts}

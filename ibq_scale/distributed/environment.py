@@ -12,12 +12,13 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
-from ibq_scale.distributed.signals import let_in
+from ibq_scale.distributed.signals import unblock
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 
 TIMEOUT = timedelta(minutes=30)
 FLIGHT_RECORD_ENTRIES = "2000"
+ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 # What a launcher would have set.
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
@@ -47,12 +48,21 @@ def map_slurm(environ: MutableMapping[str, str]) -> None:
     environ.setdefault("MASTER_PORT", str(10000 + (job + 7919 * restart) % 20000))
 
 
+def prepare_allocator(environ: MutableMapping[str, str]) -> None:
+    """Lets torch's allocator grow what it has, where the user set nothing; before the first tensor on a GPU.
+
+    Without it, freed blocks of one size serve no larger tensor, and a step of another shape finds no memory.
+    """
+    if not any(name in environ for name in ALLOCATOR_SETTINGS):
+        environ[ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
+
+
 @contextmanager
 def join(run_dir: Path | None = None) -> Iterator[World]:
     """Initialises torch.distributed (nccl on CUDA, else gloo) and leaves it at the end; a lone process is a world of 1.
 
     PortTakenError where another program has the port. NodeFaultError where a rank does not come, or cannot compute
-    (`arrival`); `run_dir` then has the names of the nodes.
+    (`rendezvous`); `run_dir` then has the names of the nodes.
     An exception on the way out skips the orderly farewell: the other ranks would wait for this one. After a UserError,
     which comes of no collective, only the group is closed: with its threads alive, an exit may end in an abort, and the
     exit code would be that one's.
@@ -60,11 +70,12 @@ def join(run_dir: Path | None = None) -> Iterator[World]:
     import torch
     import torch.distributed as dist
 
-    from ibq_scale.distributed.arrival import together
+    from ibq_scale.distributed.rendezvous import together
 
-    let_in()
+    unblock()
     env = os.environ
     map_slurm(env)
+    prepare_allocator(env)
     # Torch's record of the last collectives, which the watchdog writes where one hangs: not every version has it on.
     env.setdefault("TORCH_FR_BUFFER_SIZE", env.get("TORCH_NCCL_TRACE_BUFFER_SIZE", FLIGHT_RECORD_ENTRIES))
     alone = "RANK" not in env
@@ -77,8 +88,10 @@ def join(run_dir: Path | None = None) -> Iterator[World]:
         device = torch.device("cpu")
         env.setdefault("DS_ACCELERATOR", "cpu")
     world = World(int(env["RANK"]), int(env["WORLD_SIZE"]), local_rank, device)
+    # With its device NCCL connects here, where a node that cannot is found, and not in the first collective.
+    backend = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
     with together(world, run_dir):
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
+        dist.init_process_group(**backend, timeout=TIMEOUT)
     try:
         yield world
         dist.barrier()

@@ -23,7 +23,7 @@ from types import FrameType
 from ibq_scale.console import tell
 from ibq_scale.distributed.failures import FOLDER, collect, explain
 from ibq_scale.distributed.side_channel import LISTENER
-from ibq_scale.distributed.signals import held, let_in
+from ibq_scale.distributed.signals import blocked, unblock
 from ibq_scale.errors import UserError
 
 # SIGINT too, since a supervisor or an IDE sends it to this process alone. From a terminal it reaches a rank twice,
@@ -72,11 +72,11 @@ def launch(words: Sequence[str], ranks: int | None) -> int:
                 child.send_signal(signum)
 
     # Ranks start with signals held back too, until they can answer them.
-    with held():
+    with blocked():
         before = {s: signal.signal(s, forward) for s in FORWARDED}
         try:
             children += _start(words, count, failures)
-            let_in()
+            unblock()
             return _wait(children, failures)
         finally:
             _end(children, 0.0)

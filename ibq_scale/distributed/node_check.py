@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ibq_scale.console import gigabytes
 from ibq_scale.distributed.failed_nodes import Faults, NodeFaultError, node_name
 from ibq_scale.distributed.side_channel import NoAnswerError, SideChannel, within
 from ibq_scale.distributed.world import World
@@ -111,7 +112,7 @@ def _full(run_dir: Path) -> str:
     free = shutil.disk_usage(run_dir).free
     if free >= LEAST_FREE_BYTES:
         return ""
-    return f"{run_dir} has {free / 2**20:.0f} MiB free, too little to save: make room, or give another out=…"
+    return f"{run_dir} has {gigabytes(free)} free, too little to save: make room, or give another out=…"
 
 
 def _disk_faults(cache_dir: Path | None) -> list[str]:
@@ -122,7 +123,7 @@ def _disk_faults(cache_dir: Path | None) -> list[str]:
         free = shutil.disk_usage(folder).free
     except OSError as e:
         return [f"cannot write to {folder} ({e.strerror})"]
-    return [f"{folder} has {free / 2**20:.0f} MiB free"] if free < LEAST_FREE_BYTES else []
+    return [f"{folder} has {gigabytes(free)} free"] if free < LEAST_FREE_BYTES else []
 
 
 def _shared_faults(run_dir: Path, name: str) -> list[str]:

@@ -11,8 +11,8 @@ ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 @contextmanager
-def held() -> Iterator[None]:
-    """Keeps these signals pending, here and in processes that are started meanwhile, until `let_in`.
+def blocked() -> Iterator[None]:
+    """Keeps these signals pending, here and in processes that are started meanwhile, until `unblock`.
 
     One that is pending at the end came too late to change anything, and is dropped.
     """
@@ -26,7 +26,7 @@ def held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def let_in() -> None:
+def unblock() -> None:
     """What was held back comes now."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
 

@@ -1,1 +1,1 @@
-"""What stands between this machine and a run: checks, each a small function that returns lines."""
+"""Checks of this machine. Each is a small function with findings as its result."""

@@ -1,7 +1,7 @@
-"""Runs one check in a process of its own: ``python -m ibq_scale.doctor.child MODULE:FUNCTION SECONDS ANSWER``.
+"""Runs one check in its own process: ``python -m ibq_scale.doctor.child MODULE:FUNCTION SECONDS ANSWER``.
 
-The subject comes by standard input, the lines go to the file ANSWER. A library that crashes, hangs or prints harms
-nobody else.
+The subject comes by standard input, and the findings go to the file ANSWER. A crash, a hang or a print of a library
+stays in this process.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from dataclasses import asdict
 from math import ceil
 from pathlib import Path
 
-from ibq_scale.doctor.lines import Subject, fail, first
+from ibq_scale.doctor.tools import Subject, first
 from ibq_scale.errors import UserError
+from ibq_scale.findings import fail
 
 
 def main(name: str, seconds: str, answer: str) -> None:
-    """Checks, and writes the answer whole."""
-    # Whoever waits for this process ends it in time; this is for a process that nobody waits for any more.
+    """Runs the check and writes its findings."""
+    # The parent ends this process in time. The alarm is for a process without a parent.
     signal.alarm(ceil(float(seconds)) + 5)
     os.dup2(2, 1)
     subject = Subject(**json.load(sys.stdin))
@@ -32,10 +33,10 @@ def main(name: str, seconds: str, answer: str) -> None:
         lines = [fail("", " ".join(str(e).split()), "")]
     except Exception as e:
         said = f"the check itself failed: {type(e).__name__}: {first(str(e))}"
-        lines = [fail("", said, "report it; the other lines stand")]
+        lines = [fail("", said, "report it. The other lines are valid")]
     Path(answer).write_text(json.dumps([asdict(line) for line in lines]), encoding="utf-8")
     sys.stdout.flush()
-    # Libraries' own threads and farewells may hang or abort; nothing of theirs is needed.
+    # Threads and exit handlers of libraries may hang or abort.
     os._exit(0)
 
 

@@ -1,4 +1,4 @@
-"""A data set: can its manifest be read, and how fast does one of its shards come."""
+"""A data set: its manifest, and the rate of one shard."""
 
 from __future__ import annotations
 
@@ -6,51 +6,53 @@ import os
 import time
 
 from ibq_scale.config.secrets import without_credentials
+from ibq_scale.console import gigabytes
 from ibq_scale.data.folder import DOWNLOAD_CHUNK, Store
 from ibq_scale.data.manifest import ShardInfo
 from ibq_scale.data.multipart import parallel
 from ibq_scale.data.store import open_store
 from ibq_scale.data.verify import load_any_manifest
-from ibq_scale.doctor.lines import Line, Subject, fail, ok, warn
+from ibq_scale.doctor.tools import Subject
+from ibq_scale.findings import Finding, fail, ok, warn
 
-# As many ranges of a file as a download has under way.
+# The number of parallel ranges of a download.
 AT_ONCE = 4
 SECONDS = 5.0
 SLOW = 50e6
-# Below this a request's own time is most of it.
+# Below this, the latency of a request dominates.
 TELLING = 8 << 20
 
 
-def store(subject: Subject) -> list[Line]:
-    """Reads the manifest, and one shard for some seconds. UserError where they cannot be read."""
+def store(subject: Subject) -> list[Finding]:
+    """Reads the manifest, and one shard for some seconds. UserError if unreadable."""
     assert subject.data is not None
     source = open_store(subject.data)
     manifest = load_any_manifest(source)
     shard = max(manifest.shards, key=lambda shard: shard.bytes)
     size = manifest.bytes
-    whole = f"{manifest.samples:,} {manifest.kind} in {len(manifest.shards):,} shards ({size / 1e9:,.3g} GB)"
+    whole = f"{manifest.samples:,} {manifest.kind} in {len(manifest.shards):,} shards ({gigabytes(size)})"
     try:
         read, seconds = _read(source, shard)
     except FileNotFoundError:
-        todo = f"ibq-scale data verify {source.url} names all that is missing"
+        todo = f"ibq-scale data verify {source.url} names all missing files"
         return [fail("data", f"{source.url}: {whole}, but {shard.name} is missing", todo)]
     rate = read / seconds
     samples = rate / (shard.bytes / shard.samples)
     endpoint = without_credentials(os.environ.get("AWS_ENDPOINT_URL", "")) if not source.local else "a folder here"
     at = f" at {endpoint}" if endpoint and not source.local else ""
-    seen = f"{source.url}{at}: {whole}; one shard at {rate / 1e6:,.0f} MB/s = {samples:,.0f} samples/s"
+    seen = f"{source.url}{at}: {whole}; one shard at {gigabytes(rate)}/s = {samples:,.0f} samples/s"
     if read < TELLING:
-        return [ok("data", f"{seen} (only {read / 1e6:,.2f} MB: tells little)")]
+        return [ok("data", f"{seen} (only {gigabytes(read)}: not significant)")]
     if rate < SLOW:
         todo = (
-            f"enough for training? 'ibq-scale bench data {source.url}' looks closer, 'bench tokenizer' tells the need"
+            f"enough for training? 'ibq-scale bench data {source.url}' measures more, 'bench tokenizer' shows the need"
         )
         return [warn("data", seen, todo)]
     return [ok("data", seen)]
 
 
 def _read(source: Store, shard: ShardInfo) -> tuple[int, float]:
-    """Bytes and seconds of a shard's begin, or all of it."""
+    """Bytes and seconds of reading the start of a shard, or all of it."""
     begin, done = time.perf_counter(), 0
     while done < shard.bytes and time.perf_counter() - begin < SECONDS:
         stop = min(done + AT_ONCE * DOWNLOAD_CHUNK, shard.bytes)

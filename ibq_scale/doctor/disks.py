@@ -1,4 +1,4 @@
-"""The folders that a run writes to: room, rate, the kind of their disk, and whether locks and clocks work there."""
+"""The folders of a run: free space, rate, file system, locks and clock."""
 
 from __future__ import annotations
 
@@ -10,40 +10,43 @@ import tempfile
 import time
 from pathlib import Path
 
-from ibq_scale.doctor.lines import Line, Subject, fail, ok, warn
+from ibq_scale.cluster.room import nearest
+from ibq_scale.console import gigabytes
+from ibq_scale.doctor.tools import Subject
+from ibq_scale.findings import Finding, fail, ok, warn
 
 SIZE = 64 << 20
 SHARED = ("nfs", "nfs4", "lustre", "gpfs", "beegfs", "ceph", "cifs", "9p", "panfs", "fuse.glusterfs", "wekafs", "afs")
-# A checkpoint of a transformer of 2 · 10⁹ parameters is some 34 GB with its moments and averages; two stand at a time.
+# A checkpoint of 2 · 10⁹ parameters with moments and averages takes about 34 GB, and two exist at a time.
 ROOM = {"run directory": 50e9, "cache folder": 20e9}
-# What the start-up check of a job refuses.
+# The limit of a job's start-up check.
 LEAST_FREE = 256 << 20
 SLOW = 50e6
 SKEW_SECONDS = 5.0
 
 
-def run_directory(subject: Subject) -> list[Line]:
-    """Where checkpoints go: ``--run-dir``, else ``runs`` here."""
-    return [_folder("run directory", Path(subject.run_dir or "runs"), shared=True)]
+def run_directory(subject: Subject) -> list[Finding]:
+    """The folder of checkpoints: ``--run-dir``, else ``runs`` here."""
+    return [_folder("run directory", Path(subject.run_dir or "runs").expanduser(), shared=True)]
 
 
-def cache_folder(subject: Subject) -> list[Line]:
-    """Where shards come to on their way from object storage, unless data.cache_dir says otherwise."""
+def cache_folder(subject: Subject) -> list[Finding]:
+    """The default folder for shards from object storage, without data.cache_dir."""
     from ibq_scale.data.cache import default_folder
 
     return [_folder("cache folder", default_folder(), shared=False)]
 
 
-def _folder(what: str, wanted: Path, *, shared: bool) -> Line:
+def _folder(what: str, wanted: Path, *, shared: bool) -> Finding:
     other = "out=…" if shared else "data.cache_dir=…"
     try:
-        folder = existing(wanted)
-        where = f"{wanted}" if folder == wanted else f"{wanted} (to be made in {folder})"
+        folder = nearest(wanted)
+        where = f"{wanted}" if folder == wanted.absolute() else f"{wanted} (to be made in {folder})"
         if not folder.is_dir():
-            return fail(what, f"{folder} is no folder", f"give another: {other}")
+            return fail(what, f"{folder} is not a folder", f"give another: {other}")
         usage, inodes = shutil.disk_usage(folder), os.statvfs(folder)
         if usage.free < LEAST_FREE or (inodes.f_files and not inodes.f_favail):
-            lacking = f"{usage.free / 2**20:,.0f} MiB" if usage.free < LEAST_FREE else "room for no file (inodes)"
+            lacking = gigabytes(usage.free) if usage.free < LEAST_FREE else "room for no file (inodes)"
             return fail(what, f"{where}: {lacking} free", f"make room, or give another: {other}")
         return _tried(what, folder, where, usage.free, other, shared=shared)
     except OSError as e:
@@ -52,23 +55,26 @@ def _folder(what: str, wanted: Path, *, shared: bool) -> Line:
         return fail(what, f"{wanted} cannot be written: {e.strerror or e}", todo)
 
 
-def _tried(what: str, folder: Path, where: str, free: int, other: str, *, shared: bool) -> Line:
-    """Writes, locks, compares clocks. OSError where one cannot be done."""
+def _tried(what: str, folder: Path, where: str, free: int, other: str, *, shared: bool) -> Finding:
+    """Writes, locks and compares clocks. OSError if one fails."""
     from ibq_scale.bench.disk import write_rate
 
     skew = _skew_and_lock(folder)
     rate = write_rate(folder, SIZE)
     kind = file_system(folder)
-    seen = f"{where}: {rate / 1e6:,.0f} MB/s, {free / 1e9:,.0f} GB free, {kind}"
+    seen = f"{where}: {gigabytes(rate)}/s, {gigabytes(free)} free, {kind}"
     if abs(skew) > SKEW_SECONDS:
-        todo = "this node or the file server has the wrong time: jobs on other nodes will misjudge who is alive"
+        todo = "this node or the file server has the wrong time: jobs on other nodes will take live runs for dead"
         return warn(what, f"{seen}; its clock is {skew:+.0f} s off this node's", todo)
     if rate < SLOW:
         todo = "a save hides behind training only where it is quicker than the next is due: train.checkpoint_every"
         return warn(what, seen, todo if shared else f"a faster disk: {other}")
     if free < ROOM[what]:
-        todo = "'ibq-scale plan' tells a run's checkpoints" if shared else "data.cache_bytes is kept below what is free"
-        return warn(what, seen, f"may be little: {todo}")
+        plan, cache = (
+            "'ibq-scale plan' shows the size of a run's checkpoints",
+            "data.cache_bytes is kept below the free space",
+        )
+        return warn(what, seen, f"may be little: {plan if shared else cache}")
     if kind in ("tmpfs", "ramfs"):
         return warn(
             what, seen, f"it is memory, and gone with the node: {other}" if shared else f"it is memory: {other}"
@@ -79,7 +85,7 @@ def _tried(what: str, folder: Path, where: str, free: int, other: str, *, shared
 
 
 def _skew_and_lock(folder: Path) -> float:
-    """How far a new file's time, which the file server gives, is ahead of this node's."""
+    """Seconds by which a new file's time, from the file server, is ahead of this node's clock."""
     with tempfile.TemporaryFile(dir=folder) as f:
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         before = time.time()
@@ -90,17 +96,9 @@ def _skew_and_lock(folder: Path) -> float:
     return stamp - min(max(stamp, before), after)
 
 
-def existing(path: Path) -> Path:
-    """The path itself, or the nearest above it that is there."""
-    path = path.expanduser()
-    while not path.exists() and path != path.parent:
-        path = path.parent
-    return path
-
-
 def file_system(path: Path) -> str:
-    """The kind of file system of a path, as the kernel names it."""
-    here = existing(path).resolve()
+    """The file system type of a path, in the kernel's words."""
+    here = nearest(path).resolve()
     best, kind = "", "unknown file system"
     for line in Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines():
         _, mount, of, *_ = line.split(" ")
@@ -111,5 +109,5 @@ def file_system(path: Path) -> str:
 
 
 def is_shared(path: Path) -> bool:
-    """Whether other nodes may see this folder too."""
+    """Whether other nodes may share this folder."""
     return file_system(path) in SHARED

@@ -1,4 +1,4 @@
-"""GPUs: what they are and how they are joined (nvidia-smi), whether torch can use them, and which kernels it will."""
+"""GPUs and their links by nvidia-smi, torch's use of them, and the kernels for them."""
 
 from __future__ import annotations
 
@@ -12,21 +12,22 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 from ibq_scale.console import several
-from ibq_scale.doctor.lines import Line, Subject, ask, fail, first, ok, warn
+from ibq_scale.doctor.tools import Subject, ask, first
+from ibq_scale.findings import Finding, fail, ok, warn
 
 if TYPE_CHECKING:
     import torch
 
 QUERY = "index,name,driver_version,memory.total,memory.used,mig.mode.current,ecc.errors.uncorrected.volatile.total"
-# Of a GPU that nobody computes on: the driver's own.
+# Memory of an idle GPU, taken by the driver.
 IDLE_MIB = 2048
 SLOW_IMPORT_SECONDS = 20.0
-# The transformers' presets have heads of 64 to 128, the tokenizers' codes of up to 256.
+# The transformers' presets have heads of 64 to 128, the tokenizers' codes up to 256 dimensions.
 HEAD, CODE = 64, 256
 
 
-def topology(subject: Subject) -> list[Line]:
-    """What nvidia-smi says; nothing where it is not."""
+def topology(subject: Subject) -> list[Finding]:
+    """Findings from nvidia-smi. None without it."""
     try:
         code, said = ask("nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader,nounits", seconds=20)
     except FileNotFoundError:
@@ -40,13 +41,13 @@ def topology(subject: Subject) -> list[Line]:
     names = sorted({row[1] for row in rows})
     seen = f"{len(rows)} × {' and '.join(names)}, {float(rows[0][3]) / 1024:,.0f} GiB, driver {rows[0][2]}"
     lines = [*_faults(rows)]
-    if not any(line.what == "GPUs" for line in lines):
+    if not any(line.name == "GPUs" for line in lines):
         lines.insert(0, ok("GPUs", seen))
     return lines + ([_links(len(rows)), *_peers()] if len(rows) > 1 else [])
 
 
 def listed() -> int:
-    """How many GPUs this node has."""
+    """The number of GPUs of this node."""
     try:
         code, said = ask("nvidia-smi", "-L")
     except FileNotFoundError:
@@ -54,7 +55,7 @@ def listed() -> int:
     return 0 if code else len(re.findall(r"^GPU \d+", said, re.MULTILINE))
 
 
-def _faults(rows: list[list[str]]) -> list[Line]:
+def _faults(rows: list[list[str]]) -> list[Finding]:
     lines = []
     broken = [f"GPU {row[0]}" for row in rows if row[6].isdigit() and int(row[6])]
     if broken:
@@ -62,7 +63,7 @@ def _faults(rows: list[list[str]]) -> list[Line]:
         lines.append(fail("GPUs", f"uncorrected memory errors on {several(broken)}", todo))
     busy = [f"GPU {row[0]} ({float(row[4]) / 1024:,.0f} GiB)" for row in rows if _number(row[4]) > IDLE_MIB]
     if busy:
-        lines.append(warn("GPUs in use", f"by somebody already: {several(busy)}", "nvidia-smi tells who"))
+        lines.append(warn("GPUs in use", f"{several(busy)}", "nvidia-smi names the processes"))
     if any(row[5] == "Enabled" for row in rows):
         todo = "one rank a slice, and NCCL joins no slices of one GPU: train on whole GPUs"
         lines.append(warn("MIG", "on", todo))
@@ -73,14 +74,14 @@ def _number(text: str) -> float:
     return float(text) if text.replace(".", "", 1).isdigit() else 0.0
 
 
-def _links(gpus: int) -> Line:
+def _links(gpus: int) -> Finding:
     what = "links"
     try:
         pairs = _matrix(ask("nvidia-smi", "topo", "-m")[1])
     except FileNotFoundError:
         pairs = {}
     if not pairs:
-        return warn(what, "'nvidia-smi topo -m' tells nothing", "in some containers it cannot: see the all-reduce")
+        return warn(what, "'nvidia-smi topo -m' has no output", "not available in some containers: see the all-reduce")
     kinds = sorted(set(pairs.values()))
     if all(kind.startswith("NV") for kind in kinds):
         return ok(what, f"NVLink between all {gpus} GPUs ({', '.join(kinds)})")
@@ -89,19 +90,19 @@ def _links(gpus: int) -> Line:
     return warn(what, f"no NVLink between {several(slow)}", todo)
 
 
-def _peers() -> list[Line]:
-    """Only what hinders: copies between GPUs go through the host where peers are shut off."""
+def _peers() -> list[Finding]:
+    """A warning for GPU pairs without peer access: their copies go through the host."""
     try:
         pairs = _matrix(ask("nvidia-smi", "topo", "-p2p", "r")[1])
     except FileNotFoundError:
         return []
     shut = [f"{a}–{b} {state}" for (a, b), state in pairs.items() if state != "OK"]
-    todo = "IOMMU or PCIe access control of the host stands between them: NCCL then copies through its memory"
+    todo = "IOMMU or PCIe access control of the host blocks direct copies: NCCL copies through host memory"
     return [warn("peer access", f"not between {several(shut)}", todo)] if shut else []
 
 
 def _matrix(said: str) -> dict[tuple[str, str], str]:
-    """The cells between each two GPUs of one of nvidia-smi's tables."""
+    """The cells for each pair of GPUs, from a table of nvidia-smi."""
     lines = [line.split() for line in re.sub(r"\x1b\[\d*m", "", said).splitlines()]
     header = next((words for words in lines if len(words) > 1 and words[:2] == ["GPU0", "GPU1"]), [])
     gpus = [word for word in header if re.fullmatch(r"GPU\d+", word)]
@@ -114,19 +115,19 @@ def _pairs(gpus: list[str]) -> list[tuple[str, tuple[int, str]]]:
     return [(a, (gpus.index(b), b)) for a, b in combinations(gpus, 2)]
 
 
-def device(subject: Subject) -> list[Line]:
-    """What torch computes on, and with which kernels."""
+def device(subject: Subject) -> list[Finding]:
+    """Torch's device and its kernels."""
     begin = time.perf_counter()
     import torch
 
     seconds = time.perf_counter() - begin
     lines = []
     if seconds > SLOW_IMPORT_SECONDS:
-        todo = "the environment is on a slow disk: every rank waits so at every start; a container or a local copy"
+        todo = "the environment is on a slow disk, and every rank waits at every start: use a container or a local copy"
         lines.append(warn("torch", f"took {seconds:.0f} s to import", todo))
     if not torch.cuda.is_available():
         return [*lines, _no_cuda(), *_kernels(torch.device("cpu"))]
-    from ibq_scale.distributed.arrival import device_faults
+    from ibq_scale.distributed.rendezvous import device_faults
 
     count = torch.cuda.device_count()
     faults = [fault for i in range(count) for fault in device_faults(torch.device("cuda", i))]
@@ -142,7 +143,7 @@ def device(subject: Subject) -> list[Line]:
     return lines + _kernels(torch.device("cuda", 0))
 
 
-def _no_cuda() -> Line:
+def _no_cuda() -> Finding:
     import torch
 
     what, cores = "device", len(os.sched_getaffinity(0))
@@ -152,7 +153,7 @@ def _no_cuda() -> Line:
         listed = ""
     driver = re.search(r"CUDA Version: (\d+\.\d+)", listed)
     if driver is None:
-        todo = "right for trying and on a login node; to see a job's GPUs: srun --gpus-per-node=8 ibq-scale doctor"
+        todo = "right for a trial and on a login node. To see a job's GPUs: srun --gpus-per-node=8 ibq-scale doctor"
         return warn(what, f"no GPU: computes on {cores} cores (torch {torch.__version__})", todo)
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         return fail(what, "there are GPUs, but CUDA_VISIBLE_DEVICES is empty", "unset CUDA_VISIBLE_DEVICES")
@@ -160,12 +161,14 @@ def _no_cuda() -> Line:
         return fail(what, f"there are GPUs, but torch {torch.__version__} is built for CPUs", "install torch for CUDA")
     why = _first_error(lambda: torch.zeros(1, device="cuda")) or "torch sees none"
     older = int(driver[1].split(".")[0]) < int(torch.version.cuda.split(".")[0])
-    todo = "a newer driver, or torch for that CUDA" if older else "does the container pass them on (/dev/nvidia*)?"
+    todo = (
+        "install a newer driver, or torch for that CUDA" if older else "does the container pass them on (/dev/nvidia*)?"
+    )
     seen = f"there are GPUs, but {why}; torch is for CUDA {torch.version.cuda}, the driver for up to {driver[1]}"
     return fail(what, seen, todo)
 
 
-def _kernels(where: torch.device) -> list[Line]:
+def _kernels(where: torch.device) -> list[Finding]:
     import torch
 
     from ibq_scale.models.attention import attention, choose, describe
@@ -180,13 +183,15 @@ def _kernels(where: torch.device) -> list[Line]:
 
     passes = choose_passes("auto", where, torch.float32, CODE)
     lines = [
-        _tried("attention", describe(kind, where), attend, "model.attention=sdpa does without that package"),
-        _tried("quantizer", passes, lambda: _quantize(where), "triton needs a C compiler on PATH; or backend=tiled"),
+        _tried("attention", describe(kind, where), attend, "model.attention=sdpa needs no such package"),
+        _tried(
+            "quantizer", passes, lambda: _quantize(where), "triton needs a C compiler on PATH. Else set backend=tiled"
+        ),
     ]
     return lines + (_broken_packages(where) if where.type == "cuda" else [])
 
 
-def _tried(what: str, seen: str, work: Callable[[], object], todo: str) -> Line:
+def _tried(what: str, seen: str, work: Callable[[], object], todo: str) -> Finding:
     why = _first_error(work)
     return fail(what, f"{seen} fails: {why}", todo) if why else ok(what, seen)
 
@@ -211,8 +216,8 @@ def _first_error(work: Callable[[], object]) -> str | None:
     return None
 
 
-def _broken_packages(where: torch.device) -> list[Line]:
-    """flash-attn packages that are for this GPU and installed, and cannot be imported."""
+def _broken_packages(where: torch.device) -> list[Finding]:
+    """flash-attn packages for this GPU, installed but broken at import."""
     import torch
 
     from ibq_scale.models.attention import PACKAGES
@@ -222,13 +227,13 @@ def _broken_packages(where: torch.device) -> list[Line]:
     for package in PACKAGES.values():
         why = broken(package.module) if major in package.capabilities else None
         if why:
-            todo = f"build it against torch {torch.__version__}; training goes on without it"
+            todo = f"build it against torch {torch.__version__}. Training works without it"
             lines.append(warn(package.name, f"installed, and cannot be imported: {why}", todo))
     return lines
 
 
 def broken(module: str) -> str | None:
-    """Why a module that is there cannot be imported; None where it can, or is not there."""
+    """The import error of an installed module. None without an error, or without the module."""
     if importlib.util.find_spec(module.partition(".")[0]) is None:
         return None
     try:

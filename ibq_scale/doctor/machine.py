@@ -1,4 +1,4 @@
-"""Cores, memory, limits, the network's ports and the clock of this node."""
+"""Cores, memory, limits, network ports and clock of this node."""
 
 from __future__ import annotations
 
@@ -8,34 +8,35 @@ import resource
 import shutil
 from pathlib import Path
 
-from ibq_scale.console import several
-from ibq_scale.doctor.lines import Line, Subject, ok, warn
+from ibq_scale.console import gigabytes, several
+from ibq_scale.doctor.tools import Subject
+from ibq_scale.findings import Finding, ok, warn
 
 SHM = Path("/dev/shm")
 LEAST_SHM = 1 << 30
 LEAST_FILES = 4096
 INFINIBAND = Path("/sys/class/infiniband")
 CGROUPS = Path("/sys/fs/cgroup")
-# adjtimex(2): the kernel's clock is not disciplined by anything.
+# adjtimex(2): the kernel's clock is not synchronised.
 TIME_ERROR = 5
 
 
-def machine(subject: Subject) -> list[Line]:
-    """All of them."""
+def machine(subject: Subject) -> list[Finding]:
+    """All checks of the node."""
     return [_cores(), _shared_memory(), _files(), *_infiniband(), _clock()]
 
 
-def _cores() -> Line:
+def _cores() -> Finding:
     here, all_of_them = len(os.sched_getaffinity(0)), os.cpu_count() or 1
     memory = min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_limits()])
-    seen = f"{here} of {all_of_them} cores, {memory / 1e9:,.0f} GB of memory"
+    seen = f"{here} of {all_of_them} cores, {gigabytes(memory)} of memory"
     if here < all_of_them and here == 1:
         return warn("CPU", seen, "one core decodes few pictures: ask for more (--cpus-per-task)")
     return ok("CPU", seen)
 
 
 def _limits() -> list[int]:
-    """What control groups allow of the memory: this process's own one, and those above it."""
+    """Memory limits of the process's control group and of its parents."""
     own = [
         line.partition("::")[2].strip("/")
         for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
@@ -46,19 +47,19 @@ def _limits() -> list[int]:
     return [int(text) for text in texts if text.isdigit()]
 
 
-def _shared_memory() -> Line:
+def _shared_memory() -> Finding:
     what = "shared memory"
     if not SHM.is_dir():
         return warn(what, f"no {SHM}", "loader workers and NCCL need it: mount it (docker: --ipc=host)")
     usage = shutil.disk_usage(SHM)
-    seen = f"{usage.free / 1e9:,.1f} of {usage.total / 1e9:,.1f} GB free in {SHM}"
+    seen = f"{gigabytes(usage.free)} of {gigabytes(usage.total)} free in {SHM}"
     if usage.free < LEAST_SHM:
-        todo = "loader workers and NCCL die without it: remove what others left, or --shm-size=16g (docker)"
+        todo = "loader workers and NCCL die without it: remove old files, or --shm-size=16g (docker)"
         return warn(what, seen, todo)
     return ok(what, seen)
 
 
-def _files() -> Line:
+def _files() -> Finding:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < LEAST_FILES:
         enough = hard == resource.RLIM_INFINITY or hard >= LEAST_FILES
@@ -71,8 +72,8 @@ def _number(limit: int) -> str:
     return "unlimited" if limit == resource.RLIM_INFINITY else f"{limit:,}"
 
 
-def _infiniband() -> list[Line]:
-    """Nothing where there are no such adapters."""
+def _infiniband() -> list[Finding]:
+    """Empty without such adapters."""
     ports = sorted(INFINIBAND.glob("*/ports/*/state")) if INFINIBAND.is_dir() else []
     if not ports:
         return []
@@ -86,18 +87,18 @@ def _infiniband() -> list[Line]:
         todo = "NCCL over InfiniBand needs ulimit -l unlimited (in jobs: Slurm's PropagateResourceLimitsExcept=MEMLOCK)"
         return [warn("InfiniBand", f"only {locked:,} bytes of memory may be locked", todo)]
     if down:
-        todo = "if they should be cabled, tell the administrators; NCCL_IB_HCA names those to use"
+        todo = "if they should be connected, tell the administrators. NCCL_IB_HCA names the adapters to use"
         return [
             warn("InfiniBand", f"{len(states) - len(down)} of {len(states)} ports active, not {several(down)}", todo)
         ]
     return [ok("InfiniBand", f"{len(states)} ports active: {several(sorted(states))}")]
 
 
-def _clock() -> Line:
-    """By the kernel's own word, which needs no server's."""
-    # struct timex is smaller; modes = 0 only reads.
+def _clock() -> Finding:
+    """The kernel's own state, without a server."""
+    # struct timex is smaller. modes = 0 only reads.
     state = ctypes.CDLL(None).adjtimex(ctypes.create_string_buffer(512))
     if state == TIME_ERROR:
         todo = "S3 refuses requests 15 minutes off, and nodes must agree within a minute: start chronyd or ntpd"
-        return warn("clock", "nothing on this host says that it is synchronised", todo)
+        return warn("clock", "no sign of synchronisation on this host", todo)
     return ok("clock", "synchronised" if state >= 0 else "the kernel does not say whether it is synchronised")

@@ -1,4 +1,4 @@
-"""Runs the checks: each in a process with a time limit, most of them side by side, those that measure alone."""
+"""Runs the checks, each in a process with a time limit. Most run side by side, the measuring ones alone."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ibq_scale.doctor.lines import Line, Subject, fail
+from ibq_scale.doctor.tools import Subject
+from ibq_scale.findings import Finding, fail
 
 POLL_SECONDS = 0.02
-# Set by launchers: a check is no rank of the job that this may run in.
+# Variables of launchers. A check is not a rank of the surrounding job.
 OF_RANKS: tuple[str, ...] = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 OF_RANKS += ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_ID", "SLURM_NTASKS")
 
 
 @dataclass(frozen=True)
 class Check:
-    """`function`: ``module:name``, which takes a Subject and returns lines. `alone`: it measures, others would disturb.
+    """`function`: ``module:name``, from a Subject to findings. `alone`: it measures, so no other check may run.
 
-    `needs`: the field of the subject without which it is left out.
+    `needs`: a required field of the subject. Without it the check is left out.
     """
 
     title: str
@@ -36,7 +37,7 @@ class Check:
     needs: str | None = None
 
 
-# In the order of the report. What imports torch gets the time that a cold shared file system takes.
+# In the order of the report. Checks with an import of torch have time for a cold shared file system.
 CHECKS = (
     Check("packages", "ibq_scale.doctor.software:packages", 15),
     Check("machine", "ibq_scale.doctor.machine:machine", 15),
@@ -53,15 +54,15 @@ CHECKS = (
 )
 
 
-def examine(subject: Subject, checks: Sequence[Check] = CHECKS) -> Iterator[Line]:
-    """The lines of all checks in their order, as they come. A check that crashes or hangs is a FAIL line.
+def examine(subject: Subject, checks: Sequence[Check] = CHECKS) -> Iterator[Finding]:
+    """The findings of all checks in their order, as they come. A crashed or hung check is a FAIL line.
 
-    Takes at most the sum of the limits of the checks that measure, and the longest one of the others.
+    The total time is at most the sum of the limits of the measuring checks, plus the longest limit of the others.
     """
     due = [check for check in checks if check.needs is None or getattr(subject, check.needs) is not None]
     with tempfile.TemporaryDirectory(prefix="ibq_scale-doctor-", ignore_cleanup_errors=True) as folder:
         running: dict[Check, _Child] = {}
-        # Files and no pipes: something that a check started may hold a pipe open after its end.
+        # Files instead of pipes: a child of a check may hold a pipe open after the check's end.
         asked = Path(folder) / "subject.json"
         asked.write_text(json.dumps(asdict(subject)), encoding="utf-8")
         try:
@@ -97,27 +98,27 @@ class _Child:
             )
 
     def wait(self) -> None:
-        """Until it ends, by itself or by its time limit."""
+        """Until the end of the process or its time limit."""
         while self._process.poll() is None and time.monotonic() < self._deadline:
             time.sleep(POLL_SECONDS)
 
-    def lines(self) -> list[Line]:
-        """What it found."""
+    def lines(self) -> list[Finding]:
+        """The findings."""
         self.wait()
         code = self._process.poll()
         self.end()
         what = self.check.title
         if code is None:
-            todo = "something there hangs: a network file system, a driver, a server that does not answer"
+            todo = "a network file system, a driver or a server hangs"
             return [fail(what, f"no answer within {self.check.seconds:.0f} s", todo)]
         try:
-            found = [Line(**line) for line in json.loads(self._answer.read_text(encoding="utf-8"))]
+            found = [Finding(**line) for line in json.loads(self._answer.read_text(encoding="utf-8"))]
         except (OSError, ValueError):
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             return [
-                fail(what, f"the check itself died ({how}){self._last_words()}", "report it; the other lines stand")
+                fail(what, f"the check itself died ({how}){self._last_words()}", "report it. The other lines are valid")
             ]
-        return [line if line.what else Line(line.state, what, line.seen, line.todo) for line in found]
+        return [line if line.name else Finding(line.level, what, line.text, line.todo) for line in found]
 
     def _last_words(self) -> str:
         said = (
@@ -128,9 +129,9 @@ class _Child:
         return f": {said[-1].strip()}" if said else ""
 
     def end(self) -> None:
-        """Ends it and all that it started."""
+        """Ends the check and all its children."""
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        # One inside of a dead file system does not end, and is left.
+        # A process blocked by a dead file system does not end, and is left.
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(1.0)

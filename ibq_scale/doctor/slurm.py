@@ -1,4 +1,4 @@
-"""Slurm as it is seen from here: its controller, its partitions and their limits."""
+"""Slurm from this host: its controller, its partitions and their limits."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ import os
 
 from ibq_scale.cluster import slurm as commands
 from ibq_scale.console import several
-from ibq_scale.doctor.lines import Line, Subject, fail, ok, warn
+from ibq_scale.doctor.tools import Subject
 from ibq_scale.errors import UserError
+from ibq_scale.findings import Finding, fail, ok, warn
 
 UNSET = ("NONE", "UNLIMITED", "INFINITE")
 
 
-def slurm(subject: Subject) -> list[Line]:
-    """All of it."""
+def slurm(subject: Subject) -> list[Finding]:
+    """All checks of Slurm."""
     what = "Slurm"
     try:
         version, up = commands.version(), commands.controllers()
     except commands.NoSlurmError as e:
-        return [warn(what, str(e), "needed to submit jobs only; training here works without it")]
+        return [warn(what, str(e), "needed only to submit jobs")]
     except UserError as e:
         todo = "jobs can be neither submitted nor requeued now: tell the administrators (or is SLURM_CONF wrong?)"
         return [fail(what, str(e), todo)]
@@ -27,8 +28,8 @@ def slurm(subject: Subject) -> list[Line]:
     return [ok(what, f"{version}, controller {', '.join(up)}{inside}"), *partitions(), *_requeue()]
 
 
-def partitions() -> list[Line]:
-    """Each with its limits; those where a job without --time gets less than the partition allows."""
+def partitions() -> list[Finding]:
+    """Partitions and their limits. A warning for a default time below the limit."""
     what = "partitions"
     found = commands.partitions()
     if not found:
@@ -52,8 +53,8 @@ def _describe(p: dict[str, str]) -> str:
     return f"{p['PartitionName']}{star} ({p.get('TotalNodes', '?')} nodes, {longest}{by_default})"
 
 
-def _requeue() -> list[Line]:
-    """Only what stands in the way of a run's coming back."""
+def _requeue() -> list[Finding]:
+    """A finding if the cluster does not requeue jobs by default."""
     found = commands.settings()
     if found.get("JobRequeue") != "0":
         return []

@@ -13,18 +13,19 @@ from pathlib import Path
 from ibq_scale.config.secrets import has_wandb_login, wandb_host
 from ibq_scale.console import several
 from ibq_scale.doctor.disks import file_system, is_shared
-from ibq_scale.doctor.lines import Line, Subject, ask, fail, ok, warn
+from ibq_scale.doctor.tools import Subject, ask
+from ibq_scale.findings import Finding, fail, ok, warn
 
-# Named in the line of packages; the others only where they are wrong.
+# Always named in the line of packages. Others appear only if wrong.
 NAMED = ("torch", "deepspeed", "torchvision", "s3fs", "webdataset", "numpy")
-# The extra of pyproject.toml that this is about.
+# The extra of pyproject.toml for training.
 TRAINING = "train"
-# What training takes where it is there.
+# Optional packages of training.
 OPTIONAL = ("flash-attn", "flash-attn-4", "torchao", "pyarrow")
 
 
-def packages(subject: Subject) -> list[Line]:
-    """What is installed, against the bounds of pyproject.toml."""
+def packages(subject: Subject) -> list[Finding]:
+    """Installed packages against the bounds of pyproject.toml."""
     from packaging.requirements import Requirement
 
     python, wanted = _bounds()
@@ -52,7 +53,7 @@ def packages(subject: Subject) -> list[Line]:
 
 
 def installed(name: str) -> str | None:
-    """A package's version, None where it is not installed."""
+    """A package's version, None if not installed."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -66,7 +67,7 @@ def _within(bounds: str, version: str) -> bool:
 
 
 def _bounds() -> tuple[str, list[str]]:
-    """Python's and the packages' bounds: the checkout's, else those that were installed with the program."""
+    """Bounds of Python and of the packages: from the checkout, else from the installed package."""
     checkout = Path(__file__).parents[2] / "pyproject.toml"
     if checkout.is_file():
         project = tomllib.loads(checkout.read_text(encoding="utf-8"))["project"]
@@ -76,8 +77,8 @@ def _bounds() -> tuple[str, list[str]]:
     return str(own.metadata["Requires-Python"] or ""), list(own.requires or [])
 
 
-def deepspeed(subject: Subject) -> list[Line]:
-    """Its accelerator, and whether the operators that it compiles at run time could be."""
+def deepspeed(subject: Subject) -> list[Finding]:
+    """DeepSpeed's accelerator, and the compiler for its operators."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -95,7 +96,7 @@ def deepspeed(subject: Subject) -> list[Line]:
     return [*lines, _compiler(torch.version.cuda if cuda else None), *extensions()]
 
 
-def _compiler(cuda: str | None) -> Line:
+def _compiler(cuda: str | None) -> Finding:
     what = "compiler"
     use = "an offloaded optimizer's operator (zero2_offload, zero3_offload) is compiled at the first start"
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
@@ -116,8 +117,8 @@ def _compiler(cuda: str | None) -> Line:
     return ok(what, f"{compiler}, ninja, {nvcc}")
 
 
-def extensions() -> list[Line]:
-    """The folder of compiled operators: local, and without the lock of a build that was killed."""
+def extensions() -> list[Finding]:
+    """The folder of compiled operators: local, and without the lock of a killed build."""
     what = "TORCH_EXTENSIONS_DIR"
     named = os.environ.get(what)
     folder = Path(named or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "torch_extensions")
@@ -131,7 +132,7 @@ def extensions() -> list[Line]:
     return [ok(what, f"{folder} ({file_system(folder)})")]
 
 
-def weights(subject: Subject) -> list[Line]:
+def weights(subject: Subject) -> list[Finding]:
     """The pretrained weights of losses and metrics."""
     from ibq_scale.losses.weights import SOURCES, status, weights_folder
 
@@ -143,7 +144,9 @@ def weights(subject: Subject) -> list[Line]:
     absent = [f for f in found if f.state == "missing"]
     if absent:
         names = " ".join(f.name for f in absent)
-        todo = f"'ibq-scale fetch-weights {names}' where there is internet; runs that need them do not start"
+        todo = (
+            f"'ibq-scale fetch-weights {names}' on a node with internet. Runs with such a loss or metric do not start"
+        )
         lines.append(warn("weights", f"no {several([f.name for f in absent])} in {weights_folder()}", todo))
     there = [f.name for f in found if f.state == "there"]
     if there and not absent:
@@ -151,8 +154,8 @@ def weights(subject: Subject) -> list[Line]:
     return lines
 
 
-def wandb(subject: Subject) -> list[Line]:
-    """Whether metrics could go to W&B."""
+def wandb(subject: Subject) -> list[Finding]:
+    """Whether a run can log to W&B."""
     what = "W&B"
     version = installed("wandb")
     if version is None:

@@ -1,7 +1,8 @@
-"""Inception's view of images, and the Fréchet distance between two sets of them, from sums that ranks simply add."""
+"""Inception features, and the Fréchet distance between two sets of images from sums over ranks."""
 
 from __future__ import annotations
 
+import hashlib
 from functools import cached_property
 from typing import Any
 
@@ -11,22 +12,21 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ibq_scale.download import sha256_of
 from ibq_scale.losses.weights import damaged, weight_file
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 FEATURES = 2048
-# Sums are whole numbers of COARSE, up to 10^13 (as integers), and of FINE for the rest of each batch's.
+# Sums are integer multiples of COARSE, up to 10^13, and of FINE for the rest of each batch.
 COARSE, FINE = 2.0**-20, 2.0**-60
 
 Moments = dict[str, NDArray[np.float64]]
-"""``mu`` (F,) and ``sigma`` (F, F), as torch-fidelity and the usual reference files name them."""
+"""``mu`` (F,) and ``sigma`` (F, F), as named by torch-fidelity and the usual reference files."""
 
 
 class Inception:
-    """torch-fidelity's port of the Inception v3 that FID, IS, precision and recall are defined with.
+    """torch-fidelity's port of the Inception v3 in the definitions of FID, IS, precision and recall.
 
-    UserError where its weights are absent, damaged or would run code.
+    UserError if its weights are absent, damaged or contain code.
     """
 
     width = FEATURES
@@ -36,7 +36,7 @@ class Inception:
 
         self.path = weight_file(INCEPTION)
         try:
-            # torch-fidelity unpickles without care, so only what can be read with care gets there.
+            # torch-fidelity unpickles any code, so the file is first read with weights_only.
             torch.load(self.path, map_location="cpu", weights_only=True)
             network: Any = FeatureExtractorInceptionV3(
                 "inception-v3-compat",
@@ -49,9 +49,9 @@ class Inception:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the weight file, hex."""
+        """sha256 of the weight file, hex."""
         with self.path.open("rb") as f:
-            return sha256_of(f)
+            return hashlib.file_digest(f, "sha256").hexdigest()
 
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 or float 0 … 255 (B, 3, H, W) → features float32 (B, 2048)."""
@@ -67,7 +67,7 @@ class Inception:
         return features, logits
 
     def _of_float(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """torch-fidelity takes 8-bit images only: others enter where it has scaled its own."""
+        """torch-fidelity accepts 8-bit images only. Float images enter after its scaling, through a hook."""
         from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
         side = self._network.INPUT_IMAGE_SIZE
@@ -85,8 +85,8 @@ class Inception:
 class FeatureStatistics:
     """Count, sum and sum of outer products of feature vectors.
 
-    The sums of a batch are float64; those over batches and ranks are of integers, in any order the same to the last
-    bit. So a distance, which takes roots of covariances that may be singular, does not depend on the ranks either.
+    The sums of a batch are float64. Sums over batches and ranks are integers, with the same bits in any order. A
+    distance takes roots of possibly singular covariances, and with these sums does not depend on the ranks.
     """
 
     def __init__(self, width: int = FEATURES, device: torch.device | str = "cpu") -> None:

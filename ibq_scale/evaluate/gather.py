@@ -1,4 +1,4 @@
-"""Rows that ranks hold, brought together in an order that does not depend on the ranks."""
+"""Gathers rows from all ranks in an order independent of the ranks."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from ibq_scale.quantize.collectives import gather_uneven, sizes_in
 
 
 def gather_rows(indices_n: Tensor, rows_nC: Tensor) -> Tensor:
-    """All ranks' rows (N, C), by ascending index, on every rank. Collective; ranks may hold different numbers of rows.
+    """All ranks' rows (N, C), by ascending index, on every rank. Collective. Ranks may have different numbers of rows.
 
-    `indices_n`, int64, are each held by one rank only.
+    `indices_n`: int64. Each index must be on one rank only.
     """
     group = dist.group.WORLD
     sizes = sizes_in(len(indices_n), group, rows_nC.device)

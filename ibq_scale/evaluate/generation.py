@@ -1,4 +1,4 @@
-"""How good generated images are: gFID, inception score, precision, recall; and comparing such results."""
+"""Quality of generated images: gFID, inception score, precision, recall, and comparison of such results."""
 
 from __future__ import annotations
 
@@ -16,22 +16,20 @@ from ibq_scale.errors import UserError
 from ibq_scale.evaluate.fid import FeatureStatistics, Inception, moments_distance
 from ibq_scale.evaluate.gather import gather_rows
 from ibq_scale.evaluate.images import ImageSet, Size, open_images
-from ibq_scale.evaluate.names import GENERATION
 from ibq_scale.evaluate.reference import UNSTAMPED, Reference, Stamp, load_reference
 from ibq_scale.evaluate.results import write_result
 from ibq_scale.evaluate.scores import NEIGHBOURS, SPLITS, inception_score, precision_and_recall
-from ibq_scale.generate.names import FACTS
+from ibq_scale.outputs import FACTS, GENERATION
 
 
 @dataclass(frozen=True)
 class GenerationReport:
-    """Measures of a set of 8-bit images.
+    """Metrics of a set of 8-bit images.
 
-    `inception_score` is the mean over ten splits, `inception_score_std` their deviation;
-    `precision` and `recall` 0 to 1, of 2048 features and three neighbours. What could not be measured is None, and
-    `not_measured` says why. `reference_hash` tells references apart, ``unstamped:…`` where a file does not say what it
-    was computed from; `reference_stamp` is what it says. `resolution`: height and width. `sampled`: what ``sample``
-    says of the images (model, settings, job), None for others.
+    `inception_score`: mean over ten splits, with deviation `inception_score_std`. `precision`, `recall`: 0 to 1, of
+    2048 features and three neighbours. Metrics are None if not measured, with the reason in `not_measured`.
+    `reference_hash`: identity of the reference, ``unstamped:…`` for a file without a stamp. `reference_stamp`: its
+    stamp. `resolution`: height and width. `sampled`: model, settings and job of images by ``sample``, None for others.
     """
 
     samples: str
@@ -65,9 +63,8 @@ def evaluate_generation(
 ) -> GenerationReport:
     """Measures the images at `samples` (or the first `limit`) against `reference`. Collective.
 
-    The figures do not depend on the number of ranks. `size` is the centre crop where samples are a prepared data set,
-    `to` a folder for the report (``generation.json``). UserError where images, reference or weights cannot be used or
-    do not fit each other.
+    The figures do not depend on the number of ranks. `size`: the centre crop of a prepared data set. `to`: a folder for
+    the report (``generation.json``). UserError if images, reference or weights are unusable or do not match.
     """
     begin = time.perf_counter()
     images = open_images(samples, size, limit)
@@ -110,10 +107,10 @@ def _measure(images: ImageSet, real: Reference, inception: Inception, world: Wor
     for part in images.batches(world, batch):
         features_BF, logits_BC = inception.features_and_logits(part.images_u8.to(world.device))
         statistics.update(features_BF, part.weights_B)
-        held = part.weights_B > 0
-        indices.append(part.indices_B[held])
-        features.append(features_BF[held.to(features_BF.device)])
-        logits.append(logits_BC[held.to(logits_BC.device)])
+        real_B = part.weights_B > 0
+        indices.append(part.indices_B[real_B])
+        features.append(features_BF[real_B.to(features_BF.device)])
+        logits.append(logits_BC[real_B.to(logits_BC.device)])
     statistics.reduce()
     index_n = torch.cat(indices)
     values: dict[str, Any] = dict.fromkeys(("inception_score", "inception_score_std", "precision", "recall"))
@@ -135,8 +132,9 @@ def _measure(images: ImageSet, real: Reference, inception: Inception, world: Wor
 
 
 def load_results(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """Results that ``evaluate generation --json`` printed to files. UserError where one is none, or where two were
-    measured against different references or by different extractors: such figures do not compare.
+    """Results of ``evaluate generation --json`` in files.
+
+    UserError for another file, or for different references or extractors: such figures are not comparable.
     """
     results = [_result(path) for path in paths]
     for path, result in zip(paths[1:], results[1:], strict=True):

@@ -1,4 +1,4 @@
-"""Images to measure: a prepared data set, a folder of pictures, an ``.npz``, or what ``sample`` wrote."""
+"""Images to evaluate: a prepared data set, a folder of pictures, an ``.npz``, or output of ``sample``."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from ibq_scale.data.manifest import NAME, load_manifest
 from ibq_scale.data.stream import evaluation_images, shares
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
-from ibq_scale.generate.names import SAMPLES
 from ibq_scale.names import expand_home
+from ibq_scale.outputs import SAMPLES
 
 Size = tuple[int, int]
 """Height and width in pixels."""
 
 
 class Part(NamedTuple):
-    """A rank's batch. Images of weight 0 only fill it up."""
+    """A rank's batch. Images of weight 0 are padding."""
 
     indices_B: Tensor
     """int64 (B,), in the whole set."""
@@ -39,7 +39,7 @@ class Part(NamedTuple):
 
 
 class ImageSet(ABC):
-    """Images of one size. `manifest_hash` is that of a prepared data set, and None for others."""
+    """Images of one size. `manifest_hash`: hash of a prepared data set, None for others."""
 
     manifest_hash: str | None = None
 
@@ -50,14 +50,14 @@ class ImageSet(ABC):
 
     @abstractmethod
     def batches(self, world: World, batch: int) -> Iterator[Part]:
-        """Every image once over the ranks. All ranks get equally many batches of equal size.
+        """Every image once over the ranks, with equally many batches of equal size on each rank.
 
-        Batch b of the set goes to rank b mod W, so its content is the same for any number of ranks.
+        Batch b of the set goes to rank b mod W, so its content does not depend on the number of ranks.
         """
 
 
 class PreparedImages(ImageSet):
-    """A data set that ``prepare images`` wrote, centre-cropped."""
+    """A prepared data set, centre-cropped."""
 
     def __init__(self, url: str, side: int, limit: int | None) -> None:
         manifest = load_manifest(url, "images")
@@ -80,7 +80,7 @@ class PreparedImages(ImageSet):
 class _ReadImages(ImageSet):
     @abstractmethod
     def read(self, places: Sequence[int]) -> NDArray[np.uint8]:
-        """uint8 (B, H, W, 3) of ascending places, which from call to call only grow."""
+        """uint8 (B, H, W, 3) at ascending positions. Positions also grow from call to call."""
 
     def batches(self, world: World, batch: int) -> Iterator[Part]:
         for places, taken, weights_B in shares(self.count, world.rank, world.size, batch):
@@ -89,7 +89,7 @@ class _ReadImages(ImageSet):
 
 
 class FolderImages(_ReadImages):
-    """Picture files of one size, at any depth, by their names; those that `list_files` lists."""
+    """Picture files of one size from `list_files`, at any depth, sorted by name."""
 
     def __init__(self, folder: Path, limit: int | None) -> None:
         self.files = [folder / name for name in list_files(str(folder)).files if is_picture_name(name)][:limit]
@@ -110,7 +110,7 @@ class FolderImages(_ReadImages):
 
 
 class NpzImages(_ReadImages):
-    """``arr_0``, uint8 (N, H, W, 3), of an ``.npz``; read in passing, since 50,000 images are 10 GB."""
+    """``arr_0``, uint8 (N, H, W, 3), of an ``.npz``, streamed, since 50,000 images are 10 GB."""
 
     def __init__(self, path: Path, limit: int | None) -> None:
         self.path = path
@@ -136,7 +136,7 @@ class NpzImages(_ReadImages):
     def _open(self) -> tuple[Any, tuple[int, ...]]:
         try:
             with zipfile.ZipFile(self.path) as archive:
-                # It holds the file open by itself.
+                # The stream keeps the file open.
                 stream = archive.open("arr_0.npy")
             version = np.lib.format.read_magic(stream)
             header = {
@@ -147,7 +147,7 @@ class NpzImages(_ReadImages):
         except FileNotFoundError:
             raise UserError(f"{self.path} does not exist") from None
         except (KeyError, ValueError, OSError, zipfile.BadZipFile):
-            raise UserError(f"{self.path} holds no images: they are looked for as arr_0 of an .npz") from None
+            raise UserError(f"{self.path} holds no images: expected arr_0 in an .npz") from None
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran or not shape[0]:
             raise UserError(f"{self.path}: arr_0 is {dtype} {shape}, not uint8 (N, height, width, 3)")
         return stream, shape
@@ -162,21 +162,21 @@ class NpzImages(_ReadImages):
         except (OSError, EOFError, zipfile.BadZipFile) as e:
             raise UserError(f"{self.path} is damaged: {e}") from None
         if len(data) != count:
-            raise UserError(f"{self.path} is damaged: it ends too soon")
+            raise UserError(f"{self.path} is truncated")
         return data
 
 
 def open_images(source: str, size: Size | None, limit: int | None = None) -> ImageSet:
-    """The images at `source`. Prepared data are cropped to `size`, a square; others must have it, where it is given.
+    """The images at `source`. Prepared data are cropped to the square `size`. Others must have `size`, if given.
 
-    UserError where there are none, or of another size.
+    UserError if there are none, or of another size.
     """
     path = expand_home(source)
     prepared = "://" in source or (path / NAME).is_file()
     images: ImageSet
     if prepared:
         if size is None:
-            raise UserError(f"{source} is a prepared data set: say at which --resolution")
+            raise UserError(f"{source} is a prepared data set: give its --resolution")
         if size[0] != size[1]:
             raise UserError(f"{source} can be cropped to squares only, not to {size[0]} x {size[1]}")
         images = PreparedImages(source, size[0], limit)
@@ -191,7 +191,7 @@ def open_images(source: str, size: Size | None, limit: int | None = None) -> Ima
     if size is not None and images.size != size:
         raise UserError(
             f"{source} has images of {images.size[0]} x {images.size[1]} pixels, {size[0]} x {size[1]} are needed: "
-            "what differs in resolution is not compared"
+            "different resolutions are not comparable"
         )
     return images
 

@@ -1,4 +1,4 @@
-"""PSNR and SSIM of images of 0 … 255, one number an image."""
+"""PSNR and SSIM of images with pixels 0 … 255, one number per image."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ C1, C2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB, float64 (B,), of images (B, 3, H, W); infinite for equal ones."""
+    """Peak signal-to-noise ratio in dB, float64 (B,), of images (B, 3, H, W). Infinite for equal ones."""
     mse_B = (a.double() - b.double()).square().flatten(1).mean(dim=1)
     return 10.0 * torch.log10(PEAK**2 / mse_B)
 
@@ -36,7 +36,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _blur(x: Tensor) -> Tensor:
-    """The Gaussian window's means wherever it fits wholly, rows then columns."""
+    """Means under the Gaussian window at all positions inside the image, rows then columns."""
     offsets = torch.arange(WINDOW, dtype=torch.float64, device=x.device) - WINDOW // 2
     weights = torch.exp(-0.5 * (offsets / SIGMA) ** 2)
     weights = weights / weights.sum()

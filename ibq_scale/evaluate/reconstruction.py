@@ -1,4 +1,4 @@
-"""How well a tokenizer gives images back: PSNR, SSIM, LPIPS, rFID; and how much of its codebook it uses."""
+"""Quality of a tokenizer's reconstructions (PSNR, SSIM, LPIPS, rFID) and its use of the codebook."""
 
 from __future__ import annotations
 
@@ -16,19 +16,18 @@ from ibq_scale.data.stream import ImageBatch, evaluation_images, to_float
 from ibq_scale.distributed.world import World
 from ibq_scale.evaluate.fid import FeatureStatistics, Inception, frechet_distance
 from ibq_scale.evaluate.gather import gather_rows
-from ibq_scale.evaluate.names import RECONSTRUCTION
 from ibq_scale.evaluate.pixels import psnr, ssim
-from ibq_scale.evaluate.results import write_result
-from ibq_scale.evaluate.worst import write_images
+from ibq_scale.evaluate.results import write_images, write_result
 from ibq_scale.losses.perceptual import Net, Perceptual
 from ibq_scale.losses.weights import OF_METRICS, SOURCES, missing
+from ibq_scale.outputs import RECONSTRUCTION
 from ibq_scale.pictures import to_uint8
 from ibq_scale.pretrained.loading import Tokenizer, load_tokenizer, model_directory
 from ibq_scale.quantize.usage import CodeUsage
 
 Pixels = Literal["8bit", "float"]
 LPIPS: dict[str, Net] = {"lpips": "vgg", "lpips_alex": "alex"}
-# Files that measures need, by measure.
+# Weight files by metric.
 FILES = {metric: SOURCES[name].file for metric, name in OF_METRICS.items()}
 
 
@@ -36,11 +35,11 @@ FILES = {metric: SOURCES[name].file for metric, name in OF_METRICS.items()}
 class ReconstructionReport:
     """Means over images, of reconstructions of centre crops.
 
-    `model`: the directory that the tokenizer was read from.
-    `resolution` is the crop's side, None where images kept their size; `pixels` ``8bit`` measures reconstructions
-    rounded as files hold them, ``float`` before rounding. `psnr` in dB; `ssim` 0 to 1; `usage` the share (0 to 1) of
-    codes chosen at least once over all images; `perplexity` 1 to K; `lpips` (VGG), `lpips_alex` and `rfid` are None
-    where their weights are absent, and `not_measured` then says for each which file to put where.
+    `model`: directory of the tokenizer. `resolution`: side of the crop, None for images at their own size. `pixels`:
+    ``8bit`` for rounded reconstructions, as in a file, ``float`` for unrounded ones. `psnr`: dB. `ssim`: 0 to 1.
+    `usage`: share (0 to 1) of codes chosen at least once over all images. `perplexity`: 1 to K. `lpips` (VGG),
+    `lpips_alex` and `rfid` are None without their weights, and `not_measured` then names each missing file and its
+    folder.
     """
 
     data: str
@@ -75,9 +74,9 @@ def evaluate_reconstruction(
 ) -> ReconstructionReport:
     """Reconstructs every image of a prepared data set (or the first `limit`). Collective.
 
-    `native`: one by one at their own sizes, cropped to what the downsampling divides. `to`: a folder for the report
-    (``reconstruction.json``), a table of all images and a picture of the worst. UserError where the checkpoint or the
-    data cannot be used.
+    `native`: one by one at their own sizes, cropped to multiples of the downsampling. `to`: a folder for the report
+    (``reconstruction.json``), a table of all images and a picture of the worst. UserError if the checkpoint or the data
+    is unusable.
     """
     begin = time.perf_counter()
     tokenizer = load_tokenizer(checkpoint, world.device)
@@ -117,7 +116,7 @@ def evaluate_reconstruction(
 
 
 class Networks:
-    """What reconstructions are looked at through: of `FILES`, those in `names`. UserError where a file is absent."""
+    """The metric networks in `names`, from `FILES`. UserError if a file is absent."""
 
     def __init__(self, device: torch.device, names: Sequence[str]) -> None:
         self.names = tuple(names)
@@ -126,7 +125,7 @@ class Networks:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What is measured image by image."""
+        """The metrics of single images."""
         return ("psnr", "ssim", *self.perceptual)
 
 
@@ -137,11 +136,11 @@ def measure(
     world: World,
     pixels: Pixels = "8bit",
 ) -> tuple[dict[str, Any], Tensor]:
-    """Figures of `ReconstructionReport` by name, None where not measured, and a row an image. Collective.
+    """Figures of `ReconstructionReport` by name (None if not measured), and one row per image. Collective.
 
     Rows (N, 3 + C) float64, on the CPU, in the set's order: position, shard, row, `Networks.columns`. The figures do
-    not depend on the number of ranks: per-image values are gathered and summed exactly (math.fsum), the sums behind
-    rFID and the histogram of codes are of integers.
+    not depend on the number of ranks: per-image values are gathered and summed exactly (math.fsum), and the sums for
+    rFID and the histogram of codes are integers.
     """
     measures = _Measures(tokenizer, networks, world, pixels)
     for images, weights_B in stream:
@@ -151,7 +150,7 @@ def measure(
 
 
 class _Measures:
-    """Everything that is gathered image by image."""
+    """Accumulates all metrics, image by image."""
 
     def __init__(self, tokenizer: Tokenizer, networks: Networks, world: World, pixels: Pixels) -> None:
         self.tokenizer = tokenizer
@@ -165,22 +164,22 @@ class _Measures:
 
     @torch.inference_mode()
     def add(self, images_u8: Tensor, requests_B5: Tensor, weights_B: Tensor) -> None:
-        """One batch; images of weight 0 are padding."""
+        """Adds one batch. Images of weight 0 are padding."""
         images = to_float(images_u8)
         codes_Bhw = self.tokenizer.encode(images)
-        held = weights_B.to(codes_Bhw.device) > 0
-        self.usage.update(codes_Bhw[held])
+        real_B = weights_B.to(codes_Bhw.device) > 0
+        self.usage.update(codes_Bhw[real_B])
         decoded, decoded_255 = self._decode(codes_Bhw)
         values = [psnr(images_u8, decoded_255), ssim(images_u8, decoded_255)]
         values += [perceptual(images, decoded).double() for perceptual in self.networks.perceptual.values()]
         places = requests_B5[:, [0, 3, 4]].to(images.device).double()
-        self.rows.append(torch.cat([places, torch.stack(values, dim=1)], dim=1)[held])
+        self.rows.append(torch.cat([places, torch.stack(values, dim=1)], dim=1)[real_B])
         if self.networks.inception is not None:
             self.real.update(self.networks.inception(images_u8), weights_B)
             self.fake.update(self.networks.inception(decoded_255), weights_B)
 
     def _decode(self, codes_Bhw: Tensor) -> tuple[Tensor, Tensor]:
-        """Reconstructions, as float of -1 … 1 and in pixels of 0 … 255."""
+        """Reconstructions as float in -1 … 1 and as pixels 0 … 255."""
         decoded = self.tokenizer.decode(codes_Bhw)
         if self.pixels == "float":
             decoded = decoded.clamp(-1.0, 1.0)

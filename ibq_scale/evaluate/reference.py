@@ -1,4 +1,4 @@
-"""What generated images are measured against: statistics of real ones, stamped with what they were computed from."""
+"""References for generated images: statistics of real images, with a stamp of their origin."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from ibq_scale.evaluate.fid import INCEPTION, FeatureStatistics, Inception, Mome
 from ibq_scale.evaluate.gather import gather_rows
 from ibq_scale.evaluate.images import ImageSet, Size, open_images
 
-# As many real images as the usual evaluation suite takes for precision and recall.
+# Number of real images for precision and recall in the usual evaluation suite.
 FEATURES_KEPT = 10_000
 UNSTAMPED = "unstamped"
 
 
 @dataclass(frozen=True)
 class Stamp:
-    """What statistics were computed from.
+    """The origin of statistics.
 
-    `content`: a data set's manifest hash, or of other images the sha256 of their pixels in order. `resolution`:
-    height and width. `features`: of how many images features are kept. Hashes are sha256, hex.
+    `content`: a data set's manifest hash, for other images the sha256 of their pixels in order. `resolution`: height
+    and width. `features`: number of images with stored features. Hashes are sha256, hex.
     """
 
     data: str
@@ -46,7 +46,7 @@ class Stamp:
 
     @property
     def hash(self) -> str:
-        """Tells references apart: sha256 of everything but the data's address and the program's version."""
+        """Identity of the reference: sha256 of all fields except the data's address and the program's version."""
         values = asdict(self)
         del values["data"], values["program"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
@@ -54,9 +54,9 @@ class Stamp:
 
 @dataclass(frozen=True)
 class Reference:
-    """Moments of all images, and features (R, F) of some of them for precision and recall, None where unknown.
+    """Moments of all images, and features (R, F) of some of them for precision and recall (None if unknown).
 
-    `hash` is the stamp's; of a file without one it is ``unstamped:`` and the sha256 of its moments.
+    `hash`: the stamp's hash, or for a file without one ``unstamped:`` and the sha256 of its moments.
     """
 
     moments: Moments
@@ -66,7 +66,7 @@ class Reference:
 
 
 def measure_reference(images: ImageSet, inception: Inception, world: World, *, batch: int, features: int) -> Reference:
-    """Statistics of a set, with features of `features` evenly spaced images; the same for any number of ranks.
+    """Statistics of a set, with features of `features` evenly spaced images, the same on any number of ranks.
 
     Collective. UserError for fewer than two images.
     """
@@ -79,7 +79,7 @@ def measure_reference(images: ImageSet, inception: Inception, world: World, *, b
     for part in images.batches(world, batch):
         features_BF = inception(part.images_u8.to(world.device))
         statistics.update(features_BF, part.weights_B)
-        # A prepared data set has a hash already.
+        # A prepared data set already has a hash.
         digests.extend(0 if images.manifest_hash else _digest(image) for image in part.images_u8)
         indices.append(torch.where(part.weights_B > 0, part.indices_B, -1))
         rows.append(features_BF[torch.isin(indices[-1], kept).to(features_BF.device)])
@@ -106,8 +106,8 @@ def write_reference(
 ) -> Stamp:
     """Measures the images at `data`, prepared ones at the centre crop `size`, and writes an ``.npz``. Collective.
 
-    It holds ``mu`` (F,), ``sigma`` (F, F), ``features`` float32 (R, F) and ``stamp``, JSON. UserError where the images,
-    the extractor's weights or the file cannot be used.
+    It holds ``mu`` (F,), ``sigma`` (F, F), ``features`` float32 (R, F) and ``stamp``, JSON. UserError if the images,
+    the extractor's weights or the file are unusable.
     """
     reference = measure_reference(
         open_images(data, size), Inception(world.device), world, batch=batch, features=features
@@ -134,7 +134,7 @@ def write_reference(
 def load_reference(source: str, inception: Inception, size: Size, world: World, *, batch: int) -> Reference:
     """The reference for images of `size`: a file of `write_reference`, the usual suite's ``.npz``, or images.
 
-    Collective. UserError where it is damaged, or was measured at another resolution or by another extractor.
+    Collective. UserError if it is damaged, or has another resolution or extractor.
     """
     path = Path(source)
     arrays = _moments_file(path) if path.suffix == ".npz" and path.is_file() else None
@@ -156,7 +156,7 @@ def load_reference(source: str, inception: Inception, size: Size, world: World, 
 
 
 def _moments_file(path: Path) -> dict[str, Any] | None:
-    """The small arrays of a statistics file; None for an ``.npz`` of images only. ``arr_0`` is named, not read."""
+    """The small arrays of a statistics file, None for an ``.npz`` of images only. ``arr_0`` is listed, not read."""
     try:
         with np.load(cast(BinaryIO, path), allow_pickle=False) as file:
             if not {"mu", "sigma"} <= set(file.files):
@@ -176,12 +176,12 @@ def _fitting_stamp(path: Path, text: str, inception: Inception, size: Size) -> S
     if stamp.extractor_sha256 != inception.sha256:
         raise UserError(
             f"{path} was computed with another extractor (weights {stamp.extractor_sha256[:12]}…, here "
-            f"{inception.sha256[:12]}…): their distances mean nothing"
+            f"{inception.sha256[:12]}…): their distances are not comparable"
         )
     if stamp.resolution != size:
         raise UserError(
             f"{path} was computed at {stamp.resolution[0]} x {stamp.resolution[1]}, the images are "
-            f"{size[0]} x {size[1]}: what differs in resolution is not compared"
+            f"{size[0]} x {size[1]}: different resolutions are not comparable"
         )
     return stamp
 

@@ -1,4 +1,4 @@
-"""Measures of generated images from their Inception features: inception score, precision, recall."""
+"""Metrics of generated images from their Inception features: inception score, precision, recall."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ibq_scale.distributed.world import World
 
 SPLITS = 10
 NEIGHBOURS = 3
-# torch-fidelity's: images that come class by class are shuffled first, or a split would hold few classes.
+# torch-fidelity's. Images sorted by class are shuffled first, since a split would hold few classes.
 SHUFFLE_SEED = 2020
-# Blocks of distances. Which rank has a block does not change its numbers, the block's size would.
+# Blocks of distances. A block's numbers depend on its size but not on its rank.
 ROWS, COLUMNS = 1024, 8192
 
 
 def inception_score(logits_NC: Tensor) -> tuple[float, float]:
-    """Mean and standard deviation (ddof 0) over ten splits of shuffled logits, as torch-fidelity has it.
+    """Mean and standard deviation (ddof 0) over ten splits of shuffled logits, as in torch-fidelity.
 
     ValueError for fewer than ten images.
     """
@@ -39,8 +39,8 @@ def inception_score(logits_NC: Tensor) -> tuple[float, float]:
 def precision_and_recall(real_RF: Tensor, fake_GF: Tensor, world: World) -> tuple[float, float]:
     """Share of generated features within the real ones' manifold, and the other way round (Kynkäänniemi et al. 2019).
 
-    The manifold is the union of balls that reach to the third nearest neighbour. All ranks hold all features, and
-    share the blocks of distances; at most 1024 × 8192 are in memory at once. Collective. ValueError for fewer than
+    The manifold is the union of balls up to the third nearest neighbour. All ranks have all features and share the
+    blocks of distances. At most 1024 × 8192 distances are in memory at once. Collective. ValueError for fewer than
     four features on a side.
     """
     if min(len(real_RF), len(fake_GF)) <= NEIGHBOURS:
@@ -63,7 +63,7 @@ def _radii(features_NF: Tensor, world: World) -> Tensor:
         nearest = own.new_full((len(own), NEIGHBOURS + 1), torch.inf)
         for columns in torch.split(features_NF, COLUMNS):
             both = torch.cat([nearest, torch.cdist(own, columns)], dim=1)
-            # Each is its own nearest, hence one more.
+            # One more, since each feature is its own nearest.
             nearest = both.topk(NEIGHBOURS + 1, dim=1, largest=False, sorted=True).values
         radii_N[rows] = nearest[:, -1]
     dist.all_reduce(radii_N)
@@ -71,7 +71,7 @@ def _radii(features_NF: Tensor, world: World) -> Tensor:
 
 
 def _covered(queries_QF: Tensor, centres_NF: Tensor, radii_N: Tensor, world: World) -> float:
-    """The share of queries that lie in at least one ball."""
+    """The share of queries inside at least one ball."""
     inside = torch.zeros((), dtype=torch.int64, device=queries_QF.device)
     for rows in _blocks(len(queries_QF), world):
         own = queries_QF[rows]

@@ -1,1 +1,1 @@
-"""The paper's experiments in small: which runs, how they are made, and what docs/experiments.md says of them."""
+"""The paper's experiments at a small scale: plan, runs, results, and the tables of docs/experiments.md."""

@@ -13,20 +13,20 @@ SEEDS = (0, 1, 2)
 
 Group = Literal["collapse", "ladder", "terms", "dimension", "batch", "rate", "pictures", "long"]
 Pictures = Literal["photographs", "ten"]
-"""Which tiles a run learns: those of the pictures that were given, or of ten that are not from ImageNet (tiles.py)."""
+"""The source of a run's tiles: the given pictures, or ten not from ImageNet (tiles.py)."""
 
 # The published loss without one of its parts.
 _DOUBLE = "quantizer.double_quantization=false"
 _STRAIGHT = "quantizer.straight_through=false"
 _ENTROPY = "loss.entropy_weight=0"
 _SLOW = "optimizer.lr=1e-3"
-# Of the ladder, all alike: what 262,144 codes leave affordable on a CPU.
+# For the whole ladder. 262,144 codes on a CPU allow no more.
 _SHORT = ("train.global_batch=8", "train.micro_batch=8", "train.steps=100", "train.log_every=25")
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """One row of docs/experiments.md. `name` is its folder and its label; `overrides` go on top of the preset."""
+    """One row of docs/experiments.md. `name`: its folder and label. `overrides`: on top of the preset."""
 
     name: str
     group: Group
@@ -84,8 +84,8 @@ CONFIGURATIONS = (
 def trials(only: Sequence[str] = (), seeds: Sequence[int] = SEEDS) -> list[Trial]:
     """Every configuration, or those named in `only`, with each of `seeds`.
 
-    All with the first seed, then all with the next, so that what is cut short has whole rows; the long ones last.
-    UserError for a name that no configuration has.
+    All with the first seed come first, then all with the next one, so an early end leaves whole rows. The long ones
+    come last. UserError for an unknown name.
     """
     names = [c.name for c in CONFIGURATIONS]
     unknown = [name for name in only if name not in names]

@@ -1,4 +1,4 @@
-"""What finished runs have left, in one JSON file: enough to draw every figure and table again without the runs."""
+"""The results of finished runs in one JSON file, enough for every figure and table without the runs."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ CURVES = ("usage", "perplexity", "l1")
 class Result:
     """One finished run. Shares are 0 to 1, `psnr` in dB, times in seconds, `l1` of images in [-1, 1].
 
-    `curves` are of training, a value for each of `steps`; `usage` there is the share of the codes chosen at least once
-    since the step before. `usage`, `perplexity`, `psnr` and `ssim` are of the averaged weights on the held-out tiles,
-    `tokens` of them. `step_s` is the median over the windows.
+    `curves` are of training, with a value for each of `steps`. There, `usage` is the share of codes chosen at least
+    once since the step before. The fields `usage`, `perplexity`, `psnr` and `ssim` are of the averaged weights on
+    `tokens` held-out tokens. `step_s` is the median over the windows.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Result:
 
 
 def collect(runs: Path) -> list[Result]:
-    """Every finished run under `runs`, in the plan's order. UserError where there is none."""
+    """Every finished run under `runs`, in the plan's order. UserError without any."""
     found = [
         _read(configuration, run)
         for configuration in CONFIGURATIONS
@@ -62,14 +62,14 @@ def collect(runs: Path) -> list[Result]:
 
 
 def save(results: list[Result], path: Path) -> None:
-    """One line a run, so that a change of one is a change of one line."""
+    """One line per run, so a diff shows the changed runs."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(asdict(result), ensure_ascii=False) for result in results)
     path.write_text(f'{{"version": {VERSION}, "runs": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
 def load(path: Path) -> list[Result]:
-    """What `save` wrote. UserError where the file is missing or of another version."""
+    """Reads the file of `save`. UserError if it is missing or of another version."""
     if not path.is_file():
         raise UserError(f"{path} is missing: collect runs into it with 'ibq-scale experiments report --runs DIR'")
     values = read_json(path)

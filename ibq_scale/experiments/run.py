@@ -1,4 +1,4 @@
-"""Makes the runs, one after the other, each by the very commands that a user would type."""
+"""Trains and evaluates the experiments, one after the other, by ordinary commands."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ibq_scale.checkpoint.reading import newest_or_this
-from ibq_scale.config.layers import load_resolved, resolve
+from ibq_scale.config.layers import flatten, load_resolved, resolve
 from ibq_scale.config.run import AnyRun
 from ibq_scale.console import output_of
 from ibq_scale.distributed.launch import launch
@@ -16,18 +16,20 @@ from ibq_scale.errors import UserError
 from ibq_scale.experiments.plan import PRESET, Trial
 from ibq_scale.experiments.tiles import prepare_tiles
 
+# Keys of paths and of the machine.
+PLACES = {"out", "data.train", "data.cache_dir", "data.cache_bytes", "data.workers", "validation.data"}
 EVALUATION = "evaluation.json"
 EVALUATION_BATCH = 64
 
 
 def run_trials(pictures: Path, to: Path, trials: Sequence[Trial]) -> int:
-    """Trains and evaluates every trial under `to`: finished ones are skipped, unfinished ones go on.
+    """Trains and evaluates every trial under `to`. Finished trials are skipped, unfinished ones resume.
 
-    Returns 0, or the exit code of the first command that did not succeed (75: stopped by a signal, everything saved).
-    UserError where a folder holds a run of another config.
+    Returns 0, or the exit code of the first failed command (75: stopped by a signal, everything saved). UserError for a
+    folder with a run of another config.
     """
     if not pictures.is_dir():
-        raise UserError(f"{pictures} is no folder: give one with photographs")
+        raise UserError(f"{pictures} is not a folder: give one with photographs")
     for number, trial in enumerate(trials, 1):
         run = to / trial.name
         data = prepare_tiles(trial.configuration.pictures, pictures, to / "data" / trial.configuration.pictures)
@@ -44,45 +46,34 @@ def run_trials(pictures: Path, to: Path, trials: Sequence[Trial]) -> int:
 
 
 def trial_overrides(trial: Trial, train: str, run: Path) -> list[str]:
-    """What a trial changes in the preset, its data at the URL `train`."""
+    """A trial's overrides of the preset, with its data at the URL `train`."""
     own = [f"name={trial.configuration.name}", f"train.seed={trial.seed}", f"data.train={train}", f"out={run}"]
     return [*trial.configuration.overrides, *own]
 
 
 def is_finished(run: Path, config: AnyRun) -> bool:
-    """Whether `run` is trained and evaluated. UserError where it is of another config than this one."""
+    """Whether `run` is trained and evaluated. UserError if its config differs."""
     if not (run / "config.yaml").is_file():
         return False
-    if _what(load_resolved(run / "config.yaml")) != _what(config):
+    if not same_training(load_resolved(run / "config.yaml"), config):
         raise UserError(f"{run} is a run of another config: remove it, or give another folder with --to")
     return (run / EVALUATION).is_file()
 
 
-def _what(config: AnyRun) -> dict[str, object]:
-    """The config without its places, which are other words for the same from another working directory."""
-    values = config.model_dump(exclude={"out"})
-    values["data"].pop("train")
-    return values
+def same_training(one: AnyRun, other: AnyRun) -> bool:
+    """Whether the configs differ at most in keys of paths and of the machine."""
+    left, right = (flatten(config.model_dump(mode="json")) for config in (one, other))
+    return all(left.get(key) == right.get(key) for key in {*left, *right} - PLACES)
 
 
 def _evaluate(run: Path, steps: int, held_out: str) -> int:
     reached = newest_or_this(run).step
     if reached < steps:
-        # Whatever the training's exit code says: a part of a run must not stand for the whole.
+        # A partial run must not count as whole, whatever the exit code.
         print(f"ibq-scale: {run} ended at step {reached} of {steps}; run it again to go on", file=sys.stderr)
         return 1
-    words = [
-        "evaluate",
-        "reconstruction",
-        str(run),
-        held_out,
-        "--batch",
-        str(EVALUATION_BATCH),
-        "--ranks",
-        "1",
-        "--json",
-    ]
-    done = output_of(words)
+    options = ["--batch", str(EVALUATION_BATCH), "--ranks", "1", "--json"]
+    done = output_of(["evaluate", "reconstruction", str(run), held_out, *options])
     if done.returncode == 0:
         partial = run / f".{EVALUATION}.partial"
         partial.write_text(json.dumps(json.loads(done.stdout), indent=1) + "\n", encoding="utf-8")

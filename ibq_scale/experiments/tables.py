@@ -1,4 +1,4 @@
-"""The tables of docs/experiments.md: a row a configuration, mean ± standard deviation over its seeds."""
+"""The tables of docs/experiments.md: a row per configuration, mean ± standard deviation over its seeds."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ NOT_RUN = "not run"
 
 @dataclass(frozen=True)
 class Table:
-    """`rows` are (label, configuration); `columns` are (head, what it says of a configuration's runs)."""
+    """`rows`: (label, configuration). `columns`: (head, text from a configuration's runs)."""
 
     first: str
     rows: Sequence[tuple[str, str]]
     columns: Sequence[tuple[str, Cell]]
 
     def markdown(self, results: Sequence[Result]) -> str:
-        """The table, with a line above it of what all its runs have in common."""
+        """The table, below a line with the facts common to all its runs."""
         of_row = [(label, [r for r in results if r.name == name]) for label, name in self.rows]
         heads = [self.first, *(head for head, _ in self.columns), "seeds"]
         lines = [_row(heads), "|" + "---|" * len(heads)]
@@ -34,31 +34,31 @@ class Table:
 
 
 def conditions(results: Sequence[Result]) -> str:
-    """Sizes and steps of these runs; where they differ, from the least to the most."""
+    """Sizes and steps of these runs, as ranges if they differ."""
     steps = spread_of(results, lambda r: r.steps[-1])
     batch, dim = spread_of(results, lambda r: r.batch_tokens), spread_of(results, lambda r: r.dim)
     return f"{steps} steps of {batch} tokens, codes of {dim} dimensions"
 
 
 def spread_of(results: Sequence[Result], value: Callable[[Result], int]) -> str:
-    """``160``, or ``100 to 160`` where the runs differ."""
+    """``160``, or ``100 to 160`` for a range."""
     values = [value(r) for r in results]
     least, most = min(values), max(values)
     return f"{least:,}" if least == most else f"{least:,} to {most:,}"
 
 
 def window_tokens(result: Result) -> int:
-    """Tokens that the usage of one logged line of training is counted over."""
+    """Tokens behind the usage in one logged line of training."""
     return result.steps[0] * result.batch_tokens
 
 
 def ceiling(tokens: int, codes: int) -> float:
-    """Share of the codes that so many tokens choose at least once if they draw all codes alike: 0 to 1."""
+    """Expected share (0 to 1) of codes chosen at least once in so many uniform draws."""
     return 1.0 - (1.0 - 1.0 / codes) ** tokens
 
 
 def mean_and_spread(values: Sequence[float], digits: int = 1) -> str:
-    """``98.1 ± 0.3`` (sample standard deviation), or one seed's value alone."""
+    """``98.1 ± 0.3`` (sample standard deviation), or the value of a single seed."""
     mean = f"{statistics.fmean(values):,.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):,.{digits}f}" if len(values) > 1 else mean
 
@@ -119,7 +119,7 @@ TABLES = {
     "batch": Table("tokens a step", [("2,048", "ibq-1024"), ("128", "batch-128")], [*_TRAINING, *_HELD_OUT]),
     "pictures": Table("quantizer", _quantizers("ten-", (1024,)), [*_TRAINING, *_HELD_OUT]),
 }
-"""By the name that stands in the document's markers."""
+"""By the name in the document's markers."""
 
 assert {name for table in TABLES.values() for _, name in table.rows} == {c.name for c in CONFIGURATIONS}
 
@@ -132,4 +132,4 @@ def _above(runs: Sequence[Result]) -> str:
     if not runs:
         return "No run is finished."
     window, held_out = spread_of(runs, window_tokens), spread_of(runs, lambda r: r.tokens)
-    return f"{conditions(runs)}; a window of training: {window} tokens; held out: {held_out} tokens."
+    return f"{conditions(runs)}. A window of training: {window} tokens. Held out: {held_out} tokens."

@@ -1,7 +1,7 @@
-"""Tiles: small squares cut out of photographs, some kept from training.
+"""Tiles: small squares from photographs, some held out of training.
 
-On a few hundred photographs a codebook of 16,384 codes is not put to the test: they have too few tokens. Their tiles
-have enough, and look like what a tokenizer of large pictures sees of each.
+A few hundred photographs have too few tokens to test a codebook of 16,384 codes. Their tiles have enough. A tile looks
+like one token's field of view in a large picture.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from ibq_scale.experiments.plan import Pictures
 
 TILE = 16
 SUFFIXES = (".jpg", ".jpeg", ".png")
-# Shortest side of a picture before it is cut: many pictures give few tiles each, ten give many.
+# Shortest side of a picture before its cut. Many pictures give few tiles each, ten give many.
 PHOTOGRAPHS_SIDE, TEN_SIDE = 64, 320
-# One in so many: of the pictures, and of the ten pictures' rows of tiles, from below.
+# One in so many pictures, or of the ten pictures' rows of tiles from below.
 HELD_OUT_SHARE = 5
 SHARD_BYTES = 4 << 20
 PARTS = ("train", "held-out")
 
 
 def prepare_tiles(pictures: Pictures, source: Path, to: Path) -> dict[str, str]:
-    """Cuts and prepares both parts under `to`, unless they are there already; returns the URL of each part.
+    """Cuts and prepares both parts under `to`, unless they exist. Returns the URL of each part.
 
-    `source`, a folder of photographs, is read for ``photographs`` only: every fifth of them, in the order of their
-    paths, is held out whole. Of the ``ten`` (which scikit-image and scikit-learn ship) the lowest fifth of each is.
-    UserError where there are too few pictures, or the packages with the ten are not installed.
+    `source`, a folder of photographs, is read for ``photographs`` only. Every fifth of them, in the order of their
+    paths, is held out whole. Of the ``ten`` from scikit-image and scikit-learn, the lowest fifth of each is held out.
+    UserError for too few pictures, or without the packages of the ten.
     """
     urls = {part: str(to / part) for part in PARTS}
     if all((to / part / MANIFEST).is_file() for part in PARTS):

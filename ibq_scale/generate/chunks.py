@@ -1,4 +1,4 @@
-"""What a sampling job has on disk: a file a chunk of images, and at the end one ``.npz`` and a grid of pictures."""
+"""Files of a sampling job: one per chunk of images, and at the end one ``.npz`` and a grid of pictures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ibq_scale.documents import read_json
-from ibq_scale.generate.names import FACTS, GRID, SAMPLES
+from ibq_scale.outputs import FACTS, GRID, SAMPLES
 from ibq_scale.pictures import image_grid, save_png
 
 GRID_CLASSES, GRID_COLUMNS = 16, 8
@@ -27,9 +27,9 @@ Images = np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 
 @dataclass(frozen=True)
 class Job:
-    """The images to make: `labels`, a class's `per_class` after one another, cut into chunks of `batch`.
+    """The images to make: `labels`, with `per_class` consecutive images a class, cut into chunks of `batch`.
 
-    `depends`: what the images depend on beside that: weights, settings, precision. `side`: pixels.
+    `depends`: the other inputs of the images: weights, settings, precision. `side`: pixels.
     """
 
     labels: tuple[int, ...]
@@ -40,7 +40,7 @@ class Job:
 
     @cached_property
     def hash(self) -> str:
-        """sha256 (hex): chunks of another job are none of this one's."""
+        """sha256 (hex), stored in chunks to tell the chunks of another job."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     @property
@@ -48,25 +48,25 @@ class Job:
         return math.ceil(len(self.labels) / self.batch)
 
     def size(self, chunk: int) -> int:
-        """Images of a chunk; the last may have fewer than the others."""
+        """Number of images in a chunk. The last one may have fewer."""
         return min(self.batch, len(self.labels) - chunk * self.batch)
 
     def rows(self, chunk: int) -> tuple[list[int], list[int]]:
-        """Labels of a whole batch, and each one's place within its class; the last chunk is filled with its last."""
+        """Labels of a full batch, and each image's index in its class. The last chunk repeats its last image."""
         first = chunk * self.batch
         places = [min(i, len(self.labels) - 1) for i in range(first, first + self.batch)]
         return [self.labels[i] for i in places], [i % self.per_class for i in places]
 
 
 class Chunks:
-    """The chunks of a job in DIR/.parts, each an ``.npz`` with the job's hash: a zip file's CRCs tell what is whole."""
+    """The chunks of a job in DIR/.parts, each an ``.npz`` with the job's hash. The zip's CRCs detect damage."""
 
     def __init__(self, folder: Path, job: Job) -> None:
         self.folder, self.job = folder, job
         self._parts = folder / PARTS
 
     def write(self, number: int, images_BHW3: Images) -> None:
-        """Whole or not at all."""
+        """Writes a chunk atomically."""
         self._parts.mkdir(parents=True, exist_ok=True)
         partial = self._parts / f".{number}.{os.getpid()}.partial"
         with partial.open("wb") as f:
@@ -74,7 +74,7 @@ class Chunks:
         partial.replace(self._path(number))
 
     def read(self, number: int) -> Images | None:
-        """uint8 (B, H, W, 3); None where it is not there, damaged, or of another job."""
+        """uint8 (B, H, W, 3), None if the chunk is missing, damaged, or of another job."""
         try:
             with np.load(self._path(number)) as content:
                 if str(content["job"]) != self.job.hash:
@@ -86,9 +86,9 @@ class Chunks:
         return images if whole else None
 
     def assemble(self, facts: str, part: int) -> bool:
-        """Writes the job's files from its chunks, one in memory at a time, and removes those. False if one is missing.
+        """Writes the job's files from its chunks, one at a time, and removes the chunks. False if one is missing.
 
-        `part` keeps apart two tasks of an array that end together and both do so.
+        `part`: separates the temporary files of two array tasks that end together.
         """
         if not all(self._path(number).is_file() for number in range(self.job.chunks)):
             return is_finished(self.folder, self.job)
@@ -96,7 +96,7 @@ class Chunks:
         pictures = self._stream(partial)
         if pictures is None:
             partial.unlink()
-            # Another task that ended with this one may have removed them, for it was done.
+            # Another task may have assembled the job and removed its chunks meanwhile.
             return is_finished(self.folder, self.job)
         partial.replace(self.folder / SAMPLES)
         columns = min(self.job.per_class, GRID_COLUMNS)
@@ -108,14 +108,14 @@ class Chunks:
         return True
 
     def _stream(self, path: Path) -> list[Images] | None:
-        """An ``.npz`` is a zip of ``.npy`` files: streamed, because numpy's own writer wants the whole array in memory.
+        """Streams an ``.npz``, a zip of ``.npy`` files. numpy's own writer needs the whole array in memory.
 
-        Returns the grid's pictures, None where a chunk is not as it was written.
+        Returns the grid's pictures, None if a chunk is damaged.
         """
         job, pictures = self.job, []
         header = {"descr": "|u1", "fortran_order": False, "shape": (len(job.labels), job.side, job.side, 3)}
         with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-            # Names with a fixed date: the same images are the same bytes.
+            # ZipInfo has a fixed date, so the same images give the same bytes.
             with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as f:
                 np.lib.format.write_array_header_1_0(f, header)
                 for number in range(job.chunks):
@@ -130,7 +130,7 @@ class Chunks:
         return pictures
 
     def _in_grid(self, image: int) -> bool:
-        """The first images of the first classes, a class a row."""
+        """The first images of the first classes, one row per class."""
         return image // self.job.per_class < GRID_CLASSES and image % self.job.per_class < GRID_COLUMNS
 
     def _path(self, number: int) -> Path:
@@ -138,7 +138,7 @@ class Chunks:
 
 
 def is_finished(folder: Path, job: Job) -> bool:
-    """Whether the files of the whole job are there. Reads the ``.npz`` once, against its CRCs."""
+    """Whether all files of the job exist. Reads the ``.npz`` once to check its CRCs."""
     try:
         if read_json(folder / FACTS).get("job") != job.hash or not (folder / GRID).is_file():
             return False

@@ -1,4 +1,4 @@
-"""Images → code shards: one code shard an image shard, each rank its own, nothing done twice after a restart."""
+"""Images → code shards, one per image shard, shared out over ranks. A restart keeps finished shards."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ibq_scale.errors import UserError
 from ibq_scale.pretrained.loading import Tokenizer, load_tokenizer
 from ibq_scale.quantize.usage import CodeUsage
 
-# LlamaGen's ten crops are cut from a centre square of this many times the resolution.
+# LlamaGen's ten crops come from a centre square of this multiple of the resolution.
 TEN_CROP_RANGE = 1.1
 Crops = Literal["center", "ten"]
 Part = tuple[int, int]
@@ -30,9 +30,9 @@ Part = tuple[int, int]
 
 @dataclass(frozen=True)
 class TokenizeReport:
-    """What was written. `usage` (0 to 1) and `perplexity` are over the images of the shards written now.
+    """The result of `tokenize`. `usage` (0 to 1) and `perplexity` cover the images of newly written shards.
 
-    `complete`: every shard is there, and the manifest written. Else other parts of the array have still to run.
+    `complete`: every shard and the manifest exist. Otherwise other parts of the array are missing.
     """
 
     url: str
@@ -62,9 +62,8 @@ def tokenize(
 ) -> TokenizeReport:
     """Encodes every image at the tokenizer's resolution and writes shards, then the manifest. Collective.
 
-    Of the part's shards, rank r takes every W-th; a shard that an earlier run of the same tokenizer on the same images
-    has left is kept. Whichever part finds all shards there writes the manifest. UserError where the checkpoint or the
-    data cannot be used.
+    Rank r takes every W-th of the part's shards. Shards from an earlier run with the same tokenizer and images are
+    kept. The part that finds all shards writes the manifest. UserError if the checkpoint or the data is unusable.
     """
     begin = time.perf_counter()
     manifest = load_manifest(data, "images")
@@ -79,7 +78,7 @@ def tokenize(
     )
     store = open_store(to)
     if store.url == open_store(data).url:
-        raise UserError(f"--to {to} is the folder of the images: give the codes one of their own")
+        raise UserError(f"--to {to} is the folder of the images: give the codes another one")
     usage = CodeUsage(info.codebook_size, world.device)
     mine: dict[int, ShardInfo] = {}
     encoded = reused = 0
@@ -117,7 +116,7 @@ def tokenize(
 
 
 def _finish(store: Store, manifest: Manifest, done: dict[int, ShardInfo], info: CodesInfo) -> bool:
-    """Writes the manifest if other parts have left all that this one has not made."""
+    """Writes the manifest if all shards of the other parts exist too."""
     shards = []
     for number, image_shard in enumerate(manifest.shards):
         name = code_shard_name(image_shard.name)
@@ -145,7 +144,7 @@ def _encode(tokenizer: Tokenizer, data: str, shard: int, batch: int, crops: Crop
 
 
 def ten_crops(images_BCHW: Tensor, side: int) -> list[Tensor]:
-    """The four corners and the centre, then the same mirrored: 10 × (B, C, side, side)."""
+    """The four corners and the centre, then their mirror images: 10 × (B, C, side, side)."""
     height, width = images_BCHW.shape[2:]
     far_y, far_x = height - side, width - side
     corners = [(0, 0), (0, far_x), (far_y, 0), (far_y, far_x), (far_y // 2, far_x // 2)]

@@ -1,7 +1,7 @@
 """Class-conditional images: codes from the transformer, pixels from the tokenizer, an ``.npz`` and a PNG grid.
 
-A job is a list of images cut into chunks of one batch, each computed whole and in one shape by whichever rank comes to
-it, and a file until all are there: neither ranks, array tasks nor a restart change a byte of what comes out.
+A job is a list of images cut into chunks of one batch. Any rank or array task computes a chunk whole, in one shape, and
+writes it to a file, so ranks, array tasks and restarts do not change a byte of the result.
 """
 
 from __future__ import annotations
@@ -31,11 +31,10 @@ Part = tuple[int, int]
 
 @dataclass(frozen=True)
 class SampleReport:
-    """What a job wrote. Rates are of the images made now (`images` less `reused_images`), decoding included.
+    """The result of `sample`. Rates cover the new images (`images` − `reused_images`), with decoding.
 
-    `complete`: every image is there, and the files written. Else other parts of the array have still to run.
-    `images` are this part's. `job` is the sha256 of all that the images depend on, `model` the directory that the
-    transformer was read from.
+    `complete`: every image and the files exist. Otherwise other parts of the array are missing. `images`: of this part.
+    `job`: sha256 of all inputs of the images. `model`: directory of the transformer.
     """
 
     folder: str
@@ -56,7 +55,7 @@ class SampleReport:
 
 
 def check_pair(ar: ARModel, tokenizer: Tokenizer) -> None:
-    """UserError where the transformer's codes are not this tokenizer's."""
+    """UserError if the transformer was trained on codes of another tokenizer."""
     if ar.tokenizer_hash is not None and ar.tokenizer_hash != tokenizer.hash:
         raise UserError(
             f"the transformer was trained on codes of tokenizer {ar.tokenizer_hash[:12]}…, this is "
@@ -64,8 +63,8 @@ def check_pair(ar: ARModel, tokenizer: Tokenizer) -> None:
         )
     if ar.config.codebook_size != tokenizer.quantizer_config.codebook_size:
         raise UserError(
-            f"the transformer knows {ar.config.codebook_size} codes, the tokenizer "
-            f"{tokenizer.quantizer_config.codebook_size}: they do not belong together"
+            f"the transformer has {ar.config.codebook_size} codes, the tokenizer "
+            f"{tokenizer.quantizer_config.codebook_size}: they do not match"
         )
 
 
@@ -84,8 +83,8 @@ def sample(
     """Writes `per_class` images of each class: ``samples.npz`` (arr_0 uint8 (N, H, W, 3), arr_1 labels int64 (N,)),
     ``grid.png`` and ``samples.json``. Collective.
 
-    What an earlier run of the same job has left is verified and kept. Whichever part finds all chunks there writes the
-    files. UserError for a class that the model has not, or a tokenizer that is not the transformer's.
+    Chunks of an earlier run of the same job are verified and kept. The part that finds all chunks writes the files.
+    UserError for an unknown class, or for a tokenizer other than the transformer's.
     """
     begin = time.perf_counter()
     check_pair(ar, tokenizer)
@@ -153,7 +152,7 @@ def _job(
 
 
 def _find(chunks: Chunks, numbers: list[int], world: World) -> tuple[list[int], list[int]]:
-    """Which chunks are whole on disk and which are not; each rank reads its share. Collective."""
+    """The whole chunks on disk, and the missing ones. Each rank reads its share. Collective."""
     mine = [number for number in numbers[world.rank :: world.size] if chunks.read(number) is not None]
     there = {number for found in of_all_ranks(world, mine) for number in found}
     return sorted(there), [number for number in numbers if number not in there]
@@ -168,7 +167,7 @@ def _make(
     missing: list[int],
     world: World,
 ) -> None:
-    """Of the missing chunks, rank r makes every W-th, straight to disk: 50,000 images need no memory."""
+    """Rank r makes every W-th missing chunk and writes it to disk at once, so 50,000 images need little memory."""
     job, mine = chunks.job, missing[world.rank :: world.size]
     sampler = Sampler(ar.transformer, settings, job.batch) if mine else None
     progress = Progress("sample", job.batch * len(missing)) if world.is_main else None
@@ -179,7 +178,7 @@ def _make(
         images = tokenizer.decode(codes_BT.view(job.batch, ar.config.grid, ar.config.grid))
         chunks.write(number, to_uint8(images)[: job.size(number)].permute(0, 2, 3, 1).cpu().numpy())
         if progress is not None:
-            # The others are as far, as all chunks are alike.
+            # An estimate: the other ranks are as far, since all chunks have the same size.
             images_done = min(done * world.size, len(missing)) * job.batch
             progress.show(images_done, images_done, 0)
     if progress is not None:

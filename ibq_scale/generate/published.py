@@ -1,4 +1,4 @@
-"""Guidance and temperature that the published sizes were evaluated with (arXiv 2412.02692), on 50 images a class."""
+"""Guidance and temperature in the evaluation of the published sizes (arXiv 2412.02692), 50 images a class."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PUBLISHED = {
 
 
 def published_sampling(config: TransformerConfig) -> tuple[float, float]:
-    """Guidance and temperature for a model of this size. UserError where none were published."""
+    """Guidance and temperature for a model of this size. UserError if none were published."""
     for depth, width, guidance, temperature in PUBLISHED.values():
         if (config.conditioning, config.depth, config.width) == ("adaln", depth, width):
             return guidance, temperature

@@ -1,1 +1,1 @@
-"""Ladders: transformers of several sizes on several budgets, from one file to a law and its report."""
+"""Ladders: transformers of several sizes on several budgets, with a law and a report."""

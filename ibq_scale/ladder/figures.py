@@ -7,23 +7,23 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ibq_scale.experiments.svg import Axis, Panel, Series, figure
+from ibq_scale.console import short
 from ibq_scale.ladder.fit import Fit
 from ibq_scale.ladder.results import Result
+from ibq_scale.report.svg import Axis, Panel, Series, figure
 from ibq_scale.scaling.laws import Law
 from ibq_scale.scaling.optimum import Cost, compute_optimal
 
 CURVE = 40
 LAW, BEYOND_SLOT = 0, 1
-# Rungs whose FLOPs differ by less are of one budget: whole steps seldom fill one.
+# Rungs with FLOPs closer than this factor share a budget. Whole steps seldom fill a budget.
 SAME_BUDGET = 1.1
 # Room at both ends of an axis, a factor.
 ROOM = 1.3
-SUFFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def draw_fit(fit: Fit) -> str:
-    """One SVG document. Without a law of both there are dots alone."""
+    """One SVG document. Without a joint law it has dots only."""
     law = fit.joint if isinstance(fit.joint, Law) else None
     panels = [_losses(fit, law)]
     if law is not None and fit.cost is not None:
@@ -35,19 +35,11 @@ def draw_fit(fit: Fit) -> str:
 
 
 def budgets(results: Sequence[Result]) -> list[tuple[str, list[Result]]]:
-    """Rungs that share a budget: tokens where several sizes saw the same, else FLOPs."""
+    """Rungs with a common budget: in tokens if several sizes saw the same number, else in FLOPs."""
     by_tokens = _grouped(results, lambda r: float(r.tokens))
     if any(len({r.parameters for r in group}) > 1 for group in by_tokens):
-        return [(f"{short(group[0].tokens)} tokens", group) for group in by_tokens]
+        return [(f"{short(group[0].tokens, 3)} tokens", group) for group in by_tokens]
     return [(f"{group[0].flops:.2g} FLOPs", group) for group in _grouped(results, lambda r: r.flops)]
-
-
-def short(value: float) -> str:
-    """``1.2M``."""
-    for unit, suffix in SUFFIXES:
-        if value >= unit:
-            return f"{value / unit:.3g}{suffix}" if value < 1e15 else f"{value:.2g}"
-    return f"{value:.3g}"
 
 
 def _grouped(results: Sequence[Result], key: Callable[[Result], float]) -> list[list[Result]]:
@@ -93,7 +85,7 @@ def _residuals(fit: Fit, law: Law) -> Panel:
 
 
 def _best(fit: Fit, law: Law, cost: Cost) -> Panel:
-    """Within the FLOPs that were fitted drawn through, beyond dashed."""
+    """Solid within the fitted FLOPs, dashed beyond."""
     most = max([cost.high, *(optimum.flops for optimum in fit.optima if optimum.told)])
     spans = [(cost.low, cost.high, False)] + ([(cost.high, most, True)] if most > cost.high else [])
     series, values = [], []
@@ -108,13 +100,14 @@ def _best(fit: Fit, law: Law, cost: Cost) -> Panel:
 
 
 def _axis(label: str, values: Sequence[float]) -> Axis:
-    """Logarithmic, with ticks at 1, 2 and 5 of each decade, or at decades alone where those are many."""
+    """Logarithmic, with ticks at 1, 2 and 5 of each decade, or at decades only if these are many."""
     low, high = min(values) / ROOM, max(values) * ROOM
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     steps = (1, 2, 5) if math.log10(high / low) < 2 else (1,)
     every = max(1, len(decades) // 6)
     places = [s * 10.0**d for d in decades if d % every == 0 for s in steps]
-    return Axis(label, low, high, [(p, short(p)) for p in places if low <= p <= high], log=True)
+    ticks = [(p, f"{p:.2g}" if p >= 1e15 else short(p, 3)) for p in places if low <= p <= high]
+    return Axis(label, low, high, ticks, log=True)
 
 
 def _plain_axis(label: str, values: Sequence[float], digits: int) -> Axis:

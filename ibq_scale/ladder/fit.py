@@ -1,4 +1,4 @@
-"""From a ladder's results to its laws, and to what they say of budgets not yet spent."""
+"""Fits laws to a ladder's results, and predicts larger budgets."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ibq_scale.scaling.laws import REPLICAS, Interval, Law, fit_law
 from ibq_scale.scaling.optimum import Cost, Optimum, compute_optimal
 
 FIT = "fit.json"
-# Budgets that a report looks at without being asked, in parts of the most that a rung took.
+# Default budgets of a report, in parts of the largest rung's FLOPs.
 BUDGETS = (1.0, 10.0, 100.0)
-# Passes over the data up to which they are worth about as much as new data (arXiv 2305.16264).
+# Up to so many epochs, repeated data is worth about as much as new data (arXiv 2305.16264).
 EPOCHS = 4.0
 
 
 @dataclass(frozen=True)
 class NotFitted:
-    """A law that these rungs cannot tell, and why."""
+    """A law without enough rungs, and the reason."""
 
     name: str
     why: str
@@ -30,7 +30,7 @@ class NotFitted:
 
 @dataclass(frozen=True)
 class Fit:
-    """Of one codebook's rungs. `joint` is L(N, D); `singles` are L(N) at a number of tokens, L(D) of a size."""
+    """The fit for one codebook. `joint` is L(N, D). `singles` are L(N) at a number of tokens, and L(D) of a size."""
 
     codebook: int
     results: tuple[Result, ...]
@@ -42,22 +42,22 @@ class Fit:
 
     @property
     def laws(self) -> dict[str, Law]:
-        """Those that were fitted, by a name that tells what was held."""
+        """The fitted laws, by a name with their fixed variable."""
         named = {f"L(N, D), K = {self.codebook:,}": self.joint, **self.singles}
         return {name: law for name, law in named.items() if isinstance(law, Law)}
 
     @property
     def not_fitted(self) -> list[NotFitted]:
-        """The others."""
+        """The laws without a fit."""
         return [law for law in (self.joint, *self.singles.values()) if isinstance(law, NotFitted)]
 
 
 def fit_ladder(
     results: Sequence[Result], *, flops: Sequence[float] = (), replicas: int = REPLICAS, seed: int = 0
 ) -> list[Fit]:
-    """A fit for each codebook, since a code of another codebook is another unit and losses do not compare.
+    """One fit per codebook, since losses over different codebooks do not compare.
 
-    `flops`: budgets to look at; without any, the largest rung's, and 10 and 100 times as much.
+    `flops`: budgets for predictions. Default: the largest rung's, 10 and 100 times as much.
     """
     codebooks = sorted({result.codebook for result in results})
     return [_fit([r for r in results if r.codebook == k], k, flops, replicas, seed) for k in codebooks]
@@ -106,7 +106,7 @@ _VALUES: dict[str, Callable[[Result], float]] = {"N": lambda r: float(r.paramete
 
 
 def _alike(results: Sequence[Result], held: str) -> list[tuple[float, list[Result]]]:
-    """Rungs that share this variable, where more than one value of the other is there."""
+    """Rungs with equal values of this variable, and at least two of the other."""
     value, other = _VALUES[held], _VALUES["N" if held == "D" else "D"]
     groups = [(v, [r for r in results if value(r) == v]) for v in sorted({value(r) for r in results})]
     return [(v, group) for v, group in groups if len({other(r) for r in group}) > 1]
@@ -117,14 +117,14 @@ def _of_results(results: Sequence[Result]) -> tuple[str, ...]:
     trained = [r.name for r in results if not r.held_out]
     if trained:
         lines.append(
-            f"TRAINING LOSS: {len(trained)} of {len(results)} rungs have no held-out loss; theirs is of the end of "
-            f"training, with its dropout"
+            f"TRAINING LOSS: {len(trained)} of {len(results)} rungs have no held-out loss; their loss is of the "
+            "end of training, with dropout"
         )
     epochs = [r.epochs for r in results if r.epochs is not None]
     if epochs and max(epochs) > EPOCHS:
         lines.append(
-            f"REPEATED DATA: up to {max(epochs):.3g} passes; beyond about {EPOCHS:.0f}, tokens seen again are worth "
-            f"less than new ones, and the law takes them for the same"
+            f"REPEATED DATA: up to {max(epochs):.3g} passes; beyond about {EPOCHS:.0f}, repeated tokens are worth "
+            "less than new ones, and the law counts both alike"
         )
     return tuple(lines)
 

@@ -1,11 +1,11 @@
-"""What a ladder will cost, rung by rung, before anything is trained."""
+"""The cost of a ladder, rung by rung, before training."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from ibq_scale.ladder.figures import short
+from ibq_scale.console import aligned, gigabytes, short
 from ibq_scale.ladder.rungs import Rung
 from ibq_scale.scaling.plan import Plan
 
@@ -14,7 +14,7 @@ _HEAD = ("rung", "N", "tokens", "steps", "lr", "FLOPs", "memory", "checkpoint", 
 
 
 def documents(planned: Planned) -> list[dict[str, Any]]:
-    """As JSON. `command` is what makes the rung."""
+    """As JSON. `command`: the training command of the rung."""
     return [
         {
             "rung": rung.name,
@@ -42,16 +42,10 @@ def table(planned: Planned) -> list[str]:
     kept = sum(plan.checkpoint_bytes * rung.run.train.keep_checkpoints for rung, plan in planned)
     cost = f"{sum(hours):,.1f} GPU hours" if len(hours) == len(plans) else "hours unknown"
     flops = sum(rung.flops for rung, _ in planned)
-    lines.append(f"together: {len(plans)} rungs, {flops:.3g} FLOPs, {cost}, {kept / 1e9:,.2f} GB of checkpoints")
+    lines.append(f"together: {len(plans)} rungs, {flops:.3g} FLOPs, {cost}, {gigabytes(kept)} of checkpoints")
     bases = dict.fromkeys(plan.time.basis for plan in plans)
     notes = dict.fromkeys(note for plan in plans for note in plan.notes)
     return [*lines, *bases, *(f"note: {note}" for note in notes)]
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table, every column as wide as its longest cell."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _row(rung: Rung, plan: Plan) -> tuple[str, ...]:
@@ -59,12 +53,12 @@ def _row(rung: Rung, plan: Plan) -> tuple[str, ...]:
     hours = plan.time.gpu_hours
     return (
         rung.name,
-        short(sum(plan.parameters.values())),
-        short(rung.tokens),
+        short(sum(plan.parameters.values()), 3),
+        short(rung.tokens, 3),
         f"{plan.steps:,}",
         f"{rung.run.optimizer.lr:.3g}",
         f"{rung.flops:.3g}",
-        f"{plan.memory.peak / 1e9:,.1f} GB{fits}",
-        f"{plan.checkpoint_bytes / 1e9:,.2f} GB",
+        f"{gigabytes(plan.memory.peak)}{fits}",
+        gigabytes(plan.checkpoint_bytes),
         "–" if hours is None else f"{hours:,.1f}",
     )

@@ -1,4 +1,4 @@
-"""What a fit says: a table of text, and one HTML page that opens offline."""
+"""Output of a fit: a table of text, and one offline HTML page."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ibq_scale.ladder.figures import draw_fit, short
+from ibq_scale.console import aligned, short
+from ibq_scale.ladder.figures import draw_fit
 from ibq_scale.ladder.fit import Fit
-from ibq_scale.ladder.plan import aligned
 from ibq_scale.report.page import Section, Table, write
 from ibq_scale.scaling.laws import Interval, Law
 from ibq_scale.scaling.optimum import Optimum
 
 REPORT = "report.html"
 _LIMITS = (
-    "An interval is of what the noise between rungs leaves open, if the law holds. It does not know whether it holds: "
-    "what is extrapolated is marked, and by how much."
+    "An interval covers the noise between rungs and assumes that the law holds. Extrapolations are marked with their "
+    "factor."
 )
 
 
@@ -27,14 +27,14 @@ class Drawn(Section):
     figures: Sequence[str] = field(default_factory=tuple)
 
     def html(self) -> str:
-        # As wide as the page allows; the documents themselves have a size of their own.
+        # The figures have a fixed size. Here they fill the page.
         fluid = [svg.replace("<svg ", '<svg style="max-width:100%;height:auto" ', 1) for svg in self.figures]
         body = "".join(f'<figure class="picture">{svg}</figure>' for svg in fluid)
         return super().html().removesuffix("</section>") + body + "</section>"
 
 
 def write_report(fits: Sequence[Fit], missing: Sequence[str], name: str, folder: Path) -> Path:
-    """The page of all fits. `missing`: rungs that are not finished."""
+    """The page of all fits. `missing`: unfinished rungs."""
     sections: list[Section] = []
     for fit in fits:
         sections += _sections(fit)
@@ -44,7 +44,7 @@ def write_report(fits: Sequence[Fit], missing: Sequence[str], name: str, folder:
 
 
 def text(fits: Sequence[Fit], missing: Sequence[str]) -> list[str]:
-    """Lines for a terminal, warnings among them."""
+    """Lines for a terminal, with warnings."""
     lines = []
     for fit in fits:
         lines += [f"K = {fit.codebook:,}: {len(fit.results)} rungs", *_indented(_RUNG_HEAD, _rung_rows(fit))]
@@ -98,7 +98,7 @@ def _rung_rows(fit: Fit) -> list[list[str]]:
         fitted = ["–", "–"] if residual is None else [f"{r.loss / (1 + residual):.4f}", f"{100 * residual:+.2f} %"]
         passes = "–" if r.epochs is None else f"{r.epochs:.2f}"
         mark = "" if r.held_out else " (training)"
-        row = [r.name, short(r.parameters), short(r.tokens), passes, f"{r.flops:.3g}", f"{r.lr:.3g}"]
+        row = [r.name, short(r.parameters, 3), short(r.tokens, 3), passes, f"{r.flops:.3g}", f"{r.lr:.3g}"]
         rows.append([*row, f"{r.loss:.4f}{mark}", *fitted])
     return rows
 
@@ -114,7 +114,7 @@ def _held_out(law: Law) -> str:
 
 
 def _optimum_row(optimum: Optimum) -> list[str]:
-    sizes = [_between(v) if optimum.told else "not told" for v in (optimum.parameters, optimum.tokens)]
+    sizes = [_between(v) if optimum.told else "unknown" for v in (optimum.parameters, optimum.tokens)]
     return [f"{optimum.flops:.3g}", *sizes, _between(optimum.loss)]
 
 

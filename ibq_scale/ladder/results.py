@@ -1,4 +1,4 @@
-"""What the rungs' runs have left, in one JSON file: enough to fit the laws and draw the report without the runs."""
+"""The results of a ladder's rungs in one JSON file, enough for fits and report without the runs."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from ibq_scale.scaling import networks
 
 RESULTS = "results.json"
 VERSION = 1
-# Of the training loss, where no held-out one was taken: the last so many parts of the logged lines.
+# Without a held-out loss: the last part of the logged training losses.
 LAST = 0.1
 
 
 @dataclass(frozen=True)
 class Result:
-    """One finished rung. `loss`: nats a code, held out (`held_out`) or of the end of training. `flops`: of the whole
-    training. `epochs`: passes over its data, None where that could not be asked. `seconds`: of training, all parts.
+    """One finished rung. `loss`: nats a code, held out (`held_out`) or at the end of training. `flops`: of the whole
+    training. `epochs`: passes over its data, None if unknown. `seconds`: of training, over all attempts.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Result:
 
 
 def collect(rungs: Sequence[Rung]) -> tuple[list[Result], list[str]]:
-    """Every finished rung, and the names of the others. UserError where none is finished."""
+    """Every finished rung, and the names of the others. UserError without a finished one."""
     done = [rung for rung in rungs if is_finished(rung)]
     if not done:
         raise UserError(f"no rung is finished in {rungs[0].folder.parent}: train them with 'ibq-scale scale run'")
@@ -57,14 +57,14 @@ def collect(rungs: Sequence[Rung]) -> tuple[list[Result], list[str]]:
 
 
 def save(results: Sequence[Result], path: Path) -> None:
-    """One line a rung, so that a change of one is a change of one line."""
+    """One line per rung, so a diff shows the changed rungs."""
     lines = ",\n".join(json.dumps(asdict(result), ensure_ascii=False) for result in results)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, f'{{"version": {VERSION}, "rungs": [\n{lines}\n]}}\n')
 
 
 def load(path: Path) -> list[Result]:
-    """What `save` wrote. UserError where the file is missing, damaged or of another version."""
+    """Reads the file of `save`. UserError if it is missing, damaged or of another version."""
     try:
         values = read_json(path)
         names = {field.name for field in fields(Result)}
@@ -118,7 +118,7 @@ def _loss(log: RunLog, rung: Rung) -> tuple[float, bool]:
 
 
 def _epochs(rung: Rung) -> float | None:
-    """From the data's manifest, which may be out of reach by now."""
+    """From the data's manifest. None if it is out of reach."""
     from ibq_scale.data.sets import open_sets
 
     try:

@@ -1,4 +1,4 @@
-"""The rungs of a ladder: the run of each, as ``ibq-scale train ar`` takes it, and what it costs."""
+"""The rungs of a ladder: the ``ibq-scale train ar`` run of each, and its cost."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PARTS = ("train", "held-out")
 
 @dataclass(frozen=True)
 class Rung:
-    """One run. `preset` and `words` are what makes it: ``ibq-scale train ar PRESET WORDS``."""
+    """One run, by ``ibq-scale train ar PRESET WORDS``."""
 
     name: str
     size: str
@@ -37,7 +37,7 @@ class Rung:
 
     @property
     def tokens(self) -> int:
-        """Codes that it learns from, in all."""
+        """Codes of training, in total."""
         return self.run.train.total_samples * self.run.model.tokens
 
     @property
@@ -47,7 +47,7 @@ class Rung:
 
 
 def rungs_of(ladder: LadderConfig) -> list[Rung]:
-    """All of them, the cheapest first. UserError where a rung's config is none, or its budget is not one step."""
+    """All rungs, the cheapest first. UserError for an invalid config, or a budget below one step."""
     budgets: list[tuple[str, float | None]] = [("", None)]
     if ladder.budget.samples:
         budgets = [(f"-{count}", float(count)) for count in ladder.budget.samples]
@@ -66,7 +66,7 @@ def plans_of(ladder: LadderConfig, rungs: list[Rung]) -> Iterator[tuple[Rung, Pl
 
 
 def code_urls(ladder: LadderConfig, codebook: int) -> tuple[str, str | None]:
-    """Of the codes that are learned, and of those held out."""
+    """URLs of the training codes and of the held-out codes."""
     if ladder.tiles is not None:
         train, held_out = (str(ladder.folder / CODES / str(codebook) / part) for part in PARTS)
         return train, held_out

@@ -1,4 +1,4 @@
-"""The config of a ladder: one YAML file, from which every rung's run follows."""
+"""The config of a ladder: one YAML file for the runs of all rungs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PLACE = "{codebook}"
 
 
 class SizeConfig(Section):
-    """One size of the transformer. What is None is the preset's; `preset`: another than the ladder's."""
+    """One size of the transformer. None takes the preset's value. `preset`: instead of the ladder's."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9]+$")]
     preset: str | None = None
@@ -38,7 +38,7 @@ class SizeConfig(Section):
 
 
 class CodesConfig(Section):
-    """What is learned. `codebooks`: sizes, each with code shards of its own where `{codebook}` stands in the URLs."""
+    """The training data. `codebooks`: sizes, each with its own code shards at the URLs with `{codebook}`."""
 
     train: str = "???"
     validation: str | None = None
@@ -53,9 +53,9 @@ class CodesConfig(Section):
 
 
 class TilesConfig(Section):
-    """Codes that are made first, for ladders of minutes: of 16×16 tiles of photographs, by a tokenizer trained on them.
+    """Codes to make first, for ladders of minutes: of 16×16 tiles of photographs, by a tokenizer trained on them.
 
-    `pictures`: a folder of photographs; null takes ten that scikit-image and scikit-learn ship.
+    `pictures`: a folder of photographs. null takes the ten from scikit-image and scikit-learn.
     """
 
     pictures: str | None = None
@@ -67,8 +67,8 @@ MOST_RUNGS = 1000
 
 
 class BudgetConfig(Section):
-    """How long rungs train: every size with each of `samples` (images), or with each of `flops` (of the whole training:
-    larger sizes see less). With neither, each size's preset says.
+    """Lengths of the rungs: every size with each of `samples` (images), or with each of `flops` (of the whole training,
+    so larger sizes see less). Default: each size's preset.
     """
 
     samples: tuple[PositiveInt, ...] = ()
@@ -93,12 +93,14 @@ class RateConfig(Section):
     @model_validator(mode="after")
     def _width_has_a_base(self) -> RateConfig:
         if self.rule == "width" and (self.lr is None or self.base_width is None):
-            raise ValueError("rule=width needs lr and base_width: the width that this lr was found at")
+            raise ValueError("rule=width needs lr and base_width, the width of this lr")
         return self
 
 
 class MachineConfig(Section):
-    """What the plan is for; `ranks`: of a local run (null: one a GPU, else 1). `mfu`: the share of the peak assumed."""
+    """The machine of the plan. `ranks`: of a local run (null: one a GPU, else 1). `mfu`: the assumed share of
+    the peak.
+    """
 
     device: str | None = None
     gpus: PositiveInt = 1
@@ -108,9 +110,9 @@ class MachineConfig(Section):
 
 
 class LadderConfig(Section):
-    """Sizes × budgets × codebooks × seeds. `overrides`: ``key=value`` of every rung; a size's own come after them.
+    """Sizes × budgets × codebooks × seeds. `overrides`: ``key=value`` for every rung. A size's own come after them.
 
-    `warmup`: share of each rung's samples, null for what the preset says.
+    `warmup`: share of each rung's samples, null for the preset's value.
     """
 
     name: str
@@ -148,17 +150,17 @@ class LadderConfig(Section):
 
     @property
     def folder(self) -> Path:
-        """Where rungs, results and report go."""
+        """The folder of rungs, results and report."""
         return Path(self.out or f"runs/{self.name}")
 
 
 def ladder_names() -> list[str]:
-    """Of the ladders that come with the package."""
+    """Names of the ladders in the package."""
     return sorted(path.stem for path in LADDERS.glob("*.yaml"))
 
 
 def load_ladder(source: str, overrides: Sequence[str] = ()) -> LadderConfig:
-    """A ladder that comes with the package, or a YAML file, with ``key=value`` on top.
+    """A ladder of the package, or a YAML file, with ``key=value`` on top.
 
     UserError for an unknown name, unreadable YAML, a misspelt key (with the nearest right one) or a wrong value.
     """

@@ -1,4 +1,4 @@
-"""A ladder's rungs as Slurm jobs: each is checked, copied and queued as ``ibq-scale submit`` does with a run."""
+"""A ladder's rungs as Slurm jobs, each checked, copied and queued as by ``ibq-scale submit``."""
 
 from __future__ import annotations
 
@@ -6,32 +6,33 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ibq_scale.cluster.checks import Check, Submission, run_checks
+from ibq_scale.cluster.checks import CHECKS, Submission, run_checks
 from ibq_scale.cluster.profile import Profile
 from ibq_scale.cluster.submit import make_request, next_snapshot, render, submit, training
 from ibq_scale.config.layers import require_complete
+from ibq_scale.findings import Finding
 from ibq_scale.ladder.run import is_finished
 from ibq_scale.ladder.rungs import Rung
 
 
 @dataclass(frozen=True)
 class Submitted:
-    """What became of a rung: its jobs, or the checks that keep it back. Neither for one that is finished."""
+    """The result for a rung: its jobs, or its failed checks. Neither for a finished rung."""
 
     rung: Rung
     finished: bool = False
     jobs: tuple[str, ...] = ()
-    checks: tuple[Check, ...] = ()
+    checks: tuple[Finding, ...] = ()
     script: str = ""
 
     @property
-    def failed(self) -> list[Check]:
+    def failed(self) -> list[Finding]:
         return [check for check in self.checks if check.level == "FAIL"]
 
 
 @dataclass(frozen=True)
 class Order:
-    """How they are to be queued; see `cluster.submit`."""
+    """Settings for the queue. See `cluster.submit`."""
 
     nodes: int
     profile: Profile
@@ -43,9 +44,9 @@ class Order:
 
 
 def submit_rungs(rungs: Sequence[Rung], order: Order) -> Iterator[Submitted]:
-    """Each rung in turn, as soon as it is known. One that fails a check is left out and does not hold up the others.
+    """The result of each rung as it comes. A rung with a failed check is left out, and the others go on.
 
-    UserError where a rung leaves the data open, its folder holds a run of another config, or Slurm refuses a job.
+    UserError for a rung without data, for a folder with a run of another config, or if Slurm refuses a job.
     """
     for rung in rungs:
         require_complete(rung.run)
@@ -55,8 +56,8 @@ def submit_rungs(rungs: Sequence[Rung], order: Order) -> Iterator[Submitted]:
         request = make_request(training(rung.run), order.nodes, order.profile, order.flags, list(order.sbatch))
         script = render(request, next_snapshot(request))
         assert request.work.config is not None, "it trains"
-        job = Submission(request.work.config, script, request.profile.gpu, queue=not order.dry_run)
-        held = Submitted(rung, checks=tuple(run_checks(job)), script=script.text)
+        job = Submission(script, request.work.config, request.profile.gpu, queue=not order.dry_run)
+        held = Submitted(rung, checks=tuple(run_checks(job, CHECKS)), script=script.text)
         if order.dry_run or held.failed:
             yield held
             continue

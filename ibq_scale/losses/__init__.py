@@ -1,1 +1,1 @@
-"""Loss terms around the tokenizer; the quantizer brings its own."""
+"""Loss terms of the tokenizer, except the quantizer's."""

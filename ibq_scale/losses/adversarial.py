@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
-# Of VQGAN's code: keeps the quotient finite while the discriminator has no opinion, and then bounds it.
+# From VQGAN's code. The first keeps the quotient finite for a vanishing gradient, the second bounds it.
 ADAPTIVE_EPS = 1e-4
 ADAPTIVE_LIMIT = 1e4
 
@@ -20,15 +20,15 @@ def discriminator_hinge(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def generator_non_saturating(fake: Tensor) -> Tensor:
-    """mean softplus(−x̄) with x̄ an image's mean logit; `fake` is (B, …)."""
+    """mean softplus(−x̄) with x̄ an image's mean logit. `fake` is (B, …)."""
     return F.softplus(-fake.flatten(1).mean(dim=1)).mean()
 
 
 class LastLayer:
-    """The gradient at the weight of a convolution, outside of any engine that owns it (VQGAN, arXiv 2012.09841, eq. 7).
+    """The gradient at a convolution's weight, computed outside of its engine (VQGAN, arXiv 2012.09841, eq. 7).
 
     `torch.autograd.grad` towards the weight itself would go through the engine's hooks: silently wrong on ZeRO-1, an
-    error on 2 and 3. It is a function of the layer's input, which is kept here, and of the output's gradient.
+    error on 2 and 3. The gradient is computed from the layer's input, stored here, and the output's gradient.
     """
 
     def __init__(self, layer: nn.Conv2d) -> None:
@@ -45,7 +45,7 @@ class LastLayer:
         """∂L/∂weight in fp32, of the last forward call, from ∂L/∂output of the same shape as the output."""
         assert self.input is not None, "the layer has not run yet"
         layer = self.layer
-        # Not weight.shape: ZeRO-3 keeps weights empty outside of their forward pass.
+        # Not weight.shape: under ZeRO-3 weights are empty outside of their forward pass.
         shape = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
         gradient: Tensor = conv2d_weight(  # type: ignore[no-untyped-call]
             self.input.float(),
@@ -60,7 +60,7 @@ class LastLayer:
 
 
 def adaptive_weight(reconstruction_gradient: Tensor, generator_gradient: Tensor) -> Tensor:
-    """How many times stronger the reconstruction pulls at the last layer than the discriminator, 0 to 1e4."""
+    """Norm of the reconstruction's gradient at the last layer over that of the GAN, 0 to 1e4."""
     ratio = reconstruction_gradient.norm() / (generator_gradient.norm() + ADAPTIVE_EPS)
     return torch.clamp(ratio, max=ADAPTIVE_LIMIT)
 
@@ -68,8 +68,8 @@ def adaptive_weight(reconstruction_gradient: Tensor, generator_gradient: Tensor)
 class LeCAM:
     """Keeps the discriminator's logits near the moving averages of the other side (arXiv 2104.03310).
 
-    The averages are part of a run's state: updated once an optimizer step with means over the global batch, saved
-    in the checkpoint, never touched by evaluation.
+    The averages are part of a run's state. They are updated once per optimizer step with means over the global batch,
+    saved in the checkpoint, and unchanged by evaluation.
     """
 
     def __init__(self, decay: float, device: torch.device | str = "cpu") -> None:

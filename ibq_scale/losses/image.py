@@ -1,4 +1,4 @@
-"""The losses on pictures, in one place: training computes them, and `scaling` rehearses their memory.
+"""The losses on images, used by training and by the rehearsal of memory in `scaling`.
 
 A new term is a weight in `TokenizerLossConfig` and a line in `ImageLoss.terms`.
 """
@@ -17,8 +17,8 @@ from ibq_scale.losses.perceptual import Perceptual
 
 
 class ImageGradient(NamedTuple):
-    """`terms`: unweighted means, fp32 scalars; `loss`: their weighted sum; `gradient`: that of `loss` at the
-    reconstruction (B, 3, H, W), fp32. All without gradient.
+    """`terms`: unweighted means, fp32 scalars. `loss`: their weighted sum. `gradient`: ∂loss/∂reconstruction
+    (B, 3, H, W), fp32. All are detached.
     """
 
     terms: dict[str, Tensor]
@@ -27,7 +27,7 @@ class ImageGradient(NamedTuple):
 
 
 class ImageLoss:
-    """Weighted terms of a reconstruction, and of a discriminator that looks at it."""
+    """Weighted loss terms of a reconstruction, with the discriminator's."""
 
     def __init__(self, config: TokenizerLossConfig, perceptual: Perceptual | None) -> None:
         self.config = config
@@ -40,7 +40,7 @@ class ImageLoss:
         if config.l2_weight > 0:
             found["l2"] = (config.l2_weight, (fake - images).square().mean())
         if self.perceptual is not None:
-            # Random weights make a loss and no measure, so they have another name than LPIPS.
+            # With random weights it is a loss but no metric, hence another name.
             name = "perceptual_random" if config.perceptual == "random" else "perceptual"
             found[name] = (config.perceptual_weight, self.perceptual(images, fake).mean())
         return found
@@ -54,8 +54,8 @@ class ImageLoss:
     ) -> ImageGradient:
         """The loss at `reconstruction`, (B, 3, H, W), fp32.
 
-        It is computed outside of the engines: LPIPS' activations are then gone before the discriminator's and the
-        decoder's turn. `balance`: a factor of the adversarial weight, from both gradients (VQGAN's adaptive weight).
+        It is computed outside of the engines, so LPIPS' activations are freed before the discriminator and the decoder
+        run. `balance`: a factor on the adversarial weight from both gradients (VQGAN's adaptive weight).
         """
         fake = reconstruction.detach().requires_grad_()
         weighted = self.terms(images, fake)
@@ -73,7 +73,7 @@ class ImageLoss:
             (generator_gradient,) = torch.autograd.grad(adversarial, fake)
             discriminator.requires_grad_(True)
             terms["generator"] = adversarial.detach()
-            weight = torch.as_tensor(self.config.adversarial_weight, device=fake.device)
+            weight = torch.full((), self.config.adversarial_weight, device=fake.device)
             if balance is not None:
                 weight = weight * balance(gradient, generator_gradient)
                 terms["adversarial_weight"] = weight

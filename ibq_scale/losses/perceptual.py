@@ -1,4 +1,4 @@
-"""LPIPS by the lpips package, its backbone read from a local file."""
+"""LPIPS by the lpips package, with the backbone's weights from a local file."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ BACKBONES = {net: SOURCES[net].file for net in ("vgg", "alex")}
 
 
 class Perceptual(nn.Module):
-    """Frozen LPIPS. `net` ``random`` is a VGG with seeded random weights: for tests and dry runs, no metric.
+    """Frozen LPIPS. `net` ``random`` is a VGG with seeded random weights, for tests and dry runs. It is no metric.
 
-    The backbone computes in `dtype`, bf16 in training under bf16 as autocast would do (a figure to report wants fp32);
-    distances between its features are fp32 always. UserError where the backbone's file is absent or damaged.
+    The backbone computes in `dtype`: bf16 in training under bf16, as autocast would, fp32 for reported figures.
+    Distances between its features are always fp32. UserError if the backbone's file is absent or damaged.
     """
 
     def __init__(self, net: Net, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
@@ -30,16 +30,16 @@ class Perceptual(nn.Module):
 
         path = None if net == "random" else weight_file(BACKBONES[net])
         with Uninitialized(), warnings.catch_warnings():
-            # lpips 0.1.4 calls torchvision by an argument that it has renamed.
+            # lpips 0.1.4 calls torchvision with a renamed argument.
             warnings.simplefilter("ignore", UserWarning)
-            # pnet_rand keeps lpips from downloading the backbone; its own five linear layers come in its wheel.
+            # pnet_rand prevents a download of the backbone. Its own five linear layers are in its wheel.
             self.metric = lpips.LPIPS(net="vgg" if net == "random" else net, pnet_rand=True, verbose=False)
         if path is None:
             _draw(self.metric.net)
         else:
             _fill(self.metric.net, path)
         self.requires_grad_(False).eval().to(device)
-        # Frozen weights can lie as GPUs want them, once and for all.
+        # Frozen weights are converted to the GPU's layout once.
         layout = torch.channels_last if device.type == "cuda" else torch.preserve_format
         self.metric.net.to(dtype=dtype, memory_format=layout)
         self.dtype = dtype
@@ -62,7 +62,7 @@ class Perceptual(nn.Module):
 
 
 def _draw(slices: nn.Module) -> None:
-    """As torchvision initializes VGG's convolutions (arXiv 1502.01852), from a seed of its own."""
+    """Initializes VGG's convolutions as torchvision does (arXiv 1502.01852), from a fixed seed."""
     generator = torch.Generator().manual_seed(0)
     for layer in slices.modules():
         if isinstance(layer, nn.Conv2d):

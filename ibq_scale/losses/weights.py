@@ -1,29 +1,28 @@
-"""Pretrained weights that metrics and losses need, from a local folder: nothing downloads inside a job.
+"""Pretrained weights of metrics and losses, from a local folder. Jobs never download.
 
-``ibq-scale fetch-weights`` fills the folder where there is internet, or from files that somebody already has.
+``ibq-scale fetch-weights`` fills the folder on a node with internet, or from existing files.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
-import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from ibq_scale.config.run import AnyRun, TokenizerRun
-from ibq_scale.download import NoNetworkError, Watch, download, sha256_of
+from ibq_scale.download import NoNetworkError, download
 from ibq_scale.errors import UserError
 
 State = Literal["there", "missing", "damaged"]
 
 
 @dataclass(frozen=True)
-class Source:
-    """`file`: the published name, which ends in the first digits of its sha256. `url` asks the package it is from."""
+class WeightFile:
+    """`file`: the published name, ending in the first digits of its sha256. `url` reads it from the package."""
 
     file: str
     what: str
@@ -54,16 +53,16 @@ def _inception_url() -> str:
 
 
 SOURCES = {
-    "vgg": Source(
+    "vgg": WeightFile(
         "vgg16-397923af.pth", "torchvision's VGG16 (ImageNet)", "LPIPS, as loss (perceptual=vgg) and metric", _vgg_url
     ),
-    "alex": Source(
+    "alex": WeightFile(
         "alexnet-owt-7be5be79.pth",
         "torchvision's AlexNet (ImageNet)",
         "LPIPS, as loss (perceptual=alex) and metric",
         _alex_url,
     ),
-    "inception": Source(
+    "inception": WeightFile(
         "weights-inception-2015-12-05-6726825d.pth",
         "torch-fidelity's Inception v3",
         "FID, IS, precision, recall",
@@ -71,12 +70,12 @@ SOURCES = {
     ),
 }
 
-# Of a tokenizer's validation, by metric.
+# Weights of a tokenizer's validation metrics.
 OF_METRICS = {"lpips": "vgg", "lpips_alex": "alex", "rfid": "inception"}
 
 
 def files_of_run(config: AnyRun) -> list[str]:
-    """The files without which a run does not start: its loss's, and those of the metrics that it names."""
+    """Files required for a run to start: those of its loss and of its named metrics."""
     if not isinstance(config, TokenizerRun):
         return []
     metrics = config.validation.metrics if config.validation.data is not None else None
@@ -86,7 +85,7 @@ def files_of_run(config: AnyRun) -> list[str]:
 
 @dataclass(frozen=True)
 class Status:
-    """One file of the folder. `state` ``damaged``: it is there, but its sha256 is not the published one."""
+    """One file of the folder. `state` ``damaged``: the file exists, but its sha256 is not the published one."""
 
     name: str
     path: str
@@ -102,7 +101,7 @@ def weights_folder() -> Path:
 
 
 def missing(file: str) -> str | None:
-    """What to do about an absent file, in one line; None where it is there."""
+    """The fix for an absent file, in one line. None if it is there."""
     path = weights_folder() / file
     if path.is_file():
         return None
@@ -114,7 +113,7 @@ def missing(file: str) -> str | None:
 
 
 def weight_file(file: str) -> Path:
-    """The path of a weight file. UserError that says how it gets to where it is looked for, when absent."""
+    """The path of a weight file. UserError with the fix if it is absent."""
     fault = missing(file)
     if fault is not None:
         raise UserError(f"{fault},\nor set IBQ_SCALE_WEIGHTS to the folder that holds it (jobs download nothing)")
@@ -122,19 +121,19 @@ def weight_file(file: str) -> Path:
 
 
 def damaged(path: Path) -> UserError:
-    """For a weight file that does not hold what it should."""
+    """The error for a weight file with wrong content."""
     return UserError(f"{path} is damaged or another network's: 'ibq-scale fetch-weights' replaces it")
 
 
 def status(names: Sequence[str]) -> list[Status]:
-    """What is in the folder; every file that is there is read and hashed."""
+    """State of these files in the folder. Existing files are read and hashed."""
     return [_status(name) for name in names]
 
 
 def fetch(names: Sequence[str], given: Path | None, say: Callable[[str], None]) -> list[Status]:
-    """Makes sure that these files are in the folder, whole: from `given` (a folder, or one file) or by HTTP.
+    """Fetches these files into the folder and verifies them, from `given` (a folder or a file) or by HTTP.
 
-    What is there already stays. UserError where a file cannot be had; those before it are then in place.
+    Intact files stay. UserError if a file is not available. The files before it are then in place.
     """
     folder = weights_folder()
     try:
@@ -164,15 +163,15 @@ def _status(name: str) -> Status:
     return Status(name, str(path), state, size, source.what, source.needed_for)
 
 
-def _is(source: Source, path: Path) -> bool:
+def _is(source: WeightFile, path: Path) -> bool:
     try:
         with path.open("rb") as f:
-            return sha256_of(f).startswith(source.sha256_prefix)
+            return hashlib.file_digest(f, "sha256").hexdigest().startswith(source.sha256_prefix)
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
 
 
-def _take(source: Source, given: Path, folder: Path) -> None:
+def _take(source: WeightFile, given: Path, folder: Path) -> None:
     path = given / source.file if given.is_dir() else given
     if not path.is_file():
         raise UserError(f"{given} does not hold {source.file} ({source.what})")
@@ -188,29 +187,12 @@ def _take(source: Source, given: Path, folder: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _download(source: Source, folder: Path, say: Callable[[str], None]) -> None:
+def _download(source: WeightFile, folder: Path, say: Callable[[str], None]) -> None:
     url = source.url()
     say(f"{source.file} ← {url}")
     try:
-        download(url, folder / source.file, source.sha256_prefix, _watch())
+        download(url, folder / source.file, source.sha256_prefix)
     except NoNetworkError as e:
         raise UserError(
             f"{e}\nrun this on a node with internet, or give a folder that holds {source.file} with --from"
         ) from None
-
-
-def _watch() -> Watch:
-    """Rewrites one line on a terminal; keeps quiet in a log."""
-    if not sys.stderr.isatty():
-        return lambda have, whole: None
-    shown = 0.0
-
-    def show(have: int, whole: int | None) -> None:
-        nonlocal shown
-        if have == whole or time.monotonic() - shown > 0.2:
-            shown = time.monotonic()
-            of = f" of {whole / 1e6:,.0f}" if whole else ""
-            end = "\n" if have == whole else ""
-            print(f"\r{have / 1e6:,.0f}{of} MB\x1b[K", end=end, file=sys.stderr, flush=True)
-
-    return show

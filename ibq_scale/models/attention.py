@@ -1,4 +1,4 @@
-"""Attention behind one function: the flash-attn packages where installed and possible, else torch's own kernels."""
+"""Attention behind one function: a flash-attn package if installed and supported, else torch's kernels."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from ibq_scale.errors import UserError
 
 
 class Package(NamedTuple):
-    """Where a flash-attn package keeps `flash_attn_func`, and what it computes on."""
+    """A flash-attn package: the module of `flash_attn_func`, and its supported GPUs and head sizes."""
 
     module: str
     name: str
     capabilities: tuple[int, ...]
-    """Major compute capabilities of the GPUs that it supports."""
+    """Major compute capabilities of the supported GPUs."""
     largest_head: int
 
 
-# In the order of preference on the GPUs that several support.
+# In the order of preference on GPUs with several packages.
 PACKAGES: dict[AttentionKind, Package] = {
     "flash3": Package("flash_attn_interface", "flash-attn 3", (9,), 256),
     "flash4": Package("flash_attn.cute", "flash-attn-4", (9, 10), 128),
@@ -37,16 +37,16 @@ BACKENDS: dict[AttentionKind, SDPBackend] = {
     "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION,
     "sdpa_math": SDPBackend.MATH,
 }
-# What ``sdpa`` tries on a GPU, in this order.
+# The kernels of ``sdpa`` on a GPU, in order of preference.
 ORDER = list(BACKENDS.values())
 CPU_KINDS = ("sdpa", "sdpa_flash", "sdpa_math")
 HALVES = (torch.bfloat16, torch.float16)
-# `flash_attn_func` by module, None where it cannot be imported: looked up here, since the compiler traces no import.
+# `flash_attn_func` by module, None after a failed import. torch.compile traces no import, hence this table.
 _LOADED: dict[str, Callable[..., Any] | None] = {}
 
 
 def choose(kind: AttentionKind, device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionKind:
-    """`kind`, or what ``auto`` means for such queries. UserError where the kind that is asked for cannot be had."""
+    """`kind`, or the choice of ``auto`` for such queries. UserError if the requested kind is not available."""
     if kind == "auto":
         return next((k for k in PACKAGES if _hindrance(k, device, dtype, head_dim) is None), "sdpa")
     hindrance = _hindrance(kind, device, dtype, head_dim)
@@ -56,7 +56,7 @@ def choose(kind: AttentionKind, device: torch.device, dtype: torch.dtype, head_d
 
 
 def choose_masked(kind: AttentionKind, device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionKind:
-    """As `choose`, for queries that a mask hides keys from: flash kernels know none, torch's choice stands in."""
+    """As `choose`, for masked keys. Flash kernels have no masks, so ``sdpa`` replaces them."""
     chosen = choose(kind, device, dtype, head_dim)
     return "sdpa" if chosen in PACKAGES or chosen in ("sdpa_flash", "sdpa_cudnn") else chosen
 
@@ -73,28 +73,30 @@ def describe(kind: AttentionKind, device: torch.device) -> str:
 def attention(
     q_BTHd: Tensor, k_BSGd: Tensor, v_BSGd: Tensor, *, causal: bool, kind: AttentionKind, seen_S: Tensor | None = None
 ) -> Tensor:
-    """softmax(q kᵀ/√d) v, (B, T, H, d); query head h reads head ⌊h·G/H⌋ of keys and values.
+    """softmax(q kᵀ/√d) v, (B, T, H, d). Query head h reads head ⌊h·G/H⌋ of keys and values.
 
-    `kind` is one that `choose` returned, or `choose_masked` where `seen_S`, bool, names the keys that are seen.
-    `causal` is for T = S: the kernels disagree on how to align a mask with more keys than queries, and one query
-    against a cache needs none. ``sdpa_math`` is torch's plain reference.
+    `kind` comes from `choose`, or from `choose_masked` with `seen_S`, bool, True for visible keys. `causal` needs
+    T = S: kernels differ in the alignment of a mask with more keys than queries, and one query against a cache needs
+    none. ``sdpa_math`` is torch's plain reference.
     """
     assert not causal or q_BTHd.shape[1] == k_BSGd.shape[1]
     if kind in PACKAGES:
         function = _LOADED[PACKAGES[kind].module]
         assert function is not None
-        out = function(q_BTHd, k_BSGd, v_BSGd, causal=causal)
-        # Some releases of 3 and 4 return the softmaxes' normalizers too.
+        # Torch's own kernels read the switch themselves.
+        fixed = {"deterministic": True} if torch.are_deterministic_algorithms_enabled() else {}
+        out = function(q_BTHd, k_BSGd, v_BSGd, causal=causal, **fixed)
+        # Some releases of 3 and 4 also return the softmaxes' normalizers.
         mixed: Tensor = out[0] if isinstance(out, tuple) else out
         return mixed
     q, k, v = (t.transpose(1, 2) for t in (q_BTHd, k_BSGd, v_BSGd))
     mask = None if seen_S is None else seen_S[None, None, None].expand(len(q), 1, q.shape[2], -1)
     if kind == "sdpa" and not q.is_cuda:
         return _sdpa(q, k, v, causal, mask).transpose(1, 2)
-    # cuDNN plans a graph for each length anew, and a cache has another with every step.
+    # cuDNN plans a new graph for each length, and the length of a cache changes with every step.
     backends = ORDER[q.shape[2] == 1 :] if kind == "sdpa" else [BACKENDS[kind]]
     if k.shape[1] != q.shape[1] and kind in ("sdpa", "sdpa_cudnn", "sdpa_efficient"):
-        # Not all of these take groups of heads by themselves.
+        # Not all of these support grouped heads.
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
     with sdpa_kernel(backends, set_priority=True):
         return _sdpa(q, k, v, causal, mask).transpose(1, 2)
@@ -106,7 +108,7 @@ def _sdpa(q_BHTd: Tensor, k_BGSd: Tensor, v_BGSd: Tensor, causal: bool, mask: Te
 
 
 def _hindrance(kind: AttentionKind, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """Why this kind cannot be had, as the end of a sentence; None where it can."""
+    """The reason against this kind as the end of a sentence, None if it is available."""
     if kind not in PACKAGES:
         needs_cuda = device.type != "cuda" and kind not in CPU_KINDS
         return f"needs a CUDA device, this is {device.type}" if needs_cuda else None
@@ -117,13 +119,15 @@ def _hindrance(kind: AttentionKind, device: torch.device, dtype: torch.dtype, he
         return f"computes in bf16 only (train.precision), this is {str(dtype).removeprefix('torch.')}"
     if head_dim % 8 or head_dim > package.largest_head:
         return f"takes heads of multiples of 8 up to {package.largest_head}, these have {head_dim}"
+    if kind == "flash4" and torch.are_deterministic_algorithms_enabled():
+        return "has no order of sums to keep to (train.deterministic)"
     if torch.cuda.get_device_capability(device)[0] not in package.capabilities:
         return f"does not support {torch.cuda.get_device_name(device)}"
     return None if _importable(package.module) else f"needs the package {package.name}, which cannot be imported"
 
 
 def _importable(module: str) -> bool:
-    """Loads the package's `flash_attn_func`, once. False where that fails, be it that what it needs is missing."""
+    """Imports the package's `flash_attn_func`, once. False if that fails, also for a missing dependency."""
     if module not in _LOADED:
         try:
             _LOADED[module] = importlib.import_module(module).flash_attn_func

@@ -1,6 +1,6 @@
 """The VQGAN encoder and decoder (convolutions, GroupNorm, single-head attention), and the tokenizer around them.
 
-Module names are the published checkpoints' names, so that an import renames nothing.
+Module names are those of the published checkpoints, so an import needs no renaming.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from ibq_scale.config.models import AutoencoderConfig, QuantizerConfig
 from ibq_scale.models.layout import convolution_layout
 from ibq_scale.models.norm import GroupNorm
 from ibq_scale.quantize.collectives import WHOLE, Shards
+from ibq_scale.quantize.quantized import Quantized
 from ibq_scale.quantize.quantizer import batch_sums, quantize
-from ibq_scale.quantize.types import Quantized
 
-# Graphs of one piece of code that torch.compile keeps: blocks times widths and resolutions, with and without gradient.
+# torch.compile's limit of graphs per code object: blocks × widths × resolutions, with and without gradient.
 COMPILED_GRAPHS = 64
 
 
@@ -93,7 +93,7 @@ class Upsample(nn.Module):
 
 
 def _run(block: nn.Module, x: Tensor, checkpointing: bool) -> Tensor:
-    """The block's output; its activations are kept, or computed again in the backward pass."""
+    """The block's output. With `checkpointing` its activations are recomputed in the backward pass."""
     if not (checkpointing and torch.is_grad_enabled()):
         out: Tensor = block(x)
         return out
@@ -102,7 +102,7 @@ def _run(block: nn.Module, x: Tensor, checkpointing: bool) -> Tensor:
 
 
 class Level(nn.Module):
-    """The blocks of one resolution, and the step to the next; `attn` is empty where there is no attention."""
+    """The blocks of one resolution and the step to the next. `attn` is empty in a level without attention."""
 
     def __init__(self, config: AutoencoderConfig, level: int, inputs: int, blocks: int) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B, z_channels, h, w) → (B, 3, f·h, f·w); one block a level more than the encoder."""
+    """(B, z_channels, h, w) → (B, 3, f·h, f·w), with one block per level more than the encoder."""
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -219,9 +219,9 @@ class Autoencoder(nn.Module):
         return x
 
     def compile_regions(self) -> None:
-        """Gives every residual and attention block to torch.compile, in place: parameters keep their names.
+        """Compiles every residual and attention block with torch.compile, in place. Parameters keep their names.
 
-        Blocks of equal sizes share a graph. Each size of input has its own graphs, and so has a pass without gradient.
+        Blocks of equal sizes share a graph. Each input size has its own graphs, and so has a pass without gradient.
         """
         import torch._dynamo
 
@@ -232,7 +232,7 @@ class Autoencoder(nn.Module):
 
 
 class TokenizerModel(nn.Module):
-    """What a training engine wraps: the autoencoder, with the codebook passed in (it lives outside every engine)."""
+    """The module of a training engine: the autoencoder. The codebook is an argument, outside every engine."""
 
     def __init__(self, model: AutoencoderConfig, quantizer: QuantizerConfig) -> None:
         super().__init__()
@@ -244,9 +244,9 @@ class TokenizerModel(nn.Module):
     ) -> tuple[Tensor, Quantized]:
         """Images (B, 3, H, W) and this rank's rows of the codebook → (reconstruction, `Quantized` of B·h·w tokens).
 
-        `mean_K`: from `batch_sums` of all micro-batches of a step, for the batch entropy over them all.
-        Where the encoder's output is not finite the reconstruction is NaN, and so are its gradients: the other ranks of
-        the codebook go on, and the engine skips the step on all ranks together.
+        `mean_K`: mean softmax over all micro-batches of a step, from `batch_sums`, for the batch entropy.
+        If the encoder's output is not finite, the reconstruction and its gradients are NaN. The codebook's other ranks
+        continue, and the engine skips the step on all ranks together.
         """
         z_BDhw = self.autoencoder.encode(x_BCHW)
         finite = z_BDhw.detach().isfinite().all()
@@ -260,7 +260,7 @@ class TokenizerModel(nn.Module):
 
     @torch.no_grad()
     def batch_sums(self, x_BCHW: Tensor, rows_KD: Tensor, shards: Shards = WHOLE) -> tuple[Tensor, Tensor]:
-        """Encodes, and takes `quantizer.batch_sums` of the tokens."""
+        """`quantizer.batch_sums` of the encoded tokens."""
         z_BDhw = self.autoencoder.encode(x_BCHW)
         z_BDhw = torch.where(z_BDhw.isfinite().all(), z_BDhw, 0.0)
         return batch_sums(tokens_of(z_BDhw), rows_KD, self.settings, shards)

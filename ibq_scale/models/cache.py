@@ -1,4 +1,4 @@
-"""Keys and values of the codes so far, in memory that never moves: what compiled and captured steps need."""
+"""Keys and values of the codes so far, in fixed memory, as compiled and captured steps need it."""
 
 from __future__ import annotations
 
@@ -11,49 +11,49 @@ from ibq_scale.config.models import TransformerConfig
 
 
 class LayerCache(NamedTuple):
-    """One layer's part: the keys and values (B, S, kv_heads, d) that a step reads, and where it puts its own.
+    """One layer's part: the keys and values (B, S, kv_heads, d) read by a step, and the position of the step's own.
 
-    `seen_S`: which of them are there already, None where all are.
+    `seen_S`: bool, True for keys already written. None if all are.
     """
 
     keys_BSGd: Tensor
     values_BSGd: Tensor
-    place_1: Tensor
+    position_1: Tensor
     seen_S: Tensor | None
 
     def extend(self, k_B1Gd: Tensor, v_B1Gd: Tensor) -> tuple[Tensor, Tensor]:
-        """Puts a step's own in its place; all keys and values that it reads."""
-        self.keys_BSGd.index_copy_(1, self.place_1, k_B1Gd)
-        self.values_BSGd.index_copy_(1, self.place_1, v_B1Gd)
+        """Writes a step's key and value, and returns all keys and values to read."""
+        self.keys_BSGd.index_copy_(1, self.position_1, k_B1Gd)
+        self.values_BSGd.index_copy_(1, self.position_1, v_B1Gd)
         return self.keys_BSGd, self.values_BSGd
 
 
 class KVCache:
     """Keys and values of all layers, (B, tokens, kv_heads, d) each, filled from the front.
 
-    Where a step stands (`place_1`) is on the device, so that one captured step serves many places; how many keys it
-    reads is on the host: all that are there (`reach` None), or the first `reach`, and a mask hides those still to come.
+    The position of a step (`position_1`) is on the device, so one captured step serves many positions. The number of
+    keys to read is on the host: all written ones (`reach` None), or the first `reach` with a mask over unwritten ones.
     """
 
     def __init__(self, config: TransformerConfig, batch: int, device: torch.device, dtype: torch.dtype) -> None:
         shape = (batch, config.tokens, config.kv_groups, config.head_dim)
-        # Tensors of their own: what is compiled may not write into memory that its arguments share.
+        # Separate tensors: compiled code may not write to memory shared by its arguments.
         self._keys, self._values = (
             [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.depth)] for _ in range(2)
         )
-        self.place_1 = torch.zeros(1, device=device, dtype=torch.int64)
+        self.position_1 = torch.zeros(1, device=device, dtype=torch.int64)
         self.length = 0
         self.reach: int | None = None
         self.condition_BE = torch.empty(0)
         self.kept: list[Tensor] = []
 
     def clear(self) -> None:
-        """Begins anew. Old keys stay where they are: no step sees them before they are written over."""
+        """Restarts at the first position. Old keys are overwritten before any step reads them."""
         self.length = 0
-        self.place_1.zero_()
+        self.position_1.zero_()
 
     def keep(self, condition_BE: Tensor, modulations: list[Tensor]) -> None:
-        """Holds the classes' embedding and what each block makes of it, in the memory that the first call took."""
+        """Copies the classes' embedding and each block's modulation to memory allocated by the first call."""
         if not self.kept:
             self.condition_BE, self.kept = condition_BE.clone(), [t.clone() for t in modulations]
             return
@@ -61,20 +61,20 @@ class KVCache:
             old.copy_(new)
 
     def layer(self, index: int, seen_S: Tensor | None) -> LayerCache:
-        """A layer's part; `seen_S` is what `seen()` gave for this step."""
+        """A layer's part. `seen_S` is the result of `seen()` for this step."""
         keys, values = self._keys[index][:, : self._read], self._values[index][:, : self._read]
-        return LayerCache(keys, values, self.place_1, seen_S)
+        return LayerCache(keys, values, self.position_1, seen_S)
 
     def seen(self) -> Tensor | None:
-        """Which of the keys that a step reads are there, its own among them; None where all are."""
+        """Bool (S,), True for the written keys among those of a step, with its own. None if all are written."""
         if self.reach is None:
             return None
-        return torch.arange(self._read, device=self.place_1.device) <= self.place_1
+        return torch.arange(self._read, device=self.position_1.device) <= self.position_1
 
     def advance(self) -> None:
-        """After a step."""
+        """Moves to the next position."""
         self.length += 1
-        self.place_1.add_(1)
+        self.position_1.add_(1)
 
     @property
     def nbytes(self) -> int:

@@ -1,4 +1,4 @@
-"""PatchGAN: one logit a patch. Names are the published checkpoints' (``main.N``)."""
+"""PatchGAN: one logit per patch. Names are those of the published checkpoints (``main.N``)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class PatchDiscriminator(nn.Module):
         for i in range(1, config.layers + 1):
             wider = config.channels * min(2**i, 8)
             stride = 2 if i < config.layers else 1
-            # BatchNorm brings its own shift, so the convolution before it has none.
+            # BatchNorm adds a shift, so the convolution before it has no bias.
             stack += [nn.Conv2d(width, wider, 4, stride=stride, padding=1, bias=False), BatchNorm(wider)]
             stack += [nn.LeakyReLU(0.2)]
             width = wider
@@ -34,7 +34,7 @@ class PatchDiscriminator(nn.Module):
 
 
 def _initialize(module: nn.Module) -> None:
-    """N(0, 0.02) for convolutions, N(1, 0.02) for BatchNorm's scale, as pix2pix."""
+    """N(0, 0.02²) for convolutions, N(1, 0.02²) for BatchNorm's scale, as in pix2pix."""
     if isinstance(module, nn.Conv2d):
         nn.init.normal_(module.weight, 0.0, 0.02)
     elif isinstance(module, nn.BatchNorm2d):

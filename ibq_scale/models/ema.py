@@ -1,4 +1,4 @@
-"""Exponential moving average of weights, in fp32 whatever the weights are kept in."""
+"""Exponential moving average of weights, in fp32 for weights of any dtype."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class EMA:
-    """shadow ← decay · shadow + (1 − decay) · weight, for the tensors it was made with."""
+    """shadow ← decay · shadow + (1 − decay) · weight, for the given tensors."""
 
     def __init__(self, weights: Mapping[str, Tensor], decay: float) -> None:
         self.decay = decay
@@ -20,7 +20,7 @@ class EMA:
         """One step towards `weights` (the same names)."""
         if self._shadow:
             values = [weights[name].detach().float() for name in self._shadow]
-            # One kernel for many tensors: hundreds of small ones would wait for their launches.
+            # One kernel for many tensors: hundreds of small kernels would be bound by their launches.
             torch._foreach_lerp_(list(self._shadow.values()), values, 1.0 - self.decay)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -28,7 +28,7 @@ class EMA:
         return self._shadow
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copies a saved shadow in; the names must be the same."""
+        """Copies a saved shadow of the same names."""
         assert state.keys() == self._shadow.keys(), "the saved average is of other weights"
         for name, shadow in self._shadow.items():
             shadow.copy_(state[name])

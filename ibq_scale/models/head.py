@@ -1,6 +1,6 @@
-"""The head over the codebook, and the cross-entropy of its logits without the logits.
+"""The head over the codebook, and its cross-entropy without all logits in memory.
 
-At 262,144 codes the logits of 16,384 tokens would be 16 GiB in fp32, and as much again for their gradient.
+At 262,144 codes the logits of 16,384 tokens would take 16 GiB in fp32, and their gradient as much again.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# Memory of the logits that are there at a time, in fp32: small beside a large model, large enough for full speed.
+# Memory of one chunk of logits in fp32: small beside a large model, large enough for full speed.
 CHUNK_BYTES = 512 * 2**20
 
 
@@ -21,9 +21,9 @@ class Head(nn.Linear):
         super().__init__(width, codes, bias=False)
 
     def forward(self, x_BTE: Tensor, targets_BT: Tensor | None = None) -> Tensor:
-        """Logits (B, T, V), or where targets int64 are given the cross-entropy of each token (B, T), fp32.
+        """Logits (B, T, V), or with int64 targets the cross-entropy of each token (B, T), fp32.
 
-        In one module's forward pass, since under ZeRO-3 the weights are there within it and nowhere else.
+        The loss is part of this forward pass because ZeRO-3 gathers the weights only there.
         """
         if targets_BT is None:
             return super().forward(x_BTE)
@@ -32,7 +32,7 @@ class Head(nn.Linear):
 
 
 def chunk_tokens(codes: int) -> int:
-    """Tokens whose logits are there at a time."""
+    """Tokens in one chunk of logits."""
     return max(1, CHUNK_BYTES // (4 * codes))
 
 
@@ -40,13 +40,13 @@ def _cross_entropy(x_NE: Tensor, weight_VE: Tensor, targets_N: Tensor) -> Tensor
     if not hasattr(F, "linear_cross_entropy"):
         return _in_chunks(x_NE, weight_VE, targets_N)
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk_tokens(len(weight_VE)))
-    # Not its mean, which is rounded to bf16 where the weights are: to three digits. The mean of losses that are rounded
-    # each by itself has more.
+    # Under bf16 weights its mean would be rounded to bf16, three digits. The fp32 mean of losses, each rounded by
+    # itself, is unbiased.
     return F.linear_cross_entropy(x_NE, weight_VE, targets_N, reduction="none", options=options).float()
 
 
 def _in_chunks(x_NE: Tensor, weight_VE: Tensor, targets_N: Tensor) -> Tensor:
-    """The same before torch 2.14, with logits in the weights' dtype. Their second computation costs a product more."""
+    """The same before torch 2.14, with logits in the weights' dtype. Recomputing them costs one more product."""
 
     def losses(x_nE: Tensor, targets_n: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(x_nE, weight_VE).float(), targets_n, reduction="none")

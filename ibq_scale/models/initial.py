@@ -1,5 +1,6 @@
-"""Initial weights as pure functions of (seed, parameter's name, element), so that a rank makes just what it holds; and
-modules without any, where weights follow from elsewhere.
+"""Initial weights as pure functions of (seed, parameter's name, element). A rank draws only its own elements.
+
+`Uninitialized` skips initialisation for weights from elsewhere.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-# Elements that are drawn from one generator, and that are in host memory at a time.
+# Elements drawn from one generator, and in host memory at a time.
 CHUNK = 2**20
 
 Values = Callable[[str, int, int], Tensor]
@@ -20,7 +21,7 @@ Values = Callable[[str, int, int], Tensor]
 
 
 class Normal(NamedTuple):
-    """N(mean, std²) for each of `size` elements, but N(mean, first_std²) for the first `first` of them."""
+    """N(mean, std²) for each of `size` elements, and N(mean, first_std²) for the first `first` of them."""
 
     size: int
     std: float
@@ -29,7 +30,7 @@ class Normal(NamedTuple):
     first_std: float = 0.0
 
     def elements(self, key: str, start: int, length: int) -> Tensor:
-        """Elements start … start + length − 1, fp32 (length,); `key` decides what is drawn."""
+        """Elements start … start + length − 1, fp32 (length,). `key` seeds the generators."""
         if not (self.std or self.first_std):
             return torch.full((length,), self.mean)
         out = _standard_normal(key, self.size, start, length)
@@ -40,13 +41,13 @@ class Normal(NamedTuple):
 
 
 def drawn(recipe: dict[str, Normal], seed: int) -> Values:
-    """`Values` of the parameters that a recipe names."""
+    """`Values` of the parameters in a recipe."""
     return lambda name, start, length: recipe[name].elements(f"{seed}/{name}", start, length)
 
 
 @torch.no_grad()
 def fill(flat: Tensor, values: Values, name: str, start: int = 0) -> None:
-    """Writes the elements from `start` on of parameter `name` into `flat` (n,), of any device and dtype."""
+    """Writes the elements of parameter `name` from `start` on into `flat` (n,), on any device and in any dtype."""
     for offset in range(0, len(flat), CHUNK):
         part = flat[offset : offset + CHUNK]
         part.copy_(values(name, start + offset, len(part)))
@@ -67,8 +68,9 @@ def _chunks(key: str, size: int, start: int, end: int) -> Iterator[Tensor]:
 
 
 class Uninitialized(TorchFunctionMode):
-    """Modules that are made inside keep whatever their memory holds: for those that are filled afterwards, or have no
-    memory. Random numbers for VGG's 138 million weights take seconds.
+    """Within this context modules skip ``torch.nn.init``, for weights to be filled afterwards or without memory.
+
+    Random numbers for VGG's 138 million weights take seconds.
     """
 
     def __torch_function__(

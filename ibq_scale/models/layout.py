@@ -1,4 +1,4 @@
-"""How images lie in memory, where convolutions read them."""
+"""Memory layout of images for convolutions."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from torch import Tensor
 def order_on(device: torch.device) -> torch.memory_format:
     """Channels last on GPUs, channels first on CPUs.
 
-    On CPUs a channels-last input makes each convolution copy its weight and the weight's gradient into that order.
+    On CPUs a channels-last input makes each convolution copy its weight, and the weight's gradient, to this order.
     """
     return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
 def convolution_layout(x_BCHW: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x_BCHW` in this dtype and the device's order.
+    """`x_BCHW` in this dtype and the device's order, copied only if one of them differs.
 
-    Nothing is copied where nothing changes. Convolutions and norms keep the order, so one call at a network's entrance
-    is enough.
+    Convolutions and norms keep the order, so one call at a network's input is enough.
     """
     return x_BCHW.to(dtype, memory_format=order_on(x_BCHW.device))

@@ -1,4 +1,4 @@
-"""Norms whose statistics are fp32 whatever their input and parameters are kept in, as under torch's autocast."""
+"""Norms with fp32 statistics for input and parameters of any dtype, as under torch's autocast."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class GroupNorm(nn.GroupNorm):
-    """torch's own keeps mean and 1/σ of bf16 input in bf16: the rounding of a large mean is an error of all outputs."""
+    """torch's own rounds mean and 1/σ of bf16 input to bf16. The error of a large mean affects all outputs."""
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.finfo(x.dtype).bits >= 32:
@@ -20,11 +20,11 @@ class GroupNorm(nn.GroupNorm):
 
 
 class _NarrowGroupNorm(torch.autograd.Function):
-    """Computes in fp32 and keeps the narrow input for the backward pass, where autograd would keep the wide one."""
+    """Computes in fp32 and keeps the narrow input for the backward pass. Autograd alone would keep the fp32 one."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-        # Before torch 2.14 the operator takes no other layout on CUDA.
+        # Before torch 2.14 the operator requires this layout on CUDA.
         normed, mean, rstd = torch.native_group_norm(
             x.float().contiguous(), weight.float(), bias.float(), len(x), x.shape[1], x[0, 0].numel(), groups, eps
         )
@@ -51,7 +51,7 @@ class _NarrowGroupNorm(torch.autograd.Function):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """DeepSpeed casts parameters and leaves buffers in fp32; torch refuses that mixture on CPUs."""
+    """Computes in fp32. DeepSpeed casts parameters but not buffers, and torch refuses that mixture on CPUs."""
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         normed = F.batch_norm(

@@ -1,7 +1,7 @@
-"""Adam as torch's fused kernel, which parameters it decays, and its state where a checkpoint restores it.
+"""Adam by torch's fused kernel: decay groups, and its state for restored checkpoints.
 
-The fused kernel reads and writes each value once. The other kernels make temporaries as large as the parameters: on a
-CPU they took eight times the CPU seconds and 8 bytes a parameter.
+The fused kernel reads and writes each value once. The other kernels allocate temporaries as large as the parameters: on
+a CPU they took eight times the CPU seconds and 8 bytes a parameter.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def adam(parameters: Iterable[nn.Parameter], settings: OptimizerConfig) -> torch.optim.Optimizer:
-    """Adam without decay, as the published tokenizer is trained."""
+    """Adam without decay, as for the published tokenizer."""
     return torch.optim.Adam(parameters, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
 
 
 def adamw(module: nn.Module, settings: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW that decays matrices only: norms, biases and embeddings stay out of it, in schedules too."""
+    """AdamW with decay of matrices only: none for norms, biases and embeddings, in schedules too."""
     embeddings = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
     for parameter in module.parameters():
-        # Under ZeRO-3 a rank's own part has lost the shape.
+        # Under ZeRO-3 a rank's partition is flat.
         ndim = len(getattr(parameter, "ds_shape", parameter.shape))
         (free if ndim < 2 or id(parameter) in embeddings else decayed).append(parameter)
     groups = [
@@ -39,9 +39,9 @@ def adamw(module: nn.Module, settings: OptimizerConfig) -> torch.optim.Optimizer
 
 
 def restored_state(optimizer: torch.optim.Optimizer, parameter: Tensor, steps: float) -> dict[str, Tensor]:
-    """The optimizer's state of `parameter` after `steps` steps, its moments to be filled in (0 where there were none).
+    """The optimizer's state of `parameter` after `steps` steps, for the caller to fill in the moments (new ones are 0).
 
-    The step count is a tensor on the parameter's device: the fused kernel reads it there.
+    The step count is a tensor on the parameter's device, as the fused kernel requires.
     """
     state: dict[str, Tensor] = optimizer.state[parameter]
     for moment in MOMENTS:

@@ -1,4 +1,4 @@
-"""What selective activation checkpointing keeps: products and attention, which are dear; the rest is computed again."""
+"""Selective activation checkpointing: keeps the outputs of products and attention, and recomputes the rest."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten._scaled_mm.default}
-# Torch's kernels by name, as not every build has all; the flash-attn packages' by their namespaces.
+# torch's kernels by name, since not every build has all. The flash-attn packages by their namespaces.
 ATTENTION = {
     "aten::_scaled_dot_product_cudnn_attention",
     "aten::_scaled_dot_product_efficient_attention",
@@ -19,7 +19,7 @@ PACKAGES = {"flash_attn", "flash_attn_3"}
 
 
 def keeping_products() -> Any:
-    """`context_fn` of torch's checkpoint."""
+    """The `context_fn` for torch's checkpoint."""
     contexts: Any = create_selective_checkpoint_contexts
     return contexts(_policy)
 

@@ -14,15 +14,15 @@ from ibq_scale.models.cache import KVCache
 from ibq_scale.models.transformer import Transformer
 
 GuidanceSchedule = Literal["constant", "linear", "power-cosine"]
-# Captured steps of one sampler, each for its share of the codes: early ones do not read the whole cache.
+# Captured steps of one sampler, one per quarter of the codes. Early ones read only a part of the cache.
 GRAPHS = 4
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """`top_k` 0 and `top_p` 1 keep every code; `greedy` takes the likeliest and ignores the rest but guidance.
+    """`top_k` 0 and `top_p` 1 keep every code. `greedy` takes the likeliest code and uses only `guidance` of the rest.
 
-    `guidance` is held over all T codes, or reached from 1 on: ``linear`` is MAR's 1 + (g − 1)·(t + 1)/T (arXiv
+    `guidance` is constant over all T codes, or grows from 1: ``linear`` is MAR's 1 + (g − 1)·(t + 1)/T (arXiv
     2406.11838), ``power-cosine`` RAR's 1 + (g − 1)·(1 − cos(π·(t/T)^p))/2 with `guidance_power` p (arXiv 2411.00776).
     """
 
@@ -46,7 +46,7 @@ class SamplingSettings:
         return [1.0 + (self.guidance - 1.0) * self._share(t / tokens, (t + 1) / tokens) for t in range(tokens)]
 
     def _share(self, before: float, after: float) -> float:
-        """How much of it a code has; `before` and `after`: the share of codes there, without it and with it."""
+        """A code's share of `guidance` − 1. `before` and `after`: share of codes generated without and with it."""
         if self.guidance_schedule == "constant":
             return 1.0
         if self.guidance_schedule == "linear":
@@ -55,10 +55,10 @@ class SamplingSettings:
 
 
 class Sampler:
-    """Generates batches of one size, over and over in the same memory.
+    """Generates batches of one size, each in the same memory.
 
-    `graphs`: every step after the first is the replay of a CUDA graph (default: on a CUDA device). Then each reads a
-    fixed number of keys, a quarter of all at first, and a mask hides those still to come.
+    `graphs`: every step after the first replays a CUDA graph (default: on a CUDA device). Each graph reads a fixed
+    number of keys, at first a quarter of all, with a mask over unwritten ones.
     """
 
     def __init__(
@@ -79,8 +79,8 @@ class Sampler:
     def __call__(self, labels_B: Tensor, ids_B: Tensor | None = None) -> Tensor:
         """Codes int64 (B, tokens) for labels int64 (B,).
 
-        Row i's randomness is a pure function of (seed, labels_B[i], ids_B[i]) (default: its place in the batch), so
-        the same images come out however they are batched, as far as the device's products do not depend on the batch.
+        Row i's randomness is a pure function of (seed, labels_B[i], ids_B[i]) (default: its row in the batch). Images
+        therefore do not depend on the batching, as far as the device's products do not.
         Guidance: uncond + (cond − uncond) · guidance, from one doubled batch.
         """
         config = self.model.config
@@ -99,12 +99,12 @@ class Sampler:
         return self._codes_BT.clone()
 
     def _step(self) -> None:
-        """The next code from the last; all that it depends on stands in memory of the device."""
-        last_B = self._codes_BT.index_select(1, self.cache.place_1 - 1).squeeze(1)
+        """The next code from the last, with all inputs in the device's memory."""
+        last_B = self._codes_BT.index_select(1, self.cache.position_1 - 1).squeeze(1)
         self._take(self.model.step(last_B.repeat(2) if self._guided else last_B, self.cache))
 
     def _take(self, logits_BV: Tensor) -> None:
-        at_1 = self.cache.place_1 - 1
+        at_1 = self.cache.position_1 - 1
         logits_BV = logits_BV.float()
         if self._guided:
             conditional, free = logits_BV.chunk(2)
@@ -113,7 +113,7 @@ class Sampler:
         self._codes_BT.index_copy_(1, at_1, _pick(logits_BV, uniform_B, self.settings)[:, None])
 
     def _reach(self, t: int) -> int:
-        """Keys that the graph of step t reads, a multiple of a quarter of them."""
+        """Number of keys read by the graph of step t, a multiple of a quarter of all."""
         tokens = self.model.config.tokens
         span = -(-tokens // GRAPHS)
         return min(tokens, (t // span + 1) * span)
@@ -125,13 +125,13 @@ class Sampler:
         here, aside = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(here)
         with torch.cuda.stream(aside):
-            # Once uncaptured, for what libraries and the compiler set up at a first call. The replay does it over.
+            # One run without capture for the setup of libraries and the compiler. The replay repeats the step.
             self._step()
-            self.cache.place_1.sub_(1)
+            self.cache.position_1.sub_(1)
         here.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(graphs.values())).pool() if graphs else None
-        # The watchdog of NCCL looks at its events from a thread of its own, which is no part of the capture.
+        # NCCL's watchdog thread queries its events during the capture, and must not be part of it.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             self._step()
         graphs[reach] = graph
@@ -139,12 +139,12 @@ class Sampler:
 
 
 def generate(model: Transformer, labels_B: Tensor, settings: SamplingSettings, ids_B: Tensor | None = None) -> Tensor:
-    """One batch of `Sampler`, step by step: capturing pays from several batches on."""
+    """One batch of `Sampler` without CUDA graphs, since capturing pays only over several batches."""
     return Sampler(model, settings, len(labels_B), graphs=False)(labels_B, ids_B)
 
 
 def _uniform(seed: int, labels: list[int], ids: range | list[int], steps: int) -> Tensor:
-    """One number in [0, 1) a row and step, float64, from a generator of the row's own on the CPU."""
+    """One number in [0, 1) per row and step, float64, from one CPU generator per row."""
     rows = []
     for label, row in zip(labels, ids, strict=True):
         digest = hashlib.blake2b(f"{seed}/{label}/{row}".encode(), digest_size=7).digest()
@@ -169,7 +169,7 @@ def _pick(logits_BV: Tensor, uniform_B: Tensor, settings: SamplingSettings) -> T
 
 
 def _keep_nucleus(logits_BV: Tensor, top_p: float) -> Tensor:
-    """The fewest likeliest codes whose probabilities reach `top_p`; the likeliest always stays."""
+    """Keeps the smallest set of likeliest codes with a total probability of `top_p`, at least the likeliest."""
     ordered, order = logits_BV.sort(dim=-1, descending=True)
     before = ordered.softmax(dim=-1).cumsum(dim=-1) - ordered.softmax(dim=-1)
     return logits_BV.masked_fill((before >= top_p).scatter(-1, order, before >= top_p), -torch.inf)

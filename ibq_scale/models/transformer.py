@@ -1,7 +1,7 @@
 """The class-conditional transformer: Llama-like blocks over codes, 2D rotary positions, the class as a prefix token.
 
-The code at t is predicted from the prefix and codes 0 … t − 1. With ``conditioning=adaln`` the class modulates every
-block too: parameter names are then the published checkpoints' without their leading ``transformer.``.
+The code at t is predicted from the prefix and codes 0 … t − 1. With ``conditioning=adaln`` the class also modulates
+every block. Parameter names are then those of the published checkpoints without the leading ``transformer.``.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from ibq_scale.models.recompute import keeping_products
 
 ROTARY_BASE = 10_000.0
 STD = 0.02
-# Graphs of a block that torch.compile keeps: training and evaluation, and batches of other sizes.
+# torch.compile's limit of graphs per block: training and evaluation, and batches of other sizes.
 COMPILED_GRAPHS = 16
 
 
 def rotary_table(config: TransformerConfig) -> Tensor:
     """cos and sin (2, tokens, head_dim/2) fp32 of positions prefix, code 0, … code tokens − 2.
 
-    The first half of the pairs turns with the row, the second with the column. The prefix's cos and sin are all zero,
-    which zeroes its query and key: the published models were trained so. On the CPU always, so that a model built on
-    the meta device has it.
+    The first half of the pairs turns with the row, the second with the column. The prefix's cos and sin are zero, so
+    its query and key are zero, as in the published models. The table is always built on the CPU, since a model on the
+    meta device needs it too.
     """
     half = config.head_dim // 4
     frequency = ROTARY_BASE ** (-torch.arange(half, dtype=torch.float32, device="cpu") / half)
@@ -44,7 +44,7 @@ def rotary_table(config: TransformerConfig) -> Tensor:
 
 
 def rotate(x_BTHd: Tensor, table_2Tp: Tensor) -> Tensor:
-    """Rotates interleaved pairs (x0, x1), (x2, x3), … in fp32; back in x's dtype."""
+    """Rotates interleaved pairs (x0, x1), (x2, x3), … in fp32. The result has x's dtype."""
     cos, sin = table_2Tp[:, :, None]
     even, odd = x_BTHd.float().view(*x_BTHd.shape[:-1], -1, 2).unbind(-1)
     turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
@@ -70,7 +70,7 @@ class AdaLN(nn.Sequential):
 
     @property
     def linear(self) -> nn.Linear:
-        """What maps the activated embedding to the vectors, `width` rows each."""
+        """The map from the activated embedding to the vectors, `width` rows each."""
         linear = self[1]
         assert isinstance(linear, nn.Linear)
         return linear
@@ -115,7 +115,7 @@ class FeedForward(nn.Module):
 
 
 class PrefixBlock(nn.Module):
-    """x + Attn(norm(x)), then the same with SwiGLU; the class is heard through the prefix token alone."""
+    """x + Attn(norm(x)), then the same with SwiGLU. The class enters through the prefix token only."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -129,8 +129,8 @@ class PrefixBlock(nn.Module):
     def forward(
         self, x_BTE: Tensor, condition_BE: Tensor, table_2Tp: Tensor, cache: LayerCache | None, kind: AttentionKind
     ) -> Tensor:
-        # In here, so that a compiled block is compiled with what it computes again.
-        if self.checkpointing == "none" or not (self.training and torch.is_grad_enabled()):
+        # Inside the block, so that torch.compile covers the recomputation.
+        if self.checkpointing in ("auto", "none") or not (self.training and torch.is_grad_enabled()):
             return self.compute(x_BTE, condition_BE, table_2Tp, cache, kind)
         how: dict[str, Any] = {} if self.checkpointing == "full" else {"context_fn": keeping_products}
         inputs = (x_BTE, condition_BE, table_2Tp, cache, kind)
@@ -140,18 +140,18 @@ class PrefixBlock(nn.Module):
     def compute(
         self, x_BTE: Tensor, condition_BE: Tensor, table_2Tp: Tensor, cache: LayerCache | None, kind: AttentionKind
     ) -> Tensor:
-        """The block itself. With a cache, `condition_BE` is what `modulation` made of it."""
+        """The block itself. With a cache, `condition_BE` is the result of `modulation`."""
         x_BTE = x_BTE + self.dropout(self.attention(self.attention_norm(x_BTE), table_2Tp, cache, kind))
         out: Tensor = x_BTE + self.feed_forward(self.ffn_norm(x_BTE))
         return out
 
     def modulation(self, condition_BE: Tensor) -> Tensor:
-        """What a block makes of the class alone: generation keeps it, instead of making it anew every step."""
+        """The block's part that depends on the class alone. Generation computes it once and keeps it."""
         return condition_BE
 
 
 class AdaLNBlock(PrefixBlock):
-    """x + γ₁·Attn(norm(x)·(1 + s₁) + b₁), then the same with SwiGLU; the six vectors come from the class."""
+    """x + γ₁·Attn(norm(x)·(1 + s₁) + b₁), then the same with SwiGLU. The six vectors come from the class."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)
@@ -199,12 +199,12 @@ class AdaLNHeadNorm(PrefixHeadNorm):
         return out
 
 
-# What differs between the backbones.
+# The parts of each backbone.
 PARTS = {"adaln": (AdaLNBlock, AdaLNHeadNorm), "prefix": (PrefixBlock, PrefixHeadNorm)}
 
 
 class ClassEmbedding(nn.Module):
-    """classes + 1 rows; the last stands for "no class" and is what label dropout puts in."""
+    """classes + 1 rows. The last means "no class" and replaces labels in label dropout."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -223,7 +223,7 @@ class ClassEmbedding(nn.Module):
 class Transformer(nn.Module):
     """See the module's docstring. Untied head without bias.
 
-    The initial weights are a function of config and seed alone; on the meta device there are none.
+    The initial weights are a function of config and seed. A model on the meta device has none.
     """
 
     def __init__(self, config: TransformerConfig, seed: int = 0) -> None:
@@ -236,7 +236,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(block(config) for _ in range(config.depth))
         self.head_nm = head_norm(config.width)
         self.head = Head(config.width, config.codebook_size)
-        # fp32 whatever the parameters are cast to: kept out of the module's buffers, moved with the inputs.
+        # fp32 always. It is no buffer, so casts of the module do not reach it. It moves to the device of the inputs.
         self._table_2Tp = rotary_table(config)
         values = drawn(self.initial(), seed)
         for name, parameter in self.named_parameters():
@@ -246,19 +246,19 @@ class Transformer(nn.Module):
     def forward(self, codes_BT: Tensor, labels_B: Tensor) -> Tensor:
         """Codes int64 (B, T), T ≤ tokens, and labels int64 (B,) → logits (B, T, V).
 
-        ``logits[:, t]`` is the distribution of code t given the label and the codes before t; the last code is
-        never read. Label ``classes`` means "no class".
+        ``logits[:, t]`` is the distribution of code t given the label and the codes before t. The last code is never
+        read. Label ``classes`` means "no class".
         """
         logits: Tensor = self.head(self.hidden(codes_BT, labels_B))
         return logits
 
     def losses(self, codes_BT: Tensor, labels_B: Tensor) -> Tensor:
-        """Cross-entropy of each code (B, T), fp32, given the label and the codes before it; logits are never whole."""
+        """Cross-entropy of each code (B, T), fp32, given the label and the codes before it, without full logits."""
         losses: Tensor = self.head(self.hidden(codes_BT, labels_B), codes_BT)
         return losses
 
     def hidden(self, codes_BT: Tensor, labels_B: Tensor) -> Tensor:
-        """What the head reads (B, T, E): ``head(hidden(codes, labels))`` are the logits of `forward`."""
+        """The head's input (B, T, E): ``head(hidden(codes, labels))`` are the logits of `forward`."""
         condition_BE = self.class_emb(labels_B)
         x_BTE = self.tok_dropout(torch.cat([condition_BE[:, None], self.tok_emb(codes_BT[:, :-1])], dim=1))
         table = self._table_on(x_BTE.device)[:, : x_BTE.shape[1]]
@@ -269,7 +269,7 @@ class Transformer(nn.Module):
         return out
 
     def begin(self, labels_B: Tensor, cache: KVCache) -> Tensor:
-        """Empties the cache and fills in what depends on the labels alone; the first code's logits (B, V)."""
+        """The first code's logits (B, V). Clears the cache and stores all modulations by the labels."""
         condition_BE = self.class_emb(labels_B)
         cache.clear()
         cache.keep(
@@ -283,7 +283,7 @@ class Transformer(nn.Module):
 
     def _step(self, x_BE: Tensor, cache: KVCache) -> Tensor:
         x_BTE = x_BE[:, None]
-        table = self._table_on(x_BE.device).index_select(1, cache.place_1)
+        table = self._table_on(x_BE.device).index_select(1, cache.position_1)
         seen_S = cache.seen()
         choice = choose if seen_S is None else choose_masked
         kind = choice(self.config.attention, x_BE.device, x_BE.dtype, self.config.head_dim)
@@ -299,18 +299,18 @@ class Transformer(nn.Module):
         return self._table_2Tp
 
     def compile_regions(self) -> None:
-        """Gives every block to torch.compile, in place: parameters keep their names. Blocks share a graph."""
+        """Compiles every block with torch.compile, in place. Parameters keep their names, and blocks share a graph."""
         import torch._dynamo
 
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_GRAPHS)
         for block in self.blocks:
-            # Not as a full graph: some flash-attn packages are no operators to the compiler, and part it.
+            # Not as a full graph: some flash-attn packages are no operators for the compiler and break the graph.
             block.compile(dynamic=False)
 
     def initial(self) -> dict[str, Normal]:
-        """How each parameter begins: N(0, 0.02²), norms 1, biases and head 0.
+        """The initial distribution of each parameter: N(0, 0.02²), norms 1, biases and head 0.
 
-        Of AdaLN, rows of γ have `adaln_gain_init` of that deviation, and those of scales and shifts a half of it.
+        In AdaLN, rows of γ have `adaln_gain_init` times this deviation, and rows of scales and shifts half of it.
         """
         gains = STD * self.config.adaln_gain_init
         recipe = {}
@@ -328,7 +328,7 @@ class Transformer(nn.Module):
 
 
 class TrainedTransformer(Transformer):
-    """The same, for engines, which know one pass: `forward` is `losses`."""
+    """The same for engines. They call `forward` only, so it computes `losses`."""
 
     def forward(self, codes_BT: Tensor, labels_B: Tensor) -> Tensor:
         """`Transformer.losses`."""

@@ -1,13 +1,13 @@
-"""Models as folders of their own, out of a run or out of a file of the published code, each with a card."""
+"""Exports models to folders, from a run or from a file of the published code, each with a model card."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ibq_scale.checkpoint.reading import MANIFEST, read_checkpoint
-from ibq_scale.pretrained.card import write_card
 from ibq_scale.pretrained.loading import (
     ARModel,
     Kind,
@@ -19,12 +19,17 @@ from ibq_scale.pretrained.loading import (
     save_ar,
     save_tokenizer,
 )
+from ibq_scale.quantize.kinds import KINDS
+
+CARD = "README.md"
+# Logged metrics that belong on a card.
+SHOWN = ("loss", "l1", "perceptual", "usage", "perplexity", "validation")
 
 
 def export(path: Path, to: Path) -> Kind:
-    """Writes the model at `path` (as the loaders take it) as a model directory of its own, the codebook in one file.
+    """Writes the model at `path` (as for the loaders) to a model directory, with the codebook in one file.
 
-    Returns its kind. UserError where it cannot be loaded whole, or `to` is taken.
+    Returns its kind. UserError if it cannot be loaded completely, or `to` exists.
     """
     refuse_overwrite(to)
     folder = model_directory(path)
@@ -37,7 +42,7 @@ def export(path: Path, to: Path) -> Kind:
 def save_model(
     to: Path, model: Tokenizer | ARModel, source: Mapping[str, Any], training: Mapping[str, Any] | None = None
 ) -> Kind:
-    """Writes a whole model and its card; `source` says where it comes from, `training` is a checkpoint's manifest."""
+    """Writes a model and its card. `source`: its origin. `training`: the checkpoint's manifest, if any."""
     kind: Kind
     if isinstance(model, Tokenizer):
         kind = "tokenizer"
@@ -47,3 +52,71 @@ def save_model(
         save_ar(to, model, source)
     write_card(to, model, source, training)
     return kind
+
+
+def write_card(
+    folder: Path, model: Tokenizer | ARModel, source: Mapping[str, Any], training: Mapping[str, Any] | None
+) -> None:
+    """Writes README.md. `source`: the config's section. `training`: the manifest of the checkpoint, if any."""
+    body = _tokenizer(model, folder.name) if isinstance(model, Tokenizer) else _transformer(model, folder.name)
+    parts = [body, _origin(source), _training(training) if training is not None else ""]
+    (folder / CARD).write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+
+
+def _head(tag: str) -> str:
+    return f"---\nlibrary_name: ibq_scale\ntags: [{tag}, discrete-image-tokenizer]\n---\n\n"
+
+
+def _parameters(model: Tokenizer | ARModel) -> str:
+    return f"{sum(p.numel() for p in model.parameters()) / 1e6:,.1f}M parameters"
+
+
+def _tokenizer(model: Tokenizer, name: str) -> str:
+    side, quantizer = model.model_config.resolution, model.quantizer_config
+    grid = side // model.downsampling
+    return (
+        f"{_head('image-tokenizer')}# {name}\n\nAn image tokenizer: pictures of {side} × {side} pixels (or any sides "
+        f"that {model.downsampling} divides) become {grid} × {grid} codes, and codes become pictures. "
+        f"Its codebook of {quantizer.codebook_size:,} codes × {quantizer.dim} is that of "
+        f"{KINDS[quantizer.kind].words}. "
+        f"{_parameters(model)}.\n\n```python\nimport ibq_scale\n\n"
+        f'tokenizer = ibq_scale.load_tokenizer("{name}")\n'
+        "codes = tokenizer.encode(images)  # float (B, 3, H, W) in [-1, 1] → int64 (B, h, w)\n"
+        "images = tokenizer.decode(codes)\n```\n\n"
+        f"Hash of sizes and weights, which code shards carry: `{model.hash}`."
+    )
+
+
+def _transformer(model: ARModel, name: str) -> str:
+    config = model.config
+    codes = f" Its codes are those of tokenizer `{model.tokenizer_hash}`." if model.tokenizer_hash else ""
+    return (
+        f"{_head('autoregressive-image-generation')}# {name}\n\nA class-conditional transformer over {config.tokens} "
+        f"codes of {config.codebook_size:,}, {config.classes:,} classes: {config.depth} blocks, {config.heads} heads, "
+        f"width {config.width}. {_parameters(model)}.{codes}\n\n```python\nimport ibq_scale\n\n"
+        f'ar = ibq_scale.load_ar("{name}")\n'
+        "codes = ar.generate(labels, guidance=2.0, seed=0)  # int64 (B, T), raster order\n```"
+    )
+
+
+def _origin(source: Mapping[str, Any]) -> str:
+    """The imported file's name. Paths on the exporting machine are private and left out."""
+    file = source.get("imported_from")
+    return f"Imported from `{file}`{', averaged weights' if source.get('ema') else ''}." if file else ""
+
+
+def _training(manifest: Mapping[str, Any]) -> str:
+    config, metrics = manifest["config"], manifest.get("metrics") or {}
+    rows = {
+        "run": config["name"],
+        "optimizer steps": f"{manifest['step']:,}",
+        "images seen": f"{manifest['samples']:,}",
+        "global batch": f"{config['train']['global_batch']:,}",
+        "data (sha256 of its manifests)": manifest["data_hash"],
+        **{n: f"{v:.4g}" for n, v in metrics.items() if n.startswith(SHOWN)},
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    seen = {key: config[key] for key in ("model", "quantizer", "loss", "optimizer", "schedule") if key in config}
+    settings = json.dumps(seen, indent=1)
+    details = f"<details><summary>Settings</summary>\n\n```json\n{settings}\n```\n\n</details>"
+    return f"## Training\n\n| | |\n|---|---|\n{table}\n\n{details}"

@@ -1,4 +1,4 @@
-"""Exported models on the Hugging Face Hub, or what speaks its protocol (HF_ENDPOINT); ``ibq-scale[hub]`` brings it."""
+"""Exported models on the Hugging Face Hub or a compatible server (HF_ENDPOINT). Needs ``ibq-scale[hub]``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FILES = ("config.json", "*.safetensors", "README.md")
 def fetch(address: str) -> Path:
     """``hf://OWNER/NAME`` or ``hf://OWNER/NAME@REVISION`` → its files in the Hub's own cache.
 
-    UserError where the library, the model or the network is not there.
+    UserError if the library, the model or the network is missing.
     """
     repo, _, revision = address.removeprefix(PREFIX).partition("@")
     hub = _library()
@@ -25,9 +25,9 @@ def fetch(address: str) -> Path:
 
 
 def push(folder: Path, repo: str, *, private: bool) -> str:
-    """Uploads an exported model as OWNER/NAME, which it makes if need be; returns the address to load it from.
+    """Uploads an exported model to OWNER/NAME, created if absent, and returns its address for loading.
 
-    UserError where `folder` is no exported model, or the Hub refuses.
+    UserError if `folder` is no exported model, or the Hub refuses.
     """
     absent = [name for name in ("config.json", "model.safetensors", "README.md") if not (folder / name).is_file()]
     if absent:
@@ -37,7 +37,7 @@ def push(folder: Path, repo: str, *, private: bool) -> str:
     hub = _library()
     try:
         api = hub.HfApi()
-        # None leaves it to what the owner has set.
+        # None means the owner's default.
         api.create_repo(repo, private=private or None, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=list(FILES))
     except Exception as e:

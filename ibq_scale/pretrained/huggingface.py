@@ -1,6 +1,6 @@
 """The layout of ``BAAI/Emu3.5-VisionTokenizer`` and its twin for transformers: ``config.json`` and safetensors.
 
-Its modules have the published code's names, so that only the sizes have other keys.
+Its modules have the published code's names. Only the sizes have other keys.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ MODEL_TYPE = "Emu3p5VisionVQ"
 
 
 def is_huggingface(path: Path) -> bool:
-    """Whether `path` is a folder, or a file, of that layout."""
+    """Whether `path` is a folder, or a file, of this layout."""
     return path.suffix == ".safetensors" or (path / WEIGHTS).is_file() or (path / INDEX).is_file()
 
 
 def read_huggingface(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors, and the sizes as ``model`` and ``quantizer``; none where no ``config.json`` lies there.
+    """The tensors, and the sizes as ``model`` and ``quantizer`` (none without a ``config.json``).
 
-    UserError where either cannot be read, or is another model's.
+    UserError if either is unreadable or of another model.
     """
     folder = path.parent if path.suffix == ".safetensors" else path
     tensors: dict[str, Tensor] = {}
@@ -55,7 +55,7 @@ def read_huggingface(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def write_huggingface(
     to: Path, tensors: Mapping[str, Tensor], model: AutoencoderConfig, quantizer: QuantizerConfig
 ) -> None:
-    """Writes a folder of that layout, fp32: half precision would change codes."""
+    """Writes a folder of this layout in fp32, since half precision would change codes."""
     to.mkdir(parents=True, exist_ok=True)
     config = {
         "architectures": [f"{MODEL_TYPE}Model"],
@@ -97,7 +97,7 @@ def _sizes(values: Any) -> dict[str, Any]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """The one file, or all that the index names."""
+    """The single file, or all files in the index."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     try:

@@ -1,9 +1,9 @@
 """Trained models on disk, and loading them in three lines of Python, without DeepSpeed.
 
-A model directory holds ``config.json``, ``model.safetensors`` and, for tokenizers, the codebook in one or several
-files by rows. `path` arguments take such a directory, a training checkpoint, or a run directory (newest checkpoint);
-those of `load_tokenizer`, `load_ar` and `load_model` also ``hf://OWNER/NAME``, which is fetched. In a checkpoint the
-directory is ``model/``, and its config names the ranks' pieces instead of ``model.safetensors``.
+A model directory holds ``config.json``, ``model.safetensors`` and, for tokenizers, the codebook in one or several files
+by rows. `path` arguments accept such a directory, a training checkpoint, or a run directory (newest checkpoint).
+`load_tokenizer`, `load_ar` and `load_model` also fetch ``hf://OWNER/NAME``. In a checkpoint the directory is
+``model/``, and its config refers to the ranks' pieces instead of ``model.safetensors``.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ S = TypeVar("S", bound=BaseModel)
 
 
 class InCheckpoint(NamedTuple):
-    """The weights are the vectors `vectors` + `module` + NAME in the pieces of a checkpoint's `folder`."""
+    """Weights in a checkpoint's `folder`: the vectors `vectors` + `module` + NAME in its pieces."""
 
     folder: str
     vectors: str = ""
@@ -70,7 +70,7 @@ class Tokenizer(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """Float images (B, 3, H, W) in [-1, 1] → codes int64 (B, h, w).
 
-        H and W are any multiples of the downsampling; raises ValueError for others, and for other shapes.
+        H and W are multiples of the downsampling. ValueError for other sizes and shapes.
         """
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
@@ -99,9 +99,9 @@ class Tokenizer(nn.Module):
 
     @cached_property
     def hash(self) -> str:
-        """sha256 (hex) of the sizes and all weights: what code shards are stamped with."""
+        """sha256 (hex) of the sizes and all weights, the stamp of code shards."""
         digest = hashlib.sha256()
-        # How it is computed is no part of what it is.
+        # Settings of the computation do not belong to the model's identity.
         model = self.model_config.model_dump(mode="json", exclude={"activation_checkpointing", "compile"})
         sizes = [model, self.quantizer_config.kind]
         digest.update(json.dumps(sizes, sort_keys=True).encode())
@@ -110,27 +110,27 @@ class Tokenizer(nn.Module):
 
 
 class ARModel(nn.Module):
-    """The transformer for use: logits and samples."""
+    """The transformer for inference: logits and samples."""
 
     def __init__(self, config: TransformerConfig, tokenizer: str | None) -> None:
         super().__init__()
         self.transformer = Transformer(config)
         self.config = config
         self.tokenizer_hash = tokenizer
-        """Hash of the tokenizer whose codes it was trained on, where known."""
+        """Hash of the tokenizer of its training codes, if known."""
         self.path = ""
-        """The directory that it was read from."""
+        """Directory of the model."""
         self.eval().requires_grad_(False)
 
     @property
     def hash(self) -> str:
-        """sha256 (hex) of the architecture and all weights, as they are now."""
+        """sha256 (hex) of the architecture and all current weights."""
         digest = hashlib.sha256(json.dumps(self.config.architecture().model_dump(mode="json"), sort_keys=True).encode())
         _add_weights(digest, self)
         return digest.hexdigest()
 
     def forward(self, codes: Tensor, labels: Tensor) -> Tensor:
-        """Codes int64 (B, T), labels int64 (B,) → logits (B, T, V); ``logits[:, t]`` is for code t."""
+        """Codes int64 (B, T), labels int64 (B,) → logits (B, T, V). ``logits[:, t]`` is for code t."""
         logits: Tensor = self.transformer(codes, labels)
         return logits
 
@@ -147,7 +147,7 @@ class ARModel(nn.Module):
         guidance_schedule: GuidanceSchedule = "constant",
         guidance_power: float = 1.0,
     ) -> Tensor:
-        """Codes int64 (B, T) in raster order; see `models.sampling.Sampler`."""
+        """Codes int64 (B, T) in raster order. See `models.sampling.Sampler`."""
         schedule = (guidance_schedule, guidance_power)
         settings = SamplingSettings(guidance, temperature, top_k, top_p, greedy, seed, *schedule)
         return generate(self.transformer, labels, settings, ids)
@@ -160,9 +160,9 @@ def _add_weights(digest: hashlib._Hash, model: nn.Module) -> None:
 
 
 def load_tokenizer(path: str | Path, device: torch.device | str = "cpu", check_hashes: bool = True) -> Tokenizer:
-    """Loads a tokenizer. UserError where there is none at `path`, it is damaged, or it is another kind of model.
+    """Loads a tokenizer. UserError if it is missing, damaged, or another kind of model.
 
-    `check_hashes`: whether files of a checkpoint are compared with its manifest first.
+    `check_hashes`: first compare the files of a checkpoint with its manifest.
     """
     folder, config = _read_config(_local(path), "tokenizer", check_hashes)
     model = _section(AutoencoderConfig, config, "model", folder)
@@ -175,7 +175,7 @@ def load_tokenizer(path: str | Path, device: torch.device | str = "cpu", check_h
 def fill_tokenizer(
     model: AutoencoderConfig, quantizer: QuantizerConfig, tensors: Mapping[str, Tensor], where: Path
 ) -> Tokenizer:
-    """The tokenizer with these weights, fp32. UserError where they are of other sizes: before it is built."""
+    """The tokenizer with these weights, fp32. UserError for weights of other sizes, before any allocation."""
     require_layers(tensors, layers_of(model, r"autoencoder\."), str(where))
     with torch.device("meta"):
         tokenizer = Tokenizer(model, quantizer)
@@ -194,7 +194,7 @@ def load_ar(path: str | Path, device: torch.device | str = "cpu", check_hashes: 
 
 
 def layers_of(model: AutoencoderConfig, prefix: str = "") -> dict[str, int]:
-    """How many layers there are under patterns of names, for `require_layers`."""
+    """Numbers of layers by pattern of names, for `require_layers`."""
     return {
         prefix + r"encoder\.down\.(\d+)\.": len(model.channel_multipliers),
         prefix + r"encoder\.down\.0\.block\.(\d+)\.": model.res_blocks,
@@ -202,7 +202,7 @@ def layers_of(model: AutoencoderConfig, prefix: str = "") -> dict[str, int]:
 
 
 def fill_ar(sizes: TransformerConfig, tokenizer: str | None, tensors: Mapping[str, Tensor], where: Path) -> ARModel:
-    """The transformer with these weights as its own. UserError where they are of other sizes: before it is built."""
+    """The transformer with these weights. UserError for weights of other sizes, before any allocation."""
     require_layers(tensors, {r"transformer\.blocks\.(\d+)\.": sizes.depth}, str(where))
     with torch.device("meta"):
         model = ARModel(sizes, tokenizer)
@@ -211,13 +211,13 @@ def fill_ar(sizes: TransformerConfig, tokenizer: str | None, tensors: Mapping[st
 
 
 def start_from(path: str, network: Autoencoder) -> None:
-    """Fills a network that is to be trained on with the weights at `path`. UserError where they have other sizes."""
+    """Fills a network for further training with the weights at `path`. UserError for other sizes."""
     folder, config = _read_config(Path(path), "tokenizer")
     fill_strictly(network, _weights(folder, config), folder)
 
 
 def stored(path: str, network: Transformer) -> Values:
-    """The weights at `path`, read where they are asked for. UserError where they have other sizes than `network`."""
+    """The weights at `path`, read on demand. UserError for other sizes than `network`."""
     folder, config = _read_config(Path(path), "ar")
     if "weights" in config:
         return _stored_in_pieces(folder, _place(config, folder), network)
@@ -253,11 +253,11 @@ def _stored_in_pieces(folder: Path, place: InCheckpoint, network: Transformer) -
 
 
 def codebook_to_start_from(path: str, quantizer: QuantizerConfig) -> Tensor:
-    """The codes (K, D), fp32, of the tokenizer at `path`. UserError where they are others than `quantizer` learns."""
+    """The codes (K, D), fp32, of the tokenizer at `path`. UserError if they do not match `quantizer`."""
     folder, config = _read_config(Path(path), "tokenizer")
     there = _section(QuantizerConfig, config, "quantizer", folder)
     if KINDS[there.kind].learns == "layer":
-        raise UserError(f"init={path}: of {there.kind} it holds the finished codes, and not the layer that makes them")
+        raise UserError(f"init={path}: an export of {there.kind} has the final codes, but not the layer behind them")
     for key in ("kind", "codebook_size", "dim", "levels"):
         found, wanted = getattr(there, key), getattr(quantizer, key)
         if found != wanted:
@@ -268,13 +268,13 @@ def codebook_to_start_from(path: str, quantizer: QuantizerConfig) -> Tensor:
 
 
 def load_model(path: str | Path) -> Tokenizer | ARModel:
-    """Loads whichever kind of model is at `path`. UserError as `load_tokenizer`."""
+    """Loads a model of either kind. UserError as `load_tokenizer`."""
     folder = model_directory(_local(path))
     return load_tokenizer(folder) if kind_of(folder) == "tokenizer" else load_ar(folder)
 
 
 def kind_of(path: str | Path) -> Kind:
-    """Which kind of model is at `path`, by its config alone. UserError as `load_tokenizer`."""
+    """The kind of model at `path`, from its config alone. UserError as `load_tokenizer`."""
     kind: Kind = config_of(model_directory(_local(path)))["kind"]
     return kind
 
@@ -284,20 +284,20 @@ def _local(path: str | Path) -> Path:
 
 
 def save_tokenizer(folder: Path, tokenizer: Tokenizer, source: Mapping[str, Any]) -> None:
-    """Writes a whole tokenizer; `source` says where it comes from."""
+    """Writes a tokenizer. `source`: its origin."""
     write_config(folder, "tokenizer", tokenizer.model_config, tokenizer.quantizer_config, source)
     save_file(_plain(tokenizer.autoencoder.state_dict()), folder / WEIGHTS)
     save_file(_plain({CODEBOOK: tokenizer.codebook_KD}), folder / codebook_part(0, 1))
 
 
 def save_ar(folder: Path, model: ARModel, source: Mapping[str, Any]) -> None:
-    """Writes a whole transformer; `source` says where it comes from."""
+    """Writes a transformer. `source`: its origin."""
     write_config(folder, "ar", model.config.architecture(), None, source, model.tokenizer_hash)
     save_file(_plain(model.transformer.state_dict()), folder / WEIGHTS)
 
 
 def refuse_overwrite(folder: Path) -> None:
-    """UserError where a new model directory would replace something."""
+    """UserError if a new model directory would replace existing files."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already and not empty: give another --to, or remove it")
 
@@ -310,7 +310,7 @@ def write_config(
     source: Mapping[str, Any],
     tokenizer: str | None = None,
 ) -> None:
-    """``config.json``: what `load_tokenizer` and `load_ar` build the model from."""
+    """Writes ``config.json``, from which `load_tokenizer` and `load_ar` build the model."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(config_text(kind, model, quantizer, source, tokenizer), encoding="utf-8")
 
@@ -323,7 +323,7 @@ def config_text(
     tokenizer: str | None = None,
     weights: InCheckpoint | None = None,
 ) -> str:
-    """The content of ``config.json``; `weights` where they are not beside it in ``model.safetensors``."""
+    """The content of ``config.json``. `weights`: their location if not ``model.safetensors`` beside it."""
     values: dict[str, Any] = {"format_version": FORMAT_VERSION, "kind": kind, "model": model.model_dump(mode="json")}
     if quantizer is not None:
         values["quantizer"] = quantizer.model_dump(mode="json")
@@ -335,12 +335,12 @@ def config_text(
 
 
 def codebook_part(part: int, parts: int) -> str:
-    """The file of one of `parts` consecutive pieces of the codebook, by rows; its tensor is `CODEBOOK`."""
+    """The file of one of `parts` consecutive pieces of the codebook, by rows. Its tensor is `CODEBOOK`."""
     return "codebook.safetensors" if parts == 1 else f"codebook-{part:05d}-of-{parts:05d}.safetensors"
 
 
 def model_directory(path: Path) -> Path:
-    """The model directory at, or under, `path`. UserError where there is none."""
+    """The model directory at, or under, `path`. UserError if there is none."""
     newest = [checkpoint.path / "model" for checkpoint in whole_checkpoints(path / "checkpoints")[-1:]]
     for candidate in [path, path / "model", *newest]:
         if (candidate / CONFIG).is_file():
@@ -360,11 +360,11 @@ def _read_config(path: Path, kind: Kind, check_hashes: bool = True) -> tuple[Pat
 
 
 def _check_hashes(checkpoint: Checkpoint, config: dict[str, Any], folder: Path) -> None:
-    """UserError where a file that the model is read from is not what was written."""
+    """UserError if a file of the model differs from the manifest's hash."""
     read = ("model/", f"{_place(config, folder).folder}/") if "weights" in config else ("model/",)
     faults = verify(checkpoint, [name for name in checkpoint.manifest["files"] if name.startswith(read)])
     if faults:
-        raise UserError(f"{checkpoint.path} is damaged ({'; '.join(faults)}): take one that stands beside it")
+        raise UserError(f"{checkpoint.path} is damaged ({'; '.join(faults)}): use another checkpoint of the run")
 
 
 def config_of(folder: Path) -> dict[str, Any]:
@@ -386,7 +386,7 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 
 def _section(kind: type[S], config: dict[str, Any], name: str, folder: Path) -> S:
-    """A section of config.json. UserError where it is absent, or made by another version or by hand."""
+    """A section of config.json. UserError if it is absent or invalid (another version, edited by hand)."""
     try:
         return kind.model_validate(config.get(name))
     except ValidationError as e:
@@ -396,7 +396,7 @@ def _section(kind: type[S], config: dict[str, Any], name: str, folder: Path) -> 
 
 
 def _place(config: dict[str, Any], folder: Path) -> InCheckpoint:
-    """Where the weights are in the checkpoint around `folder`: nowhere else."""
+    """Location of the weights, inside the checkpoint of `folder` only."""
     try:
         place = InCheckpoint(**config["weights"])
         if not (isinstance(place.vectors, str) and isinstance(place.module, str)):

@@ -1,7 +1,7 @@
-"""Checkpoints of the published code, read and written: every tensor accounted for, no pickled code run.
+"""Reads and writes checkpoints of the published code. Every tensor is accounted for, and no pickled code runs.
 
-A tokenizer's tensors stand there twice: live under the names of its modules, averaged as ``model_ema.`` with the dots
-taken out of the rest. Files that we write hold the sizes too (``ibq_scale``), as not all of them show in the tensors.
+A tokenizer has two sets of tensors: live under the names of its modules, averaged as ``model_ema.`` and the name
+without dots. Files written here also hold the sizes (``ibq_scale``), since the tensors do not determine all of them.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ CODEBOOK = "quantize.embedding.weight"
 TOKEN_TABLE = "transformer.tok_emb.weight"
 CLASS_TABLE = "transformer.class_emb.embedding_table.weight"
 SIZES = "ibq_scale"
-# What the published code keeps beside its average: a constant decay, no count of updates.
+# Values of the published code beside its average: a constant decay, no count of updates.
 EMA_DECAY, EMA_UPDATES = 0.999, -1
 
 
 @dataclass(frozen=True)
 class Imported:
-    """The model, and what else the checkpoint held: names (their first parts) with how many tensors each had.
+    """The model, and the rest of the checkpoint: first parts of names with their numbers of tensors.
 
-    `notes`: what whoever imports it should know, a line each.
+    `notes`: messages for the user, one line each.
     """
 
     model: Tokenizer | ARModel
@@ -60,10 +60,10 @@ class _Content:
 def import_published(file: Path, *, ema: bool = False, heads: int | None = None, tokens: int | None = None) -> Imported:
     """Reads a tokenizer or AR checkpoint, or a folder (or its file) in the layout of Emu3.5's tokenizer.
 
-    `ema` takes a tokenizer's averaged weights. An AR model's number of heads (default width / 64) and of codes an
-    image (default 256) stand in no tensor; the defaults are the published models', or what the file says of itself.
+    `ema`: take a tokenizer's averaged weights. No tensor determines an AR model's number of heads (default width / 64)
+    and of codes an image (default 256). The defaults are those of the published models, or of the file's own sizes.
 
-    Raises UserError for a file that is neither, holds pickled code, or lacks tensors (named).
+    UserError for another kind of file, pickled code, or missing tensors (named).
     """
     content = _read_folder(file) if is_huggingface(file) else _read(file)
     if TOKEN_TABLE in content.state:
@@ -79,10 +79,10 @@ def import_published(file: Path, *, ema: bool = False, heads: int | None = None,
 
 
 def export_published(path: Path, to: Path) -> Kind:
-    """Writes the model at `path` (as the loaders take it) as one file `to` that the published code reads.
+    """Writes the model at `path` (as for the loaders) to one file `to` for the published code.
 
-    Only one set of a tokenizer's weights is kept in a model directory, so live and averaged ones are the same there.
-    UserError where the model cannot be loaded, `to` is there already, or that code has no such model.
+    A model directory holds one set of a tokenizer's weights, so live and averaged ones are equal in the file.
+    UserError if the model cannot be loaded, `to` exists, or the published code has no such model.
     """
     if to.exists():
         raise UserError(f"{to} is there already: give another --to, or remove it")
@@ -106,7 +106,7 @@ def export_published(path: Path, to: Path) -> Kind:
 
 
 def export_huggingface(path: Path, to: Path) -> Kind:
-    """Writes the tokenizer at `path` as a folder `to` with ``config.json`` and safetensors as Emu3.5's tokenizer has.
+    """Writes the tokenizer at `path` to a folder `to` in the layout of Emu3.5's tokenizer.
 
     UserError as `export_published`.
     """
@@ -120,7 +120,7 @@ def export_huggingface(path: Path, to: Path) -> Kind:
 
 
 def published_tokenizer(model: Tokenizer) -> dict[str, Tensor]:
-    """The published ``state_dict``, live tensors first: its loader meets an average only after the live name."""
+    """The published ``state_dict``, live tensors first, since its loader expects a live name before its average."""
     kind = model.quantizer_config.kind
     if not KINDS[kind].published:
         known = " and ".join(name for name, other in KINDS.items() if other.published)
@@ -138,9 +138,9 @@ def _read(file: Path) -> _Content:
         raise UserError(f"cannot read {file}: it is no regular file")
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(harmless()):
-            # About pickles of protocols that torch does not write.
+            # A warning about pickle protocols never written by torch.
             warnings.simplefilter("ignore", UserWarning)
-            # Mapped, so that optimizer states, which are most of a file, are never read. Old formats cannot be.
+            # Mapped, so optimizer states, most of a file, are never read. Old formats cannot be mapped.
             content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except FileNotFoundError:
         raise UserError(f"{file} not found") from None
@@ -154,7 +154,7 @@ def _read(file: Path) -> _Content:
                 f"{OWNERS_WAY}"
             ) from None
         raise refused(file, code[1]) from None
-    except Exception as e:  # the unpickler meets foreign bytes with errors of any type
+    except Exception as e:  # foreign bytes raise errors of any type in the unpickler
         raise UserError(f"cannot read {file}: it is cut short, damaged or no checkpoint ({type(e).__name__})") from None
     try:
         tensors, beside, wrappers = unwrap(content, (CODEBOOK, TOKEN_TABLE))
@@ -255,7 +255,7 @@ def _tokenizer_sizes(content: _Content) -> tuple[AutoencoderConfig, QuantizerCon
 
 
 def _autoencoder_sizes(content: _Content, widths: list[int]) -> AutoencoderConfig:
-    """Widths, depths and where attention sits. The nominal resolution is set so that the deepest level is 16 wide."""
+    """Widths, depths and levels with attention. The nominal resolution makes the deepest level 16 wide."""
     state, file = content.state, content.file
     channels = _side(state["encoder.conv_in.weight"], file)
     resolution = 16 * 2 ** (len(widths) - 1)
@@ -273,7 +273,7 @@ def _autoencoder_sizes(content: _Content, widths: list[int]) -> AutoencoderConfi
 def _require(names: Collection[str], state: Mapping[str, Tensor], file: Path) -> None:
     absent = [name for name in names if name not in state]
     if absent:
-        raise UserError(f"{file}: its sizes cannot be told without {', '.join(absent)}")
+        raise UserError(f"{file}: its sizes are unknown without {', '.join(absent)}")
 
 
 def _sides(table: Tensor, file: Path) -> tuple[int, int]:
@@ -283,9 +283,9 @@ def _sides(table: Tensor, file: Path) -> tuple[int, int]:
 
 
 def _side(weight: Tensor, file: Path) -> int:
-    """Of its first side; nothing has none."""
+    """The size of the first dimension. UserError if it is 0 or missing."""
     if not weight.ndim or not weight.shape[0]:
-        raise UserError(f"{file}: a weight of shape {tuple(weight.shape)} where layers have at least one channel")
+        raise UserError(f"{file}: a weight of shape {tuple(weight.shape)} instead of a layer with at least one channel")
     return weight.shape[0]
 
 
@@ -322,7 +322,7 @@ def _transformer_sizes(content: _Content, heads: int | None, tokens: int | None)
 def _left_aside(content: _Content, used: set[str]) -> dict[str, int]:
     counts: dict[str, int] = {}
     for key in content.state.keys() - used:
-        # The losses' networks are of different use: the discriminator, LPIPS.
+        # The losses' networks (discriminator, LPIPS) are listed separately.
         top = ".".join(key.split(".")[: 2 if key.startswith("loss.") else 1])
         counts[top] = counts.get(top, 0) + 1
     return dict(sorted(counts.items())) | content.others

@@ -1,4 +1,4 @@
-"""Weights into a module, all of them or none: a missing tensor is an error, never a randomly initialised model."""
+"""Loads weights into a module, all or none. A missing tensor is an error and never stays randomly initialised."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from ibq_scale.errors import UserError
 def fill_strictly(
     module: nn.Module, tensors: Mapping[str, Tensor], folder: Path, dtype: torch.dtype | None = None
 ) -> None:
-    """Copies `tensors` into the module, or makes them its own, as `dtype`, where it is on the meta device.
+    """Copies `tensors` into the module. A module on the meta device takes them as its own, in `dtype`.
 
-    UserError that names every tensor that is missing, misshapen or too many.
+    UserError with every missing, misshapen or unexpected tensor.
     """
     wanted = module.state_dict()
     require_fit(wanted, tensors, str(folder))
@@ -27,7 +27,7 @@ def fill_strictly(
 
 
 def require_layers(names: Collection[str], layers: Mapping[str, int], where: str) -> None:
-    """UserError where there are others than so many layers under each pattern of names, before any is built."""
+    """UserError if the names have another number of layers for a pattern, before any layer is built."""
     for pattern, wanted in layers.items():
         if (found := count_layers(names, pattern, where)) != wanted:
             label = pattern.replace(r"(\d+)", "N").replace("\\", "")
@@ -35,8 +35,8 @@ def require_layers(names: Collection[str], layers: Mapping[str, int], where: str
 
 
 def count_layers(names: Collection[str], pattern: str, where: str) -> int:
-    """How many numbers names have at the group of `pattern`. UserError where these are not 0, 1, 2 …"""
-    # No file has so many names that a number could be longer.
+    """Number of layers in names: different values of the group in `pattern`. UserError if they are not 0, 1, 2 …"""
+    # No file has enough names for a longer number.
     numbers = {int(m[1]) if len(m[1]) < 8 else 10**8 for name in names if (m := re.match(pattern, name))}
     if (last := max(numbers, default=-1)) != len(numbers) - 1:
         raise UserError(
@@ -46,9 +46,9 @@ def count_layers(names: Collection[str], pattern: str, where: str) -> int:
 
 
 def require_fit(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str) -> None:
-    """UserError where the names or shapes in `found` are not those of `wanted`: all of them, in one line.
+    """UserError if the names or shapes in `found` differ from `wanted`, with all differences in one line.
 
-    What is missing (misshapen, …) as a whole is named as a whole: ``decoder.* (248) missing``.
+    A completely missing (misshapen, …) module is named once: ``decoder.* (248) missing``.
     """
     missing = wanted.keys() - found.keys()
     misshapen = {k for k in wanted.keys() & found.keys() if found[k].shape != wanted[k].shape}
@@ -64,7 +64,7 @@ def require_fit(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], where
 
 
 def _together(names: Collection[str], universe: Collection[str]) -> list[tuple[str, str]]:
-    """Labels of `names` in the universe's order, each with the first name that it stands for."""
+    """Labels of `names` in the universe's order, each with its first name."""
     total, named = Counter[str](), Counter[str]()
     for name in universe:
         total.update(_prefixes(name))
@@ -72,7 +72,7 @@ def _together(names: Collection[str], universe: Collection[str]) -> list[tuple[s
     labels: dict[str, str] = {}
     for name in universe:
         if name in names:
-            # From the shortest prefix to the longest: the widest that is named as a whole.
+            # From the shortest prefix to the longest, so the widest complete module is used.
             whole = next((p for p in _prefixes(name) if named[p] == total[p] > 1), None)
             labels.setdefault(f"{whole}.* ({total[whole]})" if whole else name, name)
     return list(labels.items())

@@ -1,4 +1,4 @@
-"""What people's own checkpoints have around the weights: containers, prefixes of names, harmless values beside them."""
+"""Removes wrappers around the weights of foreign checkpoints: containers, name prefixes, harmless other values."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch import Tensor
 
 from ibq_scale.errors import UserError
 
-# Where the weights are, in this order: Lightning's, torch's examples', DeepSpeed's, timm's, diffusers'.
+# Keys of the weights, in this order: Lightning's, torch's examples', DeepSpeed's, timm's, diffusers'.
 CONTAINERS = ("state_dict", "model", "model_state_dict", "module", "weights", "net", "params", "generator")
-# Parts of names that wrappers put in: DDP's and DeepSpeed's, torch.compile's, FSDP's, activation checkpointing's.
+# Parts of names from wrappers: DDP's and DeepSpeed's, torch.compile's, FSDP's, activation checkpointing's.
 COMPONENTS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_forward_module", "_checkpoint_wrapped_module"}
 OWNERS_WAY = (
-    "whoever trusts it loads it once in Python, torch.load(FILE, weights_only=False), and torch.save(…)s the state_dict"
+    "if you trust it, load it once in Python with torch.load(FILE, weights_only=False) and torch.save its state_dict"
 )
 
 
 def harmless() -> list[Any]:
-    """Types of values beside the weights that build no more than themselves: numpy's numbers and arrays, paths."""
+    """Types of other values without side effects on unpickling: numpy's numbers and arrays, paths."""
     multiarray = np._core.multiarray  # type: ignore[attr-defined]
     kinds = {type(np.dtype(code)) for code in (*np.typecodes["AllInteger"], *np.typecodes["Float"], "?", "D", "F")}
     paths = (pathlib.PosixPath, pathlib.PurePosixPath, pathlib.PureWindowsPath)
@@ -31,9 +31,9 @@ def harmless() -> list[Any]:
 
 
 def unwrap(content: object, known: Collection[str]) -> tuple[dict[str, Tensor], dict[str, Any], list[str]]:
-    """Weights by their own names, what lies beside them, and the wrappers that were taken off.
+    """Weights by their own names, the values beside them, and the removed wrappers.
 
-    `known`: names of which a model has at least one; what stands before it is a prefix of all.
+    `known`: names, at least one of them in each model. The text before it is a prefix of all names.
     """
     state = content if isinstance(content, Mapping) else {}
     beside: dict[str, Any] = {}
@@ -68,20 +68,20 @@ def _container(state: Mapping[Any, Any]) -> str | None:
 
 
 def _prefix(names: Collection[str], known: Collection[str]) -> str:
-    """What stands before a known name, where none has nothing before it."""
+    """The prefix before a known name, empty if a known name has none."""
     found = [name[: -len(end)] for end in known for name in names if name.endswith(f".{end}")]
     return "" if not found or any(end in names for end in known) else min(found, key=len)
 
 
 def not_finite(state: Mapping[str, Tensor]) -> list[str]:
-    """Tensors that hold nan or inf: whatever is computed with them does too."""
+    """Names of tensors with nan or inf."""
     numbers = {name: tensor for name, tensor in state.items() if tensor.is_floating_point() and not tensor.is_meta}
     return [name for name, tensor in numbers.items() if not torch.isfinite(tensor).all()]
 
 
 def refused(file: Path, code: str) -> UserError:
-    """For a checkpoint that holds what could run code."""
+    """The error for a checkpoint with executable code."""
     return UserError(
         f"{file} holds more than tensors ({code}), and running code from a checkpoint is refused: "
-        f"ask where it comes from for its state_dict alone; {OWNERS_WAY}"
+        f"ask its author for the state_dict alone, or, {OWNERS_WAY}"
     )

@@ -1,4 +1,4 @@
-"""Which passes compute: Triton kernels on CUDA where they fit, plain torch elsewhere, or what the config says."""
+"""The choice of a backend: the config's, or the fastest that the device can run."""
 
 from __future__ import annotations
 
@@ -10,50 +10,57 @@ import torch
 from torch import Tensor
 
 from ibq_scale.errors import UserError
-from ibq_scale.quantize.passes import Passes
+from ibq_scale.quantize.backend_interface import Backend
 from ibq_scale.quantize.product import Precision
-from ibq_scale.quantize.tiled import TiledPasses
+from ibq_scale.quantize.tiled_backend import TiledBackend
 
-Backend = Literal["tiled", "triton"]
+BackendName = Literal["tiled", "triton", "cublas"]
 
 
 def choose(
     backend: str, device: torch.device, dtype: torch.dtype, dim: int, precision: str = "bf16", kernel: str = ""
-) -> Backend:
-    """What ``auto`` means here, for a step in training or for one kernel. UserError where ``triton`` cannot be had."""
+) -> BackendName:
+    """The backend for a config's word on this device, for a training step or for one kernel.
+
+    ``auto``: on a CUDA device Triton's product kernels, else cuBLAS with elementwise kernels, else plain torch.
+    UserError where ``triton`` or ``cublas`` is asked for and cannot run.
+    """
     if backend == "tiled" or (backend == "auto" and device.type != "cuda"):
         return "tiled"
-    obstacle = _obstacle(device, dtype, dim, cast(Precision, precision), kernel)
-    if obstacle is None:
-        return "triton"
-    if backend == "triton":
-        raise UserError(f"quantizer.backend=triton {obstacle}: use auto or tiled")
+    wanted: tuple[BackendName, ...] = ("triton", "cublas") if backend == "auto" else (cast(BackendName, backend),)
+    for name in wanted:
+        obstacle = _obstacle(name, device, dtype, dim, cast(Precision, precision), kernel)
+        if obstacle is None:
+            return name
+        if backend != "auto":
+            raise UserError(f"quantizer.backend={backend} {obstacle}: use auto or tiled")
     return "tiled"
 
 
 def describe(backend: str, device: torch.device, dtype: torch.dtype, dim: int, precision: str) -> str:
-    """What computes, in words, and why where it is not what a GPU would rather have."""
+    """The backend in words, with the reason where a GPU does not run Triton's product kernels."""
     chosen = choose(backend, device, dtype, dim, precision)
-    if chosen == "triton":
-        return f"triton ({precision} products)"
     if device.type != "cuda":
         return chosen
-    said = f"tiled ({products_of(chosen, precision)} products)"
-    if backend == "tiled":
+    said = f"{chosen} ({products_of(chosen, precision)} products)"
+    if chosen == "triton" or backend != "auto":
         return said
-    return f"{said}, since triton {_obstacle(device, dtype, dim, cast(Precision, precision), '')}"
+    return f"{said}, since triton {_obstacle('triton', device, dtype, dim, cast(Precision, precision), '')}"
 
 
 def products_of(backend: str, precision: str) -> Precision:
-    """What a backend's products on a GPU are in.
+    """The precision of a backend's products on a GPU.
 
-    Plain torch takes tf32 for bf16: it knows no near codes, and bf16 moves the entropy loss's gradient by a sixth.
+    Backends without candidates take tf32 for bf16: bf16 would move the entropy loss's gradient by a sixth.
     """
-    return "tf32" if (backend, precision) == ("tiled", "bf16") else cast(Precision, precision)
+    return cast(Precision, precision) if backend == "triton" or precision != "bf16" else "tf32"
 
 
 @lru_cache(maxsize=64)
-def _obstacle(device: torch.device, dtype: torch.dtype, dim: int, precision: Precision, kernel: str) -> str | None:
+def _obstacle(
+    backend: BackendName, device: torch.device, dtype: torch.dtype, dim: int, precision: Precision, kernel: str
+) -> str | None:
+    """Why a backend of Triton kernels cannot run, or None."""
     if importlib.util.find_spec("triton") is None:
         return "needs the triton package"
     if dtype != torch.float32:
@@ -62,19 +69,25 @@ def _obstacle(device: torch.device, dtype: torch.dtype, dim: int, precision: Pre
 
     if device.type != "cuda":
         return None if interpreted() else "needs a CUDA device (or TRITON_INTERPRET=1, for tests)"
+    if backend == "cublas":
+        return None
     return without_tile((kernel,) if kernel else tuple(KERNELS), precision, dim, device)
 
 
-def passes_for(z_ND: Tensor, backend: str, precision: str, temperature: float, tile_bytes: int | None) -> Passes:
-    """The passes for tensors like z (N, D)."""
+def backend_for(z_ND: Tensor, backend: str, precision: str, temperature: float, tile_bytes: int | None) -> Backend:
+    """The backend for tensors like z (N, D)."""
     chosen = choose(backend, z_ND.device, z_ND.dtype, z_ND.shape[1], precision)
-    return _made(chosen, cast(Precision, precision), temperature, tile_bytes)
+    return _cached(chosen, cast(Precision, precision), temperature, tile_bytes)
 
 
 @lru_cache(maxsize=64)
-def _made(backend: Backend, precision: Precision, temperature: float, tile_bytes: int | None) -> Passes:
+def _cached(backend: BackendName, precision: Precision, temperature: float, tile_bytes: int | None) -> Backend:
     if backend == "triton":
-        from ibq_scale.quantize.triton_passes import TritonPasses
+        from ibq_scale.quantize.triton_backend import TritonBackend
 
-        return TritonPasses(temperature, precision)
-    return TiledPasses(temperature, products_of(backend, precision), tile_bytes)
+        return TritonBackend(temperature, precision)
+    if backend == "cublas":
+        from ibq_scale.quantize.cublas_backend import CublasBackend
+
+        return CublasBackend(temperature, products_of(backend, precision), tile_bytes)
+    return TiledBackend(temperature, products_of(backend, precision), tile_bytes)

@@ -1,6 +1,6 @@
 """Collectives of a codebook group. A group of None is a group of one: nothing moves.
 
-None of these carries a gradient; the quantizers' own backward passes call them.
+None of these carries a gradient. The quantizers' own backward passes call them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 Group = dist.ProcessGroup | None
 
-# torch 2.14 renamed both and warns of the old names, which 2.11 to 2.13 need.
+# torch 2.14 renamed both and warns of the old names. 2.11 to 2.13 have no others.
 _all_gather: Callable[..., object] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter: Callable[..., object] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
@@ -22,7 +22,7 @@ _reduce_scatter: Callable[..., object] = getattr(dist, "reduce_scatter_single", 
 class Shards(NamedTuple):
     """How a codebook lies over ranks.
 
-    The ranks of `group` hold its rows, K/W consecutive ones each; those of `replicas` hold the same rows as this one.
+    The ranks of `group` hold its rows, K/W consecutive ones each. Those of `replicas` hold the same rows as this one.
     `sizes` are the group's ranks' numbers of tokens where they differ (`sizes_in` asks for them).
     """
 
@@ -55,7 +55,7 @@ def gather_rows(x_NX: Tensor, group: Group) -> Tensor:
 
 
 def scatter_sum_rows(x_MX: Tensor, group: Group) -> Tensor:
-    """The sum over ranks of (W·N, …), of which each rank keeps its own N rows."""
+    """The sum over ranks of (W·N, …). Each rank keeps its own N rows."""
     if group is None:
         return x_MX
     out = x_MX.new_empty((x_MX.shape[0] // size_of(group), *x_MX.shape[1:]))
@@ -93,7 +93,7 @@ def exchange_uneven(x_MX: Tensor, sizes: Sequence[int], group: dist.ProcessGroup
 
 
 def sizes_in(tokens: int, group: Group, device: torch.device) -> list[int]:
-    """Every rank's number of tokens. On a GPU it waits for the device: for callers whose ranks' numbers differ."""
+    """Every rank's number of tokens. On a GPU it waits for the device, so only uneven ranks should call it."""
     if group is None:
         return [tokens]
     mine = torch.tensor([tokens], device=device)
@@ -119,7 +119,7 @@ def owned_codes(index_M: Tensor, rows_KD: Tensor, group: Group) -> Tensor:
 
 
 def add_at_owned(grad_rows_KD: Tensor, index_M: Tensor, g_MD: Tensor, group: Group) -> None:
-    """∂L/∂C[i*] += g for the rows that this rank owns, for each row in the tokens' order.
+    """∂L/∂C[i*] += g for this rank's own rows, for each row in the tokens' order.
 
     On a GPU index_add_ adds in any order, and index_put_ sorts the rows first.
     """
@@ -135,7 +135,7 @@ def add_at_owned(grad_rows_KD: Tensor, index_M: Tensor, g_MD: Tensor, group: Gro
 
 
 def _local(index_M: Tensor, codes: int, group: Group) -> tuple[Tensor, Tensor]:
-    """Global indices as this rank's row numbers (0 where another owns the row), and which are its own."""
+    """Global indices as this rank's row numbers (0 for a row of another rank), and a mask of its own."""
     local = index_M - rank_in(group) * codes
     owned = (local >= 0) & (local < codes)
     return torch.where(owned, local, 0), owned

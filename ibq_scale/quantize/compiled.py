@@ -1,4 +1,4 @@
-"""Kernels compiled for any chip, present or not, and what they need of it."""
+"""Kernels compiled for any chip, present or not, and their use of its resources."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ibq_scale.quantize.product import Precision
 from ibq_scale.quantize.tiles import Tile, constants, function
 
 _TYPES = {
-    "i32": ("M", "K", "codes_a_split", "rows_a_split", "codes_a_top", "first_code"),
-    "*i32": ("index", "count", "near", "near_count", "rivals", "rival_count"),
+    "i32": ("M", "B", "K", "stride", "codes_a_split", "rows_a_split", "codes_a_top", "first_code"),
+    "*i32": ("index", "count", "candidates", "candidate_count", "rivals", "rival_count"),
     "fp32": ("inv_tau", "margin", "slack"),
 }
-# That 16 divides numbers and addresses, as in training it does, the launcher tells the compiler; of these it cannot.
+# The launcher tells the compiler that 16 divides integers and addresses, as in training. It cannot for floats.
 _ODD = _TYPES["fp32"]
 
 
@@ -38,7 +38,7 @@ def target(arch: str) -> GPUTarget:
 
 
 def build(kernel: str, arch: str, precision: Precision, dim: int, tile: Tile) -> Any:
-    """Triton's compiled kernel. Whatever the compiler's passes raise comes through."""
+    """Triton's compiled kernel. Errors of the compiler's passes come through."""
     source_of = function(kernel)
     fixed = constants(kernel, tile, dim, precision)
     signature = {name: "constexpr" if name in fixed else _type(kernel, name, precision) for name in source_of.arg_names}
@@ -71,7 +71,7 @@ def machine_code(built: Any) -> str:
 
 def _type(kernel: str, name: str, precision: Precision) -> str:
     # Lists are scored anew from fp32.
-    if name in ("weights", "slopes") or (name in ("z", "c", "g") and kernel not in ("rescore", "near_slopes")):
+    if name in ("weights", "slopes") or (name in ("z", "c", "g") and kernel not in ("rescore", "candidate_slopes")):
         return "*bf16" if precision == "bf16" else "*fp32"
     return next((kind for kind, names in _TYPES.items() if name in names), "*fp32")
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from ibq_scale.config.models import QuantizerConfig
-from ibq_scale.quantize.types import Quantized
+from ibq_scale.quantize.quantized import Quantized
 
-# Above 1, so that tanh reaches the outer levels.
+# Above 1: tanh then reaches the outer levels.
 MARGIN = 1.0 + 1e-3
 
 
-def codes(levels: Sequence[int], start: int, stop: int) -> Tensor:
+def grid(levels: Sequence[int], start: int, stop: int) -> Tensor:
     """Codes start … stop − 1, fp32 (stop − start, D), each number in [−1, 1]."""
     index_K = torch.arange(start, stop)
     levels_D = torch.tensor(levels)
@@ -26,7 +26,7 @@ def codes(levels: Sequence[int], start: int, stop: int) -> Tensor:
     return (digits_KD - levels_D // 2) / (levels_D // 2)
 
 
-def index(z_ND: Tensor, levels: Sequence[int]) -> Tensor:
+def grid_index(z_ND: Tensor, levels: Sequence[int]) -> Tensor:
     """The code of each token, int64 (N,)."""
     digits_ND = _bounded(z_ND, levels).round().long() + torch.tensor(levels, device=z_ND.device) // 2
     return (digits_ND * _strides(levels).to(z_ND.device)).sum(dim=1)
@@ -41,7 +41,7 @@ def fsq(z_ND: Tensor, settings: QuantizerConfig) -> Quantized:
     nothing = z_ND.new_zeros(())
     return Quantized(
         z_q_ND=rounded_ND / half_D,
-        indices_N=index(z_ND.detach(), settings.levels),
+        indices_N=grid_index(z_ND.detach(), settings.levels),
         quantization_loss=nothing,
         entropy_loss=nothing,
         sample_entropy=nothing,

@@ -1,7 +1,7 @@
-"""The IBQ function: forward and backward over any backend's passes and any codebook group, as one custom operator.
+"""The IBQ function: forward and backward over any backend and any codebook group, as one custom operator.
 
-An operator and not a plain autograd.Function, so that torch.compile takes it whole, collectives and all. It is defined
-by torch's low-level calls: `torch.library.custom_op` would import the compiler, 0.2 GB, at the first eager call.
+torch.compile takes an operator whole, with its collectives, unlike an autograd.Function. It is defined by torch's
+low-level calls: `torch.library.custom_op` would import the compiler, 0.2 GB, at the first eager call.
 """
 
 from __future__ import annotations
@@ -13,8 +13,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ibq_scale.quantize.backend import passes_for
-from ibq_scale.quantize.checks import not_finite
+from ibq_scale.quantize.backend import backend_for
+from ibq_scale.quantize.backend_interface import (
+    Backend,
+    BackwardInputs,
+    Candidates,
+    Codebook,
+    EntropyGradient,
+    RowStatistics,
+    Segments,
+    WholeRowBackend,
+    combine_shards,
+)
 from ibq_scale.quantize.collectives import (
     Group,
     add_at_owned,
@@ -26,24 +36,13 @@ from ibq_scale.quantize.collectives import (
     size_of,
     sum_over,
 )
-from ibq_scale.quantize.passes import (
-    Backward,
-    Codes,
-    Near,
-    Passes,
-    Pull,
-    RowStatistics,
-    Segments,
-    WholeRowPasses,
-    combine_shards,
-)
-from ibq_scale.quantize.terms import batch_entropy_of, batch_entropy_slope
+from ibq_scale.quantize.quantized import batch_entropy_of, batch_entropy_slope, not_finite
 
 
 class Settings(NamedTuple):
-    """What the operator takes beside tensors: plain values, as an operator's schema wants them.
+    """The operator's arguments beside tensors. An operator's schema allows plain values only.
 
-    `sizes` are the group's ranks' numbers of tokens (empty for a group of one); `group` and `replicas` are names.
+    `sizes`: numbers of tokens of the group's ranks, empty for a group of one. `group` and `replicas` are names.
     """
 
     sizes: list[int]
@@ -58,12 +57,12 @@ class Settings(NamedTuple):
     tile_bytes: int
 
 
-class Forward(NamedTuple):
+class ForwardOutputs(NamedTuple):
     """The operator's outputs: the first two and the entropy loss with gradient, the rest without.
 
-    What stands below `batch_entropy` is kept for the backward pass: all the group's tokens (empty for a group of one),
-    each segment's q̄ over this shard and the number of tokens it is a mean of, the tokens' statistics, p·C of this
-    rank's own tokens (empty where whole rows are at hand), and the backend's own: `Codes.coarse_KD` and `Near`.
+    Fields below `batch_entropy` are kept for the backward pass: all the group's tokens (empty for a group of one), each
+    segment's q̄ over this shard and its number of tokens, the tokens' statistics, p·C of this rank's own tokens (empty
+    for a whole-row backend), `Codebook.rounded_KD`, and `Candidates`.
     """
 
     z_q_ND: Tensor
@@ -80,11 +79,11 @@ class Forward(NamedTuple):
     log_sum_M: Tensor
     log_sum_tau_M: Tensor
     entropy_M: Tensor
-    mixed_ND: Tensor
-    coarse_KD: Tensor
-    near_codes_ML: Tensor
-    near_scores_ML: Tensor
-    near_count_M: Tensor
+    soft_codes_ND: Tensor
+    rounded_KD: Tensor
+    candidate_codes_ML: Tensor
+    candidate_scores_ML: Tensor
+    candidate_count_M: Tensor
 
 
 WITH_GRADIENT = 3
@@ -93,31 +92,30 @@ _SETTINGS = (
     "bool global_entropy, str precision, str backend, int tile_bytes"
 )
 _library: Any = torch.library.Library("ibq_scale", "DEF")  # type: ignore[no-untyped-call]
-_library.define(
-    f"ibq_forward(Tensor z, Tensor rows, Tensor? mean, {_SETTINGS}) -> ({', '.join(['Tensor'] * len(Forward._fields))})"
-)
+_OUTPUTS = ", ".join(["Tensor"] * len(ForwardOutputs._fields))
+_library.define(f"ibq_forward(Tensor z, Tensor rows, Tensor? mean, {_SETTINGS}) -> ({_OUTPUTS})")
 _library.define(
     "ibq_backward(Tensor grad_z_q, Tensor grad_hard, Tensor grad_entropy, Tensor z, Tensor rows, Tensor[] saved, "
     f"{_SETTINGS}) -> (Tensor, Tensor)"
 )
 
 
-def ibq_function(z_ND: Tensor, rows_KD: Tensor, settings: Settings, mean_K: Tensor | None = None) -> Forward:
-    """z (N, D) and this rank's rows (K, D) of the codebook → outputs; see `Forward`.
+def ibq_function(z_ND: Tensor, rows_KD: Tensor, settings: Settings, mean_K: Tensor | None = None) -> ForwardOutputs:
+    """z (N, D) and this rank's rows (K, D) of the codebook → `ForwardOutputs`.
 
     `mean_K` is q̄ over this rank's rows where it is a mean over more tokens than the ranks' z (global entropy only).
-    Backward gives the gradient of the *sum* over all ranks of their losses: ∂/∂z for this rank's tokens, ∂/∂C for
+    BackwardInputs gives the gradient of the *sum* over all ranks of their losses: ∂/∂z for this rank's tokens, ∂/∂C for
     this rank's rows from its group's tokens (replicas have other tokens: their gradients are to be added).
     """
-    return Forward(*torch.ops.ibq_scale.ibq_forward(z_ND, rows_KD, mean_K, *settings))
+    return ForwardOutputs(*torch.ops.ibq_scale.ibq_forward(z_ND, rows_KD, mean_K, *settings))
 
 
 def softmax_sums(z_ND: Tensor, rows_KD: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
     """Σ q (K,) of all ranks' tokens over this rank's rows, and the number of tokens (0-dim). Without gradient."""
     layout = _Layout.of(z_ND.shape[0], settings)
     z_MD = gather_uneven(z_ND, layout.sizes, layout.group)
-    sums_GK = _statistics(z_MD, rows_KD, _passes(z_ND, settings), layout, settings.temperature)[1]
-    sums_K, count = sum_over([sums_GK.sum(dim=0), sums_GK.new_tensor(float(sum(layout.sizes)))], layout.replicas)
+    sums_GK = _statistics(z_MD, rows_KD, _backend_of(z_ND, settings), layout, settings.temperature)[1]
+    sums_K, count = sum_over([sums_GK.sum(dim=0), sums_GK.new_full((), float(sum(layout.sizes)))], layout.replicas)
     return sums_K, count
 
 
@@ -125,9 +123,9 @@ _resolve: Callable[[str], dist.ProcessGroup] = vars(dist.distributed_c10d)["_res
 
 
 class _Layout(NamedTuple):
-    """Where this rank's tokens are among the group's, and which tokens share a q̄.
+    """The place of this rank's tokens among the group's, and the ranges of tokens with one q̄.
 
-    `replicas` are None where q̄ is each rank's own matter.
+    `replicas` are None where each rank has its own q̄.
     """
 
     group: Group
@@ -150,25 +148,26 @@ class _Layout(NamedTuple):
         return _Layout(group, replicas, sizes, ranges[rank], ranges, rank)
 
 
-def _forward(z_ND: Tensor, rows_KD: Tensor, mean_K: Tensor | None, *values: Any) -> Forward:
+def _forward(z_ND: Tensor, rows_KD: Tensor, mean_K: Tensor | None, *values: Any) -> ForwardOutputs:
     settings = Settings(*values)
     assert mean_K is None or settings.global_entropy, "a local entropy has no other tokens"
     layout = _Layout.of(z_ND.shape[0], settings)
-    passes = _passes(z_ND, settings)
+    backend = _backend_of(z_ND, settings)
     z_MD = gather_uneven(z_ND, layout.sizes, layout.group)
-    statistics, mean_GK, *kept = _statistics(z_MD, rows_KD, passes, layout, settings.temperature)
-    # On a GPU looking would wait for the device; there the trainer's look at the loss finds it.
+    statistics, mean_GK, *kept = _statistics(z_MD, rows_KD, backend, layout, settings.temperature)
+    # On a GPU the check would wait for the device. There the trainer's check of the loss finds it.
     if not z_MD.is_cuda and not bool(statistics.log_sum_tau.isfinite().all()):
         raise not_finite(z_MD, rows_KD)
-    count_G = mean_GK.new_tensor([segment.stop - segment.start for segment in layout.segments])
+    # Filled there: a copy from the host would wait for the device.
+    count_G = torch.cat([mean_GK.new_full((1,), segment.stop - segment.start) for segment in layout.segments])
     mean_GK, count_G = sum_over([mean_GK, count_G], layout.replicas)
-    # The tokens that pull at a q̄ of many micro-batches are still these: each micro-batch's loss counts once.
+    # The gradient at a q̄ of many micro-batches goes to these tokens only: each micro-batch's loss counts once.
     mean_GK = mean_GK / count_G[:, None] if mean_K is None else mean_K[None].clone()
     hard_ND = scatter_sum_uneven(owned_codes(statistics.index, rows_KD, layout.group), layout.sizes, layout.group)
     sample_entropy = statistics.entropy[layout.mine].mean()
     (batch_entropy_G,) = sum_over([batch_entropy_of(mean_GK)], layout.group)
     batch_entropy = batch_entropy_G[layout.own_segment].clone()
-    return Forward(
+    return ForwardOutputs(
         hard_ND,
         hard_ND.clone(),
         settings.sample_weight * sample_entropy - settings.batch_weight * batch_entropy,
@@ -187,15 +186,15 @@ def _forward(z_ND: Tensor, rows_KD: Tensor, mean_K: Tensor | None, *values: Any)
     )
 
 
-def _fake_forward(z_ND: Tensor, rows_KD: Tensor, mean_K: Tensor | None, *values: Any) -> Forward:
+def _fake_forward(z_ND: Tensor, rows_KD: Tensor, mean_K: Tensor | None, *values: Any) -> ForwardOutputs:
     settings = Settings(*values)
     tokens, dim = z_ND.shape
     everything = sum(settings.sizes) or tokens
     segments = 1 if settings.global_entropy or not settings.sizes else len(settings.sizes)
-    passes = _passes(z_ND, settings)
-    whole = not settings.sizes and isinstance(passes, WholeRowPasses)
+    backend = _backend_of(z_ND, settings)
+    whole = not settings.sizes and isinstance(backend, WholeRowBackend)
     index_M, row_M = z_ND.new_empty(everything, dtype=torch.int64), z_ND.new_empty(everything)
-    return Forward(
+    return ForwardOutputs(
         torch.empty_like(z_ND),
         torch.empty_like(z_ND),
         z_ND.new_empty(()),
@@ -211,30 +210,36 @@ def _fake_forward(z_ND: Tensor, rows_KD: Tensor, mean_K: Tensor | None, *values:
         torch.empty_like(row_M),
         torch.empty_like(row_M),
         z_ND.new_empty((0 if whole else tokens, dim)),
-        passes.coarse(rows_KD),
-        *passes.near(z_ND.new_empty((everything, dim))),
+        backend.rounded(rows_KD),
+        *backend.empty_candidates(z_ND.new_empty((everything, dim))),
     )
 
 
 def _statistics(
-    z_MD: Tensor, rows_KD: Tensor, passes: Passes, layout: _Layout, temperature: float
+    z_MD: Tensor, rows_KD: Tensor, backend: Backend, layout: _Layout, temperature: float
 ) -> tuple[RowStatistics, Tensor, *tuple[Tensor, ...]]:
-    """Statistics of all tokens over the whole codebook, Σ q (G, K) over this shard, p·C of this rank's tokens, and what
-    else the backward pass is to have: see `Forward`.
+    """Statistics of all tokens over the whole codebook, Σ q (G, K) over this shard, p·C of this rank's tokens, and the
+    last fields of `ForwardOutputs`.
     """
-    codes = Codes(rows_KD, passes.coarse(rows_KD))
-    if layout.group is None and isinstance(passes, WholeRowPasses):
-        sums, mean_GK = passes.sums_and_means(z_MD, codes, layout.segments)
+    codebook = Codebook(rows_KD, backend.rounded(rows_KD))
+    if layout.group is None and isinstance(backend, WholeRowBackend):
+        sums, mean_GK = backend.sums_and_means(z_MD, codebook, layout.segments)
         statistics = RowStatistics.of(sums)
-        return statistics, mean_GK, z_MD.new_empty((0, z_MD.shape[1])), codes.coarse_KD, *passes.near(z_MD)
-    sums, near = passes.sums(z_MD, codes)
+        return (
+            statistics,
+            mean_GK,
+            z_MD.new_empty((0, z_MD.shape[1])),
+            codebook.rounded_KD,
+            *backend.empty_candidates(z_MD),
+        )
+    sums, candidates = backend.sums(z_MD, codebook)
     if layout.group is not None:
         sums = combine_shards(sums, rows_KD.shape[0], temperature, layout.sizes, layout.group)
     statistics = RowStatistics.of(sums)
-    mean_GK = passes.means(z_MD, codes, statistics, layout.segments, near)
-    assert sums.mixed_MD is not None
-    mixed_ND = scatter_sum_uneven(sums.mixed_MD, layout.sizes, layout.group)
-    return statistics, mean_GK, mixed_ND / sums.total[layout.mine, None], codes.coarse_KD, *near
+    mean_GK = backend.means(z_MD, codebook, statistics, layout.segments, candidates)
+    assert sums.soft_codes_MD is not None
+    soft_codes_ND = scatter_sum_uneven(sums.soft_codes_MD, layout.sizes, layout.group)
+    return statistics, mean_GK, soft_codes_ND / sums.total[layout.mine, None], codebook.rounded_KD, *candidates
 
 
 def _backward(
@@ -247,30 +252,41 @@ def _backward(
     *values: Any,
 ) -> tuple[Tensor, Tensor]:
     settings = Settings(*values)
-    all_z_MD, mean_GK, count_G, index_M, *rest, mixed_ND, coarse_KD, near_codes, near_scores, near_count = saved
+    (
+        all_z_MD,
+        mean_GK,
+        count_G,
+        index_M,
+        *rest,
+        soft_codes_ND,
+        rounded_KD,
+        candidate_codes,
+        candidate_scores,
+        candidate_count,
+    ) = saved
     statistics = RowStatistics(index_M, *rest)
     layout = _Layout.of(z_ND.shape[0], settings)
-    passes = _passes(z_ND, settings)
+    backend = _backend_of(z_ND, settings)
     g_MD = gather_uneven(grad_z_q_ND, layout.sizes, layout.group)
     selected_MD = gather_uneven(grad_z_q_ND + grad_hard_ND, layout.sizes, layout.group)
-    job = Backward(
+    inputs = BackwardInputs(
         z_MD=all_z_MD if layout.group is not None else z_ND,
-        codes=Codes(rows_KD, coarse_KD),
+        codebook=Codebook(rows_KD, rounded_KD),
         g_MD=g_MD,
         statistics=statistics,
-        pull=_pull(grad_entropy, mean_GK, count_G, settings, layout),
+        entropy=_entropy_gradient(grad_entropy, mean_GK, count_G, settings, layout),
         delta_M=None,
-        pulled_M=None,
+        pi_M=None,
         segments=layout.segments,
-        near=Near(near_codes, near_scores, near_count),
+        candidates=Candidates(candidate_codes, candidate_scores, candidate_count),
     )
-    if layout.group is not None or not isinstance(passes, WholeRowPasses):
-        delta_N = torch.linalg.vecdot(grad_z_q_ND, mixed_ND)
-        job = job._replace(delta_M=gather_uneven(delta_N, layout.sizes, layout.group))
-        if job.pull.batch_GK is not None:
-            (pulled_M,) = sum_over([passes.pulled(job)], layout.group)
-            job = job._replace(pulled_M=pulled_M)
-    grad_z_MD, grad_rows_KD = passes.gradients(job)
+    if layout.group is not None or not isinstance(backend, WholeRowBackend):
+        delta_N = torch.linalg.vecdot(grad_z_q_ND, soft_codes_ND)
+        inputs = inputs._replace(delta_M=gather_uneven(delta_N, layout.sizes, layout.group))
+        if inputs.entropy.batch_GK is not None:
+            (pi_M,) = sum_over([backend.row_sums(inputs)], layout.group)
+            inputs = inputs._replace(pi_M=pi_M)
+    grad_z_MD, grad_rows_KD = backend.gradients(inputs)
     add_at_owned(grad_rows_KD, index_M, selected_MD, layout.group)
     return scatter_sum_uneven(grad_z_MD, layout.sizes, layout.group), grad_rows_KD
 
@@ -280,28 +296,30 @@ def _fake_backward(*inputs: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(z_ND), torch.empty_like(rows_KD)
 
 
-def _pull(grad_entropy: Tensor, mean_GK: Tensor, count_G: Tensor, settings: Settings, layout: _Layout) -> Pull:
-    """The sample entropies are means over a rank's own tokens, q̄ over its segment's; every rank has its own slope."""
+def _entropy_gradient(
+    grad_entropy: Tensor, mean_GK: Tensor, count_G: Tensor, settings: Settings, layout: _Layout
+) -> EntropyGradient:
+    """a and b r. A sample entropy is a mean over a rank's tokens, q̄ over a segment's. Each rank has its own slope."""
     grads = gather_rows(grad_entropy.reshape(1), layout.group).unbind()
     sample_M = torch.cat(
         [(grad * (settings.sample_weight / size)).expand(size) for grad, size in zip(grads, layout.sizes, strict=True)]
     )
     if settings.batch_weight == 0:
-        return Pull(sample_M, None)
-    # A q̄ that many ranks share is pulled by all their losses.
+        return EntropyGradient(sample_M, None)
+    # The losses of all ranks reach a q̄ that they share.
     grad_G = torch.stack([torch.stack(grads).sum()]) if settings.global_entropy else torch.stack(grads)
     (grad_G,) = sum_over([grad_G], layout.replicas)
     slope_GK = batch_entropy_slope(mean_GK).mul_(settings.batch_weight)
-    return Pull(sample_M, slope_GK.mul_((grad_G / count_G)[:, None]))
+    return EntropyGradient(sample_M, slope_GK.mul_((grad_G / count_G)[:, None]))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     z_ND, rows_KD, _, *settings = inputs
-    out = Forward(*output)
+    out = ForwardOutputs(*output)
     ctx.settings = settings
     ctx.mark_non_differentiable(*output[WITH_GRADIENT:])
     ctx.set_materialize_grads(True)
-    ctx.save_for_backward(z_ND, rows_KD, *out[Forward._fields.index("all_z_MD") :])
+    ctx.save_for_backward(z_ND, rows_KD, *out[ForwardOutputs._fields.index("all_z_MD") :])
 
 
 def _call_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -311,12 +329,12 @@ def _call_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     return grad_z_ND, grad_rows_KD, None, *([None] * len(ctx.settings))
 
 
-def _passes(z_ND: Tensor, settings: Settings) -> Passes:
-    return passes_for(z_ND, settings.backend, settings.precision, settings.temperature, settings.tile_bytes or None)
+def _backend_of(z_ND: Tensor, settings: Settings) -> Backend:
+    return backend_for(z_ND, settings.backend, settings.precision, settings.temperature, settings.tile_bytes or None)
 
 
 def group_name(group: Group) -> str:
-    """How an operator names a group; empty for a group of one."""
+    """The group's name for an operator, empty for a group of one."""
     return "" if size_of(group) == 1 else str(group.group_name)  # type: ignore[union-attr]
 
 

@@ -1,6 +1,6 @@
 """Index backpropagation quantization, dense: the oracle of the tests, written as the paper's equations read.
 
-Holds several N×K tensors. Training uses the tiled form (tiled.py), which must equal this one.
+Holds several N×K tensors. All backends must equal it.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ibq_scale.config.models import QuantizerConfig
-from ibq_scale.quantize.terms import batch_entropy_of, quantization_loss
-from ibq_scale.quantize.types import Quantized
+from ibq_scale.quantize.quantized import Quantized, batch_entropy_of, quantization_loss
 
 
 def ibq_dense(z_ND: Tensor, codebook_KD: Tensor, settings: QuantizerConfig) -> Quantized:
     """Quantizes z (N, D) with the codebook (K, D) (arXiv 2412.02692). Any float dtype, also float64.
 
-    The one-hot of the argmax passes its gradient on to softmax(z Cᵀ), so that every row of the codebook learns.
+    The one-hot of the argmax passes its gradient on to softmax(z Cᵀ), so every row of the codebook learns.
     """
     S_NK = z_ND @ codebook_KD.T
     p_NK = S_NK.softmax(dim=1)

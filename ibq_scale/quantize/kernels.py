@@ -1,15 +1,16 @@
-"""The IBQ function's kernels in Triton. Most work on tiles of S = z Cᵀ, three on each token's *near* codes.
+"""The IBQ function's Triton kernels. Most multiply tiles of S = z Cᵀ. Three work on each token's list of candidates.
 
-Statistics and sums are fp32. Products are fp32, tf32 or bf16 as the config says. A tile's operands are read in chunks
-of BD dimensions, so what a tile needs of a chip does not grow with D. No kernel adds to memory that another program
-writes: each writes its part and torch adds the parts in a fixed order.
+Statistics and sums are fp32. Products are fp32, tf32 or bf16, by the operands and PRECISION. Operands are read in
+chunks of BD dimensions, so the shared memory of a tile does not grow with D. Each program writes its own part of a
+result, and torch adds the parts in a fixed order.
 
-Near codes of a token are those whose softmax(S/τ) counts, by a bound on the rounding of the products: a handful, whose
-scores are computed again in fp64. A token with too many of them is *flat*: there products are accurate enough for S/τ.
-It has a count of −1, and its softmax(S/τ) is computed tile by tile.
+Candidates of a token are the codes with a share of softmax(S/τ), by a bound on the products' rounding
+(`triton_backend`). There are few, and their scores are computed again in fp64. A token with more than L is *flat*: its
+products are accurate enough for S/τ. Its count is −1, and its softmax(S/τ) comes from the products.
 
-Shapes: M tokens, K codes, D dimensions, L places for near codes; BM, BK, BD are a tile's. Strides between rows are D, K
-for weights and slopes, L for lists.
+Formulas and symbols: `backend_interface`. Shape letters: `ibq_scale.quantize`. z, g (M, D) and c (K, D) are a product's
+operands, with contiguous rows. A loop is split into P parts of `codes_a_split` codes or `rows_a_split` tokens. inv_tau
+is 1/τ.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import triton.language as tl
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _rows(x, row, rows, start, D: tl.constexpr, BD: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Dimensions start … start + BD of some rows; zeros beyond the edges. 64-bit addresses: 2^31 is 8M codes of 256."""
+    """Dimensions start … start + BD of some rows, zeros beyond the edges. 64-bit addresses: 2^31 is 8M codes of 256."""
     d = start + tl.arange(0, BD)
     places = x + row.to(tl.int64)[:, None] * D + d[None, :]
     return tl.load(places, mask=(row < rows)[:, None] & (d < D)[None, :], other=0.0)
@@ -50,7 +51,7 @@ def _top(S, start):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _moved(total, weighted, shift):  # type: ignore[no-untyped-def]
-    """Σ eˣ and Σ eˣ x, with x measured from a reference that is −shift higher."""
+    """Σ eˣ and Σ eˣ x, with x measured from a reference higher by −shift."""
     scale = tl.exp(shift)
     # A reference of −∞ has no sums, and 0 · −∞ is no number.
     return scale * total, scale * (weighted + tl.where(scale > 0, shift, 0.0) * total)
@@ -73,7 +74,11 @@ def _sums_kernel(  # type: ignore[no-untyped-def]
     z, c, index, top, total, total_tau, weighted, tile_top, weights, M, K, codes_a_split, inv_tau,
     D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Sums of each token over a split of the codes; weights (M, K) are e^(S − tile_top), tile_top (K/BK, M)."""
+    """Sums of each token over a part of the codes (`PartSums`), rescaled as the maximum grows.
+
+    index int32, top, total, total_tau, weighted: (P, M). tile_top: maxima over tiles of BK codes (T, M). weights:
+    e^(S − tile_top) (M, K), in the operands' dtype.
+    """
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     split = tl.program_id(1)
     live = row < M
@@ -107,17 +112,21 @@ def _sums_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _mix_kernel(  # type: ignore[no-untyped-def]
-    c, tile_top, weights, top, mixed, M, K, codes_a_split, codes_a_top,
+def _soft_codes_kernel(  # type: ignore[no-untyped-def]
+    c, tile_top, weights, top, soft_codes, M, K, codes_a_split, codes_a_top,
     D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Σ e^(S − top) C over a split of the codes, from the weights of `_sums_kernel`; BK divides `codes_a_top`."""
+    """Σ e^(S − top) C over a part of the codes (`PartSums.soft_codes_MD`).
+
+    tile_top (T, M), weights (M, K): of `_sums_kernel`, with tiles of `codes_a_top` codes, a multiple of BK. top: (M,).
+    soft_codes: (P, M, D).
+    """
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     d = tl.program_id(2) * BD + tl.arange(0, BD)
     split = tl.program_id(1)
     live = row < M
     row_top = tl.load(top + row, mask=live, other=0.0)
-    mix = tl.zeros((BM, BD), tl.float32)
+    soft = tl.zeros((BM, BD), tl.float32)
     first = split * codes_a_split
     last = tl.minimum(first + codes_a_split, K)
     for start in range(first, last, BK):
@@ -129,32 +138,35 @@ def _mix_kernel(  # type: ignore[no-untyped-def]
         e = (e * tl.exp(here - row_top)[:, None]).to(e.dtype)
         places = c + code.to(tl.int64)[:, None] * D + d[None, :]
         c_tile = tl.load(places, mask=inside[:, None] & (d < D)[None, :], other=0.0)
-        mix = tl.dot(e, c_tile, mix, input_precision=PRECISION)
-    places = mixed + (split.to(tl.int64) * M + row)[:, None] * D + d[None, :]
-    tl.store(places, mix, mask=live[:, None] & (d < D)[None, :])
+        soft = tl.dot(e, c_tile, soft, input_precision=PRECISION)
+    places = soft_codes + (split.to(tl.int64) * M + row)[:, None] * D + d[None, :]
+    tl.store(places, soft, mask=live[:, None] & (d < D)[None, :])
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _appended(places, codes, found, count, most: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Writes the codes found behind `count` others, as far as there is room; returns their number with these."""
+    """Writes the codes found behind `count` others, as far as there is room. Returns the new count."""
     place = count + tl.cumsum(found.to(tl.int32), axis=0) - 1
     tl.store(places + place, codes, mask=found & (place < most))
     return count + tl.sum(found.to(tl.int32), axis=0)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _near_kernel(  # type: ignore[no-untyped-def]
-    weights, tile_top, tile_norm, size, best, near, near_count, rivals, rival_count, M, K, first_code, margin, slack,
-    TOP: tl.constexpr, L: tl.constexpr, R: tl.constexpr, BC: tl.constexpr,
+def _candidates_kernel(  # type: ignore[no-untyped-def]
+    weights, tile_top, tile_norm, size, best, candidates, candidate_count, rivals, rival_count, M, K, first_code,
+    margin, slack, TOP: tl.constexpr, L: tl.constexpr, R: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Appends a block's codes that may score `best − margin`, and those that may be the best, to a token's lists.
+    """Appends a token's candidates among K codes from `first_code` on to its list, and its rivals to another.
 
-    Scores are read off the weights of `_sums_kernel`, in tiles of TOP codes, where a tile's best says that one may be
-    there. The error of one is at most tile_norm · size + slack. Counts go on where lists are full.
+    A rival may be the argmax: it may score `best`. A candidate may score `best − margin`. A score's error is at most
+    tile_norm · size + slack.
+
+    weights (M, K), tile_top (T, M): of `_sums_kernel`, in tiles of TOP codes. tile_norm: largest norm of a tile's codes
+    (T,). size, best, counts: (M,). candidates: int32 (M, L). rivals: int32 (M, R). Counts go on beyond full lists.
     """
     row = tl.program_id(0).to(tl.int64)
     row_size, row_best = tl.load(size + row), tl.load(best + row)
-    count, count_rivals = tl.load(near_count + row), tl.load(rival_count + row)
+    count, count_rivals = tl.load(candidate_count + row), tl.load(rival_count + row)
     for start in range(0, K, BC):
         code = start + tl.arange(0, BC)
         inside = code < K
@@ -163,25 +175,29 @@ def _near_kernel(  # type: ignore[no-untyped-def]
         need = row_best - here - norm * row_size - slack
         if tl.min(need, axis=0) <= margin:
             e = tl.load(weights + row * K + code, mask=need <= margin, other=-1.0).to(tl.float32)
-            count = _appended(near + row * L, first_code + code, e >= tl.exp(need - margin), count, L)
+            count = _appended(candidates + row * L, first_code + code, e >= tl.exp(need - margin), count, L)
             rival = e >= tl.exp(need)
             count_rivals = _appended(rivals + row * R, first_code + code, rival, count_rivals, R)
-    tl.store(near_count + row, count)
+    tl.store(candidate_count + row, count)
     tl.store(rival_count + row, count_rivals)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _rescore_kernel(  # type: ignore[no-untyped-def]
-    z, c, near, near_count, rivals, rival_count, scores, index, top, total_tau, weighted, inv_tau,
+    z, c, candidates, candidate_count, rivals, rival_count, scores, index, top, total_tau, weighted, inv_tau,
     D: tl.constexpr, BD: tl.constexpr, L: tl.constexpr, R: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
-    """A token's scores of near codes in fp64, rounded, and its sums over them; the best code, of rivals where flat."""
+    """A token's scores of candidates in fp64, rounded to fp32, its sums over them, and its best code.
+
+    The best code is one of the rivals where the token is flat. z, c: fp32. candidates, scores: (M, L). rivals: (M, R).
+    index int32, top, total_tau, weighted, counts: (M,). candidate_count becomes −1 for a flat token.
+    """
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BD)
     z_row = tl.load(z + row * D + d, mask=d < D, other=0.0).to(tl.float64)
-    count = tl.load(near_count + row)
+    count = tl.load(candidate_count + row)
     flat = count > L
-    codes = near + row * L
+    codes = candidates + row * L
     if flat:
         count = tl.minimum(tl.load(rival_count + row), R)
         codes = rivals + row * R
@@ -216,7 +232,7 @@ def _rescore_kernel(  # type: ignore[no-untyped-def]
     tl.store(top + row, reference)
     tl.store(total_tau + row, sum_q)
     tl.store(weighted + row, sum_qx)
-    tl.store(near_count + row, tl.where(flat, -1, count))
+    tl.store(candidate_count + row, tl.where(flat, -1, count))
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -224,7 +240,7 @@ def _means_kernel(  # type: ignore[no-untyped-def]
     z, c, count, top, log_sum_tau, mean, M, K, rows_a_split, inv_tau,
     D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Σ softmax(S/τ) of flat tokens, for each code, over a split of the tokens."""
+    """Σ q of flat tokens over a part of the tokens. count, top, log_sum_tau: (M,). mean: (P, K)."""
     code = tl.program_id(0) * BK + tl.arange(0, BK)
     split = tl.program_id(1)
     mean_sum = tl.zeros((BK,), tl.float32)
@@ -243,15 +259,15 @@ def _means_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _pulled_kernel(  # type: ignore[no-untyped-def]
-    z, c, count, top, log_sum_tau, batch, pulled, M, K, codes_a_split, inv_tau,
+def _row_sums_kernel(  # type: ignore[no-untyped-def]
+    z, c, count, top, log_sum_tau, batch, pi, M, K, codes_a_split, inv_tau,
     D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """Σ softmax(S/τ) r of flat tokens over a split of the codes."""
+    """π of flat tokens over a part of the codes. count, top, log_sum_tau: (M,). batch: b r (K,). pi: (P, M)."""
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     split = tl.program_id(1)
     flat = tl.load(count + row, mask=row < M, other=0) < 0
-    row_pulled = tl.zeros((BM,), tl.float32)
+    row_pi = tl.zeros((BM,), tl.float32)
     if tl.max(flat.to(tl.int32), axis=0) > 0:
         row_top = tl.load(top + row, mask=flat, other=0.0)
         row_log = tl.load(log_sum_tau + row, mask=flat, other=0.0)
@@ -262,23 +278,27 @@ def _pulled_kernel(  # type: ignore[no-untyped-def]
             S = _product(z, row, M, c, code, last, D, BD, PRECISION, BM, BK)
             q = tl.exp((S - row_top[:, None]) * inv_tau - row_log[:, None])
             r = tl.load(batch + code, mask=code < last, other=0.0)
-            # Codes beyond the last have no pull, whatever their q.
-            row_pulled += tl.sum(tl.where((code < last)[None, :] & flat[:, None], q * r[None, :], 0.0), axis=1)
-    tl.store(pulled + split * M + row, row_pulled, mask=row < M)
+            # Codes beyond the last add nothing.
+            row_pi += tl.sum(tl.where((code < last)[None, :] & flat[:, None], q * r[None, :], 0.0), axis=1)
+    tl.store(pi + split * M + row, row_pi, mask=row < M)
 
 
 @triton.jit
-def _entropy_slope(log_q, r, pulled, sample, entropy, inv_tau):  # type: ignore[no-untyped-def]
-    """What the entropy loss adds to ∂L/∂S (passes.py)."""
-    return tl.exp(log_q) * (r - pulled - sample * (log_q + entropy)) * inv_tau
+def _entropy_slope(log_q, r, pi, sample, entropy, inv_tau):  # type: ignore[no-untyped-def]
+    """The entropy loss's part of ∂L/∂S: q/τ (b r − π − a (log q + H))."""
+    return tl.exp(log_q) * (r - pi - sample * (log_q + entropy)) * inv_tau
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _slopes_kernel(  # type: ignore[no-untyped-def]
-    z, c, g, count, top, log_sum, log_sum_tau, entropy, sample, delta, pulled, batch, slopes, M, K, inv_tau,
+    z, c, g, count, top, log_sum, log_sum_tau, entropy, sample, delta, pi, batch, slopes, M, K, inv_tau,
     D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """∂L/∂S (M, K) of a tile, for flat tokens with softmax(S/τ). Programs side by side read the same codes."""
+    """∂L/∂S of a tile, with the entropy loss's part for flat tokens only. Neighbouring programs read the same codes.
+
+    count, top, log_sum, log_sum_tau, entropy, sample, delta, pi: list count, m, log l, log l_τ, H, a, δ, π (M,).
+    batch: b r (K,). slopes: (M, K), in the operands' dtype.
+    """
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     code = tl.program_id(1) * BK + tl.arange(0, BK)
     live, inside = row < M, code < K
@@ -297,39 +317,39 @@ def _slopes_kernel(  # type: ignore[no-untyped-def]
         row_log_tau = tl.load(log_sum_tau + row, mask=flat, other=0.0)
         row_entropy = tl.load(entropy + row, mask=flat, other=0.0)
         row_sample = tl.load(sample + row, mask=flat, other=0.0)
-        row_pulled = tl.load(pulled + row, mask=flat, other=0.0)
+        row_pi = tl.load(pi + row, mask=flat, other=0.0)
         r = tl.load(batch + code, mask=inside, other=0.0)
         log_q = (S - row_top[:, None]) * inv_tau - row_log_tau[:, None]
-        more = _entropy_slope(
-            log_q, r[None, :], row_pulled[:, None], row_sample[:, None], row_entropy[:, None], inv_tau
-        )
+        more = _entropy_slope(log_q, r[None, :], row_pi[:, None], row_sample[:, None], row_entropy[:, None], inv_tau)
         dS += tl.where(flat[:, None], more, 0.0)
     places = slopes + row.to(tl.int64)[:, None] * K + code[None, :]
     tl.store(places, dS.to(slopes.dtype.element_ty), mask=live[:, None] & inside[None, :])
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _near_slopes_kernel(  # type: ignore[no-untyped-def]
-    c, near, count, scores, top, log_sum_tau, entropy, sample, pulled, batch, slopes, grad_z, K, first_code, inv_tau,
+def _candidate_slopes_kernel(  # type: ignore[no-untyped-def]
+    c, candidates, count, scores, top, log_sum_tau, entropy, sample, pi, batch, slopes, grad_z, K, first_code, inv_tau,
     D: tl.constexpr, BD: tl.constexpr, L: tl.constexpr, BL: tl.constexpr,
 ):  # fmt: skip
-    """Adds softmax(S/τ)'s part of ∂L/∂S at a token's near codes among the K from `first_code` on, and of ∂L/∂z by it.
+    """Adds the entropy loss's part of ∂L/∂S at a token's candidates among K codes from `first_code` on, and of ∂L/∂z.
 
-    Near codes pull against each other: what is left of them is in fp32, where rounded codes would hide it.
+    c: fp32 (K, D). candidates, scores: (M, L). count, top, log_sum_tau, entropy, sample, pi: (M,). batch: b r (K,).
+    slopes (M, K) and grad_z (M, D) are added to. Parts of a token's candidates nearly cancel in ∂L/∂z, so rounded codes
+    would hide the rest: here they are fp32.
     """
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BD)
     grad = tl.load(grad_z + row * D + d, mask=d < D, other=0.0)
     row_top, row_log = tl.load(top + row), tl.load(log_sum_tau + row)
-    row_entropy, row_sample, row_pulled = tl.load(entropy + row), tl.load(sample + row), tl.load(pulled + row)
+    row_entropy, row_sample, row_pi = tl.load(entropy + row), tl.load(sample + row), tl.load(pi + row)
     for start in range(0, tl.load(count + row), BL):
         place = start + tl.arange(0, BL)
         live = place < tl.load(count + row)
-        code = tl.load(near + row * L + place, mask=live, other=0) - first_code
+        code = tl.load(candidates + row * L + place, mask=live, other=0) - first_code
         live = live & (code >= 0) & (code < K)
         score = tl.load(scores + row * L + place, mask=live, other=0.0)
         r = tl.load(batch + code, mask=live, other=0.0)
-        more = _entropy_slope((score - row_top) * inv_tau - row_log, r, row_pulled, row_sample, row_entropy, inv_tau)
+        more = _entropy_slope((score - row_top) * inv_tau - row_log, r, row_pi, row_sample, row_entropy, inv_tau)
         places = slopes + row * K + code
         before = tl.load(places, mask=live, other=0.0).to(tl.float32)
         tl.store(places, (before + more).to(slopes.dtype.element_ty), mask=live)
@@ -345,7 +365,10 @@ def _best_kernel(  # type: ignore[no-untyped-def]
     z, c, offset, index, top, second, M, K, codes_a_split,
     D: tl.constexpr, BD: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """The best code of each token in a split of the codes, by S + offset, and the score of the second."""
+    """The best code of each token in a part of the codes, by S + offset, and the second best score.
+
+    offset: (K,). index int32, top, second: (P, M).
+    """
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     split = tl.program_id(1)
     best = tl.full((BM,), -float("inf"), tl.float32)
@@ -361,7 +384,7 @@ def _best_kernel(  # type: ignore[no-untyped-def]
         S = tl.where(live[None, :], S, -float("inf"))
         here, place = _top(S, start)
         others = tl.where(code[None, :] == place[:, None], -float("inf"), S)
-        # The loser of the two tops, or a second: whichever is best.
+        # The best of the lower of the two tops and of both seconds.
         next_best = tl.maximum(tl.maximum(next_best, tl.max(others, axis=1)), tl.minimum(best, here))
         best_index = tl.where(here > best, place, best_index)
         best = tl.maximum(best, here)

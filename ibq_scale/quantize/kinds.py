@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from ibq_scale.config.models import QuantizerConfig
-from ibq_scale.quantize import fsq as finite
 from ibq_scale.quantize.collectives import Group, Shards
+from ibq_scale.quantize.fsq import fsq, grid, grid_index
 from ibq_scale.quantize.function import Settings, group_name, ibq_function, softmax_sums
 from ibq_scale.quantize.lfq import bit_sums, corners, lfq, sign_index
+from ibq_scale.quantize.quantized import Quantized, quantization_loss
 from ibq_scale.quantize.search import Found, Score, best_rows
-from ibq_scale.quantize.terms import quantization_loss
-from ibq_scale.quantize.types import Quantized
 from ibq_scale.quantize.vq import vq
 
 # Rows drawn together from one seed: any split of the codebook then starts from the same numbers.
@@ -28,10 +27,10 @@ INIT_BLOCK = 1024
 
 @dataclass(frozen=True)
 class Kind:
-    """What the package needs to know of a quantizer. Tokens z (N, D) and rows (K/W, D) have one dtype."""
+    """A quantizer as the package uses it. Tokens z (N, D) and rows (K/W, D) have one dtype."""
 
     words: str
-    """What a model card calls it."""
+    """Its name in a model card."""
     quantize: Callable[[Tensor, Tensor, QuantizerConfig, Shards, Tensor | None], Quantized]
     """(z, rows, settings, shards, mean_K) → codes and losses, with gradient."""
     index: Callable[[Tensor, Tensor, QuantizerConfig, Group, list[int] | None], Found]
@@ -39,7 +38,7 @@ class Kind:
     initial_rows: Callable[[QuantizerConfig, int, int, int], Tensor]
     """(settings, seed, start, stop) → rows of a fresh codebook, the same for every split of it."""
     learns: Literal["rows", "layer", "nothing"]
-    """The rows themselves, one linear layer on frozen rows (`train.projection`), or nothing."""
+    """The rows themselves, one linear layer on frozen rows (`train.simvq`), or nothing."""
     batch_sums: Callable[[Tensor, Tensor, QuantizerConfig, Shards], tuple[Tensor, Tensor]] | None = None
     """Σ q over all ranks' tokens, and their number, for a batch entropy over several micro-batches; or none."""
     products: int = 0
@@ -95,7 +94,7 @@ def _lfq_sums(z_ND: Tensor, _: Tensor, settings: QuantizerConfig, shards: Shards
 
 
 def _fsq(z_ND: Tensor, _: Tensor, settings: QuantizerConfig, __: Shards, ___: Tensor | None) -> Quantized:
-    return finite.fsq(z_ND, settings)
+    return fsq(z_ND, settings)
 
 
 def _searched(score: Score) -> Callable[[Tensor, Tensor, QuantizerConfig, Group, list[int] | None], Found]:
@@ -199,8 +198,8 @@ KINDS: dict[str, Kind] = {
     "fsq": Kind(
         words="finite scalar quantization (FSQ, arXiv 2309.15505)",
         quantize=_fsq,
-        index=_computed(lambda z_ND, settings: finite.index(z_ND, settings.levels)),
-        initial_rows=lambda settings, _, start, stop: finite.codes(settings.levels, start, stop),
+        index=_computed(lambda z_ND, settings: grid_index(z_ND, settings.levels)),
+        initial_rows=lambda settings, _, start, stop: grid(settings.levels, start, stop),
         learns="nothing",
     ),
 }

@@ -2,7 +2,7 @@
 
 The codebook is the corners {−1, 1}^D in binary order, bit 0 the most significant, K = 2^D. Scores z·c are sums over
 bits, so softmax over all K corners factorizes: a token's entropy is the exact sum of its bits' entropies. The batch
-entropy does not factorize; it is taken over groups of bits, as Open-MAGVIT2 does, and is then an upper bound.
+entropy does not factorize. Over groups of bits, as in Open-MAGVIT2, it is an upper bound.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from torch import Tensor
 
 from ibq_scale.config.models import QuantizerConfig
 from ibq_scale.quantize.collectives import Group, sum_over
-from ibq_scale.quantize.terms import batch_entropy_of, batch_entropy_slope, commitment_terms
-from ibq_scale.quantize.types import Quantized
+from ibq_scale.quantize.quantized import Quantized, batch_entropy_of, batch_entropy_slope, commitment_terms
 
-# Bits whose joint distribution the batch entropy looks at: Open-MAGVIT2 cuts 18 bits into two nines.
+# Bits of one joint distribution in the batch entropy: Open-MAGVIT2 cuts 18 bits into two nines.
 GROUP_BITS = 9
 
 
@@ -39,7 +38,7 @@ def lfq(
 ) -> Quantized:
     """Quantizes z (N, D). The batch entropy runs over all ranks' tokens where `settings.entropy_scope` says so.
 
-    `mean_J` from `bit_sums` makes it that of a whole optimizer step.
+    With `mean_J` from `bit_sums` it runs over a whole optimizer step.
     """
     hard_ND = torch.where(z_ND > 0, 1.0, -1.0).to(z_ND.dtype)
     log_bit_ND2 = _bit_log_probabilities(z_ND, settings.entropy_temperature)
@@ -57,7 +56,7 @@ def lfq(
 
 
 def _bit_log_probabilities(z_ND: Tensor, temperature: float) -> Tensor:
-    """log q of bit = 0 and 1, (N, D, 2): softmax of (−z, z)/τ, which is softmax(z·c/τ) over the corners, bit by bit."""
+    """log q of bit = 0 and 1, (N, D, 2): softmax of (−z, z)/τ, equal to softmax(z·c/τ) over the corners, bit by bit."""
     logit_ND = 2.0 * z_ND / temperature
     return torch.stack([F.logsigmoid(-logit_ND), F.logsigmoid(logit_ND)], dim=2)
 
@@ -96,7 +95,7 @@ def _over_all(x: Tensor, groups: tuple[Group, ...]) -> Tensor:
 
 
 class _SumOver(torch.autograd.Function):
-    """The sum over a group's ranks; each rank's part is pulled by the losses of all."""
+    """The sum over a group's ranks. The losses of all ranks reach each rank's part."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:

@@ -39,7 +39,7 @@ def _multiply(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
 
 @contextmanager
 def cuda_precision(name: str) -> Iterator[None]:
-    """torch's switch for fp32 products is global; it is set back whatever happens."""
+    """Sets torch's global switch for fp32 products, and restores it also after an error."""
     backend = torch.backends.cuda.matmul
     before = backend.fp32_precision
     backend.fp32_precision = name

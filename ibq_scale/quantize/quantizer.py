@@ -9,8 +9,8 @@ from ibq_scale.config.models import QuantizerConfig
 from ibq_scale.errors import UserError
 from ibq_scale.quantize.collectives import WHOLE, Group, Shards, size_of
 from ibq_scale.quantize.kinds import KINDS
+from ibq_scale.quantize.quantized import Quantized
 from ibq_scale.quantize.search import Found
-from ibq_scale.quantize.types import Quantized
 from ibq_scale.quantize.vq import LookupFunction
 
 
@@ -23,16 +23,16 @@ def quantize(
 ) -> Quantized:
     """Quantizes this rank's tokens z (N, D), any float dtype, with gradient.
 
-    `rows_KD` are this rank's rows of the codebook: all of them, or its share as `shards` says. Backward gives the
+    `rows_KD` are this rank's rows of the codebook: all of them, or its share as `shards` says. BackwardInputs gives the
     gradient of the *sum* over all ranks of their losses, ∂/∂C from the tokens of this rank's group: add the replicas'
     and divide by the world size for the mean. The batch entropy is over all ranks' tokens (`entropy_scope`), or over
-    those of a whole optimizer step whose `batch_sums` give `mean_K`: the mean loss over its micro-batches, all of one
-    size, then has the gradient of one loss over all.
+    those of a whole optimizer step with `mean_K` from its `batch_sums`. The mean loss over its micro-batches, all of
+    one size, then has the gradient of one loss over all.
     Statistics are fp32 (fp64 for fp64 input).
 
     Raises ValueError on CPU when z or the codebook is not finite.
     """
-    shards = _alone_is_none(shards, z_ND.shape[0])
+    shards = _without_groups_of_one(shards, z_ND.shape[0])
     z_wide_ND = z_ND.to(rows_KD.dtype)
     quantized = KINDS[settings.kind].quantize(z_wide_ND, rows_KD, settings, shards, mean_K)
     return quantized._replace(z_q_ND=quantized.z_q_ND.to(z_ND.dtype))
@@ -42,17 +42,17 @@ def quantize(
 def batch_sums(
     z_ND: Tensor, rows_KD: Tensor, settings: QuantizerConfig, shards: Shards = WHOLE
 ) -> tuple[Tensor, Tensor]:
-    """What micro-batches add up to a `mean_K` for `quantize`: sums over all ranks' tokens, and the tokens' number.
+    """Sums over all ranks' tokens, and the tokens' number. Added over micro-batches, their quotient is `mean_K`.
 
-    The sums are softmax(S/τ) over this rank's rows (K,), for LFQ over its groups of bits. Only for kinds that have it.
+    The sums are softmax(S/τ) over this rank's rows (K,), for LFQ over its groups of bits. Other kinds have none.
     """
-    shards = _alone_is_none(shards, z_ND.shape[0])
+    shards = _without_groups_of_one(shards, z_ND.shape[0])
     sums = KINDS[settings.kind].batch_sums
     assert sums is not None, f"{settings.kind} has no batch entropy"
     return sums(z_ND.to(rows_KD.dtype), rows_KD, settings, shards)
 
 
-def _alone_is_none(shards: Shards, tokens: int) -> Shards:
+def _without_groups_of_one(shards: Shards, tokens: int) -> Shards:
     group, replicas = (g if size_of(g) > 1 else None for g in (shards.group, shards.replicas))
     return Shards(group, replicas, shards.sizes or [tokens] * size_of(group))
 
@@ -73,7 +73,7 @@ def encode(z_ND: Tensor, rows_KD: Tensor, settings: QuantizerConfig, group: Grou
 
 @torch.no_grad()
 def lookup(indices_N: Tensor, rows_KD: Tensor, group: Group = None) -> Tensor:
-    """The codes (N, D) of global indices (N,), served by the ranks that own them."""
+    """The codes (N, D) of global indices (N,), served by their owners."""
     group = group if size_of(group) > 1 else None
     codes_ND: Tensor = LookupFunction.apply(indices_N, rows_KD, [len(indices_N)] * size_of(group), group)
     return codes_ND

@@ -1,8 +1,8 @@
-"""The best code of each token: what `encode` needs and nothing else.
+"""The search of the best code of each token, for `encode` and VQ.
 
-A coarse product (fp32, or bf16 where that is faster) finds every code whose score may be the best, given a bound on the
-product's rounding. Where more than one may be, they are scored again in fp64. So the answer does not depend on the
-device, the tile, the batch around a token, the coarse precision or the number of shards; the lowest index wins a tie.
+A coarse product (fp32, or bf16 where faster) finds every code with a possibly best score, by a bound on the product's
+rounding. Several such codes are scored again in fp64. So the answer does not depend on the device, the tile, the batch
+around a token, the coarse precision or the number of shards. The lowest index wins a tie.
 
 Bound: a product of width D, summed in any order in precision u, is off by at most γ Σ|z_d c_d| ≤ γ ‖z‖ ‖c‖ with
 γ = D u / (1 − D u) (Higham, Accuracy and Stability of Numerical Algorithms, 3.1). u is taken twice as large, since
@@ -18,20 +18,20 @@ import torch
 from torch import Tensor
 
 from ibq_scale.quantize.backend import choose
-from ibq_scale.quantize.checks import not_finite
 from ibq_scale.quantize.collectives import Group, exchange_uneven, gather_uneven, rank_in, size_of
 from ibq_scale.quantize.product import Precision, product_into
-from ibq_scale.quantize.tiled import best_codes, scratch, tile_tokens
+from ibq_scale.quantize.quantized import not_finite
+from ibq_scale.quantize.tiled_backend import best_codes, scratch, tile_tokens
 
 UNIT_BF16 = 2.0**-8
 # Rows with more possible winners than this are scored whole in fp64: a token of zeros ties with every code.
 MOST_CANDIDATES = 64
-# Codes converted to fp64 at once for those rows.
+# Codebook converted to fp64 at once for those rows.
 WHOLE_CHUNK = 16_384
 
 
 class Score(Enum):
-    """What is maximal at the chosen code."""
+    """The quantity to maximize."""
 
     DOT = "dot"
     """z·c: IBQ."""
@@ -64,33 +64,33 @@ def best_rows(
     sizes = sizes or [z_ND.shape[0]] * size_of(group)
     z_MD = gather_uneven(z_ND, sizes, group)
     if choose(backend, z_MD.device, z_MD.dtype, z_MD.shape[1], coarse, "best") == "triton":
-        judge = _Judge(z_MD, rows_KD, score, in_bf16=coarse == "bf16")
-        index_M, ambiguous_M = _search_by_kernel(judge, tile_bytes)
+        scorer = _Scorer(z_MD, rows_KD, score, in_bf16=coarse == "bf16")
+        index_M, ambiguous_M = _search_by_kernel(scorer, tile_bytes)
     else:
         in_bf16 = coarse == "bf16" and z_MD.is_cuda and z_MD.dtype == torch.float32
-        judge = _Judge(z_MD, rows_KD, score, in_bf16=in_bf16)
-        index_M, ambiguous_M = _search_by_tile(judge, tile_bytes)
+        scorer = _Scorer(z_MD, rows_KD, score, in_bf16=in_bf16)
+        index_M, ambiguous_M = _search_by_tile(scorer, tile_bytes)
     rescored = ambiguous_M.sum()
     if group is None:
         return Found(index_M, rescored)
     # Shards are compared by exact scores: else a code's shard could decide. Each rank gets those of its own tokens: all
     # tokens' of all shards would be W² N of them.
-    top_WN = exchange_uneven(judge.exact(torch.arange(len(z_MD), device=z_MD.device), index_M), sizes, group)
+    top_WN = exchange_uneven(scorer.exact(torch.arange(len(z_MD), device=z_MD.device), index_M), sizes, group)
     codes = rows_KD.shape[0]
     index_WN = exchange_uneven(index_M + rank_in(group) * codes, sizes, group)
     best_N = torch.where(top_WN == top_WN.amax(dim=0), index_WN, size_of(group) * codes).amin(dim=0)
     return Found(best_N, rescored)
 
 
-def _search_by_kernel(judge: _Judge, tile_bytes: int | None) -> tuple[Tensor, Tensor]:
-    """As `_search_by_tile`; the kernel names the best code of each part of the codes, and the score of its second."""
-    from ibq_scale.quantize.triton_passes import best_and_second
+def _search_by_kernel(scorer: _Scorer, tile_bytes: int | None) -> tuple[Tensor, Tensor]:
+    """As `_search_by_tile`. The kernel gives the best code of each part of the codes, and the second best score."""
+    from ibq_scale.quantize.triton_backend import best_and_second
 
-    precision: Precision = "bf16" if judge.in_bf16 else "fp32"
-    index_PM, top_PM, second_PM = best_and_second(judge.z_MD, judge.rows_KD, judge.offset_K, precision)
+    precision: Precision = "bf16" if scorer.in_bf16 else "fp32"
+    index_PM, top_PM, second_PM = best_and_second(scorer.z_MD, scorer.rows_KD, scorer.offset_K, precision)
     top_M, part_M = top_PM.max(dim=0)
     index_M = index_PM.gather(0, part_M[None])[0]
-    least_M = top_M - judge.slack_M
+    least_M = top_M - scorer.slack_M
     possible_PM = top_PM >= least_M
     # A part with two possible codes names only one of them: such tokens are searched again, by tile.
     crowded_M = (second_PM >= least_M).any(dim=0)
@@ -98,29 +98,29 @@ def _search_by_kernel(judge: _Judge, tile_bytes: int | None) -> tuple[Tensor, Te
     tokens = (ambiguous_M & ~crowded_M).nonzero().flatten()
     if len(tokens):
         possible, code = possible_PM[:, tokens].T, index_PM[:, tokens].T
-        index_M[tokens] = _best_pair(judge, tokens, possible, code)
+        index_M[tokens] = _best_pair(scorer, tokens, possible, code)
     tokens = crowded_M.nonzero().flatten()
     if len(tokens):
-        index_M[tokens] = _search_by_tile(judge.of(tokens), tile_bytes)[0]
+        index_M[tokens] = _search_by_tile(scorer.of(tokens), tile_bytes)[0]
     return index_M, ambiguous_M
 
 
-def _search_by_tile(judge: _Judge, tile_bytes: int | None) -> tuple[Tensor, Tensor]:
-    """Index within the shard, and which tokens more than the coarse product decided."""
-    tokens, codes = len(judge.z_MD), len(judge.rows_KD)
-    step = tile_tokens(codes, tile_bytes, judge.z_MD)
+def _search_by_tile(scorer: _Scorer, tile_bytes: int | None) -> tuple[Tensor, Tensor]:
+    """Index within the shard, and a mask of the tokens with several possible codes."""
+    tokens, codes = len(scorer.z_MD), len(scorer.rows_KD)
+    step = tile_tokens(codes, tile_bytes, scorer.z_MD)
     indices, ambiguous = [], []
-    with scratch(codes * min(step, tokens), judge.z_MD) as flat:
+    with scratch(codes * min(step, tokens), scorer.z_MD) as flat:
         for start in range(0, tokens, step):
             block = slice(start, min(start + step, tokens))
             width = block.stop - block.start
             S_KB = flat[: codes * width].view(codes, width)
-            judge.scores_into(S_KB, block)
-            index_B, ambiguous_B = _coarse(S_KB, judge.slack_M[block])
-            # The one place that waits for a GPU: how many tokens need more is not known before.
+            scorer.scores_into(S_KB, block)
+            index_B, ambiguous_B = _coarse(S_KB, scorer.slack_M[block])
+            # The only wait for a GPU: the host needs the number of ambiguous tokens.
             places = ambiguous_B.nonzero().flatten()
             if len(places):
-                index_B[places] = _decide(judge, S_KB[:, places].T, places + start)
+                index_B[places] = _decide(scorer, S_KB[:, places].T, places + start)
             indices.append(index_B)
             ambiguous.append(ambiguous_B)
     return torch.cat(indices), torch.cat(ambiguous)
@@ -129,37 +129,37 @@ def _search_by_tile(judge: _Judge, tile_bytes: int | None) -> tuple[Tensor, Tens
 def _coarse(S_KB: Tensor, slack_B: Tensor) -> tuple[Tensor, Tensor]:
     """The best code of each token by coarse scores, and whether another may be better still."""
     top, index = best_codes(S_KB)
-    # The second best without a sort: the best is taken out, and put back for what follows.
+    # The second best without a sort: the best is taken out, and put back for later readers.
     S_KB.scatter_(0, index[None], -torch.inf)
     second = S_KB.amax(dim=0)
     S_KB.scatter_(0, index[None], top[None])
     return index, second >= top - slack_B
 
 
-def _decide(judge: _Judge, S_AK: Tensor, tokens_A: Tensor) -> Tensor:
+def _decide(scorer: _Scorer, S_AK: Tensor, tokens_A: Tensor) -> Tensor:
     """The best code of ambiguous tokens, by fp64 scores of all codes within the slack of the coarse best."""
-    least_A = S_AK.amax(dim=1) - judge.slack_M[tokens_A]
+    least_A = S_AK.amax(dim=1) - scorer.slack_M[tokens_A]
     possible_AK = S_AK.ge(least_A[:, None])
     few = possible_AK.sum(dim=1) <= MOST_CANDIDATES
     index_A = torch.empty_like(tokens_A)
-    index_A[few] = _best_pair(judge, tokens_A[few], possible_AK[few], None)
+    index_A[few] = _best_pair(scorer, tokens_A[few], possible_AK[few], None)
     if not bool(few.all()):
-        index_A[~few] = judge.whole_rows(tokens_A[~few])
+        index_A[~few] = scorer.whole_rows(tokens_A[~few])
     return index_A
 
 
-def _best_pair(judge: _Judge, tokens: Tensor, possible_AP: Tensor, code_AP: Tensor | None) -> Tensor:
-    """Each token's best code by fp64 score among the possible ones; None: place p stands for code p."""
+def _best_pair(scorer: _Scorer, tokens: Tensor, possible_AP: Tensor, code_AP: Tensor | None) -> Tensor:
+    """Each token's best code by fp64 score among the possible ones. With code_AP None, place p stands for code p."""
     place, p = possible_AP.nonzero(as_tuple=True)
     code = p if code_AP is None else code_AP[place, p]
-    exact = judge.exact(tokens[place], code)
+    exact = scorer.exact(tokens[place], code)
     best = exact.new_full((len(tokens),), -torch.inf).scatter_reduce(0, place, exact, "amax")
-    beyond = len(judge.rows_KD)
+    beyond = len(scorer.rows_KD)
     winners = torch.where(exact == best[place], code, beyond)
     return torch.full_like(tokens, beyond).scatter_reduce(0, place, winners, "amin")
 
 
-class _Judge:
+class _Scorer:
     """Scores of tokens against this shard's codes: coarse by tile, exact by pair, and the slack between them."""
 
     def __init__(self, z_MD: Tensor, rows_KD: Tensor, score: Score, *, in_bf16: bool) -> None:
@@ -170,7 +170,7 @@ class _Judge:
         norm_K = torch.linalg.vector_norm(rows_KD, dim=1)
         self.offset_K = rows_KD.square().sum(dim=1).mul_(-0.5) if score is Score.DISTANCE else None
         self._narrow_rows_KD = rows_KD.bfloat16() if in_bf16 and rows_KD.is_cuda else None
-        # The offset is a sum of D like the product, halved exactly; adding it is one operation more. eps is 2 u.
+        # The offset is a sum of D like the product, halved exactly. Adding it is one operation more. eps is 2 u.
         rounding = (rows_KD.shape[1] + 1) * torch.finfo(rows_KD.dtype).eps
         gamma = rounding / (1 - rounding)
         operands = 2 * UNIT_BF16 + UNIT_BF16**2 if in_bf16 else 0.0
@@ -181,9 +181,9 @@ class _Judge:
         if not self.slack_M.is_cuda and not bool(self.slack_M.isfinite().all()):
             raise not_finite(z_MD, rows_KD)
 
-    def of(self, tokens: Tensor) -> _Judge:
-        """The same for some of the tokens, by fp32 products: what is near in bf16 mostly parts there."""
-        return _Judge(self.z_MD[tokens], self.rows_KD, self.score, in_bf16=False)
+    def of(self, tokens: Tensor) -> _Scorer:
+        """The same for some of the tokens, by fp32 products. They separate most codes with equal bf16 scores."""
+        return _Scorer(self.z_MD[tokens], self.rows_KD, self.score, in_bf16=False)
 
     def scores_into(self, S_KB: Tensor, block: slice) -> None:
         """Coarse scores of a block of tokens."""
@@ -195,16 +195,16 @@ class _Judge:
         if self.offset_K is not None:
             S_KB.add_(self.offset_K[:, None])
 
-    def exact(self, token_P: Tensor, code_P: Tensor) -> Tensor:
-        """fp64 scores of pairs (token, code), the same wherever and beside whichever others they are computed."""
+    def exact(self, token_Q: Tensor, code_Q: Tensor) -> Tensor:
+        """fp64 scores of pairs (token, code). A score does not depend on the device or on the other pairs."""
         parts = []
-        for token, code in zip(torch.split(token_P, WHOLE_CHUNK), torch.split(code_P, WHOLE_CHUNK), strict=True):
+        for token, code in zip(torch.split(token_Q, WHOLE_CHUNK), torch.split(code_Q, WHOLE_CHUNK), strict=True):
             z, c = self.z_MD[token].double(), self.rows_KD[code].double()
             parts.append((z * c if self.score is Score.DOT else z * c - c * c / 2).sum(dim=1))
         return torch.cat(parts) if parts else self.z_MD.new_empty(0, dtype=torch.float64)
 
     def whole_rows(self, rows: Tensor) -> Tensor:
-        """The best code of tokens for whom very many codes are possible, over all codes in fp64."""
+        """The best code of tokens with very many possible codes, over all codes in fp64."""
         best = torch.full((len(rows),), -torch.inf, dtype=torch.float64, device=rows.device)
         index = torch.zeros_like(rows)
         for i, token in enumerate(rows):

@@ -1,6 +1,6 @@
-"""The tiles that kernels are offered, which of them a chip can hold, and which one is launched.
+"""The tiles of each kernel, those that fit a chip, and the one of a launch.
 
-`ibq-scale bench kernels` compiles them all without a GPU and prints what each needs.
+`ibq-scale bench kernels` compiles them all without a GPU and prints their resources.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ibq_scale.quantize import kernels
+from ibq_scale.quantize import column_kernels, kernels
 from ibq_scale.quantize.product import Precision
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Tile(NamedTuple):
 
 
 class Chip(NamedTuple):
-    """A GPU as the compiler takes it. `shared`: bytes of shared memory that one program may have."""
+    """A GPU as the compiler takes it. `shared`: bytes of shared memory for one program, at most."""
 
     name: str
     arch: str
@@ -40,24 +40,32 @@ class Chip(NamedTuple):
 
 
 KERNELS: dict[str, Any] = {
-    name: getattr(kernels, f"_{name}_kernel") for name in ("sums", "mix", "means", "pulled", "slopes", "best")
+    name: getattr(kernels, f"_{name}_kernel") for name in ("sums", "soft_codes", "means", "row_sums", "slopes", "best")
 }
-# Those that work on lists of near codes and multiply no matrices. What they need of a chip is small, and one tile does.
+# Kernels without matrix products, of lists of candidates and of the cuBLAS backend. They need little: one tile serves.
 LIST_KERNELS: dict[str, Any] = {
-    name: getattr(kernels, f"_{name}_kernel") for name in ("near", "rescore", "near_slopes")
+    name: getattr(kernels, f"_{name}_kernel") for name in ("candidates", "rescore", "candidate_slopes")
 }
-# In the order in which they are preferred, by what `bench kernels` tells: the larger first, whose loads are used more
-# often.
+COLUMN_KERNELS: dict[str, Any] = {
+    name: getattr(column_kernels, f"_{name}_kernel")
+    for name in ("column_sums", "column_means", "column_dots", "column_slopes")
+}
+# By preference, from the resources by `bench kernels`: larger tiles first, for more use of each load.
 _TILES = (Tile(128, 64, 64, 8, 3), Tile(64, 128, 64, 8, 3), Tile(64, 64, 64, 8, 3), Tile(64, 64, 32, 4, 3))
 TILES: dict[str, tuple[Tile, ...]] = dict.fromkeys(KERNELS, _TILES) | {
-    # All dimensions at once: each program that has fewer reads the weights once more.
-    "mix": (Tile(128, 64, 256, 8, 3), Tile(128, 64, 128, 8, 3), Tile(64, 64, 128, 8, 3), *_TILES)
+    # All dimensions at once: programs with fewer would each read the weights again.
+    "soft_codes": (Tile(128, 64, 256, 8, 3), Tile(128, 64, 128, 8, 3), Tile(64, 64, 128, 8, 3), *_TILES)
 }
+# 32 tokens side by side are 128 bytes, one access of a warp.
+COLUMN_TILE = Tile(32, 64, 1, 4, 2)
 _settled: dict[str, Tile] = {}
 INTERPRETED = Tile(16, 16, 16, 4, 1)
-# Places of a token's list of near codes, and of its codes that may be the best. Trained tokens have tens of the first.
-NEAR, RIVALS = 512, 64
-# Codes that are looked through at once for a list, and codes of a list that are read at once.
+# Waves of programs of a launch. A part of the codes is a multiple of the unit: any tile divides it.
+WAVES, SPLIT_UNIT = 2, 128
+INTERPRETED_PROGRAMS, INTERPRETED_UNIT = 6, 16
+# Places of a token's lists of candidates and of rivals. Trained tokens have tens of candidates.
+CANDIDATES, RIVALS = 512, 64
+# Codes searched at once for a list, and entries of a list read at once.
 SOUGHT, CODES = 1024, 16
 
 
@@ -75,7 +83,7 @@ def constants(kernel: str, tile: Tile, dim: int, precision: Precision) -> dict[s
         "BM": tile.tokens,
         "BK": tile.codes,
         "TOP": tile.codes,
-        "L": NEAR,
+        "L": CANDIDATES,
         "R": RIVALS,
         "BL": CODES,
         "BC": SOUGHT,
@@ -84,21 +92,23 @@ def constants(kernel: str, tile: Tile, dim: int, precision: Precision) -> dict[s
 
 
 def function(kernel: str) -> Any:
-    """Triton's function of a kernel of either kind."""
-    return KERNELS.get(kernel) or LIST_KERNELS[kernel]
+    """Triton's function of a kernel."""
+    return (KERNELS | LIST_KERNELS | COLUMN_KERNELS)[kernel]
 
 
 def offered(kernel: str, dim: int) -> tuple[Tile, ...]:
     """The kernel's tiles for D: no wider than it needs. A product wants at least 16 dimensions."""
     if kernel in LIST_KERNELS:
         return (Tile(1, 64, CODES, 4, 2),)
+    if kernel in COLUMN_KERNELS:
+        return (COLUMN_TILE,)
     width = max(16, 1 << (dim - 1).bit_length())
     return tuple(dict.fromkeys(tile._replace(dims=min(tile.dims, width)) for tile in TILES[kernel]))
 
 
 @cache
 def chip(device: torch.device) -> Chip:
-    """The GPU that is there; its shared memory as Triton's launcher holds it against a kernel's."""
+    """The GPU of this device, with the shared memory by which Triton's launcher refuses a kernel."""
     from triton.runtime import driver
 
     with torch.cuda.device(device):
@@ -108,7 +118,7 @@ def chip(device: torch.device) -> Chip:
 
 
 def fitting(kernel: str, precision: Precision, dim: int, on: Chip) -> Iterator[tuple[Tile, bool]]:
-    """The tiles that the chip can hold, by preference, and whether one spills no registers."""
+    """The kernel's tiles within the chip's shared memory, by preference, each with True if it spills no registers."""
     for tile in offered(kernel, dim):
         needs = _needs(kernel, precision, dim, tile, on.arch)
         if needs is not None and needs.shared <= on.shared:
@@ -117,12 +127,12 @@ def fitting(kernel: str, precision: Precision, dim: int, on: Chip) -> Iterator[t
 
 @cache
 def _needs(kernel: str, precision: Precision, dim: int, tile: Tile, arch: str) -> Needs | None:
-    """Compiles, which takes seconds once on a machine: Triton keeps what it made. None where it cannot be compiled."""
+    """The resources of a compiled tile, None if it does not compile. Takes seconds once: Triton caches binaries."""
     from ibq_scale.quantize.compiled import build, needs
 
     try:
         return needs(build(kernel, arch, precision, dim, tile))
-    # The compiler raises what its passes do, RuntimeError and bare assertions among them.
+    # The compiler raises its passes' errors, RuntimeError and bare assertions among them.
     except Exception as e:
         log.info("%s %s %s, D = %d: %s", kernel, tuple(tile), precision, dim, e)
         return None
@@ -141,9 +151,9 @@ def without_tile(names: Sequence[str], precision: Precision, dim: int, device: t
 
 
 def chosen(kernel: str, precision: Precision, dim: int, device: torch.device, most_codes: int = 1 << 30) -> Tile:
-    """The tile of a launch, of at most so many codes: the run's, else the first that fits and spills nothing, or fits.
+    """The tile of a launch, of at most `most_codes`: the run's, else the first to fit without spills, else to fit.
 
-    No timing decides, so that every rank and every restart adds in the same order.
+    No timing decides: every rank and every restart adds in the same order.
     """
     if interpreted():
         return INTERPRETED
@@ -152,17 +162,16 @@ def chosen(kernel: str, precision: Precision, dim: int, device: torch.device, mo
 
 
 def settle(record: Mapping[str, Any], precision: Precision, dim: int, device: torch.device) -> dict[str, list[int]]:
-    """Makes later launches take a run's tiles; returns the record with those that it lacked for this GPU.
+    """Makes later launches take a run's tiles. Returns the record with this GPU's missing tiles added.
 
-    What is no tile in it is left out.
-
-    Another release of Triton may compile otherwise, and then the first that fits is another.
+    Entries of another form are left out. The record keeps a restart's tiles under another release of Triton, with other
+    compiled sizes.
     """
     on = chip(device)
     _settled.update({key: Tile(*sizes) for key, sizes in record.items() if _is_tile(sizes)})
     for kernel in (*KERNELS, *LIST_KERNELS):
         if (key := _key(kernel, precision, dim, on)) not in _settled:
-            most = _settled[_key("sums", precision, dim, on)].codes if kernel == "mix" else 1 << 30
+            most = _settled[_key("sums", precision, dim, on)].codes if kernel == "soft_codes" else 1 << 30
             _settled[key] = _first(kernel, precision, dim, on, most)
     return {key: list(tile) for key, tile in sorted(_settled.items())}
 
@@ -187,6 +196,29 @@ def _first(kernel: str, precision: Precision, dim: int, on: Chip, most_codes: in
     return spilling[0]
 
 
-def run(kernel: str, tile: Tile, grid: tuple[int, ...], fixed: dict[str, Any], *arguments: Any) -> None:
-    """Launches a kernel."""
+class Split(NamedTuple):
+    """`parts` parts of `size` (the last may be smaller) of a loop, enough for a launch to fill the device."""
+
+    parts: int
+    size: int
+
+    @staticmethod
+    def of(length: int, programs: int, device: torch.device) -> Split:
+        """Of a loop of `length`, for a launch with so many programs a part."""
+        wanted, unit = INTERPRETED_PROGRAMS, INTERPRETED_UNIT
+        if not interpreted():
+            wanted, unit = WAVES * torch.cuda.get_device_properties(device).multi_processor_count, SPLIT_UNIT
+        wished = max(1, min(wanted // programs, ceil_div(length, 4 * unit)))
+        size = ceil_div(ceil_div(length, wished), unit) * unit
+        return Split(ceil_div(length, size), size)
+
+
+def ceil_div(length: int, size: int) -> int:
+    """Blocks of `size` over a length."""
+    return -(-length // size)
+
+
+def launch(kernel: str, tile: Tile, grid: tuple[int, ...], dim: int, precision: Precision, *arguments: Any) -> None:
+    """Runs a kernel on a grid of programs."""
+    fixed = constants(kernel, tile, dim, precision)
     function(kernel)[grid](*arguments, **fixed, num_warps=tile.warps, num_stages=tile.stages)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class CodeUsage:
-    """Counts codes on the device; reading `usage` or `perplexity` is what waits for it."""
+    """Counts codes on the device. Reading `usage` or `perplexity` waits for it."""
 
     def __init__(self, codebook_size: int, device: torch.device | str = "cpu") -> None:
         self.counts_K = torch.zeros(codebook_size, dtype=torch.int64, device=device)
@@ -25,12 +25,12 @@ class CodeUsage:
 
     @property
     def usage(self) -> float:
-        """Share of the codes that were chosen at least once, 0 to 1."""
+        """Share of the codes chosen at least once, 0 to 1."""
         return float((self.counts_K > 0).double().mean())
 
     @property
     def perplexity(self) -> float:
-        """exp of the entropy of the empirical code distribution: 1 (one code) to K (all equally often); 0 if empty."""
+        """exp of the entropy of the empirical code distribution: 1 (one code) to K (all equally often), 0 if empty."""
         total = self.counts_K.sum()
         if not total:
             return 0.0

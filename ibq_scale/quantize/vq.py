@@ -1,7 +1,7 @@
 """Nearest code by Euclidean distance, straight-through to z, whole or sharded: VQGAN's quantizer, and SimVQ's.
 
 SimVQ (arXiv 2411.02038) differs in where the codes come from: a frozen basis times one learned linear layer. The
-training's codebook makes them (train/codebook.py); to this function they are rows like any other.
+training's codebook makes them (train/codebook.py). To this function they are plain rows.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ from torch import Tensor
 
 from ibq_scale.config.models import QuantizerConfig
 from ibq_scale.quantize.collectives import Group, add_at_owned, gather_uneven, owned_codes, scatter_sum_uneven
+from ibq_scale.quantize.quantized import Quantized, commitment_terms
 from ibq_scale.quantize.search import Score, best_rows
-from ibq_scale.quantize.terms import commitment_terms
-from ibq_scale.quantize.types import Quantized
 
 
 class LookupFunction(torch.autograd.Function):
-    """C[i] of this rank's tokens out of a sharded codebook; backward adds at the owners' rows (sum over ranks)."""
+    """C[i] of this rank's tokens out of a sharded codebook. Backward adds at the owners' rows (sum over ranks)."""
 
     @staticmethod
     def forward(ctx: Any, indices_N: Tensor, rows_KD: Tensor, sizes: list[int], group: Group) -> Tensor:

@@ -1,1 +1,1 @@
-"""Reports: one HTML file each, with its data, script and pictures inside; it opens without a network."""
+"""Reports: HTML files with their data, script and pictures inside, readable without a network."""

@@ -1,4 +1,4 @@
-"""The report of one or several runs: where they stand, what was measured of them, curves, pictures."""
+"""The report of one or several runs: state, measures, curves, pictures."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ibq_scale.report.runs import RunLog, by_kind, curves, differences, environm
 
 
 def write_report(paths: Sequence[Path], out: Path) -> Path:
-    """Writes the report of one or several runs. UserError where one of them cannot be read."""
+    """Writes the report of one or several runs. UserError if all are unreadable."""
     runs = runs_of(paths)
     title = runs[0].config.get("name", str(paths[0])) if len(runs) == 1 else f"{len(runs)} runs"
     return write(out, str(title), ", ".join(str(path) for path in paths), list(_sections(runs)))

@@ -1,4 +1,4 @@
-"""The numbers of a metrics.jsonl as columns: each line is parsed once and let go, and a number takes eight bytes."""
+"""The numbers of a metrics.jsonl as columns. Each line is parsed once, and a number takes eight bytes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-# What every line has: without one of them, or with one that is not below `MOST`, it is damaged.
+# Axes of every line. A line without one, or with a value of `MOST` or more, is damaged.
 AXES = ("step", "samples", "time")
-# Integers below it are doubles.
+# A double represents smaller integers exactly.
 MOST = 2.0**53
 
 
 class Curve(NamedTuple):
-    """One metric's logged values (R,) fp64, in the order of their lines, and where each was."""
+    """One metric's logged values (R,) fp64 in the order of their lines, with their axes."""
 
     steps: NDArray[np.int64]
     samples: NDArray[np.int64]
@@ -28,7 +28,7 @@ class Curve(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """Lines of the same keys: their numbers one after another, and which lines of the file they were."""
+    """Lines with the same keys: their numbers in sequence, and their line numbers in the file."""
 
     lines: array[int]
     numbers: array[float]
@@ -36,24 +36,24 @@ class _Block(NamedTuple):
 
 @dataclass
 class Metrics:
-    """What `read_metrics` found. `alarms`: step and text of each."""
+    """The content of a metrics file. `alarms`: step and text of each."""
 
     alarms: list[tuple[int, str]] = field(default_factory=list)
     _blocks: dict[tuple[str, ...], _Block] = field(default_factory=dict)
 
     def curve(self, name: str) -> Curve:
-        """The values of a key, `AXES` included; empty where it was never logged."""
+        """The values of a key, `AXES` included. Empty if never logged."""
         found = [block for keys in self._blocks if name in keys for block in [self._columns(keys, name)]]
         line_R = np.concatenate([lines for lines, _ in found] or [np.empty(0, np.int64)])
         table_4R = np.concatenate([columns for _, columns in found] or [np.empty((4, 0))], axis=1)
-        # Lines of other keys lie between those of a block.
+        # Lines with other keys may lie between the lines of a block.
         kept_R = np.argsort(line_R)
         kept_R = kept_R[(np.abs(table_4R[:3, kept_R]) < MOST).all(axis=0)]
         step_R, samples_R, seconds_R, value_R = table_4R[:, kept_R]
         return Curve(step_R.astype(np.int64), samples_R.astype(np.int64), seconds_R, value_R)
 
     def add(self, number: int, line: dict[str, Any]) -> None:
-        """One line of the file. Its alarms are kept, and whatever else is no number is left out."""
+        """One line of the file. Alarms are kept, other values without a number are dropped."""
         keys = tuple(line)
         block = self._blocks.get(keys) or _Block(array("q"), array("d"))
         before = len(block.numbers)
@@ -80,10 +80,10 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> Metrics:
-    """Reads the file line by line. A damaged line is left out: half of one, or one that lacks an axis. OSError."""
+    """Reads the file line by line, without damaged lines (a cut line, a missing axis). OSError."""
     metrics = Metrics()
     if not path.is_file() and path.exists():
-        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, text in enumerate(file):
             try:
@@ -96,5 +96,5 @@ def read_metrics(path: Path) -> Metrics:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether a double takes it."""
+    """Whether the number fits a double."""
     return isinstance(value, float) or (isinstance(value, int) and abs(value) < MOST)

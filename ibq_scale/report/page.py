@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 
 from ibq_scale.errors import UserError
 
-# A chart of more points than it has pixels only costs bytes.
+# A chart has no more pixels for more points.
 MOST_POINTS = 800
-# Pictures below this width are enlarged as they are, without smoothing.
+# Narrower pictures are enlarged without smoothing.
 SMALL_PIXELS = 800
 
 
 class Point(NamedTuple):
-    """One logged value, and where it was on each of the axes that a reader may choose."""
+    """One logged value, and its place on each axis of the chart."""
 
     step: int
     samples: int
@@ -35,7 +35,7 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a chart. `slot` fixes its colour, so that a run looks the same in every chart."""
+    """One line of a chart. `slot` fixes its colour, so a run has the same colour in every chart."""
 
     name: str
     points: Sequence[Point]
@@ -44,7 +44,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """Lines over steps, images or minutes. `unit` stands at the axis; `top` fixes the upper end (for shares)."""
+    """Lines over steps, images or minutes. `unit`: at the axis. `top`: fixes the upper end (for shares)."""
 
     title: str
     series: Sequence[Series]
@@ -67,7 +67,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG, embedded. A small one's pixels stay sharp squares when it is shown larger."""
+    """An embedded PNG. Pixels of a small one stay sharp squares."""
 
     png: bytes
     caption: str
@@ -80,7 +80,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Gallery:
-    """Labelled strips of pictures: one row a label."""
+    """Labelled strips of pictures, one row per label."""
 
     rows: Sequence[tuple[str, bytes]]
     caption: str
@@ -108,7 +108,7 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text. `quoted` are rows of others' figures, set apart; what they lack at their end stays empty."""
+    """Rows of text. `quoted`: rows of published figures, set apart. Missing last cells stay empty."""
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -120,7 +120,7 @@ class Table:
         body = "".join(f"<tr>{_cells(row)}</tr>" for row in self.rows)
         quoted = ([*row, *[""] * (len(self.head) - len(row))] for row in self.quoted)
         body += "".join(f'<tr class="quoted">{_cells(row)}</tr>' for row in quoted)
-        # Not a <caption>, which would be as wide as the table and scroll with it.
+        # A <caption> would be as wide as the table and scroll with it.
         caption = f'<p class="caption">{escape(self.caption)}</p>' if self.caption else ""
         table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
         return f'{caption}<div class="scroll">{table}</div>'
@@ -144,13 +144,13 @@ class Bars:
 
 
 Block = Chart | Picture | Gallery | Tiles | Table | Bars
-# Blocks that stand side by side where they follow one another, and their place's name.
+# Kinds of blocks shown side by side, and their container's class.
 BESIDE: dict[type[Block], str] = {Chart: "charts", Picture: "pictures"}
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading, a sentence or two, and what belongs under them. Charts stand side by side, and so do pictures."""
+    """A heading, a sentence or two, and their blocks. Adjacent charts stand side by side, and so do pictures."""
 
     title: str
     text: str = ""
@@ -182,12 +182,12 @@ def render(title: str, subtitle: str, sections: Sequence[Section]) -> str:
 
 
 def write(path: Path, title: str, subtitle: str, sections: Sequence[Section]) -> Path:
-    """Renders to a file that appears whole. UserError where it cannot be written."""
+    """Renders to a file. The file appears whole. UserError if it cannot be written."""
     text = render(title, subtitle, sections)
     partial = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Names of files may have what no text has.
+        # File names may hold characters outside of any text encoding.
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
         partial.replace(path)
     except OSError as e:
@@ -204,8 +204,8 @@ def thin(points: Sequence[Point]) -> list[list[float]]:
 
 
 def extremes(value_R: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Which of a curve's values (R,) are drawn (S,), at most `MOST_POINTS`: of each stretch the lowest and the highest
-    stay, so no spike is lost. What is no number hides none.
+    """Indices (S,) of the drawn values of a curve (R,), at most `MOST_POINTS`. The lowest and the highest value of each
+    stretch stay, so no spike is lost. Values without a number hide none.
     """
     count = len(value_R)
     if count <= MOST_POINTS:
@@ -240,5 +240,5 @@ def _numeric(cell: str) -> str:
 
 
 def _json(data: object) -> str:
-    """JSON that cannot end the script element that it stands in, nor begin a comment or another script."""
+    """JSON without a sequence that ends its script element or begins a comment or script."""
     return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")

@@ -1,4 +1,4 @@
-"""What evaluations and samplings left in or beside the runs: tables against the published figures, and pictures."""
+"""Results of evaluations and samplings in or beside the runs: tables with the published figures, and pictures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 from pydantic import BaseModel, ValidationError
@@ -16,11 +16,45 @@ from pydantic import BaseModel, ValidationError
 from ibq_scale.checkpoint.reading import STEP_NAME
 from ibq_scale.data.convert import to_rgb
 from ibq_scale.documents import json_object, open_regular
-from ibq_scale.evaluate.names import GENERATION, RECONSTRUCTION, WORST
-from ibq_scale.generate.names import FACTS, GRID
+from ibq_scale.generate.published import PUBLISHED
+from ibq_scale.outputs import FACTS, GENERATION, GRID, RECONSTRUCTION, WORST
 from ibq_scale.report.page import Block, Picture, Section, Table
-from ibq_scale.report.published import SOURCE, TOKENIZERS, TRANSFORMERS
 from ibq_scale.report.runs import RunLog
+
+# Figures of the paper. None: not stated.
+SOURCE = "arXiv 2412.02692: ImageNet, 256 × 256 pixels, 16 × 16 codes"
+
+
+class PublishedTokenizer(NamedTuple):
+    """`usage`: share of the codes, 0 to 1."""
+
+    name: str
+    codes: int
+    rfid: float
+    lpips: float | None
+    usage: float
+
+
+class PublishedTransformer(NamedTuple):
+    name: str
+    guidance: float
+    temperature: float
+    fid: float
+    inception_score: float
+
+
+TOKENIZERS = (
+    PublishedTokenizer("IBQ", 1024, 2.24, 0.2580, 0.99),
+    PublishedTokenizer("IBQ", 8192, 1.87, 0.2437, 0.98),
+    PublishedTokenizer("IBQ", 16384, 1.37, 0.2235, 0.96),
+    PublishedTokenizer("IBQ", 262144, 1.00, 0.2030, 0.84),
+    PublishedTokenizer("VQGAN", 1024, 7.94, None, 0.44),
+    PublishedTokenizer("VQGAN", 16384, 4.98, None, 0.059),
+)
+FIGURES = {"b": (2.88, 254.7), "l": (2.45, 267.5), "xl": (2.14, 279.0), "xxl": (2.05, 286.7)}
+TRANSFORMERS = tuple(
+    PublishedTransformer(f"IBQ-{size.upper()}", *PUBLISHED[size][2:], *figures) for size, figures in FIGURES.items()
+)
 
 # Pixels of an embedded picture's longer side.
 MOST_PIXELS = 1200
@@ -71,13 +105,13 @@ class _Generation(BaseModel):
     recall: float | None
 
 
-# What is shown of each kind of file. One that lacks some of it is another program's.
+# The shown fields of each kind of file. A file without them is from another program.
 SHOWN: dict[str, type[BaseModel]] = {RECONSTRUCTION: _Reconstruction, GENERATION: _Generation, FACTS: _Sampled}
 
 
 @dataclass(frozen=True)
 class Result:
-    """A file that was left for a run. `model`: the directory of the model that it is about, empty where unknown."""
+    """A result file of a run. `model`: the directory of its model, empty if unknown."""
 
     run: RunLog
     folder: Path
@@ -86,7 +120,7 @@ class Result:
 
     @property
     def step(self) -> str:
-        """Of the checkpoint that was looked at."""
+        """The step of the evaluated checkpoint."""
         name = Path(self.model).parent.name
         step = STEP_NAME.fullmatch(name)
         return f"{int(step[1]):,}" if step else "–"
@@ -97,7 +131,7 @@ class Result:
 
 
 def results_of(run: RunLog, name: str) -> list[Result]:
-    """The files `name` within two folders of the run, or one beside it, that are about the run's model."""
+    """The files `name` within two folders of the run, or one beside it, about the run's model."""
     home = run.path.resolve()
     inside = [path for pattern in ("", "*/", "*/*/") for path in sorted(home.glob(pattern + name))]
     beside = [path for path in sorted(home.parent.glob(f"*/{name}")) if path not in inside]
@@ -110,14 +144,14 @@ def results_of(run: RunLog, name: str) -> list[Result]:
             continue
         model = str((facts.get("sampled") or facts).get("model") or "")
         ours = Path(model).is_relative_to(home) if model else False
-        # A run that was moved is still the run of what lies in it.
+        # A moved run still owns its files.
         if ours or (path in inside and not (model and Path(model).exists())):
             found.append(Result(run, path.parent, facts, model))
     return found
 
 
 def reconstruction_section(runs: Sequence[RunLog]) -> Iterator[Section]:
-    """A table of what ``evaluate reconstruction --to`` left, and the worst images; nothing where it left nothing."""
+    """The table of ``evaluate reconstruction --to`` and the worst images. Empty without results."""
     found = [result for run in runs for result in results_of(run, RECONSTRUCTION)]
     if not found:
         return
@@ -126,7 +160,7 @@ def reconstruction_section(runs: Sequence[RunLog]) -> Iterator[Section]:
         [f"{p.name}, published", "–", f"{p.codes:,}", f"{p.rfid:.2f}", _figure(p.lpips, 4), "–", "–", _share(p.usage)]
         for p in TOKENIZERS
     ]
-    caption = f"LPIPS: VGG. Published: {SOURCE}; figures compare where data, size and pixels are the same."
+    caption = f"LPIPS: VGG. Published: {SOURCE}; comparable for equal data, size and pixels."
     yield Section(
         "Reconstruction",
         "",
@@ -138,7 +172,7 @@ def reconstruction_section(runs: Sequence[RunLog]) -> Iterator[Section]:
 
 
 def generation_section(runs: Sequence[RunLog]) -> Iterator[Section]:
-    """Tables of what ``evaluate generation --to`` left, one a reference, and pictures of samples."""
+    """Tables of ``evaluate generation --to``, one per reference, and pictures of samples."""
     found = [result for run in runs for result in results_of(run, GENERATION)]
     blocks: list[Block] = [_generation_table(same) for same in _by_reference(found)]
     for run in runs:
@@ -150,17 +184,17 @@ def generation_section(runs: Sequence[RunLog]) -> Iterator[Section]:
 
 
 def pictures(named: Iterable[tuple[Path, str, str]]) -> list[Block]:
-    """Pictures, each with its text and caption, of not more than `MOST_PIXELS` a side. Damaged ones are left out."""
+    """Pictures with text and caption, up to `MOST_PIXELS` a side. Damaged ones are left out."""
     found: list[Block] = []
     for path, text, caption in named:
-        # Pillow meets foreign bytes with errors of these types.
+        # Pillow's errors on damaged files.
         with suppress(OSError, ValueError, SyntaxError, Image.DecompressionBombError):
             found.append(Picture(small(path), text, caption))
     return found
 
 
 def small(path: Path) -> bytes:
-    """As PNG, where it is larger."""
+    """A PNG of limited size."""
     with open_regular(path) as file:
         content = file.read()
     with Image.open(io.BytesIO(content)) as image:
@@ -194,7 +228,7 @@ def _reconstruction_row(result: Result) -> list[str]:
 
 
 def _by_reference(found: Sequence[Result]) -> list[list[Result]]:
-    """What was measured against one reference, by one extractor, at one size. Others do not compare."""
+    """The key of comparable results: reference, extractor and size."""
     groups: dict[str, list[Result]] = {}
     for result in found:
         key = [result.facts[name] for name in ("reference_hash", "extractor_sha256", "resolution")]
@@ -217,10 +251,10 @@ def _generation_table(found: Sequence[Result]) -> Table:
         quoted.append([f"{p.name}, published", "–", *knobs, _figure(p.fid, 2), _figure(p.inception_score, 1)])
     facts = found[0].facts
     stamp, (height, width) = facts["reference_stamp"], facts["resolution"]
-    of = f"{stamp['images']:,} images of {stamp['data']}" if stamp else f"{facts['reference']}, which bears no stamp"
+    of = f"{stamp['images']:,} images of {stamp['data']}" if stamp else f"{facts['reference']}, without a stamp"
     caption = (
-        f"Against {of}, at {height} × {width}. Published: {SOURCE}; figures compare where size, reference and number "
-        f"of images are the same."
+        f"Against {of}, at {height} × {width}. Published: {SOURCE}; comparable for equal size, reference and number of "
+        "images."
     )
     return Table(head, rows, caption, quoted)
 
@@ -231,7 +265,7 @@ def _settings(facts: dict[str, Any]) -> str:
 
 
 def _grids(run: RunLog) -> list[Block]:
-    """What validations drew, evenly from the first to the last."""
+    """Pictures of validations, evenly from the first to the last."""
     drawn = run.pictures("samples")
     last = len(drawn) - 1
     chosen = sorted({round(i * last / (GRIDS - 1)) for i in range(GRIDS)}) if drawn else []

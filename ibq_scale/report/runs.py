@@ -1,4 +1,4 @@
-"""Run directories as a report sees them: their curves laid over one another, and how their configs differ."""
+"""Run directories for reports: curves of several runs together, and differences of their configs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ibq_scale.errors import UserError
 from ibq_scale.report.metrics import Curve, Metrics, read_metrics
 from ibq_scale.report.page import Block, Chart, Point, Series, Table, extremes
 
-# Metrics in reading order: title, unit, what to look for, upper end.
+# Metrics in reading order: title, unit, advice, upper end.
 METRICS: dict[str, tuple[str, str, str, float | None]] = {
     "loss": ("Loss", "", "what the optimizer minimises", None),
     "validation_loss": ("Loss on held-out codes", "nats a code", "of the averaged weights", None),
@@ -52,7 +52,7 @@ METRICS: dict[str, tuple[str, str, str, float | None]] = {
 }
 
 
-# What runs of one kind are called together, and the metrics that say where they stand.
+# The plural name of a kind of run, and the metrics of its state.
 KINDS = {
     "tokenizer": ("tokenizers", ("loss", "l1", "usage", "validation_psnr", "validation_rfid", "samples_per_s")),
     "ar": ("transformers", ("loss", "validation_loss", "grad_norm", "samples_per_s")),
@@ -61,7 +61,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class RunLog:
-    """A run directory as a report sees it."""
+    """A run directory, as read for a report."""
 
     path: Path
     name: str
@@ -70,7 +70,7 @@ class RunLog:
     metrics: Metrics
 
     def curve(self, metric: str) -> Curve:
-        """The metric's logged values; empty where it was never logged."""
+        """The metric's logged values. Empty if never logged."""
         return self.metrics.curve(metric)
 
     def points(self, metric: str) -> list[Point]:
@@ -78,7 +78,7 @@ class RunLog:
         return [Point(*at) for at in zip(*(column.tolist() for column in self.curve(metric)), strict=True)]
 
     def series(self, metric: str, slot: int) -> Series:
-        """As a line of a chart, of no more points than it shows."""
+        """As a line of a chart, with at most the shown number of points."""
         curve = self.curve(metric)
         kept_S = extremes(curve.values)
         columns = (column[kept_S].tolist() for column in curve)
@@ -90,19 +90,19 @@ class RunLog:
         return str(self.config.get("task"))
 
     def last(self, metric: str) -> str:
-        """The metric's newest value, as text; shares in percent."""
+        """The metric's newest value as text. Shares are in percent."""
         values = self.curve(metric).values
         if not len(values):
             return "–"
         return f"{100 * values[-1]:.3g} %" if METRICS[metric][3] == 1.0 else f"{values[-1]:.4g}"
 
     def pictures(self, name: str) -> list[Path]:
-        """What the run drew under a name, by step."""
+        """The run's pictures of a name, by step."""
         return sorted((self.path / "images").glob(f"{name}-{'[0-9]' * 8}.png"))
 
 
 def load_run(path: Path, name: str | None = None) -> RunLog:
-    """Reads a run directory. UserError where it is none. Damaged lines of metrics are left out (`read_metrics`)."""
+    """Reads a run directory. UserError if it is none. Damaged lines of metrics are left out (`read_metrics`)."""
     try:
         metrics = read_metrics(path / "metrics.jsonl")
         config = parse_yaml(read_text(path / "config.yaml"))
@@ -120,7 +120,7 @@ def load_run(path: Path, name: str | None = None) -> RunLog:
 
 
 def metric_chart(metric: str, runs: Sequence[RunLog], first_slot: int = 0) -> Chart | None:
-    """One chart with a line a run, or None where no run logged the metric. A run keeps its colour everywhere."""
+    """One chart with a line per run. None if no run logged the metric. A run keeps its colour everywhere."""
     series = [run.series(metric, slot) for slot, run in enumerate(runs, first_slot)]
     series = [s for s in series if s.points]
     if not series:
@@ -130,14 +130,14 @@ def metric_chart(metric: str, runs: Sequence[RunLog], first_slot: int = 0) -> Ch
 
 
 def curves(runs: Sequence[RunLog], metrics: Sequence[str] = tuple(METRICS), first_slot: int = 0) -> list[Block]:
-    """Charts of those metrics that were logged; runs have the colours from `first_slot` on."""
+    """Charts of the logged metrics. Runs have the colours from `first_slot` on."""
     return [chart for metric in metrics if (chart := metric_chart(metric, runs, first_slot)) is not None]
 
 
 def runs_of(paths: Sequence[Path]) -> list[RunLog]:
-    """Reads run directories, each named by its folder's name where that tells them apart.
+    """Reads run directories. A run is named by its folder, or by more of its path if folders share a name.
 
-    One that cannot be read is told and left out. UserError as `load_run` where none can be.
+    An unreadable run is reported and left out. UserError as `load_run` if all are unreadable.
     """
     names = [path.resolve().name for path in paths]
     runs, faults = [], []
@@ -154,7 +154,7 @@ def runs_of(paths: Sequence[Path]) -> list[RunLog]:
 
 
 def by_kind(runs: Sequence[RunLog]) -> dict[str, list[RunLog]]:
-    """Runs whose metrics and keys mean the same, by what they are called together."""
+    """Groups runs with comparable metrics and keys, by the plural name of their kind."""
     groups: dict[str, list[RunLog]] = {}
     for run in runs:
         groups.setdefault(KINDS.get(run.kind, ("runs", ()))[0], []).append(run)
@@ -162,7 +162,7 @@ def by_kind(runs: Sequence[RunLog]) -> dict[str, list[RunLog]]:
 
 
 def standing(runs: Sequence[RunLog]) -> Table:
-    """How far runs of one kind have come."""
+    """The state of runs of one kind."""
     shown = [
         name for name in KINDS.get(runs[0].kind, ("", ("loss",)))[1] if any(len(run.curve(name).values) for run in runs)
     ]
@@ -191,7 +191,7 @@ def differences(runs: Sequence[RunLog]) -> Table:
 
 
 def environments(runs: Sequence[RunLog]) -> Table:
-    """What each run ran on."""
+    """The environment of each run."""
 
     def packages(run: RunLog) -> str:
         found = run.environment.get("packages", {})

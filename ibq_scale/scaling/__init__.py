@@ -1,1 +1,1 @@
-"""What a run will need, before a GPU is asked for."""
+"""Needs of a run before any GPU is requested: memory, FLOPs, time, scaling laws."""

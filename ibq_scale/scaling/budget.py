@@ -1,4 +1,4 @@
-"""One GPU's memory, line by line, at the two moments that may be its fullest: within the passes, and in the step."""
+"""One GPU's memory, item by item, at the two possible peaks: in the passes and in the optimizer's step."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from ibq_scale.config.batch import codebook_group_size
 from ibq_scale.config.run import AnyRun, ARRun, TokenizerRun
 from ibq_scale.quantize.kinds import KINDS
+from ibq_scale.scaling.activation_memory import ar_activation_memory, logit_bytes, tokenizer_activation_memory
 from ibq_scale.scaling.networks import Network
-from ibq_scale.scaling.rehearse import logit_bytes, rehearse_ar, rehearse_tokenizer
-from ibq_scale.scaling.states import FP32, States, Zero, engine_states
+from ibq_scale.zero.memory import FP32, States, Zero, engine_states
 
 # A stated constant: CUDA's context with loaded kernels, cuBLAS and cuDNN workspaces, NCCL's channels.
 FIXED = 2_000_000_000
-# Of the allocator: what lies between tensors and cannot be used, in parts of what comes and goes.
+# Unusable gaps of the allocator, as a share of the activations.
 FRAGMENTATION = 0.05
 # Tensors of all gathered tokens (M, D) in fp32 within the quantizer's step: z, its gradient, the decoder's, p C.
 TOKEN_TENSORS = 4
 TILE = 1 << 30
-# Triton's largest block, and the places of a token's list of near codes (quantize/triton_passes.py, tiles.py).
+# Triton's largest block, and the places of a token's list of candidates (quantize/triton_backend.py, tiles.py).
 BLOCK, NEAR = 512 << 20, 512
 SCRATCH = "optimizer's scratch"
 CODEBOOK_STATES = 5  # rows, gradient, two moments, average
@@ -27,7 +27,7 @@ CODEBOOK_STATES = 5  # rows, gradient, two moments, average
 
 @dataclass(frozen=True)
 class Line:
-    """Bytes of one item: on the GPU within the passes and in the optimizer's step, and in the host's memory."""
+    """Bytes of one item: on the GPU in the passes and in the optimizer's step, and in host memory."""
 
     name: str
     passes: int
@@ -37,8 +37,8 @@ class Line:
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """`kept_per_image`: bytes that an image leaves for the backward pass. `validation`: most bytes between steps, with
-    a whole copy of the averaged weights; 0 where the run has none.
+    """`kept_per_image`: bytes kept by an image for the backward pass. `validation`: peak bytes between steps, with a
+    full copy of the averaged weights (0 without validation).
     """
 
     lines: tuple[Line, ...]
@@ -48,95 +48,102 @@ class MemoryBudget:
 
     @property
     def passes(self) -> int:
-        """Most bytes within forward and backward passes."""
+        """Peak bytes in forward and backward passes."""
         return sum(line.passes for line in self.lines)
 
     @property
     def step(self) -> int:
-        """Most bytes in the optimizer's step."""
+        """Peak bytes in the optimizer's step."""
         return sum(line.step for line in self.lines)
 
     @property
     def peak(self) -> int:
-        """Most bytes of the GPU."""
+        """Peak bytes of the GPU."""
         return max(self.passes, self.step, self.validation)
 
     @property
     def host(self) -> int:
-        """Bytes of the host's memory that offloading takes, of one rank."""
+        """Bytes of host memory for offloading, per rank."""
         return sum(line.host for line in self.lines)
 
 
 def ar_states(run: ARRun, zero: Zero, network: Network) -> list[Line]:
-    """What stands between the passes of the transformer's training."""
+    """Permanent memory in the transformer's training."""
     return engine_lines("", engine_states(network.groups, zero), ema_bytes(network, zero, run.ema_decay))
 
 
 def ar_budget(run: ARRun, zero: Zero, network: Network) -> MemoryBudget:
-    """Of the transformer's training."""
+    """Memory of the transformer's training."""
     states = engine_states(network.groups, zero)
-    held = rehearse_ar(run, keeps_gradients=states.keeps_gradients and zero.accumulation == 1)
-    # They are there at the end of the forward pass; at most, perhaps, later.
-    logits = max(0, held.kept + logit_bytes(run) - held.peak)
+    memory = ar_activation_memory(run, keeps_gradients=states.keeps_gradients and zero.accumulation == 1)
+    # Logits exist at the end of the forward pass. The peak may come later.
+    logits = max(0, memory.kept + logit_bytes(run) - memory.peak)
     lines = [
         *ar_states(run, zero, network),
-        Line("activations", held.peak, 0),
+        Line("activations", memory.peak, 0),
         Line("logits and loss", logits, 0),
     ]
     shows = run.tokenizer is not None and run.validation.images > 0
     copy = zero.weight_bytes * network.parameters if run.validation.data is not None or shows else 0
-    return _budget(lines, held.kept / run.train.micro_batch, copy, states)
+    return _budget(lines, memory.kept / run.train.micro_batch, copy, states)
 
 
-def tokenizer_budget(run: TokenizerRun, zero: Zero, network: Network, judge: Network, perceptual: int) -> MemoryBudget:
-    """Of the tokenizer's training. UserError where `codebook_group` does not divide the ranks."""
+def tokenizer_budget(
+    run: TokenizerRun, zero: Zero, network: Network, discriminator: Network, perceptual: int
+) -> MemoryBudget:
+    """Memory of the tokenizer's training. UserError if `codebook_group` does not divide the ranks."""
     states = engine_states(network.groups, zero)
-    held = rehearse_tokenizer(run, keeps_gradients=states.keeps_gradients and zero.accumulation == 1)
+    memory = tokenizer_activation_memory(run, keeps_gradients=states.keeps_gradients and zero.accumulation == 1)
     size = codebook_group_size(run, zero.world)
     tokens = run.train.micro_batch * run.model.tokens * size
     work = FP32 * TOKEN_TENSORS * tokens * run.quantizer.dim
-    if run.quantizer.backend == "tiled":
+    if run.quantizer.backend in ("tiled", "cublas"):
         work += run.quantizer.tile_bytes or TILE
     else:
-        # A block of e^S, or of the gradient of S, as products read it.
+        # A block of e^S, or of the gradient of S, in the dtype of the products.
         element = 2 if run.quantizer.logit_precision == "bf16" else FP32
         work += min(BLOCK, element * tokens * run.quantizer.codebook_size // size) + 2 * FP32 * NEAR * tokens
     lines = [
-        *tokenizer_states(run, zero, network, judge, perceptual),
-        Line("activations", held.peak, 0),
+        *tokenizer_states(run, zero, network, discriminator, perceptual),
+        Line("activations", memory.peak, 0),
         Line("quantizer's work", work, 0),
     ]
     whole = network.parameters + run.quantizer.codebook_size * run.quantizer.dim
     copy = FP32 * whole if run.validation.data is not None else 0
-    return _budget(lines, held.kept / run.train.micro_batch, copy, states)
+    return _budget(lines, memory.kept / run.train.micro_batch, copy, states)
 
 
-def tokenizer_states(run: TokenizerRun, zero: Zero, network: Network, judge: Network, perceptual: int) -> list[Line]:
-    """What stands between the passes of the tokenizer's training. UserError as for `tokenizer_budget`."""
+def tokenizer_states(
+    run: TokenizerRun, zero: Zero, network: Network, discriminator: Network, perceptual: int
+) -> list[Line]:
+    """Permanent memory in the tokenizer's training. UserError as for `tokenizer_budget`."""
     size = codebook_group_size(run, zero.world)
     rows = FP32 * -(-run.quantizer.codebook_size // size) * run.quantizer.dim
     copies = CODEBOOK_STATES if KINDS[run.quantizer.kind].learns == "rows" else 2
     lpips = zero.weight_bytes * perceptual
     return [
         *engine_lines("", engine_states(network.groups, zero), ema_bytes(network, zero, run.ema_decay)),
-        _joined("discriminator, all states", engine_lines("", engine_states(judge.groups, judge_zero(zero)), 0)),
+        _joined(
+            "discriminator, all states",
+            engine_lines("", engine_states(discriminator.groups, discriminator_zero(zero)), 0),
+        ),
         Line(f"codebook, 1/{size} of {copies} copies", copies * rows, copies * rows),
         *([Line("LPIPS, frozen", lpips, lpips)] if perceptual else []),
     ]
 
 
-def judge_zero(zero: Zero) -> Zero:
-    """How the discriminator is trained: as `train.engine.discriminator_config`."""
+def discriminator_zero(zero: Zero) -> Zero:
+    """ZeRO of the discriminator's engine, as `zero.engine.discriminator_config`."""
     return Zero(min(1, zero.stage), zero.world, zero.weight_bytes, zero.accumulation)
 
 
 def ema_bytes(network: Network, zero: Zero, decay: float) -> int:
-    """Of this rank's average."""
+    """Bytes of this rank's part of the average."""
     return FP32 * -(-network.parameters // zero.world) if decay > 0 else 0
 
 
 def engine_lines(prefix: str, states: States, ema: int) -> list[Line]:
-    """An engine's items; those without bytes are left out."""
+    """An engine's items with more than 0 bytes."""
     fields = [
         ("weights", "weights", "weights"),
         ("gradients", "earlier_gradients", "gradients"),
@@ -160,12 +167,12 @@ def engine_lines(prefix: str, states: States, ema: int) -> list[Line]:
 
 
 def checkpoint_bytes(run: AnyRun, nets: Sequence[Network]) -> int:
-    """Of one whole checkpoint: fp32 weights and moments, averages, the codebook's rows."""
+    """Bytes of a checkpoint: fp32 weights and moments, averages, the codebook's rows."""
     total = sum(3 * FP32 * net.parameters + FP32 * net.buffers for net in nets)
     total += FP32 * nets[0].parameters * (run.ema_decay > 0)
     if isinstance(run, TokenizerRun):
         rows = FP32 * run.quantizer.codebook_size * run.quantizer.dim
-        # rows, average, two moments and the exported rows; of a frozen codebook without moments
+        # rows, average, two moments and the exported rows (a frozen codebook has no moments)
         total += rows * (CODEBOOK_STATES if KINDS[run.quantizer.kind].learns == "rows" else 3)
     return total
 
@@ -176,7 +183,7 @@ def _joined(name: str, lines: Iterable[Line]) -> Line:
 
 
 def _budget(lines: list[Line], kept_per_image: float, copy: int, states: States) -> MemoryBudget:
-    """`copy`: bytes of the averaged weights that a validation measures, whole on every rank."""
+    """`copy`: bytes of the averaged weights of a validation, whole on every rank."""
     moving = sum(line.passes for line in lines if line.name in ("activations", "logits and loss"))
     lines += [
         Line(f"fragmentation ({100 * FRAGMENTATION:.0f} % of activations)", int(FRAGMENTATION * moving), 0),
@@ -184,6 +191,6 @@ def _budget(lines: list[Line], kept_per_image: float, copy: int, states: States)
     ]
     notes = []
     if states.gradients > states.weights * 2 and states.places.get("gradients") != "host":
-        notes.append("ZeRO-1 under bf16 keeps whole fp32 gradients on every GPU; zero2 shares them")
+        notes.append("ZeRO-1 under bf16 keeps unsharded fp32 gradients on every GPU, zero2 shards them")
     standing = sum(line.step for line in lines if line.name != SCRATCH)
     return MemoryBudget(tuple(lines), kept_per_image, standing + copy if copy else 0, tuple(notes))

@@ -1,26 +1,27 @@
-"""What a training step sends, collective by collective, as DeepSpeed 0.19.8 and the sharded quantizer do it.
+"""The collectives of a training step, as in DeepSpeed 0.19.8 and the sharded quantizer.
 
-DeepSpeed (Rajbhandari et al., arXiv 1910.02054, section 7, counts 2 ψ elements for ZeRO-1 and 2, 3 ψ for ZeRO-3; here ψ
-parameters in their bytes, and what the code really calls, counted on ranks in tests/scaling/test_communication.py):
+DeepSpeed, for ψ parameters in their bytes (Rajbhandari et al., arXiv 1910.02054, section 7, count 2 ψ elements for
+ZeRO-1 and 2, 3 ψ for ZeRO-3). The list has the code's actual calls, counted on ranks in
+tests/scaling/test_communication.py:
 
     ZeRO-0      all-reduce of the gradients, once a step, in fp32 (`communication_data_type`)
-    ZeRO-1      the same, then an all-gather of the weights
-    ZeRO-2      the same, but all-reduced anew for each micro-batch: the sum is needed by one rank only, yet a bucket is
-                all-reduced whole (`use_multi_rank_bucket_allreduce`)
+    ZeRO-1      the same, under bf16 as a reduce-scatter (`zero.gradients`); then an all-gather of the weights
+    ZeRO-2      for each micro-batch a reduce to each rank of its part of a bucket (an all-reduce of the whole one where
+                `use_multi_rank_bucket_allreduce` is left on); then an all-gather of the weights
     ZeRO-3      for each micro-batch an all-gather of the weights forward, another backward, and a reduce-scatter of the
-                gradients; then an all-gather of the small weights that stay whole
+                gradients, then an all-gather of the small unpartitioned weights
 
 The quantizer (`quantize.function`), for each micro-batch, with M tokens of a group of W ranks, D dimensions, in fp32:
 
-    forward     all-gather of z (M·D); all-to-all of each shard's 4 sums and index of every token (M·24 bytes a rank) to
-                the token's own rank, and all-gather of what that makes of them (M·24); reduce-scatter of the chosen
-                codes (M·D) and of p·C (M·D); q̄ is all-reduced over replicas (K/W)
-    backward    all-gather of two gradients at z_q (M·D each) and of a number a token; all-reduce of one more; reduce-
-                scatter of ∂L/∂z (M·D)
-    step        the codebook's gradient (K/W · D), all-reduced over replicas, once
+    forward     all-gather of z (M·D), all-to-all of each shard's 4 sums and index of every token (M·24 bytes a rank) to
+                the token's own rank, all-gather of the combined values (M·24), reduce-scatter of the chosen codes (M·D)
+                and of p·C (M·D), all-reduce of q̄ over replicas (K/W)
+    backward    all-gather of two gradients at z_q (M·D each) and of one number per token, all-reduce of another number,
+                reduce-scatter of ∂L/∂z (M·D)
+    step        all-reduce of the codebook's gradient over replicas (K/W · D), once
 
-A codebook on one rank (W = 1) is replicated everywhere: then only the two over replicas are left. Sharded traffic grows
-with the tokens of the whole group, replicated traffic with the codebook.
+With W = 1 the codebook is replicated on all ranks, and only the two all-reduces over replicas are left. Sharded traffic
+grows with the tokens of the whole group, replicated traffic with the codebook.
 """
 
 from __future__ import annotations
@@ -31,21 +32,22 @@ from typing import Literal
 from ibq_scale.config.batch import codebook_group_size
 from ibq_scale.config.run import TokenizerRun
 from ibq_scale.quantize.kinds import KINDS
-from ibq_scale.scaling.budget import judge_zero
+from ibq_scale.scaling.budget import discriminator_zero
 from ibq_scale.scaling.networks import Network
-from ibq_scale.scaling.states import FP32, Shares, Zero
+from ibq_scale.zero.memory import FP32, Shares, Zero
 
-Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all"]
-# Bytes a token that a shard tells of it: maximum, two sums and a weighted one, and an index.
+Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "reduce", "all-to-all"]
+# Bytes per token and shard: maximum, two sums, a weighted sum, and an index.
 OF_A_SHARD = 4 * FP32 + 8
-# Tensors (M, D) that are gathered, and that are summed to where their tokens are.
+# Tensors (M, D) that are gathered, and that are reduce-scattered to their tokens' ranks.
 GATHERED, SCATTERED = 3, 3
 
 
 @dataclass(frozen=True)
 class Transfer:
-    """A collective of a step: `size` bytes of the whole tensor, `times` a step, each time in `messages` parts, over
-    `ranks`; `spread`: whether these ranks are one of each group of neighbours (replicas), and not neighbours.
+    """A collective of a step: `size` bytes of the whole tensor, `times` a step, in `messages` parts each, over `ranks`.
+
+    `spread`: the ranks are one of each group of neighbours (replicas), and not neighbours.
     """
 
     name: str
@@ -58,16 +60,17 @@ class Transfer:
 
     @property
     def sent(self) -> float:
-        """Bytes a step that each rank sends, by a ring: (n − 1)/n of the tensor (of what a rank has for an all-to-all,
-        whose messages go straight to where they belong), twice that for an all-reduce
-        (Patarasuk and Yuan, J. Parallel Distrib. Comput. 69, 2009).
+        """Bytes sent by each rank per step in a ring: (n − 1)/n of the tensor, twice that for an all-reduce.
+
+        For an all-to-all the tensor is that of one rank, since its messages go directly to their ranks (Patarasuk and
+        Yuan, J. Parallel Distrib. Comput. 69, 2009).
         """
         passes = 2 if self.kind == "all-reduce" else 1
         return passes * (self.ranks - 1) / self.ranks * self.size * self.times
 
 
 def engine_transfers(network: Network, zero: Zero, name: str = "") -> list[Transfer]:
-    """Of a DeepSpeed engine around a network."""
+    """Collectives of a DeepSpeed engine around a network."""
     if zero.world == 1:
         return []
     n = Shares.of(network.groups, zero)
@@ -86,12 +89,13 @@ def engine_transfers(network: Network, zero: Zero, name: str = "") -> list[Trans
             [Transfer(f"{weights}, small ones", "all-gather", b * n.persistent, 1, world)] if n.persistent else []
         )
     times = micro_batches if zero.stage == 2 else 1
-    reduced = Transfer(gradients, "all-reduce", FP32 * n.whole, times, world, messages=buckets)
+    messages = {"all-reduce": buckets, "reduce": buckets + world, "reduce-scatter": len(network.groups)}
+    reduced = Transfer(gradients, zero.reduction, FP32 * n.whole, times, world, messages=messages[zero.reduction])
     return [reduced] if zero.stage == 0 else [reduced, Transfer(weights, "all-gather", b * n.whole, 1, world)]
 
 
 def codebook_transfers(codes: int, dim: int, tokens: int, micro_batches: int, group: int, world: int) -> list[Transfer]:
-    """Of an IBQ codebook of K = `codes` rows over groups of `group` ranks; `tokens`: of a rank's micro-batch."""
+    """Collectives of an IBQ codebook of K = `codes` rows over groups of `group` ranks, for `tokens` per micro-batch."""
     rows, all_tokens = codes // group, tokens * group
     found = []
     if group > 1:
@@ -113,11 +117,11 @@ def codebook_transfers(codes: int, dim: int, tokens: int, micro_batches: int, gr
     return found
 
 
-def tokenizer_transfers(run: TokenizerRun, zero: Zero, network: Network, judge: Network) -> list[Transfer]:
-    """Of the tokenizer's step. A codebook of which a token reaches one code is left out: little beside IBQ's."""
+def tokenizer_transfers(run: TokenizerRun, zero: Zero, network: Network, discriminator: Network) -> list[Transfer]:
+    """Collectives of the tokenizer's step. Only IBQ's codebook is counted, since other kinds send little."""
     found = engine_transfers(network, zero)
     if run.loss.adversarial_weight > 0:
-        found += engine_transfers(judge, judge_zero(zero), "discriminator's ")
+        found += engine_transfers(discriminator, discriminator_zero(zero), "discriminator's ")
     if KINDS[run.quantizer.kind].reaches_all_codes:
         group = codebook_group_size(run, zero.world)
         tokens = run.train.micro_batch * run.model.tokens

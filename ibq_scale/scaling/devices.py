@@ -1,4 +1,4 @@
-"""What is known of GPUs: the most they compute, and how much they hold. Nothing is guessed from a likeness of names."""
+"""Peak rates and memory of known GPUs. An unknown name is never matched to a similar one."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Device:
-    """`peak_bf16`: dense bf16 products with fp32 sums, FLOP/s. `memory`: bytes, as the data sheet counts them.
-    `bandwidth`: bytes/s of it. `link`: bytes/s to the other GPUs of a node, in one direction.
+    """`peak_bf16`: dense bf16 products with fp32 sums, FLOP/s. `memory`: bytes, as in the data sheet. `bandwidth`: of
+    the memory, bytes/s. `link`: bytes/s to the other GPUs of a node, in one direction.
     """
 
     name: str
@@ -18,8 +18,8 @@ class Device:
     link: float
 
 
-# From NVIDIA's data sheets, which print twice as many FLOP/s, "with sparsity", and links in both directions together. A
-# form factor of its own has its own clock and memory. Links are NVLink, or PCIe where a board has none to all others.
+# From NVIDIA's data sheets. They print twice these FLOP/s ("with sparsity"), and both directions of a link together.
+# Each form factor has its own clock and memory. Links are NVLink, or PCIe for boards without NVLink to all others.
 DEVICES = {
     "A10": Device("A10", 125e12, 24e9, 600e9, 32e9),
     "A100": Device("A100", 312e12, 80e9, 2039e9, 300e9),
@@ -32,8 +32,9 @@ DEVICES = {
     "H200": Device("H200", 989.4e12, 141e9, 4800e9, 450e9),
     "L4": Device("L4", 121e12, 24e9, 300e9, 32e9),
     "L40S": Device("L40S", 362e12, 48e9, 864e9, 32e9),
+    "RTX 4090": Device("RTX 4090", 165.2e12, 24e9, 1008e9, 32e9),
 }
-# By the names that CUDA gives, where that tells the board: those of one chip differ in their memory.
+# By CUDA's device name, if it identifies the board. Boards with the same chip differ in memory.
 BOARDS = {
     "NVIDIA A10": "A10",
     "NVIDIA A100-PCIE-40GB": "A100 40GB",
@@ -46,15 +47,18 @@ BOARDS = {
     "NVIDIA H200": "H200",
     "NVIDIA L4": "L4",
     "NVIDIA L40S": "L40S",
+    "NVIDIA GeForce RTX 4090": "RTX 4090",
 }
 BANDWIDTHS = {name: DEVICES[board].bandwidth for name, board in BOARDS.items()} | {"NVIDIA A100 80GB PCIe": 1935e9}
 FORMS = ("NVL", "PCIe")
-# Of A100 and A40 all forms have one peak.
+# All forms of A100 and of A40 have one peak.
 ONE_PEAK = ("A100", "A40")
 
 
 def known_peak(name: str) -> float | None:
-    """bf16 FLOP/s of a GPU by the name that CUDA gives, None for one that is not in the table."""
+    """bf16 FLOP/s of a GPU by CUDA's device name, None for an unknown one."""
+    if name in BOARDS:
+        return DEVICES[BOARDS[name]].peak_bf16
     words = name.removeprefix("NVIDIA ").replace("-", " ").split()
     model = words[0] if words else ""
     form = next((word for word in words[1:] if word in FORMS), None)
@@ -63,12 +67,12 @@ def known_peak(name: str) -> float | None:
 
 
 def known_bandwidth(name: str) -> float | None:
-    """Bytes/s that a GPU's memory gives, by the name that CUDA gives, None for one that is not in the table."""
+    """Bytes/s of a GPU's memory by CUDA's device name, None for an unknown one."""
     return BANDWIDTHS.get(name)
 
 
 def named(name: str) -> Device | None:
-    """A GPU by the name that a person types (``h100``, ``a100-40gb``), None for one that is not in the table."""
+    """A GPU by its short name (``h100``, ``a100-40gb``), None for an unknown one."""
     return {_plain(known): device for known, device in DEVICES.items()}.get(_plain(name))
 
 

@@ -1,4 +1,4 @@
-"""What fits a GPU: the largest micro-batch, and, where a run does not fit, which switch makes it fit."""
+"""Fitting a run to a GPU: the largest micro-batch, and switches to make a run fit."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ibq_scale.config.deepspeed import deepspeed_config
-from ibq_scale.config.layers import flatten
+from ibq_scale.config.layers import with_values
 from ibq_scale.config.run import AnyRun, TokenizerRun
 from ibq_scale.errors import UserError
 from ibq_scale.scaling import networks
 from ibq_scale.scaling.budget import MemoryBudget, ar_budget, tokenizer_budget
-from ibq_scale.scaling.states import Zero
+from ibq_scale.zero.memory import Zero
 
-# By what they cost: states that are shared at little cost, then more traffic, then the host's bus.
+# In order of cost: sharding states costs little, then comes more traffic, then the host's bus.
 ZERO = ("zero2", "zero3", "zero2_offload", "zero3_offload")
 CODEBOOK_LINES = ("codebook", "quantizer's work")
 
 
 @dataclass(frozen=True)
 class Switch:
-    """Words for the command line that make a run fit, and its peak then (bytes)."""
+    """Overrides to make a run fit, and its peak with them (bytes)."""
 
     words: tuple[str, ...]
     peak: int
 
 
 def budget_of(run: AnyRun, world: int) -> MemoryBudget:
-    """A GPU's memory. UserError for what training refuses too."""
+    """A GPU's memory. UserError for configs refused by training."""
     zero = Zero.of(deepspeed_config(run, world), world=world)
     if isinstance(run, TokenizerRun):
         nets = networks.autoencoder(run), networks.discriminator(run)
@@ -37,7 +37,7 @@ def budget_of(run: AnyRun, world: int) -> MemoryBudget:
 
 
 def other_bytes(run: TokenizerRun, world: int) -> float:
-    """A tokenizer's peak without all that the codebook takes. Its micro-batch is kept whatever the ranks."""
+    """A tokenizer's peak without the codebook. Its micro-batch does not depend on the ranks."""
     batch = run.train.model_copy(update={"global_batch": run.train.micro_batch * world})
     budget = budget_of(run.model_copy(update={"train": batch, "codebook_group": 1}), world)
     own = [line for line in budget.lines if line.name.startswith(CODEBOOK_LINES)]
@@ -45,14 +45,14 @@ def other_bytes(run: TokenizerRun, world: int) -> float:
 
 
 def largest_micro_batch(run: AnyRun, world: int, memory: float) -> int:
-    """Of those that the global batch allows on so many ranks; 0 where not even one image fits."""
+    """The largest micro-batch that divides the global batch on these ranks and fits. 0 if no image fits."""
     share = run.train.global_batch // world
     fitting = [m for m in range(1, share + 1) if share % m == 0]
 
     def fits(size: int) -> bool:
-        return budget_of(_with_micro_batch(run, size), world).peak <= memory
+        return budget_of(with_values(run, {"train.micro_batch": size}), world).peak <= memory
 
-    # Memory grows with the micro-batch: halve what is open, from the run's own, which is known by now.
+    # Memory grows with the micro-batch: bisection, from the run's own, already known.
     low, high, middle = 0, len(fitting), bisect(fitting, run.train.micro_batch) - 1
     while low < high:
         low, high = (middle + 1, high) if fits(fitting[middle]) else (low, middle)
@@ -61,10 +61,10 @@ def largest_micro_batch(run: AnyRun, world: int, memory: float) -> int:
 
 
 def switches(run: AnyRun, world: int, memory: float) -> list[Switch]:
-    """Single changes that make a run fit, the cheapest first; where none does, the first pair."""
+    """Single changes to make a run fit, the cheapest first. If there is none, the first pair."""
     options = list(_options(run, world))
     found = [fit for words in options if (fit := _fits(run, [words], world, memory))]
-    # The last one of a key saves most: where all of them together do not do, no pair does.
+    # The last switch of a key saves most. If all keys together do not suffice, no pair does.
     together = list({word.partition("=")[0]: word for word in options}.values())
     if found or _fits(run, together, world, memory) is None:
         return found
@@ -102,26 +102,15 @@ def _options(run: AnyRun, world: int) -> Iterator[str]:
 
 def _fits(run: AnyRun, words: Sequence[str], world: int, memory: float) -> Switch | None:
     try:
-        peak = budget_of(_with(run, words), world).peak
+        peak = budget_of(_with_words(run, words), world).peak
     except UserError:
-        # What training refuses, such as ZeRO-3 with fp8.
+        # Refused by training, such as ZeRO-3 with fp8.
         return None
     return Switch(tuple(words), peak) if peak <= memory else None
 
 
-def _with(run: AnyRun, words: Sequence[str]) -> AnyRun:
-    """The run with some of its keys set anew, all of them one or two deep."""
+def _with_words(run: AnyRun, words: Sequence[str]) -> AnyRun:
     import yaml
 
-    values = run.model_dump()
-    known = flatten(values)
-    for word in words:
-        key, _, text = word.partition("=")
-        assert key in known, key
-        section, _, name = key.rpartition(".")
-        (values[section] if section else values)[name] = yaml.safe_load(text)
-    return type(run).model_validate(values)
-
-
-def _with_micro_batch(run: AnyRun, size: int) -> AnyRun:
-    return _with(run, [f"train.micro_batch={size}"])
+    pairs = (word.partition("=") for word in words)
+    return with_values(run, {key: yaml.safe_load(text) for key, _, text in pairs})

@@ -1,8 +1,7 @@
-"""Floating-point operations of a training step, counted on tensors without memory; a transformer's by formula too.
+"""FLOPs of a training step, counted on tensors without memory. A transformer's also by formula.
 
-Convolutions and matrix products only, two a multiplication with its addition, as MFU is usually counted; work that is
-done again to save memory does not count. The codebook's products are counted by formula, since the quantizer is an
-operator of its own.
+Only convolutions and matrix products count, two per multiply-add, and recomputation to save memory does not, as usual
+for MFU. The codebook's products are counted by formula, since the quantizer is a custom operator.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ from ibq_scale.models.discriminator import PatchDiscriminator
 from ibq_scale.models.initial import Uninitialized
 from ibq_scale.models.transformer import Transformer
 from ibq_scale.quantize.kinds import KINDS
-from ibq_scale.scaling.memory import NormShapes
+from ibq_scale.scaling.allocations import NormShapes
 
 META = torch.device("meta")
 
-# Products that the quantizer's step needs: S once, then S and g Cᵀ, ∂S C and ∂Sᵀ z.
+# Products required by the quantizer's step: S once, then S and g Cᵀ, ∂S C and ∂Sᵀ z.
 STEP_PRODUCTS = KINDS["ibq"].products
 # Products that backends do where whole rows are not at hand: S and p C for the sums, S for q̄, S for π, then S, g Cᵀ,
-# ∂S C and ∂Sᵀ z. Triton's kernels know q̄ and π from lists of near codes, but for flat tokens (`triton_passes`).
+# ∂S C and ∂Sᵀ z. Triton's kernels know q̄ and π from lists of candidates, but for flat tokens (`triton_backend`).
 SHARDED_PRODUCTS, TRITON_PRODUCTS = 8, 6
 
 
@@ -45,13 +44,13 @@ AR_FORMULA = (
 )
 
 
-# Kernels that need a GPU, and the compiler, are no matter of the meta device.
+# The meta device has no GPU kernels and no compiler.
 ANYWHERE = {"attention": "auto", "compile": False}
 
 
 @contextmanager
 def on_meta() -> Iterator[None]:
-    """Modules and tensors that are made inside have shapes and dtypes alone."""
+    """Modules and tensors made inside have shapes and dtypes only."""
     with META, Uninitialized():
         yield
 
@@ -60,9 +59,9 @@ def on_meta() -> Iterator[None]:
 class ARFlops:
     """FLOPs of an image's forward pass, by part (`AR_FORMULA`).
 
-    L blocks of width E on T tokens, G heads of d for keys and values, SwiGLU of F, V codes. Attention counts whole
-    though half of it is masked, as PaLM (arXiv 2204.02311, appendix B) and others count; AdaLN works once an image; an
-    embedding is looked up and multiplies nothing.
+    L blocks of width E on T tokens, G heads of d for keys and values, SwiGLU of F, V codes. Attention counts in full
+    although half is masked, as in PaLM (arXiv 2204.02311, appendix B). AdaLN runs once an image. An embedding is a
+    lookup without products.
     """
 
     projections: float
@@ -78,11 +77,11 @@ class ARFlops:
 
     @property
     def total(self) -> float:
-        """With the backward pass, which multiplies twice as much."""
+        """Forward and backward pass. The backward pass has twice the products."""
         return 3.0 * self.forward
 
     def training(self) -> dict[str, float]:
-        """By part, forward and backward."""
+        """Forward and backward, by part."""
         return {
             "attention projections": 3.0 * self.projections,
             "attention": 3.0 * self.attention,
@@ -94,7 +93,7 @@ class ARFlops:
 
 
 def ar_flops(model: TransformerConfig) -> ARFlops:
-    """By formula."""
+    """FLOPs of a transformer by formula."""
     L, T, E = model.depth, model.tokens, model.width
     keys_and_values = 2 * model.kv_groups * model.head_dim
     modulations = 6 * L + 2 if model.conditioning == "adaln" else 0
@@ -107,10 +106,11 @@ def ar_flops(model: TransformerConfig) -> ARFlops:
     )
 
 
+@cache
 def ar_executed(model: TransformerConfig) -> float:
-    """FLOPs an image that a step does, counted: what checkpointing computes again is in it.
+    """Executed FLOPs per image of a step, counted, with recomputation by checkpointing.
 
-    Of one and of two blocks, and so on in the same steps: every block is like the others.
+    Counted for one and for two blocks and extrapolated, since all blocks are equal.
     """
     one, two = (_counted(model.model_copy(update={"depth": depth})) for depth in (1, 2))
     return one + (model.depth - 1) * (two - one)
@@ -125,7 +125,7 @@ def _counted(config: TransformerConfig) -> float:
 
 @dataclass(frozen=True)
 class StepFlops:
-    """FLOPs of one image's share of a tokenizer's step. `quantizer_executed`: with what the backend does again."""
+    """FLOPs per image of a tokenizer's step. `quantizer_executed`: with the backend's recomputation."""
 
     autoencoder: float
     quantizer: float
@@ -135,12 +135,12 @@ class StepFlops:
 
     @property
     def total(self) -> float:
-        """What the step needs, the discriminator's turn included."""
+        """Required FLOPs of the step, with the discriminator's."""
         return self.autoencoder + self.quantizer + self.discriminator + self.perceptual
 
 
 def step_flops(run: TokenizerRun, *, backend: str, sharded: bool) -> StepFlops:
-    """Counts a tokenizer's step. `backend` is the quantizer's, `sharded` whether ranks share the codebook."""
+    """Counts a tokenizer's step. `backend`: the quantizer's. `sharded`: ranks share the codebook."""
     side = run.model.resolution
     image = torch.empty(1, 3, side, side, device=META)
     needed, executed = _quantizer(run, backend, sharded)
@@ -154,16 +154,14 @@ def step_flops(run: TokenizerRun, *, backend: str, sharded: bool) -> StepFlops:
 
 
 def training_flops(run: AnyRun) -> float:
-    """FLOPs that an image's share of a training step needs, of either stage: what MFU counts. A tokenizer's take
-    seconds to count.
-    """
+    """Required FLOPs per image of a training step of either stage, for MFU. Counting a tokenizer takes seconds."""
     if isinstance(run, TokenizerRun):
         return step_flops(run, backend="triton", sharded=False).total
     return ar_flops(run.model).total
 
 
 def count(call: Callable[[], Tensor]) -> float:
-    """FLOPs of computing a tensor and going back from it."""
+    """FLOPs of computing a tensor and of its backward pass."""
     with NormShapes(), FlopCounterMode(display=False) as counter:
         torch.autograd.backward(call().sum())
     return float(counter.get_total_flops())
@@ -176,7 +174,7 @@ def _autoencoder(run: TokenizerRun, image: Tensor) -> float:
 
 
 def _discriminator(run: TokenizerRun, image: Tensor) -> float:
-    """Three passes: real and fake for its own weights, and once for the generator, back to the picture."""
+    """Three passes: real and fake for its own weights, and one for the generator, back to the image."""
     with on_meta():
         model = PatchDiscriminator(run.discriminator)
     own = count(lambda: model(image))
@@ -186,7 +184,7 @@ def _discriminator(run: TokenizerRun, image: Tensor) -> float:
 
 
 def _perceptual(run: TokenizerRun, image: Tensor) -> float:
-    """Both pictures forward, back to the reconstruction alone."""
+    """Both images forward, and back to the reconstruction only."""
     net = run.loss.perceptual
     assert net != "none"
     metric = perceptual_on_meta(net, torch.float32)
@@ -196,13 +194,13 @@ def _perceptual(run: TokenizerRun, image: Tensor) -> float:
 
 @cache
 def perceptual_on_meta(net: Net, dtype: torch.dtype) -> Perceptual:
-    """LPIPS without numbers. The random network is the same VGG as the real one, and reads no file."""
+    """LPIPS on the meta device. The random network is the same VGG and needs no file."""
     with on_meta():
         return Perceptual("random" if net == "vgg" else net, META, dtype)
 
 
 def _quantizer(run: TokenizerRun, backend: str, sharded: bool) -> tuple[float, float]:
-    """FLOPs an image that are needed, and that are done."""
+    """Required and executed FLOPs per image."""
     settings = run.quantizer
     tokens = run.model.tokens
     product = 2.0 * tokens * settings.codebook_size * settings.dim

@@ -1,13 +1,13 @@
-"""Laws of scaling: L(N) = E + A·N^−α, L(D) = E + B·D^−β, L(N, D) = E + A·N^−α + B·D^−β, with what is not known of them.
+"""Scaling laws with intervals: L(N) = E + A·N^−α, L(D) = E + B·D^−β, L(N, D) = E + A·N^−α + B·D^−β.
 
-Fitted as Hoffmann et al. fit theirs (arXiv 2203.15556, approach 3; see `robust`). Intervals are of a bootstrap: losses
-are drawn anew around the fitted law and fitted again. The noise drawn is normal, and not the residuals themselves: a
-fit that is nearly one of absolute values passes through as many points as it has parameters, whose residuals are zero.
-Its standard deviation is that of the residuals over n − p degrees of freedom, widened as a t interval is wider than a
-normal one (Hesterberg, The American Statistician 69, 2015), so that few rungs give wide intervals.
+The fit follows Hoffmann et al. (arXiv 2203.15556, approach 3, see `huber_fit`). Intervals come from a bootstrap: losses
+are drawn around the fitted law and fitted again. The noise is normal instead of resampled residuals: a fit of nearly
+absolute values passes through as many points as it has parameters, and those residuals are zero. The standard deviation
+is that of the residuals over n − p degrees of freedom, widened by the ratio of a t interval to a normal one
+(Hesterberg, The American Statistician 69, 2015), so few rungs give wide intervals.
 
-What no interval shows: that the law may be another. A value outside of what was fitted therefore never comes without a
-warning, and by how much it is outside.
+Intervals do not cover a wrong form of the law. Every value outside of the fitted range therefore has a warning with its
+distance from the range.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from statistics import NormalDist
 import numpy as np
 
 from ibq_scale.errors import UserError
-from ibq_scale.scaling.robust import Array, Bounds, best_of, log_loss, starts
+from ibq_scale.scaling.huber_fit import Array, Bounds, best_of, log_loss, starts
 
 LEVEL = 0.95
 REPLICAS = 1000
-# Fewer values of a variable than this cannot tell a constant from a power.
+# Fewer values of a variable cannot separate a constant from a power.
 LEAST_VALUES = 3
-# Above it, two parameters are one: what one gains the other loses.
+# Above this correlation two parameters are degenerate.
 BOUND_TOGETHER = 0.95
-# Sizes and data that grow by one rule are one variable.
+# Above this correlation of sizes and data they are one variable.
 ONE_VARIABLE = 0.999
-# Shares of replicas that end at a bound and are worth a word.
+# Share of replicas at a bound that raises a warning.
 OFTEN = 0.05
-# Of its values' range; less is rounding.
+# Share of the values' range. Less is rounding.
 BEYOND = 1.001
-# Further starts of a replica, beside the law itself: every so many of the starting points.
+# A replica starts from the law itself and from every so many of the starting points.
 EVERY_START = 13
 
 NAMES = {"N": ("A", "alpha"), "D": ("B", "beta")}
@@ -43,7 +43,7 @@ MEANING = {"N": "parameters", "D": "tokens"}
 
 @dataclass(frozen=True)
 class Interval:
-    """A value and where it lies with 95 %: `low` to `high`."""
+    """A value with its 95 % interval, `low` to `high`."""
 
     value: float
     low: float
@@ -51,18 +51,18 @@ class Interval:
 
     @staticmethod
     def of(value: float, replicas_P: Array) -> Interval:
-        """Percentiles of the replicas."""
+        """The interval from percentiles of the replicas."""
         low, high = np.quantile(replicas_P, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         return Interval(float(value), float(low), float(high))
 
     def holds(self, value: float) -> bool:
-        """Whether `value` lies within."""
+        """Whether the interval contains `value`."""
         return self.low <= value <= self.high
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The law's loss at a point (nats a code), without the noise of a single run, and what to beware of."""
+    """The law's loss at a point (nats a code), without the noise of a single run, with warnings."""
 
     loss: Interval
     warnings: tuple[str, ...]
@@ -70,7 +70,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The largest rung, predicted by the law of all others."""
+    """The largest rung, predicted by a law fitted to all others."""
 
     point: dict[str, float]
     measured: float
@@ -84,9 +84,9 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Law:
-    """A fitted law. `theta_M`, `replicas_PM`: see `robust`, about `centre` (log of each variable's geometric mean).
+    """A fitted law. `theta_M`, `replicas_PM`: see `huber_fit`, about `centre` (log of each variable's geometric mean).
 
-    `points_VR`, `losses_R`: what it was fitted to. `noise`: standard deviation of log L around it.
+    `points_VR`, `losses_R`: the fitted data. `noise`: standard deviation of log L around the law.
     """
 
     variables: tuple[str, ...]
@@ -105,7 +105,7 @@ class Law:
 
     @property
     def formula(self) -> str:
-        """With its numbers."""
+        """The formula with its numbers."""
         values = {name: interval.value for name, interval in self.parameters().items()}
         powers = [f"{values[NAMES[v][0]]:.4g}·{v}^−{values[NAMES[v][1]]:.3g}" for v in self.variables]
         return f"{self.name} = " + " + ".join([f"{values['E']:.4g}", *powers])
@@ -134,7 +134,7 @@ class Law:
         return Prediction(Interval.of(value, replicas_P), self.beyond(point))
 
     def beyond(self, point: Mapping[str, float]) -> tuple[str, ...]:
-        """A line for each variable that lies outside of what was fitted."""
+        """A warning for each variable outside of the fitted range."""
         lines = []
         for variable, values_R in zip(self.variables, self.points_VR, strict=True):
             line = outside(MEANING[variable], point[variable], values_R.min(), values_R.max())
@@ -142,20 +142,20 @@ class Law:
         return tuple(lines)
 
     def powers(self, variable: str) -> tuple[Array, Array]:
-        """log factor and exponent of a variable's term: the law's first, then each replica's (1 + P,)."""
+        """log factor and exponent of a variable's term, each (1 + P,): the law's, then the replicas'."""
         i = self.variables.index(variable)
         value, replicas_P = self._log_factors(i)
         exponents = np.concatenate([self.theta_M[None, 2 * i + 2], self.replicas_PM[:, 2 * i + 2]])
         return np.concatenate([[value], replicas_P]), exponents
 
     def _log_factors(self, i: int) -> tuple[float, Array]:
-        """log A of A·N^−α: of the law, and of each replica."""
+        """log A of A·N^−α, of the law and of each replica."""
         value = self.theta_M[2 * i + 1] + self.theta_M[2 * i + 2] * self.centre_V[i]
         return float(value), self.replicas_PM[:, 2 * i + 1] + self.replicas_PM[:, 2 * i + 2] * self.centre_V[i]
 
 
 def outside(what: str, value: float, low: float, high: float) -> str | None:
-    """A warning where `value` is not between the least and the most that was fitted."""
+    """A warning if `value` is outside of the fitted range."""
     factor = max(value / high, low / value)
     if factor <= BEYOND:
         return None
@@ -174,8 +174,8 @@ def fit_law(
 ) -> Law:
     """Fits the law of the variables in `points` (``N`` parameters, ``D`` tokens, or both) to losses in nats a code.
 
-    With `hold_out` it is fitted once more without its largest rung, to predict it. UserError for losses that are not
-    positive numbers, and where the rungs cannot tell the law's parts from one another.
+    With `hold_out` a second fit without the largest rung predicts it. UserError for losses that are not positive
+    numbers, and for rungs that do not determine the law's parameters.
     """
     variables = tuple(v for v in NAMES if v in points)
     points_VR = np.array([points[v] for v in variables], dtype=np.float64)
@@ -199,7 +199,7 @@ def fit_law(
 
 
 def t_quantile(freedom: int) -> float:
-    """Of Student's t at (1 + LEVEL) / 2: exact for 1 and 2, else by Abramowitz and Stegun's 26.7.5 (within 1 %)."""
+    """Student's t at (1 + LEVEL) / 2: exact for 1 and 2, else by Abramowitz and Stegun's 26.7.5 (within 1 %)."""
     p = (1 + LEVEL) / 2
     if freedom == 1:
         return math.tan(math.pi * (p - 0.5))
@@ -229,7 +229,9 @@ def _check(variables: Sequence[str], points_VR: Array, losses_R: Array) -> None:
                 f"least {LEAST_VALUES}"
             )
     if len(variables) == 2 and abs(np.corrcoef(np.log(points_VR))[0, 1]) > ONE_VARIABLE:
-        raise UserError(f"{name}: parameters and tokens grow by one rule in these rungs, so their powers are one")
+        raise UserError(
+            f"{name}: parameters and tokens are proportional in these rungs, so their terms cannot be separated"
+        )
 
 
 def _hold_out(points: Mapping[str, Sequence[float]], law: Law, replicas: int, seed: int) -> HeldOut | None:

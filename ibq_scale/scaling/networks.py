@@ -1,25 +1,27 @@
-"""The networks of a run by part, on the meta device: nothing is counted by a formula that a module could tell."""
+"""The networks of a run by part, counted on the meta device from the modules themselves."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import nn
 
-from ibq_scale.config.run import ARRun, TokenizerRun
+from ibq_scale.config.models import AutoencoderConfig, TransformerConfig
+from ibq_scale.config.run import ARRun, OptimizerConfig, TokenizerRun
 from ibq_scale.models.autoencoder import Autoencoder
 from ibq_scale.models.discriminator import PatchDiscriminator
 from ibq_scale.models.optimizers import adam, adamw
+from ibq_scale.models.precision import compute_dtype
 from ibq_scale.models.transformer import Transformer
 from ibq_scale.scaling.flops import on_meta, perceptual_on_meta
-from ibq_scale.scaling.rehearse import compute_dtype
 
 
 @dataclass(frozen=True)
 class Network:
-    """Parameters by part, and of each parameter the elements, by the optimizer's groups; `buffers`: elements."""
+    """Parameters by part, and elements of each parameter by the optimizer's groups. `buffers`: elements."""
 
     parts: dict[str, int]
     groups: tuple[tuple[int, ...], ...]
@@ -32,27 +34,38 @@ class Network:
 
 def transformer(run: ARRun) -> Network:
     """Of stage 2."""
+    return _transformer(run.model, run.optimizer)
+
+
+# A search for settings asks for the same networks dozens of times.
+@cache
+def _transformer(model: TransformerConfig, optimizer: OptimizerConfig) -> Network:
     with on_meta():
-        module = Transformer(run.model)
-    return _network(module, _transformer_part, adamw(module, run.optimizer))
+        module = Transformer(model)
+    return _network(module, _transformer_part, adamw(module, optimizer))
 
 
 def autoencoder(run: TokenizerRun) -> Network:
     """What stage 1's first engine trains."""
+    return _autoencoder(run.model, run.quantizer.dim, run.optimizer)
+
+
+@cache
+def _autoencoder(model: AutoencoderConfig, dim: int, optimizer: OptimizerConfig) -> Network:
     with on_meta():
-        module = Autoencoder(run.model, run.quantizer.dim)
-    return _network(module, _autoencoder_part, adam(module.parameters(), run.optimizer))
+        module = Autoencoder(model, dim)
+    return _network(module, _autoencoder_part, adam(module.parameters(), optimizer))
 
 
 def discriminator(run: TokenizerRun) -> Network:
-    """What stage 1's second engine trains."""
+    """The network of stage 1's second engine."""
     with on_meta():
         module = PatchDiscriminator(run.discriminator)
     return _network(module, lambda _: "discriminator", adam(module.parameters(), run.optimizer))
 
 
 def perceptual(run: TokenizerRun) -> int:
-    """Elements of the frozen network of LPIPS, 0 without it."""
+    """Elements of LPIPS' frozen network, 0 without LPIPS."""
     net = run.loss.perceptual
     if net == "none":
         return 0

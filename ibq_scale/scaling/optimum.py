@@ -1,8 +1,8 @@
-"""The best use of a budget of FLOPs, by a law L(N, D): how many parameters, how many tokens, what loss.
+"""The compute-optimal parameters, tokens and loss of a FLOP budget, by a law L(N, D).
 
-FLOPs of a training are c·N^γ·D here, with c and γ fitted to the ladder's own runs: the usual 6·N·D leaves out
-attention, and counts layers that work once an image (AdaLN) once a token. Where D = C / (c·N^γ), the law's derivative
-by log N is zero at (Hoffmann et al., arXiv 2203.15556, equation 4, has γ = 1 and c = 6)
+FLOPs of a training are c·N^γ·D, with c and γ fitted to the ladder's runs. The usual 6·N·D omits attention, and counts
+AdaLN per token although it runs once an image. With D = C / (c·N^γ), the law's derivative by log N is zero at (Hoffmann
+et al., arXiv 2203.15556, equation 4, have γ = 1 and c = 6)
 
     N* = (α·A / (γ·β·B))^(1 / (α + γ·β)) · (C / c)^(β / (α + γ·β)),   D* = C / (c·N*^γ)
 """
@@ -15,19 +15,19 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ibq_scale.errors import UserError
+from ibq_scale.scaling.huber_fit import log_loss
 from ibq_scale.scaling.laws import Interval, Law, outside
-from ibq_scale.scaling.robust import log_loss
 
-# An interval with a larger factor between its ends names no size.
+# An interval with a larger factor between its ends determines no size.
 MOST_SPREAD = 10.0
-# Of log N: replicas without an optimum run off to either side.
+# Bounds of log N, for replicas without an optimum.
 FARTHEST = 100.0
 
 
 @dataclass(frozen=True)
 class Cost:
-    """FLOPs of a training, exp(`log_c`)·N^`gamma`·D. `error`: the largest deviation from it, a share; `low`, `high`: of
-    the FLOPs that it was fitted to.
+    """FLOPs of a training, exp(`log_c`)·N^`gamma`·D. `error`: the largest relative deviation. `low`, `high`: range of
+    the fitted FLOPs.
     """
 
     log_c: float
@@ -38,9 +38,9 @@ class Cost:
 
     @staticmethod
     def of(parameters: Sequence[float], tokens: Sequence[float], flops: Sequence[float]) -> Cost:
-        """By least squares of logs. UserError for fewer than two sizes."""
+        """Least-squares fit of logs. UserError for fewer than two sizes."""
         if len(set(parameters)) < 2:
-            raise UserError("the cost of a size is read off at least two sizes")
+            raise UserError("the cost of a size needs at least two sizes")
         x_R, y_R = np.log(parameters), np.log(flops) - np.log(tokens)
         gamma, log_c = np.polyfit(x_R, y_R, 1)
         error = float(np.abs(np.exp(log_c + gamma * x_R - y_R) - 1.0).max())
@@ -49,7 +49,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Optimum:
-    """The best of a budget. `loss` in nats a code."""
+    """The optimum of a budget. `loss` in nats a code."""
 
     flops: float
     parameters: Interval
@@ -59,12 +59,12 @@ class Optimum:
 
     @property
     def told(self) -> bool:
-        """Whether the rungs name a size: within a factor of `MOST_SPREAD`."""
+        """Whether the rungs determine a size within a factor of `MOST_SPREAD`."""
         return self.parameters.high <= MOST_SPREAD * self.parameters.low
 
 
 def compute_optimal(law: Law, cost: Cost, flops: float) -> Optimum:
-    """Of a law L(N, D), at a budget of FLOPs."""
+    """The optimum of a law L(N, D) at a budget of FLOPs."""
     assert law.variables == ("N", "D"), "a budget is shared between size and data"
     log_a, alpha = law.powers("N")
     log_b, beta = law.powers("D")

@@ -1,7 +1,7 @@
-"""What a run needs: parameters, FLOPs, memory of a GPU, a checkpoint, and time where a rate is known or assumed.
+"""Needs of a run: parameters, FLOPs, GPU memory, checkpoint size, and time for a known or assumed rate.
 
-Everything is computed on the meta device from the config alone, so a plan takes seconds and no GPU. What is assumed is
-said to be: a GPU that is not in the table has no peak, and so no time.
+Everything is computed on the meta device from the config alone, so a plan takes seconds and no GPU. Assumptions are
+marked. A GPU outside the table has no peak rate, and its plan no time.
 """
 
 from __future__ import annotations
@@ -11,27 +11,30 @@ from pathlib import Path
 
 from ibq_scale.config.batch import codebook_group_size
 from ibq_scale.config.deepspeed import deepspeed_config, zero_words
+from ibq_scale.config.layers import with_values
 from ibq_scale.config.run import AnyRun, ARRun, TokenizerRun
 from ibq_scale.documents import read_json
 from ibq_scale.errors import UserError
+from ibq_scale.models.fp8 import EAGER
 from ibq_scale.quantize.kinds import KINDS
 from ibq_scale.scaling import networks
+from ibq_scale.scaling.activation_memory import ar_activation_memory, tokenizer_activation_memory
 from ibq_scale.scaling.budget import MemoryBudget, ar_budget, checkpoint_bytes, tokenizer_budget
 from ibq_scale.scaling.communication import Transfer, codebook_transfers, engine_transfers, tokenizer_transfers
 from ibq_scale.scaling.devices import DEVICES, Device, named
 from ibq_scale.scaling.fabric import Fabric
 from ibq_scale.scaling.flops import AR_FORMULA, TOKENIZER_FORMULA, ar_executed, ar_flops, step_flops
-from ibq_scale.scaling.roofline import StepTime, Work, step_time
-from ibq_scale.scaling.states import Zero
+from ibq_scale.scaling.roofline import GpuWork, StepTime, step_time
+from ibq_scale.zero.memory import Zero
 
-# Of rates that a model's FLOPs explain: a measured file of another model is refused beyond it.
+# Tolerance in matching a benchmark file to this model by FLOPs. A file of another model is refused.
 SAME_FLOPS = 1e-3
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What is asked for. `device`: a GPU's name; `memory`: bytes of one GPU, where the name does not tell; `net`:
-    bytes/s of a GPU to other nodes, None for `fabric.NDR`.
+    """The requested machine. `device`: a GPU's name. `memory`: bytes of one GPU, for an unknown name. `net`: bytes/s of
+    a GPU to other nodes, None for `fabric.NDR`.
     """
 
     gpus: int = 1
@@ -42,23 +45,23 @@ class Machine:
 
     @property
     def world(self) -> int:
-        """Ranks, one a GPU."""
+        """Ranks, one per GPU."""
         return self.gpus * self.nodes
 
     @property
     def known(self) -> Device | None:
-        """The GPU in the table, None for one that is not."""
+        """The GPU in the table, None for an unknown one."""
         return None if self.device is None else named(self.device)
 
     @property
     def gpu_memory(self) -> float | None:
-        """Bytes of one GPU, None where nobody said."""
+        """Bytes of one GPU, None if unknown."""
         return self.memory or (self.known.memory if self.known else None)
 
 
 @dataclass(frozen=True)
 class Rate:
-    """A measured rate, from a benchmark's JSON: of one GPU, and of what model."""
+    """A measured rate of one GPU from a benchmark's JSON, with its model."""
 
     source: str
     device: str
@@ -67,7 +70,7 @@ class Rate:
 
     @staticmethod
     def read(path: Path) -> Rate:
-        """From what `ibq-scale bench ar` or `bench tokenizer` printed with --json. UserError for anything else."""
+        """Reads the JSON of `ibq-scale bench ar` or `bench tokenizer`. UserError for other files."""
         try:
             report = read_json(path)
             rate = float(report["images_per_s"]) / int(report["ranks"])
@@ -80,8 +83,8 @@ class Rate:
 
 @dataclass(frozen=True)
 class Flops:
-    """Of training, an image: what is needed, by part, and what is done, with what is computed again. `tf32`: of that,
-    what runs at half of bf16's rate.
+    """Training FLOPs per image: required, by part, and executed, with recomputation. `tf32`: the executed part at half
+    of bf16's rate.
     """
 
     parts: dict[str, float]
@@ -96,7 +99,7 @@ class Flops:
 
 @dataclass(frozen=True)
 class Time:
-    """Of the whole run. `basis` says what it rests on; the rest is None where it rests on nothing."""
+    """Time of the whole run. `basis`: origin of the rate. The other fields are None without a rate."""
 
     basis: str
     images_per_s: float | None = None
@@ -107,10 +110,10 @@ class Time:
 
 @dataclass(frozen=True)
 class Plan:
-    """See the module's docstring. Bytes and FLOP/s are plain numbers, of one GPU where not said otherwise.
+    """See the module's docstring. Bytes and FLOP/s are plain numbers, per GPU unless noted.
 
-    `communication`: of a step. `storage_bytes`: of all checkpoints that are kept, and one that is being written.
-    `roofline`: where a bf16 run's GPU is known.
+    `communication`: per step. `storage_bytes`: of all kept checkpoints and one being written. `roofline`: for a bf16
+    run on a known GPU.
     """
 
     name: str
@@ -138,13 +141,13 @@ class Plan:
 
     @property
     def fits(self) -> bool | None:
-        """None where the GPU's memory is unknown."""
+        """Whether the peak fits, None for an unknown memory."""
         memory = self.machine.gpu_memory
         return None if memory is None else self.memory.peak <= memory
 
     @property
     def sharding(self) -> str:
-        """In words."""
+        """The sharding in words."""
         return zero_words(self.zero_stage, self.machine.world)
 
     @property
@@ -153,7 +156,7 @@ class Plan:
 
 
 def make_plan(run: AnyRun, machine: Machine, *, mfu: float, measured: Rate | None = None) -> Plan:
-    """Plans a run. UserError for what training refuses too: batches, the DeepSpeed JSON, the codebook's groups."""
+    """Plans a run. UserError for configs refused by training: batches, the DeepSpeed JSON, the codebook's groups."""
     config = deepspeed_config(run, machine.world)
     zero = Zero.of(config, world=machine.world)
     if isinstance(run, TokenizerRun):
@@ -180,7 +183,7 @@ def make_plan(run: AnyRun, machine: Machine, *, mfu: float, measured: Rate | Non
     train = run.train
     size = checkpoint_bytes(run, nets)
     # A product at half the rate takes the time of two.
-    work = Work(flops.executed + flops.tf32, budget.kept_per_image, sum(net.parameters for net in nets))
+    work = GpuWork(flops.executed + flops.tf32, _moved_per_image(run, budget), sum(net.parameters for net in nets))
     overlap = bool(config.get("zero_optimization", {}).get("overlap_comm"))
     return Plan(
         name=run.name,
@@ -210,36 +213,63 @@ def make_plan(run: AnyRun, machine: Machine, *, mfu: float, measured: Rate | Non
 
 def _codebook_note(run: AnyRun, machine: Machine, zero: Zero) -> list[str]:
     """Where other groups would exchange the codebook in less than half of the time."""
-    device = machine.known
-    if not isinstance(run, TokenizerRun) or not KINDS[run.quantizer.kind].reaches_all_codes or device is None:
+    if not isinstance(run, TokenizerRun) or machine.known is None:
         return []
-    world, codes = machine.world, run.quantizer.codebook_size
-    tokens = run.train.micro_batch * run.model.tokens
-    fabric = Fabric.of(device, machine.gpus, net=machine.net)
-
-    def seconds(group: int) -> float:
-        transfers = codebook_transfers(codes, run.quantizer.dim, tokens, zero.accumulation, group, world)
-        return sum(fabric.seconds(transfer, world) for transfer in transfers)
-
-    mine = codebook_group_size(run, world)
-    best = min((g for g in range(1, world + 1) if world % g == 0 and codes % g == 0), key=seconds)
-    if seconds(best) > 0.5 * seconds(mine):
+    mine, best = codebook_group_size(run, machine.world), fastest_group(run, machine)
+    took, least = (_codebook_seconds(run, machine, group, zero.accumulation) for group in (mine, best))
+    if least > 0.5 * took or took == 0:
         return []
     return [
-        f"the codebook over groups of {mine} GPUs takes {1000 * seconds(mine):.3g} ms a step to exchange (links: "
-        f"assumed); codebook_group={best} would take {1000 * seconds(best):.3g} ms"
+        f"the codebook over groups of {mine} GPUs takes {1000 * took:.3g} ms a step to exchange (links: assumed); "
+        f"codebook_group={best} would take {1000 * least:.3g} ms"
     ]
 
 
+def fastest_group(run: TokenizerRun, machine: Machine) -> int:
+    """The number of ranks to a codebook that takes the fewest seconds of exchange a step.
+
+    0, for as many ranks as divide the codebook, where the links are not known or the codes are not exchanged.
+    """
+    if machine.known is None or not KINDS[run.quantizer.kind].reaches_all_codes:
+        return 0
+    world, codes = machine.world, run.quantizer.codebook_size
+    groups = [g for g in range(1, world + 1) if world % g == 0 and codes % g == 0]
+    # A step has the same tokens however they are cut into micro-batches.
+    return min(groups, key=lambda group: _codebook_seconds(run, machine, group, 1))
+
+
+def _codebook_seconds(run: TokenizerRun, machine: Machine, group: int, accumulation: int) -> float:
+    device = machine.known
+    if device is None or not KINDS[run.quantizer.kind].reaches_all_codes:
+        return 0.0
+    world, quantizer = machine.world, run.quantizer
+    tokens = run.train.global_batch // (world * accumulation) * run.model.tokens
+    transfers = codebook_transfers(quantizer.codebook_size, quantizer.dim, tokens, accumulation, group, world)
+    fabric = Fabric.of(device, machine.gpus, net=machine.net)
+    return sum(fabric.seconds(transfer, world) for transfer in transfers)
+
+
+def _moved_per_image(run: AnyRun, budget: MemoryBudget) -> float:
+    """Bytes of an image's activations. What is computed again is written and read again, so it counts like the rest."""
+    if run.model.activation_checkpointing in (False, "none"):
+        return budget.kept_per_image
+    if isinstance(run, TokenizerRun):
+        plain = with_values(run, {"model.activation_checkpointing": False})
+        held = tokenizer_activation_memory(plain, keeps_gradients=False)
+    else:
+        held = ar_activation_memory(with_values(run, {"model.activation_checkpointing": "none"}), keeps_gradients=False)
+    return held.kept / run.train.micro_batch
+
+
 def _kept(run: AnyRun) -> int:
-    """Checkpoints at the most."""
+    """The largest number of kept checkpoints."""
     train = run.train
     for_good = train.total_steps // train.keep_every if train.keep_every else 0
     return train.keep_checkpoints + 1 + for_good + (train.keep_best is not None)
 
 
 def _roofline(
-    run: AnyRun, machine: Machine, zero: Zero, work: Work, transfers: tuple[Transfer, ...], *, overlap: bool
+    run: AnyRun, machine: Machine, zero: Zero, work: GpuWork, transfers: tuple[Transfer, ...], *, overlap: bool
 ) -> StepTime | None:
     device = machine.known
     if device is None or run.train.precision != "bf16":
@@ -250,7 +280,7 @@ def _roofline(
 
 
 def _tokenizer_flops(run: TokenizerRun, world: int) -> Flops:
-    backend = "tiled" if run.quantizer.backend == "tiled" else "triton"
+    backend = "triton" if run.quantizer.backend == "auto" else run.quantizer.backend
     step = step_flops(run, backend=backend, sharded=(run.codebook_group or world) > 1)
     parts = {
         "autoencoder": step.autoencoder,
@@ -272,7 +302,7 @@ def _time(run: AnyRun, machine: Machine, flops: float, mfu: float, measured: Rat
                 f"{measured.source} was measured with another model: {measured.flops_per_image / 1e9:.4g} GFLOP an "
                 f"image there, {flops / 1e9:.4g} here"
             )
-        basis = f"measured on {measured.device} ({measured.source}); more GPUs are taken to lose nothing"
+        basis = f"measured on {measured.device} ({measured.source}); assumes no loss with more GPUs"
         return _at(run, machine, measured.images_per_s * machine.world, basis)
     device = machine.known
     if device is None:
@@ -300,6 +330,7 @@ def _notes(run: AnyRun, machine: Machine, budget: MemoryBudget) -> tuple[str, ..
         notes.append("model.compile keeps less for the backward pass than is counted here")
     if isinstance(run, ARRun) and run.model.fp8:
         notes.append("model.fp8: products of the blocks are quicker than the bf16 peak that the time counts with")
+        notes += [EAGER] if not run.model.compile else []
     if isinstance(run, ARRun) and run.ema_decay == 0:
         notes.append("no EMA of the weights (ema_decay=0)")
     return tuple(notes)

@@ -1,15 +1,15 @@
-"""The time of a step from what it computes, moves and sends, with the efficiencies stated.
+"""Time of a step from its FLOPs, memory traffic and communication, with stated efficiencies.
 
 The slower of products and memory is the time of the passes (Williams et al., Commun. ACM 52, 2009):
 
-    products    FLOPs that are done, what is computed again among them, at `PRODUCTS` of the GPU's bf16 peak
-    memory      each byte kept for the way back is written and read once in either direction (4 ×), weights are read
-                once forward and twice backward for each micro-batch, at `MEMORY` of the sheet's bandwidth
+    products    executed FLOPs, with recomputation, at `PRODUCTS` of the GPU's bf16 peak
+    memory      each byte kept for the backward pass is written and read once in either direction (4 ×), weights are
+                read once forward and twice backward for each micro-batch, at `MEMORY` of the sheet's bandwidth
     optimizer   this rank's share: weights and two moments in fp32 read and written, the gradient read, a weight written
-    exchange    collectives (`communication`) on the links (`fabric`); hidden behind the backward pass, two thirds of
-                the passes, where the DeepSpeed JSON has overlap_comm
+    exchange    collectives (`communication`) on the links (`fabric`), hidden behind the backward pass (two thirds of
+                the passes) if the DeepSpeed JSON has overlap_comm
 
-Waiting for data, saves and what is not a matrix product and not memory are not in it.
+Waiting for data, saves, and work other than products and memory are left out.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from ibq_scale.scaling.communication import Transfer
 from ibq_scale.scaling.devices import Device
 from ibq_scale.scaling.fabric import LINK_SHARE, Fabric
-from ibq_scale.scaling.states import FP32, Zero
+from ibq_scale.zero.memory import FP32, Zero
 
 # Assumed shares of the data sheet.
 PRODUCTS, MEMORY = 0.6, 0.8
@@ -34,8 +34,8 @@ OPTIMIZER_BYTES = 2 * 3 * FP32 + FP32
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a GPU does: of an image FLOPs done and bytes kept for the way back; and parameters."""
+class GpuWork:
+    """A GPU's work: executed FLOPs and bytes kept for the backward pass per image, and parameters."""
 
     flops: float
     kept: float
@@ -44,7 +44,7 @@ class Work:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one step. `exposed`: of the exchange, what nothing hides."""
+    """Seconds of one step. `exposed`: the part of the exchange that nothing hides."""
 
     products: float
     memory: float
@@ -62,7 +62,7 @@ class StepTime:
 
 
 def step_time(
-    work: Work,
+    work: GpuWork,
     zero: Zero,
     device: Device,
     fabric: Fabric,
@@ -71,7 +71,7 @@ def step_time(
     *,
     overlap: bool = False,
 ) -> StepTime:
-    """Of a rank that sees `images` a step, all micro-batches together."""
+    """Time of a rank's step of `images` over all micro-batches."""
     bandwidth = MEMORY * device.bandwidth
     products = work.flops * images / (PRODUCTS * device.peak_bf16)
     moved = KEPT_PASSES * work.kept * images

@@ -1,8 +1,8 @@
-"""Past one machine: strong and weak scaling of a transformer by ZeRO stage, and of a codebook by how it is spread.
+"""Simulates many machines: strong and weak scaling of a transformer by ZeRO stage, and of a codebook by its groups.
 
-Times are `roofline`'s, with `communication`'s volumes on `fabric`'s links. *Strong*: the config's global batch on ever
-more GPUs, so each has less to do; *weak*: each GPU keeps its micro-batch, and the global batch grows. More GPUs pay as
-long as twice as many give at least `PAYS` times the images a second; where a doubling does not, it stops.
+Times come from `roofline`, with the volumes of `communication` on the links of `fabric`. *Strong*: the config's global
+batch on more and more GPUs, with less work for each. *Weak*: each GPU keeps its micro-batch, and the global batch
+grows. More GPUs pay as long as each doubling gives at least `PAYS` times the images a second.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from ibq_scale.scaling.devices import Device
 from ibq_scale.scaling.fabric import Fabric
 from ibq_scale.scaling.flops import TRITON_PRODUCTS, ar_executed
 from ibq_scale.scaling.networks import Network
-from ibq_scale.scaling.roofline import MEMORY, OPTIMIZER_BYTES, PRODUCTS, StepTime, Work, step_time
-from ibq_scale.scaling.states import FP32, Zero, engine_states
+from ibq_scale.scaling.roofline import MEMORY, OPTIMIZER_BYTES, PRODUCTS, GpuWork, StepTime, step_time
+from ibq_scale.zero.memory import FP32, Zero, engine_states
 
 Mode = Literal["strong", "weak"]
 STAGES = (1, 2, 3)
 PAYS = 1.5
 CODEBOOKS = tuple(2**power for power in range(14, 23, 2))
-# tf32 products, the quantizer's in training, have half of bf16's peak on every GPU of the table.
+# tf32 products (the quantizer's in training) have half of bf16's peak on every GPU of the table.
 TF32 = 0.5
 
 
 @dataclass(frozen=True)
 class Row:
-    """A layout of a transformer's step. `efficiency`: images a second and GPU, of the first row's. `peak`: bytes."""
+    """A layout of a transformer's step. `efficiency`: images a second and GPU over the first row's. `peak`: bytes."""
 
     mode: Mode
     stage: int
@@ -60,7 +60,7 @@ class Row:
 
 @dataclass(frozen=True)
 class CodebookRow:
-    """A codebook over groups of `group` ranks. Seconds are of a step of one micro-batch; `bytes`: of a GPU."""
+    """A codebook over groups of `group` ranks. Seconds per step of one micro-batch. `bytes`: of a GPU."""
 
     codes: int
     gpus: int
@@ -85,29 +85,29 @@ def worlds(first: int, most: int) -> list[int]:
 
 
 def transformer_rows(run: AnyRun, device: Device, fabric: Fabric, most: int) -> list[Row]:
-    """Strong and weak scaling for each ZeRO stage. UserError for a tokenizer, fp32, or a batch that no node divides."""
+    """Strong and weak scaling for each ZeRO stage. UserError for a tokenizer, fp32, or an indivisible batch."""
     if not isinstance(run, ARRun):
-        raise UserError(f"{run.name} is a tokenizer: what of it grows past a machine is the codebook")
+        raise UserError(f"{run.name} is a tokenizer: only its codebook is simulated beyond one machine")
     if run.train.precision != "bf16":
-        raise UserError(f"{run.name} computes in fp32, and the peaks that are known are bf16's: train.precision=bf16")
+        raise UserError(f"{run.name} computes in fp32, but the known peaks are for bf16: set train.precision=bf16")
     rehearsed = _Rehearsed.of(run)
     rows = []
     for stage in STAGES:
         for mode in ("strong", "weak"):
             found = [r for n in worlds(fabric.node, most) if (r := rehearsed.row(mode, stage, n, device, fabric))]
-            rows += _judged(found)
+            rows += _compared(found)
     if not rows:
-        raise UserError(f"train.global_batch={run.train.global_batch} is not divided by {fabric.node} GPUs")
+        raise UserError(f"train.global_batch={run.train.global_batch} does not divide by {fabric.node} GPUs")
     return rows
 
 
 def codebook_rows(run: AnyRun, device: Device, fabric: Fabric, most: int, taken: float) -> list[CodebookRow]:
-    """Each size of the codebook, on each number of GPUs, over groups of every size: of one (replicated) to all.
+    """Each codebook size on each number of GPUs, over groups of every size from one (replicated) to all.
 
-    `taken`: bytes of a GPU that the rest of the run holds. UserError for a transformer.
+    `taken`: bytes of a GPU for the rest of the run. UserError for a transformer.
     """
     if not isinstance(run, TokenizerRun):
-        raise UserError(f"{run.name} is a transformer, which has no codebook")
+        raise UserError(f"{run.name} is a transformer and has no codebook")
     tokens = run.train.micro_batch * run.model.tokens
     rows = []
     for codes in CODEBOOKS:
@@ -118,7 +118,7 @@ def codebook_rows(run: AnyRun, device: Device, fabric: Fabric, most: int, taken:
 
 
 def ends(rows: Sequence[Row]) -> list[tuple[Mode, int, int]]:
-    """(mode, stage, the most GPUs that pay and fit) of each; 0 where not even the first fits."""
+    """(mode, stage, most GPUs that pay and fit) of each. 0 if not even the first fits."""
     found = []
     for mode in ("strong", "weak"):
         for stage in STAGES:
@@ -128,7 +128,7 @@ def ends(rows: Sequence[Row]) -> list[tuple[Mode, int, int]]:
 
 
 def best_groups(rows: Sequence[CodebookRow]) -> list[CodebookRow]:
-    """The quickest way that fits, of each size and number of GPUs; none where none fits."""
+    """The fastest fitting layout of each size and number of GPUs, if any fits."""
     keys = dict.fromkeys((r.codes, r.gpus) for r in rows)
     fitting = {key: [r for r in rows if (r.codes, r.gpus) == key and r.fits] for key in keys}
     return [min(found, key=lambda r: r.total) for found in fitting.values() if found]
@@ -136,29 +136,29 @@ def best_groups(rows: Sequence[CodebookRow]) -> list[CodebookRow]:
 
 @dataclass(frozen=True)
 class _Rehearsed:
-    """What is the same for all layouts: rehearsed once, on one GPU."""
+    """The common part of all layouts, rehearsed once, on one GPU."""
 
     run: ARRun
     zero: Zero
     network: Network
     budget: MemoryBudget
-    work: Work
+    work: GpuWork
     overlap: bool
 
     @staticmethod
     def of(run: ARRun) -> _Rehearsed:
-        # On one rank: what the JSON says of sharding, and not whether the batch divides.
+        # On one rank: reads the JSON's sharding without the check of batch sizes.
         train = run.train.model_copy(update={"global_batch": run.train.micro_batch})
         config = deepspeed_config(run.model_copy(update={"train": train}), 1)
         zero = Zero.of(config, world=1)
         network = networks.transformer(run)
-        # As ZeRO-2 and 3 rehearse it; ZeRO-1 keeps more, which is in its states.
+        # As for ZeRO-2 and 3. ZeRO-1 keeps more, counted in its states.
         budget = ar_budget(run, replace(zero, stage=2), network)
-        work = Work(ar_executed(run.model), budget.kept_per_image, network.parameters)
+        work = GpuWork(ar_executed(run.model), budget.kept_per_image, network.parameters)
         return _Rehearsed(run, zero, network, budget, work, bool(config["zero_optimization"].get("overlap_comm")))
 
     def row(self, mode: Mode, stage: int, world: int, device: Device, fabric: Fabric) -> Row | None:
-        """None where the global batch is not divided."""
+        """One layout. None if the global batch does not divide."""
         most, images = self.run.train.micro_batch, self.run.train.micro_batch
         if mode == "strong":
             if self.run.train.global_batch % world:
@@ -173,7 +173,7 @@ class _Rehearsed:
         return Row(mode, stage, world, micro, images // micro, time, rate, 1.0, peak, peak <= device.memory, True)
 
     def _peak(self, zero: Zero, micro: int) -> float:
-        """States of this layout, and the rehearsed activations in proportion."""
+        """States of this layout, and the rehearsed activations, scaled."""
         states = engine_states(self.network.groups, zero)
         lines = engine_lines("", states, ema_bytes(self.network, zero, self.run.ema_decay))
         rehearsed = sum(line.passes for line in self.budget.lines if line.name in ("activations", "logits and loss"))
@@ -182,22 +182,22 @@ class _Rehearsed:
         return max(passes, step) + FIXED
 
 
-def _judged(rows: Sequence[Row]) -> list[Row]:
-    """With efficiencies, and whether each doubling up to the row has paid."""
-    judged: list[Row] = []
+def _compared(rows: Sequence[Row]) -> list[Row]:
+    """Rows with efficiencies, and whether each doubling up to the row has paid."""
+    compared: list[Row] = []
     for row in rows:
         efficiency = row.images_per_s / row.gpus / (rows[0].images_per_s / rows[0].gpus)
-        before = judged[-1] if judged else None
+        before = compared[-1] if compared else None
         doublings = 1.0 if before is None else row.gpus / before.gpus / 2
         pays = before is None or (before.pays and row.images_per_s >= PAYS * doublings * before.images_per_s)
-        judged.append(replace(row, efficiency=efficiency, pays=pays))
-    return judged
+        compared.append(replace(row, efficiency=efficiency, pays=pays))
+    return compared
 
 
 def _codebook(
     codes: int, dim: int, tokens: int, group: int, world: int, device: Device, fabric: Fabric, taken: float
 ) -> CodebookRow:
-    # The same for every layout: a rank has 1/W of the codes, and the tokens of W.
+    # Independent of the layout: a rank has 1/W of the codes, and the tokens of W ranks.
     products = TRITON_PRODUCTS * 2.0 * tokens * codes * dim / (TF32 * PRODUCTS * device.peak_bf16)
     rows = codes // group
     optimizer = (OPTIMIZER_BYTES + 2 * FP32) * rows * dim / (MEMORY * device.bandwidth)

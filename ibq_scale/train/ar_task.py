@@ -16,17 +16,19 @@ from ibq_scale.data.stream import CodeBatch, code_stream
 from ibq_scale.distributed.world import World
 from ibq_scale.models.optimizers import adamw
 from ibq_scale.pretrained.loading import CONFIG, config_text
-from ibq_scale.train.alarms import Rule, Spike
-from ibq_scale.train.averaged import averaged_transformer
-from ibq_scale.train.codes import HeldOut, check_codes
-from ibq_scale.train.construction import build_transformer
-from ibq_scale.train.ema import ShardedEMA
-from ibq_scale.train.engine import gradient_norm, make_engine, set_rates, step
-from ibq_scale.train.engine_state import engine_file, load_engine
+from ibq_scale.supervise.alarms import Rule, Spike
+from ibq_scale.supervise.compatible import check_codes
+from ibq_scale.supervise.dashboards import Histogram
+from ibq_scale.train.ema_model import ema_transformer
 from ibq_scale.train.randomness import seed_by_position
 from ibq_scale.train.sample_grid import SampleGrid
 from ibq_scale.train.schedule import lr_factor, weight_decay
-from ibq_scale.train.task import Histogram, Step, Validation
+from ibq_scale.train.task import Step, Validation
+from ibq_scale.train.validation_ar import HeldOut
+from ibq_scale.zero.engine import gradient_norm, make_engine, set_rates, step
+from ibq_scale.zero.engine_state import engine_file, load_engine
+from ibq_scale.zero.meta_init import build_transformer
+from ibq_scale.zero.sharded_ema import ShardedEMA
 
 
 class ARTask:
@@ -91,7 +93,7 @@ class ARTask:
         due = step % self.run.validation.every == 0 or step == self.run.train.total_steps
         if not due or (self.held_out is None and self.grid is None):
             return Validation()
-        transformer = averaged_transformer(self.run, self.ema, self.world)
+        transformer = ema_transformer(self.run, self.ema, self.world)
         values = {} if self.held_out is None else {"validation_loss": self.held_out.loss(transformer, progress)}
         pictures = {} if self.grid is None else {"samples": self.grid.draw(transformer, progress)}
         return Validation(values, pictures)

@@ -22,7 +22,7 @@ from ibq_scale.pretrained.loading import CODEBOOK, codebook_part, codebook_to_st
 from ibq_scale.quantize.collectives import Group, Shards, gather_rows
 from ibq_scale.quantize.kinds import KINDS
 from ibq_scale.quantize.quantizer import initial_codebook, rows_of
-from ibq_scale.train.projection import Projection
+from ibq_scale.train.simvq import Projection
 
 
 class ShardedCodebook:

@@ -7,16 +7,15 @@ import logging
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from contextlib import closing, suppress
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from pydantic import BaseModel
 
 from ibq_scale.checkpoint.mirror import Mirror
 from ibq_scale.checkpoint.reading import Checkpoint
@@ -39,46 +38,51 @@ from ibq_scale.distributed.timeouts import set_timeouts
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from ibq_scale.report.compare import write_report
-from ibq_scale.train.attempts import add_unnoticed
+from ibq_scale.scaling.auto import Choice, machine_of, settle
+from ibq_scale.supervise.attempts import add_unnoticed
+from ibq_scale.supervise.compatible import check_same_data, check_same_run
+from ibq_scale.supervise.dashboards import dashboard_classes
+from ibq_scale.supervise.preemption import REQUEUE_EXIT_CODE, StopRequest
+from ibq_scale.supervise.run_lock import locked
+from ibq_scale.supervise.watchdog import FIRST_STEP_FACTOR, Watchdog
+from ibq_scale.train.determinism import fix_the_order_of_sums
 from ibq_scale.train.kernel_tiles import settle_tiles
-from ibq_scale.train.opening import opening
-from ibq_scale.train.preemption import REQUEUE_EXIT_CODE, StopRequest
-from ibq_scale.train.run_lock import locked
+from ibq_scale.train.schedule import shape_of
+from ibq_scale.train.startup_summary import startup_summary
 from ibq_scale.train.task import Task
 from ibq_scale.train.trainer import Outcome, Trainer
-from ibq_scale.train.watchdog import FIRST_STEP_FACTOR, Watchdog
 
-# After a signal, for what is under way to the mirror.
+# Longest wait for running uploads to the mirror after a stop signal.
 STOPPED_MIRROR_SECONDS = 20.0
-# A checkpoint continues only under the same networks and the same stream of samples.
-FIXED = ("task", "model", "quantizer", "discriminator")
-# How a network is computed and not what it is: may change between one part of a run and the next.
-FREE = {"backend", "logit_precision", "search", "tile_bytes", "revive_after", "attention"}
-FREE |= {"activation_checkpointing", "compile", "fp8"}
-FIXED_DATA = ("order", "lanes", "window", "weights")
 PACKAGES = ("torch", "torchvision", "deepspeed", "webdataset", "s3fs", "numpy", "ibq-scale")
 
 log = logging.getLogger(__name__)
 
 
-def train(config: AnyRun, world: World, stop: StopRequest) -> int:
+def run_training(config: AnyRun, world: World, stop: StopRequest) -> int:
     """Trains `config` to its end, from the newest whole checkpoint of its run directory if there is one.
 
-    Returns the exit code: 0 done, 75 stopped by a signal with everything saved. UserError where another job trains in
-    the same run directory. Any other error carries a note on where its traceback is.
+    Returns the exit code: 0 done, 75 stopped by a signal with everything saved. UserError if another job trains in the
+    same run directory. Any other error has a note with the path of its traceback.
     """
     require_complete(config)
-    accumulation_steps(config.train, world.size)
+    # An extension that cannot be imported ends the run before anything is built.
+    shape_of(config.schedule)
+    dashboard_classes(config)
+    fix_the_order_of_sums(config)
     run_dir = Path(config.run_dir)
     try:
         with locked(run_dir, world):
             if world.is_main:
-                # It is only said; a full disk is met later, where it matters.
+                # A full disk is reported later, by a save.
                 with suppress(OSError):
                     add_unnoticed(run_dir)
-            # Before anything else is read or written there, or waited for.
+            # Before any other read, write or collective.
             hosts = check_nodes(world, SideChannel(world), run_dir, _cache_dir(config), partial(_ask_stores, config))
-            return _train(config, run_dir, world, stop, hosts)
+            settled, choices = settle(config, machine_of(world))
+            accumulation_steps(settled.train, world.size)
+            _say_choices(world, choices)
+            return _train_locked(settled, run_dir, world, stop, hosts)
     except UserError:
         raise
     except Exception as e:
@@ -91,7 +95,7 @@ def train(config: AnyRun, world: World, stop: StopRequest) -> int:
         raise
 
 
-def _train(config: AnyRun, run_dir: Path, world: World, stop: StopRequest, hosts: list[str]) -> int:
+def _train_locked(config: AnyRun, run_dir: Path, world: World, stop: StopRequest, hosts: list[str]) -> int:
     with closing(
         CheckpointFolder(run_dir / "checkpoints", world, Retention.of(config.train), Mirror.of(config.train.mirror))
     ) as checkpoints:
@@ -109,15 +113,15 @@ def _train(config: AnyRun, run_dir: Path, world: World, stop: StopRequest, hosts
             checkpoints.start_mirror()
             checkpoints.finish_mirror()
             return 0
-        outcome = _watched(config, world, stop, checkpoints, resume_from, hosts)
-        # Unwatched, since it may take its time: but a signal leaves little. The next start sends the rest.
+        outcome = _train_watched(config, world, stop, checkpoints, resume_from, hosts)
+        # Without the watchdog, since it may take long. After a signal time is short: the next start uploads the rest.
         checkpoints.finish_mirror(STOPPED_MIRROR_SECONDS if outcome.stopped else None)
     if not outcome.saved:
         raise UserError(
             f"{run_dir}/checkpoints: step {outcome.step} could not be saved (see above): make room, then the same "
             f"command goes on from the newest whole checkpoint"
         )
-    # One that was stopped while it started has nothing to report.
+    # A run stopped during its start has nothing to report.
     if world.is_main and (run_dir / "metrics.jsonl").is_file():
         _report(run_dir)
     if outcome.stopped:
@@ -128,14 +132,14 @@ def _train(config: AnyRun, run_dir: Path, world: World, stop: StopRequest, hosts
 
 
 def _report(run_dir: Path) -> None:
-    """A run that is trained and saved has not failed for want of a page, which 'ibq-scale report' writes again."""
+    """Writes report.html. A failure only prints a line: the run is trained and saved."""
     try:
         write_report([run_dir], run_dir / "report.html")
     except Exception as e:
         tell(f"{run_dir}/report.html could not be written ({describe(e)}): 'ibq-scale report {run_dir}' tries again")
 
 
-def _watched(
+def _train_watched(
     config: AnyRun,
     world: World,
     stop: StopRequest,
@@ -143,10 +147,10 @@ def _watched(
     resume_from: Checkpoint | None,
     hosts: list[str],
 ) -> Outcome:
-    """Builds and trains, and ends the process where nothing moves any more."""
+    """Builds the task and trains it, under the watchdog."""
     run_dir, timeout = Path(config.run_dir), config.train.hang_timeout
     start = resume_from.step if resume_from is not None else 0
-    # Half as long again as the watchdog's longest patience, also for the groups that engines make.
+    # 1.5 × the watchdog's longest patience, also for the engines' groups.
     patience = timedelta(seconds=1.5 * FIRST_STEP_FACTOR * timeout)
     set_timeouts(patience)
     with closing(Watchdog(run_dir, world, hosts, timeout, start, stop.stand_down)) as watchdog:
@@ -161,46 +165,14 @@ def _watched(
             _write_config(run_dir, config)
         watchdog.report("building")
         begin = f"resuming from {resume_from.path}" if resume_from else "starting"
-        said = opening(config, world, hosts, sets, begin)
-        task = _make_task(config, world, sets)
-        set_timeouts(patience)
+        said = startup_summary(config, world, hosts, sets, begin)
+        task = _make_task(config, world, sets, patience)
         _say(world, said)
         return Trainer(config, task, world, sets, checkpoints, watchdog).run(resume_from, stop)
 
 
-def check_same_run(config: AnyRun, checkpoint: Checkpoint) -> None:
-    """UserError where the checkpoint belongs to another model or another stream of samples."""
-    saved, now = checkpoint.manifest["config"], config.model_dump(mode="json")
-    sections = [name for name in FIXED[1:] if name in saved and hasattr(config, name)]
-    saved = saved | {name: _with_defaults(saved[name], getattr(config, name)) for name in sections}
-    for section in FIXED:
-        if _what(saved.get(section)) != _what(now.get(section)):
-            raise UserError(
-                f"{checkpoint.path} is a checkpoint of another model: '{section}' has "
-                f"{_difference(saved, now, section)}. Give another out=… or the same config"
-            )
-    for key in FIXED_DATA:
-        before = saved["data"].get(key, 1)
-        if now["data"][key] not in (None, before):
-            raise UserError(f"{checkpoint.path}: data.{key} was {before}; the order of samples depends on it")
-    for key in ("seed", "global_batch"):
-        if saved["train"][key] != now["train"][key]:
-            raise UserError(
-                f"{checkpoint.path}: train.{key} was {saved['train'][key]}; the order of samples depends on it"
-            )
-
-
-def check_same_data(config: AnyRun, checkpoint: Checkpoint, data_hash: str) -> None:
-    """UserError where a position would mean another sample than before."""
-    if checkpoint.manifest["data_hash"] != data_hash:
-        raise UserError(
-            f"{checkpoint.path}: {', '.join(config.data.sources)} holds other data than before (the manifests "
-            f"differ), so the order of samples would not go on. Give the same data, or another out=…"
-        )
-
-
 def _check_ranks_agree(config: AnyRun, sets: DataSets, world: World) -> None:
-    """UserError, on every rank, where a node's own copy of the data is another than rank 0's."""
+    """UserError, on every rank, if a rank's copy of the data differs from rank 0's."""
     hashes = of_all_ranks(world, sets.hash)
     others = [rank for rank, found in enumerate(hashes) if found != hashes[0]]
     if others:
@@ -215,7 +187,7 @@ def _with_data(config: AnyRun, data: DataConfig) -> AnyRun:
 
 
 def _ask_stores(config: AnyRun) -> None:
-    """UserError where this node cannot read of the data that there is any."""
+    """UserError if this node finds no manifest in the data."""
     for url in config.data.sources:
         if not open_store(url).exists(MANIFEST):
             raise UserError(f"{url} has no {MANIFEST}")
@@ -226,32 +198,18 @@ def _cache_dir(config: AnyRun) -> Path | None:
     return None if named in (None, "auto") else Path(str(named))
 
 
-def _with_defaults(saved: dict[str, Any], section: BaseModel) -> dict[str, Any]:
-    """A section of a release that knew fewer keys: what it did without them is what their defaults do."""
-    fields = type(section).model_fields
-    return {name: field.get_default() for name, field in fields.items()} | saved
-
-
-def _what(section: object) -> object:
-    return {k: v for k, v in section.items() if k not in FREE} if isinstance(section, dict) else section
-
-
-def _difference(saved: dict[str, object], now: dict[str, object], section: str) -> str:
-    before, after = saved.get(section), now.get(section)
-    if isinstance(before, dict) and isinstance(after, dict):
-        changed = [k for k in sorted({*before, *after} - FREE) if before.get(k) != after.get(k)]
-        return ", ".join(f"{k}={before.get(k)} there and {after.get(k)} here" for k in changed)
-    return f"{before} there and {after} here"
-
-
-def _make_task(config: AnyRun, world: World, sets: DataSets) -> Task:
+def _make_task(config: AnyRun, world: World, sets: DataSets, patience: timedelta) -> Task:
+    """The run's task. `patience`: how long collectives wait, those of the groups that it makes too."""
     if isinstance(config, TokenizerRun):
         from ibq_scale.train.tokenizer_task import TokenizerTask
 
-        return TokenizerTask(config, world, sets)
-    from ibq_scale.train.ar_task import ARTask
+        task: Task = TokenizerTask(config, world, sets)
+    else:
+        from ibq_scale.train.ar_task import ARTask
 
-    return ARTask(config, world, sets)
+        task = ARTask(config, world, sets)
+    set_timeouts(patience)
+    return task
 
 
 def _prepare_run_dir(run_dir: Path, config: AnyRun, world: World) -> None:
@@ -261,7 +219,7 @@ def _prepare_run_dir(run_dir: Path, config: AnyRun, world: World) -> None:
         _write_config(run_dir, config)
         open_store(str(run_dir)).write("environment.json", (json.dumps(environment(world), indent=2) + "\n").encode())
     dist.barrier()
-    # A log on a full disk is no reason for a traceback a line.
+    # No traceback per line for a log on a full disk.
     logging.raiseExceptions = False
     handler = logging.FileHandler(_log_path(run_dir, world))
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -278,7 +236,7 @@ def _log_path(run_dir: Path, world: World) -> Path:
 
 
 def environment(world: World) -> dict[str, object]:
-    """Versions, git commit, devices: what one needs to know to believe a figure."""
+    """Versions, git commit and devices, to reproduce a result."""
     cuda = torch.cuda.is_available()
     return {
         "python": platform.python_version(),
@@ -296,6 +254,12 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _say_choices(world: World, choices: Sequence[Choice]) -> None:
+    """A line of the settings that the config leaves open, with their values here and the reasons."""
+    if choices:
+        _say(world, "auto: " + "; ".join(f"{c.key}={c.value} ({c.reason})" for c in choices))
 
 
 def _say(world: World, message: str) -> None:

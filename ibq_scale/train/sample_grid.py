@@ -1,4 +1,4 @@
-"""Samples of a transformer in training: always the same places, so that pictures of two steps can be compared."""
+"""Samples of a transformer in training, with the same classes and random numbers each time, to compare steps."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from ibq_scale.models.transformer import Transformer
 from ibq_scale.pictures import image_grid, to_uint8
 from ibq_scale.pretrained.loading import load_tokenizer
 
-# Images that a rank makes at once. Fixed, since the last bits of a product depend on it.
+# Images per batch. Fixed, since the last bits of a product depend on it.
 CHUNK = 4
 
 
 class SampleGrid:
     """`validation.images` pictures of evenly spaced classes, decoded by the run's tokenizer.
 
-    The tokenizer waits in host memory. UserError where it cannot be loaded.
+    The tokenizer is in host memory between calls. UserError if it cannot be loaded.
     """
 
     def __init__(self, run: ARRun, world: World) -> None:
@@ -36,7 +36,7 @@ class SampleGrid:
         self.tokenizer = load_tokenizer(run.tokenizer)
         count, classes = run.validation.images, run.model.classes
         self.labels = [place * classes // count for place in range(count)]
-        # Of a class's images each has a number of its own.
+        # The images of a class have different numbers.
         self.ids = [place - self.labels.index(label) for place, label in enumerate(self.labels)]
         guidance, temperature = _as_published(run)
         validation = run.validation
@@ -44,9 +44,9 @@ class SampleGrid:
 
     @torch.inference_mode()
     def draw(self, transformer: Transformer, progress: Callable[[], None]) -> Tensor:
-        """The grid, uint8 (3, H, W) on the CPU, on every rank. Collective; the same for any number of ranks.
+        """The grid, uint8 (3, H, W) on the CPU, on every rank. Collective, with equal pixels for any number of ranks.
 
-        All ranks make equally many images, some of them twice.
+        All ranks make equally many images, so some images are made twice.
         """
         device, side = self.world.device, self.run.model.grid
         tokenizer = self.tokenizer.to(device)

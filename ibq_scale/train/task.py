@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
@@ -10,7 +10,8 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from ibq_scale.checkpoint.files import StateFile
-from ibq_scale.train.alarms import Rule
+from ibq_scale.supervise.alarms import Rule
+from ibq_scale.supervise.dashboards import Histogram
 
 # Metric tensors stay on the device until a line is logged: reading them earlier would wait for the device.
 StepMetrics = dict[str, Tensor]
@@ -33,13 +34,6 @@ class Validation(NamedTuple):
 
     values: Mapping[str, float] = MappingProxyType({})
     pictures: Mapping[str, Tensor] = MappingProxyType({})
-
-
-class Histogram(NamedTuple):
-    """`counts[i]` values lie in [`edges[i]`, `edges[i + 1]`)."""
-
-    counts: Sequence[int]
-    edges: Sequence[int]
 
 
 class Task(Protocol):

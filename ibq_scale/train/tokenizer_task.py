@@ -32,23 +32,24 @@ from ibq_scale.losses.perceptual import Perceptual
 from ibq_scale.models.autoencoder import TokenizerModel, tokens_of
 from ibq_scale.models.discriminator import PatchDiscriminator
 from ibq_scale.models.optimizers import adam
+from ibq_scale.models.precision import compute_dtype
 from ibq_scale.pictures import reconstruction_grid
 from ibq_scale.pretrained.loading import CONFIG, config_text, start_from
 from ibq_scale.quantize.kinds import KINDS
-from ibq_scale.quantize.types import Quantized
-from ibq_scale.scaling.rehearse import compute_dtype
-from ibq_scale.train.alarms import Above, Drop, Rule, Spike
-from ibq_scale.train.averaged import averaged_tokenizer
+from ibq_scale.quantize.quantized import Quantized
+from ibq_scale.supervise.alarms import Above, Drop, Rule, Spike
+from ibq_scale.supervise.budgets import BadSamples
+from ibq_scale.supervise.dashboards import Histogram
 from ibq_scale.train.codebook import ShardedCodebook
-from ibq_scale.train.ema import ShardedEMA
-from ibq_scale.train.engine import discriminator_config, gradient_norm, make_engine, set_rates, step
-from ibq_scale.train.engine_state import engine_file, load_engine
-from ibq_scale.train.guards import BadSamples
-from ibq_scale.train.held_out import HeldOutImages
+from ibq_scale.train.ema_model import ema_tokenizer
 from ibq_scale.train.randomness import seed_by_position
 from ibq_scale.train.schedule import lr_factor
-from ibq_scale.train.task import Histogram, Step, StepMetrics, Validation
+from ibq_scale.train.task import Step, StepMetrics, Validation
 from ibq_scale.train.usage import UsageTracker
+from ibq_scale.train.validation_tokenizer import HeldOutImages
+from ibq_scale.zero.engine import discriminator_config, gradient_norm, make_engine, set_rates, step
+from ibq_scale.zero.engine_state import engine_file, load_engine
+from ibq_scale.zero.sharded_ema import ShardedEMA
 
 LECAM = "lecam.safetensors"
 
@@ -136,7 +137,7 @@ class TokenizerTask:
         sums: StepMetrics = {}
         finite = torch.ones((), dtype=torch.bool, device=self.world.device)
         statistics = [buffer.clone() for buffer in self.discriminator.module.buffers()]
-        taught = True
+        discriminator_stepped = True
         micro_batches = [self._to_device(next(batches)) for _ in range(self.accumulation)]
         mean_K = self._step_mean(micro_batches)
         for batch in micro_batches:
@@ -146,7 +147,7 @@ class TokenizerTask:
             applied = step(self.generator)
             if self.adversarial:
                 metrics |= self._discriminator_backward(images, reconstruction)
-                taught = step(self.discriminator)
+                discriminator_stepped = step(self.discriminator)
             for name, value in metrics.items():
                 finite &= value.isfinite()
                 sums[name] = sums.get(name, torch.zeros_like(value)) + value / self.accumulation
@@ -157,14 +158,14 @@ class TokenizerTask:
             self.codebook.drop_gradient()
         self.usage.end_step()
         self._revive(images)
-        if not taught:
+        if not discriminator_stepped:
             # Their running means have seen the pictures that were not finite.
             for buffer, before in zip(self.discriminator.module.buffers(), statistics, strict=True):
                 buffer.copy_(before)
         elif self.adversarial:
             self._update_lecam(sums)
         sums["grad_norm"] = gradient_norm(self.generator, self.world.device)
-        return Step(sums, applied and taught, finite)
+        return Step(sums, applied and discriminator_stepped, finite)
 
     def _to_device(self, batch: ImageBatch) -> ImageBatch:
         self.bad_samples.note(batch.faults)
@@ -262,7 +263,7 @@ class TokenizerTask:
         due = step % self.run.validation.every == 0 or step == self.run.train.total_steps
         if not due or self.held_out is None:
             return Validation()
-        tokenizer = averaged_tokenizer(self.run, self.ema, self.codebook, self.world)
+        tokenizer = ema_tokenizer(self.run, self.ema, self.codebook, self.world)
         values = self.held_out.measure(tokenizer, progress)
         return Validation({f"validation_{name}": value for name, value in values.items()})
 

@@ -21,16 +21,17 @@ from ibq_scale.checkpoint.saving import CheckpointFolder
 from ibq_scale.config.run import AnyRun
 from ibq_scale.data.sets import DataSets
 from ibq_scale.distributed.world import World
-from ibq_scale.train.alarms import Alarms
-from ibq_scale.train.garbage import collect_young, collected_together
-from ibq_scale.train.guards import SkippedSteps
-from ibq_scale.train.metrics import MetricsLog
-from ibq_scale.train.once import SeenOnce
-from ibq_scale.train.preemption import StopRequest
-from ibq_scale.train.stragglers import Stragglers
+from ibq_scale.supervise.alarms import Alarms
+from ibq_scale.supervise.budgets import SkippedSteps
+from ibq_scale.supervise.epoch_audit import EpochAudit
+from ibq_scale.supervise.garbage import collect_young, collected_together
+from ibq_scale.supervise.metrics import MetricsLog
+from ibq_scale.supervise.preemption import StopRequest
+from ibq_scale.supervise.profile import StepProfile
+from ibq_scale.supervise.stragglers import Stragglers
+from ibq_scale.supervise.watchdog import Watchdog
 from ibq_scale.train.task import StepMetrics, Task, Validation
 from ibq_scale.train.utilization import Utilization
-from ibq_scale.train.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class NonFiniteLossError(RuntimeError):
 class _CountedBatches:
     """Measures how long the step waits for data, and notes which samples it got; `requests` since last asked."""
 
-    def __init__(self, batches: Iterator[Any], once: SeenOnce, watchdog: Watchdog) -> None:
+    def __init__(self, batches: Iterator[Any], once: EpochAudit, watchdog: Watchdog) -> None:
         self._batches = batches
         self._once = once
         self._watchdog = watchdog
@@ -98,7 +99,7 @@ class Trainer:
         self.sets = sets
         self.checkpoints = checkpoints
         self.watchdog = watchdog
-        self.once = SeenOnce(sets, config.train.seed, world)
+        self.once = EpochAudit(sets, config.train.seed, world)
         self.skipped = SkippedSteps(config.train.skipped_steps, world)
         self.alarms = Alarms(task.alarms)
         self.utilization = Utilization.of(config, world)
@@ -123,7 +124,10 @@ class Trainer:
             self.watchdog.report("step")
             if stop.agreed(self.world):
                 return Outcome(start, stopped=True, saved=True)
-            with collected_together():
+            train = self.config.train
+            self.profile = StepProfile(self.run_dir, train.profile, train.profile_ranks, self.world)
+            stack.callback(self.profile.close)
+            with collected_together(), self.profile.out_of_memory():
                 return self._loop(start, metrics, stop, stragglers)
 
     def _loop(self, start: int, metrics: MetricsLog | None, stop: StopRequest, stragglers: Stragglers) -> Outcome:
@@ -133,11 +137,11 @@ class Trainer:
         save_due = False
         for step in range(start + 1, total + 1):
             rates = self.task.set_rates((step - 1) * train.global_batch)
-            with stragglers.step():
-                applied = self._train(step, batches, window)
+            with self.profile.step(step), stragglers.step():
+                applied = self._train_step(step, batches, window)
             watchdog.step_ended(step)
             collect_young(step)
-            stopping = stop.agreed(self.world)
+            stopping = stop.agreed_before(self.world)
             # What is left of the time after a signal is for the checkpoint.
             validation = Validation() if stopping and step < total else self._validate(step, window)
             if step % train.log_every == 0 or step == total or validation.values:
@@ -151,7 +155,7 @@ class Trainer:
                 self._logged = values
                 self.once.check(step * train.global_batch)
                 if metrics is not None:
-                    alarms += self.alarms.look(values)
+                    alarms += self.alarms.check(values)
                     metrics.write(
                         step, step * train.global_batch, values, self.task.shown, alarms, self.task.histograms()
                     )
@@ -169,7 +173,7 @@ class Trainer:
                 return Outcome(step, stopped=step < total, saved=self.checkpoints.finish())
         return Outcome(total, stopped=False, saved=self.checkpoints.finish())
 
-    def _train(self, number: int, batches: _CountedBatches, window: _Window) -> bool:
+    def _train_step(self, number: int, batches: _CountedBatches, window: _Window) -> bool:
         """One step, and whether it was applied; one that was skipped is no part of the metrics' means."""
         step = self.task.train_step(batches)
         requests = batches.requests()

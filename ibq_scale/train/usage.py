@@ -12,7 +12,7 @@ from torch import Tensor
 from ibq_scale.checkpoint.files import StateFile, TensorFile
 from ibq_scale.distributed.world import World
 from ibq_scale.quantize.usage import CodeUsage
-from ibq_scale.train.task import Histogram
+from ibq_scale.supervise.dashboards import Histogram
 
 FILE = "usage.safetensors"
 DEAD_AFTER = 1000
@@ -21,14 +21,14 @@ DEAD_AFTER = 1000
 
 def by_powers_of_two(counts_K: Tensor) -> Histogram:
     """Counts int64 (K,) spread over 0, 1, 2 to 3, 4 to 7 … up to the largest."""
-    # frexp's exponent of n is that of the power of two above it, and 0 for 0; exact in float64 below 2^53.
+    # frexp's exponent of n is the next power of two's, and 0 for 0. It is exact in float64 below 2^53.
     bins = torch.bincount(torch.frexp(counts_K.double()).exponent.long())
     edges = [0, *(2**i for i in range(len(bins)))]
     return Histogram(bins.tolist(), edges)
 
 
 class UsageTracker:
-    """Each rank counts its own indices on the device; counts are summed when a line is logged, and then only."""
+    """Counts this rank's indices on the device. The ranks' counts are summed for a logged line only."""
 
     def __init__(self, codebook_size: int, revive_after: int, world: World) -> None:
         self.world = world
@@ -36,7 +36,7 @@ class UsageTracker:
         self.window = CodeUsage(codebook_size, world.device)
         self.since_revival = CodeUsage(codebook_size, world.device) if revive_after else None
         self.age_K = torch.zeros(codebook_size, dtype=torch.int32, device=world.device)
-        """Steps since a code was last chosen, exact to the logged window in which that was."""
+        """Steps since each code was last chosen. The resolution is one logged window."""
         self.steps = 0
         self.choices = Histogram((), ())
         """How many codes the last window chose never, once, 2 or 3 times, 4 to 7 times, and so on."""
@@ -52,7 +52,7 @@ class UsageTracker:
         self.steps += 1
 
     def due_for_revival(self, step: int) -> Tensor | None:
-        """Every `revive_after` steps: which codes (K,) no rank has chosen since the last time. Collective."""
+        """Every `revive_after` steps: bool (K,), true for codes without a token since the last time. Collective."""
         if self.since_revival is None or step % self.revive_after:
             return None
         self.since_revival.reduce()
@@ -61,9 +61,9 @@ class UsageTracker:
         return dead_K
 
     def log(self) -> dict[str, float]:
-        """Metrics of the window, and a new one begins. Collective.
+        """Metrics of the window. Starts a new one. Collective.
 
-        `usage` and `dead` are shares of the codes, `code_age` is the oldest code's age in steps.
+        `usage`, `dead`: shares of the codes. `code_age`: the oldest code's age in steps.
         """
         self.window.reduce()
         self.age_K = torch.where(self.window.counts_K > 0, 0, self.age_K + self.steps).int()
@@ -87,12 +87,12 @@ class UsageTracker:
         return [TensorFile(FILE, tensors)] if self.world.is_main else []
 
     def load(self, directory: Path) -> None:
-        """Restores what `state` gave on any number of ranks: rank 0 holds the sums."""
+        """Restores the files of `state`, on any number of ranks. Rank 0 holds the sums."""
         tensors = load_file(directory / FILE)
         self.age_K.copy_(tensors["age"])
         self.steps = int(tensors["steps"])
         for name, usage in self._counters().items():
-            # Another run's revival may have been off until now.
+            # Revival may be new in this run.
             if self.world.is_main and name in tensors:
                 usage.counts_K.copy_(tensors[name])
 

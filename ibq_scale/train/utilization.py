@@ -8,9 +8,9 @@ import torch
 
 from ibq_scale.config.run import AnyRun
 from ibq_scale.distributed.world import World
+from ibq_scale.models.precision import compute_dtype
 from ibq_scale.scaling.devices import known_peak
 from ibq_scale.scaling.flops import training_flops
-from ibq_scale.scaling.rehearse import compute_dtype
 
 
 def sheet_peak(device: torch.device, dtype: torch.dtype) -> float | None:

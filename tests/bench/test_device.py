@@ -25,7 +25,7 @@ def test_known(name: str, peak: float) -> None:
     assert known_peak(name) == peak
 
 
-@pytest.mark.parametrize("name", ["NVIDIA A10G", "NVIDIA H200 NVL", "NVIDIA GeForce RTX 4090", "AMD MI300X", ""])
+@pytest.mark.parametrize("name", ["NVIDIA A10G", "NVIDIA H200 NVL", "NVIDIA GeForce RTX 4080", "AMD MI300X", ""])
 def test_unknown(name: str) -> None:
     assert known_peak(name) is None
 

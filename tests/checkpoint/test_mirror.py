@@ -42,7 +42,7 @@ def _save(rank: int, size: int, folder: Path, mirror: str, keep: Retention, step
             checkpoints.save({"step": step, "metrics": {"l1": float(step)}}, files)
             saved = checkpoints.finish()
             checkpoints.finish_mirror()
-            checkpoints._copier = None
+            checkpoints._uploader = None
         return saved
 
 
@@ -241,7 +241,7 @@ def test_a_slow_mirror_holds_up_no_save_and_leaves_out_what_it_cannot_keep_up_wi
         for step in (1, 2, 3, 4):
             checkpoints.save({"step": step}, [TextFile("file", str(step))])
             assert checkpoints.finish()
-            while step == 1 and checkpoints._copier is not None and checkpoints._copier._held is None:
+            while step == 1 and checkpoints._uploader is not None and checkpoints._uploader._uploading is None:
                 pass
         # The one being sent stays, whatever retention says.
         assert [c.step for c in whole_checkpoints(here)] == [1, 4]

@@ -40,6 +40,6 @@ def test_what_fails_is_said_with_what_to_do(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr == ""
     lines = done.stdout.splitlines()
-    assert f"FAIL run directory         {tmp_path}/file is no folder" in lines
-    assert any(line.startswith("FAIL data ") and "has no manifest.json" in line for line in lines)
+    assert f"FAIL  run directory         {tmp_path}/file is not a folder" in lines
+    assert any(line.startswith("FAIL  data ") and "has no manifest.json" in line for line in lines)
     assert lines[-1].startswith("2 FAILED (run directory, data), ")

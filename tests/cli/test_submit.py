@@ -106,7 +106,7 @@ def test_a_dry_run_prints_the_file_and_leaves_nothing(
     assert main([*words, "--dry-run", "train.global_batch=15"]) == 2
     captured = capsys.readouterr()
     assert captured.out.startswith("#!/bin/bash")
-    assert captured.err.splitlines()[-1] == "ibq-scale: not submitted: mend batch (FAIL, above)"
+    assert captured.err.splitlines()[-1] == "ibq-scale: not submitted: fix batch (FAIL, above)"
 
 
 def test_flags_win_over_the_profile_and_that_over_the_file(
@@ -154,7 +154,7 @@ def test_the_signal_comes_before_the_grace_time(
         (["--chain", "0"], "--chain must be at least 1"),
         (["--gpus-per-node", "-1"], "--gpus-per-node must be at least 0"),
         (["--cluster", "alps"], "does not exist: write there"),
-        (["--sbatch", "-p gpu"], "no option of sbatch"),
+        (["--sbatch", "-p gpu"], "not an sbatch option"),
         (["out=a%b"], "choose a path without"),
         (["data.train=???"], "leaves data.train open"),
         (["optimizer.lr=fast"], "optimizer.lr"),
@@ -185,7 +185,7 @@ def test_jobs_and_cancel(
     assert "taken out of the queue: 101" in capsys.readouterr().out
     assert slurm.calls[-1] == "scancel 101"
     assert main(["cancel", run]) == 2
-    assert "nobody trains" in capsys.readouterr().err
+    assert "no run is active" in capsys.readouterr().err
     assert main(["cancel", f"{run}-absent"]) == 2
 
 
@@ -234,7 +234,7 @@ def test_what_writes_to_no_folder_runs_the_code_as_it_is(
     assert call.startswith("sbatch --parsable /")
     assert call.endswith(f"/job.sbatch {' '.join(command[1:])}")
     said = capsys.readouterr().out
-    assert "no folder to keep a copy in" in said
+    assert "no folder for a copy" in said
     assert f"tail -F {tmp_path}/ibq-evaluate-101.log" in said
     assert "scancel 101" in said
     assert [*tmp_path.iterdir()] == []

@@ -72,7 +72,7 @@ def test_an_option_in_any_of_its_spellings(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["-p gpu", "--reservation x", "", "rm -rf"])
 def test_what_is_no_option_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match="no option of sbatch"):
+    with pytest.raises(UserError, match="not an sbatch option"):
         parse_option(text)
 
 
@@ -93,7 +93,7 @@ def test_values_of_the_environment_arrive_as_they_are_but_for_variables() -> Non
         check=True,
     )
     assert done.stdout == 'it\'s "inner" `id` \\ *|plain'
-    with pytest.raises(UserError, match="no name of a variable"):
+    with pytest.raises(UserError, match="not a variable name"):
         environment_lines({"A B": "x"})
 
 

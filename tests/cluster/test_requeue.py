@@ -13,7 +13,7 @@ from ibq_scale.cluster.requeue import after
 from ibq_scale.distributed.failed_nodes import Faults
 from ibq_scale.distributed.failures import FOLDER, leave
 from ibq_scale.errors import UserError
-from ibq_scale.train.attempts import ATTEMPTS, Attempt, add_unnoticed, read_attempts
+from ibq_scale.supervise.attempts import ATTEMPTS, Attempt, add_unnoticed, read_attempts
 
 BUDGET = 3
 
@@ -143,7 +143,7 @@ def test_a_cancelled_job_does_not_say_that_it_goes_back_and_leaves_its_chain(
     assert main([*words, "2"]) == 0
     said = capsys.readouterr()
     assert said.out == "end 2 8\n"
-    assert "what was to follow it is taken out of the queue: 8" in said.err
+    assert "its chained jobs are taken out of the queue: 8" in said.err
 
 
 def test_a_line_that_was_cut_short_is_left_out(tmp_path: Path) -> None:

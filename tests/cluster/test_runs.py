@@ -20,14 +20,14 @@ from ibq_scale.cluster.runs import Run, describe, known_runs
 from ibq_scale.cluster.slurm import my_jobs
 from ibq_scale.config.layers import resolve, to_yaml
 from ibq_scale.errors import UserError
-from ibq_scale.train.run_lock import Holder
+from ibq_scale.supervise.run_lock import Holder
 from tests.cluster.fake_slurm import FakeSlurm
 
 # Holds the lock of a run until it is asked to save.
 TRAINS = """
 import signal, sys
 from pathlib import Path
-from ibq_scale.train.run_lock import RunLock
+from ibq_scale.supervise.run_lock import RunLock
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
 lock = RunLock(Path(sys.argv[1]))
 print("held", flush=True)
@@ -180,7 +180,7 @@ def test_cancel_without_slurm_asks_the_process(run: Path, trainer: subprocess.Po
     assert asked.process is not None
     assert wait(asked, 5.0)
     assert _now(run).state == "stopped"
-    with pytest.raises(UserError, match="nobody trains"):
+    with pytest.raises(UserError, match="no run is active"):
         cancel(run)
 
 
@@ -193,6 +193,6 @@ def test_cancel_does_not_signal_a_pid_of_another_host(run: Path, monkeypatch: py
     with pytest.raises(UserError, match=r"on elsewhere.*run this there"):
         cancel(run)
     (run / "lock/00000001").write_text(json.dumps(asdict(Holder.me()) | {"start": 1}))
-    with pytest.raises(UserError, match="nobody trains"):
+    with pytest.raises(UserError, match="no run is active"):
         cancel(run)
     assert killed == []

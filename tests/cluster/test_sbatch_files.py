@@ -1,15 +1,19 @@
-"""The files of slurm/ as bash runs them: which commands, with containers and modules too."""
+"""The files of slurm/ as bash runs them: which commands, with containers and modules too. As ``submit`` fills them in,
+unless a test says otherwise.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import socket
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from ibq_scale.cluster.render import Script
 from tests.ports import free_port
 
 FILES = Path(__file__).resolve().parents[2] / "slurm"
@@ -19,7 +23,8 @@ NAMES = [*TRAIN, "tokenize", "sample", "evaluate"]
 STAND_INS = {
     "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; exec "$@"',
     "apptainer": 'while [ "$1" != /shared/images/ibq-scale.sif ]; do shift; done; shift; exec "$@"',
-    "scontrol": 'case "$*" in *hostnames*) printf "node0\\nnode1\\n";; *job*) echo " Requeue=$REQUEUE x=0";; esac',
+    "scontrol": 'case "$*" in *hostnames*) printf "node0\\nnode1\\n";; '
+    '*job*) printf " Requeue=$REQUEUE x=0\n   Command=$COMMAND\n";; esac',
     "squeue": 'case "$*" in *%T*) echo "RUNNING node5";; *) echo node5;; esac',
     "scancel": "",
     "ibq-scale": 'case "$1" in job-ended) echo "$VERDICT";; step-ended) echo "$CAUSE";; train) exit 75;; '
@@ -32,6 +37,7 @@ JOB = {
     "SLURM_JOB_NUM_NODES": "1",
     "CODE": "0",
     "REQUEUE": "1",
+    "COMMAND": "(null)",
     "VERDICT": "end 75 ",
 }
 
@@ -76,7 +82,7 @@ def _command(name: str, folder: Path) -> str:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_ranks_meet_at_a_port_where_nobody_listens(name: str, tmp_path: Path) -> None:
-    text = (FILES / f"{name}.sbatch").read_text()
+    text = Script.of(name).text
     meet = text.index("export MASTER_ADDR MASTER_PORT\n")
     told = f"{text[:meet]}echo $MASTER_PORT > {tmp_path}/port\n{text[meet:]}"
     free = free_port()
@@ -95,7 +101,7 @@ OWN = "--cpus-per-task=12 --kill-on-bad-exit=1"
 
 @pytest.mark.parametrize("name", NAMES)
 def test_all_that_a_file_offers_is_right_for_bash(name: str) -> None:
-    text = (FILES / f"{name}.sbatch").read_text()
+    text = Script.of(name).text
     for block in ("modules", "container", "environment"):
         before = text
         text = _enabled(text, block)
@@ -105,13 +111,26 @@ def test_all_that_a_file_offers_is_right_for_bash(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_plainly(name: str, tmp_path: Path) -> None:
-    calls = _run(tmp_path, (FILES / f"{name}.sbatch").read_text(), *_words(name, tmp_path))
+    calls = _run(tmp_path, Script.of(name).text, *_words(name, tmp_path))
+    assert f"srun {OWN} {_command(name, tmp_path)}" in calls
+
+
+@pytest.mark.parametrize("beside", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_finds_common_sh(name: str, beside: bool, tmp_path: Path) -> None:
+    """Where Slurm says that the original is, for it runs a copy; else where IBQ_SCALE_SLURM says."""
+    folder = FILES
+    if not beside:
+        folder = tmp_path / "of mine"
+        shutil.copytree(FILES, folder)
+    place = {"COMMAND": f"{FILES}/{name}.sbatch x out=a/b"} if beside else {"IBQ_SCALE_SLURM": str(folder)}
+    calls = _run(tmp_path, (FILES / f"{name}.sbatch").read_text(), *_words(name, tmp_path), **place)
     assert f"srun {OWN} {_command(name, tmp_path)}" in calls
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_in_a_container_of_pyxis(name: str, tmp_path: Path) -> None:
-    text = _enabled((FILES / f"{name}.sbatch").read_text(), "container", "SRUN")
+    text = _enabled(Script.of(name).text, "container", "SRUN")
     calls = _run(tmp_path, text, *_words(name, tmp_path))
     options = "--container-image=/shared/images/ibq-scale.sqsh --container-mounts=/shared:/shared,/tmp:/tmp"
     assert f"srun {OWN} {options} {_command(name, tmp_path)}" in calls
@@ -122,7 +141,7 @@ def test_in_a_container_of_pyxis(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_in_a_container_of_apptainer(name: str, tmp_path: Path) -> None:
-    text = _enabled((FILES / f"{name}.sbatch").read_text(), "container", "INSIDE")
+    text = _enabled(Script.of(name).text, "container", "INSIDE")
     calls = _run(tmp_path, text, *_words(name, tmp_path))
     inside = "exec --nv --bind /shared,/tmp /shared/images/ibq-scale.sif"
     assert f"srun {OWN} apptainer {inside} {_command(name, tmp_path)}" in calls
@@ -132,7 +151,7 @@ def test_in_a_container_of_apptainer(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_modules_are_loaded_first(name: str, tmp_path: Path) -> None:
-    text = _enabled((FILES / f"{name}.sbatch").read_text(), "modules")
+    text = _enabled(Script.of(name).text, "modules")
     shell = f'module() {{ echo "module $*" >> {tmp_path}/calls; }}\n'
     calls = _run(tmp_path, text.replace("\n# >>> modules", f"\n{shell}# >>> modules"), *_words(name, tmp_path))
     assert calls[:2] == ["module purge", "module load cuda/12.8"]
@@ -144,7 +163,7 @@ TASK |= {"SLURM_ARRAY_TASK_MIN": "10", "SLURM_ARRAY_TASK_COUNT": "4"}
 
 @pytest.mark.parametrize("name", ["tokenize", "sample"])
 def test_a_task_of_an_array_makes_its_part(name: str, tmp_path: Path) -> None:
-    calls = _run(tmp_path, (FILES / f"{name}.sbatch").read_text(), *_words(name, tmp_path), **TASK)
+    calls = _run(tmp_path, Script.of(name).text, *_words(name, tmp_path), **TASK)
     assert f"srun {OWN} {_command(name, tmp_path)} --part 2/4" in calls
 
 
@@ -165,7 +184,7 @@ def test_a_task_leaves_a_broken_node(
     name: str, array: dict[str, str], code: str, more: dict[str, str], goes: bool, tmp_path: Path
 ) -> None:
     """Which of several nodes it was, nobody has written down."""
-    text = (FILES / f"{name}.sbatch").read_text()
+    text = Script.of(name).text
     environ = {"CODE": code, "SLURM_JOB_NODELIST": "node3"} | array | more
     calls = _run(tmp_path, text, *_words(name, tmp_path), **environ)
     job = "7_12" if array else "7"
@@ -177,7 +196,7 @@ def test_a_task_leaves_a_broken_node(
 @pytest.mark.parametrize("name", ["tokenize", "sample"])
 def test_the_time_limit_is_no_failure(name: str, tmp_path: Path) -> None:
     """The signal before it ends the waiting for ranks that are at work."""
-    calls = _run(tmp_path, (FILES / f"{name}.sbatch").read_text(), *_words(name, tmp_path), CODE="138")
+    calls = _run(tmp_path, Script.of(name).text, *_words(name, tmp_path), CODE="138")
     assert "scontrol requeue 7" in calls
     assert not [call for call in calls if "step-ended" in call]
 
@@ -200,7 +219,7 @@ def test_the_time_limit_is_no_failure(name: str, tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("name", TRAIN)
 def test_the_end_of_a_training_job(name: str, verdict: str, requeue: str, does: list[str], tmp_path: Path) -> None:
-    text = (FILES / f"{name}.sbatch").read_text()
+    text = Script.of(name).text
     calls = _run(tmp_path, text, *_words(name, tmp_path), VERDICT=verdict, REQUEUE=requeue)
     (asked,) = [call for call in calls if call.startswith("ibq-scale job-ended")]
     assert re.sub(r"--seconds \d+", "--seconds N", asked) == (

@@ -68,7 +68,9 @@ def test_zero3_is_not_compiled() -> None:
     with pytest.raises(UserError, match=r"set model\.compile=false"):
         deepspeed_config(_run("deepspeed.config=zero3", "model.compile=true"), 2)
     with pytest.raises(UserError, match=r"set model\.compile=false"):
-        deepspeed_config(resolve("ar/3b", ["model.compile=true"]).config, 2)
+        deepspeed_config(
+            resolve("ar/3b", ["model.compile=true", "deepspeed.config=zero3", "train.micro_batch=16"]).config, 2
+        )
 
 
 def test_a_stage_that_does_not_exist_is_refused() -> None:

@@ -158,6 +158,10 @@ def test_an_unknown_preset_names_the_nearest() -> None:
         resolve("ibq-16348", task="tokenizer")
 
 
+def test_a_stage_s_own_presets_need_no_prefix() -> None:
+    assert resolve("ibq-1024", task="tokenizer") == resolve("tokenizer/ibq-1024", task="tokenizer")
+
+
 def test_a_config_of_the_other_stage_is_refused() -> None:
     with pytest.raises(UserError, match="task"):
         resolve("ar/b", task="tokenizer")

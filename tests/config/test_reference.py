@@ -1,4 +1,4 @@
-"""The schema, as people and editors read it; and nothing in it that no code reads."""
+"""The reference of the config's keys: each has a meaning, and code reads each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import ibq_scale
 from ibq_scale.cli.main import main
 from ibq_scale.config.layers import SCHEMAS, flatten, preset_names, resolve, schema_keys
-from ibq_scale.config.reference import json_schema, markdown
+from ibq_scale.config.reference import descriptions, json_schema, markdown
 
 PACKAGE = Path(ibq_scale.__file__).parent
 PAGE = PACKAGE.parent / "docs/configuration.md"
@@ -24,16 +24,29 @@ def test_the_page_in_docs_is_the_schemas() -> None:
 
 @pytest.mark.parametrize("task", SCHEMAS)
 def test_every_key_has_its_row_with_the_default_that_a_run_gets(task: str) -> None:
-    rows = [line.split(" | ") for line in markdown().splitlines() if line.startswith("| `")]
+    rows = [line.replace(" \\| ", "\\|").split(" | ") for line in markdown().splitlines() if line.startswith("| `")]
     said: dict[str, list[str]] = {}
-    for key, *_, default in rows:
-        said.setdefault(key.strip("|` "), []).append(default.removesuffix(" |"))
+    for key, _, default, *_ in rows:
+        said.setdefault(key.strip("|` "), []).append(default)
     bare = {"tokenizer": ["train.steps=1", "name=x", "data.train=x"], "ar": ["train.steps=1", "name=x", "data.train=x"]}
     values = flatten(SCHEMAS[task].model_validate(_nested(bare[task])).model_dump(mode="json"))
     for key in schema_keys(SCHEMAS[task]):
         if key in ("task", "name", "data.train", "train.steps"):
             continue
         assert f"`{json.dumps(values[key])}`" in said[key], key
+
+
+@pytest.mark.parametrize("task", SCHEMAS)
+def test_every_key_has_a_meaning_in_the_page_and_in_config_show(task: str, capsys: pytest.CaptureFixture[str]) -> None:
+    meanings = descriptions(SCHEMAS[task])
+    assert [key for key in schema_keys(SCHEMAS[task]) if key != "task" and not meanings[key]] == []
+    preset = next(name for name in preset_names() if name.startswith(f"{task}/"))
+    assert main(["config", "show", preset, "data.train=x", "--describe"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    after = lines[[line.split()[0] for line in lines].index("optimizer.grad_clip") + 1]
+    assert after == f"  # {meanings['optimizer.grad_clip']}"
+    assert main(["config", "show", preset, "data.train=x", "--describe", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["meanings"] == meanings
 
 
 def _nested(overrides: list[str]) -> dict[str, object]:

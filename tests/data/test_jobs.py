@@ -80,7 +80,7 @@ def test_a_terminal_has_one_line_rewritten(clock: list[float]) -> None:
         progress.show(5 * second, 80 * second, 200)
     progress.close()
     lines = out.getvalue().split("\r")
-    assert lines[1] == "prepare: 5 images, 5/s, 28%, 9 s left\x1b[K"
+    assert lines[1] == "prepare: 5 images, 5/s, 28%, 9s left\x1b[K"
     assert lines[-1] == "prepare: 50 images, 5/s, 100%\x1b[K\n"
     assert out.getvalue().count("\n") == 1
 
@@ -94,7 +94,7 @@ def test_a_log_has_a_line_now_and_then_and_none_for_a_short_job(clock: list[floa
     progress.close()
     lines = out.getvalue().splitlines()
     assert len(lines) == 3
-    assert lines[0] == "verify: 300 images, 10/s, 0%, 2.8 h left"
+    assert lines[0] == "verify: 300 images, 10/s, 0%, 2h46m left"
     out = io.StringIO()
     short = Progress("verify", 100, out)
     short.show(10, 100, 0)

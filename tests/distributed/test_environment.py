@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from ibq_scale.distributed.environment import is_launched, map_slurm
+from ibq_scale.distributed import environment, rendezvous
+from ibq_scale.distributed.environment import ALLOCATOR_SETTINGS, is_launched, map_slurm, prepare_allocator
 
 SRUN = {
     "SLURM_JOB_ID": "123",
@@ -42,6 +46,37 @@ def test_a_batch_script_alone_is_no_rank() -> None:
     assert not is_launched({})
     assert is_launched(dict(SRUN))
     assert is_launched({"RANK": "0"})
+
+
+def test_the_allocator_grows_what_it_has_unless_the_user_set_it() -> None:
+    env: dict[str, str] = {}
+    prepare_allocator(env)
+    assert env == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    for name in ALLOCATOR_SETTINGS:
+        env = {name: "max_split_size_mb:128"}
+        prepare_allocator(env)
+        assert env == {name: "max_split_size_mb:128"}
+
+
+@pytest.mark.parametrize(("gpus", "asked"), [(4, ("nccl", torch.device("cuda", 3))), (0, ("gloo", None))])
+def test_the_group_knows_its_gpu(
+    gpus: int, asked: tuple[str, torch.device | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL then connects at once, and a barrier need not guess."""
+    calls = []
+
+    def init_process_group(backend: str, *, device_id: torch.device | None = None, timeout: object) -> None:
+        calls.append((backend, device_id))
+        raise RuntimeError
+
+    monkeypatch.setattr(os, "environ", os.environ | {"RANK": "7", "WORLD_SIZE": "8", "LOCAL_RANK": "3"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(rendezvous, "together", lambda *_: nullcontext())
+    monkeypatch.setattr(dist, "init_process_group", init_process_group)
+    with pytest.raises(RuntimeError), environment.join():
+        pass
+    assert calls == [asked]
 
 
 PROGRAM = """

@@ -69,9 +69,9 @@ FAILED = f"^rank 1 on {HOST} failed its start-up check"
 CASES = {
     "none": f"^{HOST}, {HOST}$",
     "clock": rf"{FAILED}: its clock is (89|90) s before rank 0's\. Leave that node out",
-    "disk": f"{FAILED}: .* has 1 MiB free",
+    "disk": f"{FAILED}: .* has 1.05 MB free",
     "not shared": f"{FAILED}: .*another is another folder there than on rank 0's node",
-    "full": "run has 1 MiB free, too little to save: make room",
+    "full": "run has 1.05 MB free, too little to save: make room",
     "no store": f"^{HOST}, {HOST}$",
     "store is silent": rf"{FAILED}: does not reach the data: no answer within 3 s",
     "store": rf"{FAILED}: does not reach the data \(cannot reach it\)",

@@ -55,3 +55,23 @@ def test_a_room_imports_from_rooms_further_down_only() -> None:
             if other != room and height[other] >= height[room]
         ]
     assert wrong == []
+
+
+def _roots(path: Path) -> set[str]:
+    """The top-level packages that a module imports, inside of functions too."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+    return {name.split(".")[0] for name in names}
+
+
+def test_deepspeed_is_imported_by_zero_alone() -> None:
+    importing = {path.relative_to(PACKAGE).parts[0] for path in PACKAGE.rglob("*.py") if "deepspeed" in _roots(path)}
+    # The doctor imports it to see if it can be imported.
+    assert importing == {"zero", "doctor"}
+
+
+def test_the_room_of_slurm_and_the_guards_import_no_training_code() -> None:
+    for room in ("cluster", "supervise", "zero"):
+        for path in (PACKAGE / room).glob("*.py"):
+            assert "train" not in {other for other, _ in _imports(path)}, path

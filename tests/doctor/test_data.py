@@ -9,27 +9,28 @@ from pathlib import Path
 import pytest
 
 from ibq_scale.doctor.data import store
-from ibq_scale.doctor.lines import Line, Subject
+from ibq_scale.doctor.tools import Subject
 from ibq_scale.errors import UserError
+from ibq_scale.findings import Finding
 from tests.faults import FaultProxy
 
 
-def _look(url: object) -> Line:
+def _look(url: object) -> Finding:
     (line,) = store(Subject(data=str(url)))
     return line
 
 
 def test_a_local_data_set(dataset: str, tmp_path: Path) -> None:
     line = _look(dataset)
-    assert line.state == "ok"
-    assert "24 images in" in line.seen
-    assert "tells little" in line.seen
+    assert line.level == "ok"
+    assert "24 images in" in line.text
+    assert "not significant" in line.text
     shutil.copytree(dataset, tmp_path, dirs_exist_ok=True)
     for shard in tmp_path.glob("*.tar"):
         shard.unlink()
     line = _look(tmp_path)
-    assert line.state == "FAIL"
-    assert line.seen.endswith(".tar is missing")
+    assert line.level == "FAIL"
+    assert line.text.endswith(".tar is missing")
 
 
 def test_what_is_no_data_set(tmp_path: Path) -> None:
@@ -47,14 +48,14 @@ def test_object_storage(dataset: str, new_prefix: Callable[[], str], proxy: Faul
     for path in Path(dataset).iterdir():
         open_store(url).upload(path, path.name)
     line = _look(url)
-    assert line.state == "ok"
-    assert f"{url} at {proxy.url}: 24 images" in line.seen
+    assert line.level == "ok"
+    assert f"{url} at {proxy.url}: 24 images" in line.text
 
 
 def test_a_slow_store(dataset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ibq_scale.doctor.data.TELLING", 0)
     monkeypatch.setattr("ibq_scale.doctor.data.SLOW", 1e18)
-    assert _look(dataset).state == "warn"
+    assert _look(dataset).level == "warn"
 
 
 def test_an_endpoint_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

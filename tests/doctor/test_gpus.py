@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ibq_scale.doctor import gpus
-from ibq_scale.doctor.lines import Line, Subject
+from ibq_scale.doctor.tools import Subject
+from ibq_scale.findings import Finding
 from tests.doctor.conftest import Fake
 
 HEALTHY = (
@@ -23,43 +24,43 @@ Legend:
 PEERS = " \tGPU0\tGPU1\n GPU0\tX\tOK\n GPU1\tOK\tX\n\nLegend:\n"
 
 
-def _look(fake: Fake, query: str = HEALTHY, topo: str = LINKED, peers: str = PEERS) -> dict[str, Line]:
+def _look(fake: Fake, query: str = HEALTHY, topo: str = LINKED, peers: str = PEERS) -> dict[str, Finding]:
     fake("nvidia-smi", {"query-gpu": query, "topo -m": topo, "topo -p2p": peers})
-    return {line.what: line for line in gpus.topology(Subject())}
+    return {line.name: line for line in gpus.topology(Subject())}
 
 
 def test_a_healthy_node(fake: Fake) -> None:
     found = _look(fake)
     assert set(found) == {"GPUs", "links"}
-    assert found["GPUs"] == Line("ok", "GPUs", "2 × NVIDIA H100 80GB HBM3, 80 GiB, driver 570.1")
-    assert found["links"] == Line("ok", "links", "NVLink between all 2 GPUs (NV18)")
+    assert found["GPUs"] == Finding("ok", "GPUs", "2 × NVIDIA H100 80GB HBM3, 80 GiB, driver 570.1")
+    assert found["links"] == Finding("ok", "links", "NVLink between all 2 GPUs (NV18)")
 
 
 def test_what_is_wrong_is_named(fake: Fake) -> None:
     sick = HEALTHY.replace("Disabled, 0\n1", "Enabled, 0\n1").replace("4, Disabled, 0\n", "40960, Disabled, 7\n")
     found = _look(fake, sick, LINKED.replace("NV18", "SYS"), PEERS.replace("OK", "CNS"))
-    assert (found["GPUs"].state, found["GPUs"].seen) == ("FAIL", "uncorrected memory errors on GPU 1")
-    assert found["GPUs in use"].seen == "by somebody already: GPU 1 (40 GiB)"
-    assert found["MIG"].state == "warn"
-    assert found["links"].seen == "no NVLink between GPU0–GPU1 SYS"
-    assert found["peer access"].seen == "not between GPU0–GPU1 CNS"
+    assert (found["GPUs"].level, found["GPUs"].text) == ("FAIL", "uncorrected memory errors on GPU 1")
+    assert found["GPUs in use"].text == "GPU 1 (40 GiB)"
+    assert found["MIG"].level == "warn"
+    assert found["links"].text == "no NVLink between GPU0–GPU1 SYS"
+    assert found["peer access"].text == "not between GPU0–GPU1 CNS"
 
 
 def test_a_driver_that_does_not_answer(fake: Fake) -> None:
     said = "Failed to initialize NVML: Driver/library version mismatch\n"
     fake("nvidia-smi", {"query-gpu": said}, 18)
     (line,) = gpus.topology(Subject())
-    assert (line.state, line.seen) == ("FAIL", f"nvidia-smi: {said.strip()}")
+    assert (line.level, line.text) == ("FAIL", f"nvidia-smi: {said.strip()}")
 
 
 def test_no_gpus_is_no_failure(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     assert gpus.topology(Subject()) == []
-    found = {line.what: line for line in gpus.device(Subject())}
+    found = {line.name: line for line in gpus.device(Subject())}
     if not torch.cuda.is_available():
-        assert found["device"].state == "warn"
-        assert found["attention"] == Line("ok", "attention", "sdpa (torch)")
-        assert found["quantizer"] == Line("ok", "quantizer", "tiled")
+        assert found["device"].level == "warn"
+        assert found["attention"] == Finding("ok", "attention", "sdpa (torch)")
+        assert found["quantizer"] == Finding("ok", "quantizer", "tiled")
 
 
 def test_gpus_that_torch_cannot_use(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,14 +68,14 @@ def test_gpus_that_torch_cannot_use(fake: Fake, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     fake("nvidia-smi", {"": "| NVIDIA-SMI 470.1   Driver Version: 470.1   CUDA Version: 11.4 |\n"})
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert "is built for CPUs" in gpus._no_cuda().seen
+    assert "is built for CPUs" in gpus._no_cuda().text
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     line = gpus._no_cuda()
-    assert line.state == "FAIL"
-    assert "torch is for CUDA 13.0, the driver for up to 11.4" in line.seen
-    assert line.todo == "a newer driver, or torch for that CUDA"
+    assert line.level == "FAIL"
+    assert "torch is for CUDA 13.0, the driver for up to 11.4" in line.text
+    assert line.todo == "install a newer driver, or torch for that CUDA"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert "CUDA_VISIBLE_DEVICES is empty" in gpus._no_cuda().seen
+    assert "CUDA_VISIBLE_DEVICES is empty" in gpus._no_cuda().text
 
 
 def test_a_package_that_is_there_and_cannot_be_imported(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from ibq_scale.doctor.lines import Line, Subject
 from ibq_scale.doctor.slurm import slurm
+from ibq_scale.doctor.tools import Subject
+from ibq_scale.findings import Finding
 from tests.doctor.conftest import Fake
 
 UP = "Slurmctld(primary) at head0 is UP\n"
@@ -16,28 +17,28 @@ MAIN = (
 CONFIG = "JobRequeue              = 1\nKillWait                = 30 sec\n"
 
 
-def _look(fake: Fake, ping: str = UP, partitions: str = MAIN, config: str = CONFIG) -> dict[str, Line]:
+def _look(fake: Fake, ping: str = UP, partitions: str = MAIN, config: str = CONFIG) -> dict[str, Finding]:
     fake("sbatch", {"version": "slurm 22.05.8\n"})
     fake("scontrol", {"ping": ping, "partition": partitions, "config": config})
-    return {line.what: line for line in slurm(Subject())}
+    return {line.name: line for line in slurm(Subject())}
 
 
 def test_a_cluster(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     found = _look(fake)
     assert found == {
-        "Slurm": Line("ok", "Slurm", "slurm 22.05.8, controller head0"),
-        "partitions": Line("ok", "partitions", "1: main* (2 nodes, at most 7-00:00:00)"),
+        "Slurm": Finding("ok", "Slurm", "slurm 22.05.8, controller head0"),
+        "partitions": Finding("ok", "partitions", "1: main* (2 nodes, at most 7-00:00:00)"),
     }
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     monkeypatch.setenv("SLURM_JOB_NODELIST", "node[0-1]")
-    assert _look(fake)["Slurm"].seen.endswith("inside job 17 on node[0-1]")
+    assert _look(fake)["Slurm"].text.endswith("inside job 17 on node[0-1]")
 
 
 def test_a_controller_that_is_down(fake: Fake) -> None:
     found = _look(fake, "Slurmctld(primary) at head0 is DOWN\n")
-    assert found["Slurm"].state == "FAIL"
-    assert "head0 is DOWN" in found["Slurm"].seen
+    assert found["Slurm"].level == "FAIL"
+    assert "head0 is DOWN" in found["Slurm"].text
 
 
 def test_limits_that_surprise(fake: Fake) -> None:
@@ -45,20 +46,20 @@ def test_limits_that_surprise(fake: Fake) -> None:
         "YES", "NO"
     )
     found = _look(fake, partitions=short, config=CONFIG.replace("= 1", "= 0"))
-    assert found["partitions"].state == "warn"
-    assert "debug (2 nodes, at most 7-00:00:00, 00:10:00 by default)" in found["partitions"].seen
+    assert found["partitions"].level == "warn"
+    assert "debug (2 nodes, at most 7-00:00:00, 00:10:00 by default)" in found["partitions"].text
     assert "--time in debug" in found["partitions"].todo
-    assert found["requeue"].seen.startswith("JobRequeue=0")
+    assert found["requeue"].text.startswith("JobRequeue=0")
     found = _look(fake, partitions=short.replace("State=UP", "State=DOWN"))
     assert "do not start" in found["partitions"].todo
-    assert _look(fake, partitions="")["partitions"].state == "warn"
+    assert _look(fake, partitions="")["partitions"].level == "warn"
 
 
 def test_tools_without_a_cluster(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
     fake("sbatch", {"version": "slurm 22.05.8\n"})
     fake("scontrol", {"ping": "scontrol: fatal: Could not establish a configuration source\n"}, 1)
     (line,) = slurm(Subject())
-    assert (line.state, "scontrol finds no cluster" in line.seen) == ("warn", True)
+    assert (line.level, "scontrol finds no cluster" in line.text) == ("warn", True)
     monkeypatch.setenv("PATH", "/nowhere")
     (line,) = slurm(Subject())
-    assert (line.state, "there is no sbatch here" in line.seen) == ("warn", True)
+    assert (line.level, "there is no sbatch here" in line.text) == ("warn", True)

@@ -208,7 +208,7 @@ def test_from_the_command_line(
     np.savez(tmp_path / "x.npz", _pixels(12, 0))
     words = ["evaluate", "generation", str(tmp_path / "x.npz"), "--reference", str(tmp_path / "real.npz")]
     assert main(["evaluate", "reference", dataset, "--to", str(tmp_path / "real.npz")]) == 2
-    assert "say at which --resolution" in capsys.readouterr().err
+    assert "give its --resolution" in capsys.readouterr().err
     reference_words = ["evaluate", "reference", dataset, "--to", str(tmp_path / "real.npz"), "--resolution", "32"]
     assert main([*reference_words, "--json"]) == 0
     stamp = json.loads(capsys.readouterr().out)

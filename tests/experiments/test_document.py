@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 
 from ibq_scale.errors import UserError
-from ibq_scale.experiments.document import DOCUMENT, FIGURES, write_document
-from ibq_scale.experiments.figures import draw_all
+from ibq_scale.experiments.document import DOCUMENT, FIGURES, draw_all, write_document
 from ibq_scale.experiments.results import RESULTS, Result, load, save
-from ibq_scale.experiments.svg import LABEL_STEP, Axis, Panel, Series, figure
 from ibq_scale.experiments.tables import TABLES, ceiling, mean_and_spread
+from ibq_scale.report.svg import LABEL_STEP, Axis, Panel, Series, figure
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -75,7 +74,7 @@ def test_a_row_states_mean_spread_and_seeds_and_a_missing_one_says_so(tmp_path: 
     assert "| 5.0 % |" in rows["| VQ, K = 1,024"]
     assert rows["| IBQ, K = 16,384"].count("not run") == 6
     assert "64 steps of 2,048 tokens" in text
-    assert "a window of training: 65,536 tokens" in text
+    assert "A window of training: 65,536 tokens" in text
 
 
 def test_made_anew_the_document_stays_the_same_and_keeps_its_words(tmp_path: Path) -> None:

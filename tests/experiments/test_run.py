@@ -83,5 +83,5 @@ def test_a_command_that_fails_ends_the_series_with_its_code(photographs: Path, t
 
 
 def test_a_folder_of_photographs_is_needed(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         run_trials(tmp_path / "missing", tmp_path, [_trial(1)])

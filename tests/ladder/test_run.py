@@ -106,7 +106,7 @@ def test_nothing_finished_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_pictures_that_are_no_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["scale", "run", "cpu", f"out={tmp_path}", f"tiles.pictures={tmp_path / 'none'}"]
     assert main(words) == 2
-    assert "is no folder" in capsys.readouterr().err
+    assert "is not a folder" in capsys.readouterr().err
 
 
 @pytest.mark.slow

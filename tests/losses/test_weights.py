@@ -11,7 +11,7 @@ import pytest
 from ibq_scale.cli.fetch_weights import NAMES
 from ibq_scale.cli.main import main
 from ibq_scale.losses import weights
-from ibq_scale.losses.weights import SOURCES, Source, weights_folder
+from ibq_scale.losses.weights import SOURCES, WeightFile, weights_folder
 from tests.web import CONTENT, SHA256, WebServer, send
 
 
@@ -22,10 +22,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def published(web_server: WebServer, monkeypatch: pytest.MonkeyPatch) -> dict[str, Source]:
+def published(web_server: WebServer, monkeypatch: pytest.MonkeyPatch) -> dict[str, WeightFile]:
     """Stand-ins of the three files, served on loopback."""
     sources = {
-        name: Source(f"{name}-1-{SHA256[:8]}.pth", f"the {name} net", "tests", lambda: web_server.url) for name in NAMES
+        name: WeightFile(f"{name}-1-{SHA256[:8]}.pth", f"the {name} net", "tests", lambda: web_server.url)
+        for name in NAMES
     }
     monkeypatch.setattr(weights, "SOURCES", sources)
     return sources
@@ -47,14 +48,14 @@ def test_the_default_folder(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_fetching_and_listing(
-    published: dict[str, Source], web_server: WebServer, folder: Path, capsys: pytest.CaptureFixture[str]
+    published: dict[str, WeightFile], web_server: WebServer, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["fetch-weights", "--list", "--json"]) == 0
     listed = json.loads(capsys.readouterr().out)
     assert [(entry["name"], entry["state"], entry["bytes"]) for entry in listed] == [(n, "missing", 0) for n in NAMES]
     assert listed[0]["path"] == str(folder / published["vgg"].file)
     assert not folder.exists()
-    assert web_server.ranges == []
+    assert web_server.requests == 0
 
     assert main(["fetch-weights", "vgg"]) == 0
     assert f"vgg-1-{SHA256[:8]}.pth ← http://127.0.0.1" in capsys.readouterr().err
@@ -70,12 +71,12 @@ def test_fetching_and_listing(
     captured = capsys.readouterr()
     assert {entry["state"] for entry in json.loads(captured.out)} == {"there"}
     assert "vgg-1-" in captured.err
-    assert len(web_server.ranges) == 3
+    assert web_server.requests == 3
     assert sorted(p.name for p in folder.iterdir()) == sorted(source.file for source in published.values())
 
 
 def test_files_that_somebody_has(
-    published: dict[str, Source],
+    published: dict[str, WeightFile],
     web_server: WebServer,
     folder: Path,
     tmp_path: Path,
@@ -97,17 +98,17 @@ def test_files_that_somebody_has(
         capsys.readouterr()
         assert main(["fetch-weights", "inception", "--from", str(tmp_path / given)]) == 2
         assert said in capsys.readouterr().err
-    assert web_server.ranges == []
+    assert web_server.requests == 0
     assert len(list(folder.iterdir())) == 2
 
 
 def test_no_network_is_said_in_two_lines(
-    published: dict[str, Source], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    published: dict[str, WeightFile], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/x"
-        monkeypatch.setitem(published, "vgg", Source(published["vgg"].file, "a net", "tests", lambda: url))
+        monkeypatch.setitem(published, "vgg", WeightFile(published["vgg"].file, "a net", "tests", lambda: url))
         assert main(["fetch-weights", "--json"]) == 2
     captured = capsys.readouterr()
     lines = [line for line in captured.err.splitlines() if "←" not in line]
@@ -119,7 +120,7 @@ def test_no_network_is_said_in_two_lines(
 
 
 def test_wrong_use(
-    published: dict[str, Source],
+    published: dict[str, WeightFile],
     web_server: WebServer,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -138,7 +139,7 @@ def test_wrong_use(
 
 
 def test_a_hash_prefix_is_that_of_the_whole_name() -> None:
-    assert Source("a-b-2015-12-05-6726825d.pth", "", "", lambda: "").sha256_prefix == "6726825d"
+    assert WeightFile("a-b-2015-12-05-6726825d.pth", "", "", lambda: "").sha256_prefix == "6726825d"
 
 
 def test_training_is_refused_before_it_starts(

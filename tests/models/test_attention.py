@@ -86,10 +86,18 @@ class FakePackage:
     def __init__(self, answers_lse: bool) -> None:
         self.answers_lse = answers_lse
         self.calls: list[tuple[tuple[int, ...], tuple[int, ...], bool]] = []
+        self.deterministic = False
 
     def flash_attn_func(
-        self, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None, causal: bool = False
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        deterministic: bool = False,
     ) -> Any:
+        self.deterministic = deterministic
         assert q.dtype in (torch.bfloat16, torch.float16)
         assert q.shape[2] % k.shape[2] == 0
         assert k.shape == v.shape
@@ -162,6 +170,24 @@ def test_a_package_is_called_as_it_is_made(
     out = attention(q, k, v, causal=queries > 1, kind=kind)
     assert packages[kind].calls == [((2, queries, 4, 64), (2, 9, groups, 64), queries > 1)]
     torch.testing.assert_close(out, attention(q, k, v, causal=queries > 1, kind="sdpa_math"), rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_a_fixed_order_of_sums_is_asked_for(
+    fixed: bool, packages: dict[str, FakePackage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`train.deterministic`: flash-attn 2 and 3 can add in one, and 4 is passed over."""
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: fixed)
+    for kind, package in packages.items():
+        if kind == "flash4" and fixed:
+            with pytest.raises(UserError, match=r"flash4 has no order of sums to keep to \(train.deterministic\)"):
+                choose(kind, CUDA, torch.bfloat16, 64)
+            continue
+        choose(kind, CUDA, torch.bfloat16, 64)
+        attention(*inputs(2, 9, torch.bfloat16, CPU), causal=True, kind=kind)
+        assert package.deterministic == fixed, kind
+    _uninstall(monkeypatch, "flash3")
+    assert choose("auto", CUDA, torch.bfloat16, 64) == ("flash2" if fixed else "flash4")
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,7 @@ def test_a_checkpoints_model_that_was_damaged_is_refused(checkpoint: Path) -> No
         load_ar(checkpoint)
     assert load_ar(checkpoint, check_hashes=False).config.depth > 0
     path.unlink()
-    with pytest.raises(UserError, match="elements of"):
+    with pytest.raises(UserError, match="elements: the checkpoint is of another model"):
         load_ar(checkpoint, check_hashes=False)
 
 

@@ -141,7 +141,7 @@ def _drop(*names: str) -> Callable[[dict[str, Tensor]], None]:
     [
         (_drop("decoder.conv_out.bias", "quant_conv.weight"), False, "decoder.conv_out.bias missing; quant_conv.w"),
         (_drop("post_quant_conv.weight", "post_quant_conv.bias"), False, r"post_quant_conv.\* \(2\) missing"),
-        (_drop(CODEBOOK, "encoder.conv_in.weight"), False, f"cannot be told without {CODEBOOK}, encoder.conv_in.wei"),
+        (_drop(CODEBOOK, "encoder.conv_in.weight"), False, f"are unknown without {CODEBOOK}, encoder.conv_in.wei"),
         (_drop("encoder.down.2.attn.0.q.weight"), False, "encoder.down.2.attn.0.q.weight missing$"),
         (lambda s: s.update({CODEBOOK: torch.zeros(3)}), False, r"a table of shape \(3,\) instead of"),
         (

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ibq_scale.config.models import QuantizerConfig
-from ibq_scale.quantize.fsq import codes, fsq, index
+from ibq_scale.quantize.fsq import fsq, grid, grid_index
 
 LEVELS = (8, 5, 4, 3, 2)
 SETTINGS = QuantizerConfig(kind="fsq", dim=len(LEVELS), codebook_size=math.prod(LEVELS), levels=LEVELS)
@@ -27,15 +27,15 @@ def test_each_number_is_rounded_by_itself() -> None:
 
 
 def test_every_code_has_its_own_index() -> None:
-    grid_KD = codes(LEVELS, 0, SETTINGS.codebook_size)
+    grid_KD = grid(LEVELS, 0, SETTINGS.codebook_size)
     assert len({tuple(row) for row in grid_KD.tolist()}) == SETTINGS.codebook_size
-    assert torch.equal(grid_KD[100:130], codes(LEVELS, 100, 130))
+    assert torch.equal(grid_KD[100:130], grid(LEVELS, 100, 130))
     # The middle of each cell is found again: tanh reaches all levels.
     for number, n in enumerate(LEVELS):
         values = torch.linspace(-8, 8, 4001)
         z_ND = torch.zeros(len(values), len(LEVELS))
         z_ND[:, number] = values
-        assert len(index(z_ND, LEVELS).unique()) == n
+        assert len(grid_index(z_ND, LEVELS).unique()) == n
 
 
 def test_the_gradient_passes_the_rounding() -> None:

@@ -12,7 +12,7 @@ from triton.runtime import interpreter
 
 from ibq_scale.config.models import QuantizerConfig
 from ibq_scale.errors import UserError
-from ibq_scale.quantize import tiles, triton_passes
+from ibq_scale.quantize import tiled_backend, tiles, triton_backend
 from ibq_scale.quantize.backend import _obstacle, choose, describe
 from ibq_scale.quantize.collectives import Shards, add_at_owned
 from ibq_scale.quantize.compiled import Needs
@@ -51,9 +51,12 @@ def _run(form: Any, size: tuple[int, int, int], scale: float = 1.0, **changes: A
         ((20, 64, 8), 30.0, {"entropy_temperature": 0.01}),
     ],
 )
-def test_equal_to_the_oracle_at_any_size(size: tuple[int, int, int], scale: float, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize("backend", ["triton", "cublas"])
+def test_equal_to_the_oracle_at_any_size(
+    size: tuple[int, int, int], scale: float, changes: dict[str, Any], backend: str
+) -> None:
     expected, expected_grads = _run(ibq_dense, size, scale, **changes)
-    found, grads = _run(quantize, size, scale, backend="triton", **changes)
+    found, grads = _run(quantize, size, scale, backend=backend, **changes)
     assert torch.equal(found.indices_N, expected.indices_N)
     for name in ("z_q_ND", "quantization_loss"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=2e-5, atol=2e-5)
@@ -112,20 +115,22 @@ def test_the_kernels_search_is_exact(kind: str, search: str) -> None:
 
 
 @pytest.fixture
-def few_near(monkeypatch: pytest.MonkeyPatch) -> None:
+def few_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lists so short that tokens with soft probabilities are flat, and blocks so small that there are several."""
-    monkeypatch.setattr(tiles, "NEAR", 4)
-    monkeypatch.setattr(triton_passes, "BLOCK_BYTES", 1)
-    monkeypatch.setattr(triton_passes, "BLOCK_UNIT", 48)
+    monkeypatch.setattr(tiles, "CANDIDATES", 4)
+    monkeypatch.setattr(triton_backend, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(triton_backend, "BLOCK_UNIT", 48)
 
 
-def _mixed(form: Any, entropy_alone: bool = False, **changes: Any) -> tuple[Any, ...]:
+def _mixed(
+    form: Any, entropy_alone: bool = False, dtype: torch.dtype = torch.float32, **changes: Any
+) -> tuple[Any, ...]:
     """Tokens from flat to peaked, side by side."""
     g = torch.Generator().manual_seed(3)
     upstream = torch.randn(37, 20, generator=g).to(DEVICE)
     z = torch.randn(37, 20, generator=g) * torch.logspace(-3, 1, 37)[:, None]
-    codebook = torch.randn(101, 20, generator=g).to(DEVICE).requires_grad_()
-    z = z.to(DEVICE).requires_grad_()
+    codebook = torch.randn(101, 20, generator=g).to(DEVICE, dtype).requires_grad_()
+    z = z.to(DEVICE, dtype).requires_grad_()
     config = QuantizerConfig.model_validate({"codebook_size": 101, "dim": 20, "logit_precision": "fp32"} | changes)
     out = form(z, codebook, config)
     others = (out.z_q_ND * upstream).sum() + 0.7 * out.quantization_loss
@@ -133,12 +138,12 @@ def _mixed(form: Any, entropy_alone: bool = False, **changes: Any) -> tuple[Any,
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("few_near")
+@pytest.mark.usefixtures("few_candidates")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_flat_tokens_beside_peaked_ones_and_several_blocks(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if precision == "bf16":
         # A token is as flat as the list is long: with fewer places S/τ would be wide, and bf16 too coarse for it.
-        monkeypatch.setattr(tiles, "NEAR", 60)
+        monkeypatch.setattr(tiles, "CANDIDATES", 60)
     # softmax(S) itself is as coarse as bf16 makes it.
     alone = precision == "bf16"
     expected, expected_grads = _mixed(ibq_dense, alone)
@@ -149,6 +154,20 @@ def test_flat_tokens_beside_peaked_ones_and_several_blocks(precision: str, monke
     torch.testing.assert_close(found.sample_entropy, expected.sample_entropy, rtol=error, atol=error)
     for grad, wanted in zip(grads, expected_grads, strict=True):
         assert float((grad - wanted).norm()) <= {"fp32": 1e-4, "bf16": 0.02}[precision] * float(wanted.norm())
+
+
+@pytest.mark.parametrize("scope", ["global", "local"])
+@pytest.mark.parametrize("batch_weight", [1.0, 0.0])
+def test_the_cublas_backend_equals_float64_on_flat_and_peaked_tokens(scope: str, batch_weight: float) -> None:
+    """Four blocks of 11 tokens at the most."""
+    changes = {"batch_entropy_weight": batch_weight, "entropy_scope": scope, "entropy_temperature": 0.05}
+    expected, expected_grads = _mixed(ibq_dense, dtype=torch.float64, **changes)
+    found, grads = _mixed(quantize, backend="cublas", tile_bytes=2 * 4 * 101 * 11, **changes)
+    assert torch.equal(found.indices_N, expected.indices_N)
+    torch.testing.assert_close(found.entropy_loss.double(), expected.entropy_loss, rtol=1e-5, atol=1e-5)
+    for grad, wanted in zip(grads, expected_grads, strict=True):
+        # fp32 keeps the largest S/τ, some 3,000, to 2e-4.
+        assert float((grad - wanted).norm()) <= 1e-4 * float(wanted.norm())
 
 
 @pytest.mark.slow
@@ -178,10 +197,10 @@ def _entropy_gradients(form: Any, z: torch.Tensor, codebook: torch.Tensor, confi
     return out, torch.autograd.grad(out.entropy_loss, [z, codebook])
 
 
-def _products(monkeypatch: pytest.MonkeyPatch, scale: float) -> float:
+def _products(monkeypatch: pytest.MonkeyPatch, scale: float, backend: str) -> float:
     """Products of N·K·D that a step does, in whole tiles, tl.dot's and torch's."""
     done = 0
-    dot, multiply = interpreter.InterpreterBuilder.create_dot, triton_passes.product_into
+    dot, multiply = interpreter.InterpreterBuilder.create_dot, triton_backend.product_into
 
     def counted_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         nonlocal done
@@ -194,9 +213,10 @@ def _products(monkeypatch: pytest.MonkeyPatch, scale: float) -> float:
         multiply(out, a, b, *rest, **options)
 
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", counted_dot)
-    monkeypatch.setattr(triton_passes, "product_into", counted_product)
-    monkeypatch.setattr(tiles, "NEAR", 16)
-    _run(quantize, (16, 160, 16), scale, backend="triton", logit_precision="bf16", entropy_temperature=0.01)
+    monkeypatch.setattr(triton_backend, "product_into", counted_product)
+    monkeypatch.setattr(tiled_backend, "product_into", counted_product)
+    monkeypatch.setattr(tiles, "CANDIDATES", 16)
+    _run(quantize, (16, 160, 16), scale, backend=backend, logit_precision="bf16", entropy_temperature=0.01)
     monkeypatch.undo()
     return done / (16 * 160 * 16)
 
@@ -206,16 +226,22 @@ def _products(monkeypatch: pytest.MonkeyPatch, scale: float) -> float:
 def test_a_step_does_6_products_of_tokens_codes_and_dimensions_and_8_with_flat_tokens(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert _products(monkeypatch, 1.0) == 6
+    assert _products(monkeypatch, 1.0, "triton") == 6
     # All 160 codes have about the same probability, more than a list holds.
-    assert _products(monkeypatch, 1e-5) == 8
+    assert _products(monkeypatch, 1e-5, "triton") == 8
     assert flops.TRITON_PRODUCTS == 6
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-5])
+def test_a_step_of_the_cublas_backend_does_5_products(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _products(monkeypatch, scale, "cublas") == flops.STEP_PRODUCTS == 5
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU has an order of its own")
-@pytest.mark.usefixtures("few_near")
-def test_the_order_in_which_programs_run_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("few_candidates")
+@pytest.mark.parametrize("backend", ["triton", "cublas"])
+def test_the_order_in_which_programs_run_changes_no_bit(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     builder = interpreter.interpreter_builder
     plain = builder.set_grid_idx
     found = []
@@ -225,14 +251,14 @@ def test_the_order_in_which_programs_run_changes_no_bit(monkeypatch: pytest.Monk
             plain(*(moved(x, n) for x, n in zip(at, builder.grid_dim, strict=True)))
 
         monkeypatch.setattr(builder, "set_grid_idx", permuted)
-        out, grads = _mixed(quantize, backend="triton", logit_precision="bf16")
+        out, grads = _mixed(quantize, backend=backend, logit_precision="bf16")
         found.append([*(value for value in out), *grads])
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 def _shards(rank: int, world: int) -> list[torch.Tensor]:
-    tiles.NEAR = 4
+    tiles.CANDIDATES = 4
     g = torch.Generator().manual_seed(5)
     z_all, upstream_all = torch.randn(24, 20, generator=g) * torch.logspace(-3, 1, 24)[:, None], torch.ones(24, 20)
     codebook = torch.randn(104, 20, generator=g)
@@ -273,13 +299,18 @@ def test_auto_takes_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose("auto", cuda, torch.float64, 256) == "tiled"
     assert describe("auto", cuda, torch.float32, 256, "bf16") == "triton (bf16 products)"
     # What fits nowhere here is a tile of few dimensions: only the words are of interest.
-    assert choose("auto", cuda, torch.float32, 8) == "tiled"
+    assert choose("auto", cuda, torch.float32, 8) == "cublas"
+    assert choose("cublas", cuda, torch.float32, 256) == "cublas"
     said = describe("auto", cuda, torch.float32, 8, "tf32")
     assert said == (
-        "tiled (tf32 products), since triton has no tile of its kernel 'sums' (tf32, 8 dimensions) for the 99 KiB of "
+        "cublas (tf32 products), since triton has no tile of its kernel 'sums' (tf32, 8 dimensions) for the 99 KiB of "
         "shared memory of a small chip"
     )
     assert describe("tiled", cuda, torch.float32, 256, "bf16") == "tiled (tf32 products)"
+    assert describe("cublas", cuda, torch.float32, 256, "bf16") == "cublas (tf32 products)"
+    assert describe("auto", cuda, torch.float64, 256, "fp32") == (
+        "tiled (fp32 products), since triton computes in fp32, not torch.float64"
+    )
     assert describe("auto", cpu, torch.float32, 256, "bf16") == "tiled"
     with pytest.raises(UserError, match=r"no tile of its kernel 'best'.*use auto or tiled"):
         choose("triton", cuda, torch.float32, 8, "fp32", "best")
@@ -310,7 +341,7 @@ def test_a_runs_tiles_stay_where_another_compiler_would_choose_others(monkeypatc
     monkeypatch.setattr(tiles, "_settled", {})
     record = tiles.settle({}, "bf16", 256, cuda)
     assert len(record) == len(tiles.KERNELS) + len(tiles.LIST_KERNELS)
-    assert record["mix sm_80 bf16 256"][1] <= record["sums sm_80 bf16 256"][1]
+    assert record["soft_codes sm_80 bf16 256"][1] <= record["sums sm_80 bf16 256"][1]
     # The compiler now needs more for the first tile.
     first = tiles.Tile(*record["sums sm_80 bf16 256"])
     monkeypatch.setattr(tiles, "_needs", lambda name, precision, dim, tile, arch: Needs(1, 9, 8 * (tile == first)))

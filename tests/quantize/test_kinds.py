@@ -62,7 +62,7 @@ def test_the_entropy_of_a_batch_is_where_the_table_says_so(kind: str) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["quantizer.kind=fsq"], "which needs them"),
+        (["quantizer.kind=fsq"], "required there"),
         (["quantizer.levels=[8,5]"], "are for kind=fsq"),
         (["quantizer.kind=fsq", "quantizer.levels=[8,5]"], "make dim=2 and codebook_size=40"),
         (["quantizer.kind=fsq", "quantizer.levels=[1]"], "greater than or equal to 2"),

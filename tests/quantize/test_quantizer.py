@@ -14,8 +14,8 @@ from ibq_scale.config.models import QuantizerConfig
 from ibq_scale.errors import UserError
 from ibq_scale.quantize.collectives import Shards, sizes_in
 from ibq_scale.quantize.ibq import ibq_dense
+from ibq_scale.quantize.quantized import Quantized
 from ibq_scale.quantize.quantizer import batch_sums, encode, find, initial_codebook, lookup, quantize, rows_of
-from ibq_scale.quantize.types import Quantized
 from tests.ranks import run_ranks
 
 
@@ -160,6 +160,8 @@ CASES: dict[str, dict[str, Any]] = {
     "lfq local": {"kind": "lfq", "entropy_scope": "local"},
     # A sum over shards and one over the whole are rounded alike to fp32 only.
     "triton": {"backend": "triton", "logit_precision": "tf32"},
+    "cublas": {"backend": "cublas"},
+    "cublas local": {"backend": "cublas", "entropy_scope": "local"},
     "triton local": {"backend": "triton", "logit_precision": "tf32", "entropy_scope": "local"},
 }
 SIZES = {2: [[6, 6], [7, 5]], 4: [[3, 3, 3, 3], [1, 5, 4, 2]]}
@@ -172,7 +174,7 @@ def _case_inputs(changes: dict[str, Any]) -> tuple[QuantizerConfig, torch.Tensor
         codebook = initial_codebook(config, 0, 0, CODES).double().requires_grad_()
     upstream = _inputs(TOKENS, CODES, DIM, 1005)[0].detach()
     # Triton's kernels are fp32.
-    dtype = torch.float32 if config.backend == "triton" else torch.float64
+    dtype = torch.float64 if config.backend == "auto" else torch.float32
     return config, *(t.detach().to(dtype).requires_grad_() for t in (z, codebook)), upstream.to(dtype)
 
 
@@ -231,7 +233,7 @@ def test_sharded_equals_the_sum_of_the_ranks_losses_on_one(world: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["ibq", "lfq"])
-@pytest.mark.parametrize("backend", ["tiled", "triton"])
+@pytest.mark.parametrize("backend", ["tiled", "triton", "cublas"])
 def test_micro_batches_with_the_steps_mean_have_the_gradient_of_the_whole_batch(kind: str, backend: str) -> None:
     config, z, codebook, _ = _case_inputs({"kind": kind, "backend": backend})
     whole = quantize(z, codebook, config)

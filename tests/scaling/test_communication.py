@@ -19,15 +19,15 @@ from ibq_scale.config.run import ARRun
 from ibq_scale.distributed.world import World
 from ibq_scale.scaling.communication import Transfer, codebook_transfers, engine_transfers
 from ibq_scale.scaling.networks import transformer
-from ibq_scale.scaling.states import Zero
-from ibq_scale.train.engine import COLLECTIVES
+from ibq_scale.zero.engine import COLLECTIVES
+from ibq_scale.zero.memory import Zero
 from tests.ranks import run_ranks
 from tests.samples import SMALL_AR, write_codes
 
 RANKS, TOKENS, CODES, DIM = 2, 24, 64, 8
 # Of norms, flags and sums for metrics.
 SMALL = 4096
-KINDS = {"all_reduce": "all-reduce", "reduce": "all-reduce", "broadcast": "broadcast", "all_gather": "all-gather"}
+KINDS = {"all_reduce": "all-reduce", "reduce": "reduce", "broadcast": "broadcast", "all_gather": "all-gather"}
 KINDS |= {"all_gather_into_tensor": "all-gather", "reduce_scatter_tensor": "reduce-scatter"}
 KINDS |= {"all_to_all_single": "all-to-all"}
 

@@ -1,4 +1,4 @@
-"""The largest micro-batch that fits does, and the next one does not; a switch that is named makes a run fit."""
+"""The largest fitting micro-batch fits, the next one does not, and each named switch makes a run fit."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_plan_names_the_switch(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *words]) == 0
     said = capsys.readouterr().out
     assert f"would fit with {plan['switches'][0]['words'][0]}" in said
-    assert f"largest micro-batch that fits: {plan['largest_micro_batch']}" in said
+    assert f"largest fitting micro-batch: {plan['largest_micro_batch']}" in said
 
 
 @pytest.mark.slow

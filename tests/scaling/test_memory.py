@@ -14,13 +14,14 @@ from ibq_scale.config.layers import resolve
 from ibq_scale.config.run import ARRun
 from ibq_scale.models.head import CHUNK_BYTES
 from ibq_scale.models.norm import GroupNorm
+from ibq_scale.models.precision import compute_dtype
 from ibq_scale.models.transformer import TrainedTransformer
+from ibq_scale.scaling.activation_memory import ActivationMemory, ar_activation_memory, logit_bytes
+from ibq_scale.scaling.allocations import Allocations, NormShapes, as_on_cuda, rounded, storage_bytes
 from ibq_scale.scaling.budget import ar_budget
 from ibq_scale.scaling.flops import on_meta
-from ibq_scale.scaling.memory import Allocations, NormShapes, as_on_cuda, rounded, storage_bytes
 from ibq_scale.scaling.networks import transformer
-from ibq_scale.scaling.rehearse import Held, compute_dtype, logit_bytes, rehearse_ar
-from ibq_scale.scaling.states import Zero, engine_states
+from ibq_scale.zero.memory import Zero, engine_states
 from tests.ranks import run_ranks
 
 # Torch's CPU build keeps a dropout's mask as wide as its input, so without dropout the two must agree.
@@ -72,7 +73,7 @@ def _saved(run: ARRun) -> int:
 @pytest.mark.parametrize("size", SIZES)
 def test_what_is_kept_is_what_autograd_saves(size: tuple[str, ...], checkpointing: str, precision: str) -> None:
     run = _run(*size, f"train.precision={precision}", f"model.activation_checkpointing={checkpointing}")
-    held = rehearse_ar(run, keeps_gradients=False)
+    held = ar_activation_memory(run, keeps_gradients=False)
     assert held.kept == pytest.approx(_saved(run), rel=0.03)
     assert held.peak > held.kept
 
@@ -89,13 +90,13 @@ def test_the_peak_is_that_of_real_passes(checkpointing: str, keeps_gradients: bo
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     with Allocations(free=[*model.parameters(), codes_BT, labels_B, model._table_2Tp]) as memory:
         torch.autograd.backward(_loss(model, codes_BT, labels_B))
-    assert rehearse_ar(run, keeps_gradients=keeps_gradients).peak == pytest.approx(memory.peak, rel=0.01)
+    assert ar_activation_memory(run, keeps_gradients=keeps_gradients).peak == pytest.approx(memory.peak, rel=0.01)
 
 
 @pytest.mark.slow
 def test_what_saves_memory_saves_it() -> None:
     none, selective, full = (
-        rehearse_ar(_run("model.depth=4", f"model.activation_checkpointing={how}"), keeps_gradients=False)
+        ar_activation_memory(_run("model.depth=4", f"model.activation_checkpointing={how}"), keeps_gradients=False)
         for how in ("none", "selective", "full")
     )
     assert full.kept < selective.kept < none.kept
@@ -117,7 +118,7 @@ def test_blocks_that_are_not_rehearsed_are_counted(conditioning: str, checkpoint
         loss = _loss(model, codes_BT, labels_B)
         kept = memory.alive
         torch.autograd.backward(loss)
-    assert rehearse_ar(run, keeps_gradients=False) == Held(kept, memory.peak)
+    assert ar_activation_memory(run, keeps_gradients=False) == ActivationMemory(kept, memory.peak)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -198,7 +199,7 @@ def _allocated(rank: int, world: int, config: str, precision: str) -> dict[str, 
     """
     from ibq_scale.config.deepspeed import deepspeed_config
     from ibq_scale.models.optimizers import adamw
-    from ibq_scale.train.engine import make_engine, step
+    from ibq_scale.zero.engine import make_engine, step
 
     run = _zero_run(config, precision)
     before = storage_bytes(_everything())

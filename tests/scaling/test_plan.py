@@ -144,6 +144,14 @@ def test_more_gpus_share_the_states(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("compiled", ["true", "false"])
+def test_fp8_that_is_not_compiled_is_noted(compiled: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("ar/tiny", "train.precision=bf16", "model.fp8=true", f"model.compile={compiled}", "--device", "h100")
+    assert main(["plan", *words]) == 0
+    assert ("is slower than bf16" in capsys.readouterr().out) == (compiled == "false")
+
+
+@pytest.mark.slow
 def test_offloading_moves_states_to_the_host(capsys: pytest.CaptureFixture[str]) -> None:
     words = ("ar/tiny", "train.precision=bf16")
     here = _plan(capsys, *words, "deepspeed.config=zero2")["memory"]

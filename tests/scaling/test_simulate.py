@@ -15,9 +15,9 @@ from ibq_scale.errors import UserError
 from ibq_scale.scaling.communication import Transfer
 from ibq_scale.scaling.devices import DEVICES, named
 from ibq_scale.scaling.fabric import LINK_SHARE, NDR, NET_LATENCY, NODE_LATENCY, Fabric
-from ibq_scale.scaling.roofline import MEMORY, PRODUCTS, Work, step_time
+from ibq_scale.scaling.roofline import MEMORY, PRODUCTS, GpuWork, step_time
 from ibq_scale.scaling.simulate import PAYS, best_groups, codebook_rows, transformer_rows
-from ibq_scale.scaling.states import Zero
+from ibq_scale.zero.memory import Zero
 
 H100 = DEVICES["H100"]
 FABRIC = Fabric.of(H100, 8)
@@ -45,20 +45,20 @@ def test_replicas_share_a_nodes_cards_with_the_other_rings() -> None:
 def test_the_slower_of_products_and_memory_is_the_time_of_the_passes() -> None:
     zero = Zero(1, 8, 2, 2)
     transfers = [Transfer("x", "all-gather", 8e9, 1, 8)]
-    busy = step_time(Work(1e12, 1e6, 10**9), zero, H100, FABRIC, transfers, 16)
+    busy = step_time(GpuWork(1e12, 1e6, 10**9), zero, H100, FABRIC, transfers, 16)
     assert busy.passes == busy.products == pytest.approx(16e12 / (PRODUCTS * 989.4e12))
     assert busy.optimizer == pytest.approx((28 + 2) * 1e9 / 8 / (MEMORY * 3350e9))
     assert busy.exposed == busy.exchange == pytest.approx(FABRIC.seconds(transfers[0], 8))
     assert busy.total == pytest.approx(busy.passes + busy.optimizer + busy.exchange)
-    moving = step_time(Work(1e9, 1e9, 10**9), zero, H100, FABRIC, transfers, 16)
+    moving = step_time(GpuWork(1e9, 1e9, 10**9), zero, H100, FABRIC, transfers, 16)
     assert moving.passes == moving.memory == pytest.approx((4 * 16e9 + 3 * 2 * 1e9 * 2) / (MEMORY * 3350e9))
-    hidden = step_time(Work(1e12, 1e6, 10**9), zero, H100, FABRIC, transfers, 16, overlap=True)
+    hidden = step_time(GpuWork(1e12, 1e6, 10**9), zero, H100, FABRIC, transfers, 16, overlap=True)
     assert hidden.exposed == pytest.approx(max(0.0, busy.exchange - 2 / 3 * busy.passes))
 
 
 @pytest.fixture(scope="module")
 def rows() -> list[Any]:
-    return transformer_rows(resolve("ar/b").config, H100, FABRIC, 1024)
+    return transformer_rows(resolve("ar/b", ["train.micro_batch=32"]).config, H100, FABRIC, 1024)
 
 
 def test_strong_scaling_stops_paying_and_weak_does_not(rows: list[Any]) -> None:
@@ -85,7 +85,7 @@ def test_strong_scaling_stops_paying_and_weak_does_not(rows: list[Any]) -> None:
 
 @pytest.mark.slow
 def test_slower_networks_pay_less(rows: list[Any]) -> None:
-    slow = transformer_rows(resolve("ar/b").config, H100, replace(FABRIC, net=1e9), 1024)
+    slow = transformer_rows(resolve("ar/b", ["train.micro_batch=32"]).config, H100, replace(FABRIC, net=1e9), 1024)
     for fast_row, slow_row in zip(rows, slow, strict=True):
         assert slow_row.images_per_s <= fast_row.images_per_s
         if fast_row.gpus > 8:
@@ -93,7 +93,7 @@ def test_slower_networks_pay_less(rows: list[Any]) -> None:
 
 
 def test_a_codebook_is_shared_by_as_many_as_pay() -> None:
-    found = codebook_rows(resolve("tokenizer/ibq-262144").config, H100, FABRIC, 1024, 20e9)
+    found = codebook_rows(resolve("tokenizer/ibq-262144", ["train.micro_batch=4"]).config, H100, FABRIC, 1024, 20e9)
     at = {(r.codes, r.gpus, r.group): r for r in found}
     assert {r.codes for r in found} == {2**14, 2**16, 2**18, 2**20, 2**22}
     # Few codes: copies are cheap. Many: shards, and over more ranks; all ranks of many are too many.
@@ -105,7 +105,7 @@ def test_a_codebook_is_shared_by_as_many_as_pay() -> None:
     # A rank hears of its own tokens from all shards, and of all tokens once: no more than the tokens themselves grow.
     assert at[2**14, 1024, 1024].exchange == pytest.approx(2 * at[2**14, 512, 512].exchange, rel=0.05)
     assert at[2**22, 64, 1].products == at[2**22, 64, 64].products
-    full = codebook_rows(resolve("tokenizer/ibq-262144").config, H100, FABRIC, 8, 70e9)
+    full = codebook_rows(resolve("tokenizer/ibq-262144", ["train.micro_batch=4"]).config, H100, FABRIC, 8, 70e9)
     assert {r.group for r in full if r.codes == 2**22 and r.fits} == {8}, "21 GB of copies have no room there"
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from ibq_scale.data.prepare import prepare_images
-from ibq_scale.train.attempts import read_attempts
+from ibq_scale.supervise.attempts import read_attempts
 from tests.chaos.disk import difference
 from tests.faults import fault_proxy
 from tests.samples import SMALL_AR, write_codes
@@ -34,6 +34,7 @@ ENDED = ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED", "NODE_FAIL", "PREEMPTED"
 # beside the folder of images holds a task after each batch, and the last task meets a broken node first.
 PROGRAM = """#!{python}
 import os, sys, time
+from functools import partialmethod
 from pathlib import Path
 from types import SimpleNamespace
 run = next((word[4:] for word in sys.argv if word.startswith("out=")), None)
@@ -44,8 +45,8 @@ if run and Path(run + ".fault").exists() and os.environ.get("SLURM_NODEID") == "
 if run and Path(run + ".absent").exists():
     if os.environ.get("SLURM_NODEID") == "1" and "SLURM_RESTART_COUNT" not in os.environ:
         time.sleep(600)
-    from ibq_scale.distributed import arrival
-    arrival.ARRIVAL_SECONDS = 8.0
+    from ibq_scale.distributed import rendezvous
+    rendezvous.RENDEZVOUS_SECONDS = 8.0
 if run and Path(run + ".impatient").exists():
     from ibq_scale.data import store
     store.DEADLINE_SECONDS = 6.0
@@ -62,20 +63,21 @@ if "sample" in sys.argv and "1/3" in sys.argv:
             time.sleep(0.05)
     Chunks.write = write
 if run:
-    from ibq_scale.train.preemption import StopRequest
+    from ibq_scale.supervise.preemption import StopRequest
     # Asked twice before the first step, and after each.
     asked = 0
-    def agreed(self, world, real=StopRequest.agreed):
+    def held(self, world, real):
         global asked
         if Path(run + ".broken").exists() and world.rank == 1:
             raise RuntimeError("broken")
-        held = Path(run + ".held")
-        while held.exists() and asked == int(held.read_text()) + 1 and self._deadline == float("inf"):
+        mark = Path(run + ".held")
+        while mark.exists() and asked == int(mark.read_text()) + 1 and self._deadline == float("inf"):
             Path(run + ".waits-" + os.environ.get("SLURM_RESTART_COUNT", "0")).touch()
             time.sleep(0.05)
         asked += 1
         return real(self, world)
-    StopRequest.agreed = agreed
+    StopRequest.agreed = partialmethod(held, real=StopRequest.agreed)
+    StopRequest.agreed_before = partialmethod(held, real=StopRequest.agreed_before)
 from ibq_scale.cli.main import main
 # Data workers import this file too.
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def test_a_run_with_a_hostile_name_is_submitted_followed_cancelled_and_goes_on(
     assert (now["state"], now["step"]) == ("finished", saved + 2), log()
     ends = [cluster.job(job)["JobState"] for job in second["jobs"]]
     assert ends == ["COMPLETED", "CANCELLED"], "the second of the chain would find nothing to do"
-    assert f"what was to follow it is taken out of the queue: {second['jobs'][1]}" in log()
+    assert f"its chained jobs are taken out of the queue: {second['jobs'][1]}" in log()
     assert not [*Path.cwd().rglob("hostile"), *tmp_path.rglob("hostile")], "a part of a name was run"
 
 

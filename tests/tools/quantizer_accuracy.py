@@ -1,8 +1,8 @@
 """What rounding does to a quantizer's step on real tokens: ``python -m tests.tools.quantizer_accuracy CKPT IMAGES``.
 
 Tokens are those of pictures in a folder by a trained tokenizer; the upstream gradient is that of the decoder's L1 loss.
-Against gradients in fp64: products in tf32 (cut off), in bf16, and in bf16 with softmax(S/τ) from exact scores of near
-codes, which is what the Triton kernels do. Rounding is done here, on any device; sums are fp64 in all of them.
+Compared with gradients in fp64: products in tf32 (truncated), in bf16, and in bf16 with softmax(S/τ) from exact scores
+of the candidates, as in the Triton kernels. Rounding is done here, on any device. Sums are fp64 in all of them.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from ibq_scale.models.autoencoder import image_of, tokens_of
 from ibq_scale.pretrained.loading import load_tokenizer
-from ibq_scale.quantize.terms import batch_entropy_slope
-from ibq_scale.quantize.triton_passes import CUT, OPERAND
+from ibq_scale.quantize.quantized import batch_entropy_slope
+from ibq_scale.quantize.triton_backend import CUT, OPERAND
 
 Rounding = Callable[[Tensor], Tensor]
 
@@ -47,7 +47,7 @@ def gradients(z: Tensor, c: Tensor, g: Tensor, temperature: float, of_p: Roundin
     entropy = -(q * q_log).sum(dim=1, keepdim=True)
     r = batch_entropy_slope(q.mean(dim=0))
     of_entropy = q / (temperature * len(z)) * (r - q @ r[:, None] - q_log - entropy)
-    # The near codes' part of ∂L/∂z is added in fp32.
+    # The candidates' part of ∂L/∂z is added in fp32.
     return [
         of_p(through) @ of_p(c), of_p(through).T @ of_p(z), of_p(of_entropy) @ of_q(c), of_p(of_entropy).T @ of_p(z)
     ]  # fmt: skip
@@ -66,7 +66,7 @@ def report(name: str, z: Tensor, c: Tensor, g: Tensor, temperature: float) -> No
     near = (scores["bf16"] + bound >= best - temperature * (math.log(len(c)) - CUT)).sum(dim=1)
     touched = S - S.amax(dim=1, keepdim=True) >= -87.3 * temperature
     tiles = touched[: len(z) // 64 * 64, : len(c) // 64 * 64].unflatten(0, (-1, 64)).unflatten(2, (-1, 64))
-    print(f"  near codes a token: mean {near.double().mean():.1f}, most {int(near.max())}")
+    print(f"  candidates a token: mean {near.double().mean():.1f}, most {int(near.max())}")
     print(
         f"  tiles of 64 × 64 in which softmax(S/τ) is not 0: {100 * tiles.any(dim=3).any(dim=1).double().mean():.1f} %"
     )

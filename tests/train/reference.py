@@ -1,8 +1,9 @@
-"""The tokenizer's step in plain torch on one process, no engine, the whole codebook: what ZeRO must equal."""
+"""Both stages in plain torch on one process, as ZeRO must equal them, and small runs of the tasks to compare."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,12 +11,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ibq_scale.checkpoint.pieces import Piece
-from ibq_scale.config.run import TokenizerRun
+from ibq_scale.config.layers import resolve
+from ibq_scale.config.run import ARRun, TokenizerRun
+from ibq_scale.data.sets import DataSets, open_sets
+from ibq_scale.data.stream import ImageBatch, code_stream
 from ibq_scale.distributed.world import World
 from ibq_scale.losses.adversarial import LeCAM, discriminator_hinge, generator_non_saturating
 from ibq_scale.models.autoencoder import TokenizerModel
 from ibq_scale.models.discriminator import PatchDiscriminator
+from ibq_scale.models.transformer import Transformer
 from ibq_scale.quantize.quantizer import initial_codebook
+from ibq_scale.zero.master_weights import pieces, shapes
+from tests.samples import SMALL_AR
+
+STEPS, MICRO = 10, 2
+
+# Two runs that differ in the last bit part visibly where a value lies between them and a kink. The discriminator's are
+# smoothed in both; of L1's, images are drawn until the plain run stays this far from every one.
+KINK_MARGIN = 5e-6
+
+NO_DROPOUT = [f"model.{name}=0" for name in ("token_dropout", "residual_dropout", "ffn_dropout", "label_dropout")]
 
 
 def smooth_leaky_relu(self: torch.nn.LeakyReLU, x: Tensor) -> Tensor:
@@ -106,3 +121,172 @@ class PlainTokenizerTraining:
             self.averages[name].lerp_(parameter.detach(), 1.0 - self.run.ema_decay)
         means = [torch.stack([pair[i].detach().mean() for pair in logits]).mean() for i in (0, 1)]
         self.lecam.update(means[0], means[1])
+
+
+def tokenizer_run(deepspeed: str, *overrides: str) -> TokenizerRun:
+    """Adam's eps is large: its step is then smooth in the gradient, and a wrong gradient's size shows."""
+    run = resolve(
+        "tokenizer/tiny",
+        [
+            "data.train=none",
+            "model.channel_multipliers=[1,1]",
+            "model.resolution=16",
+            "model.attention_resolutions=[8]",
+            "model.z_channels=8",
+            "quantizer.dim=8",
+            "quantizer.codebook_size=32",
+            "quantizer.entropy_temperature=1.0",
+            f"train.micro_batch={MICRO}",
+            "optimizer.lr=0.01",
+            "optimizer.eps=0.01",
+            f"deepspeed.config={deepspeed}",
+            *overrides,
+        ],
+    ).config
+    assert isinstance(run, TokenizerRun)
+    return run
+
+
+def draw_images(draw: int, step: int, count: int) -> torch.Tensor:
+    g = torch.Generator().manual_seed(1000 * draw + step)
+    return torch.randint(256, (count, 3, 16, 16), generator=g, dtype=torch.uint8)
+
+
+def image_batches(images: torch.Tensor, rank: int, world_size: int) -> list[ImageBatch]:
+    none = torch.zeros(MICRO, dtype=torch.int64)
+    requests = torch.arange(len(images))[:, None].expand(-1, 5)
+    return [
+        ImageBatch(part, none, places)
+        for part, places in list(zip(images.split(MICRO), requests.split(MICRO), strict=True))[rank::world_size]
+    ]
+
+
+def train_tokenizers(
+    rank: int, world_size: int, runs: dict[str, TokenizerRun], draws: dict[str, int]
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Trains each run on its draw of images; returns rank 0's weights by name, the codebook put together."""
+    from ibq_scale.train.tokenizer_task import TokenizerTask
+
+    world = World(rank, world_size, rank, torch.device("cpu"))
+    torch.nn.LeakyReLU.forward = smooth_leaky_relu
+    results = {}
+    for name, run in runs.items():
+        task = TokenizerTask(run, world, DataSets((), run.data))
+        for step in range(STEPS):
+            task.set_rates(step * run.train.global_batch)
+            images = draw_images(draws[name], step, run.train.global_batch)
+            task.train_step(iter(image_batches(images, rank, world_size)))
+        rows = [torch.empty_like(task.codebook.rows.detach()) for _ in range(world_size)]
+        dist.all_gather(rows, task.codebook.rows.detach())
+        results[name] = (
+            whole_weights(task.generator, world)
+            | whole_weights(task.discriminator, world)
+            | {f"ema.{k}": v for k, v in (gather(task.ema.pieces(), shapes(task.generator), world) or {}).items()}
+            | {"codebook": torch.cat(rows[: task.codebook.group_size]), "ema_fake": task.lecam.fake.clone()}
+        )
+    return {name: {k: v.numpy() for k, v in tensors.items()} for name, tensors in results.items()}
+
+
+def whole_weights(engine: Any, world: World) -> dict[str, torch.Tensor]:
+    """The fp32 weights of all ranks on rank 0; where parameters are whole on each rank, they have to be the same."""
+    whole = gather(pieces(engine, world), shapes(engine), world) or {}
+    if engine.zero_optimization_stage() < 3:
+        for name, value in whole.items():
+            live = engine.module.get_parameter(name).detach()
+            assert torch.equal(live, value.to(live.dtype)), name
+    return whole
+
+
+def tokenizer_state(task: Any, world: World) -> dict[str, torch.Tensor]:
+    """All that a step changes, this rank's part."""
+    tensors = {f"g.{f.name}": f.values for f in pieces(task.generator, world)}
+    tensors |= {f"d.{f.name}": f.values for f in pieces(task.discriminator, world)}
+    tensors |= {f"ema.{k}": v for k, v in task.ema.shadow.state_dict().items()}
+    tensors |= {f"buffer.{k}": v for k, v in task.discriminator.module.named_buffers()}
+    tensors |= {"codebook": task.codebook.rows, "ema_rows": task.codebook.ema_rows, "lecam": task.lecam.fake}
+    moments = task.codebook.optimizer.state.get(task.codebook.rows, {})
+    return {k: v.detach().clone() for k, v in (tensors | moments).items()}
+
+
+def plain_tokenizer(run: TokenizerRun, calls: int = 1) -> tuple[int, dict[str, torch.Tensor]]:
+    """The first draw of images that keeps away from kinks, and the weights after training on it."""
+    forward = torch.nn.LeakyReLU.forward
+    torch.nn.LeakyReLU.forward = smooth_leaky_relu
+    try:
+        return _plain_smooth(run, calls)
+    finally:
+        torch.nn.LeakyReLU.forward = forward
+
+
+def _plain_smooth(run: TokenizerRun, calls: int) -> tuple[int, dict[str, torch.Tensor]]:
+    for draw in range(100):
+        reference = PlainTokenizerTraining(run)
+        for step in range(STEPS):
+            images = draw_images(draw, step, run.train.global_batch).float().div(127.5).sub(1.0)
+            reference.step(images, run.train.global_batch // MICRO, calls)
+        if reference.kink_distance > KINK_MARGIN:
+            return draw, (
+                dict(reference.model.named_parameters())
+                | {f"discriminator.{k}": v for k, v in reference.discriminator.named_parameters()}
+                | {f"ema.{k}": v for k, v in reference.averages.items()}
+                | {"codebook": reference.codebook_KD, "ema_fake": reference.lecam.fake}
+            )
+    raise AssertionError("no draw of images keeps away from kinks")
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, torch.Tensor], run: str) -> None:
+    assert found.keys() == expected.keys(), run
+    for name, value in expected.items():
+        value = value.detach()
+        got = torch.from_numpy(found[name]).view_as(value)
+        torch.testing.assert_close(got, value, rtol=2e-4, atol=2e-5, msg=lambda m, n=name: f"{run}: {n}: {m}")
+
+
+def ar_run(codes: str, *overrides: str) -> ARRun:
+    """Adam's eps is large, so that its step is smooth in the gradient."""
+    words = [f"data.train={codes}", "train.global_batch=8", "train.micro_batch=2", "optimizer.eps=0.01"]
+    run = resolve("ar/tiny", [*words, *SMALL_AR, *NO_DROPOUT, "schedule.warmup_samples=0", *overrides]).config
+    assert isinstance(run, ARRun)
+    return run
+
+
+def train_transformers(
+    rank: int, world_size: int, runs: dict[str, ARRun]
+) -> dict[str, tuple[dict[str, Any], list[float]]]:
+    """Rank 0's fp32 weights, put together, and this rank's losses, by run."""
+    from ibq_scale.train.ar_task import ARTask
+
+    world = World(rank, world_size, rank, torch.device("cpu"))
+    results = {}
+    for name, run in runs.items():
+        task = ARTask(run, world, open_sets(run.data, "codes"))
+        batches = task.batches(0)
+        losses = []
+        for step in range(STEPS):
+            task.set_rates(step * 8)
+            losses.append(float(task.train_step(batches).metrics["loss"]))
+        weights = gather(pieces(task.engine, world), shapes(task.engine), world) or {}
+        results[name] = ({k: v.numpy() for k, v in weights.items()}, losses)
+    return results
+
+
+def plain_transformer(run: ARRun, steps: int) -> tuple[Transformer, list[float]]:
+    """The model and its losses after some steps in plain torch on one process."""
+    model = Transformer(run.model, run.train.seed)
+    decayed = [p for n, p in model.named_parameters() if p.ndim > 1 and "emb" not in n]
+    free = [p for n, p in model.named_parameters() if p.ndim <= 1 or "emb" in n]
+    o = run.optimizer
+    groups = [{"params": decayed, "weight_decay": o.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, o.lr, o.betas, o.eps)
+    size = run.train.global_batch
+    stream = code_stream(open_sets(run.data, "codes"), seed=0, rank=0, world_size=1, micro_batch=size, start=0)
+    losses = []
+    for _ in range(steps):
+        batch = next(stream)
+        loss = F.cross_entropy(model(batch.codes, batch.labels).flatten(0, 1), batch.codes.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return model, losses

@@ -12,76 +12,17 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ibq_scale.checkpoint.files import write_all
-from ibq_scale.config.layers import resolve
 from ibq_scale.config.run import ARRun
 from ibq_scale.data.sets import open_sets
 from ibq_scale.data.stream import code_stream
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from ibq_scale.models.transformer import Transformer
-from ibq_scale.train.codes import HeldOut, check_codes
-from ibq_scale.train.master import pieces, shapes
+from ibq_scale.supervise.compatible import check_codes
+from ibq_scale.train.validation_ar import HeldOut
 from tests.ranks import run_ranks
-from tests.samples import SMALL_AR, write_codes
-from tests.train.reference import gather
-
-STEPS = 10
-NO_DROPOUT = [f"model.{name}=0" for name in ("token_dropout", "residual_dropout", "ffn_dropout", "label_dropout")]
-
-
-@pytest.fixture(scope="module")
-def codes(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("codes")
-    write_codes(folder)
-    return str(folder)
-
-
-def run_of(codes: str, *overrides: str) -> ARRun:
-    """Adam's eps is large, so that its step is smooth in the gradient."""
-    words = [f"data.train={codes}", "train.global_batch=8", "train.micro_batch=2", "optimizer.eps=0.01"]
-    run = resolve("ar/tiny", [*words, *SMALL_AR, *NO_DROPOUT, "schedule.warmup_samples=0", *overrides]).config
-    assert isinstance(run, ARRun)
-    return run
-
-
-def _train(rank: int, world_size: int, runs: dict[str, ARRun]) -> dict[str, tuple[dict[str, Any], list[float]]]:
-    """Rank 0's fp32 weights, put together, and this rank's losses, by run."""
-    from ibq_scale.train.ar_task import ARTask
-
-    world = World(rank, world_size, rank, torch.device("cpu"))
-    results = {}
-    for name, run in runs.items():
-        task = ARTask(run, world, open_sets(run.data, "codes"))
-        batches = task.batches(0)
-        losses = []
-        for step in range(STEPS):
-            task.set_rates(step * 8)
-            losses.append(float(task.train_step(batches).metrics["loss"]))
-        weights = gather(pieces(task.engine, world), shapes(task.engine), world) or {}
-        results[name] = ({k: v.numpy() for k, v in weights.items()}, losses)
-    return results
-
-
-def plain_training(run: ARRun, steps: int) -> tuple[Transformer, list[float]]:
-    """The model and its losses after some steps in plain torch on one process."""
-    model = Transformer(run.model, run.train.seed)
-    decayed = [p for n, p in model.named_parameters() if p.ndim > 1 and "emb" not in n]
-    free = [p for n, p in model.named_parameters() if p.ndim <= 1 or "emb" in n]
-    o = run.optimizer
-    groups = [{"params": decayed, "weight_decay": o.weight_decay}, {"params": free, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, o.lr, o.betas, o.eps)
-    size = run.train.global_batch
-    stream = code_stream(open_sets(run.data, "codes"), seed=0, rank=0, world_size=1, micro_batch=size, start=0)
-    losses = []
-    for _ in range(steps):
-        batch = next(stream)
-        loss = F.cross_entropy(model(batch.codes, batch.labels).flatten(0, 1), batch.codes.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), o.grad_clip)
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    return model, losses
+from tests.samples import write_codes
+from tests.train.reference import NO_DROPOUT, STEPS, ar_run, plain_transformer, train_transformers
 
 
 @pytest.mark.slow
@@ -95,12 +36,12 @@ def test_every_layout_with_accumulation_clipping_and_decay_equals_plain_torch(co
         else ["zero1", "zero3"]
     )
     runs = {
-        f"{kind}, {layout}": run_of(codes, f"deepspeed.config={layout}", *words)
+        f"{kind}, {layout}": ar_run(codes, f"deepspeed.config={layout}", *words)
         for kind, words in kinds.items()
         for layout in layouts
     }
-    expected = {kind: plain_training(run_of(codes, *words), STEPS) for kind, words in kinds.items()}
-    found = run_ranks(_train, world_size, runs)
+    expected = {kind: plain_transformer(ar_run(codes, *words), STEPS) for kind, words in kinds.items()}
+    found = run_ranks(train_transformers, world_size, runs)
     for name in runs:
         model, losses = expected[name.partition(",")[0]]
         weights, _ = found[0][name]
@@ -132,9 +73,9 @@ def _norms(rank: int, world_size: int, runs: dict[str, ARRun]) -> dict[str, list
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_the_logged_norm_is_the_gradients_in_every_layout(codes: str) -> None:
-    runs = {name: run_of(codes, f"deepspeed.config={name}") for name in ("zero0", "zero1", "zero2", "zero3")}
+    runs = {name: ar_run(codes, f"deepspeed.config={name}") for name in ("zero0", "zero1", "zero2", "zero3")}
     norms = run_ranks(_norms, 2, runs)[0]
-    run = run_of(codes)
+    run = ar_run(codes)
     model = Transformer(run.model, run.train.seed)
     sets = open_sets(run.data, "codes")
     batch = next(code_stream(sets, seed=0, rank=0, world_size=1, micro_batch=8, start=0))
@@ -174,14 +115,14 @@ def test_the_loss_on_held_out_codes(codes: str, held_out: str) -> None:
     """Every sample once on any number of ranks, and no dropout."""
     dropout = [word.replace("=0", "=0.3") for word in NO_DROPOUT]
     words = [f"validation.data={held_out}", "validation.every=2", "validation.samples=7", "train.global_batch=12"]
-    run = run_of(codes, *words, "optimizer.lr=1e-9", "deepspeed.config=zero3")
+    run = ar_run(codes, *words, "optimizer.lr=1e-9", "deepspeed.config=zero3")
     model = Transformer(run.model, run.train.seed).eval()
-    sets = open_sets(run_of(held_out).data, "codes")
+    sets = open_sets(ar_run(held_out).data, "codes")
     batch = next(code_stream(sets, seed=0, rank=0, world_size=1, micro_batch=7, start=0))
     expected = F.cross_entropy(model(batch.codes, batch.labels).flatten(0, 1), batch.codes.flatten()).item()
     assert batch.codes.unique(dim=0).shape[0] > 1
     for world_size in (1, 3):
-        for loss in run_ranks(_validated, world_size, run_of(codes, *words, *dropout, "optimizer.lr=1e-9")):
+        for loss in run_ranks(_validated, world_size, ar_run(codes, *words, *dropout, "optimizer.lr=1e-9")):
             assert loss == pytest.approx(expected, rel=1e-5)
     assert run_ranks(_validated, 2, run) == pytest.approx([expected] * 2, rel=1e-5)
 
@@ -225,27 +166,27 @@ def _host_reads(rank: int, world_size: int, runs: list[ARRun]) -> list[int]:
 @pytest.mark.distributed
 def test_the_host_waits_for_the_device_nowhere_within_the_passes(codes: str) -> None:
     """DeepSpeed's own look for infinite gradients, once a step, is what is left."""
-    runs = [run_of(codes, f"deepspeed.config={c}", "train.precision=bf16", "ema_decay=0.9") for c in ("zero2", "zero3")]
+    runs = [ar_run(codes, f"deepspeed.config={c}", "train.precision=bf16", "ema_decay=0.9") for c in ("zero2", "zero3")]
     assert run_ranks(_host_reads, 1, runs) == [[0, 0]]
 
 
 def test_held_out_codes_that_are_not(codes: str, held_out: str, tmp_path: Path) -> None:
     world = World(0, 1, 0, torch.device("cpu"))
     for url, said in {codes: "is what the run trains on"}.items():
-        run = run_of(codes, f"validation.data={url}")
+        run = ar_run(codes, f"validation.data={url}")
         with pytest.raises(UserError, match=said):
             HeldOut(run, world, open_sets(run.data, "codes"))
-    run = run_of(codes, f"validation.data={held_out}", "model.codebook_size=64")
+    run = ar_run(codes, f"validation.data={held_out}", "model.codebook_size=64")
     with pytest.raises(UserError, match=f"{held_out} holds codes of a codebook of 40"):
         HeldOut(run, world, open_sets(run.data, "codes"))
     write_codes(tmp_path, seed=2, tokenizer="another")
-    run = run_of(codes, f"validation.data={tmp_path}")
+    run = ar_run(codes, f"validation.data={tmp_path}")
     with pytest.raises(UserError, match="was written by another tokenizer"):
         HeldOut(run, world, open_sets(run.data, "codes"))
 
 
 def test_codes_that_do_not_fit_are_refused(codes: str, tokenizer_dir: Path) -> None:
-    run = run_of(codes)
+    run = ar_run(codes)
     assert check_codes(run, open_sets(run.data, "codes")).grid == (4, 4)
     cases = {
         "set model.codebook_size=40": "model.codebook_size=64",
@@ -254,7 +195,7 @@ def test_codes_that_do_not_fit_are_refused(codes: str, tokenizer_dir: Path) -> N
         "was written by another tokenizer": f"tokenizer={tokenizer_dir}",
     }
     for said, override in cases.items():
-        run = run_of(codes, override)
+        run = ar_run(codes, override)
         with pytest.raises(UserError, match=said):
             check_codes(run, open_sets(run.data, "codes"))
 
@@ -292,7 +233,7 @@ def _resume(rank: int, world_size: int, run: ARRun, folder: str) -> tuple[dict[s
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_bf16_with_averages_resumes_in_the_same_bits(codes: str, tmp_path: Path) -> None:
-    run = run_of(codes, "train.precision=bf16", "ema_decay=0.9")
+    run = ar_run(codes, "train.precision=bf16", "ema_decay=0.9")
     for whole, resumed in run_ranks(_resume, 2, run, str(tmp_path)):
         assert whole.keys() == resumed.keys()
         assert any(name.startswith("ema.") for name in whole)

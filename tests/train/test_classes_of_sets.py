@@ -15,7 +15,8 @@ from ibq_scale.data.sets import open_sets
 from ibq_scale.data.store import open_store
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
-from ibq_scale.train.codes import HeldOut, check_codes
+from ibq_scale.supervise.compatible import check_codes
+from ibq_scale.train.validation_ar import HeldOut
 
 TRAINED = ("ant", "bee", "dog")
 

@@ -14,20 +14,21 @@ from ibq_scale.checkpoint.files import write_all
 from ibq_scale.config.run import ARRun, TokenizerRun
 from ibq_scale.data.sets import DataSets, open_sets
 from ibq_scale.distributed.world import World
-from ibq_scale.train.master import shapes
+from ibq_scale.zero.master_weights import shapes
 from tests.ranks import run_ranks
-from tests.train.reference import gather, smooth_leaky_relu
-from tests.train.test_ar import codes, plain_training  # noqa: F401
-from tests.train.test_ar import run_of as ar_run
-from tests.train.test_tokenizer_task import (
+from tests.train.reference import (
     STEPS,
-    _assert_same,
-    _batches,
-    _images,
-    _plain,
-    _run,
-    _state,
-    _weights,
+    ar_run,
+    assert_same,
+    draw_images,
+    gather,
+    image_batches,
+    plain_tokenizer,
+    plain_transformer,
+    smooth_leaky_relu,
+    tokenizer_run,
+    tokenizer_state,
+    whole_weights,
 )
 
 GLOBAL = 24
@@ -46,11 +47,11 @@ def _tokenizer(rank: int, size: int, run: TokenizerRun, draw: int, folder: Path,
         task.load(folder / f"tokenizer-{leg - 1}")
     for step in range(leg * LEG, (leg + 1) * LEG):
         task.set_rates(step * GLOBAL)
-        task.train_step(iter(_batches(_images(draw, step, GLOBAL), rank, size)))
+        task.train_step(iter(image_batches(draw_images(draw, step, GLOBAL), rank, size)))
     write_all(task.state(), folder / f"tokenizer-{leg}")
     rows = [torch.empty_like(task.codebook.rows.detach()) for _ in range(size)]
     dist.all_gather(rows, task.codebook.rows.detach())
-    weights = _weights(task.generator, world) | _weights(task.discriminator, world)
+    weights = whole_weights(task.generator, world) | whole_weights(task.discriminator, world)
     weights |= {f"ema.{k}": v for k, v in (gather(task.ema.pieces(), shapes(task.generator), world) or {}).items()}
     weights |= {"codebook": torch.cat(rows[: task.codebook.group_size]), "ema_fake": task.lecam.fake}
     return {k: v.numpy() for k, v in weights.items()}
@@ -81,19 +82,19 @@ def _both(
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_a_chain_of_layouts_is_one_run(codes: str, tmp_path: Path) -> None:  # noqa: F811
+def test_a_chain_of_layouts_is_one_run(codes: str, tmp_path: Path) -> None:
     """4 → 2 → 3 → 1 → 4 ranks and every ZeRO stage on the way: the weights are those of an unbroken plain run."""
     assert len(CHAIN) * LEG == STEPS
     words = f"train.global_batch={GLOBAL}"
-    draw, expected = _plain(_run("zero0", words))
+    draw, expected = plain_tokenizer(tokenizer_run("zero0", words))
     losses: list[float] = []
     for leg, (size, config, group) in enumerate(CHAIN):
-        tokenizer = _run(config, words, f"codebook_group={group}")
+        tokenizer = tokenizer_run(config, words, f"codebook_group={group}")
         ar = ar_run(codes, f"deepspeed.config={config}", words, "ema_decay=0.9")
         weights, found = run_ranks(_both, size, tokenizer, draw, ar, tmp_path, leg)[0]
         losses += found
-    _assert_same(weights, expected, "the chain")
-    assert losses == pytest.approx(plain_training(ar_run(codes, words), STEPS)[1], rel=1e-4)
+    assert_same(weights, expected, "the chain")
+    assert losses == pytest.approx(plain_transformer(ar_run(codes, words), STEPS)[1], rel=1e-4)
     assert all(later < earlier for earlier, later in pairwise(losses[:3]))
 
 
@@ -109,7 +110,7 @@ def _again(rank: int, size: int, runs: dict[str, TokenizerRun], folder: Path) ->
         def train(task: Any, first: int, last: int, run: TokenizerRun = run) -> None:
             for step in range(first, last):
                 task.set_rates(step * run.train.global_batch)
-                task.train_step(iter(_batches(_images(0, step, run.train.global_batch), rank, size)))
+                task.train_step(iter(image_batches(draw_images(0, step, run.train.global_batch), rank, size)))
 
         train(task, 0, 2)
         write_all(task.state(), folder / name)
@@ -118,7 +119,7 @@ def _again(rank: int, size: int, runs: dict[str, TokenizerRun], folder: Path) ->
         restarted = TokenizerTask(run, world, DataSets((), run.data))
         restarted.load(folder / name)
         train(restarted, 2, 4)
-        state, again = _state(task, world), _state(restarted, world)
+        state, again = tokenizer_state(task, world), tokenizer_state(restarted, world)
         # Running means are rank 0's on all ranks after a restart; training does not read them.
         if not all(torch.equal(value, again[key]) for key, value in state.items() if not key.startswith("buffer")):
             different.append(name)
@@ -139,7 +140,7 @@ def test_the_same_layout_goes_on_in_the_same_bits(tmp_path: Path) -> None:
         ("zero3_offload", "fp32", 0),
     ]
     runs = {
-        f"{config}-{precision}": _run(
+        f"{config}-{precision}": tokenizer_run(
             config,
             "train.global_batch=8",
             f"train.precision={precision}",

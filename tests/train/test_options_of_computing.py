@@ -10,7 +10,7 @@ from ibq_scale.checkpoint.reading import Checkpoint
 from ibq_scale.config.layers import resolve
 from ibq_scale.config.run import ARRun, TokenizerRun
 from ibq_scale.errors import UserError
-from ibq_scale.train.run import check_same_run
+from ibq_scale.supervise.compatible import check_same_run
 
 
 def _run(*overrides: str) -> TokenizerRun:

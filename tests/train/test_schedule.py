@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from ibq_scale.config.layers import resolve
-from ibq_scale.config.run import OptimizerConfig, ScheduleConfig
-from ibq_scale.train.schedule import lr_factor, weight_decay
+from ibq_scale.config.run import SCHEDULES, OptimizerConfig, ScheduleConfig
+from ibq_scale.train.schedule import SHAPES, lr_factor, weight_decay
 
 IMAGENET = 1_281_167
 
@@ -28,6 +28,21 @@ def test_the_published_transformers_warm_up_and_line() -> None:
     assert lr_factor(schedule, 100 + 525, total) == pytest.approx(1 - 0.99 * 0.5)
     assert lr_factor(schedule, total, total) == pytest.approx(0.01)
     assert lr_factor(schedule, 5 * total, total) == pytest.approx(0.01)
+
+
+def test_the_shapes_by_their_usual_names() -> None:
+    line = ScheduleConfig(kind="linear", warmup_samples=100, constant_fraction=0.2, final_factor=0.1)
+    wsd, cosine = line.model_copy(update={"kind": "wsd"}), line.model_copy(update={"kind": "cosine"})
+    places = range(0, 1300, 50)
+    assert [lr_factor(wsd, at, 1100) for at in places] == [lr_factor(line, at, 1100) for at in places]
+    assert [lr_factor(cosine, at, 1100) for at in (50, 300)] == [lr_factor(line, at, 1100) for at in (50, 300)]
+    assert [lr_factor(cosine, at, 1100) for at in (500, 700, 900, 1100, 2000)] == pytest.approx(
+        [0.1 + 0.45 * (1 + 0.5**0.5), 0.55, 0.1 + 0.45 * (1 - 0.5**0.5), 0.1, 0.1]
+    )
+
+
+def test_every_built_in_name_has_a_shape() -> None:
+    assert tuple(SHAPES) == SCHEDULES
 
 
 def test_the_largest_models_weight_decay_rises_on_a_cosine() -> None:

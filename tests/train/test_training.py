@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from ibq_scale.checkpoint.reading import Checkpoint, newest_or_this, verify, whole_checkpoints
 from ibq_scale.config.layers import resolve
 from ibq_scale.errors import UserError
-from ibq_scale.train.run import check_same_run
+from ibq_scale.supervise.compatible import check_same_run
 from tests import nursery
 from tests.train.runs import SMALL, words
 
@@ -198,6 +198,6 @@ def test_deepspeeds_own_zero_to_fp32_reads_an_export(whole: Path, tmp_path: Path
     for name, value in found.items():
         whole_vector = torch.cat([values for _, values in sorted(pieces[f"weights/{name}"], key=lambda p: p[0])])
         assert torch.equal(value.flatten(), whole_vector), name
-    judge = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path / "ds" / "discriminator"))
-    assert "discriminator.main.0.weight" in judge
-    assert any(name.endswith("running_mean") for name in judge)
+    discriminator = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path / "ds" / "discriminator"))
+    assert "discriminator.main.0.weight" in discriminator
+    assert any(name.endswith("running_mean") for name in discriminator)

@@ -1,0 +1,205 @@
+"""Dashboards beside a run's own files: W&B, TensorBoard and extensions. A failing dashboard never ends a run."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import pairwise
+from operator import mul
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from ibq_scale import extensions
+from ibq_scale.config.run import AnyRun
+from ibq_scale.console import tell
+from ibq_scale.documents import json_object
+from ibq_scale.errors import UserError
+
+EVENTS = "tensorboard"
+
+log = logging.getLogger(__name__)
+
+
+class Histogram(NamedTuple):
+    """`counts[i]` values lie in [`edges[i]`, `edges[i + 1]`)."""
+
+    counts: Sequence[int]
+    edges: Sequence[int]
+
+
+class Dashboard(Protocol):
+    """Receives a run's metrics on rank 0. A method may raise any error: the run goes on without that line."""
+
+    def values(self, step: int, line: Mapping[str, Any]) -> None:
+        """A line of metrics.jsonl. W&B and TensorBoard show its numbers."""
+        ...
+
+    def histogram(self, step: int, name: str, histogram: Histogram) -> None:
+        """The distribution of a window's values."""
+        ...
+
+    def picture(self, step: int, name: str, picture_CHW: Tensor) -> None:
+        """uint8 (3, H, W)."""
+        ...
+
+    def alarm(self, step: int, text: str) -> None:
+        """An alarm for a person."""
+        ...
+
+    def close(self) -> None:
+        """The end of the process."""
+        ...
+
+
+class Dashboards:
+    """All dashboards of a config. The first failure of each is logged, and again after it has worked."""
+
+    def __init__(self, run_dir: Path, config: AnyRun) -> None:
+        """UserError where one from outside cannot be imported. One that cannot start is reported and left out."""
+        self._failing: set[str] = set()
+        makers: dict[str, Callable[[], Dashboard]] = {}
+        if config.tensorboard:
+            makers["TensorBoard"] = lambda: TensorBoard(run_dir / EVENTS)
+        if config.wandb.mode != "off":
+            makers["W&B"] = lambda: WandB(run_dir, config)
+        for name, make in dashboard_classes(config).items():
+            makers[name] = partial(make, run_dir, config)
+        begun = {name: _begin(make) for name, make in makers.items()}
+        self._open = {name: dashboard for name, dashboard in begun.items() if dashboard is not None}
+
+    def values(self, step: int, line: Mapping[str, Any]) -> None:
+        """As `Dashboard`, and so are the others."""
+        self._each(lambda d: d.values(step, line))
+
+    def histogram(self, step: int, name: str, histogram: Histogram) -> None:
+        self._each(lambda d: d.histogram(step, name, histogram))
+
+    def picture(self, step: int, name: str, picture_CHW: Tensor) -> None:
+        self._each(lambda d: d.picture(step, name, picture_CHW))
+
+    def alarm(self, step: int, text: str) -> None:
+        self._each(lambda d: d.alarm(step, text))
+
+    def close(self) -> None:
+        self._each(lambda d: d.close())
+
+    def _each(self, do: Callable[[Dashboard], None]) -> None:
+        for name, dashboard in self._open.items():
+            try:
+                do(dashboard)
+                self._failing.discard(name)
+            except Exception as e:  # of any type
+                if name not in self._failing:
+                    log.warning("%s refused a line, going on without it: %s", name, e)
+                self._failing.add(name)
+
+
+def dashboard_classes(config: AnyRun) -> dict[str, Callable[[Path, AnyRun], Dashboard]]:
+    """The dashboards from outside of the package, by name. UserError where one cannot be imported."""
+    return {name: extensions.load(extensions.DASHBOARDS, name) for name in config.dashboards}
+
+
+def _begin(make: Callable[[], Dashboard]) -> Dashboard | None:
+    try:
+        return make()
+    except UserError as e:
+        tell(f"going on without a dashboard: {e}")
+    except Exception as e:  # a run trains without a dashboard too
+        log.warning("a dashboard could not start, going on without it: %s", e)
+    return None
+
+
+def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in line.items() if isinstance(value, (int, float)) and name != "step"}
+
+
+class WandB:
+    """A W&B run, under the same id after each resume. Without a network it is offline, for a later `wandb sync`."""
+
+    def __init__(self, run_dir: Path, config: AnyRun) -> None:
+        import wandb
+
+        self._module: Any = wandb
+        id_file = run_dir / "wandb_id"
+        if not id_file.is_file():
+            id_file.write_text(secrets.token_hex(4), encoding="utf-8")
+        environment = json_object(run_dir / "environment.json")
+        known = {"environment": environment} if environment else {}
+        settings: dict[str, Any] = {
+            "project": config.wandb.project,
+            "entity": config.wandb.entity,
+            "group": config.wandb.group,
+            "name": config.name,
+            "id": id_file.read_text(encoding="utf-8").strip(),
+            "resume": "allow",
+            "dir": str(run_dir),
+            "config": config.model_dump(mode="json") | known,
+        }
+        online = config.wandb.mode == "online"
+        try:
+            self._run: Any = wandb.init(mode="online" if online else "offline", **settings)
+        except Exception as e:
+            if not online:
+                raise
+            self._run = wandb.init(mode="offline", **settings)
+            tell(f"W&B is out of reach ({e}): writing to {run_dir}/wandb; 'wandb sync' sends it later")
+
+    def values(self, step: int, line: Mapping[str, Any]) -> None:
+        self._run.log(_numbers(line), step=step)
+
+    def histogram(self, step: int, name: str, histogram: Histogram) -> None:
+        shown = self._module.Histogram(np_histogram=(list(histogram.counts), list(histogram.edges)))
+        self._run.log({name: shown}, step=step)
+
+    def picture(self, step: int, name: str, picture_CHW: Tensor) -> None:
+        self._run.log({name: self._module.Image(picture_CHW.permute(1, 2, 0).numpy())}, step=step)
+
+    def alarm(self, step: int, text: str) -> None:
+        self._run.alert(title=f"step {step}", text=text, level="WARN")
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class TensorBoard:
+    """Event files. UserError without the package."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ModuleNotFoundError:
+            raise UserError("tensorboard=true needs it: pip install 'ibq-scale[tensorboard]'") from None
+        # A resumed run writes the steps after its checkpoint again: the last ones count.
+        self._writer: Any = SummaryWriter(str(folder))
+
+    def values(self, step: int, line: Mapping[str, Any]) -> None:
+        for name, value in _numbers(line).items():
+            self._writer.add_scalar(name, value, step)
+
+    def histogram(self, step: int, name: str, histogram: Histogram) -> None:
+        counts, edges = histogram
+        middles = [(a + b) / 2 for a, b in pairwise(edges)]
+        self._writer.add_histogram_raw(
+            name,
+            min=edges[0],
+            max=edges[-1],
+            num=sum(counts),
+            sum=sum(map(mul, counts, middles)),
+            sum_squares=sum(n * m * m for n, m in zip(counts, middles, strict=True)),
+            bucket_limits=list(edges[1:]),
+            bucket_counts=list(counts),
+            global_step=step,
+        )
+
+    def picture(self, step: int, name: str, picture_CHW: Tensor) -> None:
+        self._writer.add_image(name, picture_CHW, step)
+
+    def alarm(self, step: int, text: str) -> None:
+        self._writer.add_text("alarms", text, step)
+
+    def close(self) -> None:
+        self._writer.close()

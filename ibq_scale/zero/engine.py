@@ -1,0 +1,157 @@
+"""DeepSpeed engines, made one way. What is exact and what is broken in 0.19.8 decides the settings here."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ibq_scale.zero.gradients import reduction, scatter_gradients
+
+COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast", "reduce", "reduce_scatter_tensor")
+
+
+def make_engine(
+    module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], device: torch.device
+) -> Any:
+    """A DeepSpeed engine around `module` on the process group that already exists."""
+    import deepspeed
+
+    begin_deepspeed(device)
+    _import_muon()
+    engine, _, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
+    if engine.dp_world_size == 1 and engine.zero_optimization_stage() == 0:
+        # The mean over one rank: 0.19.8 would copy all gradients into a buffer and back.
+        engine.enable_backward_allreduce = False
+    elif reduction(config) == "reduce-scatter":
+        scatter_gradients(engine.optimizer)
+    return engine
+
+
+def begin_deepspeed(device: torch.device) -> None:
+    """Lets DeepSpeed take over torch's process group, once; before anything of its own is called."""
+    import deepspeed
+
+    if deepspeed.comm.is_initialized():
+        return
+    deepspeed.logger.setLevel(logging.WARNING)
+    # 0.19.8 calls collectives by the names that torch 2.14 renamed; the user can do nothing about it.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    if device.type == "cpu":
+        # A shared-memory all-reduce for CPUs would be compiled for minutes at the first start, and a killed build
+        # leaves a lock that hangs the next one; gloo's own all-reduce is what small CPU runs need.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _take_norms_in_fp32()
+    _wait_less()
+    deepspeed.init_distributed(auto_mpi_discovery=False)
+
+
+def _import_muon() -> None:
+    """Imports DeepSpeed's Muon without torch._inductor, which takes 2 CPU s and 150 MB a rank.
+
+    DeepSpeed 0.19.8 imports this module to test an optimizer's class, and the module compiles three functions when it
+    is imported. Nothing here calls them.
+    """
+    compile_ = torch.compile
+    vars(torch)["compile"] = lambda function=None, **_: function or (lambda decorated: decorated)
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        vars(torch)["compile"] = compile_
+
+
+def _take_norms_in_fp32() -> None:
+    """ZeRO's gradient norm, as the norm without ZeRO: 0.19.8 would copy each gradient to fp64 first.
+
+    The copy of the largest gradient took 8 bytes an element, and the copies a twelfth of a CPU's step under ZeRO-2.
+    """
+    from deepspeed.runtime.zero import stage3, stage_1_and_2
+
+    for stage in (stage_1_and_2, stage3):
+        stage.get_norm_dtype = lambda: torch.float32
+
+
+def _wait_less() -> None:
+    """Takes out waits for the device around ZeRO's one look at the norm of the gradients.
+
+    0.19.8 copies a constant from the host, searches gradients in bf16 for what is not finite before it looks for the
+    same in their norm, and looks at the norm again to find whether to clip: a factor of 1 changes no bit.
+    """
+    from deepspeed.runtime import bf16_optimizer, utils
+    from deepspeed.runtime.zero import stage3, stage_1_and_2
+
+    def mark_invalid(norm: torch.Tensor, device: object = None, val: float = -1.0) -> None:
+        norm.masked_fill_(~norm.isfinite(), -1.0)
+
+    for module in (utils, stage3, stage_1_and_2):
+        module.mask_nan_or_inf_with_val_inplace = mark_invalid
+
+    def clip(input_tensors: list[torch.Tensor], max_norm: float, global_norm: torch.Tensor, mpu: object) -> None:
+        factor = (max_norm / (global_norm + 1e-6)).clamp(max=1.0)
+        for tensor in input_tensors:
+            tensor.mul_(factor)
+
+    bf16_optimizer.clip_tensors_by_global_norm = clip
+    search = stage_1_and_2.DeepSpeedZeroOptimizer.check_overflow
+
+    def check_overflow(self: Any, partition_gradients: bool = True) -> None:
+        if self.cpu_offload or not self.compute_grad_norm:
+            search(self, partition_gradients)
+
+    stage_1_and_2.DeepSpeedZeroOptimizer.check_overflow = check_overflow
+
+
+def discriminator_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The discriminator is small: ZeRO-1 whatever the generator uses (0 stays 0), and never clipped."""
+    stage = min(1, config.get("zero_optimization", {}).get("stage", 0))
+    return config | {"zero_optimization": {"stage": stage}, "gradient_clipping": 0.0}
+
+
+def step(engine: Any) -> bool:
+    """Applies the accumulated gradient where the accumulation is complete.
+
+    False where it was not finite on some rank: then no rank applies it. Collective.
+    """
+    if engine.is_gradient_accumulation_boundary() and not hasattr(engine.optimizer, "overflow"):
+        # ZeRO and bf16 optimizers look for themselves (DeepSpeed 0.19.8); a plain one, stage 0 in fp32, does not.
+        # Gradients are averages over the ranks by now, so every rank finds the same.
+        grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        # What the others note of themselves, and `gradient_norm` asks for.
+        engine._global_grad_norm = norm
+        if not bool(norm.isfinite()):
+            for parameter in engine.module.parameters():
+                parameter.grad = None
+            engine.step()
+            return False
+    engine.step()
+    return bool(engine.was_step_applied())
+
+
+def wrap_collectives(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Puts `wrap` around every collective that DeepSpeed calls from now on in this process: for measurements."""
+    import deepspeed.comm.comm
+
+    backend = deepspeed.comm.comm.cdb
+    for name in COLLECTIVES:
+        setattr(backend, name, wrap(getattr(backend, name)))
+
+
+def gradient_norm(engine: Any, device: torch.device) -> torch.Tensor:
+    """Of the last step, before clipping; 0 where the engine takes none."""
+    norm = engine.get_global_grad_norm()
+    # Not `norm or 0.0`: its truth would wait for the device, as a copy of 0 would.
+    return torch.zeros((), device=device) if norm is None else torch.as_tensor(norm, device=device)
+
+
+def set_rates(engine: Any, lr: float, decay: float | None = None) -> None:
+    """Sets the next step's learning rate, and the decay of the groups that decay."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+        if decay is not None and group["weight_decay"] > 0:
+            group["weight_decay"] = decay

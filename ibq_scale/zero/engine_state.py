@@ -1,0 +1,94 @@
+"""An engine's state on disk: fp32 weights and Adam's moments in each rank's pieces, and back, under any layout.
+
+Not DeepSpeed's own checkpoints (0.19.8): those are pickles, which run code when they are loaded, and know one number of
+ranks and one ZeRO stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ibq_scale.checkpoint.files import TensorFile
+from ibq_scale.checkpoint.pieces import WEIGHTS, Piece, PieceReader, piece_file
+from ibq_scale.distributed.world import World
+from ibq_scale.models.optimizers import MOMENTS, restored_state
+from ibq_scale.zero.master_weights import Fragment, fragments, held, shapes
+
+
+def engine_file(engine: Any, folder: str, world: World) -> TensorFile:
+    """This rank's share, and on rank 0 the buffers (each rank has its own: BatchNorm's running means)."""
+    share = fragments(engine, world)
+    steps = _steps(engine, world)
+    state = _weights(share)
+    if steps:
+        state += _moments(engine, share)
+    if world.is_main:
+        state += _buffers(engine)
+    facts = {
+        "steps": steps,
+        "shapes": shapes(engine),
+        "buffers": {name: list(buffer.shape) for name, buffer in engine.module.named_buffers()},
+    }
+    return piece_file(folder, world.rank, state, facts)
+
+
+def load_engine(engine: Any, folder: Path, world: World) -> None:
+    """Restores what `engine_file` is on any number of ranks and any ZeRO stage. UserError where it does not fit."""
+    reader = PieceReader(folder)
+    mine = held(engine, world)
+    reader.read_all(_weights(mine))
+    steps = reader.facts["steps"]
+    if steps:
+        for fragment in mine:
+            restored_state(_adam(engine), fragment.flat, steps)
+        reader.read_all(_moments(engine, mine))
+    reader.read_all(_buffers(engine))
+    _refresh(engine)
+
+
+def _weights(share: list[Fragment]) -> list[Piece]:
+    return [piece._replace(name=f"{WEIGHTS}{piece.name}") for piece in (fragment.piece() for fragment in share)]
+
+
+def _moments(engine: Any, share: list[Fragment]) -> list[Piece]:
+    state = _adam(engine).state
+    return [
+        Piece(f"{moment}/{fragment.name}", fragment.start, fragment.of(state[fragment.flat][moment]))
+        for fragment in share
+        for moment in MOMENTS
+    ]
+
+
+def _buffers(engine: Any) -> Iterator[Piece]:
+    for name, buffer in engine.module.named_buffers():
+        yield Piece(f"buffers/{name}", 0, buffer.detach().view(-1))
+
+
+def _adam(engine: Any) -> torch.optim.Optimizer:
+    """The torch optimizer inside of DeepSpeed's."""
+    inner: torch.optim.Optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    return inner
+
+
+def _steps(engine: Any, world: World) -> float:
+    """Adam's step count, 0 before the first; one for all parameters."""
+    for fragment in held(engine, world):
+        return float(_adam(engine).state.get(fragment.flat, {}).get("step", 0))
+    return 0.0
+
+
+def _refresh(engine: Any) -> None:
+    """The model's own weights from the fp32 ones. Collective."""
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "update_lp_params"):
+        optimizer.update_lp_params()
+    elif engine.zero_optimization_stage() == 3:
+        optimizer._partition_all_parameters()
+        for group in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)

@@ -1,0 +1,187 @@
+"""What DeepSpeed 0.19.8 keeps of a network on each rank, by ZeRO stage: read from its code, held to its allocations.
+
+Two things that a formula of 16 bytes a parameter misses: ZeRO-1 under bf16 with fp32 accumulation keeps *whole* fp32
+gradients on every rank (`BF16_Optimizer`) beside the bf16 ones; and fp32 runs on ZeRO-1 and 2 keep a second copy of
+this rank's weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ibq_scale.config.deepspeed import OFFLOADS, offloaded
+from ibq_scale.zero.gradients import Reduction, reduction
+
+Place = Literal["gpu", "host"]
+FP32 = 4
+# DeepSpeed's own defaults, where a JSON is silent.
+BUCKET, PERSISTENCE, LIVE = 500_000_000, 100_000, 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Zero:
+    """What of a DeepSpeed JSON decides memory and traffic.
+
+    `weight_bytes`: of a parameter as the network computes with it. `reduction`: how gradients are summed below ZeRO-3.
+    """
+
+    stage: int
+    world: int
+    weight_bytes: int
+    accumulation: int
+    offload_optimizer: bool = False
+    offload_weights: bool = False
+    reduce_bucket: int = BUCKET
+    persistence_threshold: int = PERSISTENCE
+    live_parameters: int = LIVE
+    reduction: Reduction = "all-reduce"
+
+    @staticmethod
+    def of(config: dict[str, Any], *, world: int) -> Zero:
+        """From what `deepspeed_config` completed."""
+        zero = config.get("zero_optimization", {})
+        return Zero(
+            stage=zero.get("stage", 0),
+            world=world,
+            weight_bytes=2 if config["bf16"]["enabled"] else FP32,
+            accumulation=config["gradient_accumulation_steps"],
+            offload_optimizer=offloaded(zero, OFFLOADS[0]),
+            offload_weights=offloaded(zero, OFFLOADS[1]),
+            reduce_bucket=int(zero.get("reduce_bucket_size", BUCKET)),
+            persistence_threshold=int(zero.get("stage3_param_persistence_threshold", PERSISTENCE)),
+            live_parameters=int(zero.get("stage3_max_live_parameters", LIVE)),
+            reduction=reduction(config),
+        )
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Elements of a network's parameters: all of them with padding, and one rank's share of them."""
+
+    whole: int
+    share: int
+    largest: int
+    persistent: int
+
+    @staticmethod
+    def of(groups: Sequence[Sequence[int]], zero: Zero) -> Shares:
+        """`groups`: the elements of each parameter, by the optimizer's groups."""
+        sizes = [size for group in groups for size in group]
+        if zero.stage == 3:
+            share = sum(-(-size // zero.world) for size in sizes)
+            whole_anyway = sum(size for size in sizes if size <= zero.persistence_threshold)
+            return Shares(share * zero.world, share, max(sizes), whole_anyway)
+        if zero.stage == 0:
+            return Shares(sum(sizes), sum(sizes), max(sizes), 0)
+        # Each group is one flat tensor, padded so that two elements of every rank align.
+        share = sum(2 * -(-sum(group) // (2 * zero.world)) for group in groups)
+        return Shares(share * zero.world, share, max(sizes), 0)
+
+
+@dataclass(frozen=True)
+class States:
+    """Bytes of a network on one rank, GPU and host together; `place` tells where each is.
+
+    `earlier_gradients`: of the micro-batches before, alive in a forward pass; `gradients`: after the last backward
+    pass. `buckets`: of communication, while gradients come. `gathered`: ZeRO-3's whole weights at a time.
+    `step`: what the optimizer's step takes for itself.
+    """
+
+    weights: int
+    master: int
+    moments: int
+    earlier_gradients: int
+    gradients: int
+    buckets: int
+    gathered: int
+    step: int
+    places: dict[str, Place]
+    keeps_gradients: bool
+
+    def on_gpu(self, *names: str) -> int:
+        """Sum of these on the GPU."""
+        return sum(getattr(self, name) for name in names if self.places.get(name, "gpu") == "gpu")
+
+
+def engine_states(groups: Sequence[Sequence[int]], zero: Zero) -> States:
+    """What an engine around a network with these parameters keeps."""
+    n = Shares.of(groups, zero)
+    host: Place = "host"
+    places: dict[str, Place] = {}
+    if zero.offload_optimizer:
+        places = {"master": host, "moments": host, "step": host}
+    if zero.stage == 3:
+        if zero.offload_weights:
+            places["weights"] = host
+        if zero.offload_optimizer:
+            places |= {"gradients": host, "earlier_gradients": host}
+        return _zero3(n, zero, places)
+    partitioned = zero.stage > 0
+    b = zero.weight_bytes
+    earlier, gradients = _gradients(n, zero)
+    if zero.offload_optimizer and zero.stage == 2:
+        places |= {"gradients": host, "earlier_gradients": host}
+    return States(
+        weights=b * n.whole,
+        master=FP32 * n.share if partitioned else 0,
+        moments=2 * FP32 * n.share,
+        earlier_gradients=earlier,
+        gradients=gradients,
+        buckets=_buckets(n, zero),
+        gathered=0,
+        step=_scratch(n, zero),
+        places=places,
+        keeps_gradients=zero.stage < 2,
+    )
+
+
+def _whole_fp32_gradients(zero: Zero) -> bool:
+    """Whether DeepSpeed takes its `BF16_Optimizer`."""
+    return zero.stage == 1 and zero.weight_bytes < FP32 and not zero.offload_optimizer
+
+
+def _gradients(n: Shares, zero: Zero) -> tuple[int, int]:
+    """Bytes alive in the forward pass of a later micro-batch, and after the last backward pass."""
+    again = zero.accumulation > 1
+    b = zero.weight_bytes
+    if zero.stage == 0:
+        return again * b * n.whole, b * n.whole
+    if _whole_fp32_gradients(zero):
+        return FP32 * n.whole + again * b * n.whole, (FP32 + b) * n.whole
+    if zero.stage == 1:
+        # Without a dtype of their own gradients wait, whole, where autograd puts them.
+        return again * FP32 * n.whole, FP32 * n.whole
+    return again * FP32 * n.share, FP32 * n.share
+
+
+def _scratch(n: Shares, zero: Zero) -> int:
+    """The fused Adam takes none, but DeepSpeed flattens gradients for it where it has not accumulated them flat."""
+    flat = zero.stage == 0 or zero.offload_optimizer or (zero.stage < 3 and zero.weight_bytes < FP32)
+    return 0 if flat else FP32 * n.share
+
+
+def _buckets(n: Shares, zero: Zero) -> int:
+    if zero.world == 1:
+        return 0
+    if zero.stage == 0 or _whole_fp32_gradients(zero):
+        return 0
+    return FP32 * min(zero.reduce_bucket, n.whole)
+
+
+def _zero3(n: Shares, zero: Zero, places: dict[str, Place]) -> States:
+    b = zero.weight_bytes
+    return States(
+        weights=b * (n.share + n.persistent),
+        master=FP32 * n.share if b < FP32 or zero.offload_optimizer else 0,
+        moments=2 * FP32 * n.share,
+        earlier_gradients=FP32 * n.share,
+        gradients=FP32 * n.share,
+        # Made whole at the start, and kept.
+        buckets=FP32 * zero.reduce_bucket,
+        gathered=b * min(n.whole - n.persistent, zero.live_parameters + n.largest),
+        step=_scratch(n, zero),
+        places=places,
+        keeps_gradients=False,
+    )

@@ -1,0 +1,108 @@
+"""A training step on GPUs waits, sends and launches what budgets.md says, rehearsed without one; five faults show."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.nursery import Nursery
+from tests.rehearsal.budgets import Row, record_of, rehearsals, rows, told
+
+pytestmark = pytest.mark.slow
+SMALL = "train.global_batch=64 train.micro_batch=1 deepspeed.config=zero1"
+AR, TOKENIZER = f"ar/tiny {SMALL} model.attention=sdpa_math", f"tokenizer/tiny {SMALL} loss.perceptual=none"
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Nursery]:
+    with rehearsals() as nursery:
+        yield nursery
+
+
+@pytest.mark.parametrize("row", list(rows()), ids=lambda row: row.what)
+def test_a_step_asks_for_what_the_table_says(row: Row, forks: Nursery) -> None:
+    record = record_of(row.what, forks)
+    assert record.faults == []
+    assert Row.of(row.what, record) == row, told(record)
+
+
+def _around_norm(also: Callable[[torch.Tensor], object]) -> None:
+    """Plants something into the step of the transformer."""
+    from ibq_scale.train import ar_task
+
+    real = ar_task.gradient_norm
+
+    def norm(engine: Any, device: torch.device) -> torch.Tensor:
+        value = real(engine, device)
+        also(value)
+        return value
+
+    ar_task.gradient_norm = norm  # type: ignore[assignment]
+
+
+def _sums_on_the_host() -> None:
+    _around_norm(lambda _: dist.all_reduce(torch.zeros(())))
+
+
+def _makes_a_group() -> None:
+    _around_norm(lambda _: dist.new_group([0, 1]))
+
+
+def _reads_a_value() -> None:
+    _around_norm(lambda norm: norm.item())
+
+
+def _lists_in_64_bits() -> None:
+    from ibq_scale.quantize.backend_interface import Candidates
+    from ibq_scale.quantize.triton_backend import TritonBackend
+
+    real = TritonBackend.candidates
+    vars_of: Any = TritonBackend
+    vars_of.candidates = lambda self, z_MD: Candidates(
+        *(x.long() if x.dtype == torch.int32 else x for x in real(self, z_MD))
+    )
+
+
+def _leaves_the_batch_on_the_host() -> None:
+    from ibq_scale.train.ar_task import ARTask
+
+    real, move = ARTask.train_step, torch.Tensor.to
+
+    def train_step(self: ARTask, batches: Any) -> Any:
+        torch.Tensor.to = lambda tensor, *_, **__: tensor  # type: ignore[assignment, method-assign]
+        try:
+            return real(self, batches)
+        finally:
+            torch.Tensor.to = move  # type: ignore[method-assign]
+
+    ARTask.train_step = train_step  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    ("fault", "what", "said"),
+    [
+        (_sums_on_the_host, AR, "all-reduce of a tensor on cpu"),
+        (_makes_a_group, AR, "a group of 2 ranks without a timeout"),
+        (_lists_in_64_bits, TOKENIZER, r"kernel near, near: torch.int64 on cuda:0, .* it takes \*i32"),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)
+def test_what_a_gpu_would_refuse_is_found(fault: Callable[[], None], what: str, said: str, forks: Nursery) -> None:
+    faults = record_of(what, forks, fault).faults
+    assert any(re.search(said, found) for found in faults), faults
+
+
+def test_a_read_value_is_one_wait_more(forks: Nursery) -> None:
+    before, after = (record_of(AR, forks, fault) for fault in (int, _reads_a_value))
+    assert before.faults == []
+    assert Row.of(AR, after).our_waits == Row.of(AR, before).our_waits + 1
+
+
+def test_a_batch_that_stays_on_the_host_ends_the_rehearsal(forks: Nursery) -> None:
+    with pytest.raises(AssertionError, match="device"):
+        record_of(AR, forks, _leaves_the_batch_on_the_host)

@@ -1,0 +1,159 @@
+"""What a step asks of GPUs: waits of the host, collectives, copies between host and device, kernels, memory layouts."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tests.rehearsal import gpu
+
+PACKAGES = ("ibq_scale", "deepspeed")
+# Of DeepSpeed, around what others of it call.
+WRAPPERS = ("comm/", "utils/nvtx.py", "accelerator/")
+KINDS = {"allreduce": "all-reduce", "allgather": "all-gather", "_allgather": "all-gather", "alltoall": "all-to-all"}
+KINDS |= {"reduce_scatter": "reduce-scatter", "_reduce_scatter": "reduce-scatter", "reduce": "reduce"}
+KINDS |= {"broadcast": "broadcast"}
+LAID_OUT = ("aten.convolution.default", "aten.native_group_norm.default")
+
+
+class Call(NamedTuple):
+    """Something that a function of the package or of DeepSpeed asked for; `size` in bytes of whole tensors."""
+
+    kind: str
+    place: str
+    size: int = 0
+
+    @property
+    def ours(self) -> bool:
+        return not self.place.startswith("deepspeed/")
+
+    @property
+    def sent(self) -> int:
+        """Bytes that each of many ranks sends, by rings: the tensor, twice in an all-reduce."""
+        return self.size * (2 if self.kind == "all-reduce" else 1)
+
+
+class Watch(TorchDispatchMode):
+    """Notes what passes below autograd. Fake tensors have no values: what the host reads is answered.
+
+    The quantizer's operator runs with all its collectives, where fake tensors would run what tells shapes only.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.syncs: list[Call] = []
+        """Waits of the host for the device: reads of values, blocking copies either way, synchronize()."""
+        self.collectives: list[Call] = []
+        self.launches: Counter[str] = Counter()
+        self.layouts: Counter[tuple[str, str]] = Counter()
+        self.faults: list[str] = []
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Within, everything is noted."""
+        from ibq_scale.quantize import backend, tiles, triton_passes
+
+        known = {module: dict(vars(module)) for module in (backend, triton_passes)}
+        vars(backend)["_obstacle"] = lambda *_: None
+        vars(triton_passes)["run"] = self._launch
+        vars(triton_passes)["chosen"] = lambda kernel, precision, dim, *_: tiles.offered(kernel, dim)[0]
+        gpu.on_wait.append(lambda: self.syncs.append(Call("synchronize", place())))
+        try:
+            with self:
+                yield
+        finally:
+            gpu.on_wait.clear()
+            for module, names in known.items():
+                vars(module).update(names)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = str(func)
+        if func.namespace == "ibq_scale":
+            from ibq_scale.quantize import function
+
+            with self:
+                return tuple(getattr(function, func._opname.removeprefix("ibq"))(*args, **kwargs))
+        if name.startswith("aten.to."):
+            # Not taken apart below autograd, and copies of constants would ask the driver.
+            with self:
+                return func.decompose(*args, **kwargs)
+        if name == "aten._local_scalar_dense.default":
+            return self._read(args[0])
+        if name.startswith("c10d."):
+            self._send(func._opname, args)
+        elif name in ("aten._to_copy.default", "aten.copy_.default"):
+            self._copy(name, args, kwargs)
+        elif name in LAID_OUT:
+            self.layouts[func._opname, order(args[0])] += 1
+        with gpu.devices(0):
+            return func(*args, **kwargs)
+
+    def _read(self, value: Tensor) -> Any:
+        """A norm of 1, finite, of which nothing overflowed; no end of the run."""
+        if value.is_cuda:
+            self.syncs.append(Call("read", place()))
+        if value.dtype == torch.bool:
+            return place().startswith("ibq_scale/")
+        if "preemption" in place():
+            return math.inf
+        return 1.0 if value.is_floating_point() else 0
+
+    def _copy(self, name: str, args: Any, kwargs: Any) -> None:
+        source = args[0] if name.startswith("aten._to") else args[1]
+        target = torch.device(kwargs.get("device") or source.device) if name.startswith("aten._to") else args[0].device
+        blocks = not (kwargs.get("non_blocking") or (name.startswith("aten.copy") and len(args) > 2 and args[2]))
+        if source.device.type != target.type and blocks:
+            self.syncs.append(Call(f"copy {source.device.type} to {target.type}", place()))
+
+    def _send(self, name: str, args: Any) -> None:
+        kind = next((kind for begin, kind in KINDS.items() if name.removesuffix("_").split("_base")[0] == begin), None)
+        if kind is None:
+            return
+        tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+        sums = [sum(t.numel() * t.element_size() for t in tree_leaves(a) if isinstance(t, Tensor)) for a in args]
+        self.collectives.append(Call(kind, place(), max(sums)))
+        self.faults += [f"{kind} of a tensor on {t.device}, in {place()}" for t in tensors if not t.is_cuda]
+
+    def _launch(self, kernel: str, tile: Any, grid: tuple[int, ...], fixed: dict[str, Any], *arguments: Any) -> None:
+        from ibq_scale.quantize import compiled, tiles
+
+        self.launches[kernel] += 1
+        precision = "bf16" if any(torch.is_tensor(a) and a.dtype == torch.bfloat16 for a in arguments) else "tf32"
+        names = [name for name in tiles.function(kernel).arg_names if name not in fixed]
+        if len(names) != len(arguments) or not all(blocks > 0 for blocks in grid):
+            self.faults.append(f"kernel {kernel}: {len(arguments)} arguments for {names}, grid {grid}")
+        for name, value in zip(names, arguments, strict=False):
+            if isinstance(value, Tensor):
+                wanted = {"*i32": torch.int32, "*bf16": torch.bfloat16, "*fp32": torch.float32}
+                kind = compiled._type(kernel, name, precision)  # type: ignore[arg-type]
+                if not value.is_cuda or not value.is_contiguous() or value.dtype != wanted[kind]:
+                    told = f"{value.dtype} on {value.device}, strides {value.stride()}"
+                    self.faults.append(f"kernel {kernel}, {name}: {told}; it takes {kind}, contiguous, on CUDA")
+
+
+def order(x: Tensor) -> str:
+    """How a tensor (B, C, H, W) lies in memory."""
+    first, last = x.is_contiguous(), x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return {(True, False): "NCHW", (False, True): "NHWC", (True, True): "either"}.get((first, last), "neither")
+
+
+def place() -> str:
+    """The innermost function of the package or of DeepSpeed that is running: ``ibq_scale/train/codebook.py step``."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        for package in PACKAGES:
+            _, found, path = frame.f_code.co_filename.rpartition(f"/{package}/")
+            if found and not path.startswith(WRAPPERS):
+                return f"{package}/{path} {frame.f_code.co_name}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return "elsewhere"
