@@ -22,7 +22,7 @@ SAMPLES_AHEAD = 4096
 # Concurrent shard downloads of a rank. Each makes up to four requests.
 FETCH_THREADS = 4
 # Single reads allowed to each rank: samples at the start, and a share of all later samples.
-SINGLY_AT_FIRST, SINGLY_SHARE = 4096, 0.02
+SINGLY_AT_FIRST, SINGLY_SHARE = 1024, 0.02
 
 # A node fetches a shard if it reads at least this part of it. Otherwise it reads its samples singly.
 MOST_OF = 0.5
