@@ -1,7 +1,7 @@
-"""What nodes read, keep and download of a data set that need not be there: the order that training uses, walked.
+"""Walks the training order over a data set of given size, without data, and counts reads and downloads of nodes.
 
-Of each walked node every sample of an epoch is located and led through a cache that evicts as the real one does. Nodes
-and samples beyond `MOST` are left out, and rates are of those walked.
+Each sample of a node's epoch is located and led through a model of the cache with the same eviction. At most `MOST`
+samples are walked, on as many nodes as they allow. Rates are over these.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ MOST = 1_000_000
 
 @dataclass(frozen=True)
 class Walk:
-    """`stream`: by arithmetic; the rest was counted on `nodes` nodes of all, over `samples` samples of an epoch.
+    """`stream` is computed. The rest is counted on `nodes` of all nodes, over `samples` samples of an epoch.
 
-    `in_use`: most bytes of shards between their first and last use on a node. `singly`: share of samples read one by
-    one, since another node fetches the shard. `again`: fetches of shards that had been fetched. `served`: what the
-    store served, over what was read. `first_batch`: bytes that a node needs before its first batch.
+    `in_use`: maximum over time of the bytes of shards between first and last use, on one node. `singly`: share of
+    samples read one by one because another node fetches the shard. `again`: repeated fetches of a shard. `served`:
+    bytes served by the store over bytes read. `first_batch`: bytes read by a node before its first batch.
     """
 
     stream: Stream
@@ -70,7 +70,7 @@ def walk(extent: Extent, data: DataConfig, *, nodes: int, batch: int, seed: int 
             node.read(mixture.share(step * batch * nodes, number, nodes, batch))
         found.append(node)
     samples = sum(node.read_samples for node in found)
-    # Shards that a walk ended in have not been read to their ends.
+    # A walk stops within shards: these are not counted, since their rest is unread.
     open_rows = batch if steps * batch * nodes + batch * nodes > extent.samples else 2 * rows[0] * lanes * (window + 1)
     fetched, read = (sum(part) for part in zip(*(node.served(rows, open_rows // nodes) for node in found), strict=True))
     return Walk(
@@ -131,12 +131,12 @@ class _Node:
             self._kept.popitem(last=False)
 
     def served(self, rows: NDArray[np.int64], still_open: int) -> tuple[int, int]:
-        """Samples that the store served, and those that were read, of shards not used in the last `still_open`."""
+        """Samples served by the store and samples read, of shards without a use in the last `still_open` samples."""
         done = [(shard, u) for shard, u in self._uses.items() if u.last < self.read_samples - still_open]
         return sum(u.fetched * int(rows[s]) if u.whole else u.read for s, u in done), sum(u.read for _, u in done)
 
     def in_use(self) -> int:
-        """The most fetched shards that were between their first and their last use at one time."""
+        """Maximum over time of the fetched shards between first and last use."""
         uses = [use for use in self._uses.values() if use.whole]
         times = np.array([use.first for use in uses] + [use.last + 1 for use in uses])
         changes = np.repeat([1, -1], len(uses))

@@ -35,10 +35,9 @@ from ibq_scale.errors import UserError
 log = logging.getLogger(__name__)
 # Earlier versions kept ….index, as JSON.
 _NAME = re.compile(r"([0-9a-f]{64})(\.[0-9a-f]{16}\.(?:table|index))?(\.partial)?")
-# A shard that comes twice within this time tells that the cache is too small; one used within it goes only for want of
-# room.
+# Two downloads of a shard within this time mean a cache too small. Shards used within it are evicted only at need.
 RECENT_SECONDS = 60.0
-# The part of the limit that is freed at once.
+# Part of the limit to free at once.
 SPARE = 16
 
 
@@ -74,7 +73,7 @@ class ShardCache:
             return False
 
     def touch(self, shard: ShardInfo) -> bool:
-        """As `has`; a shard that is there becomes the last to be evicted."""
+        """As `has`. Marks the shard as used, for eviction."""
         with suppress(FileNotFoundError):
             if self.has(shard):
                 os.utime(self.path(shard))
@@ -100,12 +99,12 @@ class ShardCache:
             return f.read()
 
     def map(self, shard: ShardInfo) -> mmap:
-        """As `read`, in memory that all processes of the node share; it outlives the file."""
+        """As `read`, in memory shared by all processes of the node. It outlives the file."""
         with self._open(shard) as f:
             return mmap(f.fileno(), 0, access=ACCESS_READ)
 
     def table(self, shard: ShardInfo, index: str, convert: Callable[[bytes], bytes]) -> mmap:
-        """What `convert` makes of the store's file `index`, which is kept beside the shard, in memory as `map`.
+        """The store's file `index` as changed by `convert`. Kept beside the shard, in memory as `map`.
 
         UserError where the file is missing, or from `convert`.
         """
@@ -175,9 +174,9 @@ class ShardCache:
             os.ftruncate(claimed.fileno(), shard.bytes)
 
     def _evict(self, needed: int) -> int:
-        """Removes files until `needed` bytes fit, and some that are long unused, lest all be listed for each download.
+        """Removes files until `needed` bytes fit, and some more old ones, so not every download lists the folder.
 
-        Returns the bytes that are left.
+        Returns the bytes left.
         """
         self._sweep()
         groups: dict[str, list[tuple[Path, os.stat_result]]] = {}

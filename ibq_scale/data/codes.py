@@ -94,7 +94,7 @@ def read_code_shard(data: bytes, name: str) -> CodeShard:
 
 
 def stored_codes(data: bytes | mmap, name: str) -> StoredCodes:
-    """A shard's arrays in the memory that holds its bytes. UserError where they are damaged."""
+    """A shard's arrays, as views of its bytes. UserError if they are damaged."""
     try:
         begin = 8 + int.from_bytes(data[:8], "little")
         header = parse_json(data[8:begin])
@@ -138,7 +138,7 @@ class CodeDataset(torch.utils.data.Dataset[CodeSample]):
         return CodeSample(codes_T, int(shard.labels[request.row]), request)
 
     def is_here(self, source: int, shard: int) -> bool:
-        """Whether the shard need not be fetched; if so, it is now the last that the cache evicts."""
+        """Whether the shard needs no fetch. Marks it as used, for eviction."""
         part = self.sets.parts[source]
         return part.cache is None or part.cache.touch(part.manifest.shards[shard])
 

@@ -1,8 +1,8 @@
-"""Shards on their way to a node before its batches need them.
+"""Fetches shards into the node's cache ahead of use.
 
-A batch is handed out whether its shards have come or not: samples of a shard that has not are read singly (images.py).
-So the first batch needs its own bytes only. Single reads are bounded to a share of all: beyond it a batch waits for its
-shards, lest a store that is too slow for the run serve the same bytes twice.
+A batch does not wait for its shards: samples of a missing shard are read by range (images.py). So the first batch costs
+its own bytes only. Single reads are limited to a share of all samples. Beyond it a batch waits for its shards; else a
+slow store would serve the same bytes twice.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from ibq_scale.data.images import Request
 # Batches whose shards are fetched ahead of use, but at least so many samples of them.
 FETCH_AHEAD = 16
 SAMPLES_AHEAD = 4096
-# Shards that a rank downloads at once; the store gives each up to four requests.
+# Concurrent shard downloads of a rank. Each makes up to four requests.
 FETCH_THREADS = 4
-# Samples that may be read singly at first (each rank's), and of all that follow.
-SINGLY_AT_FIRST, SINGLY_SHARE = 4096, 0.02
+# Single reads allowed to each rank: samples at the start, and a share of all later samples.
+SINGLY_AT_FIRST, SINGLY_SHARE = 1024, 0.02
 
-# A node fetches the shards of which it reads at least this part, and of others its samples singly.
+# A node fetches a shard if it reads at least this part of it. Otherwise it reads its samples singly.
 MOST_OF = 0.5
 
 Shard = tuple[int, int]
@@ -32,10 +32,10 @@ Shard = tuple[int, int]
 
 
 class Fetcher(Protocol):
-    """Where shards come to."""
+    """Brings shards to this node."""
 
     def is_here(self, source: int, shard: int) -> bool:
-        """Whether nothing needs to be fetched; if so, the shard is now the last to be evicted."""
+        """Whether the shard needs no fetch. Marks it as used, for eviction."""
         ...
 
     def fetch(self, source: int, shard: int) -> None:
@@ -44,11 +44,10 @@ class Fetcher(Protocol):
 
 
 class FetchingSampler(Sampler[list[Request]]):
-    """Hands out batches of requests in order, while threads fetch the shards of those ahead.
+    """Yields batches of requests in order while threads fetch the shards of later ones.
 
-    `first`: batches that are handed out before any shard is fetched, so that nothing else takes the store's time; 0
-    where samples cannot be read singly, and every batch waits for its shards. `whole`: whether this node fetches the
-    shard of a sample; if not, another node does, and reads more of it.
+    `first`: number of batches to yield before any fetch, so the store serves these alone. 0 if samples cannot be read
+    singly: every batch then waits for its shards. `whole`: whether this node, and no other, fetches a sample's shard.
     """
 
     def __init__(
@@ -59,7 +58,7 @@ class FetchingSampler(Sampler[list[Request]]):
         self._first = first
         self._whole = whole
         self._number = 0
-        # The batch by which a shard was last asked for, and those that have not come.
+        # The last batch to ask for a shard, and the downloads under way.
         self._asked: dict[Shard, int] = {}
         self._coming: dict[Shard, Future[None]] = {}
         self._singly = float(SINGLY_AT_FIRST if first else 0)
@@ -76,7 +75,7 @@ class FetchingSampler(Sampler[list[Request]]):
                     self._ask(waiting[-1], pool)
                 yield self._arrived(waiting.popleft())
         finally:
-            # Whoever stops here, for a dead store perhaps, does not wait for what nobody will read.
+            # On an error, downloads under way are not waited for.
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _ask(self, batch: list[Request], pool: ThreadPoolExecutor) -> None:
@@ -93,7 +92,7 @@ class FetchingSampler(Sampler[list[Request]]):
             self._asked = {shard: n for shard, n in self._asked.items() if self._number - n < FETCH_AHEAD}
 
     def _arrived(self, batch: list[Request]) -> list[Request]:
-        """The batch, its shards here but for what may be read singly. Raises what a fetch has met."""
+        """The batch, after its shards have come or while single reads are allowed. Raises the error of a fetch."""
         for shard, future in list(self._coming.items()):
             if future.done():
                 future.result()

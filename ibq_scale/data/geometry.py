@@ -1,7 +1,7 @@
-"""How the order is laid out over a data set, and what a node then reads, keeps and downloads: by arithmetic alone.
+"""Chooses lanes and window for a data set, and computes the cache and the store traffic of a node.
 
-Lanes and window are chosen from the manifests and `data.cache_bytes`, never from the machine, so that a run has one
-order wherever it starts. They are a part of a checkpoint, which goes on under them.
+The choice depends on the manifests and `data.cache_bytes` only, never on the machine, so a run has the same order
+wherever it starts. A checkpoint keeps the numbers and a resumed run goes on under them.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from ibq_scale.errors import UserError
 NEWEST = max(VERSIONS)
 # Lanes and window of version 1, for runs that name neither.
 OLD = 64, 4
-# As many nodes as lanes read each shard once. More lanes and wider windows mix better, and keep more shards in use.
+# Up to one node a lane, each shard is read once. More lanes and wider windows mix better and keep more shards in use.
 LANES, WINDOWS = (128, 64, 32, 16, 8), (4, 3, 2, 1)
-# The cache holds the shards in use twice, so that those read ahead evict none of them.
+# The cache holds twice the shards in use, so read-ahead evicts none of them.
 CACHE_SHARE = 2
-# What `prepare` gives a shard at the most.
+# Default of `prepare`.
 SHARD_BYTES = 64 << 20
 # Of a sample, in an index as JSON.
 INDEX_BYTES = 121
 
 
 class Extent(NamedTuple):
-    """Shards that have lanes of their own: one source of a mixture, or all sources of a union."""
+    """A set of shards with its own lanes: one source of a mixture, or all sources of a union."""
 
     shards: int
     samples: int
@@ -47,9 +47,9 @@ class Layout(NamedTuple):
 
 @dataclass(frozen=True)
 class Stream:
-    """A layout, and what it asks of each node, in bytes: in use at once, of its cache, and before the first batch.
+    """A layout and its cost for each node, in bytes: shards in use at once, cache, reads before the first batch.
 
-    `cache` is None where there is none. `traffic`: what the store serves to all nodes an epoch, over the set's bytes.
+    `cache` is None without one. `traffic`: bytes served by the store to all nodes in an epoch, over the set's bytes.
     """
 
     layout: Layout
@@ -67,11 +67,11 @@ class Stream:
         touched = min(shards, batch, working_shards(found, nodes) * len(extents))
         first = batch * total // samples + touched * INDEX_BYTES * samples // shards
         if found.order == 1:
-            # Every node takes part in every lane, and so reads of nearly all shards.
+            # Every node takes part in every lane and reads from nearly all shards.
             traffic = float(nodes)
         else:
-            # Of a shard that two nodes share, one fetches the whole and the other reads its part; and nodes beyond the
-            # lanes share a lane, of whose shards each fetches its part and reads the rest by samples.
+            # Two neighbours share the shard at their border: one fetches it, the other reads its part by ranges.
+            # With more nodes than lanes, several share a lane: each fetches its share and reads the rest by ranges.
             traffic = 1 + 0.25 * (nodes - 1) / shards + max(0.0, 1 - found.lanes / nodes)
         return Stream(found, working_set(extents, found, nodes), cache, first, traffic, total)
 
@@ -89,7 +89,7 @@ class Stream:
 
 
 def working_set(extents: Sequence[Extent], layout: Layout, nodes: int = 1) -> int:
-    """Bytes of the shards that the lanes of one node are in: a window's, and the one that it ends in."""
+    """Bytes of shards in use by the lanes of one node. A window of w shards touches w + 1 of them."""
     shards = working_shards(layout, nodes)
     return sum(min(e.bytes, shards * e.bytes // e.shards) for e in extents)
 
@@ -102,7 +102,7 @@ def working_shards(layout: Layout, nodes: int = 1) -> int:
 def chosen(
     extents: Sequence[Extent], cache_bytes: int, lanes_of: Sequence[int] = LANES, windows: Sequence[int] = WINDOWS
 ) -> tuple[int, int]:
-    """The most lanes, and then the widest window, whose shards fit half of the cache; the least where none do."""
+    """The most lanes, then the widest window, with the shards in use within half of the cache. Else the least."""
     fits = (
         (lanes, window)
         for lanes in lanes_of
@@ -113,7 +113,7 @@ def chosen(
 
 
 def layout(data: DataConfig, extents: Sequence[Extent]) -> Layout:
-    """What the config says, and what is chosen where it says nothing."""
+    """The config's own numbers; those it leaves null are chosen."""
     order = data.order or NEWEST
     if order == 1:
         return Layout(order, data.lanes or OLD[0], data.window or OLD[1])
@@ -123,15 +123,15 @@ def layout(data: DataConfig, extents: Sequence[Extent]) -> Layout:
 
 
 def continued(data: DataConfig, saved: dict[str, Any]) -> DataConfig:
-    """The config under the layout of a checkpoint's config (one that has no order was of version 1)."""
+    """The config under the layout of a checkpoint's config. Without an `order` there, it was version 1."""
     kept = Layout(saved.get("order", 1), saved["lanes"], saved["window"])
     return data.model_copy(update=kept._asdict())
 
 
 def require_fit(extents: Sequence[Extent], layout: Layout, limit: int, nodes: int) -> None:
-    """UserError where a node's cache of `limit` bytes does not hold the shards in use, with what would fit.
+    """UserError if a node's cache of `limit` bytes does not hold the shards in use. It names numbers to fit.
 
-    An old order is let through: its runs go on, and read singly what the cache does not hold.
+    Version 1 is let through, so old runs go on. They read single samples when a shard is missing.
     """
     needed = working_set(extents, layout, nodes)
     if layout.order == 1 or needed <= limit:

@@ -23,7 +23,7 @@ Table = NDArray[np.void]
 
 # Samples of a batch that are read at once where each is a request to a remote store: waiting, not work, fills the time.
 REQUESTS_AT_ONCE = 32
-# What may lie between two samples that one request reads (a tar's headers, labels), and the most that it brings.
+# Most bytes between two samples of one request (a tar's headers, labels), and of the whole request.
 BETWEEN, MOST_SPAN = 4096, 16 << 20
 # Beyond this a resized picture is made only where it is cropped: of a thin one the whole would be gigabytes.
 MOST_RESIZED = 1 << 22
@@ -57,8 +57,8 @@ PICTURE = np.dtype([("offset", "<i8"), ("size", "<i4"), ("crc", "<u4"), ("label"
 
 
 class ImageDataset(torch.utils.data.Dataset[ImageSample]):
-    """Samples by `Request`. With caches it reads local files; a batch's samples of shards that have not come are read
-    from the store singly, all at once.
+    """Samples by `Request`. With caches it reads local files. Samples of missing shards are read from the store by
+    range, all of a batch at once.
 
     In `training` a damaged sample is replaced by the next good one of its shard, the same on every run, and says so;
     and a large JPEG is decoded at the least fraction of its size that covers the crop. With `resolution` None pictures
@@ -144,7 +144,7 @@ class ImageDataset(torch.utils.data.Dataset[ImageSample]):
     def _pixels(self, part: DataSet, request: Request, place: np.void, data: bytes | None) -> Pixels:
         """The cropped picture; read twice before it counts as damaged, since a cable may be at fault.
 
-        `data`: what has been read already.
+        `data`: its bytes, if they have been read.
         """
         name = self.sets.name(request.source, request.shard, request.row)
         offset, size, crc = int(place["offset"]), int(place["size"]), int(place["crc"])
@@ -203,7 +203,7 @@ class ImageDataset(torch.utils.data.Dataset[ImageSample]):
         return table
 
     def is_here(self, source: int, shard: int) -> bool:
-        """Whether the shard need not be fetched; if so, it is now the last that the cache evicts."""
+        """Whether the shard needs no fetch. Marks it as used, for eviction."""
         part = self.sets.parts[source]
         return part.cache is None or part.cache.touch(part.manifest.shards[shard])
 
@@ -224,7 +224,7 @@ class Wanted(NamedTuple):
 
 
 def touching(wanted: Iterable[Wanted]) -> list[list[Wanted]]:
-    """Those that lie side by side in a shard together: one request brings them all."""
+    """Groups of samples side by side in a shard, for one request each."""
     spans: list[list[Wanted]] = []
     for one in sorted(wanted, key=lambda w: (w.request.source, w.request.shard, w.start)):
         if spans and _touches(spans[-1], one):

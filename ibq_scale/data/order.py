@@ -5,8 +5,8 @@ lanes of equal length (± 1), and rows shuffled inside windows of `window` shard
 take the lanes in turn, so they read `lanes` places of the set at once. World size and workers do not change the stream.
 
 Version 1 (`SampleOrder`) gives rank r the r-th micro-batch. Version 2 (`PlannedOrder`) gives each rank the lanes of its
-own part of the line, so that a node reads few shards and each shard is read by about one node. A checkpoint keeps the
-version: runs of version 1 go on under it.
+own part of the line. A node then reads few shards, and each shard is read by about one node. A checkpoint keeps the
+version, so old runs go on under version 1.
 """
 
 from __future__ import annotations
@@ -84,11 +84,11 @@ class SampleOrder:
         return Location(epoch, int(shards[place]), flat - start)
 
     def places(self, positions: Int64s) -> NDArray[np.float64]:
-        """Where on the line (0 … 1) each position's lane is: by it ranks share positions. All alike in version 1."""
+        """Place on the line (0 … 1) of each position's lane. Ranks share positions by it. All 0 in version 1."""
         return np.zeros(len(positions))
 
     def part(self, epoch: int, shard: int, begin: float, end: float) -> float:
-        """How much of a shard, or of the line from `begin` to `end` if that is shorter, is in both. 1 in version 1."""
+        """Overlap of a shard with the line from `begin` to `end`, over the shorter of both. 1 in version 1."""
         return 1.0
 
     def _flat(self, epoch: int, position: int) -> int:
@@ -116,10 +116,10 @@ class SampleOrder:
 class PlannedOrder(SampleOrder):
     """Version 2: position P, counted over all epochs, is of lane P mod lanes, and lanes lie apart on the line.
 
-    - Lanes lie in the order of their bit-reversed numbers, so that any run of positions covers the line evenly. Ranks
-      that share a step's positions by their `places` then read one part of the line each, the same in every step.
-    - Lanes run forwards and backwards by turns, so that a shard that two lanes share is read by both at one time.
-    - Windows begin at another row in each lane, so that shards are wanted one by one and not all lanes' at once.
+    - Lanes lie in the order of their bit-reversed numbers, so any run of positions covers the line evenly. Ranks share
+      a step's positions by `places`, and each reads the same part of the line in every step.
+    - Lanes run forwards and backwards by turns. Two lanes with a shard in common read it at the same time.
+    - Windows begin at another row in each lane, so shards come into use one by one and not all lanes' at once.
     """
 
     def __init__(self, shard_sizes: Sequence[int], seed: int, lanes: int, window: int) -> None:
@@ -211,7 +211,7 @@ class Mixture:
         return Place(source, *self._orders[source].locate(block * self.quotas[source] + int(ranks[within])))
 
     def share(self, first: int, rank: int, world_size: int, size: int) -> list[int]:
-        """The `size` positions that a rank takes of the `world_size` · `size` from `first` on: its part of the line."""
+        """A rank's `size` positions of the `world_size` · `size` from `first` on: those of its part of the line."""
         positions = np.arange(first, first + world_size * size)
         by_place = np.argsort(self._places(positions), kind="stable")
         return sorted(positions[by_place[rank * size : (rank + 1) * size]].tolist())

@@ -31,7 +31,7 @@ class DataSet:
     cache: ShardCache | None = None
 
     def map(self, shard: int) -> bytes | mmap:
-        """A whole shard, in memory that workers share where it is a file here. UserError where it cannot be had."""
+        """A whole shard, in memory shared by all workers if it is a local file. UserError if it cannot be read."""
         info = self.manifest.shards[shard]
         with self._named(info):
             return self.store.map(info.name) if self.cache is None else self.cache.map(info)
@@ -92,7 +92,7 @@ class DataSets:
 
     @property
     def shards_in_use(self) -> int:
-        """The most shards that a rank reads of at once: those of each lane's window, and of the next one."""
+        """Most shards read by a rank at once: those of each lane's window, and of the next window."""
         return self.layout.lanes * (self.layout.window + 2) * len(self.extents)
 
     @property
@@ -101,7 +101,7 @@ class DataSets:
         return min((part.cache.limit for part in self.parts if part.cache is not None), default=None)
 
     def require_fit(self, nodes: int) -> None:
-        """UserError where this node's cache does not hold the shards that a run on `nodes` has in use at once."""
+        """UserError if this node's cache does not hold the shards in use of a run on `nodes`."""
         if self.cache_limit is not None:
             require_fit(self.extents, self.layout, self.cache_limit, nodes)
 

@@ -1,4 +1,4 @@
-"""A manifest's shards. They may be a hundred thousand, and every rank and data worker holds them: so in columns."""
+"""A manifest's shards, in columns. Every rank and data worker holds them, and there may be a hundred thousand."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ShardInfo(Section):
 
 
 class ShardTable(Sequence[ShardInfo]):
-    """Looks like a tuple of `ShardInfo`, and takes about 100 bytes a shard; pickles as fast as it is copied."""
+    """Acts as a tuple of `ShardInfo` at about 100 bytes a shard. Pickling it is a copy."""
 
     def __init__(self, shards: Sequence[ShardInfo]) -> None:
         names = [shard.name.encode() for shard in shards]
@@ -68,7 +68,7 @@ class ShardTable(Sequence[ShardInfo]):
     __hash__ = None  # type: ignore[assignment]
 
     def json(self) -> Iterator[str]:
-        """Each shard as JSON with sorted keys: parts of what a manifest's hash is of."""
+        """Each shard as JSON with sorted keys, as the manifest's hash takes it."""
         hexes = (rows.tobytes().hex() for rows in (self.sha256, self._index_sha256))
         of_shard, of_index = ([text[i : i + 64] for i in range(0, len(text), 64)] for text in hexes)
         columns = (self._names, self.samples, self.bytes, self._has_index_sha256)

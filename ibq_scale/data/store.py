@@ -19,6 +19,7 @@ import asyncio
 import os
 import random
 import re
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -44,6 +45,8 @@ from ibq_scale.errors import StoreUnavailableError, UserError
 from ibq_scale.names import expand_home
 
 T = TypeVar("T")
+# The threads of a batch would each make a client of 17 MB.
+_MAKING = threading.Lock()
 # For one request with its repetitions, from the first try on.
 DEADLINE_SECONDS = 120.0
 # Before the second try; doubled before each further one up to the longest, and each jittered by half.
@@ -81,11 +84,12 @@ class S3Store(Store):
     @property
     def _fs(self) -> Any:
         """A client of this very process: s3fs's event loop does not survive a fork."""
-        client = self._client
-        if client is None or self._client_pid != os.getpid():
-            client = self._client = _new_client()
-            self._client_pid = os.getpid()
-        return client
+        with _MAKING:
+            client = self._client
+            if client is None or self._client_pid != os.getpid():
+                client = self._client = _new_client()
+                self._client_pid = os.getpid()
+            return client
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_client": None, "_client_pid": -1}

@@ -1,8 +1,8 @@
 """From positions to batches on a rank.
 
-The W ranks' micro-batches of m samples share W·m consecutive positions, by an order that knows which lie together
-(data/order.py). So an optimizer step covers one unbroken range of positions whatever the number of ranks, and a run's
-whole data state is one integer.
+The W ranks' micro-batches of m samples share W·m consecutive positions, by their places in the order (data/order.py).
+So an optimizer step covers one unbroken range of positions whatever the number of ranks, and a run's whole data state
+is one integer.
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ def _requests(order: Mixture, start: int, rank: int, world_size: int, micro_batc
 def _sampler(
     sets: DataSets, fetcher: Fetcher, *, seed: int, rank: int, world_size: int, micro_batch: int, start: int, first: int
 ) -> Iterable[list[Request]]:
-    """The order's requests for a rank; its node fetches the shards of which its own part of the line has most."""
+    """The order's requests for a rank. Its node fetches the shards that lie mostly in its part of the line."""
     order, local = sets.order(seed), min(ranks_of_node(), world_size)
     requests = _requests(order, start, rank, world_size, micro_batch)
     if all(part.cache is None for part in sets.parts):
@@ -261,7 +261,7 @@ def _sampler(
 
 
 def _before_fetching(workers: int) -> int:
-    """The batches that are asked for before the first comes."""
+    """Batches requested by the workers before the first one arrives."""
     return max(1, workers * PREFETCH)
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pickle
 import re
+import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from random import Random
@@ -524,3 +527,23 @@ def test_a_file_that_is_too_large_takes_no_memory(store: Store, monkeypatch: pyt
     assert store.read("most") == bytes(20)
     with pytest.raises(UserError, match="more: it has 21 bytes, and 20 are the most"):
         store.read("more")
+
+
+def test_threads_that_begin_together_share_one_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+    begin = threading.Barrier(8)
+
+    def make() -> object:
+        time.sleep(0.01)
+        made.append(object())
+        return made[-1]
+
+    def client(_: int) -> object:
+        begin.wait()
+        return store._fs
+
+    monkeypatch.setattr(store_module, "_new_client", make)
+    store = S3Store("s3://bucket/prefix")
+    with ThreadPoolExecutor(8) as pool:
+        assert set(pool.map(client, range(8))) == set(made)
+    assert len(made) == 1

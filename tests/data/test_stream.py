@@ -29,6 +29,7 @@ from ibq_scale.data import images as images_module
 from ibq_scale.data import stream as stream_module
 from ibq_scale.data.cache import ShardCache
 from ibq_scale.data.convert import decode
+from ibq_scale.data.folder import LocalStore
 from ibq_scale.data.images import BadSampleError, ImageDataset, ImageSample, Request, shard_index
 from ibq_scale.data.index import ShardIndex
 from ibq_scale.data.manifest import load_manifest, save_manifest
@@ -117,6 +118,43 @@ def test_workers_with_a_cache_read_no_store_and_give_the_same(config: DataConfig
     want, same = _global(config, 1)
     assert torch.equal(got, want)
     assert torch.equal(labels, same)
+
+
+def test_the_first_batch_costs_its_own_bytes_and_an_epoch_each_shard_once(
+    config: DataConfig, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through a cache: samples are read singly until their shards are there; then nothing is asked of the store."""
+    singly: list[int] = []
+    downloads: Counter[str] = Counter()
+    read_range, download = LocalStore.read_range, LocalStore.download
+
+    def counted_range(self: LocalStore, path: str, start: int, stop: int) -> bytes:
+        singly.append(stop - start)
+        return read_range(self, path, start, stop)
+
+    def counted_download(self: LocalStore, path: str, local: Path) -> None:
+        downloads[path] += 1
+        download(self, path, local)
+
+    monkeypatch.setattr(LocalStore, "read_range", counted_range)
+    monkeypatch.setattr(LocalStore, "download", counted_download)
+    monkeypatch.setattr(images_module, "BETWEEN", -1)
+    sets = open_sets(config.model_copy(update={"cache_dir": str(tmp_path)}), "images")
+    stream = image_stream(sets, resolution=32, seed=5, rank=0, world_size=1, micro_batch=4, start=0)
+    rows = [shard_index(sets.parts[0], r[3]).members[r[4]].size for r in next(stream).requests.tolist()]
+    assert sorted(singly) == sorted(rows)
+    assert not downloads
+    part, deadline = sets.parts[0], time.monotonic() + PATIENCE
+    while not all(part.cache.has(shard) for shard in part.manifest.shards):
+        assert time.monotonic() < deadline
+        next(stream)
+    assert downloads == {shard.name: 1 for shard in part.manifest.shards}
+    # Batches on their way may have been read before.
+    list(islice(stream, 2))
+    del singly[:]
+    list(islice(stream, 12))
+    assert not singly
+    assert set(downloads.values()) == {1}
 
 
 @pytest.mark.slow
