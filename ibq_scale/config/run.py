@@ -125,9 +125,9 @@ class TrainConfig(Section):
     `grace`: seconds after a signal (SIGTERM, SIGUSR1, Ctrl-C) by which the run has saved and left; what is not done
     then is left undone, and the newest whole checkpoint stands. Somewhat less than the cluster waits before it kills
     (``--signal=USR1@300``; KillWait or a partition's GraceTime for SIGTERM).
-    `deterministic`: whether a GPU adds in the same order each time, for the same bits from the same ranks; slower, and
-    an error where torch has no such kernel. CPUs do anyway.
-    `profile`: first and last step that `profile_ranks` trace into RUN/profile, with what holds a GPU's memory.
+    `deterministic`: use GPU kernels with a fixed order of summation: the same bits from the same ranks, but slower, and
+    an error where torch has no such kernel. On CPUs nothing changes.
+    `profile`: first and last step of a trace in RUN/profile, with a snapshot of GPU memory, on `profile_ranks`.
     """
 
     samples: PositiveInt | None = None

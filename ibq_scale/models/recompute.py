@@ -31,10 +31,10 @@ def keeping_products() -> Any:
 
 
 class _Again(_CachedTorchDispatchMode):
-    """Torch's mode of the second pass, which takes what was kept. It computes the rest, whatever that is.
+    """Torch's mode of the second pass, for kept operators only. All others are computed again.
 
-    Torch 2.14 wants the rest to be what it was in the first pass. ZeRO-3 gathers weights within a block, and in the
-    second pass others: of what the first had released, and ahead in the other direction.
+    Torch 2.14 wants the same operators in both passes. Under ZeRO-3 a block also gathers weights, and the second pass
+    gathers others: those released since the first, and those of the block before instead of the block after.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
