@@ -28,7 +28,7 @@ def make_engine(
     if engine.dp_world_size == 1 and engine.zero_optimization_stage() == 0:
         # The mean over one rank: 0.19.8 would copy all gradients into a buffer and back.
         engine.enable_backward_allreduce = False
-    elif reduction(config) == "reduce-scatter":
+    elif engine.dp_world_size > 1 and reduction(config) == "reduce-scatter":
         scatter_gradients(engine.optimizer)
     return engine
 
