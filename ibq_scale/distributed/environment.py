@@ -49,9 +49,9 @@ def map_slurm(environ: MutableMapping[str, str]) -> None:
 
 
 def prepare_allocator(environ: MutableMapping[str, str]) -> None:
-    """Lets torch's allocator grow what it has, where the user set nothing; before the first tensor on a GPU.
+    """Sets expandable segments for torch's CUDA allocator, unless the user set it. Call it before the first GPU tensor.
 
-    Without it, freed blocks of one size serve no larger tensor, and a step of another shape finds no memory.
+    Freed blocks then serve tensors of other sizes, so that less memory is lost to fragmentation.
     """
     if not any(name in environ for name in ALLOCATOR_SETTINGS):
         environ[ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
@@ -88,7 +88,7 @@ def join(run_dir: Path | None = None) -> Iterator[World]:
         device = torch.device("cpu")
         env.setdefault("DS_ACCELERATOR", "cpu")
     world = World(int(env["RANK"]), int(env["WORLD_SIZE"]), local_rank, device)
-    # With its device NCCL connects here, where a node that cannot is found, and not in the first collective.
+    # Given the device, NCCL connects at once: a node without a connection fails here, not in the first collective.
     backend = {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
     with together(world, run_dir):
         dist.init_process_group(**backend, timeout=TIMEOUT)

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 class _Question(NamedTuple):
-    """What all ranks were asked at `time`: the least of their seconds left, in host memory once `event` has passed."""
+    """The minimum over ranks of the seconds left, asked at `time`. In host memory once `event` has passed."""
 
     time: float
     seconds: torch.Tensor
@@ -81,9 +81,10 @@ class StopRequest:
         return self._agree_on(self._ask(world))
 
     def agreed_before(self, world: World) -> bool:
-        """What `agreed` would have said at the call before this one, False at the first. Collective.
+        """The answer to the previous call's question, False at the first call. Collective.
 
-        All ranks ask now and read what they asked before: on GPUs the host then waits for no step that still runs.
+        Each call starts one all-reduce and reads the result of the one before, so the host does not wait for the step
+        still running on a GPU.
         """
         before, self._asked = self._asked, self._ask(world)
         return before is not None and self._agree_on(before)

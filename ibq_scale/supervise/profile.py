@@ -1,4 +1,4 @@
-"""A trace of a few steps, and what holds a GPU's memory, written to RUN/profile by chosen ranks.
+"""Traces of a few steps and snapshots of GPU memory, written to RUN/profile by chosen ranks.
 
 ``rank-00000.steps-100-102.json.gz`` opens in https://ui.perfetto.dev or chrome://tracing, ``….memory.pickle`` in
 https://docs.pytorch.org/memory_viz. Both pages read files on the reader's own machine.
@@ -17,17 +17,17 @@ from torch.profiler import ProfilerActivity, profile
 from ibq_scale.distributed.world import World
 
 FOLDER = "profile"
-# Allocations and frees that a snapshot tells of, the newest.
+# Newest allocations and frees in a snapshot.
 HISTORY = 200_000
 
 log = logging.getLogger(__name__)
 
 
 class StepProfile:
-    """Records steps `first` to `last` (`steps`) on `ranks`; nothing where `steps` is None.
+    """Records the steps from ``steps[0]`` to ``steps[1]`` on `ranks`. Nothing is recorded where `steps` is None.
 
-    A resumed run that begins between both records what is left. What cannot be written, on a full disk perhaps, ends no
-    run. On a GPU allocations are recorded from the start, so that a snapshot tells where each came from.
+    A resumed run records the steps of the range that are left. A failed write, on a full disk for example, is logged
+    and does not end the run. On a GPU allocations are recorded from the start, with a stack trace each.
     """
 
     def __init__(self, run_dir: Path, steps: tuple[int, int] | None, ranks: tuple[int, ...], world: World) -> None:
@@ -55,7 +55,7 @@ class StepProfile:
             self.close()
 
     def close(self) -> None:
-        """Writes what was recorded, once."""
+        """Stops the recording and writes it. Does nothing where none is running."""
         if self._running is None:
             return
         running, self._running = self._running, None
@@ -67,19 +67,19 @@ class StepProfile:
 
     @contextmanager
     def out_of_memory(self) -> Iterator[None]:
-        """Writes what the GPU's memory holds where it does not suffice; every rank does, whether it records or not."""
+        """Writes a snapshot of the GPU memory at an out-of-memory error. Every rank does, also without `steps`."""
         try:
             yield
         except torch.OutOfMemoryError as e:
             if self._world.device.type == "cuda":
                 name = f"rank-{self._world.rank:05d}.out-of-memory.memory.pickle"
                 self._write(name, _snapshot)
-                e.add_note(f"what held the memory: {self._folder / name}, for https://docs.pytorch.org/memory_viz")
+                e.add_note(f"memory snapshot: {self._folder / name}, for https://docs.pytorch.org/memory_viz")
             raise
 
     def _write(self, name: str, write: Callable[[Path], object]) -> None:
         path = self._folder / name
-        # Its ending says how it is packed.
+        # Torch compresses by the file's ending.
         unfinished = path.with_name(f".{name}")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,7 @@ def make_engine(
     if engine.dp_world_size == 1 and engine.zero_optimization_stage() == 0:
         # The mean over one rank: 0.19.8 would copy all gradients into a buffer and back.
         engine.enable_backward_allreduce = False
-    elif reduction(config) == "reduce-scatter":
+    elif engine.dp_world_size > 1 and reduction(config) == "reduce-scatter":
         scatter_gradients(engine.optimizer)
     return engine
 
@@ -77,10 +77,10 @@ def _take_norms_in_fp32() -> None:
 
 
 def _wait_less() -> None:
-    """Takes out waits for the device around ZeRO's one look at the norm of the gradients.
+    """Removes waits for the device from ZeRO's step, except for one read of the gradient norm.
 
-    0.19.8 copies a constant from the host, searches gradients in bf16 for what is not finite before it looks for the
-    same in their norm, and looks at the norm again to find whether to clip: a factor of 1 changes no bit.
+    0.19.8 copies a constant from the host. It searches bf16 gradients for infinities before it tests their norm, and
+    reads the norm again to decide on clipping. Multiplying by a factor of 1 instead changes no bit.
     """
     from deepspeed.runtime import bf16_optimizer, utils
     from deepspeed.runtime.zero import stage3, stage_1_and_2
@@ -145,7 +145,7 @@ def wrap_collectives(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -
 def gradient_norm(engine: Any, device: torch.device) -> torch.Tensor:
     """Of the last step, before clipping; 0 where the engine takes none."""
     norm = engine.get_global_grad_norm()
-    # Not `norm or 0.0`: its truth would wait for the device, as a copy of 0 would.
+    # `norm or 0.0` would read the norm, and a copy of 0 from the host would wait for the device too.
     return torch.zeros((), device=device) if norm is None else torch.as_tensor(norm, device=device)
 
 

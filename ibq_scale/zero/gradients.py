@@ -1,8 +1,8 @@
-"""ZeRO-1 under bf16 sums each gradient on the rank that applies it, once a step, in fp32.
+"""ZeRO-1 under bf16 reduce-scatters its gradients, once a step, in fp32.
 
-DeepSpeed 0.19.8 all-reduces there: twice the bytes, and a second copy of all gradients. Its `BF16_Optimizer` keeps the
-sums of the micro-batches in one flat fp32 vector a group, of which each rank updates one of equal parts: what a
-reduce-scatter takes.
+DeepSpeed 0.19.8 all-reduces them: twice the bytes, and a second copy of all gradients. Its `BF16_Optimizer` keeps the
+sums over micro-batches in one flat fp32 vector a group. Each rank updates one of W equal parts of the vector, as a
+reduce-scatter wants it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ Reduction = Literal["all-reduce", "reduce", "reduce-scatter"]
 def reduction(config: dict[str, Any]) -> Reduction:
     """How an engine of this completed DeepSpeed config sums gradients below ZeRO-3.
 
-    A reduce-scatter where `reduce_scatter` is set for ZeRO-1 under bf16, where 0.19.8 itself ignores it. Else, where
-    `use_multi_rank_bucket_allreduce` is off, DeepSpeed sends each rank its part of a bucket by a reduce of its own.
+    ZeRO-1 under bf16: a reduce-scatter if `reduce_scatter` is set (0.19.8 itself ignores the key). Else, if
+    `use_multi_rank_bucket_allreduce` is off, DeepSpeed calls one reduce for each rank and bucket.
     """
     zero = config.get("zero_optimization", {})
     stage = zero.get("stage", 0)
@@ -30,13 +30,13 @@ def reduction(config: dict[str, Any]) -> Reduction:
 
 
 def scatter_gradients(optimizer: Any) -> None:
-    """Makes an engine's `BF16_Optimizer` reduce-scatter. Its norms are then sums over ranks, the same on each."""
+    """Makes an engine's `BF16_Optimizer` reduce-scatter. It then sums its gradient norm over the ranks."""
     import deepspeed.comm as dist
 
     parts = optimizer.fp32_groups_gradient_flat_partition
 
     def reduce_gradients(pipeline_parallel: bool = False) -> None:
-        """The engine calls it in the place of its all-reduce, where there is one."""
+        """The engine calls it instead of its all-reduce, at the end of an accumulation."""
         for flat, part, group in zip(
             optimizer.fp32_groups_gradients_flat, parts, optimizer.real_dp_process_group, strict=True
         ):
@@ -46,5 +46,5 @@ def scatter_gradients(optimizer: Any) -> None:
 
     optimizer.reduce_gradients = reduce_gradients
     optimizer.get_grads_for_norm = lambda for_clipping=False: parts if for_clipping else (parts, {})
-    # The ranks that norms are summed over.
+    # `get_global_norm_of_tensors` sums over this group.
     optimizer.mpu = SimpleNamespace(get_model_parallel_group=lambda: optimizer.real_dp_process_group[0])

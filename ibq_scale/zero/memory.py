@@ -22,7 +22,7 @@ BUCKET, PERSISTENCE, LIVE = 500_000_000, 100_000, 1_000_000_000
 
 @dataclass(frozen=True)
 class Zero:
-    """What of a DeepSpeed JSON decides memory and traffic.
+    """The part of a DeepSpeed JSON behind memory and traffic.
 
     `weight_bytes`: of a parameter as the network computes with it. `reduction`: how gradients are summed below ZeRO-3.
     """

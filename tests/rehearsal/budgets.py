@@ -18,6 +18,7 @@ from tests.nursery import Nursery, server
 from tests.rehearsal.gpu import build_driver
 from tests.rehearsal.rehearse import Record, rehearse
 
+LARGER = "## Larger"
 TABLE = Path(__file__).with_name("budgets.md")
 RANKS = 64
 
@@ -30,6 +31,7 @@ class Row(NamedTuple):
     its_waits: int
     collectives: int
     sent: float
+    large: bool = False
 
     @staticmethod
     def of(what: str, record: Record) -> Row:
@@ -42,11 +44,13 @@ class Row(NamedTuple):
 
 
 def rows() -> Iterator[Row]:
-    """Of the table, in order."""
+    """Of both tables, in order."""
+    large = False
     for line in TABLE.read_text(encoding="utf-8").splitlines():
+        large |= line.startswith(LARGER)
         if line.startswith("| `"):
             what, *numbers = (cell.strip().strip("`") for cell in line.strip("|").split("|"))
-            yield Row(what, *(int(number) for number in numbers[:3]), float(numbers[3]))
+            yield Row(what, *(int(number) for number in numbers[:3]), float(numbers[3]), large)
 
 
 @contextmanager

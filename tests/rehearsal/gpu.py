@@ -29,14 +29,16 @@ PROPERTIES = SimpleNamespace(
 
 def build_driver(folder: Path) -> dict[str, str]:
     """Compiles driver.c; returns the environment that a process needs, from its start on, to pretend."""
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    assert compiler is not None, "a C compiler"
+    compiler = shutil.which("cc")
+    assert compiler is not None
     library = folder / "driver.so"
     source = Path(__file__).with_name("driver.c")
     subprocess.run(
         [compiler, "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", library, source, "-ldl"], check=True
     )
-    return {DRIVER: str(library), "LD_PRELOAD": str(library), "DS_ACCELERATOR": "cuda"}
+    # A real GPU stays out of it.
+    hidden = {"CUDA_VISIBLE_DEVICES": ""}
+    return {DRIVER: str(library), "LD_PRELOAD": str(library), "DS_ACCELERATOR": "cuda"} | hidden
 
 
 def _wait() -> None:

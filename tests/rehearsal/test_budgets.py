@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,15 +21,19 @@ AR, TOKENIZER = f"ar/tiny {SMALL} model.attention=sdpa_math", f"tokenizer/tiny {
 
 @pytest.fixture(scope="module")
 def forks() -> Iterator[Nursery]:
+    if not torch.backends.cuda.is_built() or shutil.which("cc") is None:
+        pytest.skip("a rehearsal needs torch built for CUDA, and a C compiler")
     with rehearsals() as nursery:
         yield nursery
 
 
-@pytest.mark.parametrize("row", list(rows()), ids=lambda row: row.what)
+@pytest.mark.parametrize(
+    "row", [pytest.param(row, marks=[pytest.mark.long] * row.large, id=row.what) for row in rows()]
+)
 def test_a_step_asks_for_what_the_table_says(row: Row, forks: Nursery) -> None:
     record = record_of(row.what, forks)
     assert record.faults == []
-    assert Row.of(row.what, record) == row, told(record)
+    assert Row.of(row.what, record) == row._replace(large=False), told(record)
 
 
 def _around_norm(also: Callable[[torch.Tensor], object]) -> None:
