@@ -211,8 +211,8 @@ class TrainConfig(Section):
     )
     deterministic: bool = Field(
         False,
-        description="Use GPU kernels with a fixed order of sums: the same ranks give the same bits. Slower, and an error "
-        "for an operator without such a kernel. Nothing changes on CPUs.",
+        description="Use GPU kernels with a fixed order of sums: the same ranks give the same bits. Slower, and an "
+        "error for an operator without such a kernel. Nothing changes on CPUs.",
     )
     profile: tuple[PositiveInt, PositiveInt] | None = Field(
         None, description="First and last step of a torch trace in RUN/profile, with a snapshot of the GPU's memory."
