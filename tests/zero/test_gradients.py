@@ -14,8 +14,7 @@ from ibq_scale.distributed.world import World
 from ibq_scale.zero.gradients import reduction
 from tests.ranks import run_ranks
 from tests.samples import write_codes
-from tests.train.reference import gather
-from tests.train.test_ar import run_of
+from tests.train.reference import ar_run, gather
 
 WHOLE = "deepspeed.overrides.zero_optimization.reduce_scatter=false"
 # The norm is summed in another order, and with it the last bits of what is clipped.
@@ -57,7 +56,7 @@ def test_each_rank_gets_its_part_of_the_same_sums(size: int, tmp_path: Path) -> 
     words = ("deepspeed.config=zero1", "train.precision=bf16", "train.global_batch=12")
     clips = {"clipped": "optimizer.grad_clip=0.5", "free": "optimizer.grad_clip=1e6"}
     runs = {
-        f"{name} {how}": run_of(str(tmp_path), *words, clip, *more)
+        f"{name} {how}": ar_run(str(tmp_path), *words, clip, *more)
         for name, clip in clips.items()
         for how, more in (("parts", ()), ("whole", (WHOLE,)))
     }

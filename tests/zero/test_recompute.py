@@ -11,7 +11,7 @@ from ibq_scale.config.run import ARRun
 from ibq_scale.distributed.world import World
 from tests.ranks import run_ranks
 from tests.samples import write_codes
-from tests.train.test_ar import run_of
+from tests.train.reference import ar_run
 
 # Of a model of 0.7M parameters, so that blocks are released, and gathered ahead in parts.
 LIMITS = {"param_persistence_threshold": 100, "prefetch_bucket_size": 60_000}
@@ -41,7 +41,7 @@ def test_what_is_recomputed_may_gather_other_weights(tmp_path: Path) -> None:
     words = ["deepspeed.config=zero3", "train.precision=bf16", "model.depth=8", "model.width=64"]
     words += [f"deepspeed.overrides.zero_optimization.stage3_{name}={value}" for name, value in LIMITS.items()]
     runs = {
-        how: run_of(str(tmp_path), *words, f"model.activation_checkpointing={how}") for how in ("none", "selective")
+        how: ar_run(str(tmp_path), *words, f"model.activation_checkpointing={how}") for how in ("none", "selective")
     }
     for losses in run_ranks(_losses, 2, runs):
         assert losses["selective"] == losses["none"]
