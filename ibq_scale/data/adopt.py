@@ -1,6 +1,7 @@
-"""Foreign webdataset tars as a data set, without a byte of them rewritten: an index beside each, the manifest last.
+"""Adopts foreign webdataset tars as a data set: writes an index beside each tar, then the manifest.
 
-The stream reads by index only, so what is no whole picture, or fails a condition, is left out by leaving it out there.
+The tars stay unchanged. The stream reads by index only, so samples are left out by leaving them out of the index:
+unusable pictures, and samples failing a condition.
 """
 
 from __future__ import annotations
@@ -60,10 +61,10 @@ def adopt_tars(
     max_aspect: float = 0.0,
     rules: PixelRules = RULES,
 ) -> PrepareReport:
-    """Indexes the tars at `url`, whose folder becomes a data set; all options as for `prepare_images`.
+    """Indexes the tars at `url`. Their folder becomes a data set. The options are those of `prepare_images`.
 
-    Every picture is decoded once. A re-run takes over the indices that are there. UserError where a key occurs twice, a
-    tar is cut, or the folder is a prepared data set already.
+    Every picture is decoded once. A re-run reuses existing indices. UserError if a key occurs twice, a tar is cut, or
+    the folder is already a prepared data set.
     """
     conditions = parse_conditions(where)
     _refuse_prepared(url)
@@ -87,7 +88,7 @@ def adopt_tars(
 
 
 def _refuse_prepared(url: str) -> None:
-    """An adopted set may be adopted again; a prepared one would lose its classes' names."""
+    """UserError for a prepared set, since it would lose its class names. An adopted one may be adopted again."""
     listing = list_files(url)
     store, tars = listing.store, list(listing.ending(TAR))
     if not tars or not store.exists(NAME):
@@ -101,7 +102,7 @@ def _refuse_prepared(url: str) -> None:
 
 
 def _index_tar(job: _Job, report: Report) -> tuple[JobDone, Keys]:
-    """Writes the index of one tar, or finds it there from an earlier run."""
+    """Writes the index of one tar, or reuses an earlier run's."""
     meter = Meter(report)
     values = (job.tar.file, job.tar.bytes, job.encoding, job.labels, job.source.naming)
     plan = ADOPTED + hashlib.sha256(repr(values).encode()).hexdigest()
@@ -118,7 +119,7 @@ def _index_tar(job: _Job, report: Report) -> tuple[JobDone, Keys]:
 
 
 def _walk(job: _Job, plan: str, meter: Meter) -> ShardIndex:
-    """One pass over a tar. UserError where it is cut: its missing samples cannot be told from those it never had."""
+    """Indexes a tar in one pass. UserError if it is cut, since its lost samples are unknown."""
     reader = HashingReader(job.store, job.tar.file, job.tar.bytes)
     members: list[Member] = []
     rejects: list[Reject] = []
@@ -162,12 +163,12 @@ def _member(sample: TarSample, found: Sample, job: _Job, met: Met) -> Member:
 
 
 def _hash(key: str) -> int:
-    """64 bits: a set of keys may have hundreds of millions."""
+    """A 64-bit hash, since a set may have hundreds of millions of keys."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
 
 
 def _refuse_repeated(store: Store, files: Sequence[str], hashes: Sequence[Keys]) -> None:
-    """UserError where a key occurs twice in the set. Equal hashes are looked up before anything is said."""
+    """UserError if a key occurs twice in the set. For equal hashes the keys themselves are compared."""
     values, counts = np.unique(np.concatenate(hashes), return_counts=True)
     for value in values[counts > 1]:
         places: dict[str, str] = {}

@@ -1,14 +1,14 @@
-"""Shards on local disk under their content's hash: downloaded once a node, verified, evicted by age.
+"""Caches shards on local disk by content hash: one download per node, verified, evicted by last use.
 
 ```
-SHA256                  a whole, verified shard; its time is that of its last promise to a reader
-SHA256.NAME.table       its index as one data set has it (NAME: hash of URL and content), binary; goes with the shard
-….partial               being written by whoever holds its lock, and is as large as it will be; unlocked, a leftover
-lock                    held while room is made; the bytes of all files, counted anew only for want of room
+SHA256                  a whole, verified shard, mtime = last use
+SHA256.NAME.table       its index in one data set (NAME: hash of URL and content), binary, evicted with the shard
+….partial               a file in writing, locked, a shard's at its final size to reserve space (unlocked: a leftover)
+lock                    held during eviction, contains the bytes of all files, recounted only when space is short
 ```
 
-Every file appears whole, by a rename. The kernel drops the locks of a killed process, so nobody waits for the dead, and
-the next to make room removes what they left. Files that the cache did not write are neither counted nor touched.
+Every file appears whole, by a rename. The kernel drops the locks of a killed process, so no process waits for it. The
+next eviction removes its partial files. Other programs' files are neither counted nor touched.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ SPARE = 16
 class ShardCache:
     """Files in `folder`, shared by the ranks and runs of a node, at most `limit` bytes.
 
-    More than `limit` only while several processes download at once what it cannot hold together. Where it is less than
-    the shards in use, they are downloaded again and again, with a warning: slow, but the same bytes.
+    Concurrent downloads may exceed `limit` while they run. If the shards in use exceed it, they are downloaded again
+    and again, with a warning: slow, but the same bytes.
     """
 
     def __init__(self, folder: Path, limit: int, store: Store) -> None:
@@ -62,11 +62,11 @@ class ShardCache:
             raise UserError(f"cannot use {folder} as a cache ({e.strerror}): correct data.cache_dir") from None
 
     def path(self, shard: ShardInfo) -> Path:
-        """Where the shard is, or will be."""
+        """The shard's path, present or not."""
         return self.folder / shard.sha256
 
     def has(self, shard: ShardInfo) -> bool:
-        """Whether the whole shard is there now."""
+        """Whether the whole shard is in the cache now."""
         try:
             return self.path(shard).stat().st_size == shard.bytes
         except FileNotFoundError:
@@ -81,32 +81,32 @@ class ShardCache:
         return False
 
     def fetch(self, shard: ShardInfo) -> None:
-        """Makes sure that the whole, verified shard is there, and makes it the last to be evicted.
+        """Downloads the shard unless it is in the cache, verifies it, and marks it as just used.
 
-        UserError where it is missing or its content has changed, or where the limit or the disk does not hold it.
+        UserError if the store lacks it, its content has changed, or the limit or the disk is too small.
         """
         with self._open(shard) as f:
             os.utime(f.fileno())
 
     def read_range(self, shard: ShardInfo, start: int, stop: int) -> bytes:
-        """Bytes start … stop − 1, fewer where the shard ends before. Raises as `fetch`, which it calls at need."""
+        """Bytes start … stop − 1, fewer if the shard ends before. Downloads and raises as `fetch`."""
         with self._open(shard) as f:
             return os.pread(f.fileno(), stop - start, start)
 
     def read(self, shard: ShardInfo) -> bytes:
-        """The whole shard. Raises as `fetch`, which it calls at need."""
+        """The whole shard. Downloads and raises as `fetch`."""
         with self._open(shard) as f:
             return f.read()
 
     def map(self, shard: ShardInfo) -> mmap:
-        """As `read`, in memory shared by all processes of the node. It outlives the file."""
+        """As `read`, in memory shared by all processes of the node. The mapping outlives the file."""
         with self._open(shard) as f:
             return mmap(f.fileno(), 0, access=ACCESS_READ)
 
     def table(self, shard: ShardInfo, index: str, convert: Callable[[bytes], bytes]) -> mmap:
-        """The store's file `index` as changed by `convert`. Kept beside the shard, in memory as `map`.
+        """The store's file `index`, converted by `convert`. Kept beside the shard, mapped as in `map`.
 
-        UserError where the file is missing, or from `convert`.
+        UserError if the file is missing, or from `convert`.
         """
         what = hashlib.sha256(f"{self.store.url}/{index} {shard.index_sha256}".encode()).hexdigest()
         local = self.folder / f"{shard.sha256}.{what[:16]}.table"
@@ -127,7 +127,7 @@ class ShardCache:
                         held.add(len(data))
 
     def _open(self, shard: ShardInfo) -> BinaryIO:
-        """An open file outlives its eviction, so a reader that has one cannot lose the race against others' room."""
+        """Opens the shard, downloaded if missing. An open file outlives its eviction, so readers need no lock."""
         path = self.path(shard)
         while True:
             try:
@@ -163,7 +163,7 @@ class ShardCache:
         raise UserError(f"{self.store.url}/{shard.name} is not what the manifest says (sha256 differs): prepare again")
 
     def _make_room(self, shard: ShardInfo, claimed: BinaryIO) -> None:
-        """Evicts the shards that were promised the longest ago, and takes the room at once, for others to see."""
+        """Evicts the least recently used shards and reserves the space at once, visible to other processes."""
         if shard.bytes > self.limit:
             name = f"{self.store.url}/{shard.name}"
             raise UserError(f"data.cache_bytes={self.limit} does not hold {name} of {shard.bytes} bytes: raise it")
@@ -174,18 +174,18 @@ class ShardCache:
             os.ftruncate(claimed.fileno(), shard.bytes)
 
     def _evict(self, needed: int) -> int:
-        """Removes files until `needed` bytes fit, and some more old ones, so not every download lists the folder.
+        """Removes files until `needed` bytes fit, and more old ones, so not every download lists the folder.
 
         Returns the bytes left.
         """
         self._sweep()
         groups: dict[str, list[tuple[Path, os.stat_result]]] = {}
         for path, sha256 in self._files():
-            with suppress(FileNotFoundError):  # A partial that has just become its shard.
+            with suppress(FileNotFoundError):  # A partial may just have become its shard.
                 status = path.stat()
                 groups.setdefault(sha256, []).append((path, status))
         total = sum(status.st_size for files in groups.values() for _, status in files)
-        # An index may come before its shard, but nothing goes while the shard comes.
+        # A table may arrive before its shard. Neither is evicted during the shard's download.
         idle = [files for files in groups.values() if not any(path.suffix == ".partial" for path, _ in files)]
         last_use = [(max(status.st_mtime for _, status in files), files) for files in idle]
         now = time.time()
@@ -199,7 +199,7 @@ class ShardCache:
         return total
 
     def _warn_where_again(self, shard: ShardInfo) -> None:
-        """Where this process had the shard a short time ago."""
+        """Warns once if this process downloaded the shard less than `RECENT_SECONDS` ago."""
         now = time.time()
         self._came = {sha256: came for sha256, came in self._came.items() if now - came < RECENT_SECONDS}
         again = shard.sha256 in self._came
@@ -213,13 +213,13 @@ class ShardCache:
             )
 
     def _sweep(self) -> None:
-        """Removes what killed processes left."""
+        """Removes the partial files of killed processes."""
         for path, _ in self._files():
             if path.suffix == ".partial":
                 _remove_leftover(path)
 
     def _files(self) -> Iterator[tuple[Path, str]]:
-        """The cache's own files, and the hash of the shard each belongs to."""
+        """The cache's own files, each with the hash of its shard."""
         for path in sorted(self.folder.iterdir()):
             match = _NAME.fullmatch(path.name)
             if match is not None:
@@ -227,14 +227,14 @@ class ShardCache:
 
     @contextmanager
     def _claim(self, path: Path) -> Iterator[BinaryIO | None]:
-        """The empty partial of `path`, locked, to be filled and renamed; None where another has just done so.
+        """The empty partial of `path`, locked, to be filled and renamed. None if another process has just done so.
 
-        Waits for whoever else fills it. What is not renamed by the end is removed.
+        Waits while another process fills it. Removes the partial at the end if it was not renamed.
         """
         partial = _partial(path)
         with partial.open("ab") as f:
             fcntl.flock(f, fcntl.LOCK_EX)
-            # While this process waited, the file may have become the shard, or have been swept away.
+            # During the wait the file may have become the shard, or been swept away.
             if not _is_at(f, partial):
                 yield None
                 return
@@ -267,7 +267,7 @@ class ShardCache:
 
 @dataclass
 class _Held:
-    """Bytes of all files, at most: None where they have not been counted."""
+    """Upper bound of the bytes of all files. None if they have not been counted."""
 
     bytes: int | None
 
@@ -277,14 +277,14 @@ class _Held:
 
 
 def default_folder() -> Path:
-    """Where shards go unless data.cache_dir says otherwise."""
-    # Slurm's own temporary folder, where a site makes one, is on the node's disk and goes with the job.
+    """The default of data.cache_dir."""
+    # Slurm's temporary folder, if the site has one, is on the node's disk and is removed with the job.
     base = Path(os.environ.get("SLURM_TMPDIR") or tempfile.gettempdir())
     return base / f"ibq_scale-cache-{os.getuid()}"
 
 
 def bytes_held(folder: Path) -> int:
-    """Bytes of the cache files in a folder, or 0 where there is none."""
+    """Bytes of the cache files in a folder, 0 if there is none."""
     total = 0
     for path in folder.iterdir() if folder.is_dir() else ():
         if _NAME.fullmatch(path.name):
@@ -312,4 +312,4 @@ def _remove_leftover(partial: Path) -> None:
             if _is_at(f, partial):
                 partial.unlink()
     except (BlockingIOError, FileNotFoundError):
-        pass  # Someone is at work on it, or done.
+        pass  # Another process is writing it, or has finished.

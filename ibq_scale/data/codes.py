@@ -1,4 +1,4 @@
-"""Code shards: one safetensors file for each image shard, stamped with the tokenizer that wrote it."""
+"""Code shards: one safetensors file for each image shard, stamped with its tokenizer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ibq_scale.data.sets import DataSets
 from ibq_scale.documents import DocumentError, parse_json
 from ibq_scale.errors import UserError
 
-# safetensors: 8 bytes of length, then a JSON header whose __metadata__ carries the stamp.
+# safetensors: 8 bytes of length, then a JSON header. Its __metadata__ has the stamp.
 STAMP = "ibq_scale_stamp"
 DTYPES = {"U16": "<u2", "U32": "<u4", "I32": "<i4"}
 
@@ -65,7 +65,7 @@ def write_code_shard(store: Store, name: str, shard: CodeShard, info: CodesInfo)
 
 
 def find_code_shard(store: Store, name: str, info: CodesInfo, samples: int) -> ShardInfo | None:
-    """The shard as an earlier, stopped run of the same tokenizer on the same images wrote it, or None."""
+    """The shard written by an earlier, stopped run of the same tokenizer on the same images, or None."""
     try:
         data = store.read(name)
     except FileNotFoundError:
@@ -76,7 +76,7 @@ def find_code_shard(store: Store, name: str, info: CodesInfo, samples: int) -> S
 
 
 def stamp(info: CodesInfo) -> str:
-    """Identifies what a code shard depends on."""
+    """sha256 (hex) of all inputs of a code shard."""
     return hashlib.sha256(info.model_dump_json().encode()).hexdigest()
 
 
@@ -88,7 +88,7 @@ def finish_codes(store: Store, shards: list[ShardInfo], classes: tuple[str, ...]
 
 
 def read_code_shard(data: bytes, name: str) -> CodeShard:
-    """Decodes a shard's bytes. UserError where they are damaged."""
+    """Decodes a shard's bytes. UserError if they are damaged."""
     stored = stored_codes(data, name)
     return CodeShard(*(torch.from_numpy(values.astype(np.int64)) for values in stored))
 
@@ -107,7 +107,7 @@ def stored_codes(data: bytes | mmap, name: str) -> StoredCodes:
 
 
 def _array(data: bytes | mmap, begin: int, entry: dict[str, Any]) -> NDArray[Any]:
-    """A tensor of a safetensors file whose data begin at byte `begin`."""
+    """A tensor of a safetensors file with its data section at byte `begin`."""
     dtype, shape, (start, stop) = np.dtype(DTYPES[entry["dtype"]]), entry["shape"], entry["data_offsets"]
     if min(start, *shape, 0) < 0 or stop - start != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{entry} do not fit together")
@@ -115,9 +115,9 @@ def _array(data: bytes | mmap, begin: int, entry: dict[str, Any]) -> NDArray[Any
 
 
 class CodeDataset(torch.utils.data.Dataset[CodeSample]):
-    """Samples by `Request`; the shards that lanes read at once stay in memory.
+    """Samples by `Request`. The lanes' current shards stay in memory.
 
-    Of an image with several crops one is drawn by (seed, epoch, sample).
+    One of an image's crops is drawn by (seed, epoch, sample).
     """
 
     def __init__(self, sets: DataSets, *, seed: int, shards_in_memory: int) -> None:

@@ -1,6 +1,6 @@
-"""Any picture → RGB as a viewer shows it: the one place where a file's pixels become those that are trained on.
+"""Converts any picture to RGB as a viewer shows it. All training pixels are made here.
 
-Its version is part of a data set's stamp (`PixelRules` in the manifest), so that a set reads the same for ever.
+The rules' version is part of a data set's stamp (`PixelRules` in the manifest), so a set always reads the same.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from ibq_scale.data.pixel_rules import RULES, PixelRules
 from ibq_scale.errors import UserError
 
 Pixels = NDArray[np.uint8]
-# The most that Pillow decodes.
+# Pillow's own limit.
 MOST_PIXELS = 178_956_970
-# From so many on the memory for a picture's copies is thought of.
+# Pixels above which copies of a picture are avoided, to save memory.
 LARGE = 1 << 24
-# Rows.
+# Rows converted at once.
 BAND = 256
 _ORIENTATION = 0x0112
 _TURNS: dict[int, Any] = {
@@ -50,25 +50,25 @@ _PILLOW_TURNS = dict(
 
 
 def parse_colour(text: str) -> tuple[int, int, int]:
-    """``white``, ``#ff8800``. UserError for what is no colour."""
+    """Parses ``white`` or ``#ff8800``. UserError for anything else."""
     try:
         return ImageColor.getcolor(text, "RGB")[:3]  # type: ignore[index,return-value]
     except ValueError:
         raise UserError(f"'{text}' is no colour: write a name like white, or #rrggbb") from None
 
 
-# Of pictures that are whole, and whose orientation is all that is asked for.
+# Such pictures are whole, and only the orientation is read from EXIF.
 warnings.filterwarnings("ignore", message="Corrupt EXIF data", category=UserWarning)
 
 
 def decode(data: bytes, least: int | None, rules: PixelRules = RULES) -> Pixels:
-    """A picture's bytes → uint8 (H, W, 3), a JPEG perhaps at a fraction of its size with no side below `least`.
+    """Decodes to uint8 (H, W, 3). A JPEG may come at a fraction of its size, with no side below `least`.
 
-    JPEGs by simplejpeg, 1.4 times as fast as Pillow here; what it does not know (CMYK, say) and all else by Pillow.
-    Raises OSError, ValueError or SyntaxError for what is no picture, DecompressionBombError above `MOST_PIXELS`.
+    JPEGs by simplejpeg, 1.4 times as fast as Pillow here. JPEGs unknown to it (e.g. CMYK) and other formats by Pillow.
+    Raises OSError, ValueError or SyntaxError if it is no picture, DecompressionBombError above `MOST_PIXELS`.
     """
     if data[:2] == b"\xff\xd8":
-        # Of the extra 'train', which a report does not need.
+        # In the extra 'train' only: reports import this module without it.
         import simplejpeg
 
         try:
@@ -88,9 +88,9 @@ def decode(data: bytes, least: int | None, rules: PixelRules = RULES) -> Pixels:
 
 
 def fraction(height: int, width: int, least: int | None) -> tuple[int, int]:
-    """Sides of an eighth, a quarter or a half of a JPEG, none below `least`; zeros for the whole.
+    """Sides of an eighth, a quarter or a half of a JPEG, none below `least`. Zeros for the whole.
 
-    A decoder has fast code for these: three quarters take twice the time of the whole.
+    Decoders have fast code for these only: three quarters take twice the time of the whole.
     """
     for eighths in (1, 2, 4):
         sides = (-(-height * eighths // 8), -(-width * eighths // 8))
@@ -100,7 +100,7 @@ def fraction(height: int, width: int, least: int | None) -> tuple[int, int]:
 
 
 def shrunk(image: Image.Image, least: int | None) -> Image.Image:
-    """A large picture of plain colours by a whole factor smaller, no side below `least`: copies of it are gigabytes."""
+    """Reduces a large RGB or L picture by an integer factor, no side below `least`: copies would take gigabytes."""
     factor = min(image.size) // least if least else 1
     if factor < 2 or image.width * image.height <= LARGE or image.mode not in ("RGB", "L"):
         return image
@@ -110,13 +110,13 @@ def shrunk(image: Image.Image, least: int | None) -> Image.Image:
 
 
 def bicubic(pixels: Pixels, size: tuple[int, int]) -> Pixels:
-    """Resized to (width, height) with antialiasing by torch, many times as fast as Pillow, and within a level of it."""
+    """Resizes to (width, height) with antialiasing by torch: many times as fast as Pillow, and within a level of it."""
     import torch
     from torch.nn.functional import interpolate
 
-    # torch warns of arrays that it may not write.
+    # torch warns of read-only arrays.
     source = pixels if pixels.flags.writeable and pixels.flags.c_contiguous else pixels.copy()
-    # In this order torch sees that channels come last, and gives them so.
+    # Permuted after the batch axis is added, the tensor is channels-last for torch, and so is the result.
     image_13HW = torch.from_numpy(source)[None].permute(0, 3, 1, 2)
     found = interpolate(image_13HW, size=(size[1], size[0]), mode="bicubic", antialias=True)
     resized: Pixels = found[0].permute(1, 2, 0).numpy()
@@ -124,7 +124,7 @@ def bicubic(pixels: Pixels, size: tuple[int, int]) -> Pixels:
 
 
 def to_rgb(image: Image.Image, rules: PixelRules = RULES) -> Image.Image:
-    """An opened picture in mode RGB. ValueError where the value of white is unknown, or the mode has no colours."""
+    """Converts an opened picture to RGB. ValueError if the value of white is unknown, or the mode has no colours."""
     if not rules.version:
         return image.convert("RGB")
     image.load()
@@ -139,7 +139,7 @@ def to_rgb(image: Image.Image, rules: PixelRules = RULES) -> Image.Image:
 
 
 def _over(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """A transparent picture over a colour; in bands, since it takes several copies."""
+    """Composites a transparent picture over a colour, in bands, since it takes several copies."""
     out = Image.new("RGB", image.size)
     for top in range(0, image.height, BAND):
         band = image.crop((0, top, image.width, min(top + BAND, image.height))).convert("RGBA")
@@ -149,14 +149,14 @@ def _over(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
 
 
 def turned(pixels: Pixels, orientation: int) -> Pixels:
-    """Upright, by the number that EXIF gives."""
+    """Turns pixels upright by their EXIF orientation."""
     turn = _TURNS.get(orientation)
     return pixels if turn is None else np.ascontiguousarray(turn(pixels))
 
 
 def jpeg_orientation(data: bytes) -> int:
-    """The EXIF (or XMP) orientation of a JPEG; 1 where it has none."""
-    # Both are in segments APP1, which most pictures have none of: Pillow's parsers are for those that do.
+    """The EXIF (or XMP) orientation of a JPEG, 1 if it has none."""
+    # Both are in APP1 segments. Most pictures have none and need no parser of Pillow's.
     at = 2
     while data[at : at + 2] != b"\xff\xe1":
         if data[at : at + 1] != b"\xff" or data[at + 1 : at + 2] in (b"\xda", b"\xd9"):
@@ -170,7 +170,7 @@ def jpeg_orientation(data: bytes) -> int:
 
 
 def orientation_of(image: Image.Image) -> int:
-    """1 to 8; 1 where the picture does not say, or its EXIF is damaged."""
+    """1 to 8. 1 if the picture has none, or its EXIF is damaged."""
     try:
         found = image.getexif().get(_ORIENTATION, 1)
     except Exception:
@@ -180,14 +180,14 @@ def orientation_of(image: Image.Image) -> int:
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height as a viewer shows it, from the header."""
+    """Width and height as in a viewer, from the header."""
     # Pillow turns TIFF itself.
     turned = image.format != "TIFF" and orientation_of(image) > 4
     return (image.height, image.width) if turned else image.size
 
 
 def _scaled(values: NDArray[Any], mode: str) -> Pixels:
-    """16-bit and float values to 8 bits. Floats up to 1 are shares of white, up to 255 and 65,535 are levels."""
+    """Scales 16-bit and float values to 8 bits. White: 1 for floats up to 1, 255 for floats up to 255, else 65,535."""
     least, most = float(values.min()), float(values.max())
     if least < 0 or not most <= 65535:
         raise ValueError(f"has values from {least:g} to {most:g} (mode {mode}): what is white in it is not known")

@@ -1,4 +1,4 @@
-"""What is in a data set: counts, sizes, labels, and how large its pictures are."""
+"""Describes a data set: counts, sizes, labels, and the dimensions of its pictures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ibq_scale.data.store import open_store
 from ibq_scale.data.verify import load_any_manifest, load_index
 from ibq_scale.errors import UserError
 
-# Pictures whose size is looked at: enough that no share is off by more than a few percent.
+# Pictures measured: enough for an error of at most a few percent in any share.
 MEASURED = 1000
 REQUESTS_AT_ONCE = 16
 SHOWN_LABELS = 20
@@ -39,12 +39,12 @@ class Picked:
     """Width, height in pixels."""
     format: str
     picture: bytes
-    """Its bytes, of those that are to be drawn; of others none."""
+    """Its bytes if it goes on a contact sheet, else empty."""
 
 
 @dataclass(frozen=True)
 class Description:
-    """A data set's facts, as `data stats --json` prints them, and the samples that were picked for a contact sheet."""
+    """A data set's facts, as printed by `data stats --json`, and the samples picked for a contact sheet."""
 
     facts: dict[str, Any]
     classes: tuple[str, ...]
@@ -53,9 +53,9 @@ class Description:
 
 
 def describe(url: str, *, pick: int = 0, seed: int = 0) -> Description:
-    """Counts from manifest and indices; picture sizes of up to 1,000 samples; `pick` random samples of `seed`.
+    """Counts from manifest and indices, picture sizes of up to 1,000 samples, and `pick` random samples of `seed`.
 
-    UserError where there is no data set, or samples are wanted of codes.
+    UserError if there is no data set, or if it holds codes and `pick` is not 0.
     """
     store = open_store(url)
     manifest = load_any_manifest(store)
@@ -98,7 +98,7 @@ def describe(url: str, *, pick: int = 0, seed: int = 0) -> Description:
 
 
 def _draw(samples: int, count: int, seed: int) -> list[int]:
-    """`count` different samples, or all, in a random order; the first few are the same for any count above them."""
+    """`count` different samples, or all, in random order. A larger count begins with the same samples."""
     random = np.random.Philox(key=seed)
     drawn: dict[int, None] = {}
     while len(drawn) < min(count, samples):
@@ -107,7 +107,7 @@ def _draw(samples: int, count: int, seed: int) -> list[int]:
 
 
 def _indices(store: Store, shards: Sequence[ShardInfo]) -> Iterator[tuple[ShardInfo, tuple[Member, ...]]]:
-    """In order, some requests ahead; only a few are in memory."""
+    """The shards' members, in order. Requests indices in small groups, to limit memory."""
     with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
         for begin in range(0, len(shards), REQUESTS_AT_ONCE):
             group = shards[begin : begin + REQUESTS_AT_ONCE]
@@ -126,7 +126,7 @@ def _look(store: Store, shard: str, member: Member, keep: bool, rules: PixelRule
 
 
 def _measure(picked: Sequence[Picked]) -> dict[str, Any]:
-    """Quantiles over the pictures, and how many there are of each format."""
+    """Quantiles over the pictures, and their count by format."""
     width, height = np.array([sample.size for sample in picked]).T
     formats = Counter(sample.format for sample in picked)
     columns = {
@@ -178,7 +178,7 @@ def _number(value: float) -> str:
 
 
 def _bars(labels: dict[str, int], classes: Sequence[str]) -> list[str]:
-    """All classes in order where they are few, else the fullest and the emptiest."""
+    """All classes in order if they are few, else the fullest and the emptiest."""
     counts = [(labels.get(str(label), 0), name) for label, name in enumerate(classes)]
     top = max(count for count, _ in counts)
     if len(counts) <= SHOWN_LABELS:
