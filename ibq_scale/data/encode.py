@@ -1,4 +1,4 @@
-"""A picture's bytes on their way into a shard: decoded whole, measured, and re-encoded where asked."""
+"""Prepares a picture's bytes for a shard: decodes them whole, measures the picture, re-encodes it if asked."""
 
 from __future__ import annotations
 
@@ -25,41 +25,41 @@ from ibq_scale.data.filters import Condition, picture_holds
 from ibq_scale.data.pixel_rules import RULES, PixelRules
 
 JPEG_QUALITY = 95
-# Formats that the stream decodes as they are. MPO is a phone's JPEG with more pictures behind it.
+# Formats decoded by the stream itself, kept unchanged. MPO is a phone's JPEG followed by more pictures.
 KEPT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
-# Whose pictures have no loss to hide a second one behind.
+# Lossy formats, re-encoded as JPEG: a second loss hardly adds to the first. Lossless ones become PNG.
 LOSSY = {"JPEG", "MPO", "WEBP", "AVIF", "JPEG2000"}
-# A JPEG is decoded at a fraction of its size that is at least so many times what it is resized to.
+# Before resizing, a JPEG is decoded at a fraction of its size, at least this multiple of its new size.
 GAP = 2
-# By the colours of a JPEG's header: those that decoders agree on.
+# Pillow's modes by the colour space in a JPEG's header. Decoders agree on these.
 MODES = {"Gray": "L", "YCbCr": "RGB"}
-# JPEG's own limit of a side, and what a resized picture may have: 200 MB in memory.
+# JPEG's own limit of a side, and the limit of a resized picture's pixels: 200 MB in memory.
 LONGEST_SIDE, MOST_RESIZED = 65_500, 1 << 26
 
 
 class UnusableError(Exception):
-    """What is no whole picture, or has no usable label; the message is the same in every run."""
+    """A sample has no whole picture or no usable label. The message is the same in every run."""
 
 
 class UnwantedError(Exception):
-    """What the conditions leave out."""
+    """A sample does not meet the conditions."""
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """What decides a picture's bytes in a shard, and which pictures are taken."""
+    """Settings for a picture's bytes in a shard, and for the selection of pictures."""
 
     size: int | None = None
-    """Of the shortest side, in pixels."""
+    """New shortest side in pixels. None keeps the picture's size."""
     conditions: tuple[Condition, ...] = ()
     max_aspect: float = 0.0
-    """Of the longer side to the shorter; 0: any."""
+    """Greatest ratio of the longer side to the shorter. 0: any."""
     rules: PixelRules = RULES
 
 
 @dataclass(frozen=True)
 class Picture:
-    """The bytes to write, their extension, and what the picture was."""
+    """The bytes to write, their extension, and the source picture's format, mode and size."""
 
     data: bytes
     extension: str
@@ -70,9 +70,9 @@ class Picture:
 
 
 def encode_picture(data: bytes, encoding: Encoding) -> Picture:
-    """The same bytes, or others where `size` or the format asks for it: JPEG, PNG for what was stored without loss.
+    """The same bytes, or re-encoded ones for `size` (JPEG) or a format not in `KEPT` (JPEG, PNG if lossless).
 
-    UnusableError where they do not decode to the end; UnwantedError where a condition on the picture fails.
+    UnusableError if they do not decode to the end, UnwantedError if a condition on the picture fails.
     """
     try:
         return _quickly(data, encoding) or _by_pillow(data, encoding)
@@ -81,12 +81,12 @@ def encode_picture(data: bytes, encoding: Encoding) -> Picture:
     except UnidentifiedImageError:
         raise UnusableError("no picture in a known format") from None
     except Exception as e:
-        # Decoders meet arbitrary bytes here, and raise what they like.
+        # On arbitrary bytes decoders raise any error.
         raise UnusableError(_reason(e)) from None
 
 
 def _quickly(data: bytes, encoding: Encoding) -> Picture | None:
-    """A usual, faultless JPEG by libjpeg-turbo alone; None for all else."""
+    """Handles a usual, faultless JPEG by libjpeg-turbo alone. None for all others."""
     if data[:3] != b"\xff\xd8\xff":
         return None
     try:
@@ -98,7 +98,7 @@ def _quickly(data: bytes, encoding: Encoding) -> Picture | None:
         size = (height, width) if turns else (width, height)
         _check(*size, encoding)
         if encoding.size is None:
-            # Every bit of it is read, and an eighth of each side made.
+            # This reads every bit, and makes an eighth of each side.
             simplejpeg.decode_jpeg(data, "GRAY", min_height=-(-height // 8), min_width=-(-width // 8))
             return Picture(data, "jpg", "JPEG", mode, size)
         pixels = decode(data, GAP * encoding.size, encoding.rules)
@@ -113,11 +113,11 @@ def _by_pillow(data: bytes, encoding: Encoding) -> Picture:
         kind, mode = image.format or "", image.mode
         _check(width, height, encoding)
         if encoding.size is None and kind in ("JPEG", "MPO") and width * height > LARGE:
-            # All of it is read, and an eighth of each side made.
+            # This reads all of it, and makes an eighth of each side.
             image.draft(None, (width // 8, height // 8))
         # A cut file opens well and fails only at its end.
         image.load()
-        # In these formats all modes but these have a meaning.
+        # In these formats only modes I and F may lack a known white: `to_rgb` checks them.
         if encoding.size is None and kind in KEPT and mode not in ("I", "F"):
             return Picture(data, KEPT[kind], kind, mode, (width, height))
         rgb = to_rgb(shrunk(image, encoding.size and GAP * encoding.size), encoding.rules)
@@ -148,14 +148,14 @@ def _check(width: int, height: int, encoding: Encoding) -> None:
 
 
 def shortest_side(rgb: Image.Image, size: int) -> Image.Image:
-    """The picture with its shortest side `size` pixels long, by bicubic interpolation."""
+    """Resizes the shortest side to `size` pixels by bicubic interpolation."""
     scale = size / min(rgb.size)
     sides = (max(size, round(rgb.width * scale)), max(size, round(rgb.height * scale)))
     return rgb.resize(sides, Image.Resampling.BICUBIC)
 
 
 def _jpeg(pixels: Pixels, size: int) -> bytes:
-    """The picture with its shortest side `size` pixels long, as JPEG."""
+    """Resizes the shortest side to `size` pixels and encodes as JPEG."""
     height, width = pixels.shape[:2]
     scale = size / min(height, width)
     sides = (max(size, round(width * scale)), max(size, round(height * scale)))
@@ -171,5 +171,5 @@ def _saved(rgb: Image.Image, form: str) -> bytes:
 
 
 def _reason(error: Exception) -> str:
-    """Without memory addresses, which differ from run to run."""
+    """The error's text without memory addresses, since they differ between runs."""
     return re.sub(r" at 0x[0-9a-f]+", "", str(error)) or type(error).__name__

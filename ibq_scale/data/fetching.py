@@ -1,8 +1,8 @@
 """Fetches shards into the node's cache ahead of use.
 
 A batch does not wait for its shards: samples of a missing shard are read by range (images.py). So the first batch costs
-its own bytes only. Single reads are limited to a share of all samples. Beyond it a batch waits for its shards; else a
-slow store would serve the same bytes twice.
+its own bytes only. Single reads are limited to a share of all samples. Beyond it a batch waits for its shards.
+Otherwise a slow store would serve the same bytes twice.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class FetchingSampler(Sampler[list[Request]]):
             self._asked = {shard: n for shard, n in self._asked.items() if self._number - n < FETCH_AHEAD}
 
     def _arrived(self, batch: list[Request]) -> list[Request]:
-        """The batch, after its shards have come or while single reads are allowed. Raises the error of a fetch."""
+        """Returns the batch once its shards have arrived, or while single reads are allowed. Raises a fetch's error."""
         for shard, future in list(self._coming.items()):
             if future.done():
                 future.result()

@@ -1,4 +1,4 @@
-"""Which samples are wanted: ``width>=256``, ``aspect<=2``, ``aesthetic>=5.5``, ``language==en``."""
+"""Conditions to select samples: ``width>=256``, ``aspect<=2``, ``aesthetic>=5.5``, ``language==en``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from ibq_scale.errors import UserError
 
-# The picture's own, whatever a column of the same name says.
+# Measured on the picture, even if a column has the same name.
 PICTURE_COLUMNS = ("width", "height", "aspect")
 _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     ">=": operator.ge,
@@ -26,7 +26,7 @@ _FORM = re.compile(rf"\s*([^\s<>=!]+)\s*({'|'.join(_OPERATORS)})\s*([^<>=!]*?)\s
 
 @dataclass(frozen=True)
 class Condition:
-    """A column compared with a number, or (``==`` and ``!=``) with a text. A dot goes into a nested column."""
+    """Compares a column with a number, or (``==`` and ``!=``) with a text. A dot selects a nested column."""
 
     name: str
     operator: str
@@ -34,11 +34,11 @@ class Condition:
 
     @property
     def of_picture(self) -> bool:
-        """Whether it asks for the picture itself and not for a column beside it."""
+        """Whether it concerns the picture itself, not a column beside it."""
         return self.name in PICTURE_COLUMNS
 
     def holds(self, columns: Mapping[str, Any]) -> bool:
-        """False where the column is absent, null or no number: what has no score was not found good."""
+        """False if the column is absent, null or no number: a sample without a score has not passed."""
         found = look_up(columns, self.name)
         if found is None:
             return False
@@ -72,7 +72,7 @@ def parse_conditions(texts: Iterable[str]) -> tuple[Condition, ...]:
 
 
 def check_columns(conditions: Sequence[Condition], columns: Mapping[str, Any]) -> None:
-    """UserError where a condition names a column that the first sample does not have: nothing would be left."""
+    """UserError if a condition names a column absent from the first sample, since no sample would be left."""
     for condition in conditions:
         if condition.of_picture or look_up(columns, condition.name, absent=columns) is not columns:
             continue
@@ -83,18 +83,18 @@ def check_columns(conditions: Sequence[Condition], columns: Mapping[str, Any]) -
 
 
 def all_hold(conditions: Sequence[Condition], columns: Mapping[str, Any]) -> bool:
-    """Whether the conditions on columns hold; those on the picture are left aside."""
+    """Whether the conditions on columns hold. Ignores those on the picture."""
     return all(c.holds(columns) for c in conditions if not c.of_picture)
 
 
 def picture_holds(conditions: Sequence[Condition], width: int, height: int) -> bool:
-    """Whether the conditions on a picture of this size (pixels) hold; `aspect` is width over height."""
+    """Whether the conditions on a picture of this size (pixels) hold. `aspect` is width over height."""
     columns = {"width": width, "height": height, "aspect": width / height}
     return all(c.holds(columns) for c in conditions if c.of_picture)
 
 
 def look_up(columns: Mapping[str, Any], name: str, absent: Any = None) -> Any:
-    """A column's value, by its whole name or from nested ones by its dotted parts."""
+    """A column's value, by its whole name, or in nested columns by its dotted parts."""
     if name in columns:
         return columns[name]
     head, dot, rest = name.partition(".")

@@ -1,4 +1,4 @@
-"""Folders of files, wherever they are, and the one on a file system. Those in object storage: store.py."""
+"""The interface to a folder of files, and its implementation on a file system. Object storage: store.py."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from ibq_scale.errors import UserError
 
 DOWNLOAD_CHUNK = 16 << 20
 PARTIAL = ".partial"
-# What is read whole, into memory: manifests, indices, shards of codes, pictures.
+# Limit in bytes of a file read whole into memory: manifests, indices, shards of codes, pictures.
 MOST_WHOLE = 2 << 30
 
 
 class Unfinished(NamedTuple):
-    """What an upload that was killed has left: the path that it was for, and the store's own name of it."""
+    """The remains of a killed upload: its target path, and the store's own name for it."""
 
     path: str
     id: str
@@ -36,64 +36,61 @@ class Store(ABC):
 
     url: str
     local = False
-    """Whether this is a file system's folder, where a read costs no request."""
+    """Whether this is a folder on a file system, where a read costs no request."""
 
     @abstractmethod
     def read(self, path: str) -> bytes:
-        """The whole file. FileNotFoundError; UnreadableError where it has more bytes than `MOST_WHOLE`."""
+        """The whole file. FileNotFoundError if it is missing, UnreadableError above `MOST_WHOLE` bytes."""
 
     def map(self, path: str) -> bytes | mmap:
-        """As `read`; of a file system, memory that its readers share and that is no copy."""
+        """As `read`. On a file system: memory shared by its readers, without a copy."""
         return self.read(path)
 
     @abstractmethod
     def read_range(self, path: str, start: int, stop: int) -> bytes:
-        """Bytes start … stop − 1, exactly that many: UserError where the file ends before.
-
-        FileNotFoundError where there is no file.
-        """
+        """Exactly the bytes start … stop − 1. UserError if the file ends before, FileNotFoundError if it is missing."""
 
     @abstractmethod
     def write(self, path: str, data: bytes) -> None:
-        """Creates or replaces a file; readers see the old or the new one, never a part."""
+        """Creates or replaces a file atomically: readers see the old or the new one, never a part."""
 
     @abstractmethod
     def size(self, path: str) -> int:
-        """Bytes. FileNotFoundError where there is no file."""
+        """The file's bytes. FileNotFoundError if it is missing."""
 
     @abstractmethod
     def download(self, path: str, local: Path) -> None:
-        """Copies a file over `local`, flushed to the disk. FileNotFoundError where there is none.
+        """Copies a file over `local` and flushes it to the disk. FileNotFoundError if it is missing.
 
-        UserError where the file changes meanwhile (S3: its ETag or size). `local` keeps its inode, and its size until
-        the end: a cache has taken the room for it.
+        UserError if the file changes meanwhile (S3: its ETag or size). `local` keeps its inode, and its size until
+        the end, since a cache has reserved the space for it.
         """
 
     @abstractmethod
     def upload(self, local: Path, path: str) -> None:
-        """Copies a local file here, as `write` would."""
+        """Copies a local file here, atomically as `write`."""
 
     @abstractmethod
     def upload_resumable(self, local: Path, path: str) -> None:
-        """As `upload`, but sends nothing of what is here already with these bytes.
+        """As `upload`, but skips bytes already here: the whole file, or the parts sent by an earlier try.
 
-        That is the whole file, or the parts that an earlier try has left; one that fails leaves its own (`unfinished`).
+        A failed upload leaves its own parts (`unfinished`).
         """
 
     @abstractmethod
     def unfinished(self) -> list[Unfinished]:
-        """What uploads that were killed or failed have left under here."""
+        """The remains of killed or failed uploads in this folder."""
 
     @abstractmethod
     def abort(self, upload: Unfinished) -> None:
-        """Removes what an upload has left."""
+        """Removes an upload's remains."""
 
     @abstractmethod
     def delete(self, paths: Iterable[str]) -> None:
-        """Removes files; one that is gone already is no fault."""
+        """Removes files. A missing one is no error."""
 
     def stop(self) -> None:
-        """Lets what is under way in other threads fail soon, and whatever is begun later. For good."""
+        """Makes the operations of other threads fail soon, current and later ones. Permanent."""
         self._stopped = True
 
     _stopped = False
@@ -107,17 +104,17 @@ class Store(ABC):
 
     @abstractmethod
     def files(self) -> dict[str, int]:
-        """The bytes of every file under here, by path, sorted. FileNotFoundError where a local folder is missing."""
+        """The bytes of every file in this folder, by path, sorted. FileNotFoundError if a local folder is missing."""
 
 
 class UnreadableError(UserError):
-    """A file that is there, and cannot be read."""
+    """A file exists but cannot be read."""
 
 
 class LocalStore(Store):
-    """A folder on a file system. `links`: whether its files may be links out of it, as a person's own pictures are.
+    """A folder on a file system. `links`: whether its files may be links out of it, as in a user's own pictures.
 
-    Of a prepared set they may not: its manifest comes from other people, and would lead anywhere.
+    In a prepared set they may not: its manifest comes from other people, and could name any file.
     """
 
     local = True
@@ -134,7 +131,7 @@ class LocalStore(Store):
 
     def read_range(self, path: str, start: int, stop: int) -> bytes:
         with self._open(path) as f, self._told(path):
-            # What is not there takes no memory.
+            # No memory is taken for bytes beyond the file's end.
             stop_there = min(stop, os.fstat(f.fileno()).st_size)
             data = os.pread(f.fileno(), stop_there - start, start) if start < stop_there else b""
         if len(data) != stop - start:
@@ -147,11 +144,11 @@ class LocalStore(Store):
             return mmap(f.fileno(), 0, access=ACCESS_READ) if os.fstat(f.fileno()).st_size else b""
 
     def _open(self, path: str) -> BinaryIO:
-        """FileNotFoundError where it is missing; UnreadableError."""
+        """Opens a file. FileNotFoundError if it is missing, else UnreadableError."""
         with self._told(path):
             file = open_regular(self.root / path)
         if not self._links:
-            # By the file that is open: a link may change meanwhile.
+            # Checks the open file, since a link may change meanwhile.
             there = str(Path(f"/proc/self/fd/{file.fileno()}").readlink())
             if not there.startswith(self._whole_root):
                 file.close()
@@ -160,7 +157,7 @@ class LocalStore(Store):
 
     @cached_property
     def _whole_root(self) -> str:
-        """Ends with a slash."""
+        """The resolved root, ending with a slash."""
         return f"{str(self.root.resolve()).rstrip('/')}/"
 
     @contextmanager
@@ -256,11 +253,11 @@ def too_short(name: str, stop: int) -> UserError:
 
 
 def require_fit(url: str, size: int) -> None:
-    """UnreadableError for a file of more than `MOST_WHOLE` bytes."""
+    """UnreadableError for a file above `MOST_WHOLE` bytes."""
     if size > MOST_WHOLE:
         raise UnreadableError(f"cannot read {url}: it has {size:,} bytes, and {MOST_WHOLE:,} are the most")
 
 
 def over(local: Path) -> BinaryIO:
-    """A file to write from its start on, which keeps what lies behind until it is cut."""
+    """Opens a file for writing from its start. Later bytes stay until it is truncated."""
     return os.fdopen(os.open(local, os.O_WRONLY | os.O_CREAT, 0o666), "wb")

@@ -113,7 +113,7 @@ def chosen(
 
 
 def layout(data: DataConfig, extents: Sequence[Extent]) -> Layout:
-    """The config's own numbers; those it leaves null are chosen."""
+    """The config's own numbers. Null ones are chosen."""
     order = data.order or NEWEST
     if order == 1:
         return Layout(order, data.lanes or OLD[0], data.window or OLD[1])

@@ -1,4 +1,4 @@
-"""One image sample from its shard: read, checked, decoded, cropped. A pure function of the sample and the seed."""
+"""Reads one image sample from its shard, checks, decodes and crops it. A pure function of the sample and the seed."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from ibq_scale.errors import UserError
 
 Table = NDArray[np.void]
 
-# Samples of a batch that are read at once where each is a request to a remote store: waiting, not work, fills the time.
+# A batch's concurrent reads from a remote store. Their time is latency, not work.
 REQUESTS_AT_ONCE = 32
 # Most bytes between two samples of one request (a tar's headers, labels), and of the whole request.
 BETWEEN, MOST_SPAN = 4096, 16 << 20
-# Beyond this a resized picture is made only where it is cropped: of a thin one the whole would be gigabytes.
+# Above these pixels only the crop of a resized picture is computed: a whole thin one would take gigabytes.
 MOST_RESIZED = 1 << 22
 
 
 class Request(NamedTuple):
-    """A sample, and what augments it."""
+    """A sample and the inputs of its augmentation."""
 
     position: int
     source: int
@@ -45,11 +45,11 @@ class ImageSample(NamedTuple):
     label: int
     request: Request
     fault: str
-    """What was wrong with the sample that this one stands in for; empty as a rule."""
+    """Fault of the sample replaced by this one. Usually empty."""
 
 
 class BadSampleError(RuntimeError):
-    """A sample's bytes are not those that were prepared, or are no picture."""
+    """A sample's bytes have changed since preparation, or are no picture."""
 
 
 # Where a shard's pictures are, by row.
@@ -60,9 +60,9 @@ class ImageDataset(torch.utils.data.Dataset[ImageSample]):
     """Samples by `Request`. With caches it reads local files. Samples of missing shards are read from the store by
     range, all of a batch at once.
 
-    In `training` a damaged sample is replaced by the next good one of its shard, the same on every run, and says so;
-    and a large JPEG is decoded at the least fraction of its size that covers the crop. With `resolution` None pictures
-    keep their size, but for a centre crop to sides that `multiple` divides.
+    In `training` a damaged sample is replaced by the next good one of its shard, the same in every run, with its
+    `fault`. A large JPEG is decoded at the smallest fraction of its size to cover the crop. With `resolution` None
+    pictures keep their size, but for a centre crop to sides divisible by `multiple`.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class ImageDataset(torch.utils.data.Dataset[ImageSample]):
         return self._sample(request, {})
 
     def _read_singly(self, requests: Sequence[Request]) -> dict[Request, bytes]:
-        """The bytes of those samples whose shards are not here, by ranges, merged where they touch."""
+        """Bytes of the samples in missing shards, read by ranges. Neighbours share a request."""
         away = {shard for shard in {(r.source, r.shard) for r in requests} if self._is_away(*shard)}
         if not away:
             return {}
@@ -114,7 +114,7 @@ class ImageDataset(torch.utils.data.Dataset[ImageSample]):
         part = self.sets.parts[source]
         if part.cache is None:
             return not part.store.local
-        # Without a fetcher a shard comes when it is read, and stays for the next evaluation.
+        # Evaluation has no fetcher: a read downloads the shard, and it stays for the next evaluation.
         return self.training and not part.cache.has(part.manifest.shards[shard])
 
     def _read_span(self, span: Sequence[Wanted]) -> list[tuple[Request, bytes]]:
@@ -142,7 +142,7 @@ class ImageDataset(torch.utils.data.Dataset[ImageSample]):
         raise BadSampleError(f"no sample of the shard is good; the first: {fault}")
 
     def _pixels(self, part: DataSet, request: Request, place: np.void, data: bytes | None) -> Pixels:
-        """The cropped picture; read twice before it counts as damaged, since a cable may be at fault.
+        """The cropped picture. A wrong CRC is confirmed by a second read, since the transfer may be at fault.
 
         `data`: its bytes, if they have been read.
         """
@@ -166,7 +166,7 @@ class ImageDataset(torch.utils.data.Dataset[ImageSample]):
         return self._crop(pixels, request, self.resolution, rules)
 
     def _native(self, pixels: Pixels, name: str) -> Pixels:
-        """The middle of a picture, as much of it as `multiple` divides."""
+        """The largest centre crop with sides divisible by `multiple`."""
         sides = [side // self.multiple * self.multiple for side in pixels.shape[:2]]
         if not all(sides):
             raise UserError(
@@ -177,7 +177,7 @@ class ImageDataset(torch.utils.data.Dataset[ImageSample]):
         return pixels[top : top + sides[0], left : left + sides[1]]
 
     def _crop(self, pixels: Pixels, request: Request, side: int, rules: PixelRules) -> Pixels:
-        """Shortest side to `side`, then a square: random and seeded by (seed, epoch, sample), or the centre."""
+        """Resizes the shortest side to `side`, then crops a square: random by (seed, epoch, sample), or the centre."""
         height, width = pixels.shape[:2]
         scale = side / min(height, width)
         size = (max(side, round(width * scale)), max(side, round(height * scale)))
@@ -193,7 +193,7 @@ class ImageDataset(torch.utils.data.Dataset[ImageSample]):
 
     def _table(self, source: int, shard: int) -> Table:
         key = (source, shard)
-        # Several threads may read one index at once; each step on the dict is whole by itself.
+        # Several threads may read one index at once. Each operation on the dict is atomic.
         table = self._tables.pop(key, None)
         if table is None:
             table = picture_table(self.sets.parts[source], shard)
@@ -224,7 +224,7 @@ class Wanted(NamedTuple):
 
 
 def touching(wanted: Iterable[Wanted]) -> list[list[Wanted]]:
-    """Groups of samples side by side in a shard, for one request each."""
+    """Groups of neighbouring samples of a shard, for one request each."""
     spans: list[list[Wanted]] = []
     for one in sorted(wanted, key=lambda w: (w.request.source, w.request.shard, w.start)):
         if spans and _touches(spans[-1], one):
@@ -241,7 +241,7 @@ def _touches(span: Sequence[Wanted], one: Wanted) -> bool:
 
 
 def picture_table(part: DataSet, shard: int) -> Table:
-    """Where the shard's pictures are: `PICTURE` rows. Mapped from the cache, where there is one, and shared."""
+    """The places of the shard's pictures: `PICTURE` rows. With a cache, mapped from it and shared."""
     if part.cache is None:
         return _table_of(shard_index(part, shard))
 
@@ -257,13 +257,13 @@ def _table_of(index: ShardIndex) -> Table:
 
 
 def resized(pixels: Pixels, size: tuple[int, int], corner: tuple[int, int], side: int, rules: PixelRules) -> Pixels:
-    """The square of `side` at `corner` (left, top) of the picture as resized to `size` (width, height), bicubic."""
+    """Resizes to `size` (width, height), bicubic, and returns the square of `side` at `corner` (left, top)."""
     height, width = pixels.shape[:2]
     left, top = corner
     if size == (width, height):
         return pixels[top : top + side, left : left + side]
     if size[0] * size[1] > MOST_RESIZED:
-        # Pillow resamples a box by the same weights as the whole, neighbours outside of it included.
+        # Pillow resamples a box with the same weights as the whole, including neighbours outside of it.
         across, down = width / size[0], height / size[1]
         box = (left * across, top * down, (left + side) * across, (top + side) * down)
         return np.asarray(Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC, box))
@@ -275,7 +275,7 @@ def resized(pixels: Pixels, size: tuple[int, int], corner: tuple[int, int], side
 
 
 def shard_index(part: DataSet, shard: int) -> ShardIndex:
-    """The shard's index, from the store. UserError where it does not fit."""
+    """The shard's index, from the store. UserError if it does not fit."""
     name = index_name(part.manifest.shards[shard].name)
     try:
         return _fitting(part, shard, part.store.read(name))
