@@ -127,7 +127,7 @@ class ShardCache:
                         held.add(len(data))
 
     def _open(self, shard: ShardInfo) -> BinaryIO:
-        """Opens the shard, downloaded if missing. An open file outlives its eviction, so readers need no lock."""
+        """Opens the shard, downloaded if missing. An open file outlives its eviction, so a reader never loses it."""
         path = self.path(shard)
         while True:
             try:

@@ -144,7 +144,7 @@ class LocalStore(Store):
             return mmap(f.fileno(), 0, access=ACCESS_READ) if os.fstat(f.fileno()).st_size else b""
 
     def _open(self, path: str) -> BinaryIO:
-        """Opens a file. FileNotFoundError if it is missing, else UnreadableError."""
+        """Opens a file. FileNotFoundError if it is missing, UnreadableError for other faults."""
         with self._told(path):
             file = open_regular(self.root / path)
         if not self._links:

@@ -1,4 +1,4 @@
-"""``NAME.index.json``: where a shard's samples are. Whatever reads a shard of pictures reads it by its index."""
+"""``NAME.index.json``: the places of a shard's samples. A shard of pictures is only read by its index."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ibq_scale.documents import parse_json
 from ibq_scale.errors import UserError
 
 INDEX_VERSION = 1
-# What the plan of an adopted tar's index begins with, so that prepared shards are told from adopted ones.
+# Prefix of the plan in an adopted tar's index. It distinguishes adopted from prepared shards.
 ADOPTED = "adopted-1-"
 
 
 @dataclass(frozen=True)
 class Reject:
-    """What is no usable picture, and why."""
+    """An unusable picture, and the reason."""
 
     path: str
     reason: str
@@ -26,7 +26,7 @@ class Reject:
 
 @dataclass(frozen=True)
 class Member:
-    """One sample of a shard: where its picture's bytes are in the tar."""
+    """One sample of a shard, with the place of its picture's bytes in the tar."""
 
     key: str
     offset: int
@@ -38,7 +38,7 @@ class Member:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """`plan` tells which inputs and options made the shard, so that a re-run can trust it."""
+    """A shard's samples. `plan` identifies its inputs and options, so a re-run can reuse it."""
 
     version: int
     plan: str
@@ -47,9 +47,9 @@ class ShardIndex:
     members: tuple[Member, ...]
     rejects: tuple[Reject, ...]
     filtered: int = 0
-    """Samples that a condition left out."""
+    """Samples left out by a condition."""
     after: tuple[int, int] | None = None
-    """(unit, position) where the job's next shard begins; None in its last."""
+    """(unit, position) at the start of the job's next shard. None in the last one."""
     met: dict[str, Any] | None = None
     """Formats, modes and sizes of the pictures."""
 
@@ -57,7 +57,7 @@ class ShardIndex:
         # `asdict` copies every value of every member.
         plain = {name: [vars(entry) for entry in getattr(self, name)] for name in ("members", "rejects")}
         values = vars(self) | plain
-        # These are newer than version 1: what says nothing is not written.
+        # These keys are newer than version 1: empty ones are not written.
         if not self.filtered:
             del values["filtered"]
         if self.after is None:
@@ -81,7 +81,7 @@ class ShardIndex:
 
 
 def _member(values: dict[str, Any]) -> Member:
-    """ValueError or TypeError for places that no tar has."""
+    """Checks a member. ValueError or TypeError for values impossible in a tar."""
     member = Member(**values)
     if not (_is_within(member.offset, 0, 1 << 62) and _is_within(member.size, 0, 1 << 31)):
         raise ValueError(f"a member has offset {member.offset!r:.30} and size {member.size!r:.30}")
@@ -97,16 +97,16 @@ def _is_within(number: object, first: int, stop: int) -> bool:
 
 
 def index_name(shard: str) -> str:
-    """The index file of a shard."""
+    """The name of a shard's index file."""
     return f"{shard}.index.json"
 
 
 class UnfitIndexError(ValueError):
-    """An index that cannot be read, or is not the one that the manifest means."""
+    """An index cannot be read, or is not the manifest's."""
 
 
 def index_of(data: bytes, shard: ShardInfo) -> ShardIndex:
-    """The index of a shard from its file's bytes. UnfitIndexError says why not, in a few words."""
+    """Parses a shard's index file. UnfitIndexError with a short reason if it does not fit."""
     try:
         index = ShardIndex.from_json(data.decode())
     except (ValueError, KeyError, TypeError) as e:

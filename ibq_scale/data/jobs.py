@@ -1,4 +1,4 @@
-"""Jobs over processes: results in the jobs' order, a few jobs ahead, and one line of progress."""
+"""Runs jobs in processes: results in the jobs' order, a few jobs ahead, and one line of progress."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ J = TypeVar("J")
 R = TypeVar("R")
 POLL_SECONDS = 0.2
 Report = Callable[[int, int, int], None]
-"""Called by a job with what has been done since its last call: images, bytes read, bytes found done."""
+"""Called by a job with its progress since the last call: images, bytes read, bytes found done."""
 
-# Shared with the parent; a queue could be full just when nobody reads it any more.
+# Memory shared with the parent. A queue could fill up after the parent's last read, and block.
 _totals: Any = None
 
 
 def run_jobs(work: Callable[[J, Report], R], jobs: Iterable[J], *, workers: int, progress: Progress) -> Iterator[R]:
     """Calls ``work(job, report)`` for every job, in this process for one worker. `work` is a module's own function.
 
-    The first error of a job is raised; UserError where a process was killed.
+    Raises the first error of a job, and UserError if a process was killed.
     """
     if workers == 1:
         totals = [0, 0, 0]
@@ -40,7 +40,7 @@ def run_jobs(work: Callable[[J, Report], R], jobs: Iterable[J], *, workers: int,
             yield work(job, report)
         progress.close()
         return
-    # Imported once, by the server, and not by each worker.
+    # The server imports the module once for all workers.
     forkserver.set_forkserver_preload([work.__module__])
     context = get_context("forkserver")
     shared = context.Array("q", 3)
@@ -66,7 +66,7 @@ def run_jobs(work: Callable[[J, Report], R], jobs: Iterable[J], *, workers: int,
 
 
 def _start(totals: Any) -> None:
-    """Ctrl-C reaches the whole process group; the parent is who answers it."""
+    """Ignores Ctrl-C in a worker: it reaches the whole process group, and the parent handles it."""
     global _totals
     _totals = totals
     signal.signal(signal.SIGINT, signal.SIG_IGN)

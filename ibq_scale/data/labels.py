@@ -1,7 +1,7 @@
-"""Labels in the forms that people write, and the classes that a data set then has.
+"""Parses labels in their usual forms, and decides a data set's classes.
 
-A label is a number or a name. All samples are looked at before the first is taken, since class numbers are given by the
-sorted names, and since one sample says nothing about the others.
+A label is a number or a name. All samples are read before the first is prepared: class numbers follow the sorted names,
+and one sample does not show the form of the others.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from ibq_scale.data.encode import UnusableError
 from ibq_scale.errors import UserError
 
 UNLABELLED = "unlabelled"
-# Above this labels are identifiers and no classes; the manifest names every class.
+# More labels than this are identifiers, not classes. The manifest names every class.
 MOST_CLASSES = 1 << 20
-# Up to this share of the samples may be left out for want of a label. More is a mixture, and is refused.
+# Up to this share of the samples is left out for lack of a label. A larger one is a mixture, and is refused.
 FEW = 0.1
 LONGEST = 200
 _NUMBER = re.compile(r"[+-]?\d+(?:\.0*)?", re.ASCII)
@@ -32,17 +32,17 @@ Label = int | str
 
 @dataclass(frozen=True)
 class Odd:
-    """What is there for a label, and is none of one class."""
+    """A label field's content if it is not one class."""
 
     text: str
 
 
 Found = Label | Odd | None
-"""None: the sample has no label. Negative numbers mean that too, as in test splits of the Hub."""
+"""None: the sample has no label. Negative numbers mean the same, as in test splits of the Hub."""
 
 
 def label_of_text(text: str | bytes) -> Found:
-    """A label from a file's or a column's text: ``3``, ``3.0``, ``cat``."""
+    """Parses a label in a file's or a column's text: ``3``, ``3.0``, ``cat``."""
     if isinstance(text, bytes):
         try:
             text = text.decode("utf-8-sig")
@@ -59,7 +59,7 @@ def label_of_text(text: str | bytes) -> Found:
 
 
 def label_of_value(value: Any) -> Found:
-    """A label from a value of JSON or parquet: a number, a text, or a list that is one-hot or of one."""
+    """Parses a label in a value of JSON or parquet: a number, a text, a list of one, or a one-hot list."""
     if value is None or isinstance(value, (str, bytes)):
         return value if value is None else label_of_text(value)
     if isinstance(value, bool):
@@ -83,7 +83,7 @@ def _number(value: int) -> Found:
 
 @dataclass(frozen=True)
 class Labels:
-    """How labels become class numbers: `values[number]` is the label, `names[number]` the class's name.
+    """Maps labels to class numbers: `values[number]` is the label, `names[number]` the class's name.
 
     No values: all samples are of one class.
     """
@@ -91,9 +91,9 @@ class Labels:
     values: tuple[Label, ...] = ()
     names: tuple[str, ...] = ()
     form: str = ""
-    """Where the labels were found."""
+    """Description of the labels' origin."""
     unlooked: bool = False
-    """Whether only some samples were looked at, and none had a label."""
+    """Whether only some samples were read, and none had a label."""
 
     @cached_property
     def numbers(self) -> Mapping[Label, int]:
@@ -105,7 +105,7 @@ class Labels:
         return self.names or (UNLABELLED,)
 
     def number_of(self, found: Found) -> int:
-        """A sample's class number. UnusableError for one without a label, or beyond the classes, among others."""
+        """A sample's class number. UnusableError if its label is missing, not one class, or unlike the others."""
         if not self.values:
             if self.unlooked and found is not None:
                 raise UnusableError("has a label, unlike those looked at first: '--label KEY' looks at all")
@@ -121,13 +121,13 @@ class Labels:
 
 
 def printable(name: str) -> str:
-    """A file's name as text, though a file system holds any bytes."""
+    """A file's name as text, with bytes invalid in UTF-8 escaped."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass
 class Group:
-    """How many there are of something, and the first three."""
+    """A count of things, and the names of the first three."""
 
     count: int = 0
     first: list[str] = field(default_factory=list)
@@ -156,7 +156,7 @@ class Tally:
     none: Group = field(default_factory=Group)
     odd: Group = field(default_factory=Group)
     titles: dict[int, set[str]] = field(default_factory=dict)
-    """Names that stand beside a number."""
+    """Names found beside a number."""
 
     def add(self, sample: str, found: Found, form: str = "", title: str | None = None) -> None:
         if found is None:
@@ -189,7 +189,7 @@ class Tally:
 
     @property
     def form(self) -> str:
-        """The forms with how many samples have each, where there are several."""
+        """The labels' form. If there are several, each with its number of samples."""
         if len(self.forms) < 2:
             return next(iter(self.forms), "")
         return ", ".join(f"{form} ({count:,})" for form, count in self.forms.most_common())
@@ -203,9 +203,10 @@ def _too_many() -> UserError:
 
 
 def decide_labels(tally: Tally, *, names: Sequence[str] = (), given: Sequence[str] = ()) -> Labels:
-    """The classes of a source. `names`: as the source numbers them. `given`: another set's, which these must be among.
+    """Decides a source's classes. `names`: in the source's own numbering. `given`: another set's, a superset of these.
 
-    UserError for a mixture of which more than a few samples would be lost, or of which nobody knows what is meant.
+    UserError if more than `FEW` of the samples would be left out, if numbers and names are mixed, if no label is one
+    class, or if one is not among `given`.
     """
     if not tally.labelled and not given:
         if tally.odd.count:
@@ -221,7 +222,7 @@ def decide_labels(tally: Tally, *, names: Sequence[str] = (), given: Sequence[st
         return Labels(tuple(range(len(names))), tuple(names), tally.form)
     values = _class_numbers(tally.counts)
     titles = {number: next(iter(found)) for number, found in tally.titles.items() if len(found) == 1}
-    # A name for every number that occurs, and none twice, or no names at all.
+    # Titles are used only if every number has one, and all are different.
     named = titles.keys() >= tally.counts.keys() and len(set(titles.values())) == len(titles)
     return Labels(values, tuple((titles.get(v) if named else None) or str(v) for v in values), tally.form)
 
@@ -240,7 +241,7 @@ def _refuse_mixture(tally: Tally) -> None:
 
 
 def _class_numbers(found: Iterable[Label]) -> tuple[int, ...]:
-    """From 0, or 1, to the largest where at least half of these occur; else only those that occur."""
+    """All from 0 (or a smallest of 1) to the largest, if at least half of these occur. Else those in use."""
     numbers = sorted(int(label) for label in found)
     first = 1 if numbers[0] == 1 else 0
     dense = range(first, numbers[-1] + 1)
@@ -248,7 +249,7 @@ def _class_numbers(found: Iterable[Label]) -> tuple[int, ...]:
 
 
 def _of_other_set(tally: Tally, given: Sequence[str], names: Sequence[str]) -> Labels:
-    """Labels by the names of another set's classes, in its order."""
+    """Labels by the class names of another set, in its order."""
 
     def name_of(label: Label) -> str:
         return names[label] if isinstance(label, int) and label < len(names) else str(label)
@@ -260,5 +261,5 @@ def _of_other_set(tally: Tally, given: Sequence[str], names: Sequence[str]) -> L
     if tally.words.count:
         return Labels(tuple(given), tuple(given), tally.form)
     by_name = {name_of(label): label for label in tally.counts}
-    # A class that does not occur here has a label that none has: its name.
+    # A class without samples here gets its name as label: all labels here are numbers, so no sample has it.
     return Labels(tuple(by_name.get(name, name) for name in given), tuple(given), tally.form)

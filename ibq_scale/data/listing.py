@@ -1,7 +1,7 @@
-"""The files at a folder, file, glob or brace pattern: one listing, with one set of rules, for all that reads pictures.
+"""Lists the files at a folder, file, glob or brace pattern. All readers of pictures share these rules.
 
-Left out, and told: hidden files, what systems and tools leave behind (`JUNK`), the zero-byte markers of folders in
-object storage, and links to folders that are read already. What exists is no pattern, whatever brackets its name has.
+Left out and reported: hidden files, files of systems and tools (`JUNK`), zero-byte folder markers in object storage,
+and links to folders already read. An existing name is no pattern, even with brackets.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ibq_scale.errors import UserError
 from ibq_scale.names import expand_home, is_text
 
 WANTED = "give an ImageFolder (one sub-folder a class), webdataset tars, or parquet files with pictures"
-# Folders of other programs: thumbnails of Synology and of macOS' archives, a disk's own, a recycle bin.
+# Folders of other programs: Synology thumbnails, macOS archives, a disk's own, recycle bins.
 JUNK = {"@eadir", "__macosx", "lost+found", "$recycle.bin", "#recycle", "system volume information", "__pycache__"}
 JUNK_FILES = {"thumbs.db", "desktop.ini"}
 PICTURE_ENDINGS = (
@@ -35,7 +35,7 @@ _PATTERN = re.compile(r"[*?\[{]")
 
 @dataclass(frozen=True)
 class Listing:
-    """Bytes by path under the store, sorted; and what else is there, by the reason why it is left out."""
+    """Bytes by path under the store, sorted, and the files left out, by reason."""
 
     store: Store
     files: Mapping[str, int]
@@ -46,7 +46,7 @@ class Listing:
         return self.store.url
 
     def ending(self, *endings: str) -> dict[str, int]:
-        """The files whose names end so, in either case."""
+        """The files with one of these endings, in upper or lower case."""
         return {name: size for name, size in self.files.items() if name.lower().endswith(endings)}
 
 
@@ -55,7 +55,7 @@ def is_picture_name(name: str) -> bool:
 
 
 def list_files(url: str) -> Listing:
-    """UserError where there is no such folder or file."""
+    """Lists the files at `url`. UserError if there is no such folder or file."""
     root, pattern = _split(str(expand_home(url)) if url.startswith("~") else url)
     store = open_store(root, links=True)
     try:
@@ -80,7 +80,7 @@ def list_files(url: str) -> Listing:
 
 
 def _unwanted(name: str) -> str:
-    """Why a file is left out, or nothing."""
+    """The reason to leave a file out, or ""."""
     if not is_text(name):
         return NO_TEXT
     parts = name.split("/")
@@ -96,7 +96,7 @@ def _unwanted(name: str) -> str:
 def _matching(root: str, files: Mapping[str, int], pattern: str) -> dict[str, int]:
     found: dict[str, int] = {}
     for name in _expand(pattern):
-        # Braces give thousands of plain names: those are looked up.
+        # Braces expand to thousands of plain names: a look-up is faster than a match.
         names = {name} if name in files else files if _PATTERN.search(name) else ()
         matched = {f: files[f] for f in names if f == name or _matches(f, name)}
         if not matched:
@@ -106,7 +106,7 @@ def _matching(root: str, files: Mapping[str, int], pattern: str) -> dict[str, in
 
 
 def _split(url: str) -> tuple[str, str]:
-    """A URL's folder, and the pattern or file name below it ("" for a folder)."""
+    """Splits a URL into its folder and the pattern or file name below it ("" for a folder)."""
     scheme, separator, path = url.rpartition("://")
     local = scheme in ("", "file")
     if local and Path(path).is_dir():
@@ -136,6 +136,6 @@ def _expand(pattern: str) -> list[str]:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """As in a shell: a star does not cross folders."""
+    """Matches as a shell: a star does not cross folders."""
     path = PurePosixPath(name)
     return len(path.parts) == len(PurePosixPath(pattern).parts) and path.match(pattern)

@@ -1,4 +1,4 @@
-"""What a source is before it is prepared: the source as it is to be read, its labels, and the summary for a person."""
+"""Inspects a source before its preparation: opens it, reads its labels, and summarizes it for the user."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ibq_scale.data.verify import load_any_manifest
 from ibq_scale.errors import UserError
 
 REJECTS = "rejects.jsonl"
-# Pictures that a look opens.
+# Pictures opened by `look_only`.
 OPENED = 100
 
 
@@ -33,7 +33,7 @@ def look_at(
     classes: str | None = None,
     workers: int = 1,
 ) -> tuple[Opened, Survey]:
-    """The source, and all its labels. UserError as `prepare_images`."""
+    """Opens the source and reads all its labels. UserError as `prepare_images`."""
     opened = open_source(url, [c.name for c in conditions if not c.of_picture], naming)
     given = load_any_manifest(open_store(classes)).classes if classes else ()
     found = survey(opened, label=naming.label if naming else None, classes=given, workers=workers)
@@ -53,7 +53,7 @@ def look_only(
     max_aspect: float = 0.0,
     workers: int = 1,
 ) -> Seen:
-    """What `prepare_images` would take, by names and labels; a hundred of the pictures are opened."""
+    """Summarizes the input of `prepare_images` by names and labels. Opens about a hundred pictures."""
     encoding = Encoding(None, parse_conditions(where), max_aspect)
     opened, found = look_at(url, encoding.conditions, naming, classes=classes, workers=workers)
     met = Met()
@@ -77,7 +77,7 @@ def look_only(
 def describe_source(
     opened: Opened, found: Survey, counts: Mapping[int, int], left_out: Mapping[str, Group], met: Met
 ) -> Seen:
-    """The summary of a source of which `counts` samples of each class were taken."""
+    """The summary of a source. `counts`: samples taken, by class."""
     return seen_of(
         files=sum(not _is_ours(n) for n in opened.listing.files)
         + sum(g.count for g in opened.listing.left_out.values()),
@@ -93,11 +93,11 @@ def describe_source(
 
 
 def _is_ours(name: str) -> bool:
-    """Beside tars that were adopted before."""
+    """Whether an earlier adoption wrote this file beside its tars."""
     return name in (NAME, REJECTS) or name.endswith(index_name(TAR))
 
 
 def first_sample(source: Source, units: Sequence[Unit]) -> Sample | None:
-    """The first that is not rejected: by it labels and columns are judged."""
+    """The first sample not rejected. The columns are checked by it."""
     samples = (item for unit in units for _, item in source.read(unit, 0))
     return next((item for item in samples if isinstance(item, Sample)), None)

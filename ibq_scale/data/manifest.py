@@ -1,4 +1,4 @@
-"""``manifest.json``: what a prepared data set holds. It is written last, so that a half-written set cannot load."""
+"""``manifest.json``: the content of a prepared data set. It is written last, so a half-written set cannot load."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Kind = Literal["images", "codes"]
 
 
 class CodesInfo(Section):
-    """Where codes come from: the tokenizer's hash and the image manifest's. `crops` of each image were encoded."""
+    """Origin of codes: the hashes of the tokenizer and the image manifest. `crops`: crops encoded of each image."""
 
     codebook_size: Rows
     grid: tuple[Side, Side]
@@ -39,7 +39,7 @@ class CodesInfo(Section):
 class Manifest(Section):
     """`classes[label]` is a label's name.
 
-    `pixels` says how pictures are converted, and `seen` what the source had. Sets of earlier versions have neither.
+    `pixels`: the rules to convert pictures. `seen`: a summary of the source. Sets of earlier versions have neither.
     """
 
     version: int = MANIFEST_VERSION
@@ -68,7 +68,7 @@ class Manifest(Section):
 
     @cached_property
     def hash(self) -> str:
-        """sha256 (hex) of the content, independent of formatting and of what was seen on the way."""
+        """sha256 (hex) of the content, independent of formatting and of `seen`."""
         left_out = {"seen", "shards"} | ({"pixels"} if self.pixels is None else set())
         values = self.model_dump(mode="json", exclude=left_out) | {"shards": []}
         before, name, after = json.dumps(values, sort_keys=True, separators=(",", ":")).rpartition('"shards":[')
@@ -80,7 +80,7 @@ class Manifest(Section):
 
 
 def load_manifest(source: Store | str, kind: Kind) -> Manifest:
-    """Reads a data set's manifest. UserError where it is absent, of another version or kind, or damaged."""
+    """Reads a data set's manifest. UserError if it is missing, of another version or kind, or damaged."""
     store = open_store(source) if isinstance(source, str) else source
     try:
         data = store.read(NAME)
@@ -111,7 +111,7 @@ def load_manifest(source: Store | str, kind: Kind) -> Manifest:
 
 
 def save_manifest(store: Store, manifest: Manifest) -> None:
-    """Writes the manifest; everything it names must be there already."""
+    """Writes the manifest. All files named in it must exist already."""
     store.write(NAME, (json.dumps(_written(manifest), indent=1) + "\n").encode())
 
 

@@ -1,4 +1,4 @@
-"""The members of a tar, with their places in the file: also of several tars joined to one, and of links in a tar."""
+"""Lists a tar's members with their places in the file, also in concatenated tars and for links in a tar."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _ZEROS = bytes(1 << 16)
 
 @dataclass(frozen=True)
 class Place:
-    """Where a member's bytes are in its tar."""
+    """The place of a member's bytes in its tar."""
 
     offset: int
     size: int
@@ -24,7 +24,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Named:
-    """A member: its name, where its first header is, and its bytes."""
+    """A member: its name, the start of its first header, and the place of its bytes."""
 
     name: str
     start: int
@@ -32,28 +32,28 @@ class Named:
 
 
 class CutTarError(Exception):
-    """A tar that does not end as one."""
+    """A tar has no proper end."""
 
 
 class MoreThanTarError(CutTarError):
-    """A whole tar, and something behind it."""
+    """A whole tar is followed by other bytes."""
 
 
 def members(reader: RangeReader, start: int = 0) -> Iterator[Named]:
-    """Regular members from the header at byte `start` on, and links to such, which have no bytes of their own.
+    """Yields regular members from the header at byte `start` on, and links with their targets' bytes.
 
-    CutTarError, after the whole ones, where the tar breaks off.
+    CutTarError, after the whole members, if the tar breaks off.
     """
     targets: dict[str, Place] | None = None
     for info in _headers(reader, start):
         place = Place(info.offset_data, info.size)
         if info.islnk() or info.issym():
             if targets is None:
-                # From the tar's beginning: a link leads back.
+                # Read from the tar's beginning: a link points to an earlier member.
                 targets = {i.name: Place(i.offset_data, i.size) for i in _headers(reader, 0, tell=False) if i.isreg()}
             folder = posixpath.dirname(info.name) if info.issym() else ""
             target = targets.get(posixpath.normpath(posixpath.join(folder, info.linkname)), targets.get(info.linkname))
-            # A dangling link has no bytes. Its sample is rejected when it is read.
+            # A dangling link has no bytes. Its sample is rejected on reading.
             place = target or Place(info.offset_data, 0)
         elif not info.isreg():
             continue
@@ -61,7 +61,7 @@ def members(reader: RangeReader, start: int = 0) -> Iterator[Named]:
 
 
 def _headers(reader: RangeReader, start: int, *, tell: bool = True) -> Iterator[tarfile.TarInfo]:
-    """With `tell`, CutTarError where the tar breaks off; else that is its end."""
+    """Yields all headers. If the tar breaks off: CutTarError with `tell`, else the end."""
     try:
         while True:
             end = yield from _one_tar(reader, start)
@@ -75,13 +75,13 @@ def _headers(reader: RangeReader, start: int, *, tell: bool = True) -> Iterator[
 
 
 def _one_tar(reader: RangeReader, start: int) -> Generator[tarfile.TarInfo, None, int]:
-    """Returns where its end mark is."""
+    """Yields one tar's headers. Returns the position of its end mark."""
     reader.seek(start)
     try:
         # ":" and not "|": positions must be the file's own.
         with tarfile.open(fileobj=reader, mode="r:") as tar:
             while (info := tar.next()) is not None:
-                # tarfile keeps every member it has seen.
+                # Otherwise tarfile keeps every member in memory.
                 tar.members.clear()  # type: ignore[attr-defined]
                 if info.size < 0 or info.offset_data + (info.size if info.isreg() else 0) > reader.size:
                     raise CutTarError(f"breaks off in {info.name}")
@@ -90,7 +90,7 @@ def _one_tar(reader: RangeReader, start: int) -> Generator[tarfile.TarInfo, None
     except UserError:
         raise
     except (tarfile.TarError, ValueError, OSError, ArithmeticError, LookupError) as e:
-        # tarfile's own words for headers with odd numbers are any of these.
+        # tarfile raises any of these for odd numbers in a header.
         raise CutTarError(f"is no whole tar ({_why(reader, e)})") from None
     if end == start and start:
         raise MoreThanTarError(f"goes on after its end mark, at byte {start}, with what is no tar")
@@ -107,7 +107,7 @@ def _why(reader: RangeReader, error: Exception) -> str:
 
 
 def _after_zeros(reader: RangeReader, position: int) -> int | None:
-    """Where the next block is that is not of zeros: another tar, joined to this one by ``cat``."""
+    """The position of the next block not of zeros: a tar appended by ``cat``. None if there is none."""
     while block := reader.read_at(position, len(_ZEROS)):
         if block != _ZEROS[: len(block)]:
             first = len(block) - len(block.lstrip(b"\0"))

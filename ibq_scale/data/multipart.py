@@ -1,8 +1,8 @@
-"""Large objects in parts: several at a time, each retried alone, and taken up again by whoever comes after a kill.
+"""Uploads large objects in parts: several at a time, each retried alone, resumable after a kill.
 
-An upload that was begun stays in the store with its parts until it is completed or aborted. A part counts as sent when
-its size is right and its ETag is the MD5 of the bytes here. Where the store encrypts, an ETag is something else, and
-every part is sent again: slower, never wrong.
+An upload and its parts stay in the store until it is completed or aborted. A part counts as sent if its size is right
+and its ETag is the MD5 of the local bytes. With encryption by the store, an ETag is no MD5, and every part is sent
+again: slower, never wrong.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from ibq_scale.errors import UserError
 
 T = TypeVar("T")
 U = TypeVar("U")
-# Ranges or parts of one file under way at once.
+# Concurrent ranges or parts of one file.
 CONNECTIONS = 4
 _MD5 = re.compile(r"[0-9a-f]{32}")
 
 Ask = Callable[..., Any]
-"""One request about one object, by its method's name and arguments, through transient failures.
+"""Makes one request about one object, by its method's name and arguments. Retries transient failures.
 
-FileNotFoundError where the upload is not known, UserError where nothing mends it.
+FileNotFoundError if the upload is unknown, UserError for permanent failures.
 """
 
 
 class Content(NamedTuple):
-    """What an object is to hold, and how it is cut into parts."""
+    """An object's content, and its division into parts."""
 
     size: int
     cut: Callable[[int, int], bytes]
-    """The bytes start … stop − 1; called from threads."""
+    """Returns the bytes start … stop − 1. Called from threads."""
     step: int
     """Bytes of every part but the last."""
 
     def part(self, number: int) -> bytes:
-        """Numbers begin at 1."""
+        """A part's bytes. Numbers begin at 1."""
         return self.cut((number - 1) * self.step, min(number * self.step, self.size))
 
     @property
@@ -49,20 +49,20 @@ class Content(NamedTuple):
 
     @property
     def etag(self) -> str:
-        """That of an object sent in these parts, or in one where it is one; reads everything."""
+        """The ETag of an object sent in these parts, or whole if there is one part. Reads everything."""
         if self.size <= self.step:
             return _md5(self.cut(0, self.size))
         return _whole_etag([_md5(self.part(number)) for number in self.numbers])
 
 
 def send_parts(ask: Ask, content: Content, left: Sequence[str] = (), *, keep: bool = False) -> None:
-    """Writes an object in parts, going on with the fullest of the uploads `left`; the others are aborted.
+    """Writes an object in parts. Resumes the fullest of the uploads `left` and aborts the others.
 
-    Where it fails, its own upload is aborted too, or left for the next try with `keep`.
+    On failure its own upload is aborted too, or left for the next try with `keep`.
     """
     upload, parts = _fullest(ask, content, left)
     for attempt in range(2):
-        # One that ended under our hands is begun again, once.
+        # An upload ended by someone else meanwhile is restarted, once.
         upload, parts = (upload, parts) if upload and attempt == 0 else (_begin(ask), {})
         if _complete(ask, content, upload, parts, keep=keep):
             return
@@ -74,18 +74,18 @@ def _begin(ask: Ask) -> str:
 
 
 def _complete(ask: Ask, content: Content, upload: str, there: dict[int, str], *, keep: bool) -> bool:
-    """Sends what is not `there` and makes it one object; False where the store does not know the upload any more."""
+    """Sends the parts not `there` and completes the object. False if the store no longer knows the upload."""
     sent: list[dict[str, Any]] = []
     try:
         sent = parallel(lambda number: _send_part(ask, content, upload, number, there), content.numbers)
         ask("complete_multipart_upload", UploadId=upload, MultipartUpload={"Parts": sent})
     except FileNotFoundError:
-        # The first request to complete it may have succeeded with its answer lost.
+        # The first request to complete it may have succeeded, with its response lost.
         etags = [str(part["ETag"]).strip('"') for part in sent]
         return bool(etags) and _etag(ask) == _whole_etag(etags)
     except BaseException:
         if not keep:
-            # What is not aborted is kept, and paid for, without being seen.
+            # The store keeps and bills the parts of an open upload, invisible in listings.
             with suppress(Exception):
                 ask("abort_multipart_upload", UploadId=upload)
         raise
@@ -101,7 +101,7 @@ def _send_part(ask: Ask, content: Content, upload: str, number: int, there: dict
 
 
 def _fullest(ask: Ask, content: Content, left: Sequence[str]) -> tuple[str, dict[int, str]]:
-    """The upload with the most parts of the right size, with their ETags by number; "" where there is none."""
+    """The upload with the most parts of the right size, and their ETags by number. "" if there is none."""
     found = ("", dict[int, str]())
     for upload in left:
         parts = _parts(ask, content, upload)
@@ -132,7 +132,7 @@ def _parts(ask: Ask, content: Content, upload: str) -> dict[int, str]:
 
 
 def _etag(ask: Ask) -> str:
-    """The object's, "" where there is none."""
+    """The object's ETag, "" if there is none."""
     try:
         return str(ask("head_object").get("ETag", "")).strip('"')
     except FileNotFoundError:
@@ -140,7 +140,7 @@ def _etag(ask: Ask) -> str:
 
 
 def _whole_etag(parts: Sequence[str]) -> str:
-    """That of an object of parts with these ETags; one that no object has where they are not MD5s."""
+    """The ETag of an object of parts with these ETags. If these are not MD5s, it equals no object's."""
     if not all(_MD5.fullmatch(part) for part in parts):
         return "not comparable"
     return f"{_md5(b''.join(bytes.fromhex(part) for part in parts))}-{len(parts)}"
@@ -151,14 +151,14 @@ def _md5(data: bytes) -> str:
 
 
 def parallel(work: Callable[[U], T], items: Sequence[U]) -> list[T]:
-    """Results in order; after the first failure nothing further is begun."""
+    """Results in order. After the first failure no further item is begun."""
     if not items:
         return []
     failed = Event()
 
     def guarded(item: U) -> T:
         if failed.is_set():
-            # Never seen: items begin in order, so the failure is met first.
+            # Never raised to the caller: items begin in order, so the failure comes first.
             raise CancelledError
         try:
             return work(item)
