@@ -64,7 +64,7 @@ class SampleOrder:
         self._total = int(self._sizes.sum())
         self._lanes = min(lanes, self._total)
         self._seed = seed
-        # A window is `window` shards of mean size; a lane holds few of them, so shuffling stays local.
+        # A window is `window` shards of mean size. A lane holds few of them, so shuffling stays local.
         self._window_rows = max(1, window * self._total // len(self._sizes))
         # Per object, so that a released order releases its permutations.
         self._epoch_shards = lru_cache(maxsize=2)(self._permute_shards)
@@ -250,7 +250,7 @@ class Mixture:
         ]
 
     def _mix_block(self, block: int) -> tuple[Int64s, Int64s]:
-        """Each position's source, and the number of earlier positions of that source in the block."""
+        """Each position's source, and the number of its earlier positions in the block."""
         sources = np.repeat(np.arange(len(self.quotas)), self.quotas)
         sources = sources[_permutation(BLOCK, self._seed, block, MIXTURE_STREAM, 0)]
         ranks = np.empty(BLOCK, dtype=np.int64)
