@@ -2,7 +2,7 @@
 
 Epoch e is a permutation of all samples: shards are permuted, their rows laid end to end, the line cut into `lanes`
 lanes of equal length (± 1), and rows shuffled inside windows of `window` shards' worth of a lane. Consecutive positions
-take the lanes in turn, so they read `lanes` places of the set at once. World size and workers do not change the stream.
+take the lanes in turn, so they read `lanes` places of the set at once. World size and workers do not change the order.
 
 Version 1 (`SampleOrder`) gives rank r the r-th micro-batch. Version 2 (`PlannedOrder`) gives each rank the lanes of its
 own part of the line. A node then reads few shards, and each shard is read by about one node. A checkpoint keeps the
@@ -21,14 +21,14 @@ from numpy.typing import NDArray
 Int64s = NDArray[np.int64]
 
 
-# Positions a block of the mixture: each source has its share of every block, in an order of the block's own.
+# Positions in a block of the mixture. Each block has every source's share, shuffled by the block's number.
 BLOCK = 4096
-# Streams of random bits beside those of the lanes (which count up from 1) and of the shards (0).
+# The stream of random bits for the mixture. The lanes' streams count up from 1, the shards' stream is 0.
 MIXTURE_STREAM = (1 << 64) - 1
 
 
 class Location(NamedTuple):
-    """Where a position's sample is, and in which pass over the data."""
+    """A position's sample, and its epoch."""
 
     epoch: int
     shard: int
@@ -45,7 +45,7 @@ class Place(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """Sources that make one data set, the samples of its epoch, and how many have been read since the run's start."""
+    """Sources of one data set, the samples of its epoch, and the samples read since the run's start."""
 
     sources: tuple[int, ...]
     samples: int
@@ -64,14 +64,14 @@ class SampleOrder:
         self._total = int(self._sizes.sum())
         self._lanes = min(lanes, self._total)
         self._seed = seed
-        # A window is `window` shards of mean size; a lane holds few of them, so shuffling stays local.
+        # A window is `window` shards of mean size. A lane holds few of them, so shuffling stays local.
         self._window_rows = max(1, window * self._total // len(self._sizes))
         # Per object, so that a released order releases its permutations.
         self._epoch_shards = lru_cache(maxsize=2)(self._permute_shards)
         self._shuffled = lru_cache(maxsize=4 * self._lanes)(self._shuffle_window)
 
     def __len__(self) -> int:
-        """Samples an epoch."""
+        """Samples per epoch."""
         return self._total
 
     def locate(self, position: int) -> Location:
@@ -84,11 +84,11 @@ class SampleOrder:
         return Location(epoch, int(shards[place]), flat - start)
 
     def places(self, positions: Int64s) -> NDArray[np.float64]:
-        """Place on the line (0 … 1) of each position's lane. Ranks share positions by it. All 0 in version 1."""
+        """Place on the line (0 … 1) of each position's lane. It decides each position's rank. All 0 in version 1."""
         return np.zeros(len(positions))
 
     def part(self, epoch: int, shard: int, begin: float, end: float) -> float:
-        """Overlap of a shard with the line from `begin` to `end`, over the shorter of both. 1 in version 1."""
+        """Overlap of a shard with the line from `begin` to `end`, divided by the shorter of both. 1 in version 1."""
         return 1.0
 
     def _flat(self, epoch: int, position: int) -> int:
@@ -99,7 +99,7 @@ class SampleOrder:
         return self._lane_start(lane) + window * self._window_rows + int(self._shuffled(epoch, lane, window)[offset])
 
     def _lane_start(self, lane: int) -> int:
-        """The first lanes are one longer where the samples do not divide: so p mod lanes fits p // lanes."""
+        """If `lanes` does not divide the samples, the first lanes are one row longer, as p mod lanes needs."""
         length, longer = divmod(self._total, self._lanes)
         return lane * length + min(lane, longer)
 
@@ -114,12 +114,12 @@ class SampleOrder:
 
 
 class PlannedOrder(SampleOrder):
-    """Version 2: position P, counted over all epochs, is of lane P mod lanes, and lanes lie apart on the line.
+    """Version 2: position P, counted over all epochs, belongs to lane P mod lanes. Consecutive lanes lie apart.
 
     - Lanes lie in the order of their bit-reversed numbers, so any run of positions covers the line evenly. Ranks share
       a step's positions by `places`, and each reads the same part of the line in every step.
     - Lanes run forwards and backwards by turns. Two lanes with a shard in common read it at the same time.
-    - Windows begin at another row in each lane, so shards come into use one by one and not all lanes' at once.
+    - Windows begin at a different row in each lane, so lanes start new shards one by one and not all at once.
     """
 
     def __init__(self, shard_sizes: Sequence[int], seed: int, lanes: int, window: int) -> None:
@@ -148,13 +148,13 @@ class PlannedOrder(SampleOrder):
         return start + (row if self._places[lane] % 2 == 0 else rows - 1 - row)
 
     def _lane(self, epoch: int, lane: int) -> tuple[int, int, int]:
-        """Where a lane starts on the line, its rows, and the rows by which its first window is shorter."""
+        """A lane's start on the line, its rows, and the rows missing from its first window."""
         starts, place = self._epoch_starts(epoch), int(self._places[lane])
         start = int(starts[place])
         return start, int(starts[place + 1]) - start, lane * self._window_rows // self._lanes
 
     def _cut_line(self, epoch: int) -> Int64s:
-        """The lanes' starts by their places, and the line's end. A lane is as long as the epoch has positions of it."""
+        """The lanes' starts by their places, and the line's end. A lane has a row per position of it in the epoch."""
         length, longer = divmod(self._total, self._lanes)
         first = epoch * self._total % self._lanes
         rows = np.empty(self._lanes, dtype=np.int64)
@@ -172,11 +172,11 @@ VERSIONS = {1: SampleOrder, 2: PlannedOrder}
 
 
 class Mixture:
-    """The order of several sources: one data set of all their shards, or each with a share of the positions.
+    """The order of several sources: one data set of all shards, or, with weights, a share of positions for each source.
 
-    With weights, a block of `BLOCK` positions holds round(weight · BLOCK) of each source, shuffled; a source's own
-    positions count up over the blocks, so its order and its epochs are those it would have alone (with a seed of its
-    own). Still a pure function of the position.
+    With weights, a block of `BLOCK` positions holds round(weight · BLOCK) of each source, shuffled. A source's own
+    positions count up over the blocks, so it has the same order and epochs as alone (with a seed of its own). The order
+    is still a pure function of the position.
     """
 
     def __init__(
@@ -211,20 +211,20 @@ class Mixture:
         return Place(source, *self._orders[source].locate(block * self.quotas[source] + int(ranks[within])))
 
     def share(self, first: int, rank: int, world_size: int, size: int) -> list[int]:
-        """A rank's `size` positions of the `world_size` · `size` from `first` on: those of its part of the line."""
+        """A rank's `size` positions, in its part of the line, of the `world_size` · `size` from `first` on."""
         positions = np.arange(first, first + world_size * size)
         by_place = np.argsort(self._places(positions), kind="stable")
         return sorted(positions[by_place[rank * size : (rank + 1) * size]].tolist())
 
     def part(self, place: Place, begin: float, end: float) -> float:
-        """`SampleOrder.part` of the shard at a place."""
+        """`SampleOrder.part` for the shard at a place."""
         if self.quotas:
             return self._orders[place.source].part(place.epoch, place.shard, begin, end)
         before = int(self._ends[place.source - 1]) if place.source else 0
         return self._union.part(place.epoch, before + place.shard, begin, end)
 
     def _places(self, positions: Int64s) -> NDArray[np.float64]:
-        """As `SampleOrder.places`, each of its own source's line."""
+        """As `SampleOrder.places`, each on its own source's line."""
         if not self.quotas:
             return self._union.places(positions)
         places = np.empty(len(positions))
@@ -238,7 +238,7 @@ class Mixture:
         return places
 
     def passes(self, position: int) -> list[Pass]:
-        """How far each data set that has epochs of its own is read when `position` samples are."""
+        """For each data set with its own epochs: the samples read when the run has read `position`."""
         if not self.quotas:
             sources = tuple(range(len(self._ends)))
             return [Pass(sources, len(self._union), position)]
@@ -250,7 +250,7 @@ class Mixture:
         ]
 
     def _mix_block(self, block: int) -> tuple[Int64s, Int64s]:
-        """Each position's source, and how many positions of the block before it have the same."""
+        """Each position's source, and the number of its earlier positions in the block."""
         sources = np.repeat(np.arange(len(self.quotas)), self.quotas)
         sources = sources[_permutation(BLOCK, self._seed, block, MIXTURE_STREAM, 0)]
         ranks = np.empty(BLOCK, dtype=np.int64)
@@ -260,24 +260,24 @@ class Mixture:
 
 
 def quotas(weights: Sequence[float]) -> tuple[int, ...]:
-    """Positions of a block for each weight: nearest to its share, together exactly `BLOCK`; 0 for very small ones."""
+    """Positions per block for each weight, by largest remainder. Their sum is `BLOCK`. Very small weights get 0."""
     shares = np.asarray(weights, dtype=np.float64) / sum(weights) * BLOCK
     floors = np.floor(shares).astype(int)
-    # The largest remainders get what is left; a stable sort, so that equal ones go by their place.
+    # The largest remainders get the rest. The sort is stable, so the first of equal remainders wins.
     for source in np.argsort(floors - shares, kind="stable")[: BLOCK - int(floors.sum())]:
         floors[source] += 1
     return tuple(int(quota) for quota in floors)
 
 
 def _bit_reversed(count: int) -> Int64s:
-    """The place of each of `count` numbers among all when their bits are read backwards (van der Corput's sequence)."""
+    """Each number's rank among all `count` after reversing its bits (van der Corput's sequence)."""
     bits = max(1, (count - 1).bit_length())
     backwards = [int(f"{number:0{bits}b}"[::-1], 2) for number in range(count)]
     return np.argsort(np.argsort(backwards)).astype(np.int64)
 
 
 def _permutation(count: int, seed: int, epoch: int, stream: int, part: int) -> Int64s:
-    """Sorts by raw Philox bits: a library's own permutation may change between its versions."""
+    """Sorts by raw Philox bits, because a library's own permutation may change between versions."""
     key = (seed & 0xFFFFFFFFFFFFFFFF) | (epoch << 64)
     bits = np.random.Philox(key=key, counter=(stream << 192) | (part << 128)).random_raw(count)
     order: Int64s = np.argsort(bits, kind="stable").astype(np.int64)

@@ -1,4 +1,4 @@
-"""Hugging Face parquet: a column of encoded pictures, and perhaps one of labels. The only module that knows pyarrow."""
+"""Hugging Face parquet: a column of encoded pictures, optionally one of labels. No other module uses pyarrow."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ibq_scale.data.tars import BY_FOLDER, LABEL_KEYS, NO_LABEL
 from ibq_scale.errors import UserError
 
 PICTURES = ("image", "jpg", "jpeg", "png", "webp", "img")
-# Rows decoded at once: some megabytes of pictures.
+# Rows decoded at once, a few megabytes of pictures.
 ROWS = 16
 FOOTERS_AT_ONCE = 16
 _SPLIT = re.compile(r"(?:.*/)?([^/]+?)-\d+-of-\d+[^/]*\.parquet")
@@ -26,13 +26,13 @@ _SPLIT = re.compile(r"(?:.*/)?([^/]+?)-\d+-of-\d+[^/]*\.parquet")
 
 @dataclass(frozen=True)
 class ParquetSource:
-    """Parquet files, a unit each row group; positions are rows of it."""
+    """Parquet files. A unit is a row group, a position a row in it."""
 
     store: Store
     picture: str
     label: str | None
     columns: tuple[str, ...]
-    """Those that conditions name, and that the files have."""
+    """Columns named by conditions and present in the files."""
     classes: tuple[str, ...]
     labelled: bool = True
 
@@ -91,7 +91,7 @@ class ParquetSource:
                             yield i, self._sample(f"{unit.file}/{unit.part}/{i}", values)
                 row += batch.num_rows
         except (OSError, ValueError) as e:
-            # Arrow's own words for damaged pages; the system's errors have a number.
+            # Arrow reports damaged pages with these types, without errno. System errors have one.
             if isinstance(e, UserError) or getattr(e, "errno", None) is not None:
                 raise
             yield max(row, start), Reject(f"{unit.file}/{unit.part}", f"unreadable from row {row} on: {_first_line(e)}")
@@ -108,9 +108,9 @@ class ParquetSource:
 def open_parquet(
     store: Store, files: Mapping[str, int], columns: Collection[str], wanted_label: str | None = None
 ) -> ParquetSource:
-    """The source whose columns are those of the first file; labels are in `wanted_label`, where that is given.
+    """The source with the columns of the first file. Labels come from `wanted_label`, if given.
 
-    UserError without pyarrow, without a column of pictures, or where several splits lie together.
+    UserError without pyarrow, without a column of pictures or the wanted column of labels, or for several splits.
     """
     splits = sorted({match[1] for name in files if (match := _SPLIT.fullmatch(name))})
     if len(splits) > 1:
@@ -130,7 +130,7 @@ def open_parquet(
     elif label is not None and label not in schema.names:
         raise UserError(f"{store.url}/{first[0]} has no column '{label}', only {', '.join(schema.names)}")
     wanted = tuple(n for n in dict.fromkeys(c.partition(".")[0] for c in columns) if n in schema.names)
-    # A misspelt condition is answered with all columns that there are.
+    # For a misspelt condition all columns are read: its error lists them.
     missing = {c.partition(".")[0] for c in columns} - set(wanted)
     if missing:
         wanted = tuple(n for n in schema.names if n != picture)
@@ -143,7 +143,7 @@ def _open(store: Store, name: str, size: int) -> Any:
     except ImportError:
         raise UserError("parquet files need pyarrow: pip install 'ibq-scale[parquet]'") from None
     try:
-        # Page by page: a row group may be as large as the file.
+        # Read page by page, because a row group may be as large as the file.
         return parquet.ParquetFile(RangeReader(store, name, size), buffer_size=1 << 20, pre_buffer=False)
     except UserError:
         raise
@@ -175,7 +175,7 @@ def _said(label: str | None, classes: tuple[str, ...]) -> str:
 
 
 def _class_names(schema: Any, label: str | None) -> tuple[str, ...]:
-    """What the data set's writer left about a ClassLabel column."""
+    """The class names of a ClassLabel column, from the data set's metadata."""
     try:
         features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
         return tuple(str(name) for name in features[label]["names"])
@@ -184,7 +184,7 @@ def _class_names(schema: Any, label: str | None) -> tuple[str, ...]:
 
 
 def _group_bytes(group: Any) -> int:
-    """On disk: `total_byte_size` is that of the decompressed pages."""
+    """Bytes on disk. `total_byte_size` counts decompressed pages."""
     return sum(group.column(i).total_compressed_size for i in range(group.num_columns))
 
 

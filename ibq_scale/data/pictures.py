@@ -1,4 +1,4 @@
-"""An ImageFolder: each sub-folder is a class. Other folders are reported and left out. Ambiguous ones are refused."""
+"""ImageFolder: each sub-folder is a class. Folders without pictures are reported. Ambiguous layouts are refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SPLIT_NAMES = {
     "test": {"test", "testing"},
 }
 SPLITS = {name for names in SPLIT_NAMES.values() for name in names} | {"eval"}
-# Files of a folder that are looked at for a picture's first bytes.
+# Files per folder to examine for a picture's first bytes.
 PROBED = 20
 WITH_MAGIC = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF", b"P5", b"P6", b"\0\0\0\x0cjP")
@@ -28,11 +28,11 @@ MAGIC = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"RIFF
 
 @dataclass(frozen=True)
 class FolderSource:
-    """A folder, a unit each file. The class is the first folder below the source, or what a table says."""
+    """A folder, with a unit per file. The class is the first folder below the source, or comes from a table."""
 
     store: Store
     folders: tuple[str, ...]
-    """The class folders; none in a flat folder."""
+    """The class folders. Empty for a flat folder."""
     table: Table | None = None
     labelled: bool = True
     classes: tuple[str, ...] = ()
@@ -42,7 +42,7 @@ class FolderSource:
         return "class folders" if self.folders and self.table is None else "pictures"
 
     def units(self, files: Mapping[str, int]) -> list[Unit]:
-        """A file each. Beside class folders, loose files are no pictures of any class."""
+        """One per file. If there are class folders, files outside them have no class and are left out."""
         if self.table is not None or not self.labelled:
             return [Unit(name, 0, size) for name, size in files.items() if is_picture_name(name)]
         kept = set(self.folders)
@@ -52,7 +52,7 @@ class FolderSource:
         return self.look_at([unit])
 
     def look_at(self, units: Sequence[Unit]) -> Look:
-        """All at once: a unit is one picture here, and its name says all."""
+        """Looks at all units at once: a unit is one picture, labelled by its name."""
         look = Look(samples=len(units))
         for unit in units:
             if self.table is not None:
@@ -76,9 +76,9 @@ class FolderSource:
 
 
 def open_folder(listing: Listing, label: str | None, table: Table | None) -> tuple[FolderSource, dict[str, Group]]:
-    """The source, and what is left out of it, by the reason.
+    """The source, and the files and folders left out of it, by reason.
 
-    UserError where the folders are splits, or lie one level too high, or many pictures lie beside class folders.
+    UserError if the folders are splits, lie one level too high, or many pictures lie beside class folders.
     """
     if label == NO_LABEL or table is not None:
         return FolderSource(listing.store, (), table, labelled=False), {}
@@ -98,7 +98,7 @@ def open_folder(listing: Listing, label: str | None, table: Table | None) -> tup
 
 
 def _holds_pictures(listing: Listing, names: list[str]) -> bool:
-    """By their endings and, where a look costs nothing or a name has no ending, the first bytes of a few."""
+    """Judged by endings, and by the first bytes of a few files if the store is local or names have no ending."""
     filled = [name for name in names if listing.files[name]]
     named = [name for name in filled if is_picture_name(name)]
     if named and (not listing.store.local or not all(name.lower().endswith(WITH_MAGIC) for name in named[:PROBED])):
@@ -111,7 +111,7 @@ def _begins_as_picture(listing: Listing, name: str) -> bool:
     try:
         return listing.store.read_range(name, 0, min(16, listing.files[name])).startswith(MAGIC)
     except UnreadableError:
-        # The reading tells it.
+        # Reported when the picture is read.
         return True
 
 

@@ -1,4 +1,4 @@
-"""Which rules turned a data set's pictures into pixels: a part of its manifest, and so of its stamp."""
+"""The rules for converting a data set's pictures to pixels. Part of its manifest, and so of its hash."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def _known(version: int) -> int:
 
 
 class PixelRules(Section):
-    """How pictures are converted.
+    """The conversion of pictures.
 
-    Version 1: turned by their EXIF orientation, transparency over `background`, 16 bits and floats scaled to 8; resized
-    by torch's antialiased bicubic, within a level of Pillow's as a rule. Version 0, of sets that name none: Pillow's
-    ``convert("RGB")`` and resize alone.
+    Version 1: rotated by EXIF orientation, transparency over `background`, 16 bits and floats scaled to 8 bits, resized
+    by torch's antialiased bicubic, usually within one level of Pillow's. Version 0, for sets without a version: only
+    Pillow's ``convert("RGB")`` and resize.
     """
 
     version: Annotated[int, AfterValidator(_known)] = NEWEST

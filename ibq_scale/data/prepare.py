@@ -1,11 +1,11 @@
-"""Pictures → webdataset shards, an index each, ``rejects.jsonl`` and, last, the manifest.
+"""Converts pictures to webdataset shards, each with an index, then ``rejects.jsonl`` and, last, the manifest.
 
-Which units of the source go into which job is decided before any picture is opened. So jobs run in parallel, a second
-run takes up where a first one stopped, and every run writes the same bytes, for any number of processes. A job fills
-shards one after the other; nearly always it fills one.
+The units of the source are assigned to jobs before any picture is opened. So jobs run in parallel, a second run resumes
+a stopped one, and every run writes the same bytes, for any number of processes. A job fills its shards in sequence,
+nearly always only one.
 
-The shuffle is what needs no more memory than a shard: units are shuffled (single pictures of a folder, whole tars, row
-groups of parquet), and the samples inside each shard. The order of training mixes shards again.
+The shuffle needs no more memory than one shard. Units are shuffled (single pictures of a folder, whole tars, row groups
+of parquet), and samples inside each shard. The order of training mixes shards again.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ from ibq_scale.data.tars import Naming
 from ibq_scale.errors import UserError
 from ibq_scale.names import expand_home
 
-# Part of every plan: shards of another way of making them are not taken over.
+# Part of every plan. Shards of another version are not reused.
 PLAN_VERSION = 3
 REPORT_EVERY = 32
 
 _Item = tuple[tuple[int, int], Sample | Reject]
-"""(unit, position) and what is there."""
+"""((unit, position), the sample or reject at it)."""
 
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """What `prepare_images` or `adopt_tars` did."""
+    """The result of `prepare_images` or `adopt_tars`."""
 
     url: str
     samples: int
@@ -69,7 +69,7 @@ class PrepareReport:
 
 @dataclass(frozen=True)
 class Options:
-    """What decides a shard's bytes, beside its pictures."""
+    """The settings that determine a shard's bytes, apart from its pictures."""
 
     shard_bytes: int
     encoding: Encoding
@@ -80,7 +80,7 @@ class Options:
 
 @dataclass(frozen=True)
 class _Job:
-    """A few units of a source, with everything that a process needs to write their shards."""
+    """A few units of a source, with everything a process needs to write their shards."""
 
     source: Source
     units: tuple[Unit, ...]
@@ -91,7 +91,7 @@ class _Job:
 
 @dataclass(frozen=True)
 class JobDone:
-    """What the manifest and the report need of a job's shards; their samples stay in their indices."""
+    """A job's entries for the manifest and the report. Samples stay in the shards' indices."""
 
     shards: tuple[ShardInfo, ...]
     reused_shards: int
@@ -118,11 +118,11 @@ def prepare_images(
 ) -> PrepareReport:
     """Writes the pictures of an ImageFolder, of webdataset tars or of parquet files as a data set at `to`.
 
-    Pictures keep their bytes unless `size` asks for a shortest side of that many pixels (JPEG, quality 95). `where`
-    are conditions on the picture's width, height and aspect and on columns: what fails one is counted and left out.
-    `naming` says where pictures and labels are, where the source leaves that open; `classes` is a data set whose
-    classes and numbers are taken. Without labels all are of one class. A shard holds at most `shard_bytes` of
-    pictures, and of input. UserError where the source is missing, unusable or ambiguous, or nothing is left of it.
+    Pictures keep their bytes unless `size` is given: then the shortest side gets `size` pixels (JPEG, quality 95).
+    `where`: conditions on the picture's width, height and aspect, and on columns. A picture failing one is counted and
+    left out. `naming` locates pictures and labels if the source is ambiguous. `classes`: a data set to take classes and
+    their numbers from. Without labels there is one class. A shard holds at most `shard_bytes` of pictures, and of
+    input. UserError if the source is missing, unusable or ambiguous, or no picture is left.
     """
     conditions = parse_conditions(where)
     if f"{_plain(to)}/".startswith(f"{_plain(str(source))}/"):
@@ -135,7 +135,7 @@ def prepare_images(
     parts = _cut([units[i] for i in order], shard_bytes)
     jobs = (_Job(found.source, part, to, number, options) for number, part in enumerate(parts))
     store = open_store(to)
-    # The first upload finds out about a missing bucket before hours of work.
+    # An upload now reports a missing bucket before hours of work.
     store.write(REJECTS, b"")
     progress = Progress("prepare", sum(unit.bytes for unit in units))
     return finish(store, run_jobs(_write_job, jobs, workers=workers, progress=progress), opened, found, rules)
@@ -149,7 +149,7 @@ def _plain(url: str) -> str:
 
 
 def finish(store: Store, jobs: Iterable[JobDone], opened: Opened, found: Survey, rules: PixelRules) -> PrepareReport:
-    """Waits for all jobs, then writes the rejects and, last, the manifest. UserError where no sample is left."""
+    """Waits for all jobs, then writes the rejects and, last, the manifest. UserError if no sample is left."""
     shards: list[ShardInfo] = []
     reused = filtered = rejected = 0
     counts: Counter[int] = Counter()
@@ -193,7 +193,7 @@ def finish(store: Store, jobs: Iterable[JobDone], opened: Opened, found: Survey,
 
 
 def _cut(units: Sequence[Unit], shard_bytes: int) -> Iterator[tuple[Unit, ...]]:
-    """Neighbours together, up to a shard's bytes; a larger unit alone."""
+    """Groups of neighbouring units up to a shard's bytes. A larger unit is alone."""
     part: list[Unit] = []
     total = 0
     for unit in units:
@@ -206,7 +206,7 @@ def _cut(units: Sequence[Unit], shard_bytes: int) -> Iterator[tuple[Unit, ...]]:
 
 
 def _write_job(job: _Job, report: Report) -> JobDone:
-    """Writes a job's shards and their indices, or finds them there from an earlier run."""
+    """Writes a job's shards and their indices, or reuses those of an earlier run."""
     store = open_store(job.to)
     reader, meter = _Reader(job), Meter(report)
     indices: list[ShardInfo] = []
@@ -247,14 +247,14 @@ def shard_info(name: str, index: ShardIndex) -> ShardInfo:
 
 
 def met_of(index: ShardIndex) -> Met:
-    """Formats, modes and sizes of a shard's pictures, which its index keeps."""
+    """Formats, modes and sizes of a shard's pictures, from its index."""
     values = index.met or {}
     formats, modes = (Counter(values.get(name, {})) for name in ("formats", "modes"))
     return Met(formats, modes, list(values.get("sides", ())))
 
 
 def _name(job: int, number: int) -> str:
-    """Of a job's shard; the first has the job's own name."""
+    """The file name of a job's shard. The first has the job's own name."""
     return f"images-{job:06d}-{number:03d}.tar" if number else f"images-{job:06d}.tar"
 
 
@@ -264,7 +264,7 @@ def _plan(job: _Job, number: int, start: tuple[int, int]) -> str:
 
 
 def find_index(store: Store, name: str, plan: str) -> ShardIndex | None:
-    """The index of an earlier run. It is written after its shard, so with the same plan both are whole."""
+    """The index of an earlier run, if it has this plan. An index is written after its shard, so both are whole."""
     try:
         index = ShardIndex.from_json(store.read(index_name(name)).decode())
         if index.plan == plan and (not index.members or store.size(name) == index.bytes):
@@ -275,7 +275,7 @@ def find_index(store: Store, name: str, plan: str) -> ShardIndex | None:
 
 
 class Meter:
-    """Tells of a job's progress now and then, and at its end of the bytes that it did not have to read."""
+    """Reports a job's progress every `REPORT_EVERY` pictures, and at its end the bytes not read."""
 
     def __init__(self, report: Report) -> None:
         self._report = report
@@ -289,7 +289,7 @@ class Meter:
 
     def close(self, total: int) -> None:
         self._tell()
-        # Headers and captions count as work done; a job that opened no picture had been done before.
+        # Headers and captions count as work done. A job without an opened picture was done by an earlier run.
         rest = max(total - self._told, 0)
         self._report(0, rest if self._told else 0, 0 if self._told else rest)
 
@@ -332,7 +332,7 @@ def _write_shard(
 
 
 def _fill(options: Options, reader: _Reader, start: tuple[int, int], meter: Meter) -> tuple[list[_Encoded], ShardIndex]:
-    """A shard's worth of samples from (unit, position) on, and what the index tells of those left out."""
+    """A shard's worth of samples from (unit, position) on, and an index with the rejects and the filtered."""
     samples: list[_Encoded] = []
     rejects: list[Reject] = []
     total = filtered = 0
@@ -358,7 +358,7 @@ def _fill(options: Options, reader: _Reader, start: tuple[int, int], meter: Mete
 
 
 class _Reader:
-    """A job's samples in order. Shard after shard goes on in the open file; only a resumed job begins in its middle."""
+    """A job's samples in order. The next shard continues in the open file. Only a resumed job starts in the middle."""
 
     def __init__(self, job: _Job) -> None:
         self._job = job
@@ -366,7 +366,7 @@ class _Reader:
         self._last: _Item | None = None
 
     def items(self, start: tuple[int, int]) -> Iterator[_Item]:
-        """From `start` on: the beginning, or where an earlier call was left."""
+        """From `start` on: the job's beginning, or the end of an earlier call."""
         if self._last is not None and self._last[0] == start:
             self._open = chain([self._last], self._open)
         else:
@@ -390,7 +390,7 @@ def _encode(sample: Sample, options: Options) -> _Encoded:
 
 
 def _pack(samples: list[_Encoded], prefix: str) -> tuple[bytes, list[Member]]:
-    """A tar's bytes. Takes the samples out of the list, so that the shard is in memory about once."""
+    """A tar's bytes. Empties the list on the way, so memory holds the shard only about once."""
     buffer = io.BytesIO()
     members = []
     samples.reverse()
@@ -401,16 +401,16 @@ def _pack(samples: list[_Encoded], prefix: str) -> tuple[bytes, list[Member]]:
         data = sample.picture.data
         offset = _add(buffer, f"{key}.{sample.picture.extension}", data)
         members.append(Member(key, offset, len(data), zlib.crc32(data), sample.label, sample.source))
-    # Two empty blocks are its end, and a tar is of whole records.
+    # A tar ends with two empty blocks and is padded to whole records.
     _pad(buffer, buffer.tell() + 2 * tarfile.BLOCKSIZE, tarfile.RECORDSIZE)
     return buffer.getvalue(), members
 
 
 def _add(buffer: io.BytesIO, name: str, data: bytes) -> int:
-    """Where the content begins. TarInfo's defaults name no time and no user, so a re-run writes the same bytes."""
+    """Returns the content's offset. TarInfo's defaults have no time and no user, so a re-run writes the same bytes."""
     info = tarfile.TarInfo(name)
     info.size = len(data)
-    # Of one block: the names are ours.
+    # The header is one block, since our own names are short.
     buffer.write(info.tobuf(tarfile.USTAR_FORMAT))
     offset = buffer.tell()
     buffer.write(data)

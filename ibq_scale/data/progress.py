@@ -1,4 +1,4 @@
-"""One line about how far a long job is, for whoever waits."""
+"""A line with the progress of a long job."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ TERMINAL_SECONDS, LOG_SECONDS = 0.2, 30.0
 
 
 class Progress:
-    """Images done, their rate, the share of the bytes and the time left: rewritten on a terminal, rarely in a log."""
+    """Prints images done, their rate, the share of bytes and the time left, often on a terminal, rarely in a log."""
 
     def __init__(self, what: str, total_bytes: int, out: TextIO | None = None) -> None:
         self._what = what
@@ -23,7 +23,7 @@ class Progress:
         self._images = self._worked = self._skipped = 0
 
     def show(self, images: int, worked: int, skipped: int) -> None:
-        """Takes totals so far: images, bytes read and bytes that an earlier run had done; prints when it is time."""
+        """Takes totals so far: images, bytes read, bytes done by an earlier run. Prints a line if one is due."""
         self._images, self._worked, self._skipped = images, worked, skipped
         now = time.monotonic()
         if now - self._shown >= (TERMINAL_SECONDS if self._terminal else LOG_SECONDS):
@@ -42,7 +42,7 @@ class Progress:
         text = f"{self._what}: {self._images:,} images, {self._images / seconds:,.0f}/s, {share:.0%}"
         if self._worked and share < 1.0:
             text += f", {duration((self._total - self._worked - self._skipped) * seconds / self._worked)} left"
-        # Clears what a longer line left behind.
+        # Clears the rest of a longer line.
         print(
             f"\r{text}\x1b[K" if self._terminal else text,
             end="" if self._terminal else "\n",

@@ -1,4 +1,4 @@
-"""A store's file as a seekable file object: what tarfile and pyarrow want, in a few requests and little memory."""
+"""A store's file as a seekable file object for tarfile and pyarrow, with few requests and little memory."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections import OrderedDict
 from ibq_scale.data.folder import Store
 
 BLOCK = 4 << 20
-# Parquet columns and a sample's members are read in turns: one block would be fetched again and again.
+# Parquet columns and a sample's members are read in turns. A single block would be fetched repeatedly.
 BLOCKS_IN_MEMORY = 4
 
 
 class RangeReader(io.RawIOBase):
-    """Reads `name` of `size` bytes by ranges of `block` bytes (4 MiB), the last four kept."""
+    """Reads `name` of `size` bytes by ranges of `block` bytes (default 4 MiB). The last four stay in memory."""
 
     def __init__(self, store: Store, name: str, size: int, block: int | None = None) -> None:
         self.size = size
@@ -70,7 +70,7 @@ class RangeReader(io.RawIOBase):
 
 
 class HashingReader(RangeReader):
-    """A `RangeReader` that hashes the file on the way, so that one pass over it gives its content and its sha256."""
+    """A `RangeReader` with a running hash: one pass over the file gives its content and its sha256."""
 
     def __init__(self, store: Store, name: str, size: int) -> None:
         super().__init__(store, name, size)
@@ -78,7 +78,7 @@ class HashingReader(RangeReader):
         self._hashed = 0
 
     def sha256(self) -> str:
-        """Of the whole file (hex); reads what is left of it."""
+        """The hash (hex) of the whole file. Reads the rest of it."""
         self._hash_before(-(-self.size // self._block_size))
         return self._digest.hexdigest()
 

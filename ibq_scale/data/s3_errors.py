@@ -1,4 +1,4 @@
-"""What an S3 store's errors mean: which may pass, and in which words the others are told."""
+"""Classifies errors of an S3 store: transient ones, and messages for the others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from ibq_scale.errors import UserError
 
 ANONYMOUS = "IBQ_SCALE_S3_ANONYMOUS"
-# 200 is an error inside a body that began well.
+# With 200, the error is inside the body.
 _TRANSIENT_STATUS = {200, 408, 409, 425, 429}
 _TRANSIENT_CODES = {
     "BadDigest",
@@ -22,18 +22,18 @@ _EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "Requ
 
 
 class ShortReadError(OSError):
-    """A store delivered fewer bytes than were asked for and are there."""
+    """A store delivered fewer bytes than requested, although the object has them."""
 
 
 class PastEndError(Exception):
-    """A range begins where the object ends or later."""
+    """A range begins at or after the object's end."""
 
 
 def fault(error: Exception, url: str, *, writing: bool, patient: bool) -> Exception | None:
-    """The error to raise for what no retry mends; None for what may pass.
+    """The error to raise if no retry can help. None for a transient failure.
 
-    `url`: s3://bucket/prefix; `patient`: whether an endpoint that cannot be reached may come back; `writing`: whether
-    the request does.
+    `url`: s3://bucket/prefix. `patient`: whether an unreachable endpoint is transient. `writing`: whether the request
+    writes.
     """
     from botocore import exceptions as boto
     from botocore.parsers import ResponseParserError
@@ -51,7 +51,7 @@ def fault(error: Exception, url: str, *, writing: bool, patient: bool) -> Except
         return UserError(f"{url}: {cannot_connect(error)}")
     transient = (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, ResponseParserError)
     damaged = (boto.FlexibleChecksumError, boto.MetadataRetrievalError, boto.CredentialRetrievalError)
-    # Not imported: it is aiobotocore's, which may come with another.
+    # aiohttp is not imported: it is a dependency of aiobotocore, replaceable by another client.
     http = any(base.__module__.startswith("aiohttp") for base in type(error).__mro__)
     if http or isinstance(error, (OSError, *transient, *damaged)):
         return None
@@ -61,20 +61,20 @@ def fault(error: Exception, url: str, *, writing: bool, patient: bool) -> Except
 
 
 def unreachable(error: Exception) -> bool:
-    """Whether no connection was made: refused, no such host, no TLS."""
+    """Whether no connection was made: refused, unknown host, TLS failure."""
     from botocore import exceptions as boto
 
     return isinstance(error, (boto.EndpointConnectionError, boto.SSLError, boto.ProxyConnectionError))
 
 
 def cannot_connect(error: Exception) -> str:
-    """In words, with what to look at."""
+    """The message, with the settings to check."""
     endpoint = os.environ.get("AWS_ENDPOINT_URL", "the S3 endpoint")
     return f"cannot connect to {endpoint} ({first_line(error)}): check AWS_ENDPOINT_URL and the network"
 
 
 def _refusal(error: Exception, url: str, writing: bool) -> Exception | None:
-    """As `fault`, for an answer of the server."""
+    """As `fault`, for a response of the server."""
     bucket = url.removeprefix("s3://").partition("/")[0]
     code, status, reason = _code(error), _status(error), first_line(error)
     if code == "NoSuchBucket" or (writing and status == 404 and code != "NoSuchUpload"):
@@ -98,7 +98,7 @@ def _refusal(error: Exception, url: str, writing: bool) -> Exception | None:
 
 
 def _response(error: Exception) -> dict[str, Any]:
-    """The server's answer that s3fs's or botocore's error stands for; empty where none came."""
+    """The server's response behind an error of s3fs or botocore. Empty without a response."""
     response = getattr(error, "response", None) or getattr(error.__cause__, "response", None)
     return response if isinstance(response, dict) else {}
 
@@ -112,13 +112,13 @@ def _code(error: Exception) -> str:
 
 
 def denied(error: Exception) -> bool:
-    """The answer to HEAD has no body, so an expired token (status 400 at AWS) shows there by its number alone."""
+    """Whether access was denied. HEAD has no body, so its code for an expired token is the status, 400 at AWS."""
     code = _code(error)
     return _status(error) in (401, 403) or code in _EXPIRED_CODES or code == "400"
 
 
 def status_of(error: Exception) -> str:
-    """``, status 503`` where the server answered."""
+    """``, status 503`` if the server responded."""
     return f", status {status}" if (status := _status(error)) else ""
 
 

@@ -1,4 +1,4 @@
-"""Pictures before they are prepared, and what reads them: what every kind of source shares."""
+"""Pictures before preparation, and the interface of all sources of them."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from ibq_scale.data.labels import Found, Group, Tally
 
 
 class Unit(NamedTuple):
-    """A file, or a part of one, that one process reads."""
+    """A file, or a part of one, read by one process."""
 
     file: str
     part: int
-    """Which row group, in parquet; else 0."""
+    """The row group in parquet, else 0."""
     bytes: int
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture's bytes, not yet decoded, its label where there is one, and the columns that conditions may ask for."""
+    """A picture's encoded bytes, its label, if any, and the columns for conditions."""
 
     name: str
     picture: bytes
@@ -32,18 +32,18 @@ class Sample:
 
 @dataclass
 class Look:
-    """What is in units by their names and labels, no picture opened. Looks at several units add up."""
+    """The contents of units by names and labels, without opening pictures. Looks at several units add up."""
 
     tally: Tally = field(default_factory=Tally)
     samples: int = 0
     left_out: dict[str, Group] = field(default_factory=dict)
     notes: dict[str, Group] = field(default_factory=dict)
     folders: Counter[str] = field(default_factory=Counter)
-    """Of samples without a label: the folders of their keys."""
+    """Folders of the keys of samples without a label."""
     scattered: bool = False
-    """Whether members of one sample lie apart from each other."""
+    """Whether members of one sample lie apart."""
     partial: bool = False
-    """Whether there are more samples than these."""
+    """Whether there are more samples."""
 
     def leave_out(self, reason: str, name: str) -> None:
         self.left_out.setdefault(reason, Group()).add(name)
@@ -64,29 +64,29 @@ class Look:
 
 
 class Source(Protocol):
-    """A set of pictures. It travels to every process, so it holds no list of them."""
+    """A set of pictures. It is pickled to every process, so it holds no list of them."""
 
     @property
     def form(self) -> str:
-        """What kind of source it is, for a person."""
+        """The kind of source, for messages."""
         ...
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """`classes[label]` is a label's name; empty where the source does not say."""
+        """`classes[label]` is a label's name. Empty if the source has no names."""
         ...
 
     def units(self, files: Mapping[str, int]) -> list[Unit]:
-        """All the work in these files (bytes by path), sorted."""
+        """All units of these files (bytes by path), sorted."""
         ...
 
     def look(self, unit: Unit, most: int | None = None) -> Look:
-        """What is in a unit, or in its first `most` samples."""
+        """The contents of a unit, or of its first `most` samples."""
         ...
 
     def read(self, unit: Unit, start: int) -> Iterator[tuple[int, Sample | Reject]]:
-        """The unit's samples from position `start` on, each with its position; a Reject where there is none to give.
+        """The unit's samples from position `start` on, each with its position. A Reject replaces an unreadable sample.
 
-        Positions grow; the first is 0.
+        Positions grow from 0.
         """
         ...

@@ -1,4 +1,4 @@
-"""What `prepare` saw in a source and what it took: ten lines for a person, and a part of the manifest."""
+"""A summary of `prepare`: the source's contents and the samples taken. At most ten lines, kept in the manifest."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NAMED_CLASSES, SHOWN_CLASSES, SHOWN_REASONS = 100, 5, 3
 
 
 class Some(Section):
-    """How many there are, and the first three."""
+    """A count, and the first three names."""
 
     count: int
     first: tuple[str, ...] = ()
@@ -32,7 +32,7 @@ class Some(Section):
 
 
 class Seen(Section):
-    """A source, and what of it became samples. `classes` counts the first hundred."""
+    """A source, and the samples taken from it. `classes` has the counts of the first hundred classes."""
 
     files: int
     form: str
@@ -50,7 +50,7 @@ class Seen(Section):
     height: tuple[int, int] | None = None
 
     def lines(self) -> list[str]:
-        """At most ten, the gravest in the middle where they are not overlooked."""
+        """At most ten lines. The most serious ones are in the middle, to be noticed."""
         named = [f"{_short(name)}: {count:,}" for name, count in list(self.classes.items())[:SHOWN_CLASSES]]
         more = ", …" if self.class_count > len(named) else ""
         lines = [f"found      {self.files:,} files, {self.pictures:,} pictures ({self.form}); {self.taken:,} taken"]
@@ -72,7 +72,7 @@ class Seen(Section):
 
 @dataclass
 class Met:
-    """Formats, modes and sizes of pictures. Those of several shards add up."""
+    """Formats, modes and sizes of pictures, added up over shards."""
 
     formats: Counter[str] = field(default_factory=Counter)
     modes: Counter[str] = field(default_factory=Counter)
@@ -87,7 +87,7 @@ class Met:
         self.sides = [min(least_w, width), max(most_w, width), min(least_h, height), max(most_h, height)]
 
     def values(self) -> dict[str, Any]:
-        """As JSON keeps it."""
+        """The values for JSON."""
         return {"formats": dict(self.formats), "modes": dict(self.modes), "sides": self.sides}
 
     def join(self, other: Met) -> None:
@@ -131,7 +131,7 @@ def seen_of(
 
 
 def by_reason(rejects: Iterable[Reject], into: dict[str, Group]) -> None:
-    """Rejects in groups; numbers in their reasons make no group of their own."""
+    """Groups rejects by reason, regardless of numbers and quoted names in it."""
     from ibq_scale.data.labels import Group
 
     for reject in rejects:
@@ -140,6 +140,6 @@ def by_reason(rejects: Iterable[Reject], into: dict[str, Group]) -> None:
 
 
 def _short(text: str, most: int = 40) -> str:
-    """Without what a terminal or a locale could stumble over."""
+    """Shortened, and without unprintable characters, a problem for some terminals and locales."""
     text = "".join(c if c.isprintable() else "?" for c in text)
     return text if len(text) <= most else f"{text[: most - 3]}..."

@@ -1,4 +1,4 @@
-"""The data sets that a run reads, opened: manifests, stores, caches, and the order over all of them."""
+"""The open data sets of a run: manifests, stores, caches, and the order over all of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ibq_scale.errors import UserError
 
 @dataclass(frozen=True)
 class DataSet:
-    """One prepared data set. `cache` is None where shards are read by ranges."""
+    """One prepared data set. Without a `cache`, shards are read by ranges."""
 
     manifest: Manifest
     store: Store
@@ -37,7 +37,7 @@ class DataSet:
             return self.store.map(info.name) if self.cache is None else self.cache.map(info)
 
     def read_range(self, shard: int, start: int, stop: int) -> bytes:
-        """Bytes start … stop − 1 of a shard. UserError as `read`."""
+        """Bytes start … stop − 1 of a shard. UserError as `map`."""
         info = self.manifest.shards[shard]
         with self._named(info):
             if self.cache is None:
@@ -45,7 +45,7 @@ class DataSet:
             return self.cache.read_range(info, start, stop)
 
     def read_singly(self, shard: int, start: int, stop: int) -> bytes:
-        """As `read_range`, from the store, and nothing is kept."""
+        """As `read_range`, from the store and without caching."""
         info = self.manifest.shards[shard]
         with self._named(info):
             return self.store.read_range(info.name, start, stop)
@@ -60,7 +60,7 @@ class DataSet:
 
 @dataclass(frozen=True)
 class DataSets:
-    """All sources of a run, in the config's order, and the config that they were opened by."""
+    """All sources of a run, in the config's order, and their config."""
 
     parts: tuple[DataSet, ...]
     config: DataConfig
@@ -71,17 +71,17 @@ class DataSets:
 
     @cached_property
     def hash(self) -> str:
-        """sha256 (hex) over the manifests' hashes: what a position means depends on it."""
+        """sha256 (hex) over the manifests' hashes. It determines the meaning of a position."""
         return hashlib.sha256(" ".join(part.manifest.hash for part in self.parts).encode()).hexdigest()
 
     def name(self, source: int, shard: int, row: int) -> str:
-        """Tells a sample to a person: its shard's address and the row in it."""
+        """A sample's name for messages: its shard's address and its row there."""
         part = self.parts[source]
         return f"{part.store.url}/{part.manifest.shards[shard].name}, sample {row}"
 
     @cached_property
     def extents(self) -> tuple[Extent, ...]:
-        """What has lanes of its own: each source where they are mixed by weight, or else all together."""
+        """The parts with lanes of their own: with weights each source, else all together."""
         each = [part.manifest.extent for part in self.parts]
         return tuple(each) if self.config.weights else (Extent(*(sum(column) for column in zip(*each, strict=True))),)
 
@@ -92,28 +92,28 @@ class DataSets:
 
     @property
     def shards_in_use(self) -> int:
-        """Most shards read by a rank at once: those of each lane's window, and of the next window."""
+        """Maximum of shards read by a rank at once: each lane's window, and the next window."""
         return self.layout.lanes * (self.layout.window + 2) * len(self.extents)
 
     @property
     def cache_limit(self) -> int | None:
-        """Bytes of this node's cache; None where shards are read without one."""
+        """Bytes of this node's cache. None without a cache."""
         return min((part.cache.limit for part in self.parts if part.cache is not None), default=None)
 
     def require_fit(self, nodes: int) -> None:
-        """UserError if this node's cache does not hold the shards in use of a run on `nodes`."""
+        """UserError if this node's cache is too small for the shards in use by a run on `nodes` nodes."""
         if self.cache_limit is not None:
             require_fit(self.extents, self.layout, self.cache_limit, nodes)
 
     def order(self, seed: int) -> Mixture:
-        """Positions of a run with this seed to samples."""
+        """The map from positions to samples for a run with this seed."""
         sizes = [part.manifest.shard_sizes for part in self.parts]
         order, lanes, window = self.layout
         return Mixture(sizes, self.config.weights, seed, lanes, window, order)
 
 
 def open_sets(data: DataConfig, kind: Kind) -> DataSets:
-    """Opens every source. UserError where one cannot be used, or has too small a weight to ever come up."""
+    """Opens every source. UserError if one is unusable, or its weight gives it no position."""
     parts = []
     for url in data.sources:
         store = open_store(url)
@@ -134,13 +134,13 @@ def _cache(data: DataConfig, store: Store) -> ShardCache | None:
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         mine = folder.stat().st_uid == os.getuid()
-        # Nobody asked for this folder, so it leaves room for what else the disk is for.
+        # This folder is a default, so the cache leaves a fifth of the disk's free space to other uses.
         limit = min(data.cache_bytes, (shutil.disk_usage(folder).free + bytes_held(folder)) * 4 // 5)
     except OSError as e:
         raise UserError(
             f"cannot keep shards in {folder} ({e.strerror}): set data.cache_dir to a local folder"
         ) from None
     if not mine:
-        # Whoever owns it could put other shards there.
+        # The owner could replace shards.
         raise UserError(f"{folder} belongs to another user: set data.cache_dir to a local folder of your own")
     return ShardCache(folder, limit, store)

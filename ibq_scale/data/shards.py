@@ -1,4 +1,4 @@
-"""A manifest's shards, in columns. Every rank and data worker holds them, and there may be a hundred thousand."""
+"""A manifest's shards, stored in columns: every rank and data worker holds them, up to about a hundred thousand."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from pydantic_core import CoreSchema, core_schema
 from ibq_scale.config.base import Section
 from ibq_scale.names import FileName, Sha256
 
-# What 64 bits hold of sums over all shards.
+# So that sums over all shards fit into 64 bits.
 Count = Annotated[int, Field(ge=1, le=2**48)]
 SHA256_BYTES = 32
 
 
 class ShardInfo(Section):
-    """One shard: its file, how many samples, bytes and sha256 (hex). Image shards have an index NAME.index.json.
+    """One shard: its file, number of samples, bytes and sha256 (hex). Image shards have an index NAME.index.json.
 
-    Adopted shards may be indexed anew with other labels or samples while their bytes stay: hence the index's own hash.
+    The index has its own hash, because adopted shards may get a new index with other labels or samples for the same
+    bytes.
     """
 
     name: FileName
@@ -33,7 +34,7 @@ class ShardInfo(Section):
 
 
 class ShardTable(Sequence[ShardInfo]):
-    """Acts as a tuple of `ShardInfo` at about 100 bytes a shard. Pickling it is a copy."""
+    """Acts as a tuple of `ShardInfo`, at about 100 bytes per shard. Pickling only copies arrays."""
 
     def __init__(self, shards: Sequence[ShardInfo]) -> None:
         names = [shard.name.encode() for shard in shards]
@@ -68,7 +69,7 @@ class ShardTable(Sequence[ShardInfo]):
     __hash__ = None  # type: ignore[assignment]
 
     def json(self) -> Iterator[str]:
-        """Each shard as JSON with sorted keys, as the manifest's hash takes it."""
+        """Each shard as JSON with sorted keys, for the manifest's hash."""
         hexes = (rows.tobytes().hex() for rows in (self.sha256, self._index_sha256))
         of_shard, of_index = ([text[i : i + 64] for i in range(0, len(text), 64)] for text in hexes)
         columns = (self._names, self.samples, self.bytes, self._has_index_sha256)
@@ -92,6 +93,6 @@ class ShardTable(Sequence[ShardInfo]):
 
 
 def _digests(hexes: Iterator[str]) -> NDArray[np.uint8]:
-    """(n, 32), zeros for an empty one."""
+    """Digests (n, 32), zeros for an empty text."""
     raw = b"".join(bytes.fromhex(text).rjust(SHA256_BYTES, b"\0") for text in hexes)
     return np.frombuffer(raw, dtype=np.uint8).reshape(-1, SHA256_BYTES)

@@ -1,4 +1,4 @@
-"""Batches on their way from data workers to their rank: in /dev/shm, which containers often have 64 MB of."""
+"""Passes batches from data workers to their rank through /dev/shm, often limited to 64 MB in containers."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ FOLDER = Path("/dev/shm")
 
 
 class SharedMemoryError(RuntimeError):
-    """A batch that a data worker could not hand over."""
+    """A data worker could not pass on a batch."""
 
 
 def ranks_of_node() -> int:
-    """Ranks on this node, by what launchers say."""
+    """Ranks on this node, from the launcher's environment variables."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or "1")
 
 
 def require_room(batch_bytes: int, batches: int) -> None:
-    """UserError where FOLDER cannot hold so many batches of each rank of this node.
+    """UserError if FOLDER cannot hold this number of batches for each rank of this node.
 
-    Without the room, a worker loses a batch and its rank waits for that without end (torch's queues only print so).
+    Without space a worker loses a batch, and its rank waits for it forever (torch's queues only print the error).
     """
     ranks = ranks_of_node()
     wanted = ranks * batches * batch_bytes
@@ -43,7 +43,7 @@ def require_room(batch_bytes: int, batches: int) -> None:
 
 
 def share(batch: tuple[Any, ...]) -> None:
-    """Moves a batch's tensors into FOLDER. SharedMemoryError where it is full: a queue would only lose the batch."""
+    """Moves a batch's tensors into FOLDER. SharedMemoryError if it is full: a queue would just lose the batch."""
     try:
         for part in batch:
             if isinstance(part, Tensor):

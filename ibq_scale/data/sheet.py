@@ -1,4 +1,4 @@
-"""A contact sheet: random samples at a glance, each whole, with its class and size under it."""
+"""A contact sheet of random samples, uncropped, with class and size below each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GROUND, INK, FAINT = (255, 255, 255), (20, 20, 20), (120, 120, 120)
 
 
 def save_sheet(path: Path, picked: Sequence[Picked], classes: Sequence[str], rules: PixelRules = RULES) -> None:
-    """Draws `picked` in rows, as square as the count allows, into a PNG file. UserError where it cannot be written."""
+    """Draws `picked` as a nearly square grid into a PNG file. UserError if it cannot be written."""
     columns = math.ceil(math.sqrt(len(picked)))
     rows = math.ceil(len(picked) / columns)
     step = (CELL + GAP, CELL + 2 * LINE + GAP)
@@ -35,7 +35,7 @@ def save_sheet(path: Path, picked: Sequence[Picked], classes: Sequence[str], rul
         sheet.paste(small, (left, top + CELL - small.height))
         name = _fitting(classes[sample.member.label], font, draw)
         draw.text((left, top + CELL + 1), name, INK, font)
-        # Pillow's own font has no × and no ….
+        # Pillow's default font has no × and no ….
         draw.text((left, top + CELL + 1 + LINE), f"{sample.size[0]} x {sample.size[1]}", FAINT, font)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ def save_sheet(path: Path, picked: Sequence[Picked], classes: Sequence[str], rul
 
 
 def _fitting(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, draw: ImageDraw.ImageDraw) -> str:
-    """The text, or as much of it as a cell is wide."""
+    """The text, cut to a cell's width."""
     if draw.textlength(text, font) <= CELL:
         return text
     while text and draw.textlength(f"{text}...", font) > CELL:

@@ -1,7 +1,7 @@
-"""Where pictures come from: a folder, webdataset tars or parquet, told apart by all that is there.
+"""Sources of pictures: a folder, webdataset tars or parquet. The form is decided by all files found.
 
-A source divides itself into units of work, in an order that depends on nothing but the names. A unit is read from any
-position on, one sample at a time, so that no more than a sample is in memory and a stopped run need not begin again.
+A source is divided into units of work, in an order given by names alone. A unit can be read from any position, one
+sample at a time. So memory holds only one sample, and a stopped run can resume.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Opened(NamedTuple):
 
 
 def open_source(url: str, columns: Collection[str] = (), naming: Naming | None = None) -> Opened:
-    """The source at a folder, file, glob or brace pattern, local or in S3; `columns` are those that conditions name.
+    """The source at a folder, file, glob or brace pattern, local or in S3. `columns`: those named by conditions.
 
-    UserError where nothing is there, or nothing that holds pictures, or several forms of them.
+    UserError if there is nothing, no picture, or several forms of sources.
     """
     listing = list_files(url)
     naming = naming or Naming()
@@ -47,7 +47,7 @@ def open_source(url: str, columns: Collection[str] = (), naming: Naming | None =
     files = dict(listing.files)
     if tars:
         source, files = TarSource(listing.store, naming, classes=_names_of_prepared(listing, tars)), tars
-        # img2dataset leaves a parquet file without pictures beside each tar.
+        # img2dataset writes a parquet file without pictures beside each tar.
         _add(left_out, "parquet files beside tars", parquet)
     elif parquet:
         source, files = open_parquet(listing.store, parquet, columns, naming.label), parquet
@@ -68,7 +68,7 @@ def open_source(url: str, columns: Collection[str] = (), naming: Naming | None =
 
 
 def _names_of_prepared(listing: Listing, tars: Mapping[str, int]) -> tuple[str, ...]:
-    """The classes' names, where these are the shards of a prepared set: its tars have the numbers only."""
+    """The classes' names from the manifest of a prepared set. Its tars have only numbers."""
     if NAME not in listing.files:
         return ()
     try:
@@ -86,7 +86,7 @@ def _add(left_out: dict[str, Group], reason: str, names: Collection[str]) -> Non
 
 
 def _refuse_splits(listing: Listing, files: Collection[str]) -> None:
-    """Tars of training and validation together: nobody means to train on both."""
+    """UserError for tars of several splits, e.g. training and validation: training on both is surely a mistake."""
     splits: dict[str, str] = {}
     for name in files:
         words = re.split(r"[^a-z]+", name.lower())
@@ -101,7 +101,7 @@ def _refuse_splits(listing: Listing, files: Collection[str]) -> None:
 
 
 def _refuse_several(listing: Listing, *forms: Collection[str]) -> None:
-    """Tars beside class folders that they were unpacked to: which of them are meant, nobody can know."""
+    """UserError for several forms, e.g. tars beside class folders unpacked from them: the choice is the user's."""
     tars, parquet, pictures, archives = forms
     halves = [("tars", tars, "*.tar"), ("compressed archives", archives if tars else (), "")]
     halves += [("parquet files", () if tars else parquet, "*.parquet"), ("pictures", pictures, "*/*")]

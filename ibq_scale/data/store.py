@@ -1,16 +1,20 @@
-"""One way to files, local or in object storage. The only module that knows s3fs.
+"""Access to files on a local disk or in object storage. Data code uses s3fs only through this module.
 
-S3's settings are those that every AWS tool reads: `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_SESSION_TOKEN`, or
-else `AWS_PROFILE` of the files `AWS_SHARED_CREDENTIALS_FILE` and `AWS_CONFIG_FILE`; `AWS_ENDPOINT_URL`;
-`AWS_DEFAULT_REGION`; and, for stores that know no checksums, `when_required` in `AWS_REQUEST_CHECKSUM_CALCULATION` and
-`AWS_RESPONSE_CHECKSUM_VALIDATION`. One is our own: `IBQ_SCALE_S3_ANONYMOUS=1` sends unsigned requests, for public
-buckets.
+S3 is configured by the usual AWS variables:
 
-Transient failures are retried with jittered backoff until a deadline, in this one place: s3fs's loop around botocore's
-would make 25 requests of one. After the deadline they are a StoreUnavailableError, whose exit code brings a job back. A
-user's mistakes (a missing bucket, wrong credentials) are a UserError at once. Credentials that stopped working are read
-anew first, since they may have been replaced. An endpoint that cannot be reached and never answered is a mistake for a
-command, and a transient failure for a rank of a job: of a thousand ranks that start, some meet a refused connection.
+- `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_SESSION_TOKEN`, or else `AWS_PROFILE`, a profile in the files
+  `AWS_SHARED_CREDENTIALS_FILE` and `AWS_CONFIG_FILE`
+- `AWS_ENDPOINT_URL`, `AWS_DEFAULT_REGION`
+- `when_required` in `AWS_REQUEST_CHECKSUM_CALCULATION` and `AWS_RESPONSE_CHECKSUM_VALIDATION`, for stores without
+  checksums
+
+`IBQ_SCALE_S3_ANONYMOUS=1` is our own. It sends unsigned requests, for public buckets.
+
+Transient failures are retried with jittered backoff until a deadline, only here: s3fs's retries around botocore's would
+turn one request into 25. After the deadline a StoreUnavailableError is raised, and its exit code restarts a job. A
+user's mistakes (a missing bucket, wrong credentials) raise a UserError at once. Rejected credentials are first read
+again, since they may have been replaced. An unreachable endpoint without any earlier answer is a mistake for a command,
+but transient for a rank: when a thousand ranks start, some connections are refused.
 """
 
 from __future__ import annotations
@@ -45,18 +49,19 @@ from ibq_scale.errors import StoreUnavailableError, UserError
 from ibq_scale.names import expand_home
 
 T = TypeVar("T")
-# The threads of a batch would each make a client of 17 MB.
+# Without this lock each thread of a batch would create its own client of 17 MB.
 _MAKING = threading.Lock()
-# For one request with its repetitions, from the first try on.
+# Limit for one request with its retries, from the first try on.
 DEADLINE_SECONDS = 120.0
-# Before the second try; doubled before each further one up to the longest, and each jittered by half.
+# The pause before the second try. It doubles with each try, up to the longest, with a jitter of ± half.
 PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.2, 15.0
 CONNECT_TIMEOUT_SECONDS = 5.0
-# Without a byte.
+# Limit for a time without a byte.
 READ_TIMEOUT_SECONDS = 20.0
-# For the body of one answer, at most DOWNLOAD_CHUNK. Doubled with each try: a trickle ends, and a slow link does not.
+# Limit for one response's body, at most DOWNLOAD_CHUNK bytes. Doubled with each try: a trickling connection is dropped,
+# but a slow link still succeeds.
 BODY_SECONDS = 20.0
-# S3 wants 5 MiB or more, and at most 10,000 of them.
+# S3 requires parts of at least 5 MiB, and at most 10,000 parts.
 UPLOAD_PART, MOST_PARTS = 16 << 20, 10_000
 
 
@@ -68,7 +73,7 @@ class _Part(NamedTuple):
 
 
 class S3Store(Store):
-    """A prefix in a bucket. Endpoint, region and credentials come from the environment: see this module."""
+    """A prefix in a bucket. Endpoint, region and credentials come from the environment (see the module's docstring)."""
 
     def __init__(self, url: str) -> None:
         self.prefix = url.removeprefix("s3://").strip("/")
@@ -83,7 +88,7 @@ class S3Store(Store):
 
     @property
     def _fs(self) -> Any:
-        """A client of this very process: s3fs's event loop does not survive a fork."""
+        """The client of this process: s3fs's event loop does not survive a fork."""
         with _MAKING:
             client = self._client
             if client is None or self._client_pid != os.getpid():
@@ -133,7 +138,7 @@ class S3Store(Store):
                 return
             left: list[str] = []
             if size > UPLOAD_PART:
-                # A store that lists no uploads, or not for these credentials, gets the whole file.
+                # If the store refuses to list uploads, the whole file is sent.
                 with suppress(UserError):
                     left = [upload.id for upload in self._unfinished(path) if upload.path == path]
             self._put(path, content, left, keep=True)
@@ -149,7 +154,7 @@ class S3Store(Store):
         return self._unfinished("")
 
     def _unfinished(self, prefix: str) -> list[Unfinished]:
-        """Uploads begun for paths that begin so."""
+        """Unfinished uploads for paths with this prefix."""
         found: list[Unfinished] = []
         folder = f"{self._folder}/" if self._folder else ""
         marker: dict[str, str] = {}
@@ -173,9 +178,9 @@ class S3Store(Store):
         return {"Bucket": self.bucket, "Key": f"{self._folder}/{path}" if self._folder else path}
 
     def _transfer(self, path: str, place: Callable[[int, bytes], object], *, whole: bool = False) -> int:
-        """Gives a whole object to `place` (from threads) by ranges, so that a broken connection costs one range.
+        """Reads a whole object by ranges and passes each to `place`, from threads. A broken connection costs one range.
 
-        Returns its size. `whole`: it is kept in memory, so UnreadableError as `read`.
+        Returns its size. `whole`: the object is kept in memory, so an UnreadableError is raised as in `read`.
         """
         try:
             first = self._get(path, 0, DOWNLOAD_CHUNK)
@@ -198,7 +203,7 @@ class S3Store(Store):
         return first.total
 
     def _get(self, path: str, start: int, stop: int) -> _Part:
-        """Bytes start … stop − 1, or fewer where the object ends before. PastEndError where it ends before `start`."""
+        """Bytes start … stop − 1, or fewer at the object's end. PastEndError if `start` is not before its end."""
 
         seconds = BODY_SECONDS / 2
 
@@ -209,7 +214,7 @@ class S3Store(Store):
             seconds *= 2
             response = fs.call_s3("get_object", **self._name(path), Range=f"bytes={start}-{stop - 1}")
             data: bytes = sync(fs.loop, _body, response, seconds)
-            # A server may answer a range that is the whole object without saying that it is a range.
+            # A server may answer a range of the whole object without a Content-Range.
             total = int(response.get("ContentRange", "").rpartition("/")[2] or response["ContentLength"])
             if len(data) != min(stop, total) - start:
                 raise ShortReadError(f"{self.url}/{path}: {len(data)} bytes of {start} … {stop - 1}")
@@ -236,12 +241,12 @@ class S3Store(Store):
 
     def files(self) -> dict[str, int]:
         found = self._call(lambda fs: fs.find(self.prefix, detail=True), "listing")
-        # An object of the prefix's own name is no file under it.
+        # An object named like the prefix is not a file under it.
         names = ((name.removeprefix(f"{self.prefix}/"), int(info["size"])) for name, info in found.items())
         return dict(sorted((name, size) for name, size in names if name != self.prefix))
 
     def _call(self, action: Callable[[Any], T], what: str, *, writing: bool = False) -> T:
-        """Runs one request, again and again through transient failures until the deadline.
+        """Runs one request, and retries transient failures until the deadline.
 
         `what`: the operation and the object, for errors. StoreUnavailableError after the deadline.
         """
@@ -286,7 +291,7 @@ def _new_client() -> Any:
         raise UserError(f"{ANONYMOUS}={anonymous}: write 1 for unsigned requests, 0 for signed ones")
     client = s3fs.S3FileSystem(
         anon=anonymous == "1",
-        # Directory listings are cached by s3fs for ever; another rank's new files would stay unseen.
+        # s3fs caches directory listings forever, so new files of other ranks would stay invisible.
         use_listings_cache=False,
         skip_instance_cache=True,
         config_kwargs={
@@ -300,7 +305,7 @@ def _new_client() -> Any:
 
 
 def _require_endpoint() -> None:
-    """UserError for an AWS_ENDPOINT_URL that botocore refuses with an error of any type, or that shows a password."""
+    """UserError for an AWS_ENDPOINT_URL with a password, or malformed: botocore would raise errors of any type."""
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
         endpoint = os.environ.get(name, "")
         refuse_credentials(endpoint)
@@ -309,7 +314,7 @@ def _require_endpoint() -> None:
 
 
 async def _body(response: dict[str, Any], seconds: float) -> Any:
-    """The whole body. TimeoutError, which is transient, after `seconds`."""
+    """The whole body. TimeoutError, a transient failure, after `seconds`."""
 
     async def read() -> Any:
         async with response["Body"] as body:
@@ -326,7 +331,7 @@ def open_store(url: str, *, links: bool = False) -> Store:
     """The store at a plain path, ``file://`` path or ``s3://bucket/prefix``. Nothing is read yet.
 
     Other schemes are entry points (docs/extending.md). They are never import paths, since a URL may come from others.
-    `links`: whether files of a local folder may be links out of it.
+    `links`: whether files of a local folder may be links to the outside.
     """
     refuse_credentials(url)
     if url.startswith("s3://"):

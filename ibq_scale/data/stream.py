@@ -1,8 +1,8 @@
-"""From positions to batches on a rank.
+"""Converts positions to batches on a rank.
 
-The W ranks' micro-batches of m samples share W·m consecutive positions, by their places in the order (data/order.py).
-So an optimizer step covers one unbroken range of positions whatever the number of ranks, and a run's whole data state
-is one integer.
+W·m consecutive positions are divided among the micro-batches (m samples) of W ranks, by their places in the order
+(data/order.py). So an optimizer step covers one contiguous range of positions for any number of ranks, and a run's
+whole data state is one integer.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ from ibq_scale.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# Batches that each worker (or reader of an evaluation) has ready.
+# Batches prefetched by each worker, or by the reader of an evaluation.
 PREFETCH = 4
 
 
 class DataWorkerDiedError(RuntimeError):
-    """A process that reads and decodes samples was killed."""
+    """A data worker process was killed."""
 
 
 class ImageBatch(NamedTuple):
     images_u8: Tensor
-    """uint8 (B, 3, H, W), channels last in memory, as pictures come."""
+    """uint8 (B, 3, H, W), channels last in memory, as decoded."""
     labels: Tensor
     """int64 (B,)."""
     requests: Tensor
     """int64 (B, 5), a `Request` each: position, source, epoch, shard, row."""
     faults: tuple[str, ...] = ()
-    """What was wrong with samples that others stand in for."""
+    """Faults of samples replaced by others."""
 
 
 class CodeBatch(NamedTuple):
@@ -69,7 +69,7 @@ Batch = TypeVar("Batch")
 
 
 def to_float(images_u8: Tensor) -> Tensor:
-    """uint8 0 … 255 → float32 -1 … 1, on the tensor's device; on a GPU channels stay last (for convolutions)."""
+    """uint8 0 … 255 → float32 -1 … 1, on the tensor's device. On a GPU channels stay last (for convolutions)."""
     layout = torch.preserve_format if images_u8.is_cuda else torch.contiguous_format
     return images_u8.to(torch.float32, memory_format=layout).div_(127.5).sub_(1.0)
 
@@ -114,9 +114,9 @@ def code_stream(
 def evaluation_codes(
     sets: DataSets, *, rank: int, world_size: int, batch: int, limit: int
 ) -> Iterator[tuple[CodeBatch, Tensor]]:
-    """`limit` samples over the ranks, the first of a shuffled order that is always the same; with weights float (B,).
+    """The first `limit` samples of a fixed shuffled order, divided among the ranks, with weights float (B,).
 
-    All ranks get equally many batches of equal size: places beyond the end repeat a sample with weight 0.
+    All ranks get equally many batches of equal size. Places beyond the end repeat a sample with weight 0.
     """
     dataset = CodeDataset(sets, seed=0, shards_in_memory=sets.shards_in_use)
 
@@ -136,10 +136,10 @@ def evaluation_images(
     limit: int | None = None,
     multiple: int = 1,
 ) -> Iterator[tuple[ImageBatch, Tensor]]:
-    """Every image once over the ranks, in natural order, centre-cropped; with weights float (B,).
+    """Every image once, divided among the ranks, in natural order, centre-cropped, with weights float (B,).
 
-    All ranks get equally many batches of equal size: places beyond the end repeat a sample with weight 0. With
-    `resolution` None images keep their size, but for a crop to sides that `multiple` divides; `batch` is 1 then.
+    All ranks get equally many batches of equal size. Places beyond the end repeat a sample with weight 0. With
+    `resolution` None images keep their size, except for a crop to sides divisible by `multiple`. Then `batch` is 1.
     """
     sets = open_sets(DataConfig(train=url), "images")
     ends = np.cumsum(sets.parts[0].manifest.shard_sizes)
@@ -155,15 +155,15 @@ def evaluation_images(
 def validation_images(
     sets: DataSets, *, resolution: int, rank: int, world_size: int, batch: int, limit: int
 ) -> Iterator[tuple[ImageBatch, Tensor]]:
-    """As `evaluation_images`, of the first `limit` images of a shuffled order that is always the same."""
+    """As `evaluation_images`, for the first `limit` images of a fixed shuffled order."""
     return _image_shares(_centre_cropped(sets, resolution), _shuffled(sets, limit), rank, world_size, batch)
 
 
 def shares(count: int, rank: int, world_size: int, batch: int) -> Iterator[tuple[range, list[int], Tensor]]:
-    """A rank's batches of the places 0 … count − 1: batch b goes to rank b mod W, and so is the same for any W.
+    """A rank's batches of the places 0 … count − 1. Batch b goes to rank b mod W, so its content is the same for any W.
 
-    Each has its places, those that are taken for them (the last for all beyond the end), and weights float (B,), 0
-    where one only fills up. All ranks get equally many batches of equal size.
+    Yields for each batch its places, the places to read (the last one replaces all beyond the end), and weights float
+    (B,), 0 beyond the end. All ranks get equally many batches of equal size.
     """
     for first in range(0, count, batch * world_size):
         places = range(first + rank * batch, first + (rank + 1) * batch)
@@ -171,7 +171,7 @@ def shares(count: int, rank: int, world_size: int, batch: int) -> Iterator[tuple
 
 
 class Requests(NamedTuple):
-    """So many requests, each made when it is asked for."""
+    """`total` requests, each created on demand."""
 
     total: int
     at: Callable[[int], Request]
@@ -194,9 +194,9 @@ def _image_shares(
 def _read_shares(
     read: Callable[[list[Request]], Batch], requests: Requests, rank: int, world_size: int, batch: int
 ) -> Iterator[tuple[Batch, Tensor]]:
-    """A rank's `shares`, their positions those in `requests`.
+    """A rank's `shares`, read. A sample's position is its place in `requests`.
 
-    A thread reads some batches ahead, so that neither store nor device waits for the other.
+    A thread prefetches some batches, so that neither the store nor the device is idle.
     """
 
     def share(places: range, taken: list[int], weights_B: Tensor) -> tuple[Batch, Tensor]:
@@ -218,14 +218,14 @@ def _read_shares(
 def single_images(
     url: str, rows: Iterable[tuple[int, int]], *, resolution: int | None, multiple: int = 1
 ) -> Iterator[ImageBatch]:
-    """Chosen images, each (shard, row) a batch of its own, cropped as `evaluation_images` does."""
+    """Chosen images (shard, row) in batches of one, cropped as in `evaluation_images`."""
     dataset = _centre_cropped(open_sets(DataConfig(train=url), "images"), resolution, multiple)
     for place, (shard, row) in enumerate(rows):
         yield _stack_images([dataset[Request(place, 0, 0, shard, row)]])
 
 
 def shard_images(url: str, shard: int, *, resolution: int, batch: int) -> Iterator[ImageBatch]:
-    """One shard's images in its own order, centre-cropped; the last batch may be smaller."""
+    """One shard's images in its own order, centre-cropped. The last batch may be smaller."""
     dataset = _centre_cropped(open_sets(DataConfig(train=url), "images"), resolution)
     size = dataset.sets.parts[0].manifest.shards[shard].samples
     for first in range(0, size, batch):
@@ -247,7 +247,7 @@ def _requests(order: Mixture, start: int, rank: int, world_size: int, micro_batc
 def _sampler(
     sets: DataSets, fetcher: Fetcher, *, seed: int, rank: int, world_size: int, micro_batch: int, start: int, first: int
 ) -> Iterable[list[Request]]:
-    """The order's requests for a rank. Its node fetches the shards that lie mostly in its part of the line."""
+    """The order's requests for a rank. Its node fetches shards mostly inside its part of the line."""
     order, local = sets.order(seed), min(ranks_of_node(), world_size)
     requests = _requests(order, start, rank, world_size, micro_batch)
     if all(part.cache is None for part in sets.parts):
@@ -266,7 +266,7 @@ def _before_fetching(workers: int) -> int:
 
 
 def _load(dataset: Any, sampler: Iterable[list[Request]], stack: Callable[[Any], Any], workers: int) -> Iterator[Any]:
-    # Not fork: threads of torch and of S3 clients do not survive it.
+    # No fork, because threads of torch and of S3 clients do not survive it.
     context = "forkserver" if workers else None
     if workers:
         _start_fork_server()
@@ -280,7 +280,7 @@ def _load(dataset: Any, sampler: Iterable[list[Request]], stack: Callable[[Any],
             multiprocessing_context=context,
             prefetch_factor=PREFETCH if workers else None,
             worker_init_fn=partial(_start_worker, os.getpid()),
-            # Without one of its own it would draw from the model's generator, and a resumed run's dropout would differ.
+            # Otherwise it would draw from the model's generator, and a resumed run's dropout would differ.
             generator=torch.Generator(),
             pin_memory=torch.cuda.is_available(),
         )
@@ -289,7 +289,7 @@ def _load(dataset: Any, sampler: Iterable[list[Request]], stack: Callable[[Any],
 
 
 class _Batches(Dataset[Any]):
-    """A dataset by lists of requests. Errors in words become the batch: torch would put a worker's traceback around."""
+    """A dataset by lists of requests. Our errors are returned as batches: torch would add a worker's traceback."""
 
     def __init__(self, dataset: Any, stack: Callable[[Any], Any]) -> None:
         self._dataset = dataset
@@ -333,9 +333,9 @@ def _until_a_worker_dies(batches: Iterator[Any]) -> Iterator[Any]:
 
 
 def _tells_of_a_dead_worker(error: Exception) -> bool:
-    """By torch's words, or since the memory of its last batch cannot be taken over any more.
+    """Judged by torch's message, or by the type of error for the lost shared memory of the worker's last batch.
 
-    What a living worker met comes as the same kinds of error, but says that it was caught there.
+    An error inside a living worker may have the same type, but its message begins with "Caught".
     """
     words = str(error)
     if words.startswith("Caught "):
@@ -344,19 +344,19 @@ def _tells_of_a_dead_worker(error: Exception) -> bool:
     return isinstance(error, (ConnectionError, EOFError)) or any(w in words for w in torch_says)
 
 
-# Signals that ask a run to save reach its whole process group. Whoever of the helpers obeyed them would end the run.
+# Signals for a save reach the run's whole process group. A helper process ended by one would end the run.
 ASKING = {signal.SIGTERM, signal.SIGUSR1}
 
 
 def _start_fork_server() -> None:
-    """Starts the fork server, where there is none yet, with the asking signals blocked; its workers inherit that.
+    """Starts the fork server, if there is none yet, with the `ASKING` signals blocked. Its workers inherit the mask.
 
-    It imports once what each worker would import by itself: torch, which takes seconds and 300 MB.
+    It imports torch once for all workers. Each import takes seconds and 300 MB.
     """
     forkserver.set_forkserver_preload([__name__])
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
     try:
-        # The server needs it, and starting it lets SIGTERM through again (which it ignores itself).
+        # The server needs the tracker. Its start unblocks SIGTERM here (the tracker itself ignores SIGTERM).
         resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
         forkserver.ensure_running()
@@ -365,10 +365,10 @@ def _start_fork_server() -> None:
 
 
 def _start_worker(trainer: int, worker: int) -> None:
-    """A worker ends with its trainer and by its word: by the SIGTERM that the trainer's exit sends to whoever is left.
+    """Lets a worker end with its trainer, or by the trainer's SIGTERM, sent at exit to remaining workers.
 
-    A killed trainer is followed. torch's own watch looks at the parent, which is the fork server here, and that one
-    lives as long as a worker does.
+    A worker also ends after a kill of its trainer. torch's own watchdog only checks the parent, here the fork server,
+    alive as long as any worker.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_follow, args=(trainer,), daemon=True).start()
@@ -376,7 +376,7 @@ def _start_worker(trainer: int, worker: int) -> None:
 
 
 def _follow(trainer: int) -> None:
-    """Ends this process when the trainer has ended, or says so."""
+    """Ends this process when the trainer has ended, or sends SIGTERM."""
     try:
         handle = os.pidfd_open(trainer)
         while not select.select([handle], [], [], 0.0)[0]:
@@ -388,7 +388,7 @@ def _follow(trainer: int) -> None:
 
 
 def _stack_images(samples: Sequence[ImageSample]) -> ImageBatch:
-    # One copy: out of the decoded pictures, crop and all, into the batch.
+    # A single copy, from the crops of decoded pictures into the batch.
     pixels_BHW3 = np.stack([s.pixels for s in samples])
     return ImageBatch(
         torch.from_numpy(pixels_BHW3).permute(0, 3, 1, 2),

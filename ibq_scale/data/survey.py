@@ -1,4 +1,4 @@
-"""A look at all samples' names and labels before the first picture is opened: what is there, and what is taken."""
+"""Examines all samples' names and labels before any picture is opened, and decides the samples and classes to take."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ibq_scale.data.tables import ENDINGS
 from ibq_scale.data.tars import LABEL_MEMBERS, NO_LABEL, TarSource, by_folders
 from ibq_scale.errors import UserError
 
-# A store where every look is a download: units whose first samples tell whether there are labels at all.
+# Tars in a remote store are expensive to look at. The first samples of a few units show whether there are labels.
 UNITS_LOOKED_AT, SAMPLES_LOOKED_AT = 16, 100
 
 
 @dataclass(frozen=True)
 class Survey:
-    """The source as it is to be read, the classes, and what was seen."""
+    """The source with its final settings, the classes, and the look at it."""
 
     source: Source
     labels: Labels
@@ -30,7 +30,7 @@ class Survey:
 
     @property
     def counts(self) -> tuple[int, ...]:
-        """Samples of each class, before any is found to be unusable."""
+        """Samples of each class, including unusable ones."""
         found: list[int] = [0] * len(self.labels.class_names)
         for label, count in self.look.tally.counts.items():
             if self.labels.values:
@@ -41,9 +41,9 @@ class Survey:
 
 
 def survey(opened: Opened, *, label: str | None = None, classes: Sequence[str] = (), workers: int = 1) -> Survey:
-    """Looks at every sample. `label`: as the user chose it. `classes`: of another set, whose numbers are taken.
+    """Looks at every sample. `label`: the user's choice. `classes`: those of another set, to use its numbers.
 
-    UserError for a mixture, and where there is not one sample.
+    UserError for a mixture, and without any sample.
     """
     source, units = opened.source, opened.units
     look = _look(source, units, workers)
@@ -73,7 +73,7 @@ def survey(opened: Opened, *, label: str | None = None, classes: Sequence[str] =
 
 
 def label_note(found: Survey, listing: Listing) -> str:
-    """By what the labels came; or that there are none, and where they were looked for."""
+    """The labels' origin, or, without labels, the places searched for them."""
     values = found.labels.values
     if values:
         sparse = isinstance(values[0], int) and values != tuple(range(len(values)))
@@ -94,7 +94,7 @@ def _look(source: Source, units: Sequence[Unit], workers: int) -> Look:
         look = _sum(source.look(unit, SAMPLES_LOOKED_AT) for unit in _spread(units))
         look.partial = True
         if not (look.tally.labelled or look.tally.odd.count or look.folders):
-            # Captions, say: nothing that would be worth a second download of everything.
+            # No labels, only captions perhaps: not worth a second download of everything.
             return look
     jobs = ((source, unit) for unit in units)
     workers = min(workers, len(units))

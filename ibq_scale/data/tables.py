@@ -1,4 +1,4 @@
-"""Labels in a file beside the pictures: ``metadata.csv`` or ``.jsonl`` of the Hub, a ``labels.csv``, one of tabs."""
+"""Labels from a file beside the pictures: the Hub's ``metadata.csv`` or ``.jsonl``, a ``labels.csv``, a ``.tsv``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ibq_scale.documents import parse_json
 from ibq_scale.errors import UserError
 
 ENDINGS = (".csv", ".tsv", ".jsonl")
-# What names a row's picture.
+# Columns for the name of a row's picture, in order of preference.
 FILE_COLUMNS = (
     "file_name",
     "filename",
@@ -29,35 +29,35 @@ FILE_COLUMNS = (
     "name",
     "img",
 )
-# The Hub's own: its label is taken unasked.
+# The Hub's own files. Their label column is used by default.
 METADATA = ("metadata.csv", "metadata.jsonl")
 MOST_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
 class Table:
-    """A column of a file of rows. It travels to every process, so it holds that column only."""
+    """A column of a file of rows. It is pickled to every process, so it holds no other columns."""
 
     file: str
     column: str
     labels: Mapping[str, Found]
-    """By the file's name as it is written, with its folder and without."""
+    """By the picture's name as written in the row, with the table's folder as prefix."""
 
     @property
     def form(self) -> str:
         return f"column '{self.column}' of {self.file}"
 
     def label(self, file: str) -> Found:
-        """A picture's label, by its path, its name, or its name without the ending."""
+        """A picture's label, by its path or its name, each with and without the ending."""
         name = file.rpartition("/")[2]
         keys = (file, name, file.rpartition(".")[0], name.rpartition(".")[0])
         return next((self.labels[key] for key in keys if key in self.labels), None)
 
 
 def find_table(listing: Listing, column: str | None) -> Table | None:
-    """The file that has this column; without one, the ``label`` of the Hub's ``metadata`` files.
+    """The table with this column. By default it is the ``label`` of the Hub's ``metadata`` files.
 
-    UserError where no file has the column, or several do.
+    UserError if no file has the column, or several do.
     """
     found, seen = [], {}
     for file in listing.ending(*ENDINGS):

@@ -1,8 +1,8 @@
-"""webdataset tars as others write them: members of one key, up to the first dot, are a sample.
+"""webdataset tars of any origin. Members with one key (their name up to the first dot) are a sample.
 
-The picture is the member ``jpg``, ``jpeg``, ``png`` or ``webp``, else the only one that ends so, else the one called
-``image.jpg`` or the like (`MAIN`). The label is `LABEL_MEMBERS`, else a key of ``json``, whose values are the columns,
-else the class folder of the key. Captions stay unread. `members` reads what is a tar to webdataset and what is not.
+The picture is the member ``jpg``, ``jpeg``, ``png`` or ``webp``, else the only one with such an ending, else
+``image.jpg`` or similar (`MAIN`). The label is one of `LABEL_MEMBERS`, else a key of ``json`` (its values are the
+columns), else the key's class folder. Captions are not read. members.py parses the tars and detects broken ones.
 """
 
 from __future__ import annotations
@@ -24,37 +24,37 @@ from ibq_scale.documents import parse_json
 from ibq_scale.names import is_text
 
 PICTURES = ("jpg", "jpeg", "png", "webp", *(ending[1:] for ending in PICTURE_ENDINGS[2:]))
-# The picture of a sample that has several: image.jpg beside segmentation.png.
+# Names of the main picture among several: image.jpg beside segmentation.png.
 MAIN = ("image", "img", "input", "picture", "photo", "rgb", "jpg", "jpeg", "png", "webp")
 LABEL_MEMBERS = ("cls", "cls.txt", "label", "label.txt", "index", "class", "class.txt", "label.cls")
-# Of json and parquet, in this order.
+# Label keys of json and label columns of parquet, in order of preference.
 LABEL_KEYS = (
     "label", "cls", "class", "class_id", "class_idx", "class_index", "label_id", "category_id", "target", "class_name",
     "label_name", "category", "category_name",
 )  # fmt: skip
 NAME_KEYS = ("class_name", "label_name", "category_name", "class_label", "class", "category")
 NO_LABEL, BY_FOLDER = "none", "folder"
-# Of what is read of a sample, into memory and whole.
+# Limit for a sample's members, each read whole into memory.
 MOST_BYTES = 256 << 20
-# Enough for a header and a small member: pictures are passed over.
+# Enough for a header and a small member. Pictures are skipped.
 LOOK_BLOCK = 16 << 10
-# As webdataset splits a name.
+# webdataset splits names at the first dot.
 _TO_FIRST_DOT = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)", re.DOTALL)
 _TO_LAST_DOT = re.compile(r"((?:.*/|)[^./][^/]*)[.]([^/.]*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Naming:
-    """What people choose about the members of a tar."""
+    """The user's choices for the members of a tar."""
 
     stem: bool = False
-    """Whether a key goes to the last dot of a name, and not to the first."""
+    """Whether a key ends at the last dot of a name instead of the first."""
     picture: str | None = None
-    """The member that holds the picture."""
+    """The picture's member."""
     label: str | None = None
-    """A key of json or a member, or `NO_LABEL`, or `BY_FOLDER`."""
+    """A key of json, a member, `NO_LABEL` or `BY_FOLDER`."""
     root: str = ""
-    """With `BY_FOLDER`: what all keys begin with, before the class."""
+    """With `BY_FOLDER`: the common prefix of all keys, before the class."""
 
     def split(self, name: str) -> tuple[str, str] | None:
         match = (_TO_LAST_DOT if self.stem else _TO_FIRST_DOT).fullmatch(name)
@@ -65,20 +65,20 @@ class Naming:
 
 @dataclass(frozen=True)
 class TarSample:
-    """One key of a tar and its members by extension (lower case), in their order."""
+    """One key of a tar and its members by extension (lower case), in the tar's order."""
 
     key: str
     start: int
-    """Where its first header is."""
+    """Offset of its first header."""
     members: Mapping[str, Place]
 
     def pictures(self, wanted: str | None = None) -> tuple[str, ...]:
-        """Members that hold pictures, the sample's own first; nothing where there is none, or none can be preferred."""
+        """The picture members, the sample's own first. Empty without any, or if the choice is ambiguous."""
         found = tuple(name for name in self.members if name.rpartition(".")[2] in PICTURES)
         if wanted is not None:
             first = [name for name in self.members if name == wanted]
         else:
-            # By the order of PICTURES.
+            # In the order of PICTURES.
             first = [name for name in PICTURES if name in self.members][:1] or (
                 list(found) if len(found) == 1 else [name for name in found if name.partition(".")[0] in MAIN]
             )
@@ -89,7 +89,7 @@ class TarSample:
         return "json" if "json" in names else names[0] if len(names) == 1 else None
 
     def label_member(self, wanted: str | None) -> str | None:
-        """The member that is the label."""
+        """The label's member."""
         names = LABEL_MEMBERS if wanted is None else (wanted,)
         found = next((name for name in names if name in self.members), None)
         ending = [name for name in self.members if name.endswith(".cls")] if wanted is None else []
@@ -101,8 +101,8 @@ def tar_samples(
 ) -> Iterator[TarSample]:
     """The samples of a tar from the header at byte `start` on.
 
-    `scattered`: members of one key need not be neighbours; the whole tar is walked then before the first sample.
-    CutTarError, after the whole ones, where the tar breaks off: readers of tars take most breaks for its end.
+    `scattered`: members of one key may lie apart, so the whole tar is scanned before the first sample. CutTarError,
+    after the whole samples, if the tar is cut off: most tar readers take a cut for the end.
     """
     naming = naming or Naming()
     if scattered:
@@ -116,7 +116,7 @@ def tar_samples(
             if name is None:
                 continue
             key, extension = name
-            # A name that comes again is another sample's: of a tar that was joined to this one.
+            # A repeated name belongs to another sample, from a tar appended to this one.
             if sample is None or sample.key != key or extension in sample.members:
                 if sample is not None:
                     yield sample
@@ -153,7 +153,7 @@ def _gathered(reader: RangeReader, naming: Naming) -> Iterator[TarSample]:
 
 @dataclass(frozen=True)
 class TarSource:
-    """Tars, each a unit; positions are offsets of headers."""
+    """Tars. A unit is a tar, a position the offset of a header."""
 
     store: Store
     naming: Naming = Naming()
@@ -183,7 +183,7 @@ class TarSource:
             for sample in tar_samples(reader, 0, self.naming, scattered=self.scattered):
                 if most is not None and look.samples == most:
                     break
-                # A key that comes again with other members, where its samples lack something.
+                # The key was seen before, with other members only: both samples are incomplete.
                 before = partial.get(sample.key)
                 if before is not None and before.isdisjoint(sample.members):
                     look.scattered = True
@@ -213,14 +213,14 @@ class TarSource:
 
 
 def by_folders(source: TarSource, folders: Mapping[str, int], files: int) -> TarSource | None:
-    """The source with labels by the class folders in its tars; None where its folders are no classes."""
+    """The source with labels by the class folders in its tars. None if its folders are no classes."""
     paths = [folder.split("/") for folder in folders]
     common = 0
     while all(len(path) > common + 1 for path in paths) and len({path[common] for path in paths}) == 1:
         common += 1
     root = "".join(f"{part}/" for part in paths[0][:common])
     classes = {path[common] for path in paths}
-    # Numbered folders, one a tar, are shards.
+    # Numbered folders, one per tar, are shards.
     shards = files > 1 and len(classes) >= files and all(name.isdecimal() for name in classes)
     if len(classes) < 2 or shards:
         return None
@@ -228,7 +228,7 @@ def by_folders(source: TarSource, folders: Mapping[str, int], files: int) -> Tar
 
 
 def read_sample(reader: RangeReader, sample: TarSample, file: str, naming: Naming | None = None) -> Sample | Reject:
-    """The sample with its picture's bytes, named FILE/KEY; a Reject where it holds no picture."""
+    """The sample with its picture's bytes, named FILE/KEY. A Reject if it has no usable picture."""
     naming = naming or Naming()
     name = f"{file}/{sample.key}"
     if not is_text(name):
@@ -243,7 +243,7 @@ def read_sample(reader: RangeReader, sample: TarSample, file: str, naming: Namin
     read = [picture, *(sample.members[m] for m in (sample.json(), sample.label_member(None)) if m is not None)]
     if max(place.size for place in read) > MOST_BYTES:
         return Reject(name, f"its picture, json or cls is larger than {MOST_BYTES >> 20} MiB")
-    # In the order of the file, mostly, so that blocks are read once.
+    # Mostly in the file's order, to read each block once.
     data = reader.read_at(picture.offset, picture.size)
     columns = _columns(reader, sample)
     return Sample(name, data, _label(reader, sample, naming, columns)[0], columns)
@@ -264,7 +264,7 @@ def _columns(reader: RangeReader, sample: TarSample) -> Mapping[str, Any]:
 def _label(
     reader: RangeReader, sample: TarSample, naming: Naming, columns: Mapping[str, Any]
 ) -> tuple[Found, str, str | None]:
-    """The label, where it was found, and the class's name beside its number."""
+    """The label, its origin, and the class's name beside a number."""
     if naming.label == NO_LABEL:
         return None, "", None
     if naming.label == BY_FOLDER:
@@ -280,7 +280,7 @@ def _label(
 
 
 def label_of_columns(columns: Mapping[str, Any], keys: Sequence[str]) -> tuple[Found, str]:
-    """The first of these keys that has a label."""
+    """The first label under these keys, and its key."""
     for key in keys:
         found = label_of_value(look_up(columns, key))
         if found is not None:

@@ -1,4 +1,4 @@
-"""Which samples a training step saw, on which rank: what one wants to know when a loss spikes."""
+"""Lists the samples of a training step and their ranks, e.g. to examine a spike of the loss."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ibq_scale.errors import UserError
 
 @dataclass(frozen=True)
 class Traced:
-    """One sample of the step. `key` and `source` (the file it was prepared from) are known for images only."""
+    """One sample of the step. `key` and `source` (the original file) are known for images only."""
 
     rank: int
     position: int
@@ -28,10 +28,10 @@ class Traced:
 
 
 def trace(run_dir: Path, step: int, ranks: int) -> list[Traced]:
-    """The samples of optimizer step `step` (1 is the first), by position, had it run on `ranks` ranks.
+    """The samples of optimizer step `step` (the first is 1), by position, for a run on `ranks` ranks.
 
-    Reads the run's config and the data's manifests and indices; the run itself may be anywhere. UserError where they
-    cannot be read, the step is outside the run, or the ranks do not divide its batch.
+    Reads only the run's config and the data's manifests and indices. UserError if they cannot be read, the step is
+    outside the run, or `ranks` times the micro-batch does not divide the global batch.
     """
     path = run_dir / "config.yaml"
     if not path.is_file():
@@ -47,7 +47,7 @@ def trace(run_dir: Path, step: int, ranks: int) -> list[Traced]:
 
 def _trace(config: AnyRun, step: int, ranks: int) -> list[Traced]:
     images = isinstance(config, TokenizerRun)
-    # Without the cache: it belongs to the machine that trains.
+    # No cache: it belongs to the training machine.
     data = config.data.model_copy(update={"cache_dir": None})
     sets = open_sets(data, "images" if images else "codes")
     order = sets.order(config.train.seed)

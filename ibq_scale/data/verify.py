@@ -1,4 +1,4 @@
-"""Reads a data set whole and compares every shard with the manifest, and every sample with its index."""
+"""Reads a whole data set. Compares every shard with the manifest, and every sample with its index."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ibq_scale.errors import UserError
 
 @dataclass(frozen=True)
 class Verified:
-    """What was read, and one line for each fault: none when all is well."""
+    """The amounts read, and one line per fault."""
 
     url: str
     shards: int
@@ -31,7 +31,7 @@ class Verified:
 
 
 def verify(url: str, *, workers: int = 4) -> Verified:
-    """Hashes every shard, and sums every indexed sample, on `workers` threads. UserError where there is no data set."""
+    """Checks all shards' sha256 and all indexed samples' CRC, on `workers` threads. UserError without a data set."""
     store = open_store(url)
     manifest = load_any_manifest(store)
     progress = Progress("verify", manifest.bytes)
@@ -45,7 +45,7 @@ def verify(url: str, *, workers: int = 4) -> Verified:
             progress.show(totals[0], totals[1], 0)
 
     check = _check_images if manifest.kind == "images" else _check_codes
-    # Threads: sha256, crc32 and requests all let go of the interpreter's lock.
+    # Threads suffice: sha256, crc32 and requests release the GIL.
     with ThreadPoolExecutor(workers) as pool:
         faults = [f for found in pool.map(lambda shard: check(store, shard, count), manifest.shards) for f in found]
     progress.close()
@@ -62,7 +62,7 @@ def load_any_manifest(store: Store) -> Manifest:
 
 
 def load_index(store: Store, shard: ShardInfo) -> ShardIndex:
-    """A shard's index. UserError where it is missing, damaged or another shard's."""
+    """A shard's index. UserError if it is missing, damaged or another shard's."""
     name = index_name(shard.name)
     try:
         return index_of(store.read(name), shard)
@@ -89,7 +89,7 @@ def _check_images(store: Store, shard: ShardInfo, count: Callable[[int, int], No
 
 
 def _check(store: Store, shard: ShardInfo, index: ShardIndex | None) -> list[str]:
-    """One pass over the shard."""
+    """Reads the shard once and returns its faults."""
     try:
         size = store.size(shard.name)
     except FileNotFoundError:
@@ -100,7 +100,7 @@ def _check(store: Store, shard: ShardInfo, index: ShardIndex | None) -> list[str
     faults = []
     members = sorted(index.members, key=lambda member: member.offset) if index else []
     for before, after in pairwise(members):
-        # Links in a tar have the very bytes of what they link to.
+        # Links in a tar share the bytes of their target.
         if before.offset + before.size > after.offset and (before.offset, before.size) != (after.offset, after.size):
             faults.append(f"{index_name(shard.name)}: samples {before.key} and {after.key} overlap")
     for member in members:
