@@ -40,7 +40,7 @@ class Failure:
     """The end of one rank out of `of`.
 
     `time`: seconds since the epoch, by its node's clock. `code`: its exit code. `said`: the error in one line. `trace`:
-    the traceback, empty for a user's mistake. `follows`: probably a result of another rank's end.
+    the traceback, empty for a user's mistake. `follows`: probably caused by another rank's end.
     """
 
     rank: int
@@ -101,7 +101,7 @@ def tell_alone(error: Exception) -> None:
 def _leave_with_torchrun(path: Path, error: Exception) -> None:
     """Writes the record of torch.distributed.elastic.multiprocessing.errors.
 
-    torchrun takes the earliest of all ranks as the root cause, so a result of another rank's end writes nothing.
+    torchrun takes the earliest of all ranks as the root cause, so errors caused by another rank's end are not written.
     """
     if _follows(error):
         return
@@ -133,7 +133,7 @@ def asked() -> Path | None:
 def collect(folder: Path) -> list[Failure]:
     """All reports of the ranks, the first cause first.
 
-    Results of another rank's end come last, since the nodes' clocks may differ.
+    Errors caused by another rank's end come last, regardless of the nodes' clocks.
     """
     found = []
     for path in sorted(folder.glob("rank-*.json")):

@@ -113,7 +113,7 @@ def _meet(world: World, run_dir: Path | None) -> tuple[TCPStore, SideChannel, Ve
 
 
 def _lost(world: World, run_dir: Path | None, error: RuntimeError) -> NodeFaultError:
-    """The error without the store. Rank 0 hosts it: no messages pass then, and each rank decides alone."""
+    """The fault of an unreachable store. Rank 0 hosts it. Without it no messages pass, so each rank decides alone."""
     names = names_of_nodes()
     node = names[0] if names else os.environ["MASTER_ADDR"]
     said = str(error).splitlines()[0]

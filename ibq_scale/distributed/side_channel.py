@@ -37,7 +37,7 @@ class SideChannel:
 
     def __init__(self, world: World) -> None:
         self.world = world
-        # Apart from an earlier attempt in a restarted torchrun's store, and from another job at this port.
+        # Keeps apart an earlier attempt in a restarted torchrun's store, and another job at this port.
         self._prefix = "/".join(["ibq_scale", *attempt(), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")])
         self._store = self._connect()
 
@@ -151,7 +151,7 @@ def _connect(*, is_master: bool, timeout: timedelta, listener: int | None = None
 def within(seconds: float, ask: Callable[[], T | None], what: str) -> T:
     """The answer of `ask`, called in a thread. NoAnswerError if none comes in time.
 
-    The store's client waits forever for a stopped process, so the call needs a thread to abandon.
+    The store's client waits forever for a stopped process. The blocked thread is then abandoned.
     """
     answers: list[T] = []
     errors: list[RuntimeError] = []
