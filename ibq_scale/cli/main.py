@@ -1,4 +1,4 @@
-"""Entry of ``ibq-scale``: parses, launches ranks where a command wants them, turns errors into exit codes.
+"""Entry of ``ibq-scale``: parses arguments, launches ranks for distributed commands, turns errors into exit codes.
 
 Exit codes: 0 done, 1 failed, 2 wrong use or bad input, 69 the object storage did not answer, 70 hung and ended itself,
 71 a node failed its check, 75 stopped by a signal with everything saved (run it again).
@@ -45,21 +45,21 @@ FAMILIES = (
     "completion",
 )
 
-# By the names that they are imported under.
+# By import name.
 OF_TRAINING = {
     "deepspeed", "lpips", "ninja", "packaging", "psutil", "s3fs", "simplejpeg", "torch_fidelity", "torchvision",
     "wandb", "webdataset",
 }  # fmt: skip
 
 
-# What a path that a user gave brings about, whatever the state of the disk behind it.
+# Errors of a path itself, independent of the disk behind it.
 MISTAKEN_PATHS = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR)
 MOST_CHARACTERS = 1000
-"""Of a line of an error."""
+"""Most characters of a line of an error."""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The whole command line. Imports nothing heavy: each command imports what it needs when it runs."""
+    """The whole command line. It imports nothing heavy: each command imports the rest when it runs."""
     parser = argparse.ArgumentParser(
         prog="ibq-scale",
         description="Train image tokenizers with huge codebooks, and autoregressive models on their codes.",
@@ -75,14 +75,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     code = _code(words)
     if argv is None:
-        # The process ends now, and a signal may not replace its exit code by another.
+        # The process ends now. A signal must not replace its exit code.
         ignore()
         _leave(code)
     return code
 
 
 def _leave(code: int) -> NoReturn:
-    """Ends the process as an interpreter does, without the teardown of modules: that takes 1 to 3 CPU s after torch.
+    """Ends the process as an interpreter does, but without the teardown of modules: it takes 1 to 3 CPU s after torch.
 
     Threads are joined, exit handlers run (of W&B, multiprocessing, temporary folders) and output is flushed.
     """
@@ -102,7 +102,7 @@ def _leave(code: int) -> NoReturn:
 
 def _code(words: list[str]) -> int:
     try:
-        # The deepspeed launcher appends --local_rank; the environment already says the same.
+        # The deepspeed launcher appends --local_rank. The environment already has it.
         args = _parse([w for w in words if not w.startswith("--local_rank")])
         return _run(args, words)
     except UserError as e:
@@ -121,24 +121,24 @@ def _code(words: list[str]) -> int:
         full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
         if e.errno is None or (e.filename is None and not full):
             raise
-        # A path that a user gave, or the disk behind it; without a name, that of the output.
+        # A user's path, or the disk behind it. An error without a file name comes from the output.
         _complain(f"{e.filename or 'the output could not be written'}: {e.strerror}")
         return 1 if full else UserError.exit_code
     except RuntimeError as e:
-        # Path.resolve's own, of links that lead to one another.
+        # Raised by Path.resolve for links in a loop.
         if not str(e).startswith("Symlink loop"):
             raise
         _complain(str(e))
         return UserError.exit_code
     except KeyboardInterrupt:
-        # A terminal's Ctrl-C comes again by the launcher.
+        # A terminal's Ctrl-C comes a second time from the launcher.
         ignore()
         _complain("interrupted")
         return 1
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
-    """As argparse does, which takes overrides before a command's options only: here they may stand after them too."""
+    """As argparse, but overrides may also stand after a command's options. argparse takes them only before."""
     parser = build_parser()
     answer_shell(parser)
     args, left = parser.parse_known_args(words)
@@ -156,7 +156,7 @@ def _run(args: argparse.Namespace, words: list[str]) -> int:
     from ibq_scale.distributed.environment import is_launched
     from ibq_scale.distributed.launch import launch
 
-    # A signal while all this is imported waits for who can answer it.
+    # A signal during these imports stays pending until a handler is ready.
     with blocked():
         if is_launched():
             return _run_rank(args)
@@ -166,8 +166,9 @@ def _run(args: argparse.Namespace, words: list[str]) -> int:
 
 
 def _run_rank(args: argparse.Namespace) -> int:
-    """One rank's part. After a failure, threads of an open process group may turn an orderly exit into an abort, with
-    its code and a trace of C++ for last words: so this one is not orderly.
+    """One rank's part. After an unexpected error the rank exits without cleanup.
+
+    Threads of an open process group may turn a normal exit into an abort, with the abort's exit code and a C++ trace.
     """
     from ibq_scale.distributed.failures import leave_or_tell
 
@@ -190,18 +191,18 @@ def _run_rank(args: argparse.Namespace) -> int:
 
 
 def _is_for_training(error: Exception) -> bool:
-    """Whether it is a package that only the extra 'train' brings."""
+    """Whether the error is a missing package of the extra 'train'."""
     return isinstance(error, ModuleNotFoundError) and str(error.name).partition(".")[0] in OF_TRAINING
 
 
 def _complain(message: str) -> None:
-    # Every rank meets the same bad input: one of them says so.
+    # Every rank has the same bad input, so one of them reports it.
     if tells():
         print("\n".join(map(_cut, f"ibq-scale: {message}".splitlines())), file=sys.stderr, flush=True)
 
 
 def _cut(line: str) -> str:
-    """What a line says where it repeats a long value that a user gave, or a file has."""
+    """The line, shortened if it repeats a long value of a user or a file."""
     return line if len(line) <= MOST_CHARACTERS else f"{line[: MOST_CHARACTERS - 200]} … {line[-200:]}"
 
 

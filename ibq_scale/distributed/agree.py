@@ -1,4 +1,4 @@
-"""Small values that all ranks get: what rank 0 found, or what each rank has. Collectives of the process group."""
+"""Small values on all ranks: rank 0's result, or each rank's value. Collectives of the process group."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def by_rank_0(world: World, action: Callable[[], T]) -> T:
-    """What `action` returns on rank 0, or its UserError, on every rank. Values are pickled."""
+    """The result of `action` on rank 0, or its UserError, on every rank. Values are pickled."""
     found: list[Any] = [None]
     if world.is_main:
         try:
@@ -29,7 +29,7 @@ def by_rank_0(world: World, action: Callable[[], T]) -> T:
 
 
 def of_all_ranks(world: World, mine: T) -> list[T]:
-    """Each rank's value, in the order of the ranks, on every rank. Values are pickled."""
+    """Each rank's value, in rank order, on every rank. Values are pickled."""
     gathered: list[Any] = [None] * world.size
     dist.all_gather_object(gathered, mine)
     return gathered

@@ -1,7 +1,7 @@
-"""Joins the process group that torchrun, srun or the deepspeed launcher describes in the environment.
+"""Joins the process group described in the environment by torchrun, srun or the deepspeed launcher.
 
-One rule for all launchers: whatever names a rank is mapped to torch's own variables (RANK, WORLD_SIZE,
-LOCAL_RANK, MASTER_ADDR, MASTER_PORT); a process that nobody launched is rank 0 of 1.
+Every launcher's variables are mapped to torch's own (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT). A process
+without a launcher is rank 0 of 1.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ibq_scale.errors import UserError
 TIMEOUT = timedelta(minutes=30)
 FLIGHT_RECORD_ENTRIES = "2000"
 ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
-# What a launcher would have set.
+# torch's variables for a process without a launcher.
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
 
 
@@ -32,8 +32,8 @@ def is_launched(environ: MutableMapping[str, str] | None = None) -> bool:
 def map_slurm(environ: MutableMapping[str, str]) -> None:
     """Fills torch's variables from srun's. Explicit torch variables win, so torchrun inside srun still joins.
 
-    MASTER_ADDR must come from the sbatch file (the node list's first name): one task cannot know it alone,
-    except when all tasks share one node.
+    MASTER_ADDR must come from the sbatch file (the first name of the node list): a task cannot know it, except when all
+    tasks share one node.
     """
     if "RANK" in environ or "SLURM_PROCID" not in environ or "SLURM_STEP_ID" not in environ:
         return
@@ -42,8 +42,8 @@ def map_slurm(environ: MutableMapping[str, str]) -> None:
     environ["LOCAL_RANK"] = environ["SLURM_LOCALID"]
     if environ.get("SLURM_NNODES", "1") == "1":
         environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    # Jobs on one node must not meet at one port, and an attempt not at one that was taken. The kernel gives ports from
-    # 32768 on to connections.
+    # Jobs on one node need different ports. A restart needs another port, since the first may be taken. The kernel
+    # gives ports from 32768 on to connections.
     job, restart = int(environ.get("SLURM_JOB_ID", "0")), int(environ.get("SLURM_RESTART_COUNT", "0"))
     environ.setdefault("MASTER_PORT", str(10000 + (job + 7919 * restart) % 20000))
 
@@ -51,7 +51,7 @@ def map_slurm(environ: MutableMapping[str, str]) -> None:
 def prepare_allocator(environ: MutableMapping[str, str]) -> None:
     """Sets expandable segments for torch's CUDA allocator, unless the user set it. Call it before the first GPU tensor.
 
-    Freed blocks then serve tensors of other sizes, so that less memory is lost to fragmentation.
+    Freed blocks then hold tensors of other sizes, so fragmentation wastes less memory.
     """
     if not any(name in environ for name in ALLOCATOR_SETTINGS):
         environ[ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
@@ -59,13 +59,14 @@ def prepare_allocator(environ: MutableMapping[str, str]) -> None:
 
 @contextmanager
 def join(run_dir: Path | None = None) -> Iterator[World]:
-    """Initialises torch.distributed (nccl on CUDA, else gloo) and leaves it at the end; a lone process is a world of 1.
+    """Initialises torch.distributed (nccl on CUDA, else gloo) and leaves it at the end. A lone process is a world of 1.
 
-    PortTakenError where another program has the port. NodeFaultError where a rank does not come, or cannot compute
-    (`rendezvous`); `run_dir` then has the names of the nodes.
-    An exception on the way out skips the orderly farewell: the other ranks would wait for this one. After a UserError,
-    which comes of no collective, only the group is closed: with its threads alive, an exit may end in an abort, and the
-    exit code would be that one's.
+    PortTakenError if another program has the port. NodeFaultError if a rank does not come or cannot compute (see
+    `rendezvous`). `run_dir` then holds the names of the nodes.
+
+    An exception skips the barrier and the teardown: both could block, while the other ranks wait for this one. After a
+    UserError, raised by no collective, only the group is destroyed. Its threads may turn an exit into an abort with
+    another exit code.
     """
     import torch
     import torch.distributed as dist
@@ -76,7 +77,8 @@ def join(run_dir: Path | None = None) -> Iterator[World]:
     env = os.environ
     map_slurm(env)
     prepare_allocator(env)
-    # Torch's record of the last collectives, which the watchdog writes where one hangs: not every version has it on.
+    # Torch's record of the last collectives. The watchdog writes it after a hang. It is off by default in some
+    # versions.
     env.setdefault("TORCH_FR_BUFFER_SIZE", env.get("TORCH_NCCL_TRACE_BUFFER_SIZE", FLIGHT_RECORD_ENTRIES))
     alone = "RANK" not in env
     if alone:
@@ -100,6 +102,6 @@ def join(run_dir: Path | None = None) -> Iterator[World]:
         dist.destroy_process_group()
         raise
     finally:
-        # What this process starts later is no rank of this world.
+        # Processes started later are no ranks of this world.
         for name in ALONE if alone else ():
             env.pop(name, None)

@@ -1,4 +1,4 @@
-"""Nodes that failed the check at the start, by the names that a scheduler knows: RUN/failed_nodes.json. No torch."""
+"""RUN/failed_nodes.json: nodes with a failed start-up check, by their names in the scheduler. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FILE = "failed_nodes.json"
 
 
 class NodeFaultError(UserError):
-    """A node is broken, and the run is not: on other nodes the same command goes on."""
+    """A node is broken, and the run is not. The same command goes on with other nodes."""
 
     # EX_OSERR of sysexits.h.
     exit_code = 71
@@ -28,24 +28,24 @@ class NodeFaultError(UserError):
 
 @dataclass(frozen=True)
 class Faults:
-    """Of a job's nodes (`of`: how many it has) those that failed, and why."""
+    """The failed nodes of a job, with the reasons. `of`: the number of the job's nodes."""
 
     nodes: dict[str, str]
     of: int
 
     def record(self, run_dir: Path | None) -> None:
-        """Writes it down for who starts the job again."""
+        """Writes them to `run_dir` for the restart of the job."""
         if run_dir is None:
             return
         found = {"attempt": attempt()} | asdict(self)
-        # The failure itself is being told; that it cannot be written down as well changes nothing.
+        # The failure is reported anyway, so an error of this write changes nothing.
         with suppress(OSError):
             run_dir.mkdir(parents=True, exist_ok=True)
             (run_dir / FILE).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def recorded(run_dir: Path) -> Faults | None:
-    """What this attempt of this job has recorded; None where its nodes passed."""
+    """The faults recorded by this attempt of this job. None if its nodes passed."""
     try:
         found = json.loads((run_dir / FILE).read_text(encoding="utf-8"))
         if found["attempt"] == attempt():
@@ -56,24 +56,24 @@ def recorded(run_dir: Path) -> Faults | None:
 
 
 def attempt() -> list[str]:
-    """Job, and how often Slurm has started it again."""
+    """The job's id and its number of restarts by Slurm."""
     return [os.environ.get("SLURM_JOB_ID", ""), os.environ.get("SLURM_RESTART_COUNT", "0")]
 
 
 def node_name() -> str:
-    """This node's name for its scheduler, or its host name where there is none."""
+    """This node's name in its scheduler, else its host name."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def names_of_nodes() -> list[str]:
-    """All nodes of this job step, the one of rank 0 first; none without Slurm, or under names that cannot be read."""
+    """All nodes of this job step, rank 0's first. Empty without Slurm, or if the list cannot be parsed."""
     return expand(os.environ.get("SLURM_STEP_NODELIST", ""))
 
 
 def expand(listed: str) -> list[str]:
-    """``gpu[01-03,7],login`` → gpu01, gpu02, gpu03, gpu7, login: as Slurm writes lists; ``[]`` for other forms.
+    """``gpu[01-03,7],login`` → gpu01, gpu02, gpu03, gpu7, login: Slurm's form of lists. ``[]`` for other forms.
 
-    Not `scontrol show hostnames`: a container has none.
+    Not `scontrol show hostnames`, since containers lack it.
     """
     names: list[str] = []
     for word in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", listed):

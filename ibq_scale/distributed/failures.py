@@ -1,7 +1,7 @@
-"""Why ranks failed, told once: each leaves its error with whoever started it, who then names the first cause.
+"""Each rank writes its error to a file, and the launcher reports the first cause once.
 
-The first rank to fail ends the others inside their collectives, and their errors are all that a reader would see of a
-thousand ranks. No torch: launchers and batch scripts read what ranks leave.
+The first failure ends the other ranks inside their collectives. Without this module a reader would see only their
+errors, by the thousand. Imports no torch, since launchers and batch scripts read the files.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from pathlib import Path
 from ibq_scale.console import rank, several, tell
 from ibq_scale.errors import UserError
 
-# Names the folder, for ranks whose starter will ask. Others tell of themselves.
+# Environment variable: the folder for the ranks' reports. Without it each rank prints its own error.
 FOLDER = "IBQ_SCALE_FAILURES"
-# Names the file of which torchrun reads why a rank ended.
+# Environment variable: torchrun's file for the error of a rank.
 TORCHRUN = "TORCHELASTIC_ERROR_FILE"
-# Ranks named in a line.
+# Most ranks in a line.
 NAMED = 16
-# What a collective says when another rank has gone, by the error's class or in its words (gloo, NCCL, the store).
+# Marks of an error caused by another rank's end, in its class or message (gloo, NCCL, the store).
 OF_OTHERS = (
     "DistBackendError", "DistNetworkError", "DistStoreError", "NoAnswerError", "gloo/transport", "Broken pipe",
     "Connection closed by peer", "Connection reset by peer", "NCCL communicator was aborted", "ncclRemoteError",
@@ -37,8 +37,10 @@ OF_OTHERS = (
 
 @dataclass(frozen=True)
 class Failure:
-    """How one rank `of` so many ended. `time`: seconds since the epoch, by its node's clock; `trace`: empty for a
-    user's mistake; `follows`: another rank's end will have caused it.
+    """The end of one rank out of `of`.
+
+    `time`: seconds since the epoch, by its node's clock. `code`: its exit code. `said`: the error in one line. `trace`:
+    the traceback, empty for a user's mistake. `follows`: probably caused by another rank's end.
     """
 
     rank: int
@@ -52,19 +54,20 @@ class Failure:
 
 
 def leave_or_tell(error: Exception, code: int) -> None:
-    """Whoever started the ranks may gather what they say. Else each tells of itself."""
+    """Writes the error for the launcher if it gathers errors, else prints it."""
     if not leave(error, code):
         tell_alone(error)
 
 
 def leave(error: Exception, code: int) -> bool:
-    """Leaves what ended this rank where its starter looks. False where nobody does, or nothing can be written there:
-    a folder that is not there may be one that this rank's container does not see, and is not made.
+    """Writes this rank's error to the launcher's folder. False without a folder, or if the write fails.
+
+    A missing folder is not made: it may be one of the host, invisible in this rank's container.
     """
     if (folder := asked()) is None or not folder.is_dir():
         return False
     trace = "" if isinstance(error, UserError) else "".join(traceback.format_exception(error)).rstrip()
-    # Under srun torch's own name is there from the joining on.
+    # Under srun WORLD_SIZE is set only by `environment.join`.
     of = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS", "1"))
     failure = Failure(rank(), of, socket.gethostname(), time.time(), code, describe(error), trace, _follows(error))
     path = folder / f"rank-{failure.rank:05d}.json"
@@ -78,25 +81,27 @@ def leave(error: Exception, code: int) -> bool:
 
 
 def tell_alone(error: Exception) -> None:
-    """Tells what ended this rank, where nobody gathers what ranks say. torchrun reads the first cause from a file that
-    it names, and has it in its last words.
+    """Prints this rank's error, for a launcher that gathers none.
+
+    Under torchrun the error also goes to the rank's error file. torchrun prints the first cause at its end.
     """
     if torchrun := os.environ.get(TORCHRUN):
         _leave_with_torchrun(Path(torchrun), error)
     if isinstance(error, UserError):
-        # Mostly of all ranks: where torchrun tells of one that is not rank 0, once is enough.
+        # Mostly all ranks have the same one. Under torchrun rank 0 prints it, and torchrun reports another rank's.
         if rank() == 0 or not torchrun:
             tell(f"ibq-scale: {f'rank {rank()}: ' * (rank() > 0)}{error}")
         return
-    # A note says where the traceback is.
+    # A note has the path of the traceback.
     if not getattr(error, "__notes__", []):
         traceback.print_exception(error)
     tell(f"ibq-scale: rank {rank()}: {describe(error)}")
 
 
 def _leave_with_torchrun(path: Path, error: Exception) -> None:
-    """As torch.distributed.elastic.multiprocessing.errors records an exception; the earliest of all ranks is the root
-    cause, so what follows from another's end says nothing.
+    """Writes the record of torch.distributed.elastic.multiprocessing.errors.
+
+    torchrun takes the earliest of all ranks as the root cause, so errors caused by another rank's end are not written.
     """
     if _follows(error):
         return
@@ -112,7 +117,7 @@ def _follows(error: Exception) -> bool:
 
 
 def describe(error: Exception) -> str:
-    """One line: the message of a user's mistake, else class, message, and notes on it."""
+    """One line: the message of a user's mistake, else class, message and notes."""
     if isinstance(error, UserError):
         return str(error)
     words = " ".join([" ".join(str(error).split()), *getattr(error, "__notes__", [])])
@@ -120,14 +125,15 @@ def describe(error: Exception) -> str:
 
 
 def asked() -> Path | None:
-    """Where the ranks of this job step leave what they have to say, if anybody is to gather it."""
+    """The folder for the reports of this job step's ranks, if the launcher gathers them."""
     folder = os.environ.get(FOLDER)
     return Path(folder) if folder else None
 
 
 def collect(folder: Path) -> list[Failure]:
-    """All that ranks have left, the first cause first: what follows from another's end comes last, whatever the nodes'
-    clocks say.
+    """All reports of the ranks, the first cause first.
+
+    Errors caused by another rank's end come last, regardless of the nodes' clocks.
     """
     found = []
     for path in sorted(folder.glob("rank-*.json")):
@@ -137,10 +143,10 @@ def collect(folder: Path) -> list[Failure]:
 
 
 def explain(failures: Sequence[Failure], killed: Mapping[int, int]) -> str:
-    """One message on `failures` (as `collect` sorts them) and on ranks that a signal killed (signal by rank).
+    """One message on `failures` (sorted as by `collect`) and on ranks killed by a signal (signal by rank).
 
-    A user's mistake is said as it is. Else: the first cause's traceback, a line for each kind of what came after it,
-    and last, where one looks first, the first cause. Empty where there is nothing to tell.
+    A user's mistake is printed as it is. Otherwise the message has the first cause's traceback, a line for each kind of
+    later error, and last, where a reader looks first, the first cause. Empty if there is nothing to report.
     """
     mistakes = dict.fromkeys(f.said for f in failures if not f.trace)
     if mistakes:
@@ -159,8 +165,9 @@ def explain(failures: Sequence[Failure], killed: Mapping[int, int]) -> str:
 
 
 def tell_of_job_step() -> int | None:
-    """Tells what the ranks of this job's step have left, once, and clears it away; the exit code of the first cause,
-    None where no rank has named one.
+    """Prints the reports of this job step's ranks once, and removes them.
+
+    Returns the exit code of the first cause, None if no rank reported one.
     """
     if (folder := asked()) is None or not folder.is_dir():
         return None
@@ -190,7 +197,7 @@ def _signal(signum: int) -> str:
 
 
 def _place(failure: Failure) -> str:
-    """Where in our own code it was."""
+    """The error's last place in this package."""
     ours = [
         line.strip() for line in failure.trace.splitlines() if "ibq_scale" in line and line.strip().startswith("File")
     ]

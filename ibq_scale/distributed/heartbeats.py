@@ -1,4 +1,4 @@
-"""Every rank's word on where it is, beside the collectives; and from all words, who is missing when one hangs."""
+"""Each rank publishes its position outside of the collectives. After a hang the positions show the missing ranks."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 from ibq_scale.console import several
 from ibq_scale.distributed.side_channel import SideChannel, within
 
-# Ranks named in a line.
+# Most ranks in a line.
 NAMED = 16
-# All ranks ask the store at once, for one small answer each.
+# For one small answer of the store. All ranks ask at once.
 ANSWER_SECONDS = 10.0
 
 log = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank is: the last `step` that ended, the `phase` since, the collective that it is in."""
+    """A rank's position: its last finished `step`, the `phase` since, and the collective in progress."""
 
     step: int
     phase: str
@@ -31,7 +31,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Missing:
-    """Ranks that others wait for, and why it is they: one line. `silent`: their processes say nothing, either."""
+    """Ranks that the others wait for, with the reason in one line. `silent`: their heartbeats have stopped."""
 
     ranks: list[int]
     why: str
@@ -39,7 +39,7 @@ class Missing:
 
 
 class Heartbeats:
-    """Publishes `where()` every `interval` seconds, from a thread of its own."""
+    """Publishes `where()` every `interval` seconds, from its own thread."""
 
     def __init__(self, channel: SideChannel, interval: float, where: Callable[[], Place]) -> None:
         self.interval = interval
@@ -63,22 +63,22 @@ class Heartbeats:
                 return
 
     def close(self) -> None:
-        """Ends the heartbeats. A thread that the store holds up is left behind."""
+        """Ends the heartbeats. A thread blocked by the store is abandoned."""
         self._closed.set()
         self._thread.join(1.0)
 
 
 def find_missing(channel: SideChannel, hosts: Sequence[str], interval: float) -> Missing:
-    """Who did not arrive, the same for all ranks that ask. The first one reads all heartbeats, twice; the others wait.
+    """The missing ranks, the same for every rank that asks. Takes about three intervals. Call `leave` afterwards.
 
-    Takes some three intervals. Afterwards call `leave`.
+    The first rank to ask reads all heartbeats twice. The others wait for its answer.
     """
     patience = 3 * interval + 10.0
     try:
         channel = within(ANSWER_SECONDS, channel.another, "the ranks' meeting point")
         first = within(ANSWER_SECONDS, lambda: channel.count("hang/asked"), "the heartbeats")
         if first == 1:
-            # Clocks of nodes differ: whether a heart beats is told by two looks, not by the time that it names.
+            # Two reads show whether a rank is alive. A timestamp does not, since the nodes' clocks differ.
             before = within(patience, lambda: channel.of_each_rank("heartbeat"), "the heartbeats")
             time.sleep(2 * interval)
             after = within(patience, lambda: channel.of_each_rank("heartbeat"), "the heartbeats")
@@ -91,7 +91,7 @@ def find_missing(channel: SideChannel, hosts: Sequence[str], interval: float) ->
 
 
 def leave(channel: SideChannel, missing: Missing, seconds: float) -> None:
-    """Returns when all ranks but the silent ones called it: the first to exit may end the others, and their words."""
+    """Waits until all ranks except silent ones call it: the first exit may end other ranks before they print."""
 
     def all_left() -> bool:
         own = channel.another()
@@ -108,8 +108,9 @@ def leave(channel: SideChannel, missing: Missing, seconds: float) -> None:
 def judge(
     before: Sequence[dict[str, Any] | None], after: Sequence[dict[str, Any] | None], hosts: Sequence[str]
 ) -> Missing:
-    """Who is missing by two looks at the heartbeats: the silent; else those a step behind; else those outside of the
-    collective that the others wait in.
+    """The missing ranks by two reads of the heartbeats.
+
+    These are the silent ranks, else those a step behind, else those outside of the others' collective.
     """
     silent = [r for r, (b, a) in enumerate(zip(before, after, strict=True)) if a is None or a == b]
     if silent:

@@ -1,7 +1,7 @@
-"""Starts one process a rank on this node and waits for them, when no other launcher did.
+"""Starts one process per rank on this node and waits for them, if no other launcher did.
 
-Not torchrun: its agent turns every child's exit code into 1, ends children 30 seconds after a signal whatever they
-are saving, and drops SIGUSR1. Here signals reach every rank, codes come back as they are, and importing stays light.
+Not torchrun: its agent turns every child's exit code into 1, ends children 30 seconds after a signal even during a
+save, and drops SIGUSR1. Here signals reach every rank, exit codes are kept, and the import is light.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from ibq_scale.distributed.signals import blocked, unblock
 from ibq_scale.errors import UserError
 
 # SIGINT too, since a supervisor or an IDE sends it to this process alone. From a terminal it reaches a rank twice,
-# which changes nothing.
+# without harm.
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-# Ranks that outlive a failed one wait for it inside a collective: they get this long to end by themselves.
+# Time for the other ranks to end by themselves after a failure. They wait for the failed rank in a collective.
 GRACE_SECONDS = 20.0
 
 
 def default_ranks() -> int:
-    """One rank a visible GPU, else one."""
+    """One rank per visible GPU, else one."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return max(1, len([d for d in visible.split(",") if d.strip()]))
@@ -56,9 +56,8 @@ def default_ranks() -> int:
 def launch(words: Sequence[str], ranks: int | None) -> int:
     """Runs ``ibq-scale WORDS`` on `ranks` processes of this node.
 
-    Returns 0 when all ranks did, else the exit code of the first that failed (128 + n for a signal n). The first
-    failure ends the others; what all of them had to say is told as one message. SIGTERM, SIGUSR1 and SIGINT are passed
-    on to every rank.
+    Returns 0 if all ranks did, else the exit code of the first failed rank (128 + n for a signal n). The first failure
+    ends the other ranks, and one message reports all errors. SIGTERM, SIGUSR1 and SIGINT are passed on to every rank.
     """
     count = default_ranks() if ranks is None else ranks
     if count < 1:
@@ -71,7 +70,7 @@ def launch(words: Sequence[str], ranks: int | None) -> int:
             if child.poll() is None:
                 child.send_signal(signum)
 
-    # Ranks start with signals held back too, until they can answer them.
+    # The ranks inherit the blocked signals, until they have handlers.
     with blocked():
         before = {s: signal.signal(s, forward) for s in FORWARDED}
         try:
@@ -89,11 +88,11 @@ def launch(words: Sequence[str], ranks: int | None) -> int:
 def _start(words: Sequence[str], count: int, failures: Path) -> list[subprocess.Popen[bytes]]:
     shared = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
     shared[FOLDER] = str(failures)
-    # Several ranks with a thread a core each slow one another down; a user's own setting wins.
+    # Ranks with a thread per core each slow one another down. The user's setting wins.
     threads = max(1, len(os.sched_getaffinity(0)) // count)
     shared["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
     command = [sys.executable, "-m", "ibq_scale", *words]
-    # Rank 0 gets the listening socket itself: a port that is only noted may be another program's when the rank is up.
+    # Rank 0 inherits the listening socket. Another program could take a port that is only reserved by number.
     with socket.create_server(("127.0.0.1", 0)) as listener:
         shared |= {"MASTER_PORT": str(listener.getsockname()[1]), LISTENER: str(listener.fileno())}
         return [
@@ -108,10 +107,10 @@ def _start(words: Sequence[str], count: int, failures: Path) -> list[subprocess.
 
 
 def _die_with_parent(parent: int) -> None:
-    """A rank whose launcher was killed must not train on beside its successor."""
+    """Kills the rank with its launcher. It must not train beside its successor."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    # No signal tells of a launcher that was killed before this.
+    # A launcher killed before the prctl sends no signal.
     if os.getppid() != parent:
         os._exit(1)
 
@@ -128,7 +127,7 @@ def _wait(children: list[subprocess.Popen[bytes]], failures: Path) -> int:
 
 
 def _explain(codes: Sequence[int | None], failures: Path) -> int:
-    """Tells why ranks failed, and returns the code of the first cause. `codes`: before any rank was ended from here."""
+    """Reports the ranks' errors and returns the first cause's code. `codes`: before this process ended any rank."""
     left = collect(failures)
     killed = {rank: -code for rank, code in enumerate(codes) if code is not None and code < 0}
     if said := explain(left, killed):

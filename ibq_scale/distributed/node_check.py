@@ -1,4 +1,4 @@
-"""What every rank looks at before it trains, so that a bad node is named instead of hanging all the others."""
+"""Start-up checks on every rank. They name a bad node before it hangs all others."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from ibq_scale.distributed.side_channel import NoAnswerError, SideChannel, withi
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 
-# A file system of a cluster may show a new file to other nodes some seconds late.
+# A cluster's file system may show a new file to other nodes some seconds late.
 VISIBLE_SECONDS = 10.0
 ANSWER_SECONDS = 60.0
-# For one small answer; a store repeats what fails for longer than the others would wait here.
+# For one small answer. The store's own retries last longer than the other ranks wait here.
 STORE_SECONDS = 30.0
 LEAVE_SECONDS = 10.0
 SKEW_SECONDS = 60.0
@@ -31,14 +31,13 @@ LEAST_FREE_BYTES = 256 * 2**20
 def check_nodes(
     world: World, channel: SideChannel, run_dir: Path, cache_dir: Path | None, ask_store: Callable[[], object]
 ) -> list[str]:
-    """Checks this rank's disk, clock and view of `run_dir`, and whether its node reaches the data (`ask_store` returns
-    or raises); all ranks call it. Returns each rank's host name.
+    """Checks this rank's disk, clock, view of `run_dir` and access to the data. All ranks call it.
 
-    NodeFaultError, the same on all ranks, that names host and rank of each that failed, and what did; rank 0 writes the
-    names of the nodes into `run_dir`. UserError where that is full. A store that no node reaches is no node's fault:
-    whoever opens the data will say so.
+    `ask_store` returns or raises. Returns each rank's host name. NodeFaultError, the same on all ranks, has host, rank
+    and fault of each failed rank. Rank 0 writes the names of the nodes into `run_dir`. UserError if `run_dir` is full.
+    A store out of reach of all nodes is no node's fault: the opening of the data reports it.
     """
-    # First: who does not come any further must be known by name.
+    # First, so the host of a rank that stops later is known.
     channel.put(f"node_check/node/{world.rank}", [socket.gethostname(), node_name()])
     token = run_dir / f".shared-{secrets.token_hex(8)}"
     if world.is_main:
@@ -50,16 +49,16 @@ def check_nodes(
         if full:
             raise UserError(full)
         faults = [*_disk_faults(cache_dir), *_shared_faults(run_dir, name)]
-        # One rank a node: a thousand at once are more than a store likes.
+        # One rank per node, since a thousand requests at once overload a store.
         store = _store_fault(ask_store) if world.local_rank == 0 else ""
-        # Rank 0 says what time it is when all have come, and each reads it within a moment.
+        # Rank 0 publishes its time after all ranks have come, and each rank reads it at once.
         of_main = channel.gather("node_check/time", True, lambda _: _now(), ANSWER_SECONDS)
         mine = {"faults": faults, "store": store, "skew": _now() - of_main}
 
         def decide(found: list[dict[str, Any] | None]) -> dict[str, Any]:
             verdict = _judge(found, channel.of_each_rank("node_check/node"))
             if verdict["faults"]:
-                # Before the others hear of it: whoever ends first ends all.
+                # Before the other ranks get the answer: the first exit ends all ranks.
                 Faults(verdict["nodes"], verdict["of"]).record(run_dir)
             return verdict
 
@@ -81,7 +80,7 @@ def _now() -> float:
 
 
 def _judge(ranks: list[dict[str, Any] | None], places: list[list[str] | None]) -> dict[str, Any]:
-    """`places`: host name, and name of the node, of each rank; None for one that did not even say that."""
+    """`places`: host name and node name of each rank, None for a rank without a report."""
     faults: list[str] = []
     nodes: dict[str, str] = {}
     of = {place[1] for place in places if place}
@@ -108,7 +107,7 @@ def _judge(ranks: list[dict[str, Any] | None], places: list[list[str] | None]) -
 
 
 def _full(run_dir: Path) -> str:
-    """It is the same for all nodes, so none is to blame."""
+    """The fault of a full run directory. It is the same on all nodes, so no node is at fault."""
     free = shutil.disk_usage(run_dir).free
     if free >= LEAST_FREE_BYTES:
         return ""
@@ -131,7 +130,7 @@ def _shared_faults(run_dir: Path, name: str) -> list[str]:
     while not (run_dir / name).is_file():
         if time.monotonic() > deadline:
             return [f"{run_dir} is another folder there than on rank 0's node: out=… must be on a shared file system"]
-        # Listing makes clients of network file systems ask the server again.
+        # A listing makes clients of network file systems ask the server again.
         next(run_dir.iterdir(), None) if run_dir.is_dir() else None
         time.sleep(0.1)
     try:
@@ -147,7 +146,7 @@ def _write_byte(folder: Path) -> None:
 
 
 def _store_fault(ask_store: Callable[[], object]) -> str:
-    """What keeps this node from the data; nothing where it answers."""
+    """The error between this node and the data. Empty if the store answers."""
 
     def ask() -> str:
         try:

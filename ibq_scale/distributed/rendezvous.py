@@ -1,7 +1,7 @@
-"""How ranks meet: each says that it is there and on what, before a collective waits for one that does not come.
+"""Rendezvous: every rank reports its host and GPU before the first collective.
 
-All of it through torch's key-value store. A rank that is missing, a GPU that is broken, taken or counted twice, and a
-first all-reduce that does not end are named by node, and written down for who starts the job again.
+All messages go through torch's key-value store. A missing rank, a GPU that is broken, occupied or used twice, and a
+hanging first all-reduce are reported by node, and recorded for the restart of the job.
 """
 
 from __future__ import annotations
@@ -31,22 +31,24 @@ from ibq_scale.errors import UserError
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import TCPStore
 
-# Imports from a slow disk, by a thousand ranks at once, take minutes.
+# Imports from a slow disk by a thousand ranks take minutes.
 RENDEZVOUS_SECONDS = 600.0
-# NCCL joins a thousand GPUs in less.
+# NCCL connects a thousand GPUs in less time.
 ALL_REDUCE_SECONDS = 180.0
 BEAT_SECONDS = 5.0
 LEAVE_SECONDS = 10.0
 LEAST_HOST_BYTES = 1 << 30
-# Of the share of memory that the ranks' GPUs usually have free at the start.
+# Of the ranks' median share of free GPU memory at the start.
 LEAST_SHARE = 0.9
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """What a rank says when it comes. `ranks`: those of its node, as far as its launcher tells; `asked`: GPUs a node
-    that Slurm gave; `gpu`: the UUID of its own, None on a CPU; `free`: the share of its memory that is; `faults`: ends
-    of a sentence.
+    """A rank's report.
+
+    `ranks`: the ranks of its node, as far as its launcher tells. `asked`: the number of GPUs given by Slurm on its
+    node. `gpu`: the UUID of its GPU, None on a CPU. `free`: the free share of the GPU's memory. `faults`: ends of a
+    sentence.
     """
 
     host: str
@@ -60,8 +62,10 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What rank 0 found for all. `hosts`, `nodes`: of each rank (``?``, None: it did not come), `of`: how many nodes
-    there are; `faults`: a line each, and `failed`: one for each node; `misuse`: what no other node would mend.
+    """Rank 0's result for all ranks.
+
+    `hosts`, `nodes`: by rank, ``?`` and None for a missing rank. `of`: the number of nodes. `faults`: a line per failed
+    rank. `failed`: a line per failed node. `misuse`: a user's mistake, the same on any nodes.
     """
 
     hosts: list[str]
@@ -74,13 +78,13 @@ class Verdict:
 
 @contextmanager
 def together(world: World, run_dir: Path | None) -> Iterator[None]:
-    """Meets the other ranks, then lets the process group be made, inside, and tries it.
+    """Runs the rendezvous, lets the body make the process group, and tests the group with an all-reduce.
 
-    NodeFaultError, the same on all ranks, where a rank does not come or its node is at fault; `run_dir` then has the
-    names. A process group that is not there, or whose all-reduce has not ended, after `ALL_REDUCE_SECONDS` ends this
-    process with the same exit code.
+    NodeFaultError, the same on all ranks, if a rank does not come or its node is at fault. `run_dir` then holds the
+    names. If the group or its all-reduce is not done after `ALL_REDUCE_SECONDS`, this process ends with the same exit
+    code.
     """
-    # The process group's own is the same one, so this one need not stay longer.
+    # The process group uses the same store, so this reference may go then.
     _store, channel, verdict = _meet(world, run_dir)
     with _in_time(world, channel, verdict, run_dir):
         yield
@@ -109,7 +113,7 @@ def _meet(world: World, run_dir: Path | None) -> tuple[TCPStore, SideChannel, Ve
 
 
 def _lost(world: World, run_dir: Path | None, error: RuntimeError) -> NodeFaultError:
-    """Rank 0 keeps the store: without it nobody hears from anybody, and each rank has to judge alone."""
+    """The fault of an unreachable store. Rank 0 hosts it. Without it no messages pass, so each rank decides alone."""
     names = names_of_nodes()
     node = names[0] if names else os.environ["MASTER_ADDR"]
     said = str(error).splitlines()[0]
@@ -117,7 +121,7 @@ def _lost(world: World, run_dir: Path | None, error: RuntimeError) -> NodeFaultE
         fault = f"the ranks cannot meet at {os.environ['MASTER_ADDR']}, port {os.environ['MASTER_PORT']} ({said})"
     else:
         fault = f"rank 0 on {node} does not answer, where the ranks meet ({said})"
-    # Rank 0, or the first that is not on its node, if there is any.
+    # Rank 0 records the fault. So does the first rank of the second node, or rank 1 without a known second node.
     second = (world.local_rank == 0 and node_name() == names[1]) if len(names) > 1 else world.rank == 1
     if world.is_main or second:
         Faults({node: fault} if names else {}, len(names)).record(run_dir)
@@ -127,7 +131,7 @@ def _lost(world: World, run_dir: Path | None, error: RuntimeError) -> NodeFaultE
 
 
 def look(world: World) -> Arrival:
-    """What this rank has to say; nothing here can hang but its device."""
+    """This rank's report. Only the device can hang here."""
     faults: list[str] = []
     gpu = free = None
     if world.device.type == "cuda":
@@ -149,10 +153,10 @@ def look(world: World) -> Arrival:
 
 
 def device_faults(device: torch.device) -> list[str]:
-    """What is wrong with it, as ends of a sentence; nothing where it multiplies as it should."""
+    """Faults of the device, as ends of a sentence. Empty if it multiplies correctly."""
     try:
         a_NN = torch.arange(64.0, device=device).repeat(64, 1)
-        # Every entry of 1·a is the sum of a column; whole numbers of this size are exact in any precision of products.
+        # Every entry of 1·a is the sum of a column. Integers of this size are exact in any precision of products.
         found = torch.ones(64, 64, device=device) @ a_NN
         wrong = not torch.equal(found, 64 * a_NN)
     except (RuntimeError, AssertionError) as e:
@@ -168,7 +172,7 @@ def _ranks_here(world: World) -> tuple[int, ...]:
 
 
 def _host_memory() -> int:
-    """Bytes that programs may still have without swapping."""
+    """Bytes available to programs without swapping."""
     found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="utf-8"), re.MULTILINE)
     return int(found[1]) << 10 if found else LEAST_HOST_BYTES
 
@@ -177,15 +181,15 @@ def _decide(found: Sequence[dict[str, Any] | None], run_dir: Path | None) -> Ver
     arrivals = [None if a is None else Arrival(**a | {"ranks": tuple(a["ranks"])}) for a in found]
     verdict = judge(arrivals, names_of_nodes())
     if verdict.faults and not verdict.misuse:
-        # Before the others hear of it: whoever ends first ends all.
+        # Before the other ranks get the answer: the first exit ends all ranks.
         Faults(verdict.failed, verdict.of).record(run_dir)
     return verdict
 
 
 def judge(arrivals: Sequence[Arrival | None], names: Sequence[str]) -> Verdict:
-    """`arrivals`: of each rank, None for one that did not come; `names`: of the job's nodes, where that is known."""
+    """`arrivals`: by rank, None for a missing rank. `names`: the job's nodes, if known."""
     came = {rank: a for rank, a in enumerate(arrivals) if a is not None}
-    # Whoever came tells of its neighbours too.
+    # A report also gives the place of the rank's neighbours.
     places = {rank: a for a in came.values() for rank in a.ranks} | came
     seen = {a.node for a in came.values()}
     silent = [name for name in names if name not in seen]
@@ -214,7 +218,10 @@ def judge(arrivals: Sequence[Arrival | None], names: Sequence[str]) -> Verdict:
 
 
 def _sharing(came: dict[int, Arrival]) -> tuple[dict[int, list[str]], str]:
-    """Faults of ranks that have a GPU of another rank of their node; or, where so many were never asked for, misuse."""
+    """Faults of ranks on a GPU of another rank of their node.
+
+    Misuse instead, if the job asked for fewer GPUs than ranks, or Slurm gives no number.
+    """
     faults: dict[int, list[str]] = {}
     owners: dict[tuple[str, str], int] = {}
     for rank, a in came.items():
@@ -233,7 +240,7 @@ def _sharing(came: dict[int, Arrival]) -> tuple[dict[int, list[str]], str]:
 
 @contextmanager
 def _in_time(world: World, channel: SideChannel, verdict: Verdict, run_dir: Path | None) -> Iterator[None]:
-    """Ends this process where the inside is not over in time, and says who is missing."""
+    """Ends this process if the body takes too long, and reports the missing ranks."""
     if world.size == 1:
         yield
         return
@@ -260,10 +267,10 @@ def _give_up(world: World, channel: SideChannel, verdict: Verdict, run_dir: Path
     if world.rank == teller:
         failed = {str(verdict.nodes[rank]): missing.why for rank in missing.ranks}
         Faults(failed, verdict.of).record(run_dir)
-        # Where all are there, it is what joins them.
+        # If no rank is missing, the network is the suspect.
         todo = "" if failed else ": the network between them? NCCL_DEBUG=INFO tells more"
         tell(f"ibq-scale: a first all-reduce has not ended in {ALL_REDUCE_SECONDS:.0f} s. {missing.why}{todo}")
-    # Who is not done by then has had its time.
+    # Ranks later than this are ignored.
     with suppress(NoAnswerError):
         leave(channel, missing, LEAVE_SECONDS)
     os._exit(NodeFaultError.exit_code)

@@ -1,7 +1,8 @@
-"""Words between ranks that no collective can block: through torch's key-value store, on a connection of its own.
+"""Messages between ranks through torch's key-value store, on a separate connection. No collective blocks them.
 
-The store of the rendezvous (rank 0's process, or torchrun's agent) and not files: a thousand ranks cost it some tens of
-small messages a second, a shared file system as many metadata operations, and it is the first thing to hang.
+The store is the rendezvous's, in rank 0's process or torchrun's agent. A thousand ranks cost it some tens of small
+messages a second. Files would cost a shared file system as many metadata operations, and the file system is the first
+part to hang.
 """
 
 from __future__ import annotations
@@ -24,51 +25,51 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 POLL_SECONDS = 0.1
 LISTENER = "IBQ_SCALE_LISTENER"
-"""Rank 0's file descriptor of the socket that already listens at MASTER_PORT, where its launcher made one."""
+"""Environment variable: rank 0's file descriptor of a listening socket at MASTER_PORT, if its launcher made one."""
 
 
 class NoAnswerError(RuntimeError):
-    """The store, or whoever should have written to it, did not answer in time."""
+    """The store, or the expected writer, did not answer in time."""
 
 
 class SideChannel:
-    """Small JSON values under names, where `open_store` has been called before."""
+    """Small JSON values by name. `open_store` comes first."""
 
     def __init__(self, world: World) -> None:
         self.world = world
-        # Not the words of an earlier attempt, whose store a restarted torchrun keeps, nor of another job at this port.
+        # Keeps apart an earlier attempt in a restarted torchrun's store, and another job at this port.
         self._prefix = "/".join(["ibq_scale", *attempt(), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")])
         self._store = self._connect()
 
     def another(self) -> SideChannel:
-        """A second connection: one blocked by a stopped store would hold up its other users."""
+        """A second connection. A stopped store blocks all users of one connection."""
         return SideChannel(self.world)
 
     def put(self, name: str, value: Any) -> None:
-        """Writes; does not wait for an answer."""
+        """Writes without waiting for an answer."""
         self._store.set(self._key(name), json.dumps(value))
 
     def get(self, name: str) -> Any:
-        """What stands under `name`, None where nothing does. May block while the store's process is stopped."""
+        """The value of `name`, None if there is none. May block while the store's process is stopped."""
         key = self._key(name)
         return json.loads(self._store.get(key)) if self._store.check([key]) else None
 
     def count(self, name: str, more: int = 1) -> int:
-        """Adds to a counter and returns it; the first to count sees `more`. May block as `get`."""
+        """Adds to a counter and returns it. The first call returns `more`. May block as `get`."""
         return int(self._store.add(self._key(name), more))
 
     def wait(self, name: str, seconds: float) -> Any:
-        """What stands under `name` as soon as something does. NoAnswerError after `seconds`."""
+        """The value of `name` as soon as there is one. NoAnswerError after `seconds`."""
         return within(seconds, lambda: self._poll(name, seconds), name)
 
     def of_each_rank(self, name: str) -> list[Any]:
-        """``NAME/RANK`` of all ranks, None for those that wrote nothing. Two trips each, so for one rank to ask."""
+        """``NAME/RANK`` of all ranks, None without a value. Two round trips per rank, so for a single caller."""
         return [self.get(f"{name}/{rank}") for rank in range(self.world.size)]
 
     def gather(self, name: str, value: Any, decide: Callable[[list[Any]], Any], seconds: float) -> Any:
-        """`decide` on rank 0 over everyone's `value` (None for a rank that did not come), its answer on all.
+        """`decide` on rank 0 over all ranks' `value` (None for a missing rank). Every rank gets its answer.
 
-        Not a collective of the process group: it works where a device does not. NoAnswerError where rank 0 is silent.
+        Not a collective of the process group, so it works with a broken device. NoAnswerError if rank 0 is silent.
         """
         self.put(f"{name}/{self.world.rank}", value)
         if self.world.is_main:
@@ -83,8 +84,9 @@ class SideChannel:
         return answer
 
     def all_have_read(self, name: str, ranks: int, seconds: float) -> None:
-        """Returns when so many ranks have the answer of `gather`, or the time is over: before rank 0, which may keep
-        the store, ends after bad news.
+        """On rank 0: waits at most `seconds` until `ranks` ranks have the answer of `gather`.
+
+        Rank 0 may host the store, so after bad news it must not end first.
         """
         deadline = time.monotonic() + seconds
         while self.world.is_main and self.count(f"{name}/read", 0) < ranks and time.monotonic() < deadline:
@@ -104,10 +106,10 @@ class SideChannel:
 
 
 def open_store(world: World, timeout: timedelta) -> TCPStore:
-    """The store at the ranks' meeting point: rank 0 keeps it, unless torchrun's agent does; the others wait for it.
+    """The rendezvous store. Rank 0 hosts it, unless torchrun's agent does. The other ranks wait for it.
 
-    It ends with what this returns. RuntimeError where nobody keeps it within `timeout`. PortTakenError on the rank that
-    is to keep it. A rank alone meets nobody, so it takes any port and writes it to MASTER_PORT.
+    It ends with the returned object. RuntimeError if no store answers within `timeout`. PortTakenError on the hosting
+    rank if another program has the port. A single rank takes any port and writes it to MASTER_PORT.
     """
     from torch.distributed import DistNetworkError
 
@@ -134,7 +136,7 @@ def _connect(*, is_master: bool, timeout: timedelta, listener: int | None = None
     from torch._C._distributed_c10d import TCPStore
 
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    # Of several tenants: the process group's own store is the same one.
+    # Multi-tenant, since the process group uses the same store.
     return TCPStore(
         host,
         port,
@@ -147,9 +149,9 @@ def _connect(*, is_master: bool, timeout: timedelta, listener: int | None = None
 
 
 def within(seconds: float, ask: Callable[[], T | None], what: str) -> T:
-    """The answer of `ask`, called in a thread. NoAnswerError where none comes in time.
+    """The answer of `ask`, called in a thread. NoAnswerError if none comes in time.
 
-    The store's client waits without end for a stopped process, so its caller must be one that can be left behind.
+    The store's client waits forever for a stopped process. The blocked thread is then abandoned.
     """
     answers: list[T] = []
     errors: list[RuntimeError] = []

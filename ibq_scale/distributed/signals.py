@@ -1,4 +1,4 @@
-"""The signals that ask a run to save and leave, held back until there is somebody to hear them."""
+"""The signals that ask a run to save and exit. They are blocked until a handler is ready."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Slurm's at preemption and cancellation, Slurm's before the time limit, Ctrl-C.
+# Slurm's preemption and cancellation, Slurm's notice before the time limit, Ctrl-C.
 ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 @contextmanager
 def blocked() -> Iterator[None]:
-    """Keeps these signals pending, here and in processes that are started meanwhile, until `unblock`.
+    """Keeps these signals pending, here and in processes started meanwhile, until `unblock`.
 
-    One that is pending at the end came too late to change anything, and is dropped.
+    A signal still pending at the end is dropped, since it came too late to change anything.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ASKING)
     try:
@@ -27,11 +27,11 @@ def blocked() -> Iterator[None]:
 
 
 def unblock() -> None:
-    """What was held back comes now."""
+    """Delivers the pending signals."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
 
 
 def ignore() -> None:
-    """For a process that only has to end: its exit code is known."""
+    """Ignores these signals, for an ending process with a known exit code."""
     for signum in ASKING:
         signal.signal(signum, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""How long collectives wait. The watchdog names who is missing, so that no collective may give up before it."""
+"""Timeouts of collectives. The watchdog names the missing ranks, so no collective may time out before it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch.distributed import distributed_c10d as c10d
 
 
 def set_timeouts(timeout: timedelta) -> None:
-    """Of every process group that this rank has by now.
+    """Sets the timeout of every process group of this rank so far.
 
-    DeepSpeed makes groups of its own, without a timeout: NCCL's default of ten minutes would end them.
+    DeepSpeed makes its own groups without a timeout. NCCL's default of ten minutes would end them.
     """
-    # Older releases have it under another name.
+    # Older releases of torch have it under a private name.
     set_one = getattr(dist, "set_timeout", None) or c10d._set_pg_timeout
     for group in list(c10d._world.pg_map):
         set_one(timeout, group)

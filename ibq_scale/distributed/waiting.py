@@ -1,4 +1,4 @@
-"""Which collective this process waits in, seen from beside it."""
+"""The collective in progress in this process, seen from another thread."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from types import FrameType
 
 import torch.distributed.distributed_c10d as collectives
 
-# Often enough for the share of a step's time, rare enough to cost nothing (a look takes some 20 µs).
+# Often enough for the share of a step's time, rare enough to cost nothing (a sample takes about 20 µs).
 SAMPLE_SECONDS = 0.05
 
 
 def collective_in_progress() -> str | None:
-    """The name of a collective that some thread of this process is inside of (``all_reduce``), or None.
+    """The name of a collective in progress in another thread of this process (``all_reduce``), or None.
 
-    On a GPU most are only enqueued here: there the device waits, and the flight recorder knows for what.
+    On a GPU most collectives are only enqueued here. The wait is on the device, and the flight recorder knows its
+    cause.
     """
     me = threading.get_ident()
     for thread, frame in sys._current_frames().items():
@@ -28,10 +29,10 @@ def collective_in_progress() -> str | None:
 
 
 def _collective(frame: FrameType | None) -> str | None:
-    """The outermost function of torch.distributed on a stack: that which the program called."""
+    """The outermost function of torch.distributed on a stack: the program's own call."""
     name = None
     while frame is not None:
-        # Wrappers (of its logging, of no_grad) are named so in the same file.
+        # Wrappers (of its logging, of no_grad) have this name in the same file.
         if frame.f_code.co_filename == collectives.__file__ and frame.f_code.co_name != "wrapper":
             name = frame.f_code.co_name
         frame = frame.f_back
@@ -39,15 +40,16 @@ def _collective(frame: FrameType | None) -> str | None:
 
 
 class CollectiveClock:
-    """Adds up how long this process has been inside of collectives, by looking 20 times a second.
+    """Adds up the time of this process inside of collectives, by 20 samples a second.
 
-    Torch tells nobody when a collective begins; wrapping them all would stand in the way of torch.compile.
+    Torch has no hook for the start of a collective. Wrappers of all collectives would stand in the way of
+    torch.compile.
     """
 
     def __init__(self) -> None:
         self.seconds = 0.0
         self._closed = threading.Event()
-        # Not the global generator, whose state belongs to the run. Irregular, or it could keep step with the steps.
+        # Not the global generator, since its state belongs to the run. Irregular, to avoid aliasing with the steps.
         self._random = random.Random(0)
         self._thread = threading.Thread(target=self._look, name="collective clock", daemon=True)
         self._thread.start()
@@ -61,6 +63,6 @@ class CollectiveClock:
             before = now
 
     def close(self) -> None:
-        """Stops looking."""
+        """Stops sampling."""
         self._closed.set()
         self._thread.join()

@@ -1,4 +1,4 @@
-"""Stage 2: the class-conditional transformer on code shards; no tokenizer is on the device."""
+"""Stage 2: the class-conditional transformer on code shards. No tokenizer is on the device."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from ibq_scale.zero.sharded_ema import ShardedEMA
 
 
 class ARTask:
-    """A `Task`: see there for the methods' contract."""
+    """A `Task`: its methods have the contract of `Task`."""
 
     shown: tuple[str, ...] = ("loss", "grad_norm")
     alarms: tuple[Rule, ...] = (Spike("loss"), Spike("grad_norm"))
@@ -111,5 +111,5 @@ class ARTask:
         self.ema.load(directory / "ema")
 
     def draw(self) -> dict[str, Tensor]:
-        """Nothing to draw: a validation does, where it has the tokenizer."""
+        """Nothing. A validation draws samples, if the run has a tokenizer."""
         return {}

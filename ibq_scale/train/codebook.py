@@ -1,7 +1,8 @@
 """The sharded codebook in training: rows, their Adam, their EMA, and their place on disk.
 
-It lives outside every DeepSpeed engine: a plain parameter inside one is broadcast from rank 0 and averaged, which
-silently destroys a shard (tried on DeepSpeed 0.19.8). Each rank of a codebook group owns K/W rows; groups replicate.
+It is in no DeepSpeed engine: an engine broadcasts a plain parameter from rank 0 and averages it. This silently destroys
+a shard (tried on DeepSpeed 0.19.8). Each rank of a codebook group owns K/W rows. The groups are replicas of one
+another.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from ibq_scale.train.simvq import Projection
 class ShardedCodebook:
     """This rank's rows of the codebook, fp32 (K/W, D), with optimizer and EMA.
 
-    Of SimVQ the rows are the frozen basis and `projection` learns; of LFQ nothing does.
+    For SimVQ the rows are the frozen basis, and `projection` learns. For LFQ nothing learns.
     """
 
     def __init__(self, run: TokenizerRun, world: World) -> None:
@@ -52,18 +53,18 @@ class ShardedCodebook:
 
     @property
     def shards(self) -> Shards:
-        """How the codebook lies over the ranks, for the quantizer."""
+        """The layout of the codebook over the ranks, for the quantizer."""
         return Shards(self.group, self.replicas)
 
     def codes(self) -> Tensor:
-        """This rank's codes (K/W, D) for one micro-batch, with gradient to whatever learns."""
+        """This rank's codes (K/W, D) for one micro-batch, with gradient to the learned part."""
         return self.rows if self.projection is None else self.projection.codes(self.rows)
 
     def step(self, lr: float) -> bool:
-        """One Adam step on the gradient accumulated in `rows`, the mean over ranks of their losses' gradients.
+        """One Adam step on the gradient accumulated in `rows`: the mean over ranks of their losses' gradients.
 
-        The quantizer's backward leaves the sum over the group's ranks, so replicas add theirs and the world divides.
-        False, on every rank, where the gradient was not finite: nothing is changed then.
+        The quantizer's backward leaves the sum over the group's ranks. Replicas then sum theirs, and the world size
+        divides. False, on every rank, if the gradient is not finite. Then nothing changes.
         """
         if self.projection is not None:
             return self.projection.step(lr)
@@ -88,17 +89,17 @@ class ShardedCodebook:
         return True
 
     def drop_gradient(self) -> None:
-        """Forgets the accumulated gradient, for a step that the engine skipped."""
+        """Drops the accumulated gradient, for a step skipped by the engine."""
         self.optimizer.zero_grad(set_to_none=True)
         if self.projection is not None:
             self.projection.drop_gradient()
 
     @torch.no_grad()
     def revive(self, dead_K: Tensor, tokens_ND: Tensor, seed: int) -> int:
-        """Puts tokens of this rank's batch in the place of unused codes, with fresh moments; returns how many here.
+        """Replaces unused codes by tokens of this rank's batch, with fresh moments. Returns the number here.
 
-        `dead_K` bool over the whole codebook, the same on every rank; `tokens_ND` the encoder's outputs. Replicas take
-        the tokens of the first of them.
+        `dead_K`: bool over the whole codebook, the same on every rank. `tokens_ND`: the encoder's outputs. Replicas
+        take the tokens of their first rank.
         """
         places = dead_K[self.start : self.stop].nonzero().flatten()
         generator = torch.Generator().manual_seed(seed * 1_000_003 + self.start)
@@ -120,7 +121,7 @@ class ShardedCodebook:
         return square.sqrt()
 
     def state(self, folder: str) -> list[StateFile]:
-        """This rank's rows and moments; replicas hold the same and give nothing."""
+        """This rank's rows and moments. Replicas hold the same and give nothing."""
         if self.world.rank >= self.group_size:
             return []
         steps = float(self.optimizer.state.get(self.rows, {}).get("step", 0))
@@ -135,14 +136,14 @@ class ShardedCodebook:
         return [Piece(name, self.start * self.settings.dim, values.view(-1)) for name, values in vectors.items()]
 
     def export(self, folder: str) -> list[StateFile]:
-        """This rank's averaged rows as its part of a model directory's codebook."""
+        """This rank's averaged rows, as its part of a model directory's codebook."""
         if self.world.rank >= self.group_size:
             return []
         rows = {CODEBOOK: self._averaged_rows()}
         return [TensorFile(f"{folder}/{codebook_part(self.world.rank, self.group_size)}", rows)]
 
     def averages(self) -> Tensor:
-        """The whole averaged codebook (K, D), fp32, as exports have it. Collective."""
+        """The whole averaged codebook (K, D), fp32, as in exports. Collective."""
         return gather_rows(self._averaged_rows(), self.group)
 
     @torch.no_grad()
@@ -152,7 +153,7 @@ class ShardedCodebook:
         return self.ema_rows if self.ema_decay > 0 and self.learns else self.rows.detach()
 
     def load(self, directory: Path) -> None:
-        """Reads this rank's rows from files written by any group size. UserError where rows are missing."""
+        """Reads this rank's rows from files of any group size. UserError if rows are missing."""
         reader = PieceReader(directory)
         steps = reader.facts["steps"]
         if steps:
@@ -163,14 +164,14 @@ class ShardedCodebook:
 
 
 def _groups(world: World, size: int) -> tuple[Group, Group]:
-    """This rank's codebook group (consecutive ranks) and the ranks that replicate its rows; None where alone."""
+    """This rank's codebook group (consecutive ranks) and the replicas of its rows. None for a group of one."""
     group = _own_group(world, [list(range(first, first + size)) for first in range(0, world.size, size)])
     replicas = _own_group(world, [list(range(index, world.size, size)) for index in range(size)])
     return group, replicas
 
 
 def _own_group(world: World, partition: list[list[int]]) -> Group:
-    """Every rank makes every group, as torch demands; each keeps its own, None where it would be alone."""
+    """Every rank makes every group, as torch demands, and keeps its own. None for a group of one."""
     own: Group = None
     for ranks in partition:
         if len(ranks) > 1:

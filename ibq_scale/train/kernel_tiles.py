@@ -1,4 +1,4 @@
-"""The tiles of the quantizer's kernels as a part of the run: a restart adds in the same order, to the same bits."""
+"""The run's tiles of the quantizer's kernels. A restart uses the same tiles, so its sums have the same bits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAME = "tiles.json"
 
 
 def settle_tiles(run_dir: Path, quantizer: QuantizerConfig, world: World) -> None:
-    """Takes the tiles of ``RUN/tiles.json``, where kernels run on a GPU. Collective: rank 0 adds those that lack."""
+    """Uses the tiles of ``RUN/tiles.json``, if kernels run on a GPU. Collective: rank 0 adds missing ones."""
     how = (world.device, torch.float32, quantizer.dim, quantizer.logit_precision)
     if (
         not KINDS[quantizer.kind].reaches_all_codes

@@ -21,7 +21,7 @@ def lr_factor(schedule: ScheduleConfig, samples: int, total_samples: int) -> flo
 
 
 def shape_of(schedule: ScheduleConfig) -> Shape:
-    """The factor after warm-up: (schedule, samples, total_samples) → factor. UserError where it cannot be imported."""
+    """The factor after warm-up: (schedule, samples, total_samples) → factor. UserError if it cannot be imported."""
     if schedule.kind in SHAPES:
         return SHAPES[schedule.kind]
     loaded: Shape = extensions.load(extensions.SCHEDULES, schedule.kind)

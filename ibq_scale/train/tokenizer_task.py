@@ -1,8 +1,8 @@
 """Stage 1: encoder, sharded-codebook quantizer, decoder against a PatchGAN, with LPIPS and entropy.
 
-Two DeepSpeed engines in the pattern that is exact on every ZeRO stage (tried on 0.19.8): the generator's loss goes
-through the *frozen* discriminator module, then one discriminator call on (real, detached fake). Both sides see the
-other's weights of the step before, so that accumulation and rank count do not change the objective.
+Two DeepSpeed engines in a pattern exact on every ZeRO stage (tried on 0.19.8). The generator's loss goes through the
+*frozen* discriminator module. Then one discriminator call takes (real, detached fake). Both sides see the other's
+weights of the step before, so accumulation and rank count do not change the objective.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ LECAM = "lecam.safetensors"
 
 
 class DiscriminatorPair(nn.Module):
-    """Real and fake in one engine call, yet as two batches: BatchNorm must not mix their statistics."""
+    """Real and fake in one engine call, but as two batches: BatchNorm must not mix their statistics."""
 
     def __init__(self, discriminator: PatchDiscriminator) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class DiscriminatorPair(nn.Module):
 
 
 class TokenizerTask:
-    """A `Task`: see there for the methods' contract."""
+    """A `Task`: its methods have the contract of `Task`."""
 
     shown: tuple[str, ...] = ("loss", "l1", "usage", "perplexity")
     alarms: tuple[Rule, ...] = (
@@ -74,7 +74,7 @@ class TokenizerTask:
         Spike("l1"),
         Spike("grad_norm"),
         Drop("usage"),
-        # Beyond ±1 on both sides the hinge is silent, and the generator hears nothing either.
+        # Beyond ±1 on both sides the hinge has no gradient, and the generator gets no useful one either.
         Above("logit_gap", 4.0, "the discriminator has won: lower loss.adversarial_weight or its rate"),
         Above("discriminator_accuracy", 0.98, "the discriminator has won: lower loss.adversarial_weight or its rate"),
     )
@@ -84,7 +84,7 @@ class TokenizerTask:
         self.world = world
         self.sets = sets
         config = deepspeed_config(run, world.size)
-        # First, since its file may be absent: engines take their time.
+        # First, since its file may be absent, and engines are slow to build.
         net = run.loss.perceptual
         dtype = compute_dtype(run)
         self.image_loss = ImageLoss(run.loss, None if net == "none" else Perceptual(net, world.device, dtype))
@@ -159,7 +159,7 @@ class TokenizerTask:
         self.usage.end_step()
         self._revive(images)
         if not discriminator_stepped:
-            # Their running means have seen the pictures that were not finite.
+            # Their running means include the pictures of the step that was not finite.
             for buffer, before in zip(self.discriminator.module.buffers(), statistics, strict=True):
                 buffer.copy_(before)
         elif self.adversarial:
@@ -172,7 +172,7 @@ class TokenizerTask:
         return batch._replace(images_u8=batch.images_u8.to(self.world.device, non_blocking=True))
 
     def _step_mean(self, micro_batches: list[ImageBatch]) -> Tensor | None:
-        """q̄ over the whole step, where it has several micro-batches and a batch entropy that looks at all of it.
+        """q̄ over the whole step, for several micro-batches and a batch entropy over all of them.
 
         The entropy of a mean is not the mean of entropies: without this, the objective would change with the number of
         ranks. It costs the encoder's forward pass and one of the quantizer's.
@@ -205,7 +205,7 @@ class TokenizerTask:
         rest = (
             weights.quantization_weight * quantized.quantization_loss + weights.entropy_weight * quantized.entropy_loss
         )
-        # The scalar whose gradient at the reconstruction is the one already computed.
+        # A scalar with the gradient computed above at the reconstruction.
         self.generator.backward((reconstruction * gradient).sum() + rest)
         self.usage.update(quantized.indices_N)
         self._last = (images, shown)
@@ -217,7 +217,7 @@ class TokenizerTask:
         return metrics | _entropies(quantized), shown
 
     def _adaptive_weight(self, *gradients: Tensor) -> Tensor:
-        """Of the gradients' means over ranks: every rank finds the same."""
+        """From the gradients' means over ranks, so every rank gets the same weight."""
         assert self.last_layer is not None
         means = torch.stack([self.last_layer.weight_gradient(gradient) for gradient in gradients])
         dist.all_reduce(means)
@@ -247,7 +247,7 @@ class TokenizerTask:
 
     @torch.no_grad()
     def _revive(self, images: Tensor) -> None:
-        """Replaces codes that nobody uses, where the config asks for it (VQ): with tokens of the newest images."""
+        """Replaces unused codes by tokens of the newest images, if the config asks for it (VQ)."""
         dead_K = self.usage.due_for_revival(self.number)
         if dead_K is not None:
             tokens_ND = tokens_of(self.generator.module.autoencoder.encode(images))
@@ -280,7 +280,7 @@ class TokenizerTask:
         return [*files, TensorFile(LECAM, self.lecam.state_dict())] if self.world.is_main else files
 
     def _export(self, folder: str) -> list[StateFile]:
-        """What `load_tokenizer` reads: where the averaged weights are, and the codebook by this group's rows."""
+        """The files of `load_tokenizer`: the place of the averaged weights, and the codebook by this group's rows."""
         if not self.world.is_main:
             return self.codebook.export(folder)
         weights = self.ema.place("ema", "generator", "autoencoder.")

@@ -1,4 +1,4 @@
-"""The loop: rates, step, log, signals, checkpoints. It is the same for both stages."""
+"""The training loop: rates, step, log, signals, checkpoints. It is the same for both stages."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class NonFiniteLossError(RuntimeError):
 
 
 class _CountedBatches:
-    """Measures how long the step waits for data, and notes which samples it got; `requests` since last asked."""
+    """Measures the step's wait for data and notes its samples. `requests`: those since the last call."""
 
     def __init__(self, batches: Iterator[Any], once: EpochAudit, watchdog: Watchdog) -> None:
         self._batches = batches
@@ -107,7 +107,7 @@ class Trainer:
         self._stall = 0.0
 
     def run(self, resume_from: Checkpoint | None, stop: StopRequest) -> Outcome:
-        """Trains. Collective; every rank returns the same outcome."""
+        """Trains. Collective, with the same outcome on every rank."""
         start = resume_from.step if resume_from is not None else 0
         with ExitStack() as stack:
             if resume_from is not None:
@@ -142,7 +142,7 @@ class Trainer:
             watchdog.step_ended(step)
             collect_young(step)
             stopping = stop.agreed_before(self.world)
-            # What is left of the time after a signal is for the checkpoint.
+            # The time left after a signal is for the checkpoint.
             validation = Validation() if stopping and step < total else self._validate(step, window)
             if step % train.log_every == 0 or step == total or validation.values:
                 spread, alarms = stragglers.compare(batches.waited)
@@ -162,7 +162,7 @@ class Trainer:
             if metrics is not None:
                 metrics.show(step, validation.pictures)
             save_due |= step % train.checkpoint_every == 0
-            # Weights that have just gone bad skip every step from then on, and would take a good checkpoint's place.
+            # Bad weights skip every step from then on. They must not replace a good checkpoint.
             if stopping or step == total or (save_due and applied):
                 watchdog.report("save")
                 self._save(step, window, metrics)
@@ -174,7 +174,7 @@ class Trainer:
         return Outcome(total, stopped=False, saved=self.checkpoints.finish())
 
     def _train_step(self, number: int, batches: _CountedBatches, window: _Window) -> bool:
-        """One step, and whether it was applied; one that was skipped is no part of the metrics' means."""
+        """One step. Returns whether it was applied. A skipped step is left out of the metrics' means."""
         step = self.task.train_step(batches)
         requests = batches.requests()
         window.add(step.metrics if step.applied else {})
@@ -191,9 +191,9 @@ class Trainer:
         return validation
 
     def _save(self, step: int, window: _Window, metrics: MetricsLog | None) -> None:
-        """A checkpoint of a diverged state would replace the last good one: the loss so far is looked at first.
+        """Saves, unless the loss so far is not finite: a diverged state must not replace the last good checkpoint.
 
-        One that cannot be written, on a full disk perhaps, does not end the run: the one before stands.
+        A failed write, perhaps on a full disk, does not end the run. The checkpoint before stands.
         """
         _check_finite(window.peek(self.world), step)
         self.once.check(step * self.config.train.global_batch)
@@ -214,7 +214,7 @@ class Trainer:
 
 
 class _Window:
-    """Step metrics since the last log line, kept on the device; every rank's mean is averaged when closed."""
+    """Step metrics since the last log line, kept on the device. Closing it averages the ranks' means."""
 
     def __init__(self, batches: _CountedBatches) -> None:
         self._batches = batches
@@ -223,7 +223,7 @@ class _Window:
         self._begin = time.perf_counter()
 
     def add(self, metrics: StepMetrics) -> None:
-        """A step's metrics, empty for one that was skipped."""
+        """A step's metrics, empty for a skipped step."""
         for name, value in metrics.items():
             value = value.detach().float()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
@@ -231,7 +231,7 @@ class _Window:
         self._applied += bool(metrics)
 
     def peek(self, world: World) -> dict[str, float]:
-        """Means over the window's applied steps and all ranks so far; empty where there are none."""
+        """Means over the window's applied steps and all ranks so far. Empty without an applied step."""
         if not self._applied:
             return {}
         names = sorted(self._sums)
@@ -240,11 +240,11 @@ class _Window:
         return dict(zip(names, (means / world.size).tolist(), strict=True))
 
     def leave_out(self, seconds: float) -> None:
-        """What was no training is no part of the rates."""
+        """Leaves time outside of training out of the rates."""
         self._begin += seconds
 
     def close(self, world: World, global_batch: int) -> dict[str, float]:
-        """`peek` with rates, and a new window begins."""
+        """`peek` with rates. A new window begins."""
         values = self.peek(world)
         seconds = time.perf_counter() - self._begin
         values["skipped"] = float(self._steps - self._applied)

@@ -1,4 +1,4 @@
-"""How well a run uses its GPUs."""
+"""A run's use of its GPUs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ibq_scale.scaling.flops import training_flops
 
 
 def sheet_peak(device: torch.device, dtype: torch.dtype) -> float | None:
-    """FLOP/s of one device by its data sheet, which is known of bf16 on some GPUs."""
+    """FLOP/s of one device by its data sheet. Known for bf16 on some GPUs, else None."""
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
     return known_peak(torch.cuda.get_device_name(device))
@@ -22,14 +22,14 @@ def sheet_peak(device: torch.device, dtype: torch.dtype) -> float | None:
 
 @dataclass(frozen=True)
 class Utilization:
-    """`flops`: that an image's training needs. `peak`: FLOP/s in bf16 of all GPUs, by their data sheet."""
+    """`flops`: for the training on one image. `peak`: FLOP/s in bf16 of all GPUs, by their data sheet."""
 
     flops: float
     peak: float
 
     @staticmethod
     def of(config: AnyRun, world: World) -> Utilization | None:
-        """None where no peak is known: on CPUs, in fp32, for a GPU that is not in the table (`scaling.devices`)."""
+        """None without a known peak: on CPUs, in fp32, for a GPU outside of the table (`scaling.devices`)."""
         peak = sheet_peak(world.device, compute_dtype(config))
         return None if peak is None else Utilization(training_flops(config), peak * world.size)
 

@@ -1,1 +1,1 @@
-"""All that knows DeepSpeed's internals: engines, their state in pieces, master weights, sharded EMA, memory, export."""
+"""DeepSpeed's internals: engines, their state in pieces, master weights, sharded EMA, memory, export."""

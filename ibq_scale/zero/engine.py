@@ -1,4 +1,4 @@
-"""DeepSpeed engines, made one way. What is exact and what is broken in 0.19.8 decides the settings here."""
+"""Makes DeepSpeed engines. The settings avoid what is inexact or broken in 0.19.8."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ def make_engine(
 
 
 def begin_deepspeed(device: torch.device) -> None:
-    """Lets DeepSpeed take over torch's process group, once; before anything of its own is called."""
+    """Lets DeepSpeed take over torch's process group, once. Call it before anything of DeepSpeed's."""
     import deepspeed
 
     if deepspeed.comm.is_initialized():
         return
     deepspeed.logger.setLevel(logging.WARNING)
-    # 0.19.8 calls collectives by the names that torch 2.14 renamed; the user can do nothing about it.
+    # 0.19.8 calls collectives by names deprecated in torch 2.14. The user cannot change it.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     if device.type == "cpu":
-        # A shared-memory all-reduce for CPUs would be compiled for minutes at the first start, and a killed build
-        # leaves a lock that hangs the next one; gloo's own all-reduce is what small CPU runs need.
+        # DeepSpeed would compile a shared-memory all-reduce for minutes at the first start. A killed build leaves a
+        # lock and hangs the next one. gloo's all-reduce suffices for small CPU runs.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     _take_norms_in_fp32()
     _wait_less()
@@ -52,10 +52,10 @@ def begin_deepspeed(device: torch.device) -> None:
 
 
 def _import_muon() -> None:
-    """Imports DeepSpeed's Muon without torch._inductor, which takes 2 CPU s and 150 MB a rank.
+    """Imports DeepSpeed's Muon without torch._inductor, to save 2 CPU s and 150 MB a rank.
 
-    DeepSpeed 0.19.8 imports this module to test an optimizer's class, and the module compiles three functions when it
-    is imported. Nothing here calls them.
+    DeepSpeed 0.19.8 imports this module to test an optimizer's class. The module compiles three functions at its
+    import, and nothing here calls them.
     """
     compile_ = torch.compile
     vars(torch)["compile"] = lambda function=None, **_: function or (lambda decorated: decorated)
@@ -66,9 +66,9 @@ def _import_muon() -> None:
 
 
 def _take_norms_in_fp32() -> None:
-    """ZeRO's gradient norm, as the norm without ZeRO: 0.19.8 would copy each gradient to fp64 first.
+    """Makes ZeRO's gradient norm fp32, as the norm without ZeRO. 0.19.8 would copy each gradient to fp64 first.
 
-    The copy of the largest gradient took 8 bytes an element, and the copies a twelfth of a CPU's step under ZeRO-2.
+    The copy of the largest gradient took 8 bytes an element. The copies took a twelfth of a CPU's step under ZeRO-2.
     """
     from deepspeed.runtime.zero import stage3, stage_1_and_2
 
@@ -107,22 +107,22 @@ def _wait_less() -> None:
 
 
 def discriminator_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The discriminator is small: ZeRO-1 whatever the generator uses (0 stays 0), and never clipped."""
+    """The small discriminator's config: ZeRO-1 at any stage of the generator (0 stays 0), and no clipping."""
     stage = min(1, config.get("zero_optimization", {}).get("stage", 0))
     return config | {"zero_optimization": {"stage": stage}, "gradient_clipping": 0.0}
 
 
 def step(engine: Any) -> bool:
-    """Applies the accumulated gradient where the accumulation is complete.
+    """Applies the accumulated gradient, if the accumulation is complete. Collective.
 
-    False where it was not finite on some rank: then no rank applies it. Collective.
+    False if the gradient was not finite on some rank. No rank applies it then.
     """
     if engine.is_gradient_accumulation_boundary() and not hasattr(engine.optimizer, "overflow"):
-        # ZeRO and bf16 optimizers look for themselves (DeepSpeed 0.19.8); a plain one, stage 0 in fp32, does not.
-        # Gradients are averages over the ranks by now, so every rank finds the same.
+        # ZeRO and bf16 optimizers test for this (DeepSpeed 0.19.8). A plain optimizer, stage 0 in fp32, does not. Its
+        # gradients are means over the ranks by now, so every rank gets the same result.
         grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
-        # What the others note of themselves, and `gradient_norm` asks for.
+        # The other optimizers set it too, for `gradient_norm`.
         engine._global_grad_norm = norm
         if not bool(norm.isfinite()):
             for parameter in engine.module.parameters():
@@ -134,7 +134,7 @@ def step(engine: Any) -> bool:
 
 
 def wrap_collectives(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Puts `wrap` around every collective that DeepSpeed calls from now on in this process: for measurements."""
+    """Puts `wrap` around every later collective of DeepSpeed in this process, for measurements."""
     import deepspeed.comm.comm
 
     backend = deepspeed.comm.comm.cdb
@@ -143,14 +143,14 @@ def wrap_collectives(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -
 
 
 def gradient_norm(engine: Any, device: torch.device) -> torch.Tensor:
-    """Of the last step, before clipping; 0 where the engine takes none."""
+    """The norm of the last step before clipping, 0 if the engine takes none."""
     norm = engine.get_global_grad_norm()
     # `norm or 0.0` would read the norm, and a copy of 0 from the host would wait for the device too.
     return torch.zeros((), device=device) if norm is None else torch.as_tensor(norm, device=device)
 
 
 def set_rates(engine: Any, lr: float, decay: float | None = None) -> None:
-    """Sets the next step's learning rate, and the decay of the groups that decay."""
+    """Sets the next step's learning rate, and the decay of the groups with a decay."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
         if decay is not None and group["weight_decay"] > 0:

@@ -1,7 +1,7 @@
-"""An engine's state on disk: fp32 weights and Adam's moments in each rank's pieces, and back, under any layout.
+"""An engine's state on disk: fp32 weights and Adam's moments in each rank's pieces. Any layout can read them.
 
-Not DeepSpeed's own checkpoints (0.19.8): those are pickles, which run code when they are loaded, and know one number of
-ranks and one ZeRO stage.
+Not DeepSpeed's own checkpoints (0.19.8): those are pickles, so loading them may run code, and they fit only one number
+of ranks and one ZeRO stage.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def engine_file(engine: Any, folder: str, world: World) -> TensorFile:
 
 
 def load_engine(engine: Any, folder: Path, world: World) -> None:
-    """Restores what `engine_file` is on any number of ranks and any ZeRO stage. UserError where it does not fit."""
+    """Restores the files of `engine_file` on any number of ranks and any ZeRO stage. UserError if they do not fit."""
     reader = PieceReader(folder)
     mine = held(engine, world)
     reader.read_all(_weights(mine))
@@ -69,20 +69,20 @@ def _buffers(engine: Any) -> Iterator[Piece]:
 
 
 def _adam(engine: Any) -> torch.optim.Optimizer:
-    """The torch optimizer inside of DeepSpeed's."""
+    """The torch optimizer inside DeepSpeed's."""
     inner: torch.optim.Optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
     return inner
 
 
 def _steps(engine: Any, world: World) -> float:
-    """Adam's step count, 0 before the first; one for all parameters."""
+    """Adam's step count, the same for all parameters. 0 before the first step."""
     for fragment in held(engine, world):
         return float(_adam(engine).state.get(fragment.flat, {}).get("step", 0))
     return 0.0
 
 
 def _refresh(engine: Any) -> None:
-    """The model's own weights from the fp32 ones. Collective."""
+    """Sets the model's own weights from the fp32 ones. Collective."""
     optimizer = engine.optimizer
     if hasattr(optimizer, "update_lp_params"):
         optimizer.update_lp_params()

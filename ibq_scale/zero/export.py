@@ -1,7 +1,7 @@
-"""A checkpoint in DeepSpeed's own layout, for tools that read it: its ``zero_to_fp32`` among them (0.19.8).
+"""A checkpoint in DeepSpeed's own layout (0.19.8), for other tools such as its ``zero_to_fp32``.
 
-What is written is what one rank of ZeRO-1 would have: fp32 weights in one flat vector, the names and shapes in it.
-Adam's moments stay behind: training goes on from our checkpoints, under any layout.
+The files are those of one rank of ZeRO-1: fp32 weights in one flat vector, with their names and shapes. Adam's moments
+are left out, since training resumes from our own checkpoints, under any layout.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ENGINES = ("generator", "discriminator", "transformer")
 
 
 def export_deepspeed(checkpoint: Checkpoint, to: Path) -> list[Path]:
-    """Writes ``to/ENGINE/`` for each engine of the checkpoint and returns them. UserError where it lacks the shapes."""
+    """Writes ``to/ENGINE/`` for each engine of the checkpoint and returns them. UserError if it has no shapes."""
     tag = f"global_step{checkpoint.step}"
     written = []
     for engine in ENGINES:

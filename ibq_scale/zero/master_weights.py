@@ -1,7 +1,7 @@
-"""The fp32 weights behind a DeepSpeed engine, in the pieces that this rank's optimizer owns, for every ZeRO stage.
+"""The fp32 weights behind a DeepSpeed engine, in the pieces of this rank's optimizer, for every ZeRO stage.
 
-The model's own parameters are no good for averages and exports: under bf16 they are rounded, under ZeRO-3 they are not
-there. The optimizer's fp32 master weights are both, and already spread over the ranks.
+The model's own parameters do not suit averages and exports: under bf16 they are rounded, under ZeRO-3 they are absent.
+The optimizer's fp32 master weights are neither, and already spread over the ranks.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from ibq_scale.distributed.world import World
 
 
 class Fragment(NamedTuple):
-    """Elements start … start + length − 1 of the flattened parameter `name`, and where the optimizer has them.
+    """Elements start … start + length − 1 of the flattened parameter `name`, and their place in the optimizer.
 
-    `flat` is the optimizer's own fp32 parameter, of which the fragment is `length` elements from `offset` on.
+    `flat` is the optimizer's own fp32 parameter. The fragment is its `length` elements from `offset` on.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Fragment(NamedTuple):
     offset: int
 
     def of(self, whole: Tensor) -> Tensor:
-        """This fragment's part (length,) of something as large as `flat`: of `flat` itself, or of its moments."""
+        """This fragment's part (length,) of a tensor as large as `flat`: of `flat` itself, or of its moments."""
         return whole.detach().view(-1)[self.offset : self.offset + self.length]
 
     def piece(self) -> Piece:
@@ -42,7 +42,7 @@ _Find = Callable[[Any, str, nn.Parameter], Fragment | None]
 
 
 def fragments(engine: Any, world: World) -> list[Fragment]:
-    """This rank's share: the ranks' together are every parameter exactly once."""
+    """This rank's share. Together the ranks' shares have every parameter exactly once."""
     parameters = dict(engine.module.named_parameters())
     find: _Find
     if engine.zero_optimization_stage() == 3:
@@ -61,7 +61,7 @@ def pieces(engine: Any, world: World) -> list[Piece]:
 
 
 def held(engine: Any, world: World) -> list[Fragment]:
-    """All that this rank's optimizer updates: its share, or without ZeRO every parameter."""
+    """All that this rank's optimizer updates: its share, or every parameter without ZeRO."""
     if hasattr(engine.optimizer, "optimizer"):
         return fragments(engine, world)
     return [_whole(name, parameter) for name, parameter in engine.module.named_parameters()]
@@ -73,8 +73,8 @@ def shapes(engine: Any) -> dict[str, torch.Size]:
 
 
 def _partitioned(engine: Any, name: str, parameter: nn.Parameter) -> Fragment | None:
-    """ZeRO-1, ZeRO-2, and their bf16 kin: a rank's partition of all parameters, cut at any place."""
-    mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed's; None where all is others'
+    """ZeRO-1, ZeRO-2 and their bf16 variants: a rank's partition of all parameters, cut at any place."""
+    mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed's. None if other ranks own it all
     if mapping is None:
         return None
     optimizer = engine.optimizer
@@ -84,7 +84,7 @@ def _partitioned(engine: Any, name: str, parameter: nn.Parameter) -> Fragment | 
 
 
 def _zero3(engine: Any, name: str, parameter: nn.Parameter) -> Fragment | None:
-    """Each parameter cut into equal pieces, the last padded."""
+    """ZeRO-3: each parameter cut into equal pieces, the last one padded."""
     piece: Any = parameter.ds_tensor  # type: ignore[attr-defined]
     start = piece.ds_numel * dist.get_rank()
     length = min(piece.ds_numel, parameter.ds_numel - start)  # type: ignore[attr-defined]
@@ -96,7 +96,7 @@ def _zero3(engine: Any, name: str, parameter: nn.Parameter) -> Fragment | None:
 
 
 def _replicated(parameters: dict[str, nn.Parameter], world: World) -> _Find:
-    """No ZeRO: every rank has all; the largest first, each is given to the rank that has least."""
+    """No ZeRO: every rank has all parameters. Largest first, each goes to the rank with the least load."""
     load = [0] * world.size
     owners = {}
     for name, parameter in sorted(parameters.items(), key=lambda item: (-item[1].numel(), item[0])):

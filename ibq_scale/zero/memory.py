@@ -1,8 +1,8 @@
-"""What DeepSpeed 0.19.8 keeps of a network on each rank, by ZeRO stage: read from its code, held to its allocations.
+"""DeepSpeed 0.19.8's memory for a network on each rank, by ZeRO stage: from its code, tested against its allocations.
 
-Two things that a formula of 16 bytes a parameter misses: ZeRO-1 under bf16 with fp32 accumulation keeps *whole* fp32
-gradients on every rank (`BF16_Optimizer`) beside the bf16 ones; and fp32 runs on ZeRO-1 and 2 keep a second copy of
-this rank's weights.
+A formula of 16 bytes a parameter misses two things. ZeRO-1 under bf16 with fp32 accumulation keeps *whole* fp32
+gradients on every rank (`BF16_Optimizer`) beside the bf16 ones. fp32 runs on ZeRO-1 and 2 keep a second copy of this
+rank's weights.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ibq_scale.zero.gradients import Reduction, reduction
 
 Place = Literal["gpu", "host"]
 FP32 = 4
-# DeepSpeed's own defaults, where a JSON is silent.
+# DeepSpeed's own defaults, for keys absent from a JSON.
 BUCKET, PERSISTENCE, LIVE = 500_000_000, 100_000, 1_000_000_000
 
 
@@ -24,7 +24,7 @@ BUCKET, PERSISTENCE, LIVE = 500_000_000, 100_000, 1_000_000_000
 class Zero:
     """The part of a DeepSpeed JSON behind memory and traffic.
 
-    `weight_bytes`: of a parameter as the network computes with it. `reduction`: how gradients are summed below ZeRO-3.
+    `weight_bytes`: bytes of a parameter in the network's computations. `reduction`: the sum of gradients below ZeRO-3.
     """
 
     stage: int
@@ -40,7 +40,7 @@ class Zero:
 
     @staticmethod
     def of(config: dict[str, Any], *, world: int) -> Zero:
-        """From what `deepspeed_config` completed."""
+        """From a config completed by `deepspeed_config`."""
         zero = config.get("zero_optimization", {})
         return Zero(
             stage=zero.get("stage", 0),
@@ -58,7 +58,7 @@ class Zero:
 
 @dataclass(frozen=True)
 class Shares:
-    """Elements of a network's parameters: all of them with padding, and one rank's share of them."""
+    """Elements of a network's parameters: all with padding, and one rank's share."""
 
     whole: int
     share: int
@@ -75,18 +75,18 @@ class Shares:
             return Shares(share * zero.world, share, max(sizes), whole_anyway)
         if zero.stage == 0:
             return Shares(sum(sizes), sum(sizes), max(sizes), 0)
-        # Each group is one flat tensor, padded so that two elements of every rank align.
+        # Each group is one flat tensor, padded to an even number of elements per rank.
         share = sum(2 * -(-sum(group) // (2 * zero.world)) for group in groups)
         return Shares(share * zero.world, share, max(sizes), 0)
 
 
 @dataclass(frozen=True)
 class States:
-    """Bytes of a network on one rank, GPU and host together; `place` tells where each is.
+    """Bytes of a network on one rank, GPU and host together. `places`: the place of each.
 
-    `earlier_gradients`: of the micro-batches before, alive in a forward pass; `gradients`: after the last backward
-    pass. `buckets`: of communication, while gradients come. `gathered`: ZeRO-3's whole weights at a time.
-    `step`: what the optimizer's step takes for itself.
+    `earlier_gradients`: of earlier micro-batches, alive in a forward pass. `gradients`: after the last backward pass.
+    `buckets`: for communication, while gradients come. `gathered`: ZeRO-3's whole weights at a time. `step`: scratch of
+    the optimizer's step.
     """
 
     weights: int
@@ -101,12 +101,12 @@ class States:
     keeps_gradients: bool
 
     def on_gpu(self, *names: str) -> int:
-        """Sum of these on the GPU."""
+        """The sum of these on the GPU."""
         return sum(getattr(self, name) for name in names if self.places.get(name, "gpu") == "gpu")
 
 
 def engine_states(groups: Sequence[Sequence[int]], zero: Zero) -> States:
-    """What an engine around a network with these parameters keeps."""
+    """The memory of an engine around a network with these parameters."""
     n = Shares.of(groups, zero)
     host: Place = "host"
     places: dict[str, Place] = {}
@@ -138,7 +138,7 @@ def engine_states(groups: Sequence[Sequence[int]], zero: Zero) -> States:
 
 
 def _whole_fp32_gradients(zero: Zero) -> bool:
-    """Whether DeepSpeed takes its `BF16_Optimizer`."""
+    """Whether DeepSpeed uses its `BF16_Optimizer`."""
     return zero.stage == 1 and zero.weight_bytes < FP32 and not zero.offload_optimizer
 
 
@@ -151,13 +151,13 @@ def _gradients(n: Shares, zero: Zero) -> tuple[int, int]:
     if _whole_fp32_gradients(zero):
         return FP32 * n.whole + again * b * n.whole, (FP32 + b) * n.whole
     if zero.stage == 1:
-        # Without a dtype of their own gradients wait, whole, where autograd puts them.
+        # Without their own dtype, gradients wait, whole, in autograd's tensors.
         return again * FP32 * n.whole, FP32 * n.whole
     return again * FP32 * n.share, FP32 * n.share
 
 
 def _scratch(n: Shares, zero: Zero) -> int:
-    """The fused Adam takes none, but DeepSpeed flattens gradients for it where it has not accumulated them flat."""
+    """The step's scratch. The fused Adam takes none, but DeepSpeed flattens gradients not accumulated flat."""
     flat = zero.stage == 0 or zero.offload_optimizer or (zero.stage < 3 and zero.weight_bytes < FP32)
     return 0 if flat else FP32 * n.share
 
@@ -178,7 +178,7 @@ def _zero3(n: Shares, zero: Zero, places: dict[str, Place]) -> States:
         moments=2 * FP32 * n.share,
         earlier_gradients=FP32 * n.share,
         gradients=FP32 * n.share,
-        # Made whole at the start, and kept.
+        # Allocated whole at the start, and kept.
         buckets=FP32 * zero.reduce_bucket,
         gathered=b * min(n.whole - n.persistent, zero.live_parameters + n.largest),
         step=_scratch(n, zero),

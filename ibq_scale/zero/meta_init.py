@@ -1,7 +1,7 @@
-"""A transformer built so that no rank ever holds more of it than training will: from the meta device, module by module.
+"""Builds a transformer from the meta device, module by module. No rank ever holds more of it than in training.
 
-Under ZeRO-3 each module is partitioned as soon as it has memory, and a rank makes (or reads) only the elements that it
-keeps. The weights are the same on any number of ranks and under any ZeRO stage.
+Under ZeRO-3 each module is partitioned as soon as it has memory, and a rank makes (or reads) only its own elements. The
+weights are the same on any number of ranks and under any ZeRO stage.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ibq_scale.zero.engine import begin_deepspeed
 def build_transformer(run: ARRun, config: dict[str, Any], world: World) -> TrainedTransformer:
     """The run's model for `make_engine`, drawn from its seed or read from its `init`. Collective.
 
-    UserError where `init` holds other sizes, or the config asks for what cannot be built so, or not here.
+    UserError if `init` holds other sizes, or the config asks for something that cannot be built so, or not here.
     """
     if run.model.fp8:
         check_fp8(run, world.device)
@@ -41,9 +41,9 @@ def build_transformer(run: ARRun, config: dict[str, Any], world: World) -> Train
 
 
 def materialize(model: nn.Module, values: Values, config: dict[str, Any], world: World) -> None:
-    """Gives a model on the meta device its memory and weights, as the engine of this DeepSpeed config will hold them.
+    """Gives a model on the meta device its memory and weights, in the form of this DeepSpeed config's engine.
 
-    In bf16 where that is the precision: DeepSpeed makes its fp32 weights from those on every stage. Collective.
+    The weights are bf16 if the precision is: DeepSpeed makes its fp32 weights from them on every stage. Collective.
     """
     stage = config.get("zero_optimization", {}).get("stage", 0)
     begin_deepspeed(world.device)
@@ -66,12 +66,12 @@ def materialize(model: nn.Module, values: Values, config: dict[str, Any], world:
 def _partition(module: nn.Module, config: dict[str, Any]) -> None:
     import deepspeed
 
-    # It sends rank 0's elements, which nobody has written yet: as much traffic as one step's, and no way around.
+    # This broadcasts rank 0's uninitialised elements. It costs one step's traffic and cannot be avoided.
     deepspeed.zero.Init(module=module, config_dict_or_path=config)
 
 
 def _fill_partition(parameter: nn.Parameter, values: Values, name: str) -> None:
-    """Writes this rank's piece: DeepSpeed 0.19.8 cuts a flattened parameter into equal ones, the last padded."""
+    """Writes this rank's piece. DeepSpeed 0.19.8 cuts a flattened parameter into equal ones, the last padded."""
     zero: Any = parameter
     if zero.ds_secondary_tensor is not None:
         raise UserError("zero_hpz_partition_size keeps second copies of the weights: not supported, leave it out")

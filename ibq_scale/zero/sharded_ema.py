@@ -1,4 +1,4 @@
-"""An EMA of an engine's fp32 weights, spread over the ranks as the weights are: each rank averages what it updates."""
+"""An EMA of an engine's fp32 weights, spread over the ranks as the weights are. Each rank averages its own pieces."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ibq_scale.models.ema import EMA
 from ibq_scale.pretrained.loading import InCheckpoint
 from ibq_scale.zero.master_weights import pieces, shapes
 
-# Elements that are brought together at a time, in fp32.
+# Elements gathered at a time, in fp32.
 CHUNK = 2**26
 
 
 class ShardedEMA:
-    """`decay` 0 keeps no shadow: the live weights are then what is exported."""
+    """`decay` 0 keeps no averages. Exports then use the live weights."""
 
     def __init__(self, engine: Any, decay: float, world: World) -> None:
         self.engine = engine
@@ -37,7 +37,7 @@ class ShardedEMA:
             self.shadow.update({piece.name: piece.values for piece in self._live()})
 
     def place(self, folder: str, engine_folder: str, module: str = "") -> InCheckpoint:
-        """Where a checkpoint has the weights of `module` for inference, with `state` in `folder`."""
+        """The place of `module`'s weights for inference in a checkpoint with `state` in `folder`."""
         return InCheckpoint(folder, "", module) if self.enabled else InCheckpoint(engine_folder, WEIGHTS, module)
 
     def state(self, folder: str) -> list[StateFile]:
@@ -47,21 +47,21 @@ class ShardedEMA:
         return [piece_file(folder, self.world.rank, self.pieces(), {"shapes": shapes(self.engine)})]
 
     def load(self, folder: Path) -> None:
-        """Reads this rank's pieces out of the files of any number of ranks. UserError where some are missing."""
+        """Reads this rank's pieces from the files of any number of ranks. UserError if some are missing."""
         if self.enabled:
             PieceReader(folder).read_all(self.pieces())
 
     def pieces(self) -> list[Piece]:
-        """This rank's averages, or live weights where there are none."""
+        """This rank's averages, or the live weights without averages."""
         if not self.enabled:
             return self._live()
         return [Piece(name, self._starts[name], values) for name, values in self.shadow.state_dict().items()]
 
     @torch.no_grad()
     def fill(self, network: nn.Module) -> None:
-        """Fills a network's parameters, those of the engine's by name, with `pieces` of all ranks. Collective.
+        """Fills a network's parameters by the engine's names, with `pieces` of all ranks. Collective.
 
-        In the parameters' own dtype and memory; of the engine nothing is touched, on any ZeRO stage.
+        The parameters keep their dtype and memory. The engine is not touched, on any ZeRO stage.
         """
         mine = {piece.name: piece for piece in self.pieces()}
         for name, parameter in network.named_parameters():
@@ -70,7 +70,7 @@ class ShardedEMA:
                 part = torch.zeros(min(CHUNK, len(flat) - start), device=self.world.device)
                 if name in mine:
                     _overlap(mine[name], start, part)
-                # Every element is one rank's, and nothing the others': the sum is exact.
+                # Each element is nonzero on one rank at most, so the sum is exact.
                 dist.all_reduce(part)
                 flat[start : start + len(part)].copy_(part)
 
@@ -79,7 +79,7 @@ class ShardedEMA:
 
 
 def _overlap(piece: Piece, start: int, out: Tensor) -> None:
-    """Copies what the piece has of elements from `start` on into `out`."""
+    """Copies the piece's part of the elements from `start` on into `out`."""
     first, last = max(start, piece.start), min(start + len(out), piece.start + len(piece.values))
     if first < last:
         out[first - start : last - start].copy_(piece.values[first - piece.start : last - piece.start])
