@@ -40,6 +40,8 @@ def map_slurm(environ: MutableMapping[str, str]) -> None:
     environ["RANK"] = environ["SLURM_PROCID"]
     environ["WORLD_SIZE"] = environ["SLURM_NTASKS"]
     environ["LOCAL_RANK"] = environ["SLURM_LOCALID"]
+    if "SLURM_GTIDS" in environ:
+        environ.setdefault("LOCAL_WORLD_SIZE", str(len(environ["SLURM_GTIDS"].split(","))))
     if environ.get("SLURM_NNODES", "1") == "1":
         environ.setdefault("MASTER_ADDR", "127.0.0.1")
     # Jobs on one node need different ports. A restart needs another port, since the first may be taken. The kernel

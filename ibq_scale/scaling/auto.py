@@ -6,8 +6,6 @@ kept. The global batch, the rates and the schedule never change: the choice deci
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -20,6 +18,7 @@ from ibq_scale.config.batch import accumulation_steps
 from ibq_scale.config.deepspeed import UNSETTLED
 from ibq_scale.config.layers import with_values
 from ibq_scale.config.run import AnyRun, ARRun, TokenizerRun
+from ibq_scale.data.shared_memory import ranks_of_node
 from ibq_scale.distributed.agree import of_all_ranks
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
@@ -71,8 +70,7 @@ def machine_of(world: World) -> Machine:
     if world.device.type == "cuda":
         properties = torch.cuda.get_device_properties(world.device)
         found = float(properties.total_memory), properties.name
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
-    everyone = of_all_ranks(world, (found, local))
+    everyone = of_all_ranks(world, (found, ranks_of_node()))
     node = min(size for _, size in everyone)
     if world.size % node:
         node = 1
@@ -171,7 +169,7 @@ def _reason(key: str, plan: Plan) -> str:
 
 
 def _too_small(run: AnyRun, keys: tuple[str, ...], machine: Machine) -> str:
-    smallest = {ZERO: OFFLOADS[-1], AGAIN: CHECKPOINTING[-1], GROUP: math.gcd(machine.world, _codes(run))}
+    smallest = {ZERO: OFFLOADS[-1], AGAIN: CHECKPOINTING[-1], GROUP: 0}
     values = {key: smallest[key] for key in keys if key in smallest}
     least = budget_of(with_values(run, values), machine.world).peak
     memory = machine.gpu_memory
@@ -180,7 +178,3 @@ def _too_small(run: AnyRun, keys: tuple[str, ...], machine: Machine) -> str:
         f"{run.name} does not fit {machine.world} GPUs of {memory / 1e9:.0f} GB: at least {least / HEADROOM / 1e9:.0f} "
         f"GB a GPU are needed. Take more GPUs, larger ones, or a smaller model"
     )
-
-
-def _codes(run: AnyRun) -> int:
-    return run.quantizer.codebook_size if isinstance(run, TokenizerRun) else 1

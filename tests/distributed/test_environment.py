@@ -35,6 +35,15 @@ def test_srun_is_mapped_to_torchs_variables() -> None:
     assert again["MASTER_PORT"] == "18042"
 
 
+def test_srun_tells_the_ranks_of_a_node() -> None:
+    environment = SRUN | {"SLURM_GTIDS": "4,5,6,7"}
+    map_slurm(environment)
+    assert environment["LOCAL_WORLD_SIZE"] == "4"
+    own = SRUN | {"SLURM_GTIDS": "4,5,6,7", "LOCAL_WORLD_SIZE": "2"}
+    map_slurm(own)
+    assert own["LOCAL_WORLD_SIZE"] == "2"
+
+
 def test_torchrun_inside_srun_keeps_its_own() -> None:
     environment = SRUN | {"RANK": "3", "WORLD_SIZE": "4"}
     map_slurm(environment)
