@@ -298,3 +298,16 @@ def _wait(condition: Callable[[], object], seconds: float = 30.0) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+def test_the_cache_evicts_the_oldest_but_never_what_was_just_used(dataset: str, tmp_path: Path) -> None:
+    manifest = load_manifest(dataset, "images")
+    first, second, third = manifest.shards[:3]
+    cache = ShardCache(tmp_path, first.bytes + second.bytes, open_store(dataset))
+    cache.fetch(first)
+    cache.fetch(second)
+    os.utime(cache.path(first), (1, 1))
+    cache.fetch(third)
+    assert not cache.path(first).exists()
+    assert cache.path(second).exists()
+    assert cache.path(third).exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
 import os
 import shutil
@@ -16,19 +15,15 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from ibq_scale.config.run import DataConfig
 from ibq_scale.data import images as images_module
 from ibq_scale.data import stream as stream_module
-from ibq_scale.data.cache import ShardCache
-from ibq_scale.data.convert import decode
 from ibq_scale.data.folder import LocalStore
 from ibq_scale.data.images import BadSampleError, ImageDataset, ImageSample, Request, shard_index
 from ibq_scale.data.index import ShardIndex
@@ -498,36 +493,3 @@ def test_workers_outlive_a_signal_to_their_group_but_not_their_trainers_exit(dat
         [sys.executable, "-c", program], start_new_session=True, capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stdout) == (3, "alive\n"), done.stderr
-
-
-@pytest.mark.parametrize("least", [None, 20])
-def test_decoders_agree(least: int | None) -> None:
-    """simplejpeg decodes what Pillow does; a scaled picture still covers what was asked for."""
-    smooth = np.linspace(0, 255, 48 * 64 * 3).reshape(48, 64, 3).astype(np.uint8)
-    for mode in ("RGB", "L", "CMYK"):
-        data = io.BytesIO()
-        Image.fromarray(smooth).convert(mode).save(data, "JPEG", quality=95)
-        pixels = decode(data.getvalue(), least)
-        assert pixels.dtype == np.uint8
-        assert min(pixels.shape[:2]) >= (least or 48)
-        if least is None:
-            expected = np.asarray(Image.open(data).convert("RGB"))
-            assert pixels.shape == expected.shape
-            assert int(np.abs(pixels.astype(int) - expected).max()) <= 2, mode
-    with pytest.raises((OSError, ValueError)):
-        decode(b"\xff\xd8 no picture", least)
-
-
-def test_the_cache_evicts_the_oldest_but_never_what_was_just_used(dataset: str, tmp_path: Path) -> None:
-    import os
-
-    manifest = load_manifest(dataset, "images")
-    first, second, third = manifest.shards[:3]
-    cache = ShardCache(tmp_path, first.bytes + second.bytes, open_store(dataset))
-    cache.fetch(first)
-    cache.fetch(second)
-    os.utime(cache.path(first), (1, 1))
-    cache.fetch(third)
-    assert not cache.path(first).exists()
-    assert cache.path(second).exists()
-    assert cache.path(third).exists()
