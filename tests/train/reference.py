@@ -64,7 +64,9 @@ class PlainTokenizerTraining:
         codes = initial_codebook(run.quantizer, run.train.seed, 0, run.quantizer.codebook_size)
         self.codebook_KD = torch.nn.Parameter(codes)
         o = run.optimizer
-        self.g_optimizer = torch.optim.Adam([*self.model.parameters(), self.codebook_KD], o.lr, o.betas, o.eps)
+        codebook = {"params": [self.codebook_KD], "lr": o.codebook_lr or o.lr}
+        groups = [{"params": [*self.model.parameters()]}, codebook]
+        self.g_optimizer = torch.optim.Adam(groups, o.lr, o.betas, o.eps)
         self.d_optimizer = torch.optim.Adam(self.discriminator.parameters(), o.lr, o.betas, o.eps)
         self.lecam = LeCAM(run.loss.lecam_decay)
         self.averages = {name: p.detach().clone() for name, p in self.model.named_parameters()}

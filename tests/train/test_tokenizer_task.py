@@ -70,7 +70,9 @@ def test_every_zero_stage_and_codebook_group_equals_plain_torch(world_size: int)
 def test_local_entropy_and_vq_with_accumulation_too() -> None:
     runs = {
         "local entropy": tokenizer_run("zero2", "train.global_batch=4", "quantizer.entropy_scope=local"),
-        "vq": tokenizer_run("zero2", "train.global_batch=8", "quantizer.kind=vq", "loss.l2_weight=0.5"),
+        "vq": tokenizer_run(
+            "zero2", "train.global_batch=8", "quantizer.kind=vq", "loss.l2_weight=0.5", "optimizer.codebook_lr=0.02"
+        ),
         "lfq": tokenizer_run("zero1", "train.global_batch=8", "quantizer.kind=lfq", "quantizer.dim=5"),
         "bf16": tokenizer_run("zero2", "train.global_batch=4", "train.precision=bf16"),
         "bf16, zero3": tokenizer_run("zero3", "train.global_batch=4", "train.precision=bf16"),
