@@ -199,7 +199,8 @@ class TokenizerTask:
 
     def _generator_backward(self, images: Tensor, mean_K: Tensor | None) -> tuple[StepMetrics, Tensor]:
         weights = self.run.loss
-        reconstruction, quantized = self.generator(images, self.codebook.codes(), self.codebook.shards, mean_K)
+        codebook = self.codebook
+        reconstruction, quantized = self.generator(images, codebook.codes(), codebook.shards, mean_K, codebook.age_K)
         shown = reconstruction.detach().float()
         discriminator = self.discriminator.module.discriminator if self.adversarial else None
         balance = None if self.last_layer is None else self._adaptive_weight
