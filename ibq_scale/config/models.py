@@ -172,6 +172,17 @@ class QuantizerConfig(Section):
         return self
 
     @property
+    def switches(self) -> str:
+        """The settings past the published quantizers, in words."""
+        through = self.straight_through if isinstance(self.straight_through, str) else ""
+        words = [
+            f"{through} straight-through" * bool(through),
+            "region" * self.region,
+            "unit length" * self.l2_normalize,
+        ]
+        return ", ".join(filter(None, words))
+
+    @property
     def cosine_temperature(self) -> float:
         """`temperature`, or its default."""
         return DEFAULT_TEMPERATURE if self.temperature is None else self.temperature
