@@ -78,7 +78,7 @@ def _tokenizer(model: Tokenizer, name: str) -> str:
         f"{_head('image-tokenizer')}# {name}\n\nAn image tokenizer: pictures of {side} × {side} pixels (or any sides "
         f"that {model.downsampling} divides) become {grid} × {grid} codes, and codes become pictures. "
         f"Its codebook of {quantizer.codebook_size:,} codes × {quantizer.dim} is that of "
-        f"{KINDS[quantizer.kind].words}. "
+        f"{KINDS[quantizer.kind].words}{', tokens and codes of unit length' * quantizer.l2_normalize}. "
         f"{_parameters(model)}.\n\n```python\nimport ibq_scale\n\n"
         f'tokenizer = ibq_scale.load_tokenizer("{name}")\n'
         "codes = tokenizer.encode(images)  # float (B, 3, H, W) in [-1, 1] → int64 (B, h, w)\n"

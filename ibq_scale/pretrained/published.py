@@ -125,6 +125,8 @@ def published_tokenizer(model: Tokenizer) -> dict[str, Tensor]:
     if not KINDS[kind].published:
         known = " and ".join(name for name, other in KINDS.items() if other.published)
         raise UserError(f"the published layout has no '{kind}' quantizer: only {known} models can be written in it")
+    if model.quantizer_config.l2_normalize:
+        raise UserError("the published layout has no l2_normalize: its code would compare vectors of any length")
     live = {_published(name): tensor for name, tensor in model.state_dict().items()}
     average = {
         "model_ema.decay": torch.tensor(EMA_DECAY),

@@ -205,7 +205,9 @@ def _quantizer(run: TokenizerRun, backend: str, sharded: bool) -> tuple[float, f
     tokens = run.model.tokens
     product = 2.0 * tokens * settings.codebook_size * settings.dim
     kind = KINDS[settings.kind]
+    # Region VQ's sources have two tokens or more: two products of at most half of the tokens.
+    region = product * settings.region
     if not kind.reaches_all_codes:
-        return kind.products * product, kind.products * product
+        return kind.products * product + region, kind.products * product + region
     done = TRITON_PRODUCTS if backend == "triton" else SHARDED_PRODUCTS if sharded else STEP_PRODUCTS
-    return kind.products * product, done * product
+    return kind.products * product + region, done * product + region

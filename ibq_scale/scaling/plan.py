@@ -164,8 +164,11 @@ def make_plan(run: AnyRun, machine: Machine, *, mfu: float, measured: Rate | Non
         flops = _tokenizer_flops(run, machine.world)
         nets = [networks.autoencoder(run), networks.discriminator(run)]
         rows = run.quantizer.codebook_size * run.quantizer.dim
-        learns = KINDS[run.quantizer.kind].learns == "rows"
+        learnt = KINDS[run.quantizer.kind].learns
+        learns = learnt == "rows"
         codebook = {"codebook": rows} if learns else {}
+        if learnt == "layer":
+            codebook = {"codebook's layer": run.quantizer.dim * (run.quantizer.dim + 1)}
         lpips = networks.perceptual(run)
         frozen = ({} if learns else {"codebook": rows}) | ({"LPIPS": lpips} if lpips else {})
         budget = tokenizer_budget(run, zero, nets[0], nets[1], lpips)

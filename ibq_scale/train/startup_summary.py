@@ -62,7 +62,8 @@ def _tokenizer(run: TokenizerRun, nets: Sequence[Network], world: World) -> list
     perceptual = "no LPIPS" if run.loss.perceptual == "none" else f"LPIPS {run.loss.perceptual}, frozen"
     return [
         f"{_parts(nets)}; {perceptual}",
-        f"{model.resolution} × {model.resolution} pixels → {side} × {side} of {codes}, {quantizer.kind}{_how(run)}",
+        f"{model.resolution} × {model.resolution} pixels → {side} × {side} of {codes}, "
+        f"{', '.join(filter(None, (quantizer.kind, quantizer.switches)))}{_how(run)}",
         *([f"quantizer by {_passes(quantizer, world.device)}"] if quantizer.kind == "ibq" else []),
     ]
 
