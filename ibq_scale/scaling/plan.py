@@ -166,9 +166,9 @@ def make_plan(run: AnyRun, machine: Machine, *, mfu: float, measured: Rate | Non
         rows = run.quantizer.codebook_size * run.quantizer.dim
         learns = KINDS[run.quantizer.kind].learns == "rows"
         codebook = {"codebook": rows} if learns else {}
-        lpips = networks.perceptual(run)
-        frozen = ({} if learns else {"codebook": rows}) | ({"LPIPS": lpips} if lpips else {})
-        budget = tokenizer_budget(run, zero, nets[0], nets[1], lpips)
+        still = networks.frozen(run)
+        frozen = ({} if learns else {"codebook": rows}) | still
+        budget = tokenizer_budget(run, zero, nets[0], nets[1], still)
         transfers = tuple(tokenizer_transfers(run, zero, nets[0], nets[1]))
     else:
         tokens, codebook, frozen = run.model.tokens, {}, {}
@@ -287,6 +287,7 @@ def _tokenizer_flops(run: TokenizerRun, world: int) -> Flops:
         "quantizer": step.quantizer,
         "discriminator": step.discriminator,
         "LPIPS": step.perceptual,
+        **({"feature loss": step.features} if step.features else {}),
     }
     again = step.quantizer_executed - step.quantizer
     if run.model.activation_checkpointing:
