@@ -15,7 +15,14 @@ from ibq_scale.data.sets import DataSets
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from tests.ranks import run_ranks
-from tests.train.reference import draw_images, image_batches, tokenizer_run, tokenizer_state, train_tokenizers
+from tests.train.reference import (
+    assert_same,
+    draw_images,
+    image_batches,
+    tokenizer_run,
+    tokenizer_state,
+    train_tokenizers,
+)
 
 DINO = ("discriminator.kind=dino", "discriminator.backbone=tiny", "discriminator.input_side=48", "train.global_batch=8")
 BOTH = (*DINO, "loss.features=tiny", "loss.feature_weight=0.5", "optimizer.lr=1e-3")
@@ -58,12 +65,12 @@ def test_a_restart_goes_on_in_the_same_bits(tmp_path: Path) -> None:
 
     runs = {
         f"{config}-{precision}": tokenizer_run(config, *BOTH, f"train.precision={precision}")
-        for config, precision in (("zero0", "fp32"), ("zero2", "fp32"), ("zero2", "bf16"), ("zero3", "bf16"))
+        for config, precision in (("zero0", "fp32"), ("zero2", "bf16"))
     }
     assert run_ranks(_again, 2, runs, tmp_path) == [[], []]
-    saved = PieceReader(tmp_path / "zero2-fp32" / "discriminator").tensors(WEIGHTS)
+    saved = PieceReader(tmp_path / "zero2-bf16" / "discriminator").tensors(WEIGHTS)
     assert {name.split(".")[1] for name in saved} == {"heads"}
-    assert {name.split(".")[0] for name in PieceReader(tmp_path / "zero2-fp32" / "ema").tensors()} == {
+    assert {name.split(".")[0] for name in PieceReader(tmp_path / "zero2-bf16" / "ema").tensors()} == {
         "autoencoder",
         "alignment",
     }
@@ -74,22 +81,20 @@ def test_a_restart_goes_on_in_the_same_bits(tmp_path: Path) -> None:
 def test_ranks_accumulation_and_zero_change_nothing() -> None:
     """Augmentation included: its random numbers belong to a micro-batch's position."""
     runs = {
-        config: tokenizer_run(config, *BOTH, "loss.l1_weight=0", "loss.l2_weight=1") for config in ("zero0", "zero2")
+        config: tokenizer_run(config, *BOTH, "loss.l1_weight=0", "loss.l2_weight=1")
+        for config in ("zero0", "zero2", "zero3")
     }
-    draws = dict.fromkeys(runs, 0)
-    alone = run_ranks(train_tokenizers, 1, {"zero0": runs["zero0"]}, draws)[0]["zero0"]
+    draws, plain = dict.fromkeys(runs, 0), runs.pop("zero0")
+    alone = run_ranks(train_tokenizers, 1, {"alone": plain}, {"alone": 0})[0]["alone"]
     found = run_ranks(train_tokenizers, 2, runs, draws)[0]
-    start = train_tokenizers_start(runs["zero0"])
+    start = _start(plain)
     for name, weights in found.items():
-        assert weights.keys() == alone.keys()
-        for key, value in alone.items():
-            got, expected = torch.from_numpy(weights[key]).flatten(), torch.from_numpy(value).flatten()
-            torch.testing.assert_close(got, expected, rtol=2e-4, atol=2e-5, msg=lambda m, k=key: f"{name}: {k}: {m}")
+        assert_same(weights, {key: torch.from_numpy(value) for key, value in alone.items()}, name)
     moved = {key for key, value in start.items() if not torch.allclose(value, torch.from_numpy(alone[key]), atol=1e-5)}
     assert {"alignment.projection.0.weight", "discriminator.heads.4.last.weight"} <= moved
 
 
-def train_tokenizers_start(run: TokenizerRun) -> dict[str, torch.Tensor]:
+def _start(run: TokenizerRun) -> dict[str, torch.Tensor]:
     """Some weights before training."""
     from ibq_scale.losses.frozen_vit import backbone_of, sizes_of
     from ibq_scale.models.aligned import AlignedTokenizer
