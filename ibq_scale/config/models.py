@@ -219,12 +219,35 @@ class QuantizerConfig(Section):
 
 
 class DiscriminatorConfig(Section):
-    """PatchGAN discriminator."""
+    """The discriminator: a PatchGAN, or heads on a frozen DINO."""
 
-    channels: Side = Field(
-        64, description="Width of the first convolution. It doubles with each layer, up to eightfold."
+    kind: Literal["patch", "dino"] = Field(
+        "patch",
+        description="`patch`: PatchGAN (the published models). `dino`: a frozen DINO ViT-S/16 with trained heads on "
+        "five depths, as in StyleGAN-T and RAE.",
     )
-    layers: Annotated[int, Field(ge=1, le=16)] = Field(3, description="Convolutions of stride 2.")
+    channels: Side = Field(
+        64, description="`patch`: width of the first convolution. It doubles with each layer, up to eightfold."
+    )
+    layers: Annotated[int, Field(ge=1, le=16)] = Field(3, description="`patch`: convolutions of stride 2.")
+    backbone: Literal["published", "random", "tiny"] = Field(
+        "published",
+        description="`dino`: weights of the backbone. `published`: `ibq-scale fetch-weights dino`. `random`: seeded "
+        "random weights of the same sizes, for dry runs. `tiny`: random and of 4 narrow blocks, for tests.",
+    )
+    input_side: Annotated[int, Field(ge=32, le=4096)] = Field(
+        224, description="`dino`: images are resized to this side, a multiple of 16."
+    )
+    augment: tuple[Literal["color", "translation", "cutout"], ...] = Field(
+        ("color", "translation", "cutout"),
+        description="`dino`: random changes of real and reconstructed images (DiffAugment, arXiv 2006.10738).",
+    )
+
+    @model_validator(mode="after")
+    def _side_fits(self) -> DiscriminatorConfig:
+        if self.input_side % 16:
+            raise ValueError(f"input_side must be a multiple of 16, DINO's patch, got {self.input_side}")
+        return self
 
 
 AttentionKind = Literal[

@@ -93,6 +93,13 @@ class TokenizerLossConfig(Section):
         "vgg", description="Backbone of LPIPS. `random`: seeded random weights, for dry runs."
     )
     perceptual_weight: NonNegativeFloat = Field(1.0, description="Weight of LPIPS.")
+    features: Literal["none", "dinov2", "random", "tiny"] = Field(
+        "none",
+        description="Frozen encoder whose features the decoder's first level predicts, by cosine (VFMTok, GigaTok). "
+        "`dinov2`: ViT-S/14, from `ibq-scale fetch-weights dinov2`. `random`: seeded random weights of the same sizes, "
+        "for dry runs. `tiny`: random and of 4 narrow blocks, for tests.",
+    )
+    feature_weight: NonNegativeFloat = Field(1.0, description="Weight of 1 − cosine of `features`.")
     adversarial: Literal["constant", "adaptive"] = Field(
         "constant",
         description="`constant`: `adversarial_weight` as it is (published). `adaptive`: times the ratio of two "

@@ -32,7 +32,7 @@ def budget_of(run: AnyRun, world: int) -> MemoryBudget:
     zero = Zero.of(deepspeed_config(run, world), world=world)
     if isinstance(run, TokenizerRun):
         nets = networks.autoencoder(run), networks.discriminator(run)
-        return tokenizer_budget(run, zero, *nets, networks.perceptual(run))
+        return tokenizer_budget(run, zero, *nets, networks.frozen(run))
     return ar_budget(run, zero, networks.transformer(run))
 
 

@@ -12,16 +12,19 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ibq_scale.config.models import TransformerConfig
-from ibq_scale.config.run import AnyRun, TokenizerRun
+from ibq_scale.config.models import AutoencoderConfig, DiscriminatorConfig, TransformerConfig
+from ibq_scale.config.run import AnyRun, TokenizerLossConfig, TokenizerRun
+from ibq_scale.losses.frozen_vit import FrozenFeatures, backbone_of
 from ibq_scale.losses.perceptual import Net, Perceptual
+from ibq_scale.models.aligned import Alignment
 from ibq_scale.models.autoencoder import Autoencoder
-from ibq_scale.models.discriminator import PatchDiscriminator
+from ibq_scale.models.discriminator import make_discriminator
 from ibq_scale.models.initial import Uninitialized
 from ibq_scale.models.transformer import Transformer
+from ibq_scale.models.vit import ViT
 from ibq_scale.quantize.kinds import KINDS
 from ibq_scale.scaling.allocations import NormShapes
 
@@ -132,11 +135,12 @@ class StepFlops:
     quantizer_executed: float
     discriminator: float
     perceptual: float
+    features: float
 
     @property
     def total(self) -> float:
         """Required FLOPs of the step, with the discriminator's."""
-        return self.autoencoder + self.quantizer + self.discriminator + self.perceptual
+        return self.autoencoder + self.quantizer + self.discriminator + self.perceptual + self.features
 
 
 def step_flops(run: TokenizerRun, *, backend: str, sharded: bool) -> StepFlops:
@@ -150,6 +154,7 @@ def step_flops(run: TokenizerRun, *, backend: str, sharded: bool) -> StepFlops:
         quantizer_executed=executed,
         discriminator=_discriminator(run, image) if run.loss.adversarial_weight > 0 else 0.0,
         perceptual=_perceptual(run, image) if run.loss.perceptual != "none" else 0.0,
+        features=_features(run, image),
     )
 
 
@@ -175,8 +180,7 @@ def _autoencoder(run: TokenizerRun, image: Tensor) -> float:
 
 def _discriminator(run: TokenizerRun, image: Tensor) -> float:
     """Three passes: real and fake for its own weights, and one for the generator, back to the image."""
-    with on_meta():
-        model = PatchDiscriminator(run.discriminator)
+    model = discriminator_on_meta(run.discriminator, torch.float32)
     own = count(lambda: model(image))
     model.requires_grad_(False)
     fake = image.clone().requires_grad_()
@@ -190,6 +194,44 @@ def _perceptual(run: TokenizerRun, image: Tensor) -> float:
     metric = perceptual_on_meta(net, torch.float32)
     fake = image.clone().requires_grad_()
     return count(lambda: metric(image, fake))
+
+
+def _features(run: TokenizerRun, image: Tensor) -> float:
+    """The frozen encoder forward, and the projection forward and back."""
+    target = features_on_meta(run.loss, run.model, torch.float32)
+    if target is None:
+        return 0.0
+    with on_meta():
+        alignment = Alignment(middle := nn.Identity(), run.model, target.width)
+        width, side = (
+            run.model.channels * run.model.channel_multipliers[-1],
+            run.model.resolution // run.model.downsampling,
+        )
+        tap = torch.empty(1, width, side, side, requires_grad=True)
+    middle(tap)
+    return count(lambda: alignment(target(image)))
+
+
+@cache
+def backbone_on_meta(config: DiscriminatorConfig, dtype: torch.dtype) -> ViT | None:
+    """The discriminator's frozen backbone on the meta device, which needs no file."""
+    with on_meta():
+        return backbone_of(config, META, dtype)
+
+
+def discriminator_on_meta(config: DiscriminatorConfig, dtype: torch.dtype) -> nn.Module:
+    """The discriminator on the meta device, with a backbone of the same dtype."""
+    with on_meta():
+        return make_discriminator(config, backbone_on_meta(config, dtype)).to(dtype)
+
+
+@cache
+def features_on_meta(
+    losses: TokenizerLossConfig, model: AutoencoderConfig, dtype: torch.dtype
+) -> FrozenFeatures | None:
+    """The feature loss's target on the meta device, which needs no file."""
+    with on_meta():
+        return FrozenFeatures.of(losses, model, META, dtype)
 
 
 @cache

@@ -169,9 +169,9 @@ def make_plan(run: AnyRun, machine: Machine, *, mfu: float, measured: Rate | Non
         codebook = {"codebook": rows} if learns else {}
         if learnt == "layer":
             codebook = {"codebook's layer": run.quantizer.dim * (run.quantizer.dim + 1)}
-        lpips = networks.perceptual(run)
-        frozen = ({} if learns else {"codebook": rows}) | ({"LPIPS": lpips} if lpips else {})
-        budget = tokenizer_budget(run, zero, nets[0], nets[1], lpips)
+        still = networks.frozen(run)
+        frozen = ({} if learns else {"codebook": rows}) | still
+        budget = tokenizer_budget(run, zero, nets[0], nets[1], still)
         transfers = tuple(tokenizer_transfers(run, zero, nets[0], nets[1]))
     else:
         tokens, codebook, frozen = run.model.tokens, {}, {}
@@ -290,6 +290,7 @@ def _tokenizer_flops(run: TokenizerRun, world: int) -> Flops:
         "quantizer": step.quantizer,
         "discriminator": step.discriminator,
         "LPIPS": step.perceptual,
+        **({"feature loss": step.features} if step.features else {}),
     }
     again = step.quantizer_executed - step.quantizer
     if run.model.activation_checkpointing:

@@ -120,8 +120,7 @@ def _codes(manifest: Manifest) -> CodesInfo:
 
 def _with_defaults(saved: dict[str, Any], section: BaseModel) -> dict[str, Any]:
     """A saved section with defaults for missing keys: checkpoints of older releases have fewer keys."""
-    fields = type(section).model_fields
-    return {name: field.get_default() for name, field in fields.items()} | saved
+    return type(section)().model_dump(mode="json") | saved
 
 
 def _what(section: object) -> object:
