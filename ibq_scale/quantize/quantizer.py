@@ -72,10 +72,11 @@ def encode(z_ND: Tensor, rows_KD: Tensor, settings: QuantizerConfig, group: Grou
 
 
 @torch.no_grad()
-def lookup(indices_N: Tensor, rows_KD: Tensor, group: Group = None) -> Tensor:
-    """The codes (N, D) of global indices (N,), served by their owners."""
+def lookup(indices_N: Tensor, rows_KD: Tensor, group: Group = None, sizes: list[int] | None = None) -> Tensor:
+    """The codes (N, D) of global indices (N,), served by their owners. `sizes`: as in `Shards`."""
     group = group if size_of(group) > 1 else None
-    codes_ND: Tensor = LookupFunction.apply(indices_N, rows_KD, [len(indices_N)] * size_of(group), group)
+    sizes = sizes or [len(indices_N)] * size_of(group)
+    codes_ND: Tensor = LookupFunction.apply(indices_N, rows_KD, sizes, group)
     return codes_ND
 
 
