@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.nn.parallel import DistributedDataParallel
 
 import ibq_scale
 from ibq_scale.errors import UserError
@@ -76,7 +76,7 @@ def _wrapped(kind: str, way: str, ranks: int) -> tuple[nn.Module, Model]:
         group = groups[dist.get_rank() // 2]
     if way == "copies":
         model = Model(kind, replica_group=group)
-        return DDP(model), model
+        return DistributedDataParallel(model), model
     model = Model(kind, codebook_group=group)
     if way == "fsdp":
         from torch.distributed.device_mesh import init_device_mesh
@@ -84,7 +84,7 @@ def _wrapped(kind: str, way: str, ranks: int) -> tuple[nn.Module, Model]:
 
         fully_shard(model, mesh=init_device_mesh("cpu", (ranks,)), ignored_params=ibq_scale.own_parameters(model))
         return model, model
-    return DDP(ibq_scale.keep_shards_from_ddp(model)), model
+    return DistributedDataParallel(ibq_scale.keep_shards_from_ddp(model)), model
 
 
 def _ranks_train(rank: int, ranks: int, cases: list[tuple[str, str]]) -> list[dict[str, Any]]:
@@ -134,7 +134,7 @@ def _mistakes(rank: int, ranks: int) -> dict[str, Any]:
         said[name] = str(refused.value)
 
     x, mask = _batch()
-    told("ddp", lambda: DDP(Model("IBQ", codebook_group=group))(x, mask))
+    told("ddp", lambda: DistributedDataParallel(Model("IBQ", codebook_group=group))(x, mask))
     told("odd", lambda: ibq_scale.IBQ(DIM, 15, codebook_group=group))
     told("pickle", lambda: pickle.dumps(ibq_scale.IBQ(DIM, CODES, codebook_group=group)))
     shard, whole = Model("IBQ", codebook_group=group), Model("IBQ")
