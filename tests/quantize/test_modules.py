@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import subprocess
 import sys
 from typing import Any
@@ -15,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 
 import ibq_scale
 from ibq_scale import FSQ, IBQ, LFQ, VQ, ProductQuantizer, ResidualQuantizer, SimVQ
-from ibq_scale.errors import UserError
 from ibq_scale.quantize.ibq import ibq_dense
 from ibq_scale.quantize.modules import Quantizer, QuantizerOutput
 
@@ -194,9 +194,8 @@ def test_copies_pickles_and_states() -> None:
     ],
 )
 def test_wrong_use_is_told_at_once(call: Any, said: str) -> None:
-    with pytest.raises(ValueError) as refused:
+    with pytest.raises(ValueError, match=re.escape(said)):
         call()
-    assert said in str(refused.value)
 
 
 def test_the_shorter_forms_of_grids() -> None:
@@ -237,7 +236,7 @@ def test_levels_correct_what_is_left_over() -> None:
     mask = torch.rand(4, 5) > 0.3
     out = vq(z, mask)
     assert torch.equal(torch.autograd.grad((out.quantized * upstream).sum(), z)[0], upstream * mask[..., None])
-    errors = [float((z - vq(z, levels=n).quantized).square().mean()) for n in (1, 2, 3)]
+    errors = [float((z - vq(z, levels=n).quantized).square().mean().detach()) for n in (1, 2, 3)]
     assert errors == sorted(errors, reverse=True)
 
 
