@@ -91,10 +91,20 @@ def encode(z_ND: Tensor, rows_KD: Tensor, settings: QuantizerConfig, group: Grou
 
 
 @torch.no_grad()
-def lookup(indices_N: Tensor, rows_KD: Tensor, group: Group = None, settings: QuantizerConfig | None = None) -> Tensor:
-    """The codes (N, D) of global indices (N,), served by their owners: the rows, or as `settings` scale them."""
+def lookup(
+    indices_N: Tensor,
+    rows_KD: Tensor,
+    group: Group = None,
+    sizes: list[int] | None = None,
+    settings: QuantizerConfig | None = None,
+) -> Tensor:
+    """The codes (N, D) of global indices (N,), served by their owners: the rows, or as `settings` scale them.
+
+    `sizes`: as in `Shards`.
+    """
     group = group if size_of(group) > 1 else None
-    codes_ND: Tensor = LookupFunction.apply(indices_N, rows_KD, [len(indices_N)] * size_of(group), group)
+    sizes = sizes or [len(indices_N)] * size_of(group)
+    codes_ND: Tensor = LookupFunction.apply(indices_N, rows_KD, sizes, group)
     return unit(codes_ND) if settings is not None and settings.l2_normalize else codes_ND
 
 
