@@ -26,6 +26,7 @@ from ibq_scale.quantize.kinds import KINDS
 from ibq_scale.quantize.placement import Layout, Placement
 from ibq_scale.quantize.quantized import Quantized
 from ibq_scale.quantize.quantizer import find, initial_codebook, lookup, quantize, rows_of
+from ibq_scale.quantize.region import initial_ages
 from ibq_scale.quantize.usage import CodeUsage, counts_of, perplexity, share_used
 
 # Every loss term of `Quantized`, by its name without the ending. Those that are not here have the weight 1.
@@ -109,6 +110,10 @@ class Quantizer(nn.Module):
             # A grid is made from the settings, and a frozen basis is a part of the model.
             self.register_buffer("codebook", rows, persistent=learns == "layer")
         self.layer = nn.Linear(self.settings.dim, self.settings.dim, device=place) if learns == "layer" else None
+        # The window of `region`. It is short, so it starts empty after loading.
+        ages = initial_ages(self.settings, len(rows) if self.settings.region else 0, place)
+        self.age: Tensor
+        self.register_buffer("age", ages, persistent=False)
         self.running = CodeUsage(codes)
         self._seen_by_wrapper = False
         if not rows.is_meta:
@@ -120,6 +125,7 @@ class Quantizer(nn.Module):
         seed = int(torch.randint(2**31, (), device="cpu")) if self.seed is None else self.seed
         if self.seed is None and not self.placement.alone:
             seed = self.placement.same_for_all(seed, self.codebook.device)
+        self.age.fill_(self.settings.region_window)
         with torch.device("cpu"):
             rows = initial_codebook(self.settings, seed, self._start, self._start + len(self.codebook))
             self.codebook.copy_(rows if KINDS[self.kind].learns == "nothing" else rows * self.init_scale)
@@ -202,7 +208,7 @@ class Quantizer(nn.Module):
         with torch.autocast(flat.device.type, enabled=False):
             group = self.placement.group if self._sharded else None
             sizes = self.placement.layout(len(flat), flat.device).shards.sizes if self._sharded else None
-            codes_ND = lookup(flat.clamp(min=0), self.rows(), group, sizes)
+            codes_ND = lookup(flat.clamp(min=0), self.rows(), group, sizes, self.settings)
         codes = codes_ND.masked_fill((flat < 0)[:, None], 0).view(*indices.shape, self.dim)
         return codes.movedim(-1, 1) if self.channel_first else codes
 
@@ -233,7 +239,7 @@ class Quantizer(nn.Module):
     def _quantize(self, z_ND: Tensor, layout: Layout) -> Quantized:
         rows_KD = self.rows()
         if layout.tokens:
-            return quantize(z_ND, rows_KD, self.settings, layout.shards)
+            return quantize(z_ND, rows_KD, self.settings, layout.shards, age_K=self.age if self.training else None)
         # Still connected: every rank's backward pass then has the same collectives.
         nothing = z_ND.sum(dtype=rows_KD.dtype) + rows_KD.sum() * 0
         none = dict.fromkeys(Quantized._fields, nothing)

@@ -76,6 +76,30 @@ def test_shapes_statistics_and_codes_there_and_back() -> None:
         assert quantizer(z[0, 0]).indices.shape == ()
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (IBQ, {"region": True}),
+        (IBQ, {"l2_normalize": True}),
+        (VQ, {"straight_through": "dynamic"}),
+        (SimVQ, {"straight_through": "rotation", "region": True}),
+    ],
+)
+def test_the_trainers_switches_are_keywords(kind: type[Quantizer], settings: dict[str, Any]) -> None:
+    quantizer = (
+        kind(16, 256, seed=0, region_window=100, **settings) if "region" in settings else kind(16, 256, **settings)
+    )
+    z = torch.randn(2, 30, 16)
+    out = quantizer(z)
+    assert torch.equal(quantizer.encode(z), out.indices)
+    assert torch.allclose(quantizer.decode(out.indices), out.quantized, atol=1e-6)
+    if "region" in settings:
+        chosen = quantizer.age.clone()
+        assert (chosen < 100).sum() == len(out.indices.unique())
+        quantizer.eval()(torch.randn(2, 30, 16))
+        assert torch.equal(quantizer.age, chosen)
+
+
 def test_channels_may_come_first() -> None:
     first, last = IBQ(6, 32, seed=0, channel_first=True), IBQ(6, 32, seed=0)
     z = _z(last, 2, 3, 4)
