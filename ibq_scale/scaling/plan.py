@@ -344,6 +344,7 @@ def _time(
         # The rate of several ranks includes the exchange between them.
         seconds += roofline.exposed if roofline is not None and rate.ranks == 1 else 0.0
         basis = f"{rate} (micro-batch {rate.micro_batch}, {rate.ranks} rank{'s' * (rate.ranks > 1)})"
+        basis += "; assumes no loss with more ranks" * (roofline is None and machine.world > rate.ranks)
         return _at(run, machine, run.train.global_batch / seconds, basis, measured=True)
     device = machine.known
     if device is None:

@@ -151,7 +151,8 @@ def this_cpu(threads: int) -> str:
     except OSError:
         text = ""
     model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return f"CPU {' '.join(model[1].split()) if model else 'of an unknown model'}, {threads} threads"
+    name = " ".join(model[1].split()) if model else "of an unknown model"
+    return f"CPU {name}, {threads} thread{'s' * (threads > 1)}"
 
 
 def versions() -> dict[str, str | None]:
@@ -183,10 +184,13 @@ def _conditions(rate: StepRate) -> tuple[Any, ...]:
 
 def _checked(schema: type[StepRate] | type[LinkRate], values: Any) -> dict[str, Any]:
     """The values of a record if each has its type and every number is above 0. ValueError, TypeError."""
-    kinds: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "bool": (bool,)}
     for name, kind in schema.__annotations__.items():
         value = values[name]
-        if not isinstance(value, kinds[kind]) or (kind in ("int", "float") and not 0 < value < math.inf):
+        if kind in ("int", "float"):
+            right = isinstance(value, int if kind == "int" else (int, float)) and 0 < value < math.inf
+        else:
+            right = isinstance(value, str if kind == "str" else bool)
+        if not right:
             raise ValueError(f"{name} is {value!r:.40}")
     return dict(values)
 

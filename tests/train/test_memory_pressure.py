@@ -39,7 +39,7 @@ def _losses(run: Path) -> list[float]:
 def test_all_ranks_start_again_with_half_of_the_micro_batch(codes: str, tmp_path: Path) -> None:
     done = nursery.run([*_words(codes, tmp_path / "auto", "auto"), "--ranks", "2"])
     assert done.returncode == 0, done.stderr
-    told = "train.micro_batch=4 ran out of memory on rank 1 in step 2: starting again with at most 2 and the same global"
+    told = "train.micro_batch=4 ran out of memory on rank 1 in step 2: starting again with at most 2 and the same"
     assert done.stderr.count(told) == 1
     assert "4 ran out of memory here on rank 1 in step 2 (auto.json)" in done.stderr
     assert json.loads((tmp_path / "auto/auto.json").read_text())["CPU"]["micro_batch"] == 2
