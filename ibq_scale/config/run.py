@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, WithJsonSchema, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
 
 from ibq_scale import extensions
 from ibq_scale.config.base import AUTO, OPEN, Section, auto_int
@@ -175,6 +175,20 @@ class TokenizerOptimizerConfig(OptimizerConfig):
     )
 
 
+# One value stands for a list of it.
+OneOrMore = BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
+
+
+def _step_range(text: str) -> str:
+    first, colon, end = text.partition(":")
+    if not (first.isdecimal() and (end.isdecimal() or not colon)) or not 0 < int(first) < int(end or int(first) + 1):
+        raise ValueError(f"'{text}' is no range of steps: write FIRST:END, without the step END, as in 100:110")
+    return text
+
+
+StepRange = Annotated[str, AfterValidator(_step_range)]
+
+
 class TrainConfig(Section):
     """Length, batch, checkpoints and guards. Gradient accumulation is derived: global / (micro × world size).
 
@@ -217,6 +231,17 @@ class TrainConfig(Section):
         10,
         description="Skipped steps within any 1,000 before the run stops. A step with a loss or gradient that "
         "is not finite is skipped on all ranks and logged.",
+    )
+    skip_spikes: NonNegativeFloat | None = Field(
+        0.0,
+        description="Skip a step on all ranks if its loss or gradient norm is above the last 128 steps' median by more "
+        "than this many standard deviations (estimated as 1.4826 × the median deviation). The first 16 steps are "
+        "never skipped. It counts as one of `skipped_steps`. 0 or null: off.",
+    )
+    skip_steps: Annotated[tuple[StepRange, ...], OneOrMore] = Field(
+        (),
+        description="Steps whose samples are passed over, as Python ranges: `[100:110]` has the steps 100 to 109. The "
+        "numbers, rates and samples of the other steps stay.",
     )
     hang_timeout: Annotated[float, Field(gt=0, lt=1800)] = Field(
         1200.0,
@@ -261,6 +286,11 @@ class TrainConfig(Section):
             return self.steps
         assert self.samples is not None
         return self.samples // self.global_batch
+
+    def skips(self, step: int) -> bool:
+        """Whether `skip_steps` has this step."""
+        parts = [text.partition(":") for text in self.skip_steps]
+        return any(int(first) <= step < int(end or int(first) + 1) for first, _, end in parts)
 
     @property
     def total_samples(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from ibq_scale.pretrained.loading import CONFIG, config_text
 from ibq_scale.supervise.alarms import Rule, Spike
 from ibq_scale.supervise.compatible import check_codes
 from ibq_scale.supervise.dashboards import Histogram
+from ibq_scale.supervise.spikes import Spikes
 from ibq_scale.train.ema_model import ema_transformer
 from ibq_scale.train.randomness import seed_by_position
 from ibq_scale.train.sample_grid import SampleGrid
@@ -49,6 +51,7 @@ class ARTask:
         model = build_transformer(run, config, world)
         self.engine = make_engine(model, adamw(model, run.optimizer), config, world.device)
         self.ema = ShardedEMA(self.engine, run.ema_decay, world)
+        self.spikes = Spikes(run.train.skip_spikes, world) if run.train.skip_spikes else None
 
     def batches(self, start: int) -> Iterator[CodeBatch]:
         return code_stream(
@@ -69,6 +72,7 @@ class ARTask:
 
     def train_step(self, batches: Iterator[CodeBatch]) -> Step:
         total = torch.zeros((), device=self.world.device)
+        refuses = None if self.spikes is None else partial(self.spikes.refuses, total)
         for _ in range(self.accumulation):
             batch = next(batches)
             seed_by_position(self.run.train.seed, batch.requests)
@@ -76,12 +80,13 @@ class ARTask:
             losses_BT = self.engine(codes_BT, batch.labels.to(self.world.device, non_blocking=True))
             loss = losses_BT.mean()
             self.engine.backward(loss)
-            applied = step(self.engine)
             total += loss.detach() / self.accumulation
+            applied = step(self.engine, refuses)
         if applied:
             self.ema.update()
         norm = gradient_norm(self.engine, self.world.device)
-        return Step({"loss": total, "grad_norm": norm}, applied, total.isfinite())
+        spike = None if applied or self.spikes is None else self.spikes.found()
+        return Step({"loss": total, "grad_norm": norm}, applied, total.isfinite(), spike)
 
     def histograms(self) -> dict[str, Histogram]:
         return {}
@@ -100,6 +105,7 @@ class ARTask:
 
     def state(self) -> list[StateFile]:
         files: list[StateFile] = [engine_file(self.engine, "transformer", self.world), *self.ema.state("ema")]
+        files += [] if self.spikes is None else self.spikes.state()
         if self.world.is_main:
             model, weights = self.run.model.architecture(), self.ema.place("ema", "transformer")
             config = config_text("ar", model, None, {"run": self.run.name}, self.codes.tokenizer, weights)
@@ -109,6 +115,8 @@ class ARTask:
     def load(self, directory: Path) -> None:
         load_engine(self.engine, directory / "transformer", self.world)
         self.ema.load(directory / "ema")
+        if self.spikes is not None:
+            self.spikes.load(directory)
 
     def draw(self) -> dict[str, Tensor]:
         """Nothing. A validation draws samples, if the run has a tokenizer."""

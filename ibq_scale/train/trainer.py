@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ibq_scale.checkpoint.reading import Checkpoint
 from ibq_scale.checkpoint.saving import CheckpointFolder
+from ibq_scale.config.batch import accumulation_steps
 from ibq_scale.config.run import AnyRun
 from ibq_scale.data.sets import DataSets
 from ibq_scale.distributed.world import World
@@ -108,6 +109,7 @@ class Trainer:
         self.plan = plan
         self._logged: dict[str, float] = {}
         self._stall = 0.0
+        self._micro_batches = accumulation_steps(config.train, world.size)
 
     def run(self, resume_from: Checkpoint | None, stop: StopRequest) -> Outcome:
         """Trains. Collective, with the same outcome on every rank."""
@@ -179,12 +181,20 @@ class Trainer:
 
     def _train_step(self, number: int, batches: _CountedBatches, window: _Window) -> bool:
         """One step. Returns whether it was applied. A skipped step is left out of the metrics' means."""
+        if self.config.train.skips(number):
+            for _ in range(self._micro_batches):
+                next(batches)
+            batches.requests()
+            window.add({})
+            return False
         step = self.task.train_step(batches)
         requests = batches.requests()
         window.add(step.metrics if step.applied else {})
         if not step.applied:
-            samples = [] if bool(step.finite) else [self.sets.name(*row[1:2], *row[3:]) for row in requests]
-            self.skipped.note(number, samples)
+            spike = step.spike
+            named = spike.here if spike is not None else not bool(step.finite)
+            samples = [self.sets.name(*row[1:2], *row[3:]) for row in requests] if named else []
+            self.skipped.note(number, samples, None if spike is None else spike.text)
         return step.applied
 
     def _validate(self, step: int, window: _Window) -> Validation:
