@@ -195,6 +195,12 @@ class TransformerConfig(Section):
         description="`adaln`: the class modulates norms and residuals of every block and is the prefix token "
         "(the published models). `prefix`: the class is the prefix token only (LlamaGen, arXiv 2406.06525).",
     )
+    order: Literal["raster", "random", "annealed"] = Field(
+        "raster",
+        description="Order of the codes in training. `random`: a permutation for each sample. `annealed`: the same, "
+        "with a probability that falls to 0 between `schedule.order_anneal_start` and `schedule.order_anneal_end` "
+        "(RAR, arXiv 2411.00776). Validation, samples and exports are in raster order always.",
+    )
     qk_norm: bool = Field(False, description="RMSNorm over each head's query and key, before the rotation.")
     token_dropout: Probability = Field(0.1, description="Dropout of the embeddings.")
     residual_dropout: Probability = Field(0.1, description="Dropout of each attention's output.")
@@ -247,7 +253,12 @@ class TransformerConfig(Section):
     def architecture(self) -> TransformerConfig:
         """The config without settings of the computation, as an exported model stores it."""
         free = {"attention": "auto", "activation_checkpointing": "none", "compile": False, "fp8": False}
-        return self.model_copy(update=free)
+        # The order of training needs weights of its own, but adds nothing in raster order (models/order.py).
+        return self.model_copy(update=free | {"order": "raster"})
+
+    def stored(self) -> dict[str, object]:
+        """`architecture` as JSON of a model on disk, without keys that older programs do not know."""
+        return self.architecture().model_dump(mode="json", exclude={"order"})
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> TransformerConfig:

@@ -18,37 +18,13 @@ from ibq_scale.models.attention import attention, choose, choose_masked
 from ibq_scale.models.cache import KVCache, LayerCache
 from ibq_scale.models.head import Head
 from ibq_scale.models.initial import Normal, drawn, fill
+from ibq_scale.models.order import OrderEmbedding, permuted_tables
 from ibq_scale.models.recompute import keeping_products
+from ibq_scale.models.rotary import rotary_table, rotate
 
-ROTARY_BASE = 10_000.0
 STD = 0.02
 # torch.compile's limit of graphs per block: training and evaluation, and batches of other sizes.
 COMPILED_GRAPHS = 16
-
-
-def rotary_table(config: TransformerConfig) -> Tensor:
-    """cos and sin (2, tokens, head_dim/2) fp32 of positions prefix, code 0, … code tokens − 2.
-
-    The first half of the pairs turns with the row, the second with the column. The prefix's cos and sin are zero, so
-    its query and key are zero, as in the published models. The table is always built on the CPU, since a model on the
-    meta device needs it too.
-    """
-    half = config.head_dim // 4
-    frequency = ROTARY_BASE ** (-torch.arange(half, dtype=torch.float32, device="cpu") / half)
-    angle = torch.arange(config.grid, dtype=torch.float32, device="cpu")[:, None] * frequency
-    rows = angle[:, None, :].expand(-1, config.grid, -1)
-    columns = angle[None, :, :].expand(config.grid, -1, -1)
-    grid = torch.cat([rows, columns], dim=-1).flatten(0, 1)[: config.tokens - 1]
-    table = torch.stack([grid.cos(), grid.sin()])
-    return torch.cat([torch.zeros(2, 1, 2 * half, device="cpu"), table], dim=1)
-
-
-def rotate(x_BTHd: Tensor, table_2Tp: Tensor) -> Tensor:
-    """Rotates interleaved pairs (x0, x1), (x2, x3), … in fp32. The result has x's dtype."""
-    cos, sin = table_2Tp[:, :, None]
-    even, odd = x_BTHd.float().view(*x_BTHd.shape[:-1], -1, 2).unbind(-1)
-    turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
-    return turned.flatten(-2).to(x_BTHd.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -87,10 +63,10 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
 
-    def forward(self, x_BTE: Tensor, table_2Tp: Tensor, cache: LayerCache | None, kind: AttentionKind) -> Tensor:
+    def forward(self, x_BTE: Tensor, table_R2Tp: Tensor, cache: LayerCache | None, kind: AttentionKind) -> Tensor:
         b, t, width = x_BTE.shape
         q, k, v = self.wqkv(x_BTE).view(b, t, sum(self.heads), self.config.head_dim).split(self.heads, dim=2)
-        q, k = rotate(self.q_norm(q), table_2Tp), rotate(self.k_norm(k), table_2Tp)
+        q, k = rotate(self.q_norm(q), table_R2Tp[0]), rotate(self.k_norm(k), table_R2Tp[-1])
         if cache is None:
             mixed = attention(q, k, v, causal=t > 1, kind=kind)
         else:
@@ -127,21 +103,21 @@ class PrefixBlock(nn.Module):
         self.checkpointing = config.activation_checkpointing
 
     def forward(
-        self, x_BTE: Tensor, condition_BE: Tensor, table_2Tp: Tensor, cache: LayerCache | None, kind: AttentionKind
+        self, x_BTE: Tensor, condition_BE: Tensor, table_R2Tp: Tensor, cache: LayerCache | None, kind: AttentionKind
     ) -> Tensor:
         # Inside the block, so that torch.compile covers the recomputation.
         if self.checkpointing in ("auto", "none") or not (self.training and torch.is_grad_enabled()):
-            return self.compute(x_BTE, condition_BE, table_2Tp, cache, kind)
+            return self.compute(x_BTE, condition_BE, table_R2Tp, cache, kind)
         how: dict[str, Any] = {} if self.checkpointing == "full" else {"context_fn": keeping_products}
-        inputs = (x_BTE, condition_BE, table_2Tp, cache, kind)
+        inputs = (x_BTE, condition_BE, table_R2Tp, cache, kind)
         out: Tensor = checkpoint(self.compute, *inputs, use_reentrant=False, **how)
         return out
 
     def compute(
-        self, x_BTE: Tensor, condition_BE: Tensor, table_2Tp: Tensor, cache: LayerCache | None, kind: AttentionKind
+        self, x_BTE: Tensor, condition_BE: Tensor, table_R2Tp: Tensor, cache: LayerCache | None, kind: AttentionKind
     ) -> Tensor:
         """The block itself. With a cache, `condition_BE` is the result of `modulation`."""
-        x_BTE = x_BTE + self.dropout(self.attention(self.attention_norm(x_BTE), table_2Tp, cache, kind))
+        x_BTE = x_BTE + self.dropout(self.attention(self.attention_norm(x_BTE), table_R2Tp, cache, kind))
         out: Tensor = x_BTE + self.feed_forward(self.ffn_norm(x_BTE))
         return out
 
@@ -158,11 +134,11 @@ class AdaLNBlock(PrefixBlock):
         self.ada_lin = AdaLN(config.width, 6)
 
     def compute(
-        self, x_BTE: Tensor, condition_BE: Tensor, table_2Tp: Tensor, cache: LayerCache | None, kind: AttentionKind
+        self, x_BTE: Tensor, condition_BE: Tensor, table_R2Tp: Tensor, cache: LayerCache | None, kind: AttentionKind
     ) -> Tensor:
         vectors = self.modulation(condition_BE) if cache is None else condition_BE
         gain1, gain2, scale1, scale2, shift1, shift2 = vectors[:, None].chunk(6, dim=-1)
-        h = self.attention(self.attention_norm(x_BTE) * (1 + scale1) + shift1, table_2Tp, cache, kind)
+        h = self.attention(self.attention_norm(x_BTE) * (1 + scale1) + shift1, table_R2Tp, cache, kind)
         x_BTE = x_BTE + self.dropout(h) * gain1
         h = self.feed_forward(self.ffn_norm(x_BTE) * (1 + scale2) + shift2)
         out: Tensor = x_BTE + h * gain2
@@ -236,8 +212,9 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(block(config) for _ in range(config.depth))
         self.head_nm = head_norm(config.width)
         self.head = Head(config.width, config.codebook_size)
+        self.order_emb = None if config.order == "raster" else OrderEmbedding(config.tokens, config.width)
         # fp32 always. It is no buffer, so casts of the module do not reach it. It moves to the device of the inputs.
-        self._table_2Tp = rotary_table(config)
+        self._table_2Sp = rotary_table(config)
         values = drawn(self.initial(), seed)
         for name, parameter in self.named_parameters():
             if not parameter.is_meta:
@@ -252,16 +229,30 @@ class Transformer(nn.Module):
         logits: Tensor = self.head(self.hidden(codes_BT, labels_B))
         return logits
 
-    def losses(self, codes_BT: Tensor, labels_B: Tensor) -> Tensor:
-        """Cross-entropy of each code (B, T), fp32, given the label and the codes before it, without full logits."""
-        losses: Tensor = self.head(self.hidden(codes_BT, labels_B), codes_BT)
+    def losses(self, codes_BT: Tensor, labels_B: Tensor, orders_BT: Tensor | None = None) -> Tensor:
+        """Cross-entropy of each code (B, T), fp32, given the label and the codes before it, without full logits.
+
+        `orders_BT`: the order of each sample's steps (models/order.py), else raster. Losses are by step.
+        """
+        if orders_BT is not None:
+            codes_BT = codes_BT.gather(1, orders_BT)
+        losses: Tensor = self.head(self.hidden(codes_BT, labels_B, orders_BT), codes_BT)
         return losses
 
-    def hidden(self, codes_BT: Tensor, labels_B: Tensor) -> Tensor:
-        """The head's input (B, T, E): ``head(hidden(codes, labels))`` are the logits of `forward`."""
+    def hidden(self, codes_BT: Tensor, labels_B: Tensor, orders_BT: Tensor | None = None) -> Tensor:
+        """The head's input (B, T, E): ``head(hidden(codes, labels))`` are the logits of `forward`.
+
+        `orders_BT`: the raster places of `codes_BT`, for a model with an order embedding.
+        """
         condition_BE = self.class_emb(labels_B)
         x_BTE = self.tok_dropout(torch.cat([condition_BE[:, None], self.tok_emb(codes_BT[:, :-1])], dim=1))
-        table = self._table_on(x_BTE.device)[:, : x_BTE.shape[1]]
+        table = self._table_on(x_BTE.device)
+        if orders_BT is None:
+            table = table[None, :, : x_BTE.shape[1]]
+        else:
+            assert self.order_emb is not None
+            x_BTE = x_BTE + self.order_emb(orders_BT)
+            table = permuted_tables(table, orders_BT)
         kind = choose(self.config.attention, x_BTE.device, x_BTE.dtype, self.config.head_dim)
         for block in self.blocks:
             x_BTE = block(x_BTE, condition_BE, table, None, kind)
@@ -283,7 +274,7 @@ class Transformer(nn.Module):
 
     def _step(self, x_BE: Tensor, cache: KVCache) -> Tensor:
         x_BTE = x_BE[:, None]
-        table = self._table_on(x_BE.device).index_select(1, cache.position_1)
+        table = self._table_on(x_BE.device).index_select(1, cache.position_1)[None]
         seen_S = cache.seen()
         choice = choose if seen_S is None else choose_masked
         kind = choice(self.config.attention, x_BE.device, x_BE.dtype, self.config.head_dim)
@@ -294,9 +285,9 @@ class Transformer(nn.Module):
         return logits
 
     def _table_on(self, device: torch.device) -> Tensor:
-        if self._table_2Tp.device != device:
-            self._table_2Tp = self._table_2Tp.to(device)
-        return self._table_2Tp
+        if self._table_2Sp.device != device:
+            self._table_2Sp = self._table_2Sp.to(device)
+        return self._table_2Sp
 
     def compile_regions(self) -> None:
         """Compiles every block with torch.compile, in place. Parameters keep their names, and blocks share a graph."""
@@ -330,6 +321,6 @@ class Transformer(nn.Module):
 class TrainedTransformer(Transformer):
     """The same for engines. They call `forward` only, so it computes `losses`."""
 
-    def forward(self, codes_BT: Tensor, labels_B: Tensor) -> Tensor:
+    def forward(self, codes_BT: Tensor, labels_B: Tensor, orders_BT: Tensor | None = None) -> Tensor:
         """`Transformer.losses`."""
-        return self.losses(codes_BT, labels_B)
+        return self.losses(codes_BT, labels_B, orders_BT)

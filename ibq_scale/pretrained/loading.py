@@ -28,6 +28,7 @@ from ibq_scale.documents import read_json, require_regular
 from ibq_scale.errors import UserError
 from ibq_scale.models.autoencoder import Autoencoder, image_of, tokens_of
 from ibq_scale.models.initial import Values
+from ibq_scale.models.order import TRAINING_ONLY
 from ibq_scale.models.sampling import GuidanceSchedule, SamplingSettings, generate
 from ibq_scale.models.transformer import Transformer
 from ibq_scale.names import file_name, is_inside
@@ -125,7 +126,7 @@ class ARModel(nn.Module):
     @property
     def hash(self) -> str:
         """sha256 (hex) of the architecture and all current weights."""
-        digest = hashlib.sha256(json.dumps(self.config.architecture().model_dump(mode="json"), sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(self.config.stored(), sort_keys=True).encode())
         _add_weights(digest, self)
         return digest.hexdigest()
 
@@ -187,7 +188,7 @@ def load_ar(path: str | Path, device: torch.device | str = "cpu", check_hashes: 
     """Loads a transformer. `check_hashes` and UserError as `load_tokenizer`."""
     folder, config = _read_config(_local(path), "ar", check_hashes)
     sizes = _section(TransformerConfig, config, "model", folder)
-    tensors = {f"transformer.{k}": v for k, v in _weights(folder, config).items()}
+    tensors = {f"transformer.{k}": v for k, v in _weights(folder, config).items() if k not in TRAINING_ONLY}
     model = fill_ar(sizes, config.get("tokenizer"), tensors, folder)
     model.path = str(folder.resolve())
     return model.to(device)
@@ -217,7 +218,7 @@ def start_from(path: str, network: Autoencoder) -> None:
 
 
 def stored(path: str, network: Transformer) -> Values:
-    """The weights at `path`, read on demand. UserError for other sizes than `network`."""
+    """The weights at `path`, read on demand, without `TRAINING_ONLY`. UserError for other sizes than `network`."""
     folder, config = _read_config(Path(path), "ar")
     if "weights" in config:
         return _stored_in_pieces(folder, _place(config, folder), network)
@@ -228,7 +229,7 @@ def stored(path: str, network: Transformer) -> Values:
     except (OSError, SafetensorError, ValueError) as e:
         raise UserError(f"cannot read {folder / WEIGHTS}: {e}") from None
     found = {name: torch.empty(s.get_shape(), device="meta") for name, s in slices.items()}
-    require_fit(network.state_dict(), found, str(folder))
+    _require_model(network, found, folder)
 
     def values(name: str, start: int, length: int) -> Tensor:
         row = found[name][0].numel()
@@ -242,7 +243,7 @@ def stored(path: str, network: Transformer) -> Values:
 def _stored_in_pieces(folder: Path, place: InCheckpoint, network: Transformer) -> Values:
     reader = PieceReader(folder.parent / place.folder)
     found = {name: torch.empty(shape, device="meta") for name, shape in reader.shapes.items()}
-    require_fit(network.state_dict(), found, str(folder))
+    _require_model(network, found, folder)
 
     def values(name: str, start: int, length: int) -> Tensor:
         out = torch.empty(length)
@@ -250,6 +251,12 @@ def _stored_in_pieces(folder: Path, place: InCheckpoint, network: Transformer) -
         return out
 
     return values
+
+
+def _require_model(network: Transformer, found: Mapping[str, Tensor], folder: Path) -> None:
+    """UserError for other sizes. Weights that only training has may be on either side."""
+    wanted, there = ({k: v for k, v in of.items() if k not in TRAINING_ONLY} for of in (network.state_dict(), found))
+    require_fit(wanted, there, str(folder))
 
 
 def codebook_to_start_from(path: str, quantizer: QuantizerConfig) -> Tensor:
@@ -292,7 +299,7 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer, source: Mapping[str, Any]
 
 def save_ar(folder: Path, model: ARModel, source: Mapping[str, Any]) -> None:
     """Writes a transformer. `source`: its origin."""
-    write_config(folder, "ar", model.config.architecture(), None, source, model.tokenizer_hash)
+    write_config(folder, "ar", model.config, None, source, model.tokenizer_hash)
     save_file(_plain(model.transformer.state_dict()), folder / WEIGHTS)
 
 
@@ -324,7 +331,8 @@ def config_text(
     weights: InCheckpoint | None = None,
 ) -> str:
     """The content of ``config.json``. `weights`: their location if not ``model.safetensors`` beside it."""
-    values: dict[str, Any] = {"format_version": FORMAT_VERSION, "kind": kind, "model": model.model_dump(mode="json")}
+    sizes = model.stored() if isinstance(model, TransformerConfig) else model.model_dump(mode="json")
+    values: dict[str, Any] = {"format_version": FORMAT_VERSION, "kind": kind, "model": sizes}
     if quantizer is not None:
         values["quantizer"] = quantizer.model_dump(mode="json")
     if tokenizer is not None:
