@@ -14,7 +14,8 @@ def rotary_table(config: TransformerConfig) -> Tensor:
     """cos and sin (2, tokens + 2, head_dim/2) fp32 of the class prefix, code 0, … code tokens − 1, and before code 0.
 
     The first half of the pairs turns with the row, the second with the column. The prefix's cos and sin are zero, so
-    its query and key are zero, as in the published models. Raster order reads the first `tokens` rows only. The last
+    its query and key are zero, as in the published models. Vectors of ``conditioning=embedding``, and the token after
+    them, do not turn. Raster order reads the first `tokens` rows only. The last
     row is the place left of code 0 (row 0, column −1), for other orders. The table is always built on the CPU, since a
     model on the meta device needs it too.
     """
@@ -27,7 +28,9 @@ def rotary_table(config: TransformerConfig) -> Tensor:
     before = torch.cat([angle[1], angle[0]])[None]
     angles = torch.cat([grid, before])
     table = torch.stack([angles.cos(), angles.sin()])
-    return torch.cat([torch.zeros(2, 1, 2 * half, device="cpu"), table], dim=1)
+    prefix = torch.zeros(2, 1, 2 * half, device="cpu")
+    prefix[0] = float(config.conditioning == "embedding")
+    return torch.cat([prefix, table], dim=1)
 
 
 def rotate(x_BTHd: Tensor, table_2Tp: Tensor) -> Tensor:

@@ -87,6 +87,7 @@ def _transformer_part(name: str) -> str:
     for start, part in (
         ("tok_emb", "embedding"),
         ("class_emb", "class embedding"),
+        ("condition_emb", "condition embedding"),
         ("order_emb", "order embedding"),
         ("head", "head"),
     ):

@@ -44,7 +44,7 @@ class ARTask:
         self.sets = sets
         self.codes = check_codes(run, sets)
         self.held_out = None if run.validation.data is None else HeldOut(run, world, sets)
-        self.grid = SampleGrid(run, world) if run.tokenizer is not None and run.validation.images else None
+        self.grid = SampleGrid(run, world, sets) if run.tokenizer is not None and run.validation.images else None
         config = deepspeed_config(run, world.size)
         self.accumulation = int(config["gradient_accumulation_steps"])
         model = build_transformer(run, config, world)
@@ -59,6 +59,7 @@ class ARTask:
             world_size=self.world.size,
             micro_batch=self.run.train.micro_batch,
             start=start,
+            conditions=self.run.model.conditioning == "embedding",
         )
 
     def set_rates(self, samples: int) -> dict[str, float]:
@@ -74,7 +75,7 @@ class ARTask:
         for _ in range(self.accumulation):
             batch = next(batches)
             seed_by_position(self.run.train.seed, batch.requests)
-            inputs = (batch.codes, batch.labels, self._orders(batch))
+            inputs = (batch.codes, batch.labels, self._orders(batch), batch.vectors, batch.lengths)
             losses_BT = self.engine(*(t if t is None else t.to(self.world.device, non_blocking=True) for t in inputs))
             loss = losses_BT.mean()
             self.engine.backward(loss)
@@ -112,7 +113,9 @@ class ARTask:
         files: list[StateFile] = [engine_file(self.engine, "transformer", self.world), *self.ema.state("ema")]
         if self.world.is_main:
             model, weights = self.run.model, self.ema.place("ema", "transformer")
-            config = config_text("ar", model, None, {"run": self.run.name}, self.codes.tokenizer, weights)
+            encoder = self.codes.condition if model.conditioning == "embedding" else None
+            source, tokenizer = {"run": self.run.name}, self.codes.tokenizer
+            config = config_text("ar", model, None, source, tokenizer, weights, encoder)
             files.append(TextFile(f"model/{CONFIG}", config))
         return files
 

@@ -39,7 +39,7 @@ def test_raster_order_is_the_plain_model_to_the_last_bit() -> None:
     gradients = []
     for model, orders in ((plain, None), (other, RASTER)):
         torch.manual_seed(0)
-        model.losses(codes, labels, orders).mean().backward()
+        model.losses(codes, labels, orders_BT=orders).mean().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     embedding = gradients[1].pop("order_emb.weight")
     assert embedding is not None
@@ -55,16 +55,16 @@ def test_raster_order_is_the_plain_model_to_the_last_bit() -> None:
 def test_a_step_sees_its_label_its_target_and_the_codes_before_it() -> None:
     codes, labels, orders = _batch()
     model = noisy(order="random")
-    before = model.losses(codes, labels, orders)
+    before = model.losses(codes, labels, orders_BT=orders)
     step = 6
     changed = codes.scatter(1, orders[:, step : step + 1], (codes.gather(1, orders[:, step : step + 1]) + 1) % 50)
-    after = model.losses(changed, labels, orders)
+    after = model.losses(changed, labels, orders_BT=orders)
     assert torch.equal(before[:, :step], after[:, :step])
     assert (before[:, step + 1 :] != after[:, step + 1 :]).all()
     # Two orders that part at a step predict other codes there.
     swapped = orders.clone()
     swapped[:, [step, step + 1]] = orders[:, [step + 1, step]]
-    hidden, other = (model.hidden(codes.gather(1, o), labels, o) for o in (orders, swapped))
+    hidden, other = (model.hidden(codes.gather(1, o), labels, orders_BT=o) for o in (orders, swapped))
     assert torch.equal(hidden[:, :step], other[:, :step])
     assert not torch.isclose(hidden[:, step], other[:, step]).all(dim=-1).any()
 
