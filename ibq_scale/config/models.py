@@ -256,7 +256,7 @@ AttentionKind = Literal[
 
 
 class TransformerConfig(Section):
-    """Class-conditional Llama-like transformer over `tokens` codes in raster order."""
+    """Llama-like transformer over `tokens` codes, conditional on a class or on given vectors."""
 
     codebook_size: Rows = Field(16384, description="Codes to choose from: the tokenizer's codebook size.")
     classes: Rows = Field(1000, description="Number of classes. Label `classes` itself means no class.")
@@ -268,17 +268,32 @@ class TransformerConfig(Section):
         description="Heads of keys and values, each shared by heads / kv_heads query heads. null: as many as `heads`.",
     )
     width: Side = Field(1024, description="Width of the residual stream.")
-    conditioning: Literal["adaln", "prefix"] = Field(
+    conditioning: Literal["adaln", "prefix", "embedding"] = Field(
         "adaln",
         description="`adaln`: the class modulates norms and residuals of every block and is the prefix token "
-        "(the published models). `prefix`: the class is the prefix token only (LlamaGen, arXiv 2406.06525).",
+        "(the published models). `prefix`: the class is the prefix token only (LlamaGen, arXiv 2406.06525). "
+        "`embedding`: the prefix is vectors stored with the codes (`tokenize --captions`), and no class is read.",
+    )
+    condition_tokens: Annotated[int, Field(ge=0, le=2**12)] = Field(
+        0, description="`embedding`: most vectors of a condition, as in the codes' manifest. 0 for others."
+    )
+    condition_width: Annotated[int, Field(ge=0, le=2**17)] = Field(
+        0, description="`embedding`: width of these vectors, as in the codes' manifest. 0 for others."
+    )
+    order: Literal["raster", "random", "annealed"] = Field(
+        "raster",
+        description="Order of the codes in training. `random`: a permutation for each sample. `annealed`: the same, "
+        "with a probability that falls to 0 between `schedule.order_anneal_start` and `schedule.order_anneal_end` "
+        "(RAR, arXiv 2411.00776). Validation, samples and exports are in raster order always.",
     )
     qk_norm: bool = Field(False, description="RMSNorm over each head's query and key, before the rotation.")
     token_dropout: Probability = Field(0.1, description="Dropout of the embeddings.")
     residual_dropout: Probability = Field(0.1, description="Dropout of each attention's output.")
     ffn_dropout: Probability = Field(0.1, description="Dropout of each feed-forward layer's output.")
     label_dropout: Probability = Field(
-        0.1, description="Probability of replacing a label by no class in training, for classifier-free guidance."
+        0.1,
+        description="Probability of replacing a label by no class, or a condition by none, in training, for "
+        "classifier-free guidance.",
     )
     adaln_gain_init: Annotated[float, Field(gt=0)] = Field(
         1e-3,
@@ -325,7 +340,13 @@ class TransformerConfig(Section):
     def architecture(self) -> TransformerConfig:
         """The config without settings of the computation, as an exported model stores it."""
         free = {"attention": "auto", "activation_checkpointing": "none", "compile": False, "fp8": False}
-        return self.model_copy(update=free)
+        # The order of training needs weights of its own, but adds nothing in raster order (models/order.py).
+        return self.model_copy(update=free | {"order": "raster"})
+
+    def stored(self) -> dict[str, object]:
+        """`architecture` as JSON of a model on disk, without keys that older programs do not know."""
+        of_embedding = set() if self.conditioning == "embedding" else {"condition_tokens", "condition_width"}
+        return self.architecture().model_dump(mode="json", exclude={"order"} | of_embedding)
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> TransformerConfig:
@@ -335,4 +356,10 @@ class TransformerConfig(Section):
             raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
         if self.grid**2 != self.tokens:
             raise ValueError(f"tokens must be a square (a grid of codes), got {self.tokens}")
+        sizes = (self.condition_tokens, self.condition_width)
+        if (self.conditioning == "embedding", self.conditioning == "embedding") != tuple(size > 0 for size in sizes):
+            raise ValueError(
+                "condition_tokens and condition_width belong to conditioning=embedding, and are the sizes in the "
+                f"manifest of its codes: got {sizes[0]} and {sizes[1]} for {self.conditioning}"
+            )
         return self

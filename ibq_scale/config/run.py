@@ -22,6 +22,7 @@ from ibq_scale.config.models import (
 )
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 if TYPE_CHECKING:
     AutoPositive = int
     AutoNonNegative = int
@@ -144,6 +145,29 @@ class ScheduleConfig(Section):
         0.05, description="`linear`: share of the samples after the warm-up with a constant rate."
     )
     final_factor: NonNegativeFloat = Field(0.1, description="`linear`: factor at the end of the run.")
+
+
+class ARScheduleConfig(ScheduleConfig):
+    """The learning rate as for a tokenizer, and the order of the codes (`model.order`)."""
+
+    order_anneal_start: Share = Field(
+        0.5,
+        description="`model.order=annealed`: share of the run up to which every sample has a random order. RAR's is "
+        "0.5, epoch 200 of 400.",
+    )
+    order_anneal_end: Share = Field(
+        0.75,
+        description="`model.order=annealed`: share of the run from which on every sample has the raster order. The "
+        "probability of a random order falls linearly between the two. RAR's is 0.75, epoch 300 of 400.",
+    )
+
+    @model_validator(mode="after")
+    def _anneals_forwards(self) -> ARScheduleConfig:
+        if self.order_anneal_start > self.order_anneal_end:
+            raise ValueError(
+                f"order_anneal_start ({self.order_anneal_start}) comes after order_anneal_end ({self.order_anneal_end})"
+            )
+        return self
 
 
 class OptimizerConfig(Section):
@@ -411,6 +435,7 @@ class ARRun(RunConfig):
 
     task: Literal["ar"] = "ar"
     model: TransformerConfig = TransformerConfig()
+    schedule: ARScheduleConfig = ARScheduleConfig()
     optimizer: OptimizerConfig = OptimizerConfig(lr=3e-4, betas=(0.9, 0.95), weight_decay=0.05, grad_clip=1.0)
     tokenizer: str | None = Field(
         None,

@@ -96,7 +96,7 @@ def export_published(path: Path, to: Path) -> Kind:
             False,
         ):
             raise UserError("the published layout has AdaLN, as many kv_heads as heads and no qk_norm: not this model")
-        sizes = {"model": model.config.model_dump(mode="json"), "tokenizer": model.tokenizer_hash}
+        sizes = {"model": model.config.stored(), "tokenizer": model.tokenizer_hash}
         content = {"state_dict": dict(model.state_dict()), SIZES: sizes}
     to.parent.mkdir(parents=True, exist_ok=True)
     partial = to.with_name(f".{to.name}.partial")

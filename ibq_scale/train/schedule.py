@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from ibq_scale import extensions
-from ibq_scale.config.run import OptimizerConfig, ScheduleConfig, TokenizerOptimizerConfig
+from ibq_scale.config.run import ARRun, OptimizerConfig, ScheduleConfig, TokenizerOptimizerConfig
 from ibq_scale.errors import UserError
 
 Shape = Callable[[ScheduleConfig, int, int], float]
@@ -51,6 +51,17 @@ def weight_decay(optimizer: OptimizerConfig, samples: int, total_samples: int) -
         return start
     progress = min(1.0, samples / total_samples)
     return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def random_order_share(run: ARRun, position: int) -> float:
+    """Probability of a random order (0 to 1) for the sample at this position: r of arXiv 2411.00776, section 3.3."""
+    if run.model.order != "annealed":
+        return float(run.model.order == "random")
+    start, end = run.schedule.order_anneal_start, run.schedule.order_anneal_end
+    progress = position / run.train.total_samples
+    if progress >= end:
+        return 0.0
+    return 1.0 if progress <= start else (end - progress) / (end - start)
 
 
 def _steps(schedule: ScheduleConfig, samples: int, total_samples: int) -> float:
