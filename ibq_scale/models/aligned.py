@@ -51,7 +51,8 @@ class AlignedTokenizer(TokenizerModel):
         rows_KD: Tensor,
         shards: Shards = WHOLE,
         mean_K: Tensor | None = None,
+        age_K: Tensor | None = None,
         target_BWhw: Tensor | None = None,
     ) -> tuple[Tensor, Quantized, Tensor]:
         """As `TokenizerModel`, and the `Alignment` with the target features of h × w tokens."""
-        return *super().forward(x_BCHW, rows_KD, shards, mean_K), self.alignment(target_BWhw)
+        return *super().forward(x_BCHW, rows_KD, shards, mean_K, age_K), self.alignment(target_BWhw)

@@ -68,7 +68,13 @@ def _transformer(
         model = Transformer(config).to(dtype)
         codes_BT = torch.zeros((micro_batch, config.tokens), dtype=torch.int64)
         labels_B = torch.zeros(micro_batch, dtype=torch.int64)
-    return _rehearse(model.parameters(), lambda: model.losses(codes_BT, labels_B).mean(), keeps_gradients)
+        orders_BT = None if config.order == "raster" else torch.zeros_like(codes_BT)
+
+    # A model with a prefix makes an empty one of full length.
+    def forward() -> Tensor:
+        return model.losses(codes_BT, labels_B, orders_BT=orders_BT).mean()
+
+    return _rehearse(model.parameters(), forward, keeps_gradients)
 
 
 def logit_bytes(run: ARRun) -> int:

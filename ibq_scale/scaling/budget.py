@@ -21,6 +21,9 @@ TOKEN_TENSORS = 4
 TILE = 1 << 30
 # Triton's largest block, and the places of a token's list of candidates (quantize/triton_backend.py, tiles.py).
 BLOCK, NEAR = 512 << 20, 512
+# Copies of a shard's rows in fp32 within Region VQ's term (means, targets, free codes, what they get, differences), and
+# for codes of length 1 (rows, their gradient).
+REGION_ROWS, UNIT_ROWS = 6, 2
 SCRATCH = "optimizer's scratch"
 CODEBOOK_STATES = 5  # rows, gradient, two moments, average
 
@@ -106,6 +109,8 @@ def tokenizer_budget(
         # A block of e^S, or of the gradient of S, in the dtype of the products.
         element = 2 if run.quantizer.logit_precision == "bf16" else FP32
         work += min(BLOCK, element * tokens * run.quantizer.codebook_size // size) + 2 * FP32 * NEAR * tokens
+    rows = -(-run.quantizer.codebook_size // size) * run.quantizer.dim
+    work += FP32 * rows * (REGION_ROWS * run.quantizer.region + UNIT_ROWS * run.quantizer.l2_normalize)
     lines = [
         *tokenizer_states(run, zero, network, discriminator, frozen),
         Line("activations", memory.peak, 0),
@@ -176,6 +181,8 @@ def checkpoint_bytes(run: AnyRun, nets: Sequence[Network]) -> int:
         rows = FP32 * run.quantizer.codebook_size * run.quantizer.dim
         # rows, average, two moments and the exported rows (a frozen codebook has no moments)
         total += rows * (CODEBOOK_STATES if KINDS[run.quantizer.kind].learns == "rows" else 3)
+        # The window: an int64 a code.
+        total += 8 * run.quantizer.codebook_size * run.quantizer.region
     return total
 
 

@@ -62,9 +62,10 @@ def on_meta() -> Iterator[None]:
 class ARFlops:
     """FLOPs of an image's forward pass, by part (`AR_FORMULA`).
 
-    L blocks of width E on T tokens, G heads of d for keys and values, SwiGLU of F, V codes. Attention counts in full
-    although half is masked, as in PaLM (arXiv 2204.02311, appendix B). AdaLN runs once an image. An embedding is a
-    lookup without products.
+    L blocks of width E on T tokens, G heads of d for keys and values, SwiGLU of F, V codes. A prefix of given vectors
+    adds its length to the blocks' T, and its projection to `embedding`. Attention counts in full
+    although half is masked, as in PaLM (arXiv 2204.02311, appendix B). AdaLN runs once an image. Other embeddings are
+    lookups without products.
     """
 
     projections: float
@@ -97,7 +98,7 @@ class ARFlops:
 
 def ar_flops(model: TransformerConfig) -> ARFlops:
     """FLOPs of a transformer by formula."""
-    L, T, E = model.depth, model.tokens, model.width
+    L, T, E = model.depth, model.condition_tokens + model.tokens, model.width
     keys_and_values = 2 * model.kv_groups * model.head_dim
     modulations = 6 * L + 2 if model.conditioning == "adaln" else 0
     return ARFlops(
@@ -105,7 +106,8 @@ def ar_flops(model: TransformerConfig) -> ARFlops:
         attention=4.0 * L * T**2 * E,
         feed_forward=6.0 * L * T * E * model.ffn_hidden,
         adaln=2.0 * E * modulations * E,
-        head=2.0 * T * E * model.codebook_size,
+        head=2.0 * model.tokens * E * model.codebook_size,
+        embedding=2.0 * model.condition_tokens * model.condition_width * E,
     )
 
 
@@ -247,7 +249,9 @@ def _quantizer(run: TokenizerRun, backend: str, sharded: bool) -> tuple[float, f
     tokens = run.model.tokens
     product = 2.0 * tokens * settings.codebook_size * settings.dim
     kind = KINDS[settings.kind]
+    # Region VQ's sources have two tokens or more: two products of at most half of the tokens.
+    region = product * settings.region
     if not kind.reaches_all_codes:
-        return kind.products * product, kind.products * product
+        return kind.products * product + region, kind.products * product + region
     done = TRITON_PRODUCTS if backend == "triton" else SHARDED_PRODUCTS if sharded else STEP_PRODUCTS
-    return kind.products * product, done * product
+    return kind.products * product + region, done * product + region

@@ -94,7 +94,13 @@ def _network(module: nn.Module, part: Callable[[str], str], optimizer: torch.opt
 def _transformer_part(name: str) -> str:
     if "ada_lin" in name:
         return "AdaLN"
-    for start, part in (("tok_emb", "embedding"), ("class_emb", "class embedding"), ("head", "head")):
+    for start, part in (
+        ("tok_emb", "embedding"),
+        ("class_emb", "class embedding"),
+        ("condition_emb", "condition embedding"),
+        ("order_emb", "order embedding"),
+        ("head", "head"),
+    ):
         if name.startswith(start):
             return part
     return "feed-forward" if "feed_forward" in name or "ffn" in name else "attention"
