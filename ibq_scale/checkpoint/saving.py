@@ -74,7 +74,7 @@ class CheckpointFolder:
             if self.world.is_main:
                 # A kill between a checkpoint's rename and its pointer leaves an older pointer, or none.
                 with suppress(OSError):
-                    _point(self.folder, found.path.name)
+                    point(self.folder, found.path.name)
         return found
 
     def standing(self) -> str:
@@ -303,10 +303,10 @@ def _make_whole(partial: Path, manifest: dict[str, Any]) -> None:
         shutil.rmtree(final)
     partial.rename(final)
     _flush(folder)
-    _point(folder, final.name)
+    point(folder, final.name)
 
 
-def _point(folder: Path, name: str) -> None:
+def point(folder: Path, name: str) -> None:
     """Replaces `latest`. Raises OSError."""
     pointer = folder / ".latest.partial"
     pointer.write_text(name + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""``ibq-scale checkpoint``: list, check, export, import."""
+"""``ibq-scale checkpoint``: list, check, roll back, export, import."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from ibq_scale.console import gigabytes
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the family to the command line."""
-    family = commands.add_parser("checkpoint", help="list, verify, export and import checkpoints").add_subparsers(
-        title="commands", metavar="COMMAND", required=True
-    )
+    family = commands.add_parser(
+        "checkpoint", help="list, verify, roll back, export and import checkpoints"
+    ).add_subparsers(title="commands", metavar="COMMAND", required=True)
     ls = family.add_parser(
         "ls", help="whole checkpoints of a run", epilog="example: ibq-scale checkpoint ls runs/ibq-16384"
     )
@@ -30,6 +30,16 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "path", type=Path, metavar="CKPT_OR_RUN", help="a run: its newest whole checkpoint, and all damaged ones"
     )
     verify.set_defaults(run=_verify)
+    rollback = family.add_parser(
+        "rollback",
+        help="set a run back to an earlier checkpoint",
+        description="Make the checkpoint of a step the run's newest. Later ones, and the lines of metrics.jsonl, are "
+        "kept in RUN/rolled-back. Refused while the run is alive.",
+        epilog="example: ibq-scale checkpoint rollback runs/tok --to 20000",
+    )
+    rollback.add_argument("run_dir", type=Path, metavar="RUN")
+    rollback.add_argument("--to", required=True, type=int, metavar="STEP", help="a step that 'checkpoint ls' lists")
+    rollback.set_defaults(run=_rollback)
     export = family.add_parser(
         "export",
         help="the model alone, as safetensors with a config, or in the published code's layout",
@@ -110,6 +120,14 @@ def _verify(args: argparse.Namespace) -> int:
     if not faults:
         print(f"{checkpoint.path}: {len(checkpoint.manifest['files'])} files are as in its manifest")
     return 1 if faults or damaged else 0
+
+
+def _rollback(args: argparse.Namespace) -> int:
+    from ibq_scale.supervise.rollback import rollback
+
+    for line in rollback(args.run_dir, args.to):
+        print(line)
+    return 0
 
 
 def _export(args: argparse.Namespace) -> int:

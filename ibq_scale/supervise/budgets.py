@@ -68,27 +68,32 @@ class BadSamples:
 
 
 class TooManySkippedStepsError(RuntimeError):
-    """Losses or gradients were not finite too often: the run has diverged."""
+    """Losses or gradients were not finite, or spikes, too often: the run has diverged."""
 
 
 class SkippedSteps:
-    """Steps skipped on all ranks, because a loss or gradient of some rank was not finite."""
+    """Steps skipped on all ranks, because a loss or gradient was not finite on some rank, or a spike."""
 
     def __init__(self, budget: int, world: World) -> None:
         self.budget = budget
         self.world = world
         self.steps: list[int] = []
 
-    def note(self, step: int, samples: list[str]) -> None:
-        """Logs a skipped step and each rank's samples without a finite loss. Collective.
+    def note(self, step: int, samples: list[str], spike: str | None = None) -> None:
+        """Logs a skipped step and the samples of each rank under suspicion. Collective.
 
-        `samples`: of this rank, empty for finite losses. TooManySkippedStepsError on all ranks beyond the budget.
+        `samples`: of this rank, empty for a finite loss without a spike. `spike`: in words, None if the step was not
+        finite. TooManySkippedStepsError on all ranks beyond the budget.
         """
         everyone = of_all_ranks(self.world, samples[:NAMED])
         self.steps.append(step)
         named = [f"rank {rank}: {', '.join(names)}" for rank, names in enumerate(everyone) if names]
-        where = f"losses of {'; '.join(named)}" if named else "a gradient, while every loss was finite"
-        text = f"step {step} was skipped on all ranks: not finite: {where}"
+        if spike is not None:
+            why = f"a spike: {spike}: {'; '.join(named)}"
+        else:
+            where = f"losses of {'; '.join(named)}" if named else "a gradient, while every loss was finite"
+            why = f"not finite: {where}"
+        text = f"step {step} was skipped on all ranks: {why}"
         if self.world.is_main:
             log.warning("%s", text)
         recent = sum(skipped > step - PERIOD for skipped in self.steps)

@@ -20,7 +20,7 @@ from ibq_scale.documents import read_json_lines
 from ibq_scale.pictures import save_png
 from ibq_scale.supervise.dashboards import Dashboards, Histogram
 
-PICTURES = "images"
+METRICS, PICTURES = "metrics.jsonl", "images"
 # The progress line leaves out shorter stalls.
 SHOWN_STALL_SECONDS = 1.0
 
@@ -31,10 +31,10 @@ class MetricsLog:
     """Rank 0's log. Lines of metrics.jsonl after `start_step` are of a lost part of the run and are removed."""
 
     def __init__(self, run_dir: Path, config: AnyRun, start_step: int) -> None:
-        self.path = run_dir / "metrics.jsonl"
+        self.path = run_dir / METRICS
         self._pictures = run_dir / PICTURES
         self.total_steps = config.train.total_steps
-        self.seconds_before = _keep_until(self.path, start_step)
+        self.seconds_before = keep_until(self.path, start_step)
         self._started = time.monotonic()
         self._file = self.path.open("a", encoding="utf-8")
         self._dashboards = Dashboards(run_dir, config)
@@ -111,7 +111,7 @@ class MetricsLog:
         self._dashboards.close()
 
 
-def _keep_until(path: Path, step: int) -> float:
+def keep_until(path: Path, step: int) -> float:
     """Drops damaged lines and lines after `step`, for a resumed run to write again. Returns the time so far (s)."""
     if not path.is_file():
         return 0.0

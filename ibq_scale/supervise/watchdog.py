@@ -57,7 +57,7 @@ class Watchdog:
         self.world = world
         self.hosts = hosts
         self.timeout = timeout
-        self._step = start_step
+        self._start = self._step = start_step
         self._ending = ending
         self._phase = START_UP[0]
         self._patience = FIRST_STEP_FACTOR * timeout
@@ -75,6 +75,21 @@ class Watchdog:
         """Notes progress, and the new phase."""
         self._phase = phase
         self._progress = time.monotonic()
+
+    @property
+    def phase(self) -> str:
+        """What this rank does now."""
+        return self._phase
+
+    @property
+    def step(self) -> int:
+        """The last step that ended on this rank."""
+        return self._step
+
+    @property
+    def steps(self) -> int:
+        """Steps since the start."""
+        return self._step - self._start
 
     def step_ended(self, step: int) -> None:
         """`step` ended on this rank."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from ibq_scale.checkpoint.files import StateFile
 from ibq_scale.supervise.alarms import Rule
 from ibq_scale.supervise.dashboards import Histogram
+from ibq_scale.supervise.spikes import Spike
 
 # Metric tensors stay on the device until a line is logged: an earlier read would wait for the device.
 StepMetrics = dict[str, Tensor]
@@ -21,12 +22,13 @@ class Step(NamedTuple):
     """The result of an optimizer step. `metrics`: scalars, this rank's means.
 
     `applied`: whether every part of the state took the step, the same on every rank. `finite`: whether this rank's
-    losses were finite (bool, on the device). It shows the cause of a step not applied.
+    losses were finite (bool, on the device). It shows the cause of a step not applied, as does `spike`.
     """
 
     metrics: StepMetrics
     applied: bool
     finite: Tensor
+    spike: Spike | None = None
 
 
 class Validation(NamedTuple):
@@ -55,7 +57,7 @@ class Task(Protocol):
     def train_step(self, batches: Iterator[Any]) -> Step:
         """One optimizer step over as many micro-batches as the accumulation needs.
 
-        A gradient that is not finite on any rank is applied on no rank, to no part of the state.
+        A gradient that is not finite on any rank is applied on no rank, to no part of the state. Nor is a spike.
         """
         ...
 

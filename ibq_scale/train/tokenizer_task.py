@@ -1,4 +1,4 @@
-"""Stage 1: encoder, sharded-codebook quantizer, decoder against a PatchGAN, with LPIPS and entropy.
+"""Stage 1: encoder, sharded-codebook quantizer, decoder against a discriminator, with LPIPS and entropy.
 
 Two DeepSpeed engines in a pattern exact on every ZeRO stage (tried on 0.19.8). The generator's loss goes through the
 *frozen* discriminator module. Then one discriminator call takes (real, detached fake). Both sides see the other's
@@ -8,6 +8,7 @@ weights of the step before, so accumulation and rank count do not change the obj
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,10 +28,13 @@ from ibq_scale.losses.adversarial import (
     adaptive_weight,
     discriminator_hinge,
 )
+from ibq_scale.losses.frozen_vit import FrozenFeatures, backbone_of
 from ibq_scale.losses.image import ImageLoss
 from ibq_scale.losses.perceptual import Perceptual
+from ibq_scale.models.aligned import AlignedTokenizer
 from ibq_scale.models.autoencoder import TokenizerModel, tokens_of
-from ibq_scale.models.discriminator import PatchDiscriminator
+from ibq_scale.models.dino_discriminator import iterate_spectral_norms
+from ibq_scale.models.discriminator import make_discriminator
 from ibq_scale.models.optimizers import adam
 from ibq_scale.models.precision import compute_dtype
 from ibq_scale.pictures import reconstruction_grid
@@ -40,14 +44,15 @@ from ibq_scale.quantize.quantized import Quantized
 from ibq_scale.supervise.alarms import Above, Drop, Rule, Spike
 from ibq_scale.supervise.budgets import BadSamples
 from ibq_scale.supervise.dashboards import Histogram
+from ibq_scale.supervise.spikes import Spikes
 from ibq_scale.train.codebook import ShardedCodebook
 from ibq_scale.train.ema_model import ema_tokenizer
 from ibq_scale.train.randomness import seed_by_position
-from ibq_scale.train.schedule import lr_factor
+from ibq_scale.train.schedule import codebook_lr, lr_factor
 from ibq_scale.train.task import Step, StepMetrics, Validation
 from ibq_scale.train.usage import UsageTracker
 from ibq_scale.train.validation_tokenizer import HeldOutImages
-from ibq_scale.zero.engine import discriminator_config, gradient_norm, make_engine, set_rates, step
+from ibq_scale.zero.engine import always, discriminator_config, gradient_norm, make_engine, set_rates, step
 from ibq_scale.zero.engine_state import engine_file, load_engine
 from ibq_scale.zero.sharded_ema import ShardedEMA
 
@@ -57,7 +62,7 @@ LECAM = "lecam.safetensors"
 class DiscriminatorPair(nn.Module):
     """Real and fake in one engine call, but as two batches: BatchNorm must not mix their statistics."""
 
-    def __init__(self, discriminator: PatchDiscriminator) -> None:
+    def __init__(self, discriminator: nn.Module) -> None:
         super().__init__()
         self.discriminator = discriminator
 
@@ -84,20 +89,23 @@ class TokenizerTask:
         self.world = world
         self.sets = sets
         config = deepspeed_config(run, world.size)
-        # First, since its file may be absent, and engines are slow to build.
+        # First, since their files may be absent, and engines are slow to build.
         net = run.loss.perceptual
         dtype = compute_dtype(run)
         self.image_loss = ImageLoss(run.loss, None if net == "none" else Perceptual(net, world.device, dtype))
+        backbone = backbone_of(run.discriminator, world.device, dtype)
+        self.features = FrozenFeatures.of(run.loss, run.model, world.device, dtype)
         self.held_out = None if run.validation.data is None else HeldOutImages(run, world, sets)
         self.accumulation = int(config["gradient_accumulation_steps"])
         # Every rank starts from the same weights.
         torch.manual_seed(run.train.seed)
-        model = TokenizerModel(run.model, run.quantizer)
+        made = (run.model, run.quantizer)
+        model = TokenizerModel(*made) if self.features is None else AlignedTokenizer(*made, self.features.width)
         if run.init is not None:
             start_from(run.init, model.autoencoder)
         if run.model.compile:
             model.autoencoder.compile_regions()
-        pair = DiscriminatorPair(PatchDiscriminator(run.discriminator))
+        pair = DiscriminatorPair(make_discriminator(run.discriminator, backbone))
         self.generator = make_engine(model, adam(model.parameters(), run.optimizer), config, world.device)
         self.discriminator = make_engine(
             pair, adam(pair.parameters(), run.optimizer), discriminator_config(config), world.device
@@ -106,10 +114,11 @@ class TokenizerTask:
         self.ema = ShardedEMA(self.generator, run.ema_decay, world)
         adaptive = run.loss.adversarial == "adaptive"
         self.last_layer = LastLayer(model.autoencoder.decoder.conv_out) if adaptive else None
+        self.spikes = Spikes(run.train.skip_spikes, world) if run.train.skip_spikes else None
         self.lecam = LeCAM(run.loss.lecam_decay, world.device)
         self.usage = UsageTracker(run.quantizer.codebook_size, run.quantizer.revive_after, world)
         self.bad_samples = BadSamples(run.data.bad_samples, world)
-        self.lr = run.optimizer.lr
+        self.codebook_lr = 0.0
         self.number = 0
         self.adversarial = False
         self._last: tuple[Tensor, Tensor] | None = None
@@ -127,14 +136,20 @@ class TokenizerTask:
 
     def set_rates(self, samples: int) -> dict[str, float]:
         self.number = samples // self.run.train.global_batch + 1
-        self.lr = self.run.optimizer.lr * lr_factor(self.run.schedule, samples, self.run.train.total_samples)
+        optimizer, schedule, total = self.run.optimizer, self.run.schedule, self.run.train.total_samples
+        lr = optimizer.lr * lr_factor(schedule, samples, total)
+        self.codebook_lr = codebook_lr(optimizer, schedule, samples, total)
         self.adversarial = samples >= self.run.loss.adversarial_start and self.run.loss.adversarial_weight > 0
-        set_rates(self.generator, self.lr)
-        set_rates(self.discriminator, self.lr)
-        return {"lr": self.lr}
+        if self.spikes is not None and 0 <= samples - self.run.loss.adversarial_start < self.run.train.global_batch:
+            self.spikes.forget()
+        set_rates(self.generator, lr)
+        set_rates(self.discriminator, lr)
+        return {"lr": lr, "codebook_lr": self.codebook_lr}
 
     def train_step(self, batches: Iterator[ImageBatch]) -> Step:
         sums: StepMetrics = {}
+        total = torch.zeros((), device=self.world.device)
+        refuses = None if self.spikes is None else partial(self.spikes.refuses, total)
         finite = torch.ones((), dtype=torch.bool, device=self.world.device)
         statistics = [buffer.clone() for buffer in self.discriminator.module.buffers()]
         discriminator_stepped = True
@@ -144,15 +159,17 @@ class TokenizerTask:
             images = to_float(batch.images_u8)
             seed_by_position(self.run.train.seed, batch.requests)
             metrics, reconstruction = self._generator_backward(images, mean_K)
-            applied = step(self.generator)
+            total += metrics["loss"] / self.accumulation
+            applied = step(self.generator, refuses)
             if self.adversarial:
                 metrics |= self._discriminator_backward(images, reconstruction)
-                discriminator_stepped = step(self.discriminator)
+                # Both networks take the step, or none. Within an accumulation no step is asked for.
+                discriminator_stepped = step(self.discriminator, None if applied else always)
             for name, value in metrics.items():
                 finite &= value.isfinite()
                 sums[name] = sums.get(name, torch.zeros_like(value)) + value / self.accumulation
         if applied:
-            applied = self.codebook.step(self.lr)
+            applied = self.codebook.step(self.codebook_lr)
             self.ema.update()
         else:
             self.codebook.drop_gradient()
@@ -164,8 +181,10 @@ class TokenizerTask:
                 buffer.copy_(before)
         elif self.adversarial:
             self._update_lecam(sums)
+            iterate_spectral_norms(self.discriminator.module)
         sums["grad_norm"] = gradient_norm(self.generator, self.world.device)
-        return Step(sums, applied and discriminator_stepped, finite)
+        spike = None if applied or self.spikes is None else self.spikes.found()
+        return Step(sums, applied and discriminator_stepped, finite, spike)
 
     def _to_device(self, batch: ImageBatch) -> ImageBatch:
         self.bad_samples.note(batch.faults)
@@ -197,7 +216,11 @@ class TokenizerTask:
 
     def _generator_backward(self, images: Tensor, mean_K: Tensor | None) -> tuple[StepMetrics, Tensor]:
         weights = self.run.loss
-        reconstruction, quantized = self.generator(images, self.codebook.codes(), self.codebook.shards, mean_K)
+        target = () if self.features is None else (self.features(images),)
+        codebook = self.codebook
+        reconstruction, quantized, *misalignment = self.generator(
+            images, codebook.codes(), codebook.shards, mean_K, codebook.age_K, *target
+        )
         shown = reconstruction.detach().float()
         discriminator = self.discriminator.module.discriminator if self.adversarial else None
         balance = None if self.last_layer is None else self._adaptive_weight
@@ -205,6 +228,9 @@ class TokenizerTask:
         rest = (
             weights.quantization_weight * quantized.quantization_loss + weights.entropy_weight * quantized.entropy_loss
         )
+        for term in misalignment:
+            metrics["features"] = term.detach()
+            rest = rest + weights.feature_weight * term
         # A scalar with the gradient computed above at the reconstruction.
         self.generator.backward((reconstruction * gradient).sum() + rest)
         self.usage.update(quantized.indices_N)
@@ -275,6 +301,7 @@ class TokenizerTask:
             *self.ema.state("ema"),
             *self.usage.state(),
             *self.bad_samples.state(),
+            *([] if self.spikes is None else self.spikes.state()),
             *self._export("model"),
         ]
         return [*files, TensorFile(LECAM, self.lecam.state_dict())] if self.world.is_main else files
@@ -295,6 +322,8 @@ class TokenizerTask:
         self.ema.load(directory / "ema")
         self.usage.load(directory)
         self.bad_samples.load(directory)
+        if self.spikes is not None:
+            self.spikes.load(directory)
         self.lecam.load_state_dict(load_file(directory / LECAM))
 
     def draw(self) -> dict[str, Tensor]:

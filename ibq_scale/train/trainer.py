@@ -18,9 +18,11 @@ from torch import Tensor
 
 from ibq_scale.checkpoint.reading import Checkpoint
 from ibq_scale.checkpoint.saving import CheckpointFolder
+from ibq_scale.config.batch import accumulation_steps
 from ibq_scale.config.run import AnyRun
 from ibq_scale.data.sets import DataSets
 from ibq_scale.distributed.world import World
+from ibq_scale.scaling.prediction import PlanRatios
 from ibq_scale.supervise.alarms import Alarms
 from ibq_scale.supervise.budgets import SkippedSteps
 from ibq_scale.supervise.epoch_audit import EpochAudit
@@ -91,6 +93,7 @@ class Trainer:
         sets: DataSets,
         checkpoints: CheckpointFolder,
         watchdog: Watchdog,
+        plan: PlanRatios,
     ) -> None:
         self.config = config
         self.run_dir = Path(config.run_dir)
@@ -103,8 +106,10 @@ class Trainer:
         self.skipped = SkippedSteps(config.train.skipped_steps, world)
         self.alarms = Alarms(task.alarms)
         self.utilization = Utilization.of(config, world)
+        self.plan = plan
         self._logged: dict[str, float] = {}
         self._stall = 0.0
+        self._micro_batches = accumulation_steps(config.train, world.size)
 
     def run(self, resume_from: Checkpoint | None, stop: StopRequest) -> Outcome:
         """Trains. Collective, with the same outcome on every rank."""
@@ -150,6 +155,7 @@ class Trainer:
                 values |= validation.values
                 if self.utilization is not None:
                     values["mfu"] = self.utilization.mfu(values["samples_per_s"])
+                values |= self.plan.of(values)
                 values["save_stall_s"], self._stall = self._stall, 0.0
                 _check_finite(values, step)
                 self._logged = values
@@ -175,12 +181,20 @@ class Trainer:
 
     def _train_step(self, number: int, batches: _CountedBatches, window: _Window) -> bool:
         """One step. Returns whether it was applied. A skipped step is left out of the metrics' means."""
+        if self.config.train.skips(number):
+            for _ in range(self._micro_batches):
+                next(batches)
+            batches.requests()
+            window.add({})
+            return False
         step = self.task.train_step(batches)
         requests = batches.requests()
         window.add(step.metrics if step.applied else {})
         if not step.applied:
-            samples = [] if bool(step.finite) else [self.sets.name(*row[1:2], *row[3:]) for row in requests]
-            self.skipped.note(number, samples)
+            spike = step.spike
+            named = spike.here if spike is not None else not bool(step.finite)
+            samples = [self.sets.name(*row[1:2], *row[3:]) for row in requests] if named else []
+            self.skipped.note(number, samples, None if spike is None else spike.text)
         return step.applied
 
     def _validate(self, step: int, window: _Window) -> Validation:

@@ -13,6 +13,9 @@ from torch import nn
 
 from ibq_scale.zero.gradients import reduction, scatter_gradients
 
+Refuses = Callable[[torch.Tensor], torch.Tensor]
+"""Of the gradient's norm: whether no rank takes the step. A bool scalar on the device, the same on every rank."""
+_refuses: Refuses | None = None
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast", "reduce", "reduce_scatter_tensor")
 
 
@@ -48,6 +51,7 @@ def begin_deepspeed(device: torch.device) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     _take_norms_in_fp32()
     _wait_less()
+    _refuse_steps()
     deepspeed.init_distributed(auto_mpi_discovery=False)
 
 
@@ -63,6 +67,35 @@ def _import_muon() -> None:
         importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
     finally:
         vars(torch)["compile"] = compile_
+
+
+def _refuse_steps() -> None:
+    """Lets `step` refuse a gradient by its norm: a refused norm is tested as if it were not finite.
+
+    The host reads the norm for this test anyway.
+    """
+    from deepspeed.runtime import bf16_optimizer
+    from deepspeed.runtime.zero import stage3, stage_1_and_2
+
+    is_invalid = bf16_optimizer.is_invalid_grad_norm
+
+    def test(norm: Any) -> Any:
+        # Clipping tests the norm again.
+        global _refuses
+        refuses, _refuses = _refuses, None
+        return is_invalid(norm if refuses is None else _refused(norm, refuses))
+
+    for module in (bf16_optimizer, stage3, stage_1_and_2):
+        module.is_invalid_grad_norm = test
+
+
+def always(norm: torch.Tensor) -> torch.Tensor:
+    """Refuses every step."""
+    return torch.ones_like(norm, dtype=torch.bool)
+
+
+def _refused(norm: torch.Tensor, refuses: Refuses) -> torch.Tensor:
+    return norm.masked_fill(refuses(norm), torch.inf)
 
 
 def _take_norms_in_fp32() -> None:
@@ -112,11 +145,20 @@ def discriminator_config(config: dict[str, Any]) -> dict[str, Any]:
     return config | {"zero_optimization": {"stage": stage}, "gradient_clipping": 0.0}
 
 
-def step(engine: Any) -> bool:
+def step(engine: Any, refuses: Refuses | None = None) -> bool:
     """Applies the accumulated gradient, if the accumulation is complete. Collective.
 
-    False if the gradient was not finite on some rank. No rank applies it then.
+    False if the gradient was not finite on some rank, or `refuses` returned true. No rank applies it then.
     """
+    global _refuses
+    _refuses = refuses
+    try:
+        return _step(engine)
+    finally:
+        _refuses = None
+
+
+def _step(engine: Any) -> bool:
     if engine.is_gradient_accumulation_boundary() and not hasattr(engine.optimizer, "overflow"):
         # ZeRO and bf16 optimizers test for this (DeepSpeed 0.19.8). A plain optimizer, stage 0 in fp32, does not. Its
         # gradients are means over the ranks by now, so every rank gets the same result.
@@ -124,7 +166,7 @@ def step(engine: Any) -> bool:
         norm = torch.nn.utils.get_total_norm(grads)
         # The other optimizers set it too, for `gradient_norm`.
         engine._global_grad_norm = norm
-        if not bool(norm.isfinite()):
+        if not bool((norm if _refuses is None else _refused(norm, _refuses)).isfinite()):
             for parameter in engine.module.parameters():
                 parameter.grad = None
             engine.step()

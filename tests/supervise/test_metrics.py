@@ -11,7 +11,7 @@ import torch
 from ibq_scale.config.layers import resolve
 from ibq_scale.console import duration
 from ibq_scale.supervise.dashboards import Histogram
-from ibq_scale.supervise.metrics import MetricsLog, _keep_until
+from ibq_scale.supervise.metrics import MetricsLog, keep_until
 
 VALUES = {"loss": 1.0, "samples_per_s": 10.0, "step_s": 0.5, "data_wait": 0.01, "memory_bytes": 2.04e9}
 
@@ -93,5 +93,5 @@ def test_a_damaged_line_is_left_out_and_the_run_goes_on(tmp_path: Path, damage: 
     path = tmp_path / "metrics.jsonl"
     good = [json.dumps({"step": step, "samples": step, "time": float(step)}) for step in (1, 2, 3, 4)]
     path.write_text("\n".join([good[0], damage, *good[1:]]) + "\n")
-    assert _keep_until(path, 3) == 3.0
+    assert keep_until(path, 3) == 3.0
     assert path.read_text().splitlines() == good[:3]
