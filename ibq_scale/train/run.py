@@ -25,13 +25,14 @@ from ibq_scale.commit import current_commit
 from ibq_scale.config.batch import accumulation_steps
 from ibq_scale.config.layers import require_complete, to_yaml
 from ibq_scale.config.run import AnyRun, DataConfig, TokenizerRun
+from ibq_scale.config.secrets import masked
 from ibq_scale.console import tell
 from ibq_scale.data.geometry import continued
 from ibq_scale.data.manifest import NAME as MANIFEST
 from ibq_scale.data.sets import DataSets, open_sets
 from ibq_scale.data.store import open_store
 from ibq_scale.distributed.agree import of_all_ranks
-from ibq_scale.distributed.failures import describe
+from ibq_scale.distributed.failures import describe, follows
 from ibq_scale.distributed.node_check import check_nodes
 from ibq_scale.distributed.side_channel import SideChannel
 from ibq_scale.distributed.timeouts import set_timeouts
@@ -42,9 +43,10 @@ from ibq_scale.scaling.auto import Choice, machine_of, settle
 from ibq_scale.supervise.attempts import add_unnoticed
 from ibq_scale.supervise.compatible import check_same_data, check_same_run
 from ibq_scale.supervise.dashboards import dashboard_classes
+from ibq_scale.supervise.notify import Notices
 from ibq_scale.supervise.preemption import REQUEUE_EXIT_CODE, StopRequest
 from ibq_scale.supervise.run_lock import locked
-from ibq_scale.supervise.watchdog import FIRST_STEP_FACTOR, Watchdog
+from ibq_scale.supervise.watchdog import FIRST_STEP_FACTOR, HUNG_EXIT_CODE, Watchdog
 from ibq_scale.train.determinism import fix_the_order_of_sums
 from ibq_scale.train.kernel_tiles import settle_tiles
 from ibq_scale.train.schedule import shape_of
@@ -71,19 +73,25 @@ def run_training(config: AnyRun, world: World, stop: StopRequest) -> int:
     dashboard_classes(config)
     fix_the_order_of_sums(config)
     run_dir = Path(config.run_dir)
+    notices: Notices | None = None
     try:
         with locked(run_dir, world):
+            notices = Notices(config, world)
+            stop.leaving = partial(notices.ended, REQUEUE_EXIT_CODE)
             if world.is_main:
                 # A full disk is reported later, by a save.
                 with suppress(OSError):
                     add_unnoticed(run_dir)
             # Before any other read, write or collective.
             hosts = check_nodes(world, SideChannel(world), run_dir, _cache_dir(config), partial(_ask_stores, config))
+            notices.share()
             settled, choices = settle(config, machine_of(world))
             accumulation_steps(settled.train, world.size)
             _say_choices(world, choices)
-            return _train_locked(settled, run_dir, world, stop, hosts)
-    except UserError:
+            code = _train_locked(settled, run_dir, world, stop, hosts, notices)
+    except UserError as e:
+        if notices is not None:
+            notices.ended(e.exit_code, str(e))
         raise
     except Exception as e:
         stop.leave_if_due()
@@ -92,10 +100,17 @@ def run_training(config: AnyRun, world: World, stop: StopRequest) -> int:
         if (path := _log_path(run_dir, world)).is_file():
             log.exception("the run ends")
             e.add_note(f"(traceback in {path})")
+        if notices is not None:
+            notices.ended(1, describe(e), follows=follows(e))
         raise
+    if world.is_main:
+        notices.ended(code, "stopped by a signal, saved" if code else f"{config.train.total_steps} steps")
+    return code
 
 
-def _train_locked(config: AnyRun, run_dir: Path, world: World, stop: StopRequest, hosts: list[str]) -> int:
+def _train_locked(
+    config: AnyRun, run_dir: Path, world: World, stop: StopRequest, hosts: list[str], notices: Notices
+) -> int:
     with closing(
         CheckpointFolder(run_dir / "checkpoints", world, Retention.of(config.train), Mirror.of(config.train.mirror))
     ) as checkpoints:
@@ -113,7 +128,7 @@ def _train_locked(config: AnyRun, run_dir: Path, world: World, stop: StopRequest
             checkpoints.start_mirror()
             checkpoints.finish_mirror()
             return 0
-        outcome = _train_watched(config, world, stop, checkpoints, resume_from, hosts)
+        outcome = _train_watched(config, world, stop, checkpoints, resume_from, hosts, notices)
         # Without the watchdog, since it may take long. After a signal time is short: the next start uploads the rest.
         checkpoints.finish_mirror(STOPPED_MIRROR_SECONDS if outcome.stopped else None)
     if not outcome.saved:
@@ -146,6 +161,7 @@ def _train_watched(
     checkpoints: CheckpointFolder,
     resume_from: Checkpoint | None,
     hosts: list[str],
+    notices: Notices,
 ) -> Outcome:
     """Builds the task and trains it, under the watchdog."""
     run_dir, timeout = Path(config.run_dir), config.train.hang_timeout
@@ -153,7 +169,8 @@ def _train_watched(
     # 1.5 × the watchdog's longest patience, also for the engines' groups.
     patience = timedelta(seconds=1.5 * FIRST_STEP_FACTOR * timeout)
     set_timeouts(patience)
-    with closing(Watchdog(run_dir, world, hosts, timeout, start, stop.stand_down)) as watchdog:
+    hung = partial(notices.ended, HUNG_EXIT_CODE)
+    with closing(Watchdog(run_dir, world, hosts, timeout, start, stop.stand_down, hung)) as watchdog:
         if stop.agreed(world):
             return Outcome(start, stopped=True, saved=True)
         sets = open_sets(config.data, "images" if isinstance(config, TokenizerRun) else "codes")
@@ -245,7 +262,7 @@ def environment(world: World) -> dict[str, object]:
         "world_size": world.size,
         "device": torch.cuda.get_device_name(world.device) if cuda else platform.processor() or platform.machine(),
         "cpus": os.cpu_count(),
-        "command": sys.argv,
+        "command": [masked(word) if word.startswith("notify=") else word for word in sys.argv],
     }
 
 
