@@ -40,6 +40,8 @@ def damaged_copy(dataset: str, folder: Path, rows: list[int]) -> Path:
     return folder
 
 
+# Of the classes of `write_codes`, one of them empty.
+CAPTIONS = ("a red apple", "", "two birds")
 # A transformer for the codes of `write_codes`.
 SMALL_AR = (
     "model.codebook_size=40",
@@ -51,18 +53,27 @@ SMALL_AR = (
 )
 
 
-def write_codes(folder: Path | str, seed: int = 0, tokenizer: str = "t" * 64) -> None:
-    """Three shards of 20 samples, 4 × 4 codes of 40 each, of three classes that the codes tell."""
-    from ibq_scale.data.codes import CodeShard, finish_codes, write_code_shard
-    from ibq_scale.data.manifest import CodesInfo
+def write_codes(folder: Path | str, seed: int = 0, tokenizer: str = "t" * 64, *, captions: bool = False) -> None:
+    """Three shards of 20 samples, 4 × 4 codes of 40 each, of three classes that the codes tell.
+
+    `captions`: with `CAPTIONS` of the classes, by the encoder ``hash:8`` in 4 vectors.
+    """
+    from ibq_scale.data.codes import CodeShard, ConditionShard, finish_codes, write_code_shard
+    from ibq_scale.data.manifest import CodesInfo, ConditionInfo
     from ibq_scale.data.store import open_store
+    from ibq_scale.pretrained.text import text_encoder
 
     store = open_store(str(folder))
-    info = CodesInfo(codebook_size=40, grid=(4, 4), tokenizer=tokenizer, source="s" * 64)
+    stored = ConditionInfo(encoder="hash:8", tokens=4, width=8, captions="c" * 64) if captions else None
+    info = CodesInfo(codebook_size=40, grid=(4, 4), tokenizer=tokenizer, source="s" * 64, condition=stored)
+    rows = text_encoder("hash:8", 4).encode(CAPTIONS)
+    spans = torch.tensor([[sum(map(len, rows[:n])), len(rows[n])] for n in range(3)])
     g = torch.Generator().manual_seed(seed)
     shards = []
     for n in range(3):
         labels = torch.randint(3, (20,), generator=g)
         content = (labels[:, None, None] * 10 + torch.randint(4, (20, 4, 4), generator=g)) % 40
-        shards.append(write_code_shard(store, f"codes-{n}.safetensors", CodeShard(content[:, None], labels), info))
+        condition = ConditionShard(torch.cat(rows), spans[labels]) if captions else None
+        shard = CodeShard(content[:, None], labels, condition)
+        shards.append(write_code_shard(store, f"codes-{n}.safetensors", shard, info))
     finish_codes(store, shards, ("a", "b", "c"), info)

@@ -121,7 +121,8 @@ def bench_sampling(
 def step_bytes(model: Transformer) -> int:
     """Bytes of the weights read by a step, without tables (only rows are read) and the blocks' modulations."""
     kept = {p for block in model.blocks for m in block.modules() if isinstance(m, AdaLN) for p in m.parameters()}
-    kept |= {*model.tok_emb.parameters(), *model.class_emb.parameters()}
+    tables = (model.tok_emb, model.class_emb, model.condition_emb)
+    kept |= {p for table in tables if table is not None for p in table.parameters()}
     return sum(p.nbytes for p in model.parameters() if p not in kept)
 
 

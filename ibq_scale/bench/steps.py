@@ -17,6 +17,7 @@ from ibq_scale.config.run import AnyRun
 from ibq_scale.distributed.memory import peak_bytes
 from ibq_scale.distributed.world import World
 from ibq_scale.models.precision import compute_dtype
+from ibq_scale.scaling.plan import Machine, make_plan
 from ibq_scale.train.task import Task
 
 DATA = "data"
@@ -39,6 +40,7 @@ class StepReport:
 
     `mfu`: required FLOPs over the data sheet's peak, None for an unknown device. `of_product`: required FLOPs over
     those of the best matrix product in `product` (its FLOP/s and shape), a high share on devices with slow products.
+    `executed_per_image`: FLOPs with recomputation, by the plan.
     `peak_bytes`: the allocator's on a GPU, the whole process's on a CPU. `base_bytes`: memory before the first step.
     """
 
@@ -54,6 +56,7 @@ class StepReport:
     step_s: float
     images_per_s: float
     flops_per_image: float
+    executed_per_image: float
     flops_formula: str
     sheet_flops: float | None
     mfu: float | None
@@ -96,6 +99,7 @@ class Measured:
             "step_s": step_s,
             "images_per_s": run.train.global_batch / step_s,
             "flops_per_image": flops,
+            "executed_per_image": make_plan(run, Machine(world.size), mfu=0.5).flops.executed,
             "flops_formula": formula,
             "sheet_flops": ideal.sheet,
             "mfu": ideal.mfu(rate),

@@ -55,7 +55,7 @@ def bench_tokenizer(run: TokenizerRun, world: World, *, steps: int) -> Tokenizer
     )
     flops = step_flops(run, backend=backend, sharded=task.codebook.group_size > 1)
     needs = {
-        GENERATOR: flops.autoencoder,
+        GENERATOR: flops.autoencoder + flops.features,
         QUANTIZER: flops.quantizer,
         DISCRIMINATOR: flops.discriminator,
         PERCEPTUAL: flops.perceptual,

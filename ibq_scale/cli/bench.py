@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from ibq_scale.cli.options import add_ranks, at_least_one, finite
-from ibq_scale.console import gigabytes
+from ibq_scale.console import gigabytes, tell
 from ibq_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -95,6 +95,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     collectives.add_argument("--megabytes", type=int, default=64, metavar="MB", help="of a tensor (default 64)")
     collectives.add_argument("--repeats", type=int, default=5, metavar="N", help="measured turns (default 5)")
     collectives.add_argument("--json", action="store_true", help="print one JSON document")
+    _add_write(collectives)
     add_ranks(collectives)
     collectives.set_defaults(run=_collectives, check=_check_collectives)
     _add_sampling(family)
@@ -161,8 +162,13 @@ def _add_steps(
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--steps", type=int, default=5, metavar="N", help="measured optimizer steps (default 5)")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
+    _add_write(parser)
     add_ranks(parser)
     parser.set_defaults(run=_steps, check=_steps_run, task=task)
+
+
+def _add_write(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--write", action="store_true", help="keep it in ~/.cache/ibq-scale for plan and auto")
 
 
 def _sizes(option: str, text: str) -> list[int]:
@@ -332,10 +338,13 @@ def _check_collectives(args: argparse.Namespace) -> None:
 
 def _collectives(args: argparse.Namespace) -> int:
     from ibq_scale.bench.collectives import bench_collectives
+    from ibq_scale.bench.keep import keep_link
     from ibq_scale.distributed.environment import join
 
     with join() as world:
         report = bench_collectives(world, megabytes=args.megabytes, repeats=args.repeats)
+        if world.is_main and args.write:
+            tell(f"kept for plan and auto in {keep_link(report)}")
         if world.is_main and args.json:
             print(json.dumps(asdict(report)))
         elif world.is_main:
@@ -398,6 +407,7 @@ def _steps_run(args: argparse.Namespace) -> AnyRun:
 
 
 def _steps(args: argparse.Namespace) -> int:
+    from ibq_scale.bench.keep import keep_rate
     from ibq_scale.config.run import TokenizerRun
     from ibq_scale.distributed.environment import join
 
@@ -414,6 +424,8 @@ def _steps(args: argparse.Namespace) -> int:
                 from ibq_scale.bench.ar import bench_ar
 
                 report = bench_ar(run, world, steps=args.steps)
+        if world.is_main and args.write:
+            tell(f"kept for plan and auto in {keep_rate(report, args.task, compiled=report.compile)}")
         if world.is_main and args.json:
             print(json.dumps(asdict(report)))
         elif world.is_main:

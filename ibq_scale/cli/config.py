@@ -81,13 +81,15 @@ def _settled(config: AnyRun, args: argparse.Namespace) -> tuple[AnyRun, dict[str
     from ibq_scale.scaling.auto import settle
     from ibq_scale.scaling.devices import named
     from ibq_scale.scaling.plan import Machine
+    from ibq_scale.scaling.profile import read_profile
 
     args.gpus = args.gpus or 1
     at_least_one(args, "gpus", "nodes")
     if args.memory is None and args.device is not None and named(args.device) is None:
         raise UserError(f"--device {args.device} is not in the table of GPUs: give its --memory in GB")
     memory = args.memory * 1e9 if args.memory else None
-    config, choices = settle(config, Machine(args.gpus, args.nodes, args.device, memory))
+    machine = Machine(args.gpus, args.nodes, args.device, memory, profile=read_profile(args.device))
+    config, choices = settle(config, machine)
     return config, {choice.key: f"auto: {choice.reason}" for choice in choices}
 
 

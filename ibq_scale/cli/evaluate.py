@@ -6,9 +6,12 @@ import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ibq_scale.cli.options import add_ranks, at_least_one
+
+if TYPE_CHECKING:
+    from ibq_scale.evaluate.conventions import ConventionResult
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -19,6 +22,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     _add_reconstruction(family)
     _add_generation(family)
     _add_reference(family)
+    _add_conventions(family)
     compare = family.add_parser(
         "compare",
         help="results of 'evaluate generation' side by side",
@@ -98,10 +102,30 @@ def _add_reference(family: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="images with features kept for precision and recall (default 10000)",
     )
     _add_resolution(parser)
+    _add_convention_names(parser)
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="images at once on a rank (default 16)")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     add_ranks(parser)
     parser.set_defaults(run=_reference)
+
+
+def _add_conventions(family: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = family.add_parser(
+        "conventions",
+        help="the conventions of FID, and the one behind each published figure",
+        description="Print resize, quantisation and extractor of each convention, and the source of published figures.",
+        epilog="example: ibq-scale evaluate conventions",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.set_defaults(run=_conventions)
+
+
+def _add_convention_names(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--conventions",
+        metavar="NAMES",
+        help="all, or names with commas from 'evaluate conventions' (default torch-fidelity)",
+    )
 
 
 def _add_resolution(parser: argparse.ArgumentParser) -> None:
@@ -111,6 +135,7 @@ def _add_resolution(parser: argparse.ArgumentParser) -> None:
 def _add_usual(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="images at once on a rank (default 16)")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N images")
+    _add_convention_names(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     add_ranks(parser)
 
@@ -130,6 +155,7 @@ def _reconstruction(args: argparse.Namespace) -> int:
             native=args.native,
             pixels=args.pixels,
             to=args.to,
+            conventions=args.conventions,
         )
         if not world.is_main:
             return 0
@@ -143,6 +169,7 @@ def _reconstruction(args: argparse.Namespace) -> int:
     names = {"LPIPS VGG": "lpips", "LPIPS Alex": "lpips_alex", "rFID": "rfid"}
     for shown, name in names.items():
         print(f"{shown:<12} {_value(getattr(report, name), report.not_measured.get(name))}")
+    _print_conventions(report.conventions)
     print(f"usage        {100 * report.usage:.2f} % of {report.codebook_size} codes")
     print(f"perplexity   {report.perplexity:.1f}")
     print(f"speed        {report.images_per_s:.1f} img/s")
@@ -156,7 +183,14 @@ def _generation(args: argparse.Namespace) -> int:
     at_least_one(args, "batch", "limit", "resolution")
     with join() as world:
         report = evaluate_generation(
-            args.samples, args.reference, world, batch=args.batch, size=_size(args), limit=args.limit, to=args.to
+            args.samples,
+            args.reference,
+            world,
+            batch=args.batch,
+            size=_size(args),
+            limit=args.limit,
+            to=args.to,
+            conventions=args.conventions,
         )
         if not world.is_main:
             return 0
@@ -176,6 +210,7 @@ def _generation(args: argparse.Namespace) -> int:
     print(f"IS           {_value(report.inception_score, report.not_measured.get('inception_score'))}{spread}")
     for name in ("precision", "recall"):
         print(f"{name:<12} {_value(getattr(report, name), report.not_measured.get(name))}")
+    _print_conventions(report.conventions)
     print(f"speed        {report.images_per_s:.1f} img/s")
     return 0
 
@@ -186,7 +221,15 @@ def _reference(args: argparse.Namespace) -> int:
 
     at_least_one(args, "batch", "features", "resolution")
     with join() as world:
-        stamp = write_reference(args.data, args.to, _size(args), world, batch=args.batch, features=args.features)
+        stamp = write_reference(
+            args.data,
+            args.to,
+            _size(args),
+            world,
+            batch=args.batch,
+            features=args.features,
+            conventions=args.conventions,
+        )
         if not world.is_main:
             return 0
     if args.json:
@@ -196,6 +239,24 @@ def _reference(args: argparse.Namespace) -> int:
         f"{args.to}: {stamp.images} images of {stamp.data}, crop {stamp.crop}, {stamp.resolution[0]} x "
         f"{stamp.resolution[1]}, features of {stamp.features} (reference {stamp.hash[:12]})"
     )
+    return 0
+
+
+def _conventions(args: argparse.Namespace) -> int:
+    from ibq_scale.evaluate.conventions import CONVENTIONS, PUBLISHED
+
+    texts = ("suite", "resize", "quantisation", "extractor")
+    rows = [{"name": c.name, **{text: getattr(c, text) for text in texts}} for c in CONVENTIONS.values()]
+    if args.json:
+        print(json.dumps({"conventions": rows, "published": [asdict(p) for p in PUBLISHED]}))
+        return 0
+    for row in rows:
+        print(row["name"])
+        for text in texts:
+            print(f"  {text:<12} {row[text]}")
+    print("published figures: convention, reference, source")
+    for p in PUBLISHED:
+        print(f"  {p.figure}: {p.convention or 'not told'}, against {p.reference} ({p.source})")
     return 0
 
 
@@ -214,6 +275,14 @@ def _compare(args: argparse.Namespace) -> int:
         shown = ("-" if v is None else f"{v}" if isinstance(v, int) else f"{v:.4f}" for v in values)
         print(" ".join(f"{text:>10}" for text in shown), path)
     return 0
+
+
+def _print_conventions(rows: list[ConventionResult]) -> None:
+    """A line each, if there is more than the report's own."""
+    for row in rows if len(rows) > 1 else ():
+        figures = {"FID": row.fid, "sFID": row.sfid, "IS": row.inception_score}
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in figures.items() if value is not None)
+        print(f"{row.convention:<15} {shown or row.not_measured['fid']}")
 
 
 def _size(args: argparse.Namespace) -> tuple[int, int] | None:

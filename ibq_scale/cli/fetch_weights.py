@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ibq_scale.console import gigabytes
 
-NAMES = ("vgg", "alex", "inception")
+NAMES = ("vgg", "alex", "inception", "dino", "dinov2")
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -18,8 +18,9 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser = commands.add_parser(
         "fetch-weights",
         help="get the pretrained weights of losses and metrics, on a node with internet",
-        description="Download VGG16 and AlexNet (LPIPS) and Inception (FID) to $IBQ_SCALE_WEIGHTS or "
-        "~/.cache/ibq-scale/weights, verified by their published hashes. Existing files stay.",
+        description="Download VGG16 and AlexNet (LPIPS), Inception (FID), DINO (discriminator) and DINOv2 (features) "
+        "to $IBQ_SCALE_WEIGHTS or ~/.cache/ibq-scale/weights, verified by their published hashes. DINO has none: "
+        "its tensors are checked, and its hash is recorded at the first fetch. Existing files stay.",
         epilog="example: ibq-scale fetch-weights vgg inception",
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)} (default: all)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from ibq_scale.data.geometry import Stream
     from ibq_scale.scaling.budget import MemoryBudget
     from ibq_scale.scaling.fitting import Switch
-    from ibq_scale.scaling.plan import Plan
+    from ibq_scale.scaling.plan import Machine, Plan
+    from ibq_scale.scaling.prediction import Prediction, RunMeasured
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -28,15 +29,16 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "plan",
         help="parameters, FLOPs, memory, checkpoint and time of a run, without a GPU",
         description="Rehearse one micro-batch of the config's networks on tensors without memory and print a "
-        "run's needs: memory of each GPU, disk, time. An unknown GPU gets no time.",
+        "run's needs: memory of each GPU, disk, time. An unknown GPU gets no time. For a run's directory, print the "
+        "step time and the peak memory that it measured too, and their ratios to the plan's.",
         epilog="example: ibq-scale plan ar/xxl deepspeed.config=zero2 --device h100 --gpus 8 --nodes 4",
     )
-    parser.add_argument("source", metavar="PRESET_OR_YAML")
+    parser.add_argument("source", metavar="PRESET_OR_YAML_OR_RUN")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--device", "--gpu", metavar="GPU", help="a100, h100, l40s …: its memory and its peak")
+    parser.add_argument("--device", "--gpu", metavar="GPU", help="a100, h100, l40s …; cpu: this one")
     parser.add_argument("--memory", type=finite, metavar="GB", help="memory of one GPU (10⁹ bytes), instead of its own")
-    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs a node (default 1)")
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="default 1")
+    parser.add_argument("--gpus", type=int, metavar="N", help="GPUs a node (default 1)")
+    parser.add_argument("--nodes", type=int, metavar="N", help="default 1")
     parser.add_argument(
         "--mfu",
         type=finite,
@@ -56,35 +58,30 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from ibq_scale.config.layers import resolve
     from ibq_scale.scaling.auto import settle
     from ibq_scale.scaling.fitting import largest_micro_batch, switches
-    from ibq_scale.scaling.plan import Machine, Rate, make_plan
+    from ibq_scale.scaling.plan import Rate, make_plan
+    from ibq_scale.scaling.prediction import Prediction, measured_of_run
 
-    at_least_one(args, "gpus", "nodes")
-    if not 0 < args.mfu <= 1:
-        raise UserError(f"--mfu must be above 0 and at most 1, got {args.mfu}")
-    if args.memory is not None and args.memory <= 0:
-        raise UserError(f"--memory must be above 0 GB, got {args.memory}")
-    run = resolve(args.source, args.overrides).config
-    if args.net is not None and args.net <= 0:
-        raise UserError(f"--net must be above 0 GB/s, got {args.net}")
+    run, machine, run_dir = _asked(args)
     measured = Rate.read(args.measured) if args.measured else None
-    net = args.net * 1e9 if args.net else None
-    machine = Machine(args.gpus, args.nodes, args.device, args.memory * 1e9 if args.memory else None, net)
     run, choices = settle(run, machine)
     plan = make_plan(run, machine, mfu=args.mfu, measured=measured)
     memory = machine.gpu_memory
     fitting = None if memory is None else largest_micro_batch(run, machine.world, memory)
     mends = () if memory is None or plan.fits else tuple(switches(run, machine.world, memory))
-    stream = _stream(args, run)
+    stream = _stream(args, run, machine)
+    found, predicted = measured_of_run(run_dir) if run_dir else None, Prediction.of(plan)
     if args.json:
-        more = {
+        more: dict[str, object] = {
             "auto": [asdict(choice) for choice in choices],
             "data": stream and asdict(stream),
             "largest_micro_batch": fitting,
             "switches": [asdict(mend) for mend in mends],
         }
+        if run_dir is not None:
+            more["predicted"] = asdict(predicted)
+            more["measured"] = found and asdict(found) | dict(predicted.ratios(found.step_s, found.peak_bytes))
         print(json.dumps(_document(plan) | more, indent=2))
     else:
         _print(plan, fitting, mends)
@@ -92,10 +89,42 @@ def _plan(args: argparse.Namespace) -> int:
             print(f"data{'':<32}{stream}")
         for choice in choices:
             print(f"auto: {choice.key}={choice.value} ({choice.reason})")
+        if run_dir is not None:
+            _print_measured(run_dir, predicted, found)
     return 0
 
 
-def _stream(args: argparse.Namespace, run: AnyRun) -> Stream | None:
+def _asked(args: argparse.Namespace) -> tuple[AnyRun, Machine, Path | None]:
+    """The run, its machine, and its directory if the plan is asked for one. UserError for wrong options."""
+    from ibq_scale.config.layers import resolve
+    from ibq_scale.scaling.plan import Machine
+    from ibq_scale.scaling.prediction import machine_of_run
+    from ibq_scale.scaling.profile import read_profile, this_cpu
+
+    run_dir = Path(args.source) if (Path(args.source) / "config.yaml").is_file() else None
+    ran = machine_of_run(run_dir) if run_dir and args.gpus is args.nodes is args.device is args.memory is None else None
+    args.gpus, args.nodes = args.gpus or 1, args.nodes or 1
+    at_least_one(args, "gpus", "nodes")
+    if not 0 < args.mfu <= 1:
+        raise UserError(f"--mfu must be above 0 and at most 1, got {args.mfu}")
+    if args.memory is not None and args.memory <= 0:
+        raise UserError(f"--memory must be above 0 GB, got {args.memory}")
+    run = resolve(str(run_dir / "config.yaml") if run_dir else args.source, args.overrides).config
+    if args.net is not None and args.net <= 0:
+        raise UserError(f"--net must be above 0 GB/s, got {args.net}")
+    net = args.net * 1e9 if args.net else None
+    if ran is not None:
+        return run, replace(ran, net=net), run_dir
+    memory, device = args.memory * 1e9 if args.memory else None, args.device
+    if device == "cpu":
+        import torch
+
+        profile = read_profile(this_cpu(torch.get_num_threads()))
+        return run, Machine(args.gpus, args.nodes, None, memory, net, profile), run_dir
+    return run, Machine(args.gpus, args.nodes, device, memory, net, read_profile(device)), run_dir
+
+
+def _stream(args: argparse.Namespace, run: AnyRun, machine: Machine) -> Stream | None:
     """What the stream of the data needs, where they are named."""
     from ibq_scale.data.geometry import SHARD_BYTES, Extent, Stream
     from ibq_scale.data.manifest import load_manifest
@@ -108,7 +137,7 @@ def _stream(args: argparse.Namespace, run: AnyRun) -> Stream | None:
         extent = Extent(max(1, round(args.bytes / SHARD_BYTES)), int(args.samples), int(args.bytes))
     else:
         return None
-    return Stream.of([extent], run.data, run.data.cache_bytes, run.train.micro_batch * args.gpus, args.nodes)
+    return Stream.of([extent], run.data, run.data.cache_bytes, run.train.micro_batch * machine.gpus, machine.nodes)
 
 
 def _document(plan: Plan) -> dict[str, object]:
@@ -212,6 +241,25 @@ def _print_time(plan: Plan) -> None:
     print(f"  {time.step_s:.4g} s a step, {time.images_per_s:,.4g} images/s; {time.basis}")
 
 
+def _print_measured(run_dir: Path, predicted: Prediction, found: RunMeasured | None) -> None:
+    """Predicted beside measured. The peak is the allocator's, without CUDA's context."""
+    if found is None:
+        print(f"\n{run_dir} has fewer than two lines of metrics: nothing is measured yet")
+        return
+    print(f"\n{f'{run_dir}, steps {found.first} to {found.last}':<36}{'predicted':>12}{'measured':>12}{'ratio':>8}")
+    ratios = predicted.ratios(found.step_s, found.peak_bytes)
+    rows = (
+        ("seconds of a step", predicted.step_s, f"{found.step_s:.4g} s", "plan_time_ratio"),
+        ("peak memory", predicted.peak_bytes, gigabytes(found.peak_bytes), "plan_memory_ratio"),
+    )
+    for name, value, measured, key in rows:
+        if value is None:
+            print(f"  {name:<34}{'–':>12}{measured:>12}  no prediction for this device")
+        else:
+            said = f"{value:.4g} s" if key == "plan_time_ratio" else gigabytes(value)
+            print(f"  {name:<34}{said:>12}{measured:>12}{ratios[key]:>8.3f}  {key}")
+
+
 def _print_communication(plan: Plan) -> None:
     if not plan.communication:
         return
@@ -228,7 +276,9 @@ def _print_roofline(plan: Plan) -> None:
     if line is None:
         return
     hours = line.total * plan.steps / 3600
-    print(f"time by the roofline{'':<16}{hours:>8,.1f} h{hours * plan.machine.world:>12,.0f} GPU hours; {BASIS}")
+    links = plan.machine.profile.links if plan.machine.profile else ()
+    basis = f"{BASIS}; links: measured here {max(link.date for link in links)}" if links else BASIS
+    print(f"time by the roofline{'':<16}{hours:>8,.1f} h{hours * plan.machine.world:>12,.0f} GPU hours; {basis}")
     print(
         f"  {line.total:.4g} s a step: passes {line.passes:.3g} (products {line.products:.3g}, memory "
         f"{line.memory:.3g}), optimizer {line.optimizer:.3g}, exchange {line.exposed:.3g}"

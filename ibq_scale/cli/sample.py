@@ -30,7 +30,11 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--tokenizer", required=True, metavar="CKPT", help="the tokenizer of its codes")
     parser.add_argument("--to", required=True, type=Path, metavar="DIR")
     parser.add_argument("--classes", metavar="LIST", help="labels, for example 0,7,20-29 (default: all)")
-    parser.add_argument("--per-class", type=int, default=8, metavar="N", help="images a class (default 8)")
+    parser.add_argument(
+        "--captions", type=Path, metavar="FILE", help="one caption a line, for a model with conditioning=embedding"
+    )
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="a caption; may be given again")
+    parser.add_argument("--per-class", type=int, default=8, metavar="N", help="images a class or caption (default 8)")
     parser.add_argument("--guidance", type=finite, help="1 is none (default)")
     parser.add_argument(
         "--guidance-schedule",
@@ -76,8 +80,26 @@ def parse_classes(text: str) -> list[int]:
     return labels
 
 
+def _captions(args: argparse.Namespace) -> list[str]:
+    """The asked captions. UserError for an unreadable file, or for classes beside them."""
+    captions = list(args.prompt or [])
+    if args.captions is not None:
+        try:
+            captions += [
+                line.strip() for line in args.captions.read_text(encoding="utf-8").splitlines() if line.strip()
+            ]
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f"--captions {args.captions}: {e}: give a text file with one caption a line") from None
+        if not captions:
+            raise UserError(f"--captions {args.captions} holds no caption: write one a line")
+    if captions and args.classes is not None:
+        raise UserError("--classes is for class-conditional models, --captions and --prompt for others: give one")
+    return captions
+
+
 def _check(args: argparse.Namespace) -> None:
     at_least_one(args, "batch", "per_class")
+    _captions(args)
     wrong_temperature = args.temperature is not None and args.temperature <= 0
     if wrong_temperature or args.top_k < 0 or not 0 < args.top_p <= 1:
         raise UserError("--temperature must be above 0, --top-k at least 0 and --top-p above 0 and at most 1")
@@ -123,8 +145,10 @@ def _sample(args: argparse.Namespace) -> int:
         if args.compile:
             ar.transformer.compile_regions()
         tokenizer = load_tokenizer(args.tokenizer, world.device)
-        classes = parse_classes(args.classes) if args.classes else list(range(ar.config.classes))
-        report = sample(ar, tokenizer, classes, args.per_class, settings, args.to, world, batch=args.batch, part=part)
+        captions = _captions(args)
+        classes = parse_classes(args.classes) if args.classes else list(range(len(captions) or ar.config.classes))
+        how = {"batch": args.batch, "part": part, "captions": captions}
+        report = sample(ar, tokenizer, classes, args.per_class, settings, args.to, world, **how)
         if not world.is_main:
             return 0
     if args.json:
@@ -132,7 +156,7 @@ def _sample(args: argparse.Namespace) -> int:
         return 0
     reused = f" ({report.reused_images} from an earlier run)" if report.reused_images else ""
     print(
-        f"{report.images} images of {len(report.classes)} classes{reused}: "
+        f"{report.images} images of {len(report.classes)} {'captions' if captions else 'classes'}{reused}: "
         f"{report.images_per_s:.2f} img/s, {report.tokens_per_s:.0f} tokens/s"
     )
     if report.complete:

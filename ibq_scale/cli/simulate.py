@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from ibq_scale.cli.options import at_least_one, finite
@@ -45,8 +45,8 @@ def _simulate(args: argparse.Namespace) -> int:
     from ibq_scale.config.run import TokenizerRun
     from ibq_scale.scaling.auto import settle
     from ibq_scale.scaling.devices import DEVICES, named
-    from ibq_scale.scaling.fabric import Fabric
     from ibq_scale.scaling.plan import Machine
+    from ibq_scale.scaling.profile import read_profile
 
     at_least_one(args, "gpus", "most")
     for name in ("link", "net"):
@@ -57,8 +57,11 @@ def _simulate(args: argparse.Namespace) -> int:
     if device is None:
         raise UserError(f"--device {args.device} is not in the table ({', '.join(DEVICES)})")
     link, net = (None if value is None else value * 1e9 for value in (args.link, args.net))
-    fabric = Fabric.of(device, args.gpus, link=link, net=net)
-    run, _ = settle(resolve(args.source, args.overrides).config, Machine(args.gpus, 1, args.device))
+    machine = Machine(args.gpus, 1, args.device, net=net, profile=read_profile(args.device))
+    fabric = machine.fabric
+    assert fabric is not None
+    fabric = replace(fabric, link=link or fabric.link)
+    run, _ = settle(resolve(args.source, args.overrides).config, machine)
     if isinstance(run, TokenizerRun):
         return _codebook(run, device, fabric, args)
     return _transformer(run, device, fabric, args)

@@ -28,6 +28,21 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--part", default="0/1", metavar="I/N", help="only every N-th shard from I on: for an array of jobs"
     )
+    parser.add_argument(
+        "--captions",
+        metavar="FILE",
+        help="store conditions for model.conditioning=embedding: lines of KEY, a tab and the caption (KEY: the image's "
+        "key, path or class), or 'classes' for the names of the classes",
+    )
+    parser.add_argument(
+        "--encoder",
+        default="hash",
+        metavar="NAME",
+        help="text encoder: hash (default), t5:NAME or clip:NAME of the Hub",
+    )
+    parser.add_argument(
+        "--caption-tokens", type=int, metavar="N", help="most vectors a caption (default: the encoder's)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     add_ranks(parser)
     parser.set_defaults(run=_tokenize, check=_check)
@@ -44,7 +59,7 @@ def parse_part(text: str) -> tuple[int, int]:
 def _check(args: argparse.Namespace) -> None:
     from ibq_scale.cli.options import at_least_one
 
-    at_least_one(args, "batch")
+    at_least_one(args, "batch", *(["caption_tokens"] if args.caption_tokens is not None else []))
     parse_part(args.part)
 
 
@@ -55,7 +70,9 @@ def _tokenize(args: argparse.Namespace) -> int:
     _check(args)
     part = parse_part(args.part)
     with join() as world:
-        report = tokenize(args.checkpoint, args.data, args.to, world, batch=args.batch, crops=args.crops, part=part)
+        texts = {"captions": args.captions, "encoder": args.encoder, "caption_tokens": args.caption_tokens}
+        how = {"batch": args.batch, "crops": args.crops, "part": part}
+        report = tokenize(args.checkpoint, args.data, args.to, world, **how, **texts)
         if not world.is_main:
             return 0
     if args.json:

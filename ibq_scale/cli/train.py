@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from ibq_scale.cli.options import add_ranks
 
@@ -57,4 +58,4 @@ def _train(args: argparse.Namespace) -> int:
     with closing(StopRequest(config.train.grace)) as stop, join(Path(config.run_dir)) as world:
         from ibq_scale.train.run import run_training
 
-        return run_training(config, world, stop)
+        return run_training(config, world, stop, [sys.executable, "-m", "ibq_scale", *sys.argv[1:]])

@@ -70,8 +70,9 @@ class Submission(Job):
     @cached_property
     def machine(self) -> Machine:
         from ibq_scale.scaling.plan import Machine
+        from ibq_scale.scaling.profile import read_profile
 
-        return Machine(self.ranks // self.nodes, self.nodes, self.gpu)
+        return Machine(self.ranks // self.nodes, self.nodes, self.gpu, profile=read_profile(self.gpu))
 
     @cached_property
     def settled(self) -> tuple[AnyRun, tuple[Choice, ...]]:

@@ -15,6 +15,8 @@ Layers = Annotated[int, Field(ge=1, le=1024)]
 Side = Annotated[int, Field(ge=1, le=2**17)]
 Rows = Annotated[int, Field(ge=1, le=2**31)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
+# CLIP's first temperature of cosines (arXiv 2103.00020).
+DEFAULT_TEMPERATURE = 0.07
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -92,11 +94,31 @@ class QuantizerConfig(Section):
         description="The term that `beta` multiplies. `codebook`: mean‖C[i*] − sg(z)‖², as the published models "
         "were trained. `commitment`: mean‖sg(C[i*]) − z‖², as the paper writes.",
     )
-    straight_through: bool = Field(
-        True, description="false: the decoder's gradient ends at the selected codes (an ablation of the paper)."
+    straight_through: bool | Literal["dynamic", "rotation"] = Field(
+        True,
+        description="The decoder's gradient to the encoder. true: as the quantizer defines it. false: none, it ends "
+        "at the selected codes (an ablation of the paper). For vq and simvq also `dynamic`: times d*/d, d a token's "
+        "squared distance to its code and d* the least of the batch's tokens of that code (arXiv 2609.26774), and "
+        "`rotation`: turned and scaled by the map of the token onto its code (arXiv 2410.06424).",
     )
     double_quantization: bool = Field(
         True, description="false: the loss lacks mean‖z_q − z‖² (an ablation of the paper)."
+    )
+    region: bool = Field(
+        False,
+        description="Region VQ (StableVQ, arXiv 2609.26774) in place of the codebook's own loss term, with its weight: "
+        "codes move to the mean of their tokens, and unused codes to such a mean near them. Not for lfq and fsq.",
+    )
+    region_window: Annotated[int, Field(ge=1, le=2**40)] = Field(
+        65536, description="Tokens of all ranks within which a code counts as used, so that `region` leaves it alone."
+    )
+    l2_normalize: bool = Field(
+        False, description="Tokens and codes have length 1, and the scores are cosines. Not for lfq and fsq."
+    )
+    temperature: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="IBQ with `l2_normalize`: the scores are cosines over this value. null: 0.07. Softmax over random "
+        "codes is then neither flat nor a single code.",
     )
     entropy_temperature: Annotated[float, Field(gt=0)] = Field(
         0.01, description="Temperature τ of the softmax in the entropy loss."
@@ -149,6 +171,39 @@ class QuantizerConfig(Section):
             )
         return self
 
+    @property
+    def switches(self) -> str:
+        """The settings past the published quantizers, in words."""
+        through = self.straight_through if isinstance(self.straight_through, str) else ""
+        words = [
+            f"{through} straight-through" * bool(through),
+            "region" * self.region,
+            "unit length" * self.l2_normalize,
+        ]
+        return ", ".join(filter(None, words))
+
+    @property
+    def cosine_temperature(self) -> float:
+        """`temperature`, or its default."""
+        return DEFAULT_TEMPERATURE if self.temperature is None else self.temperature
+
+    @model_validator(mode="after")
+    def _switches_fit(self) -> QuantizerConfig:
+        if self.straight_through in ("dynamic", "rotation") and self.kind not in ("vq", "simvq"):
+            own = "through softmax(S) to all codes" if self.kind == "ibq" else "through its rounding, number by number"
+            raise ValueError(
+                f"straight_through={self.straight_through} is for kind=vq and simvq: {self.kind} has a gradient of its "
+                f"own, {own}"
+            )
+        for name in ("region", "l2_normalize"):
+            if getattr(self, name) and self.kind in ("lfq", "fsq"):
+                raise ValueError(f"{name} is for kind=ibq, vq and simvq: the codes of {self.kind} are fixed")
+        if self.temperature is not None and not (self.l2_normalize and self.kind == "ibq"):
+            raise ValueError(
+                "temperature is for kind=ibq with l2_normalize=true: other scores have no softmax or scale"
+            )
+        return self
+
     @model_validator(mode="after")
     def _kind_fits(self) -> QuantizerConfig:
         if self.kind == "lfq" and (self.dim > 31 or self.codebook_size != 2**self.dim):
@@ -164,12 +219,35 @@ class QuantizerConfig(Section):
 
 
 class DiscriminatorConfig(Section):
-    """PatchGAN discriminator."""
+    """The discriminator: a PatchGAN, or heads on a frozen DINO."""
 
-    channels: Side = Field(
-        64, description="Width of the first convolution. It doubles with each layer, up to eightfold."
+    kind: Literal["patch", "dino"] = Field(
+        "patch",
+        description="`patch`: PatchGAN (the published models). `dino`: a frozen DINO ViT-S/16 with trained heads on "
+        "five depths, as in StyleGAN-T and RAE.",
     )
-    layers: Annotated[int, Field(ge=1, le=16)] = Field(3, description="Convolutions of stride 2.")
+    channels: Side = Field(
+        64, description="`patch`: width of the first convolution. It doubles with each layer, up to eightfold."
+    )
+    layers: Annotated[int, Field(ge=1, le=16)] = Field(3, description="`patch`: convolutions of stride 2.")
+    backbone: Literal["published", "random", "tiny"] = Field(
+        "published",
+        description="`dino`: weights of the backbone. `published`: `ibq-scale fetch-weights dino`. `random`: seeded "
+        "random weights of the same sizes, for dry runs. `tiny`: random and of 4 narrow blocks, for tests.",
+    )
+    input_side: Annotated[int, Field(ge=32, le=4096)] = Field(
+        224, description="`dino`: images are resized to this side, a multiple of 16."
+    )
+    augment: tuple[Literal["color", "translation", "cutout"], ...] = Field(
+        ("color", "translation", "cutout"),
+        description="`dino`: random changes of real and reconstructed images (DiffAugment, arXiv 2006.10738).",
+    )
+
+    @model_validator(mode="after")
+    def _side_fits(self) -> DiscriminatorConfig:
+        if self.input_side % 16:
+            raise ValueError(f"input_side must be a multiple of 16, DINO's patch, got {self.input_side}")
+        return self
 
 
 AttentionKind = Literal[
@@ -178,7 +256,7 @@ AttentionKind = Literal[
 
 
 class TransformerConfig(Section):
-    """Class-conditional Llama-like transformer over `tokens` codes in raster order."""
+    """Llama-like transformer over `tokens` codes, conditional on a class or on given vectors."""
 
     codebook_size: Rows = Field(16384, description="Codes to choose from: the tokenizer's codebook size.")
     classes: Rows = Field(1000, description="Number of classes. Label `classes` itself means no class.")
@@ -190,17 +268,32 @@ class TransformerConfig(Section):
         description="Heads of keys and values, each shared by heads / kv_heads query heads. null: as many as `heads`.",
     )
     width: Side = Field(1024, description="Width of the residual stream.")
-    conditioning: Literal["adaln", "prefix"] = Field(
+    conditioning: Literal["adaln", "prefix", "embedding"] = Field(
         "adaln",
         description="`adaln`: the class modulates norms and residuals of every block and is the prefix token "
-        "(the published models). `prefix`: the class is the prefix token only (LlamaGen, arXiv 2406.06525).",
+        "(the published models). `prefix`: the class is the prefix token only (LlamaGen, arXiv 2406.06525). "
+        "`embedding`: the prefix is vectors stored with the codes (`tokenize --captions`), and no class is read.",
+    )
+    condition_tokens: Annotated[int, Field(ge=0, le=2**12)] = Field(
+        0, description="`embedding`: most vectors of a condition, as in the codes' manifest. 0 for others."
+    )
+    condition_width: Annotated[int, Field(ge=0, le=2**17)] = Field(
+        0, description="`embedding`: width of these vectors, as in the codes' manifest. 0 for others."
+    )
+    order: Literal["raster", "random", "annealed"] = Field(
+        "raster",
+        description="Order of the codes in training. `random`: a permutation for each sample. `annealed`: the same, "
+        "with a probability that falls to 0 between `schedule.order_anneal_start` and `schedule.order_anneal_end` "
+        "(RAR, arXiv 2411.00776). Validation, samples and exports are in raster order always.",
     )
     qk_norm: bool = Field(False, description="RMSNorm over each head's query and key, before the rotation.")
     token_dropout: Probability = Field(0.1, description="Dropout of the embeddings.")
     residual_dropout: Probability = Field(0.1, description="Dropout of each attention's output.")
     ffn_dropout: Probability = Field(0.1, description="Dropout of each feed-forward layer's output.")
     label_dropout: Probability = Field(
-        0.1, description="Probability of replacing a label by no class in training, for classifier-free guidance."
+        0.1,
+        description="Probability of replacing a label by no class, or a condition by none, in training, for "
+        "classifier-free guidance.",
     )
     adaln_gain_init: Annotated[float, Field(gt=0)] = Field(
         1e-3,
@@ -247,7 +340,13 @@ class TransformerConfig(Section):
     def architecture(self) -> TransformerConfig:
         """The config without settings of the computation, as an exported model stores it."""
         free = {"attention": "auto", "activation_checkpointing": "none", "compile": False, "fp8": False}
-        return self.model_copy(update=free)
+        # The order of training needs weights of its own, but adds nothing in raster order (models/order.py).
+        return self.model_copy(update=free | {"order": "raster"})
+
+    def stored(self) -> dict[str, object]:
+        """`architecture` as JSON of a model on disk, without keys that older programs do not know."""
+        of_embedding = set() if self.conditioning == "embedding" else {"condition_tokens", "condition_width"}
+        return self.architecture().model_dump(mode="json", exclude={"order"} | of_embedding)
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> TransformerConfig:
@@ -257,4 +356,10 @@ class TransformerConfig(Section):
             raise ValueError(f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
         if self.grid**2 != self.tokens:
             raise ValueError(f"tokens must be a square (a grid of codes), got {self.tokens}")
+        sizes = (self.condition_tokens, self.condition_width)
+        if (self.conditioning == "embedding", self.conditioning == "embedding") != tuple(size > 0 for size in sizes):
+            raise ValueError(
+                "condition_tokens and condition_width belong to conditioning=embedding, and are the sizes in the "
+                f"manifest of its codes: got {sizes[0]} and {sizes[1]} for {self.conditioning}"
+            )
         return self

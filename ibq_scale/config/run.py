@@ -23,6 +23,7 @@ from ibq_scale.config.models import (
 from ibq_scale.config.secrets import masked
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 if TYPE_CHECKING:
     AutoPositive = int
     AutoNonNegative = int
@@ -94,6 +95,13 @@ class TokenizerLossConfig(Section):
         "vgg", description="Backbone of LPIPS. `random`: seeded random weights, for dry runs."
     )
     perceptual_weight: NonNegativeFloat = Field(1.0, description="Weight of LPIPS.")
+    features: Literal["none", "dinov2", "random", "tiny"] = Field(
+        "none",
+        description="Frozen encoder whose features the decoder's first level predicts, by cosine (VFMTok, GigaTok). "
+        "`dinov2`: ViT-S/14, from `ibq-scale fetch-weights dinov2`. `random`: seeded random weights of the same sizes, "
+        "for dry runs. `tiny`: random and of 4 narrow blocks, for tests.",
+    )
+    feature_weight: NonNegativeFloat = Field(1.0, description="Weight of 1 − cosine of `features`.")
     adversarial: Literal["constant", "adaptive"] = Field(
         "constant",
         description="`constant`: `adversarial_weight` as it is (published). `adaptive`: times the ratio of two "
@@ -112,22 +120,7 @@ class TokenizerLossConfig(Section):
     lecam_decay: Probability = Field(0.999, description="Decay of LeCAM's averages of the logits, per step.")
 
 
-class OptimizerConfig(Section):
-    """Adam for the tokenizer, AdamW for the transformer."""
-
-    lr: Annotated[float, Field(gt=0)] = Field(1e-4, description="Learning rate before the schedule's factor.")
-    betas: tuple[Probability, Probability] = Field((0.5, 0.9), description="Decay of Adam's two moments.")
-    eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="Adam's ε.")
-    weight_decay: NonNegativeFloat = Field(
-        0.0, description="AdamW's decay of matrices. Norms, biases and embeddings are not decayed."
-    )
-    weight_decay_end: NonNegativeFloat | None = Field(
-        None, description="The decay follows a cosine from `weight_decay` to this value. null: constant."
-    )
-    grad_clip: NonNegativeFloat = Field(0.0, description="Largest norm of the gradient. 0: no clipping.")
-
-
-SCHEDULES = ("steps", "linear", "wsd", "cosine")
+SCHEDULES = ("steps", "linear", "wsd", "cosine", "constant")
 ScheduleName = Annotated[
     str,
     AfterValidator(lambda name: extensions.check_name(extensions.SCHEDULES, name, SCHEDULES)),
@@ -146,7 +139,7 @@ class ScheduleConfig(Section):
         "steps",
         description="`steps`: times `decay_factor` at each of `decay_at`. `linear`, also called `wsd`: constant for "
         "`constant_fraction` of the samples after the warm-up, then linear to `final_factor`. `cosine`: half a cosine "
-        "to `final_factor` instead. Other names are extensions (docs/extending.md).",
+        "to `final_factor` instead. `constant`: 1 after the warm-up. Other names are extensions (docs/extending.md).",
     )
     warmup_samples: NonNegativeInt = Field(0, description="Samples of the linear warm-up.")
     warmup_factor: NonNegativeFloat = Field(0.005, description="Factor at the start of the warm-up.")
@@ -156,6 +149,58 @@ class ScheduleConfig(Section):
         0.05, description="`linear`: share of the samples after the warm-up with a constant rate."
     )
     final_factor: NonNegativeFloat = Field(0.1, description="`linear`: factor at the end of the run.")
+
+
+class ARScheduleConfig(ScheduleConfig):
+    """The learning rate as for a tokenizer, and the order of the codes (`model.order`)."""
+
+    order_anneal_start: Share = Field(
+        0.5,
+        description="`model.order=annealed`: share of the run up to which every sample has a random order. RAR's is "
+        "0.5, epoch 200 of 400.",
+    )
+    order_anneal_end: Share = Field(
+        0.75,
+        description="`model.order=annealed`: share of the run from which on every sample has the raster order. The "
+        "probability of a random order falls linearly between the two. RAR's is 0.75, epoch 300 of 400.",
+    )
+
+    @model_validator(mode="after")
+    def _anneals_forwards(self) -> ARScheduleConfig:
+        if self.order_anneal_start > self.order_anneal_end:
+            raise ValueError(
+                f"order_anneal_start ({self.order_anneal_start}) comes after order_anneal_end ({self.order_anneal_end})"
+            )
+        return self
+
+
+class OptimizerConfig(Section):
+    """Adam for the tokenizer, AdamW for the transformer."""
+
+    lr: Annotated[float, Field(gt=0)] = Field(1e-4, description="Learning rate before the schedule's factor.")
+    betas: tuple[Probability, Probability] = Field((0.5, 0.9), description="Decay of Adam's two moments.")
+    eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="Adam's ε.")
+    weight_decay: NonNegativeFloat = Field(
+        0.0, description="AdamW's decay of matrices. Norms, biases and embeddings are not decayed."
+    )
+    weight_decay_end: NonNegativeFloat | None = Field(
+        None, description="The decay follows a cosine from `weight_decay` to this value. null: constant."
+    )
+    grad_clip: NonNegativeFloat = Field(0.0, description="Largest norm of the gradient. 0: no clipping.")
+
+
+class TokenizerOptimizerConfig(OptimizerConfig):
+    """Adam, and the codebook's own rate."""
+
+    codebook_lr: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="Learning rate of the codebook, or of SimVQ's layer, before its schedule's factor. null: `lr`.",
+    )
+    codebook_schedule: ScheduleConfig | None = Field(
+        None,
+        description="Schedule of the codebook's rate: a section with the keys of `schedule`, for example "
+        "`{kind: constant}`. null: the run's schedule.",
+    )
 
 
 # One value stands for a list of it.
@@ -403,7 +448,7 @@ class TokenizerRun(RunConfig):
     quantizer: QuantizerConfig = QuantizerConfig()
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     loss: TokenizerLossConfig = TokenizerLossConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: TokenizerOptimizerConfig = TokenizerOptimizerConfig()
     validation: TokenizerValidationConfig = TokenizerValidationConfig()
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.999, description="Decay of the moving average of the weights, per step. 0: no average."
@@ -420,6 +465,7 @@ class ARRun(RunConfig):
 
     task: Literal["ar"] = "ar"
     model: TransformerConfig = TransformerConfig()
+    schedule: ARScheduleConfig = ARScheduleConfig()
     optimizer: OptimizerConfig = OptimizerConfig(lr=3e-4, betas=(0.9, 0.95), weight_decay=0.05, grad_clip=1.0)
     tokenizer: str | None = Field(
         None,

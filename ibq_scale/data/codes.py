@@ -25,7 +25,20 @@ from ibq_scale.errors import UserError
 
 # safetensors: 8 bytes of length, then a JSON header. Its __metadata__ has the stamp.
 STAMP = "ibq_scale_stamp"
-DTYPES = {"U16": "<u2", "U32": "<u4", "I32": "<i4"}
+DTYPES = {"U16": "<u2", "U32": "<u4", "I32": "<i4", "F16": "<f2"}
+# Names of the tensors of a condition.
+VECTORS, SPANS = "condition", "condition_spans"
+
+
+@dataclass(frozen=True)
+class ConditionShard:
+    """Vectors (m, C) of one shard, and of each sample its first row and its number of rows, int64 (n, 2).
+
+    Samples may share rows.
+    """
+
+    vectors: Tensor
+    spans: Tensor
 
 
 @dataclass(frozen=True)
@@ -34,13 +47,19 @@ class CodeShard:
 
     codes: Tensor
     labels: Tensor
+    condition: ConditionShard | None = None
 
 
 class StoredCodes(NamedTuple):
-    """A shard as it is stored: codes uint16 or uint32 (n, crops, h, w), labels int32 (n,)."""
+    """A shard as it is stored: codes uint16 or uint32 (n, crops, h, w), labels int32 (n,).
+
+    With a condition: vectors float16 (m, C), and spans uint32 (n, 2), first row and number of rows.
+    """
 
     codes: NDArray[np.unsignedinteger[Any]]
     labels: NDArray[np.int32]
+    vectors: NDArray[np.float16] | None = None
+    spans: NDArray[np.uint32] | None = None
 
 
 class CodeSample(NamedTuple):
@@ -48,6 +67,10 @@ class CodeSample(NamedTuple):
     """int64 (T,), raster order."""
     label: int
     request: Request
+    vectors: Tensor | None = None
+    """float16 (L, C), if conditions are read. L is the manifest's."""
+    length: int = 0
+    """Vectors that count."""
 
 
 def code_shard_name(image_shard: str) -> str:
@@ -56,9 +79,14 @@ def code_shard_name(image_shard: str) -> str:
 
 
 def write_code_shard(store: Store, name: str, shard: CodeShard, info: CodesInfo) -> ShardInfo:
-    """Writes codes as uint16 (uint32 above 65,536 codes) with labels int32."""
+    """Writes codes as uint16 (uint32 above 65,536 codes), labels as int32 and vectors as float16."""
     dtype = torch.uint16 if info.codebook_size <= 2**16 else torch.uint32
     tensors = {"codes": shard.codes.to(dtype).contiguous(), "labels": shard.labels.to(torch.int32).contiguous()}
+    if shard.condition is not None:
+        vectors = shard.condition.vectors.to(torch.float16)
+        if not vectors.isfinite().all():
+            raise UserError(f"{name}: vectors of the text encoder do not fit float16: take another encoder")
+        tensors |= {VECTORS: vectors.contiguous(), SPANS: shard.condition.spans.to(torch.uint32).contiguous()}
     data = save(tensors, metadata={STAMP: stamp(info)})
     store.write(name, data)
     return _info(name, data, len(shard.codes))
@@ -90,7 +118,12 @@ def finish_codes(store: Store, shards: list[ShardInfo], classes: tuple[str, ...]
 def read_code_shard(data: bytes, name: str) -> CodeShard:
     """Decodes a shard's bytes. UserError if they are damaged."""
     stored = stored_codes(data, name)
-    return CodeShard(*(torch.from_numpy(values.astype(np.int64)) for values in stored))
+    condition = None
+    if stored.vectors is not None and stored.spans is not None:
+        spans = torch.from_numpy(stored.spans.astype(np.int64))
+        condition = ConditionShard(torch.from_numpy(stored.vectors.copy()), spans)
+    codes, labels = (torch.from_numpy(values.astype(np.int64)) for values in stored[:2])
+    return CodeShard(codes, labels, condition)
 
 
 def stored_codes(data: bytes | mmap, name: str) -> StoredCodes:
@@ -101,7 +134,12 @@ def stored_codes(data: bytes | mmap, name: str) -> StoredCodes:
         codes, labels = (_array(data, begin, header[key]) for key in ("codes", "labels"))
         if codes.ndim != 4 or labels.shape != codes.shape[:1]:
             raise ValueError(f"codes of shape {codes.shape}, labels of shape {labels.shape}")
-        return StoredCodes(codes, labels)
+        if VECTORS not in header:
+            return StoredCodes(codes, labels)
+        vectors, spans = (_array(data, begin, header[key]) for key in (VECTORS, SPANS))
+        if vectors.ndim != 2 or spans.shape != (len(codes), 2) or (spans.astype(int).sum(axis=1) > len(vectors)).any():
+            raise ValueError(f"vectors of shape {vectors.shape}, and their spans beyond them")
+        return StoredCodes(codes, labels, vectors, spans)
     except (DocumentError, ValueError, KeyError, TypeError, OverflowError) as e:
         raise UserError(f"code shard {name} is damaged: {e}") from None
 
@@ -117,11 +155,12 @@ def _array(data: bytes | mmap, begin: int, entry: dict[str, Any]) -> NDArray[Any
 class CodeDataset(torch.utils.data.Dataset[CodeSample]):
     """Samples by `Request`. The lanes' current shards stay in memory.
 
-    One of an image's crops is drawn by (seed, epoch, sample).
+    One of an image's crops is drawn by (seed, epoch, sample). `conditions`: read the stored vectors too.
     """
 
-    def __init__(self, sets: DataSets, *, seed: int, shards_in_memory: int) -> None:
+    def __init__(self, sets: DataSets, *, seed: int, shards_in_memory: int, conditions: bool = False) -> None:
         self.sets = sets
+        self.conditions = conditions
         self.seed = seed
         self.shards_in_memory = shards_in_memory
         self._shards: OrderedDict[tuple[int, int], StoredCodes] = OrderedDict()
@@ -135,7 +174,18 @@ class CodeDataset(torch.utils.data.Dataset[CodeSample]):
         crops = shard.codes.shape[1]
         crop = int(draws(self.seed, request)[0] % np.uint64(crops)) if crops > 1 else 0
         codes_T = torch.from_numpy(shard.codes[request.row, crop].astype(np.int64).reshape(-1))
-        return CodeSample(codes_T, int(shard.labels[request.row]), request)
+        return CodeSample(codes_T, int(shard.labels[request.row]), request, *self._condition(shard, request))
+
+    def _condition(self, shard: StoredCodes, request: Request) -> tuple[Tensor | None, int]:
+        if not self.conditions:
+            return None, 0
+        codes = self.sets.parts[request.source].manifest.codes
+        if codes is None or codes.condition is None or shard.vectors is None or shard.spans is None:
+            raise UserError(f"{self.sets.name(*request[1:2], *request[3:])} holds no condition, though its set does")
+        first, rows = shard.spans[request.row].tolist()
+        vectors_LC = np.zeros((codes.condition.tokens, codes.condition.width), np.float16)
+        vectors_LC[:rows] = shard.vectors[first : first + rows]
+        return torch.from_numpy(vectors_LC), rows
 
     def is_here(self, source: int, shard: int) -> bool:
         """Whether the shard needs no fetch. Marks it as used, for eviction."""

@@ -7,7 +7,7 @@ import json
 from functools import cached_property
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from ibq_scale.config.base import Section
 from ibq_scale.config.models import Rows, Side
@@ -26,6 +26,18 @@ NAME = "manifest.json"
 Kind = Literal["images", "codes"]
 
 
+class ConditionInfo(Section):
+    """Vectors stored with codes: at most `tokens` of `width` each a sample, by the text encoder `encoder`.
+
+    `captions`: sha256 (hex) of the encoded texts' source.
+    """
+
+    encoder: str
+    tokens: Rows
+    width: Side
+    captions: str
+
+
 class CodesInfo(Section):
     """Origin of codes: the hashes of the tokenizer and the image manifest. `crops`: crops encoded of each image."""
 
@@ -34,6 +46,15 @@ class CodesInfo(Section):
     crops: Rows = 1
     tokenizer: str
     source: str
+    condition: ConditionInfo | None = None
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without `condition` if there is none: hashes and stamps of earlier versions stay."""
+        values: dict[str, Any] = serialize(self)
+        if self.condition is None:
+            del values["condition"]
+        return values
 
 
 class Manifest(Section):

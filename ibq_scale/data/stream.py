@@ -63,6 +63,10 @@ class CodeBatch(NamedTuple):
     """int64 (B,)."""
     requests: Tensor
     """int64 (B, 5), a `Request` each: position, source, epoch, shard, row."""
+    vectors: Tensor | None = None
+    """float16 (B, L, C), if conditions are read. L is the manifest's."""
+    lengths: Tensor | None = None
+    """int64 (B,): vectors of each sample that count."""
 
 
 Batch = TypeVar("Batch")
@@ -102,23 +106,23 @@ def image_stream(
 
 
 def code_stream(
-    sets: DataSets, *, seed: int, rank: int, world_size: int, micro_batch: int, start: int
+    sets: DataSets, *, seed: int, rank: int, world_size: int, micro_batch: int, start: int, conditions: bool = False
 ) -> Iterator[CodeBatch]:
-    """As `image_stream`, for code shards."""
-    dataset = CodeDataset(sets, seed=seed, shards_in_memory=sets.shards_in_use)
+    """As `image_stream`, for code shards. `conditions`: with the vectors stored there."""
+    dataset = CodeDataset(sets, seed=seed, shards_in_memory=sets.shards_in_use, conditions=conditions)
     share = {"rank": rank, "world_size": world_size, "micro_batch": micro_batch, "start": start}
     sampler = _sampler(sets, dataset, seed=seed, first=0, **share)
     return _load(dataset, sampler, _stack_codes, sets.config.workers)
 
 
 def evaluation_codes(
-    sets: DataSets, *, rank: int, world_size: int, batch: int, limit: int
+    sets: DataSets, *, rank: int, world_size: int, batch: int, limit: int, conditions: bool = False
 ) -> Iterator[tuple[CodeBatch, Tensor]]:
     """The first `limit` samples of a fixed shuffled order, divided among the ranks, with weights float (B,).
 
     All ranks get equally many batches of equal size. Places beyond the end repeat a sample with weight 0.
     """
-    dataset = CodeDataset(sets, seed=0, shards_in_memory=sets.shards_in_use)
+    dataset = CodeDataset(sets, seed=0, shards_in_memory=sets.shards_in_use, conditions=conditions)
 
     def read(requests: list[Request]) -> CodeBatch:
         return _stack_codes([dataset[request] for request in requests])
@@ -400,4 +404,8 @@ def _stack_images(samples: Sequence[ImageSample]) -> ImageBatch:
 
 def _stack_codes(samples: Sequence[CodeSample]) -> CodeBatch:
     codes = torch.stack([s.codes for s in samples])
-    return CodeBatch(codes, torch.tensor([s.label for s in samples]), torch.tensor([s.request for s in samples]))
+    batch = CodeBatch(codes, torch.tensor([s.label for s in samples]), torch.tensor([s.request for s in samples]))
+    vectors = [s.vectors for s in samples if s.vectors is not None]
+    if not vectors:
+        return batch
+    return batch._replace(vectors=torch.stack(vectors), lengths=torch.tensor([s.length for s in samples]))

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 POLL_SECONDS = 0.1
+FOREVER = timedelta(days=3650)
 LISTENER = "IBQ_SCALE_LISTENER"
 """Environment variable: rank 0's file descriptor of a listening socket at MASTER_PORT, if its launcher made one."""
 
@@ -61,6 +62,11 @@ class SideChannel:
     def wait(self, name: str, seconds: float) -> Any:
         """The value of `name` as soon as there is one. NoAnswerError after `seconds`."""
         return within(seconds, lambda: self._poll(name, seconds), name)
+
+    def until(self, name: str) -> Any:
+        """The value of `name`, waited for without messages. Blocks this connection. RuntimeError if the store ends."""
+        self._store.wait([self._key(name)], FOREVER)
+        return self.get(name)
 
     def of_each_rank(self, name: str) -> list[Any]:
         """``NAME/RANK`` of all ranks, None without a value. Two round trips per rank, so for a single caller."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,11 +16,24 @@ from ibq_scale.losses.weights import damaged, weight_file
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 FEATURES = 2048
+# Seven channels of 17 × 17.
+SPATIAL = 2023
 # Sums are integer multiples of COARSE, up to 10^13, and of FINE for the rest of each batch.
 COARSE, FINE = 2.0**-20, 2.0**-60
 
 Moments = dict[str, NDArray[np.float64]]
 """``mu`` (F,) and ``sigma`` (F, F), as named by torch-fidelity and the usual reference files."""
+
+
+class Seen(NamedTuple):
+    """The extractor's outputs for a batch, float32."""
+
+    features_BF: Tensor
+    """(B, 2048), after the last pooling."""
+    logits_BC: Tensor
+    """(B, 1008), without the bias."""
+    spatial_BS: Tensor
+    """(B, 2023), for sFID: seven channels of the third 17 × 17 block's first branch, channels last as in TensorFlow."""
 
 
 class Inception:
@@ -30,6 +43,7 @@ class Inception:
     """
 
     width = FEATURES
+    spatial_width = SPATIAL
 
     def __init__(self, device: torch.device) -> None:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -53,33 +67,23 @@ class Inception:
         with self.path.open("rb") as f:
             return hashlib.file_digest(f, "sha256").hexdigest()
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """uint8 or float 0 … 255 (B, 3, H, W) → features float32 (B, 2048)."""
-        return self.features_and_logits(images)[0]
-
     @torch.inference_mode()
-    def features_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 or float 0 … 255 (B, 3, H, W) → features float32 (B, 2048), logits without the bias (B, 1008)."""
-        if images.dtype == torch.uint8:
-            features, logits = self._network(images)
-        else:
-            features, logits = self._of_float(images)
-        return features, logits
+    def __call__(self, inputs: Tensor) -> Seen:
+        """float32 (B, 3, 299, 299), a result of `Convention.prepare`.
 
-    def _of_float(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """torch-fidelity accepts 8-bit images only. Float images enter after its scaling, through a hook."""
-        from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
-
-        side = self._network.INPUT_IMAGE_SIZE
-        resized = interpolate_bilinear_2d_like_tensorflow1x(images.float(), size=(side, side), align_corners=False)
-        first = self._network.Conv2d_1a_3x3
-        hook = first.register_forward_pre_hook(lambda module, inputs: ((resized - 128) / 128,))
+        torch-fidelity resizes 8-bit images itself. Other inputs enter behind its resize, through a hook.
+        """
+        spatial: list[Tensor] = []
+        hooks = (
+            self._network.Conv2d_1a_3x3.register_forward_pre_hook(lambda module, given: (inputs,)),
+            self._network.Mixed_6d.branch1x1.register_forward_hook(lambda module, given, out: spatial.append(out)),
+        )
         try:
-            blank = torch.zeros(len(images), 3, side, side, dtype=torch.uint8, device=images.device)
-            features, logits = self._network(blank)
+            features_BF, logits_BC = self._network(torch.zeros_like(inputs, dtype=torch.uint8))
         finally:
-            hook.remove()
-        return features, logits
+            for hook in hooks:
+                hook.remove()
+        return Seen(features_BF, logits_BC, spatial[0][:, :7].permute(0, 2, 3, 1).flatten(1))
 
 
 class FeatureStatistics:
@@ -120,11 +124,6 @@ class FeatureStatistics:
         if not abs(np.trace(outer) - squares) <= 1e-3 * (1 + squares):
             raise OverflowError(f"features whose squares sum to {squares:.3g} cannot be added")
         return {"mu": mu, "sigma": (outer - count * np.outer(mu, mu)) / (count - 1)}
-
-
-def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
-    """FID of two feature sets, by torch-fidelity's formula."""
-    return moments_distance(a.mean_and_covariance(), b.mean_and_covariance())
 
 
 def moments_distance(a: Moments, b: Moments) -> float:

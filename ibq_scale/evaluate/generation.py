@@ -13,12 +13,14 @@ import torch
 from ibq_scale.distributed.world import World
 from ibq_scale.documents import read_json
 from ibq_scale.errors import UserError
-from ibq_scale.evaluate.fid import FeatureStatistics, Inception, moments_distance
+from ibq_scale.evaluate.conventions import DEFAULT, Convention, ConventionResult, chosen
+from ibq_scale.evaluate.fid import Inception
 from ibq_scale.evaluate.gather import gather_rows
 from ibq_scale.evaluate.images import ImageSet, Size, open_images
 from ibq_scale.evaluate.reference import UNSTAMPED, Reference, Stamp, load_reference
 from ibq_scale.evaluate.results import write_result
 from ibq_scale.evaluate.scores import NEIGHBOURS, SPLITS, inception_score, precision_and_recall
+from ibq_scale.evaluate.suites import Sums, result_row
 from ibq_scale.outputs import FACTS, GENERATION
 
 
@@ -28,6 +30,7 @@ class GenerationReport:
 
     `inception_score`: mean over ten splits, with deviation `inception_score_std`. `precision`, `recall`: 0 to 1, of
     2048 features and three neighbours. Metrics are None if not measured, with the reason in `not_measured`.
+    `conventions`: a row for each requested convention. The report's own metrics are those of the first.
     `reference_hash`: identity of the reference, ``unstamped:…`` for a file without a stamp. `reference_stamp`: its
     stamp. `resolution`: height and width. `sampled`: model, settings and job of images by ``sample``, None for others.
     """
@@ -47,6 +50,7 @@ class GenerationReport:
     precision: float | None
     recall: float | None
     not_measured: dict[str, str]
+    conventions: list[ConventionResult]
     seconds: float
     images_per_s: float
 
@@ -60,19 +64,25 @@ def evaluate_generation(
     size: Size | None = None,
     limit: int | None = None,
     to: Path | None = None,
+    conventions: str | None = None,
 ) -> GenerationReport:
     """Measures the images at `samples` (or the first `limit`) against `reference`. Collective.
 
     The figures do not depend on the number of ranks. `size`: the centre crop of a prepared data set. `to`: a folder for
-    the report (``generation.json``). UserError if images, reference or weights are unusable or do not match.
+    the report (``generation.json``). `conventions`: names as for `chosen`. UserError if images, reference or weights
+    are unusable or do not match.
     """
     begin = time.perf_counter()
     images = open_images(samples, size, limit)
     if images.count < 2:
         raise UserError(f"{samples} holds {images.count} image: a distance needs two at least")
+    wanted = chosen(conventions)
     inception = Inception(world.device)
-    real = load_reference(reference, inception, images.size, world, batch=batch)
-    values = _measure(images, real, inception, world, batch)
+    real = load_reference(reference, inception, images.size, world, batch=batch, conventions=wanted)
+    rows = _measure(images, real, inception, world, batch, wanted, reference)
+    first = rows[0]
+    if first.fid is None:
+        raise UserError(f"{reference} does not serve --conventions {first.convention}: {first.not_measured['fid']}")
     seconds = time.perf_counter() - begin
     report = GenerationReport(
         samples=samples,
@@ -84,9 +94,15 @@ def evaluate_generation(
         reference_stamp=real.stamp,
         reference_features=0 if real.features_RF is None else len(real.features_RF),
         extractor_sha256=inception.sha256,
+        fid=first.fid,
+        inception_score=first.inception_score,
+        inception_score_std=first.inception_score_std,
+        precision=first.precision,
+        recall=first.recall,
+        not_measured=first.not_measured,
+        conventions=rows,
         seconds=seconds,
         images_per_s=images.count / seconds,
-        **values,
     )
     if to is not None and world.is_main:
         write_result(to / GENERATION, report)
@@ -101,42 +117,69 @@ def _sampled(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def _measure(images: ImageSet, real: Reference, inception: Inception, world: World, batch: int) -> dict[str, Any]:
-    statistics = FeatureStatistics(inception.width, world.device)
+def _measure(
+    images: ImageSet,
+    real: Reference,
+    inception: Inception,
+    world: World,
+    batch: int,
+    conventions: Sequence[Convention],
+    reference: str,
+) -> list[ConventionResult]:
+    sums = Sums(conventions, inception, world.device)
     indices, features, logits = [], [], []
     for part in images.batches(world, batch):
-        features_BF, logits_BC = inception.features_and_logits(part.images_u8.to(world.device))
-        statistics.update(features_BF, part.weights_B)
-        real_B = part.weights_B > 0
-        indices.append(part.indices_B[real_B])
-        features.append(features_BF[real_B.to(features_BF.device)])
-        logits.append(logits_BC[real_B.to(logits_BC.device)])
-    statistics.reduce()
-    index_n = torch.cat(indices)
-    values: dict[str, Any] = dict.fromkeys(("inception_score", "inception_score_std", "precision", "recall"))
-    faults: dict[str, str] = {}
-    if images.count >= SPLITS:
-        logits_NC = gather_rows(index_n, torch.cat(logits))
-        values["inception_score"], values["inception_score_std"] = inception_score(logits_NC)
-    else:
-        faults["inception_score"] = f"it needs {SPLITS} images"
+        seen = sums.update(part.images_u8.to(world.device), part.weights_B)
+        if seen is not None:
+            real_B = part.weights_B > 0
+            indices.append(part.indices_B[real_B])
+            features.append(seen.features_BF[real_B.to(world.device)])
+            logits.append(seen.logits_BC[real_B.to(world.device)])
+    fake = sums.moments()
+    logits_NC = gather_rows(torch.cat(indices), torch.cat(logits)) if indices else None
+    manifolds: dict[str, float] = {}
+    fault = _manifold_fault(real, images.count)
+    if indices and fault is None:
+        assert real.features_RF is not None
+        features_NF = gather_rows(torch.cat(indices), torch.cat(features))
+        found = precision_and_recall(real.features_RF, features_NF, world)
+        manifolds = dict(zip(("precision", "recall"), found, strict=True))
+    rows = []
+    for convention in conventions:
+        scores = dict(manifolds) if convention.manifold else {}
+        faults = {} if fault is None or not convention.manifold else dict.fromkeys(("precision", "recall"), fault)
+        if convention.split == 0 and images.count < SPLITS:
+            faults["inception_score"] = f"it needs {SPLITS} images"
+        elif convention.split is not None and logits_NC is not None:
+            scores["inception_score"], scores["inception_score_std"] = inception_score(logits_NC, convention.split)
+        origin = {
+            "extractor_sha256": inception.sha256,
+            "reference": reference,
+            "reference_images": None if real.stamp is None else real.stamp.images,
+            "images": images.count,
+        }
+        rows.append(result_row(convention, fake, real.moments, "8-bit", origin, scores, faults))
+    return rows
+
+
+def _manifold_fault(real: Reference, images: int) -> str | None:
+    """The reason against precision and recall."""
     if real.features_RF is None:
-        faults["precision"] = faults["recall"] = "the reference holds neither features nor images"
-    elif min(len(real.features_RF), images.count) <= NEIGHBOURS:
-        faults["precision"] = faults["recall"] = f"they need more than {NEIGHBOURS} images on both sides"
-    else:
-        features_NF = gather_rows(index_n, torch.cat(features))
-        values["precision"], values["recall"] = precision_and_recall(real.features_RF, features_NF, world)
-    fid = moments_distance(statistics.mean_and_covariance(), real.moments)
-    return values | {"fid": fid, "not_measured": faults}
+        return "the reference holds neither features nor images"
+    too_few = min(len(real.features_RF), images) <= NEIGHBOURS
+    return f"they need more than {NEIGHBOURS} images on both sides" if too_few else None
 
 
 def load_results(paths: Sequence[Path]) -> list[dict[str, Any]]:
     """Results of ``evaluate generation --json`` in files.
 
-    UserError for another file, or for different references or extractors: such figures are not comparable.
+    UserError for another file, or for different references, extractors or conventions: such figures are not comparable.
     """
     results = [_result(path) for path in paths]
+    ways = [result["conventions"][0]["convention"] if result.get("conventions") else DEFAULT for result in results]
+    for path, way in zip(paths[1:], ways[1:], strict=True):
+        if way != ways[0]:
+            raise UserError(f"{paths[0]} and {path} are figures by {ways[0]} and {way}: they do not compare")
     for path, result in zip(paths[1:], results[1:], strict=True):
         for name, what in (("reference_hash", "reference"), ("extractor_sha256", "extractor"), ("resolution", "size")):
             if result[name] != results[0][name]:

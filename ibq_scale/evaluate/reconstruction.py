@@ -14,10 +14,12 @@ from torch import Tensor
 
 from ibq_scale.data.stream import ImageBatch, evaluation_images, to_float
 from ibq_scale.distributed.world import World
-from ibq_scale.evaluate.fid import FeatureStatistics, Inception, frechet_distance
+from ibq_scale.evaluate.conventions import Convention, ConventionResult, chosen
+from ibq_scale.evaluate.fid import Inception
 from ibq_scale.evaluate.gather import gather_rows
 from ibq_scale.evaluate.pixels import psnr, ssim
 from ibq_scale.evaluate.results import write_images, write_result
+from ibq_scale.evaluate.suites import Sums, result_row
 from ibq_scale.losses.perceptual import Net, Perceptual
 from ibq_scale.losses.weights import OF_METRICS, SOURCES, missing
 from ibq_scale.outputs import RECONSTRUCTION
@@ -39,7 +41,7 @@ class ReconstructionReport:
     ``8bit`` for rounded reconstructions, as in a file, ``float`` for unrounded ones. `psnr`: dB. `ssim`: 0 to 1.
     `usage`: share (0 to 1) of codes chosen at least once over all images. `perplexity`: 1 to K. `lpips` (VGG),
     `lpips_alex` and `rfid` are None without their weights, and `not_measured` then names each missing file and its
-    folder.
+    folder. `conventions`: a row for each requested convention, none without the weights. `rfid` is that of the first.
     """
 
     data: str
@@ -57,6 +59,7 @@ class ReconstructionReport:
     lpips_alex: float | None
     rfid: float | None
     not_measured: dict[str, str]
+    conventions: list[ConventionResult]
     seconds: float
     images_per_s: float
 
@@ -71,17 +74,19 @@ def evaluate_reconstruction(
     native: bool = False,
     pixels: Pixels = "8bit",
     to: Path | None = None,
+    conventions: str | None = None,
 ) -> ReconstructionReport:
     """Reconstructs every image of a prepared data set (or the first `limit`). Collective.
 
     `native`: one by one at their own sizes, cropped to multiples of the downsampling. `to`: a folder for the report
-    (``reconstruction.json``), a table of all images and a picture of the worst. UserError if the checkpoint or the data
-    is unusable.
+    (``reconstruction.json``), a table of all images and a picture of the worst. `conventions`: names as for `chosen`.
+    UserError if the checkpoint or the data is unusable.
     """
     begin = time.perf_counter()
+    wanted = chosen(conventions)
     tokenizer = load_tokenizer(checkpoint, world.device)
     faults = {name: fault for name, file in FILES.items() if (fault := missing(file)) is not None}
-    networks = Networks(world.device, [name for name in FILES if name not in faults])
+    networks = Networks(world.device, [name for name in FILES if name not in faults], wanted)
     resolution = None if native else tokenizer.model_config.resolution
     stream = evaluation_images(
         data,
@@ -92,7 +97,7 @@ def evaluate_reconstruction(
         limit=limit,
         multiple=tokenizer.downsampling,
     )
-    values, rows_NC = measure(tokenizer, networks, stream, world, pixels)
+    values, rows_NC, conventions_found = measure(tokenizer, networks, stream, world, pixels)
     if "rfid" in networks.names and values["rfid"] is None:
         faults["rfid"] = "it needs two images at least"
     seconds = time.perf_counter() - begin
@@ -107,6 +112,7 @@ def evaluate_reconstruction(
         seconds=seconds,
         images_per_s=len(rows_NC) / seconds,
         not_measured=faults,
+        conventions=conventions_found,
         **values,
     )
     if to is not None and world.is_main:
@@ -116,10 +122,13 @@ def evaluate_reconstruction(
 
 
 class Networks:
-    """The metric networks in `names`, from `FILES`. UserError if a file is absent."""
+    """The metric networks in `names`, from `FILES`, and the conventions of rFID. UserError if a file is absent."""
 
-    def __init__(self, device: torch.device, names: Sequence[str]) -> None:
+    def __init__(
+        self, device: torch.device, names: Sequence[str], conventions: Sequence[Convention] = chosen(None)
+    ) -> None:
         self.names = tuple(names)
+        self.conventions = tuple(conventions)
         self.perceptual = {name: Perceptual(net, device) for name, net in LPIPS.items() if name in names}
         self.inception = Inception(device) if "rfid" in names else None
 
@@ -135,8 +144,10 @@ def measure(
     stream: Iterable[tuple[ImageBatch, Tensor]],
     world: World,
     pixels: Pixels = "8bit",
-) -> tuple[dict[str, Any], Tensor]:
-    """Figures of `ReconstructionReport` by name (None if not measured), and one row per image. Collective.
+) -> tuple[dict[str, Any], Tensor, list[ConventionResult]]:
+    """Figures of `ReconstructionReport` by name (None if not measured), a row per image, a row per convention.
+
+    Collective.
 
     Rows (N, 3 + C) float64, on the CPU, in the set's order: position, shard, row, `Networks.columns`. The figures do
     not depend on the number of ranks: per-image values are gathered and summed exactly (math.fsum), and the sums for
@@ -146,7 +157,8 @@ def measure(
     for images, weights_B in stream:
         measures.add(images.images_u8.to(world.device), images.requests, weights_B)
     rows_NC = measures.gather()
-    return measures.finish(rows_NC), rows_NC
+    rows = measures.conventions(len(rows_NC))
+    return measures.finish(rows_NC) | {"rfid": rows[0].fid if rows else None}, rows_NC, rows
 
 
 class _Measures:
@@ -159,8 +171,9 @@ class _Measures:
         self.pixels = pixels
         self.rows: list[Tensor] = []
         self.usage = CodeUsage(tokenizer.quantizer_config.codebook_size, world.device)
-        width = 0 if networks.inception is None else networks.inception.width
-        self.real, self.fake = (FeatureStatistics(width, world.device) for _ in range(2))
+        self.sums: tuple[Sums, ...] = ()
+        if networks.inception is not None:
+            self.sums = tuple(Sums(networks.conventions, networks.inception, world.device) for _ in range(2))
 
     @torch.inference_mode()
     def add(self, images_u8: Tensor, requests_B5: Tensor, weights_B: Tensor) -> None:
@@ -174,9 +187,8 @@ class _Measures:
         values += [perceptual(images, decoded).double() for perceptual in self.networks.perceptual.values()]
         places = requests_B5[:, [0, 3, 4]].to(images.device).double()
         self.rows.append(torch.cat([places, torch.stack(values, dim=1)], dim=1)[real_B])
-        if self.networks.inception is not None:
-            self.real.update(self.networks.inception(images_u8), weights_B)
-            self.fake.update(self.networks.inception(decoded_255), weights_B)
+        for sums, pictures in zip(self.sums, (decoded_255, images_u8), strict=bool(self.sums)):
+            sums.update(pictures, weights_B)
 
     def _decode(self, codes_Bhw: Tensor) -> tuple[Tensor, Tensor]:
         """Reconstructions as float in -1 … 1 and as pixels 0 … 255."""
@@ -199,8 +211,18 @@ class _Measures:
         values |= {name: math.fsum(column.tolist()) / len(rows_NC) for name, column in columns}
         self.usage.reduce()
         values |= {"usage": self.usage.usage, "perplexity": self.usage.perplexity}
-        if self.networks.inception is not None and len(rows_NC) > 1:
-            self.real.reduce()
-            self.fake.reduce()
-            values["rfid"] = frechet_distance(self.real, self.fake)
         return values
+
+    def conventions(self, images: int) -> list[ConventionResult]:
+        """Distances of reconstructions and images by each convention. None for fewer than two images. Collective."""
+        if not self.sums or images < 2 or self.networks.inception is None:
+            return []
+        fake, real = (sums.moments() for sums in self.sums)
+        origin = {
+            "extractor_sha256": self.networks.inception.sha256,
+            "reference": "the same images with the same crop",
+            "reference_images": images,
+            "images": images,
+        }
+        words = "8-bit" if self.pixels == "8bit" else "unrounded"
+        return [result_row(convention, real, fake, words, origin) for convention in self.networks.conventions]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zipfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -17,9 +18,11 @@ from ibq_scale import __version__
 from ibq_scale.distributed.world import World
 from ibq_scale.documents import parse_json
 from ibq_scale.errors import UserError
-from ibq_scale.evaluate.fid import INCEPTION, FeatureStatistics, Inception, Moments
+from ibq_scale.evaluate.conventions import CONVENTIONS, DEFAULT, Convention, chosen
+from ibq_scale.evaluate.fid import INCEPTION, Inception, Moments
 from ibq_scale.evaluate.gather import gather_rows
 from ibq_scale.evaluate.images import ImageSet, Size, open_images
+from ibq_scale.evaluate.suites import SPATIAL, Sums
 
 # Number of real images for precision and recall in the usual evaluation suite.
 FEATURES_KEPT = 10_000
@@ -56,16 +59,25 @@ class Stamp:
 class Reference:
     """Moments of all images, and features (R, F) of some of them for precision and recall (None if unknown).
 
-    `hash`: the stamp's hash, or for a file without one ``unstamped:`` and the sha256 of its moments.
+    `moments`: by key, as in `Sums`. `hash`: the stamp's hash, or for a file without one ``unstamped:`` and the sha256
+    of its moments.
     """
 
-    moments: Moments
+    moments: dict[str, Moments]
     features_RF: Tensor | None
     hash: str
     stamp: Stamp | None
 
 
-def measure_reference(images: ImageSet, inception: Inception, world: World, *, batch: int, features: int) -> Reference:
+def measure_reference(
+    images: ImageSet,
+    inception: Inception,
+    world: World,
+    *,
+    batch: int,
+    features: int,
+    conventions: Sequence[Convention] = chosen(None),
+) -> Reference:
     """Statistics of a set, with features of `features` evenly spaced images, the same on any number of ranks.
 
     Collective. UserError for fewer than two images.
@@ -73,19 +85,18 @@ def measure_reference(images: ImageSet, inception: Inception, world: World, *, b
     if images.count < 2:
         raise UserError(f"{images.name} holds {images.count} image: statistics need two at least")
     kept = torch.from_numpy(np.linspace(0, images.count - 1, min(features, images.count)).round().astype(np.int64))
-    statistics = FeatureStatistics(inception.width, world.device)
+    sums = Sums(conventions, inception, world.device)
     indices, rows = [], []
     digests: list[int] = []
     for part in images.batches(world, batch):
-        features_BF = inception(part.images_u8.to(world.device))
-        statistics.update(features_BF, part.weights_B)
+        seen = sums.update(part.images_u8.to(world.device), part.weights_B)
         # A prepared data set already has a hash.
         digests.extend(0 if images.manifest_hash else _digest(image) for image in part.images_u8)
         indices.append(torch.where(part.weights_B > 0, part.indices_B, -1))
-        rows.append(features_BF[torch.isin(indices[-1], kept).to(features_BF.device)])
-    statistics.reduce()
+        if seen is not None:
+            rows.append(seen.features_BF[torch.isin(indices[-1], kept).to(world.device)])
     index_n = torch.cat(indices)
-    features_RF = gather_rows(index_n[torch.isin(index_n, kept)], torch.cat(rows))
+    features_RF = gather_rows(index_n[torch.isin(index_n, kept)], torch.cat(rows)) if rows else None
     pixels_N = gather_rows(index_n[index_n >= 0], torch.tensor(digests)[index_n >= 0][:, None].to(world.device))
     stamp = Stamp(
         data=images.name,
@@ -93,30 +104,40 @@ def measure_reference(images: ImageSet, inception: Inception, world: World, *, b
         images=images.count,
         crop="centre" if images.manifest_hash else "none",
         resolution=images.size,
-        features=len(features_RF),
+        features=0 if features_RF is None else len(features_RF),
         extractor=INCEPTION,
         extractor_sha256=inception.sha256,
         program=__version__,
     )
-    return Reference(statistics.mean_and_covariance(), features_RF, stamp.hash, stamp)
+    return Reference(sums.moments(), features_RF, stamp.hash, stamp)
 
 
 def write_reference(
-    data: str, to: Path, size: Size | None, world: World, *, batch: int, features: int = FEATURES_KEPT
+    data: str,
+    to: Path,
+    size: Size | None,
+    world: World,
+    *,
+    batch: int,
+    features: int = FEATURES_KEPT,
+    conventions: str | None = None,
 ) -> Stamp:
     """Measures the images at `data`, prepared ones at the centre crop `size`, and writes an ``.npz``. Collective.
 
-    It holds ``mu`` (F,), ``sigma`` (F, F), ``features`` float32 (R, F) and ``stamp``, JSON. UserError if the images,
-    the extractor's weights or the file are unusable.
+    It holds ``mu`` (F,), ``sigma`` (F, F), ``features`` float32 (R, F) and ``stamp``, JSON. `conventions`: names as for
+    `chosen`. They add ``mu_s`` and ``sigma_s`` (2023) for ``adm``, and ``mu_NAME`` and ``sigma_NAME`` for those with
+    another resize. UserError if the images, the extractor's weights or the file are unusable.
     """
+    # The default comes first, since every file holds ``mu`` and ``features``.
+    wanted = chosen(f"{DEFAULT},{conventions}") if conventions not in (None, "all") else chosen(conventions)
     reference = measure_reference(
-        open_images(data, size), Inception(world.device), world, batch=batch, features=features
+        open_images(data, size), Inception(world.device), world, batch=batch, features=features, conventions=wanted
     )
     assert reference.stamp is not None
     assert reference.features_RF is not None
     if world.is_main:
         arrays: dict[str, Any] = {
-            **reference.moments,
+            **{f"{name}{key}": array for key, pair in reference.moments.items() for name, array in pair.items()},
             "features": reference.features_RF.cpu().numpy(),
             "stamp": np.array(json.dumps(asdict(reference.stamp))),
         }
@@ -131,23 +152,37 @@ def write_reference(
     return reference.stamp
 
 
-def load_reference(source: str, inception: Inception, size: Size, world: World, *, batch: int) -> Reference:
+def load_reference(
+    source: str,
+    inception: Inception,
+    size: Size,
+    world: World,
+    *,
+    batch: int,
+    conventions: Sequence[Convention] = chosen(None),
+) -> Reference:
     """The reference for images of `size`: a file of `write_reference`, the usual suite's ``.npz``, or images.
 
-    Collective. UserError if it is damaged, or has another resolution or extractor.
+    A file may lack the statistics of some conventions. Collective. UserError if it is damaged, or has another
+    resolution or extractor.
     """
     path = Path(source)
     arrays = _moments_file(path) if path.suffix == ".npz" and path.is_file() else None
     if arrays is None:
-        return measure_reference(open_images(source, size), inception, world, batch=batch, features=FEATURES_KEPT)
-    moments = {"mu": arrays["mu"].astype(np.float64), "sigma": arrays["sigma"].astype(np.float64)}
-    if moments["mu"].shape != (inception.width,) or moments["sigma"].shape != (inception.width, inception.width):
-        raise UserError(f"{path}: mu {arrays['mu'].shape} and sigma {arrays['sigma'].shape} are not Inception's")
+        images = open_images(source, size)
+        return measure_reference(images, inception, world, batch=batch, features=FEATURES_KEPT, conventions=conventions)
+    moments = {}
+    for key in (name.removeprefix("mu") for name in arrays if name.startswith("mu")):
+        width = inception.spatial_width if key == SPATIAL else inception.width
+        mu, sigma = arrays[f"mu{key}"], arrays[f"sigma{key}"]
+        if mu.shape != (width,) or sigma.shape != (width, width):
+            raise UserError(f"{path}: mu{key} {mu.shape} and sigma{key} {sigma.shape} are not Inception's")
+        moments[key] = {"mu": mu.astype(np.float64), "sigma": sigma.astype(np.float64)}
     if "stamp" in arrays:
         stamp = _fitting_stamp(path, str(arrays["stamp"]), inception, size)
         features = torch.from_numpy(arrays["features"]).to(world.device)
         return Reference(moments, features, stamp.hash, stamp)
-    digest = hashlib.sha256(moments["mu"].tobytes() + moments["sigma"].tobytes()).hexdigest()
+    digest = hashlib.sha256(moments[""]["mu"].tobytes() + moments[""]["sigma"].tobytes()).hexdigest()
     features_RF = None
     if "arr_0" in arrays:
         images = open_images(source, size)
@@ -157,11 +192,14 @@ def load_reference(source: str, inception: Inception, size: Size, world: World, 
 
 def _moments_file(path: Path) -> dict[str, Any] | None:
     """The small arrays of a statistics file, None for an ``.npz`` of images only. ``arr_0`` is listed, not read."""
+    keys = {"", SPATIAL, *(convention.key for convention in CONVENTIONS.values())}
     try:
         with np.load(cast(BinaryIO, path), allow_pickle=False) as file:
             if not {"mu", "sigma"} <= set(file.files):
                 return None
-            wanted = [name for name in ("mu", "sigma", "features", "stamp") if name in file.files]
+            pairs = [k for k in keys if {f"mu{k}", f"sigma{k}"} <= set(file.files)]
+            wanted = [f"{name}{key}" for key in pairs for name in ("mu", "sigma")]
+            wanted += [name for name in ("features", "stamp") if name in file.files]
             return {name: file[name] for name in wanted} | {name: None for name in file.files if name == "arr_0"}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
         raise UserError(f"{path} is damaged or no .npz: {e}") from None

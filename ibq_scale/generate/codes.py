@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ibq_scale.data.codes import CodeShard, code_shard_name, find_code_shard, finish_codes, write_code_shard
+from ibq_scale.data.codes import (
+    CodeShard,
+    ConditionShard,
+    code_shard_name,
+    find_code_shard,
+    finish_codes,
+    write_code_shard,
+)
 from ibq_scale.data.folder import Store
-from ibq_scale.data.manifest import CodesInfo, Manifest, ShardInfo, load_manifest
+from ibq_scale.data.index import UnfitIndexError, index_name, index_of
+from ibq_scale.data.manifest import CodesInfo, ConditionInfo, Manifest, ShardInfo, load_manifest
 from ibq_scale.data.store import open_store
 from ibq_scale.data.stream import shard_images, to_float
 from ibq_scale.distributed.agree import by_rank_0, of_all_ranks
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from ibq_scale.pretrained.loading import Tokenizer, load_tokenizer
+from ibq_scale.pretrained.text import Captions, text_encoder
 from ibq_scale.quantize.usage import CodeUsage
 
 # LlamaGen's ten crops come from a centre square of this multiple of the resolution.
@@ -59,8 +68,14 @@ def tokenize(
     batch: int,
     crops: Crops = "center",
     part: Part = (0, 1),
+    captions: str | None = None,
+    encoder: str = "hash",
+    caption_tokens: int | None = None,
 ) -> TokenizeReport:
     """Encodes every image at the tokenizer's resolution and writes shards, then the manifest. Collective.
+
+    `captions`: a file as for `Captions`. The text encoder `encoder` turns them into at most `caption_tokens` vectors
+    an image, stored with the codes.
 
     Rank r takes every W-th of the part's shards. Shards from an earlier run with the same tokenizer and images are
     kept. The part that finds all shards writes the manifest. UserError if the checkpoint or the data is unusable.
@@ -69,12 +84,14 @@ def tokenize(
     manifest = load_manifest(data, "images")
     tokenizer = load_tokenizer(checkpoint, world.device)
     side = tokenizer.model_config.resolution // tokenizer.downsampling
+    texts = None if captions is None else Captioner(captions, encoder, caption_tokens, data, world.device)
     info = CodesInfo(
         codebook_size=tokenizer.quantizer_config.codebook_size,
         grid=(side, side),
         crops=10 if crops == "ten" else 1,
         tokenizer=tokenizer.hash,
         source=manifest.hash,
+        condition=None if texts is None else texts.info,
     )
     store = open_store(to)
     if store.url == open_store(data).url:
@@ -89,7 +106,10 @@ def tokenize(
         reused += found is not None
         if found is None:
             encoded += image_shard.samples
-            found = write_code_shard(store, name, _encode(tokenizer, data, number, batch, crops, usage), info)
+            shard = _encode(tokenizer, data, number, batch, crops, usage)
+            if texts is not None:
+                shard = replace(shard, condition=texts.shard(number))
+            found = write_code_shard(store, name, shard, info)
         mine[number] = found
     gathered = of_all_ranks(world, (mine, encoded, reused))
     done = dict(sorted((k, v) for shards, _, _ in gathered for k, v in shards.items()))
@@ -126,6 +146,33 @@ def _finish(store: Store, manifest: Manifest, done: dict[int, ShardInfo], info: 
         shards.append(found)
     finish_codes(store, shards, manifest.classes, info)
     return True
+
+
+class Captioner:
+    """Vectors of the captions of a data set's images. UserError for unusable captions or encoders."""
+
+    def __init__(self, captions: str, encoder: str, tokens: int | None, data: str, device: torch.device) -> None:
+        self.captions = Captions(captions)
+        self.encoder = text_encoder(encoder, tokens, device)
+        self.manifest = load_manifest(data, "images")
+        self.store = open_store(data)
+        self.info = ConditionInfo(
+            encoder=encoder, tokens=self.encoder.tokens, width=self.encoder.width, captions=self.captions.hash
+        )
+
+    def shard(self, number: int) -> ConditionShard:
+        """One shard's vectors. Images with the same caption share them. UserError for an image without a caption."""
+        info = self.manifest.shards[number]
+        try:
+            members = index_of(self.store.read(index_name(info.name)), info).members
+        except (UnfitIndexError, FileNotFoundError) as e:
+            raise UserError(f"{self.store.url}/{index_name(info.name)}: {e}") from None
+        texts = [self.captions.of(m.key, m.source, self.manifest.classes[m.label]) for m in members]
+        different = list(dict.fromkeys(texts))
+        rows = self.encoder.encode(different)
+        ends = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0).tolist()
+        spans = {text: (first, len(row)) for text, first, row in zip(different, ends, rows, strict=False)}
+        return ConditionShard(torch.cat(rows), torch.tensor([spans[text] for text in texts]))
 
 
 @torch.inference_mode()

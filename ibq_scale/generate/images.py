@@ -79,29 +79,28 @@ def sample(
     *,
     batch: int,
     part: Part = (0, 1),
+    captions: Sequence[str] = (),
 ) -> SampleReport:
     """Writes `per_class` images of each class: ``samples.npz`` (arr_0 uint8 (N, H, W, 3), arr_1 labels int64 (N,)),
-    ``grid.png`` and ``samples.json``. Collective.
+    ``grid.png`` and ``samples.json``. Collective. With `captions`, `classes` are their numbers.
 
     Chunks of an earlier run of the same job are verified and kept. The part that finds all chunks writes the files.
     UserError for an unknown class, or for a tokenizer other than the transformer's.
     """
     begin = time.perf_counter()
     check_pair(ar, tokenizer)
-    wrong = [c for c in classes if not 0 <= c < ar.config.classes]
-    if wrong or not classes:
-        raise UserError(f"class {wrong[0] if wrong else '(none)'}: the model has classes 0 to {ar.config.classes - 1}")
+    _check_asked(ar, classes, captions)
     side = ar.config.grid * tokenizer.downsampling
 
     def begun() -> tuple[Job, bool]:
-        job = _job(ar, tokenizer, classes, per_class, settings, batch, side)
+        job = _job(ar, tokenizer, classes, per_class, settings, batch, side, captions)
         return job, is_finished(to, job)
 
     job, finished = by_rank_0(world, begun)
     chunks = Chunks(to, job)
     numbers = list(range(job.chunks))[part[0] :: part[1]]
     reused, missing = (numbers, []) if finished else _find(chunks, numbers, world)
-    _make(ar, tokenizer, settings, chunks, missing, world)
+    _make(ar, tokenizer, settings, chunks, missing, world, captions)
     dist.barrier()
     images = sum(job.size(number) for number in numbers)
     kept = sum(job.size(number) for number in reused)
@@ -128,6 +127,17 @@ def sample(
     return SampleReport(complete=complete, **facts)
 
 
+def _check_asked(ar: ARModel, classes: Sequence[int], captions: Sequence[str]) -> None:
+    """UserError for classes or captions that the model does not know."""
+    if (ar.config.conditioning == "embedding") != bool(captions):
+        needs = "captions (--captions or --prompt)" if not captions else "classes"
+        raise UserError(f"the model's conditioning is {ar.config.conditioning}: give {needs}")
+    number = len(captions) or ar.config.classes
+    wrong = [c for c in classes if not 0 <= c < number]
+    if wrong or not classes:
+        raise UserError(f"class {wrong[0] if wrong else '(none)'}: the model has classes 0 to {number - 1}")
+
+
 def _precision(ar: ARModel) -> str:
     return "bf16" if ar.transformer.head.weight.dtype == torch.bfloat16 else "fp32"
 
@@ -140,6 +150,7 @@ def _job(
     settings: SamplingSettings,
     batch: int,
     side: int,
+    captions: Sequence[str],
 ) -> Job:
     labels = tuple(label for label in classes for _ in range(per_class))
     depends = {
@@ -148,6 +159,8 @@ def _job(
         "precision": _precision(ar),
         "settings": asdict(settings),
     }
+    if captions:
+        depends["captions"] = list(captions)
     return Job(labels, per_class, min(batch, len(labels)), side, depends)
 
 
@@ -166,15 +179,18 @@ def _make(
     chunks: Chunks,
     missing: list[int],
     world: World,
+    captions: Sequence[str],
 ) -> None:
     """Rank r makes every W-th missing chunk and writes it to disk at once, so 50,000 images need little memory."""
     job, mine = chunks.job, missing[world.rank :: world.size]
     sampler = Sampler(ar.transformer, settings, job.batch) if mine else None
+    condition = ar.encode(captions) if captions and mine else None
     progress = Progress("sample", job.batch * len(missing)) if world.is_main else None
     for done, number in enumerate(mine, start=1):
         assert sampler is not None
         labels_B, ids_B = job.rows(number)
-        codes_BT = sampler(torch.tensor(labels_B), torch.tensor(ids_B))
+        labels = torch.tensor(labels_B)
+        codes_BT = sampler(labels, torch.tensor(ids_B), condition and condition.take(labels))
         images = tokenizer.decode(codes_BT.view(job.batch, ar.config.grid, ar.config.grid))
         chunks.write(number, to_uint8(images)[: job.size(number)].permute(0, 2, 3, 1).cpu().numpy())
         if progress is not None:

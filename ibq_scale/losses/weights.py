@@ -17,21 +17,36 @@ from ibq_scale.config.run import AnyRun, TokenizerRun
 from ibq_scale.download import NoNetworkError, download
 from ibq_scale.errors import UserError
 
-State = Literal["there", "missing", "damaged"]
+State = Literal["there", "missing", "damaged", "unverified"]
 
 
 @dataclass(frozen=True)
 class WeightFile:
-    """`file`: the published name, ending in the first digits of its sha256. `url` reads it from the package."""
+    """`file`: the published name, ending in the first digits of its sha256. `url` reads it from the package.
+
+    `sha256`: for a name without these digits. Empty: nobody has published a hash. `check` then tests the tensors of the
+    first file, and its hash is recorded beside it and required ever after.
+    """
 
     file: str
     what: str
     needed_for: str
     url: Callable[[], str]
+    sha256: str | None = None
+    check: Callable[[Path], object] | None = None
 
     @property
     def sha256_prefix(self) -> str:
-        return Path(self.file).stem.rpartition("-")[2]
+        """First digits of the required sha256: published, else recorded here, else empty."""
+        if self.sha256 is None:
+            return Path(self.file).stem.rpartition("-")[2]
+        record = self.record
+        return self.sha256 or (record.read_text(encoding="utf-8").split(" ")[0] if record.is_file() else "")
+
+    @property
+    def record(self) -> Path:
+        """The recorded hash, in the format of sha256sum."""
+        return weights_folder() / f"{self.file}.sha256"
 
 
 def _vgg_url() -> str:
@@ -52,6 +67,14 @@ def _inception_url() -> str:
     return str(URL_INCEPTION_V3)
 
 
+def _check_dino(path: Path) -> None:
+    from ibq_scale.losses.frozen_vit import PUBLISHED, read
+
+    read(path, PUBLISHED["dino"])
+
+
+FBAI = "https://dl.fbaipublicfiles.com"
+
 SOURCES = {
     "vgg": WeightFile(
         "vgg16-397923af.pth", "torchvision's VGG16 (ImageNet)", "LPIPS, as loss (perceptual=vgg) and metric", _vgg_url
@@ -68,6 +91,22 @@ SOURCES = {
         "FID, IS, precision, recall",
         _inception_url,
     ),
+    "dino": WeightFile(
+        "dino_deitsmall16_pretrain.pth",
+        "DINO's ViT-S/16",
+        "the discriminator (kind=dino)",
+        lambda: f"{FBAI}/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth",
+        sha256="",
+        check=_check_dino,
+    ),
+    "dinov2": WeightFile(
+        "dinov2_vits14_pretrain.pth",
+        "DINOv2's ViT-S/14",
+        "the feature loss (features=dinov2)",
+        lambda: f"{FBAI}/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth",
+        # As the package refiners records it (scripts/conversion), and others.
+        sha256="b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9",
+    ),
 }
 
 # Weights of a tokenizer's validation metrics.
@@ -79,13 +118,18 @@ def files_of_run(config: AnyRun) -> list[str]:
     if not isinstance(config, TokenizerRun):
         return []
     metrics = config.validation.metrics if config.validation.data is not None else None
-    names = [config.loss.perceptual, *(OF_METRICS[metric] for metric in metrics or ())]
+    names = [config.loss.perceptual, config.loss.features, *(OF_METRICS[metric] for metric in metrics or ())]
+    if (config.discriminator.kind, config.discriminator.backbone) == ("dino", "published"):
+        names.append("dino")
     return list(dict.fromkeys(SOURCES[name].file for name in names if name in SOURCES))
 
 
 @dataclass(frozen=True)
 class Status:
-    """One file of the folder. `state` ``damaged``: the file exists, but its sha256 is not the published one."""
+    """One file of the folder. `state` ``damaged``: the file exists, but its sha256 is not the published one.
+
+    ``unverified``: no hash is published, and none is recorded here.
+    """
 
     name: str
     path: str
@@ -120,6 +164,17 @@ def weight_file(file: str) -> Path:
     return weights_folder() / file
 
 
+def verified(name: str) -> Path:
+    """The path of a weight file with the required sha256. UserError with the fix otherwise."""
+    path = weight_file(SOURCES[name].file)
+    state = _status(name).state
+    if state == "damaged":
+        raise damaged(path)
+    if state == "unverified":
+        raise UserError(f"{path} has no recorded hash: 'ibq-scale fetch-weights {name}' checks the file and records it")
+    return path
+
+
 def damaged(path: Path) -> UserError:
     """The error for a weight file with wrong content."""
     return UserError(f"{path} is damaged or another network's: 'ibq-scale fetch-weights' replaces it")
@@ -143,7 +198,11 @@ def fetch(names: Sequence[str], given: Path | None, say: Callable[[str], None]) 
     if given is not None and not given.exists():
         raise UserError(f"{given} does not exist: give --from a folder or a file")
     for name in names:
-        if _status(name).state == "there":
+        state = _status(name).state
+        if state == "unverified" and given is None:
+            _record(SOURCES[name], folder / SOURCES[name].file)
+            state = "there"
+        if state == "there":
             say(f"{SOURCES[name].file} is there")
         elif given is not None:
             _take(SOURCES[name], given, folder)
@@ -158,17 +217,30 @@ def _status(name: str) -> Status:
     path = weights_folder() / source.file
     state: State = "missing"
     if path.is_file():
-        state = "there" if _is(source, path) else "damaged"
+        state = "unverified" if not source.sha256_prefix else "there" if _is(source, path) else "damaged"
     size = path.stat().st_size if state != "missing" else 0
     return Status(name, str(path), state, size, source.what, source.needed_for)
 
 
 def _is(source: WeightFile, path: Path) -> bool:
+    return _sha256(path).startswith(source.sha256_prefix)
+
+
+def _sha256(path: Path) -> str:
     try:
         with path.open("rb") as f:
-            return hashlib.file_digest(f, "sha256").hexdigest().startswith(source.sha256_prefix)
+            return hashlib.file_digest(f, "sha256").hexdigest()
     except OSError as e:
         raise UserError(f"cannot read {path}: {e.strerror}") from None
+
+
+def _record(source: WeightFile, path: Path) -> None:
+    """Checks the tensors of a file without a known hash and records its hash. UserError if they are others."""
+    if source.sha256_prefix:
+        return
+    if source.check is not None:
+        source.check(path)
+    source.record.write_text(f"{_sha256(path)}  {source.file}\n", encoding="utf-8")
 
 
 def _take(source: WeightFile, given: Path, folder: Path) -> None:
@@ -180,6 +252,7 @@ def _take(source: WeightFile, given: Path, folder: Path) -> None:
     partial = folder / f".{source.file}.{os.getpid()}.partial"
     try:
         shutil.copyfile(path, partial)
+        _record(source, partial)
         partial.replace(folder / source.file)
     except OSError as e:
         raise UserError(f"cannot write {folder / source.file}: {e.strerror}") from None
@@ -190,9 +263,15 @@ def _take(source: WeightFile, given: Path, folder: Path) -> None:
 def _download(source: WeightFile, folder: Path, say: Callable[[str], None]) -> None:
     url = source.url()
     say(f"{source.file} ← {url}")
+    # Not by its name until the tensors are checked, for a file without a known hash.
+    fetched = folder / f".{source.file}.{os.getpid()}.partial"
     try:
-        download(url, folder / source.file, source.sha256_prefix)
+        download(url, fetched, source.sha256_prefix)
+        _record(source, fetched)
+        fetched.replace(folder / source.file)
     except NoNetworkError as e:
         raise UserError(
             f"{e}\nrun this on a node with internet, or give a folder that holds {source.file} with --from"
         ) from None
+    finally:
+        fetched.unlink(missing_ok=True)

@@ -71,11 +71,18 @@ def describe(kind: AttentionKind, device: torch.device) -> str:
 
 
 def attention(
-    q_BTHd: Tensor, k_BSGd: Tensor, v_BSGd: Tensor, *, causal: bool, kind: AttentionKind, seen_S: Tensor | None = None
+    q_BTHd: Tensor,
+    k_BSGd: Tensor,
+    v_BSGd: Tensor,
+    *,
+    causal: bool,
+    kind: AttentionKind,
+    visible_BTS: Tensor | None = None,
 ) -> Tensor:
     """softmax(q kᵀ/√d) v, (B, T, H, d). Query head h reads head ⌊h·G/H⌋ of keys and values.
 
-    `kind` comes from `choose`, or from `choose_masked` with `seen_S`, bool, True for visible keys. `causal` needs
+    `kind` comes from `choose`, or from `choose_masked` with `visible_BTS`, bool (1 or B, 1 or T, S), True for
+    visible keys. `causal` needs
     T = S: kernels differ in the alignment of a mask with more keys than queries, and one query against a cache needs
     none. ``sdpa_math`` is torch's plain reference.
     """
@@ -90,7 +97,7 @@ def attention(
         mixed: Tensor = out[0] if isinstance(out, tuple) else out
         return mixed
     q, k, v = (t.transpose(1, 2) for t in (q_BTHd, k_BSGd, v_BSGd))
-    mask = None if seen_S is None else seen_S[None, None, None].expand(len(q), 1, q.shape[2], -1)
+    mask = None if visible_BTS is None else visible_BTS[:, None].expand(len(q), 1, q.shape[2], -1)
     if kind == "sdpa" and not q.is_cuda:
         return _sdpa(q, k, v, causal, mask).transpose(1, 2)
     # cuDNN plans a new graph for each length, and the length of a cache changes with every step.

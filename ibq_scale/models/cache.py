@@ -5,38 +5,37 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ibq_scale.config.models import TransformerConfig
 
 
 class LayerCache(NamedTuple):
-    """One layer's part: the keys and values (B, S, kv_heads, d) read by a step, and the position of the step's own.
-
-    `seen_S`: bool, True for keys already written. None if all are.
-    """
+    """One layer's part: the keys and values (B, S, kv_heads, d) read by a step, and the slots of the step's own."""
 
     keys_BSGd: Tensor
     values_BSGd: Tensor
-    position_1: Tensor
-    seen_S: Tensor | None
+    slots_T: Tensor
 
-    def extend(self, k_B1Gd: Tensor, v_B1Gd: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes a step's key and value, and returns all keys and values to read."""
-        self.keys_BSGd.index_copy_(1, self.position_1, k_B1Gd)
-        self.values_BSGd.index_copy_(1, self.position_1, v_B1Gd)
+    def extend(self, k_BTGd: Tensor, v_BTGd: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes a step's keys and values, and returns all keys and values to read."""
+        self.keys_BSGd.index_copy_(1, self.slots_T, k_BTGd)
+        self.values_BSGd.index_copy_(1, self.slots_T, v_BTGd)
         return self.keys_BSGd, self.values_BSGd
 
 
 class KVCache:
-    """Keys and values of all layers, (B, tokens, kv_heads, d) each, filled from the front.
+    """Keys and values of all layers, (B, L + tokens, kv_heads, d) each, filled from the front: L prefix vectors, codes.
 
     The position of a step (`position_1`) is on the device, so one captured step serves many positions. The number of
-    keys to read is on the host: all written ones (`reach` None), or the first `reach` with a mask over unwritten ones.
+    keys to read is on the host: all written ones (`reach` None), or the prefix and the first `reach` with a mask over
+    unwritten ones.
     """
 
     def __init__(self, config: TransformerConfig, batch: int, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (batch, config.tokens, config.kv_groups, config.head_dim)
+        self.prefix = config.condition_tokens
+        shape = (batch, self.prefix + config.tokens, config.kv_groups, config.head_dim)
         # Separate tensors: compiled code may not write to memory shared by its arguments.
         self._keys, self._values = (
             [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.depth)] for _ in range(2)
@@ -46,30 +45,49 @@ class KVCache:
         self.reach: int | None = None
         self.condition_BE = torch.empty(0)
         self.kept: list[Tensor] = []
+        self._visible_BL: Tensor | None = None
 
     def clear(self) -> None:
         """Restarts at the first position. Old keys are overwritten before any step reads them."""
         self.length = 0
         self.position_1.zero_()
 
-    def keep(self, condition_BE: Tensor, modulations: list[Tensor]) -> None:
-        """Copies the classes' embedding and each block's modulation to memory allocated by the first call."""
+    def keep(self, condition_BE: Tensor, modulations: list[Tensor], visible_BL: Tensor | None = None) -> None:
+        """Copies the classes' embedding, each block's modulation and the visible prefix to memory allocated by the
+        first call.
+        """
+        new = [condition_BE, *modulations] + ([] if visible_BL is None else [visible_BL])
         if not self.kept:
-            self.condition_BE, self.kept = condition_BE.clone(), [t.clone() for t in modulations]
+            self.condition_BE, *self.kept = [t.clone() for t in new]
+            self._visible_BL = None if visible_BL is None else self.kept.pop()
             return
-        for old, new in zip([self.condition_BE, *self.kept], [condition_BE, *modulations], strict=True):
-            old.copy_(new)
+        old = [self.condition_BE, *self.kept] + ([] if self._visible_BL is None else [self._visible_BL])
+        for there, here in zip(old, new, strict=True):
+            there.copy_(here)
 
-    def layer(self, index: int, seen_S: Tensor | None) -> LayerCache:
-        """A layer's part. `seen_S` is the result of `seen()` for this step."""
+    def slots(self, count: int) -> Tensor:
+        """Slots int64 (count,) of a step's tokens. The last one is the position's, the others are the prefix."""
+        last_1 = self.position_1 + self.prefix
+        return last_1 if count == 1 else last_1 + torch.arange(1 - count, 1, device=last_1.device)
+
+    def layer(self, index: int, slots_T: Tensor) -> LayerCache:
+        """A layer's part. `slots_T` is the result of `slots` for this step."""
         keys, values = self._keys[index][:, : self._read], self._values[index][:, : self._read]
-        return LayerCache(keys, values, self.position_1, seen_S)
+        return LayerCache(keys, values, slots_T)
 
-    def seen(self) -> Tensor | None:
-        """Bool (S,), True for the written keys among those of a step, with its own. None if all are written."""
-        if self.reach is None:
+    def visible(self) -> Tensor | None:
+        """Bool (1 or B, 1, S), True for the visible keys of a step, with its own. None if all are."""
+        if self.reach is None and self._visible_BL is None:
             return None
-        return torch.arange(self._read, device=self.position_1.device) <= self.position_1
+        codes = self._read - self.prefix
+        seen_1C = torch.arange(codes, device=self.position_1.device)[None] <= self.position_1
+        if self._visible_BL is None:
+            return seen_1C[None]
+        return torch.cat([self._visible_BL, seen_1C.expand(len(self._visible_BL), -1)], dim=1)[:, None]
+
+    def widened(self, visible_BTS: Tensor) -> Tensor:
+        """The mask of the first step, over as many keys as it reads."""
+        return F.pad(visible_BTS, (0, self._read - visible_BTS.shape[2]))
 
     def advance(self) -> None:
         """Moves to the next position."""
@@ -83,4 +101,4 @@ class KVCache:
 
     @property
     def _read(self) -> int:
-        return self.length + 1 if self.reach is None else self.reach
+        return self.prefix + (self.length + 1 if self.reach is None else self.reach)

@@ -1,16 +1,26 @@
-"""PatchGAN: one logit per patch. Names are those of the published checkpoints (``main.N``)."""
+"""The kinds of discriminators. PatchGAN's names are those of the published checkpoints (``main.N``)."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
 from ibq_scale.config.models import DiscriminatorConfig
+from ibq_scale.models.dino_discriminator import DinoDiscriminator
 from ibq_scale.models.layout import convolution_layout
 from ibq_scale.models.norm import BatchNorm
+from ibq_scale.models.vit import ViT
+
+
+def make_discriminator(config: DiscriminatorConfig, backbone: ViT | None) -> nn.Module:
+    """The discriminator of a config: images (B, 3, H, W) in [-1, 1] → logits (B, …). `backbone`: of ``kind=dino``."""
+    if config.kind == "patch":
+        return PatchDiscriminator(config)
+    assert backbone is not None
+    return DinoDiscriminator(config, backbone)
 
 
 class PatchDiscriminator(nn.Module):
-    """4×4 convolutions, `layers` of them with stride 2, BatchNorm and LeakyReLU(0.2) between."""
+    """One logit per patch: 4×4 convolutions, `layers` of them with stride 2, BatchNorm and LeakyReLU(0.2) between."""
 
     def __init__(self, config: DiscriminatorConfig) -> None:
         super().__init__()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ibq_scale.models.cache import KVCache
+from ibq_scale.models.condition import Condition
 from ibq_scale.models.transformer import Transformer
 
 GuidanceSchedule = Literal["constant", "linear", "power-cosine"]
@@ -76,8 +77,8 @@ class Sampler:
             self._graphs = {}
 
     @torch.no_grad()
-    def __call__(self, labels_B: Tensor, ids_B: Tensor | None = None) -> Tensor:
-        """Codes int64 (B, tokens) for labels int64 (B,).
+    def __call__(self, labels_B: Tensor, ids_B: Tensor | None = None, condition: Condition | None = None) -> Tensor:
+        """Codes int64 (B, tokens) for labels int64 (B,), or for `condition` (its labels only enter the randomness).
 
         Row i's randomness is a pure function of (seed, labels_B[i], ids_B[i]) (default: its row in the batch). Images
         therefore do not depend on the batching, as far as the device's products do not.
@@ -87,10 +88,14 @@ class Sampler:
         ids = range(self.batch) if ids_B is None else ids_B.tolist()
         self._uniform_BT.copy_(_uniform(self.settings.seed, labels_B.tolist(), ids, config.tokens))
         labels = labels_B.to(self._codes_BT.device)
+        condition = None if condition is None else condition.to(labels.device)
         if self._guided:
             labels = torch.cat([labels, torch.full_like(labels, config.classes)])
+            if condition is not None:
+                free = torch.zeros_like(condition.lengths_B)
+                condition = Condition(condition.vectors_BLC.repeat(2, 1, 1), torch.cat([condition.lengths_B, free]))
         self.cache.reach = None if self._graphs is None else self._reach(0)
-        self._take(self.model.begin(labels, self.cache))
+        self._take(self.model.begin(labels, self.cache, condition))
         for t in range(1, config.tokens):
             if self._graphs is None:
                 self._step()
@@ -138,9 +143,15 @@ class Sampler:
         return graph
 
 
-def generate(model: Transformer, labels_B: Tensor, settings: SamplingSettings, ids_B: Tensor | None = None) -> Tensor:
+def generate(
+    model: Transformer,
+    labels_B: Tensor,
+    settings: SamplingSettings,
+    ids_B: Tensor | None = None,
+    condition: Condition | None = None,
+) -> Tensor:
     """One batch of `Sampler` without CUDA graphs, since capturing pays only over several batches."""
-    return Sampler(model, settings, len(labels_B), graphs=False)(labels_B, ids_B)
+    return Sampler(model, settings, len(labels_B), graphs=False)(labels_B, ids_B, condition)
 
 
 def _uniform(seed: int, labels: list[int], ids: range | list[int], steps: int) -> Tensor:

@@ -1,7 +1,8 @@
-"""The class-conditional transformer: Llama-like blocks over codes, 2D rotary positions, the class as a prefix token.
+"""The conditional transformer: Llama-like blocks over codes, 2D rotary positions, the class as a prefix token.
 
 The code at t is predicted from the prefix and codes 0 … t − 1. With ``conditioning=adaln`` the class also modulates
-every block. Parameter names are then those of the published checkpoints without the leading ``transformer.``.
+every block. Parameter names are then those of the published checkpoints without the leading ``transformer.``. With
+``conditioning=embedding`` the prefix is given vectors instead of a class.
 """
 
 from __future__ import annotations
@@ -16,39 +17,16 @@ from torch.utils.checkpoint import checkpoint
 from ibq_scale.config.models import AttentionKind, TransformerConfig
 from ibq_scale.models.attention import attention, choose, choose_masked
 from ibq_scale.models.cache import KVCache, LayerCache
+from ibq_scale.models.condition import Condition, ConditionEmbedding, Prefix, no_condition, visible_keys
 from ibq_scale.models.head import Head
 from ibq_scale.models.initial import Normal, drawn, fill
+from ibq_scale.models.order import OrderEmbedding, permuted_tables
 from ibq_scale.models.recompute import keeping_products
+from ibq_scale.models.rotary import rotary_table, rotate
 
-ROTARY_BASE = 10_000.0
 STD = 0.02
 # torch.compile's limit of graphs per block: training and evaluation, and batches of other sizes.
 COMPILED_GRAPHS = 16
-
-
-def rotary_table(config: TransformerConfig) -> Tensor:
-    """cos and sin (2, tokens, head_dim/2) fp32 of positions prefix, code 0, … code tokens − 2.
-
-    The first half of the pairs turns with the row, the second with the column. The prefix's cos and sin are zero, so
-    its query and key are zero, as in the published models. The table is always built on the CPU, since a model on the
-    meta device needs it too.
-    """
-    half = config.head_dim // 4
-    frequency = ROTARY_BASE ** (-torch.arange(half, dtype=torch.float32, device="cpu") / half)
-    angle = torch.arange(config.grid, dtype=torch.float32, device="cpu")[:, None] * frequency
-    rows = angle[:, None, :].expand(-1, config.grid, -1)
-    columns = angle[None, :, :].expand(config.grid, -1, -1)
-    grid = torch.cat([rows, columns], dim=-1).flatten(0, 1)[: config.tokens - 1]
-    table = torch.stack([grid.cos(), grid.sin()])
-    return torch.cat([torch.zeros(2, 1, 2 * half, device="cpu"), table], dim=1)
-
-
-def rotate(x_BTHd: Tensor, table_2Tp: Tensor) -> Tensor:
-    """Rotates interleaved pairs (x0, x1), (x2, x3), … in fp32. The result has x's dtype."""
-    cos, sin = table_2Tp[:, :, None]
-    even, odd = x_BTHd.float().view(*x_BTHd.shape[:-1], -1, 2).unbind(-1)
-    turned = torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1)
-    return turned.flatten(-2).to(x_BTHd.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -87,14 +65,22 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim) if config.qk_norm else nn.Identity()
 
-    def forward(self, x_BTE: Tensor, table_2Tp: Tensor, cache: LayerCache | None, kind: AttentionKind) -> Tensor:
+    def forward(
+        self,
+        x_BTE: Tensor,
+        table_R2Tp: Tensor,
+        cache: LayerCache | None,
+        kind: AttentionKind,
+        visible_BTS: Tensor | None,
+    ) -> Tensor:
         b, t, width = x_BTE.shape
         q, k, v = self.wqkv(x_BTE).view(b, t, sum(self.heads), self.config.head_dim).split(self.heads, dim=2)
-        q, k = rotate(self.q_norm(q), table_2Tp), rotate(self.k_norm(k), table_2Tp)
+        q, k = rotate(self.q_norm(q), table_R2Tp[0]), rotate(self.k_norm(k), table_R2Tp[-1])
         if cache is None:
-            mixed = attention(q, k, v, causal=t > 1, kind=kind)
+            causal = visible_BTS is None and t > 1
+            mixed = attention(q, k, v, causal=causal, kind=kind, visible_BTS=visible_BTS)
         else:
-            mixed = attention(q, *cache.extend(k, v), causal=False, kind=kind, seen_S=cache.seen_S)
+            mixed = attention(q, *cache.extend(k, v), causal=False, kind=kind, visible_BTS=visible_BTS)
         out: Tensor = self.wo(mixed.reshape(b, t, width))
         return out
 
@@ -127,21 +113,33 @@ class PrefixBlock(nn.Module):
         self.checkpointing = config.activation_checkpointing
 
     def forward(
-        self, x_BTE: Tensor, condition_BE: Tensor, table_2Tp: Tensor, cache: LayerCache | None, kind: AttentionKind
+        self,
+        x_BTE: Tensor,
+        condition_BE: Tensor,
+        table_R2Tp: Tensor,
+        cache: LayerCache | None,
+        kind: AttentionKind,
+        visible_BTS: Tensor | None = None,
     ) -> Tensor:
         # Inside the block, so that torch.compile covers the recomputation.
         if self.checkpointing in ("auto", "none") or not (self.training and torch.is_grad_enabled()):
-            return self.compute(x_BTE, condition_BE, table_2Tp, cache, kind)
+            return self.compute(x_BTE, condition_BE, table_R2Tp, cache, kind, visible_BTS)
         how: dict[str, Any] = {} if self.checkpointing == "full" else {"context_fn": keeping_products}
-        inputs = (x_BTE, condition_BE, table_2Tp, cache, kind)
+        inputs = (x_BTE, condition_BE, table_R2Tp, cache, kind, visible_BTS)
         out: Tensor = checkpoint(self.compute, *inputs, use_reentrant=False, **how)
         return out
 
     def compute(
-        self, x_BTE: Tensor, condition_BE: Tensor, table_2Tp: Tensor, cache: LayerCache | None, kind: AttentionKind
+        self,
+        x_BTE: Tensor,
+        condition_BE: Tensor,
+        table_R2Tp: Tensor,
+        cache: LayerCache | None,
+        kind: AttentionKind,
+        visible_BTS: Tensor | None = None,
     ) -> Tensor:
         """The block itself. With a cache, `condition_BE` is the result of `modulation`."""
-        x_BTE = x_BTE + self.dropout(self.attention(self.attention_norm(x_BTE), table_2Tp, cache, kind))
+        x_BTE = x_BTE + self.dropout(self.attention(self.attention_norm(x_BTE), table_R2Tp, cache, kind, visible_BTS))
         out: Tensor = x_BTE + self.feed_forward(self.ffn_norm(x_BTE))
         return out
 
@@ -158,11 +156,17 @@ class AdaLNBlock(PrefixBlock):
         self.ada_lin = AdaLN(config.width, 6)
 
     def compute(
-        self, x_BTE: Tensor, condition_BE: Tensor, table_2Tp: Tensor, cache: LayerCache | None, kind: AttentionKind
+        self,
+        x_BTE: Tensor,
+        condition_BE: Tensor,
+        table_R2Tp: Tensor,
+        cache: LayerCache | None,
+        kind: AttentionKind,
+        visible_BTS: Tensor | None = None,
     ) -> Tensor:
         vectors = self.modulation(condition_BE) if cache is None else condition_BE
         gain1, gain2, scale1, scale2, shift1, shift2 = vectors[:, None].chunk(6, dim=-1)
-        h = self.attention(self.attention_norm(x_BTE) * (1 + scale1) + shift1, table_2Tp, cache, kind)
+        h = self.attention(self.attention_norm(x_BTE) * (1 + scale1) + shift1, table_R2Tp, cache, kind, visible_BTS)
         x_BTE = x_BTE + self.dropout(h) * gain1
         h = self.feed_forward(self.ffn_norm(x_BTE) * (1 + scale2) + shift2)
         out: Tensor = x_BTE + h * gain2
@@ -200,7 +204,11 @@ class AdaLNHeadNorm(PrefixHeadNorm):
 
 
 # The parts of each backbone.
-PARTS = {"adaln": (AdaLNBlock, AdaLNHeadNorm), "prefix": (PrefixBlock, PrefixHeadNorm)}
+PARTS = {
+    "adaln": (AdaLNBlock, AdaLNHeadNorm),
+    "prefix": (PrefixBlock, PrefixHeadNorm),
+    "embedding": (PrefixBlock, PrefixHeadNorm),
+}
 
 
 class ClassEmbedding(nn.Module):
@@ -231,72 +239,128 @@ class Transformer(nn.Module):
         self.config = config
         block, head_norm = PARTS[config.conditioning]
         self.tok_emb = nn.Embedding(config.codebook_size, config.width)
-        self.class_emb = ClassEmbedding(config)
+        # One of the two.
+        self.class_emb: ClassEmbedding | None = None
+        self.condition_emb: ConditionEmbedding | None = None
+        if config.conditioning == "embedding":
+            self.condition_emb = ConditionEmbedding(config)
+        else:
+            self.class_emb = ClassEmbedding(config)
         self.tok_dropout = nn.Dropout(config.token_dropout)
         self.blocks = nn.ModuleList(block(config) for _ in range(config.depth))
         self.head_nm = head_norm(config.width)
         self.head = Head(config.width, config.codebook_size)
+        self.order_emb = None if config.order == "raster" else OrderEmbedding(config.tokens, config.width)
         # fp32 always. It is no buffer, so casts of the module do not reach it. It moves to the device of the inputs.
-        self._table_2Tp = rotary_table(config)
+        self._table_2Sp = rotary_table(config)
         values = drawn(self.initial(), seed)
         for name, parameter in self.named_parameters():
             if not parameter.is_meta:
                 fill(parameter.detach().view(-1), values, name)
 
-    def forward(self, codes_BT: Tensor, labels_B: Tensor) -> Tensor:
+    def forward(self, codes_BT: Tensor, labels_B: Tensor, condition: Condition | None = None) -> Tensor:
         """Codes int64 (B, T), T ≤ tokens, and labels int64 (B,) → logits (B, T, V).
 
         ``logits[:, t]`` is the distribution of code t given the label and the codes before t. The last code is never
-        read. Label ``classes`` means "no class".
+        read. Label ``classes`` means "no class". A model of ``conditioning=embedding`` reads `condition` instead of
+        the label, and None means no condition.
         """
-        logits: Tensor = self.head(self.hidden(codes_BT, labels_B))
+        logits: Tensor = self.head(self.hidden(codes_BT, labels_B, condition))
         return logits
 
-    def losses(self, codes_BT: Tensor, labels_B: Tensor) -> Tensor:
-        """Cross-entropy of each code (B, T), fp32, given the label and the codes before it, without full logits."""
-        losses: Tensor = self.head(self.hidden(codes_BT, labels_B), codes_BT)
+    def losses(
+        self,
+        codes_BT: Tensor,
+        labels_B: Tensor,
+        condition: Condition | None = None,
+        orders_BT: Tensor | None = None,
+    ) -> Tensor:
+        """Cross-entropy of each code (B, T), fp32, as `forward`, without full logits.
+
+        `orders_BT`: the order of each sample's steps (models/order.py), else raster. Losses are by step.
+        """
+        if orders_BT is not None:
+            codes_BT = codes_BT.gather(1, orders_BT)
+        losses: Tensor = self.head(self.hidden(codes_BT, labels_B, condition, orders_BT), codes_BT)
         return losses
 
-    def hidden(self, codes_BT: Tensor, labels_B: Tensor) -> Tensor:
-        """The head's input (B, T, E): ``head(hidden(codes, labels))`` are the logits of `forward`."""
-        condition_BE = self.class_emb(labels_B)
-        x_BTE = self.tok_dropout(torch.cat([condition_BE[:, None], self.tok_emb(codes_BT[:, :-1])], dim=1))
-        table = self._table_on(x_BTE.device)[:, : x_BTE.shape[1]]
-        kind = choose(self.config.attention, x_BTE.device, x_BTE.dtype, self.config.head_dim)
+    def hidden(
+        self,
+        codes_BT: Tensor,
+        labels_B: Tensor,
+        condition: Condition | None = None,
+        orders_BT: Tensor | None = None,
+    ) -> Tensor:
+        """The head's input (B, T, E): ``head(hidden(codes, labels))`` are the logits of `forward`.
+
+        `orders_BT`: the raster places of `codes_BT`, for a model with an order embedding.
+        """
+        start_BE, prefix = self._begin(labels_B, condition)
+        x_BTE = self.tok_dropout(torch.cat([start_BE[:, None], self.tok_emb(codes_BT[:, :-1])], dim=1))
+        rows = self._table_on(x_BTE.device)
+        table, visible = rows[None, :, : x_BTE.shape[1]], None
+        if orders_BT is not None:
+            assert self.order_emb is not None
+            x_BTE = x_BTE + self.order_emb(orders_BT)
+            table = permuted_tables(rows, orders_BT)
+        if prefix is not None:
+            visible = visible_keys(prefix.visible_BL, x_BTE.shape[1])
+            x_BTE = torch.cat([prefix.vectors_BLE, x_BTE], dim=1)
+            still = rows[:, :1].view(2, *[1] * (table.ndim - 3), -1)
+            still = still.expand(*table.shape[:-2], self.config.condition_tokens, -1)
+            table = torch.cat([still, table], dim=-2)
+        choice = choose if visible is None else choose_masked
+        kind = choice(self.config.attention, x_BTE.device, x_BTE.dtype, self.config.head_dim)
         for block in self.blocks:
-            x_BTE = block(x_BTE, condition_BE, table, None, kind)
-        out: Tensor = self.head_nm(x_BTE, condition_BE)
+            x_BTE = block(x_BTE, start_BE, table, None, kind, visible)
+        out: Tensor = self.head_nm(x_BTE[:, self.config.condition_tokens :], start_BE)
         return out
 
-    def begin(self, labels_B: Tensor, cache: KVCache) -> Tensor:
-        """The first code's logits (B, V). Clears the cache and stores all modulations by the labels."""
-        condition_BE = self.class_emb(labels_B)
+    def begin(self, labels_B: Tensor, cache: KVCache, condition: Condition | None = None) -> Tensor:
+        """The first code's logits (B, V). Clears the cache and stores what depends on labels or condition alone."""
+        start_BE, prefix = self._begin(labels_B, condition)
         cache.clear()
-        cache.keep(
-            condition_BE, [block.modulation(condition_BE) for block in self.blocks if isinstance(block, PrefixBlock)]
-        )
-        return self._step(condition_BE, cache)
+        modulations = [block.modulation(start_BE) for block in self.blocks if isinstance(block, PrefixBlock)]
+        cache.keep(start_BE, modulations, None if prefix is None else prefix.visible_BL)
+        if prefix is None:
+            return self._step(start_BE[:, None], cache)
+        visible_BTS = visible_keys(prefix.visible_BL, 1)
+        return self._step(torch.cat([prefix.vectors_BLE, start_BE[:, None]], dim=1), cache, visible_BTS)
 
     def step(self, codes_B: Tensor, cache: KVCache) -> Tensor:
         """The next code's logits (B, V) after the last code, `codes_B`. `begin` comes first."""
-        return self._step(self.tok_emb(codes_B), cache)
+        return self._step(self.tok_emb(codes_B)[:, None], cache)
 
-    def _step(self, x_BE: Tensor, cache: KVCache) -> Tensor:
-        x_BTE = x_BE[:, None]
-        table = self._table_on(x_BE.device).index_select(1, cache.position_1)
-        seen_S = cache.seen()
-        choice = choose if seen_S is None else choose_masked
-        kind = choice(self.config.attention, x_BE.device, x_BE.dtype, self.config.head_dim)
+    def _begin(self, labels_B: Tensor, condition: Condition | None) -> tuple[Tensor, Prefix | None]:
+        """The token before code 0 (B, E), and the vectors before it, if any."""
+        if self.condition_emb is None:
+            assert self.class_emb is not None
+            assert condition is None, "a class-conditional model takes labels"
+            return self.class_emb(labels_B), None
+        if condition is None:
+            condition = no_condition(self.config, len(labels_B), labels_B.device)
+        prefix: Prefix = self.condition_emb(condition)
+        return prefix.start_BE, prefix
+
+    def _step(self, x_BTE: Tensor, cache: KVCache, prefix_BTS: Tensor | None = None) -> Tensor:
+        """`prefix_BTS`: the mask among the step's own tokens, if it begins with a prefix."""
+        slots_T = cache.slots(x_BTE.shape[1])
+        rows = self._table_on(x_BTE.device)
+        # Slots of the prefix turn as its last token, the table's first row.
+        table = rows.index_select(1, (slots_T - self.config.condition_tokens).clamp(min=0))[None]
+        visible = cache.visible() if prefix_BTS is None else cache.widened(prefix_BTS)
+        choice = choose if visible is None else choose_masked
+        kind = choice(self.config.attention, x_BTE.device, x_BTE.dtype, self.config.head_dim)
         for i, block in enumerate(self.blocks):
-            x_BTE = block(x_BTE, cache.kept[i], table, cache.layer(i, seen_S), kind)
+            x_BTE = block(x_BTE, cache.kept[i], table, cache.layer(i, slots_T), kind, visible)
         cache.advance()
-        logits: Tensor = self.head(self.head_nm(x_BTE, cache.condition_BE)[:, 0])
+        logits: Tensor = self.head(self.head_nm(x_BTE[:, -1:], cache.condition_BE)[:, 0])
         return logits
 
     def _table_on(self, device: torch.device) -> Tensor:
-        if self._table_2Tp.device != device:
-            self._table_2Tp = self._table_2Tp.to(device)
-        return self._table_2Tp
+        if self._table_2Sp.device != device:
+            self._table_2Sp = self._table_2Sp.to(device)
+        return self._table_2Sp
 
     def compile_regions(self) -> None:
         """Compiles every block with torch.compile, in place. Parameters keep their names, and blocks share a graph."""
@@ -316,7 +380,9 @@ class Transformer(nn.Module):
         recipe = {}
         for prefix, module in self.named_modules():
             for name, parameter in module.named_parameters(prefix, recurse=False):
-                std, mean = (0.0, float(isinstance(module, RMSNorm))) if parameter.ndim == 1 else (STD, 0.0)
+                std, mean = (
+                    (0.0, float(isinstance(module, RMSNorm | nn.RMSNorm))) if parameter.ndim == 1 else (STD, 0.0)
+                )
                 recipe[name] = Normal(parameter.numel(), std, mean)
         for prefix, module in self.named_modules():
             if isinstance(module, AdaLN):
@@ -330,6 +396,13 @@ class Transformer(nn.Module):
 class TrainedTransformer(Transformer):
     """The same for engines. They call `forward` only, so it computes `losses`."""
 
-    def forward(self, codes_BT: Tensor, labels_B: Tensor) -> Tensor:
-        """`Transformer.losses`."""
-        return self.losses(codes_BT, labels_B)
+    def forward(  # type: ignore[override]
+        self,
+        codes_BT: Tensor,
+        labels_B: Tensor,
+        orders_BT: Tensor | None = None,
+        vectors_BLC: Tensor | None = None,
+        lengths_B: Tensor | None = None,
+    ) -> Tensor:
+        """`Transformer.losses`. Engines pass tensors only, so a condition comes in two."""
+        return self.losses(codes_BT, labels_B, Condition.of(vectors_BLC, lengths_B), orders_BT)

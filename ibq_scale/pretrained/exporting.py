@@ -78,7 +78,7 @@ def _tokenizer(model: Tokenizer, name: str) -> str:
         f"{_head('image-tokenizer')}# {name}\n\nAn image tokenizer: pictures of {side} × {side} pixels (or any sides "
         f"that {model.downsampling} divides) become {grid} × {grid} codes, and codes become pictures. "
         f"Its codebook of {quantizer.codebook_size:,} codes × {quantizer.dim} is that of "
-        f"{KINDS[quantizer.kind].words}. "
+        f"{KINDS[quantizer.kind].words}{', tokens and codes of unit length' * quantizer.l2_normalize}. "
         f"{_parameters(model)}.\n\n```python\nimport ibq_scale\n\n"
         f'tokenizer = ibq_scale.load_tokenizer("{name}")\n'
         "codes = tokenizer.encode(images)  # float (B, 3, H, W) in [-1, 1] → int64 (B, h, w)\n"
@@ -89,13 +89,18 @@ def _tokenizer(model: Tokenizer, name: str) -> str:
 
 def _transformer(model: ARModel, name: str) -> str:
     config = model.config
+    by, given, asked = "class-conditional", f"{config.classes:,} classes", "labels"
+    if config.conditioning == "embedding":
+        by, asked = "text-conditional", 'labels, condition=["a cat"]'
+        encoder = model.encoder.encoder if model.encoder else "a text encoder"
+        given = f"up to {config.condition_tokens} vectors of {encoder}"
     codes = f" Its codes are those of tokenizer `{model.tokenizer_hash}`." if model.tokenizer_hash else ""
     return (
-        f"{_head('autoregressive-image-generation')}# {name}\n\nA class-conditional transformer over {config.tokens} "
-        f"codes of {config.codebook_size:,}, {config.classes:,} classes: {config.depth} blocks, {config.heads} heads, "
+        f"{_head('autoregressive-image-generation')}# {name}\n\nA {by} transformer over {config.tokens} "
+        f"codes of {config.codebook_size:,}, {given}: {config.depth} blocks, {config.heads} heads, "
         f"width {config.width}. {_parameters(model)}.{codes}\n\n```python\nimport ibq_scale\n\n"
         f'ar = ibq_scale.load_ar("{name}")\n'
-        "codes = ar.generate(labels, guidance=2.0, seed=0)  # int64 (B, T), raster order\n```"
+        f"codes = ar.generate({asked}, guidance=2.0, seed=0)  # int64 (B, T), raster order\n```"
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -24,15 +24,19 @@ from torch import Tensor, nn
 from ibq_scale.checkpoint.pieces import PieceReader
 from ibq_scale.checkpoint.reading import MANIFEST, Checkpoint, read_checkpoint, verify, whole_checkpoints
 from ibq_scale.config.models import AutoencoderConfig, QuantizerConfig, TransformerConfig
+from ibq_scale.data.manifest import ConditionInfo
 from ibq_scale.documents import read_json, require_regular
 from ibq_scale.errors import UserError
 from ibq_scale.models.autoencoder import Autoencoder, image_of, tokens_of
+from ibq_scale.models.condition import Condition
 from ibq_scale.models.initial import Values
+from ibq_scale.models.order import TRAINING_ONLY
 from ibq_scale.models.sampling import GuidanceSchedule, SamplingSettings, generate
 from ibq_scale.models.transformer import Transformer
 from ibq_scale.names import file_name, is_inside
 from ibq_scale.pretrained.hub import PREFIX, fetch
 from ibq_scale.pretrained.strict import fill_strictly, require_fit, require_layers
+from ibq_scale.pretrained.text import encoder_of
 from ibq_scale.quantize.kinds import KINDS
 from ibq_scale.quantize.quantizer import encode, lookup
 
@@ -90,7 +94,8 @@ class Tokenizer(nn.Module):
             raise ValueError(f"codes must be (B, h, w), got {tuple(codes.shape)}")
         b, h, w = codes.shape
         flat = codes.to(self.codebook_KD.device).flatten()
-        z_BDhw = image_of(lookup(flat, self.codebook_KD), torch.Size((b, self.codebook_KD.shape[1], h, w)))
+        codes_ND = lookup(flat, self.codebook_KD, settings=self.quantizer_config)
+        z_BDhw = image_of(codes_ND, torch.Size((b, self.codebook_KD.shape[1], h, w)))
         return self.autoencoder.decode(z_BDhw).float()
 
     def reconstruct(self, images: Tensor) -> Tensor:
@@ -103,7 +108,8 @@ class Tokenizer(nn.Module):
         digest = hashlib.sha256()
         # Settings of the computation do not belong to the model's identity.
         model = self.model_config.model_dump(mode="json", exclude={"activation_checkpointing", "compile"})
-        sizes = [model, self.quantizer_config.kind]
+        settings = self.quantizer_config
+        sizes = [model, settings.kind, *(["l2_normalize"] if settings.l2_normalize else [])]
         digest.update(json.dumps(sizes, sort_keys=True).encode())
         _add_weights(digest, self)
         return digest.hexdigest()
@@ -112,12 +118,14 @@ class Tokenizer(nn.Module):
 class ARModel(nn.Module):
     """The transformer for inference: logits and samples."""
 
-    def __init__(self, config: TransformerConfig, tokenizer: str | None) -> None:
+    def __init__(self, config: TransformerConfig, tokenizer: str | None, encoder: ConditionInfo | None = None) -> None:
         super().__init__()
         self.transformer = Transformer(config)
         self.config = config
         self.tokenizer_hash = tokenizer
         """Hash of the tokenizer of its training codes, if known."""
+        self.encoder = encoder
+        """What made the vectors of its training, of a model with ``conditioning=embedding``."""
         self.path = ""
         """Directory of the model."""
         self.eval().requires_grad_(False)
@@ -125,13 +133,16 @@ class ARModel(nn.Module):
     @property
     def hash(self) -> str:
         """sha256 (hex) of the architecture and all current weights."""
-        digest = hashlib.sha256(json.dumps(self.config.architecture().model_dump(mode="json"), sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps(self.config.stored(), sort_keys=True).encode())
         _add_weights(digest, self)
         return digest.hexdigest()
 
-    def forward(self, codes: Tensor, labels: Tensor) -> Tensor:
-        """Codes int64 (B, T), labels int64 (B,) → logits (B, T, V). ``logits[:, t]`` is for code t."""
-        logits: Tensor = self.transformer(codes, labels)
+    def forward(self, codes: Tensor, labels: Tensor, condition: Condition | Sequence[str] | None = None) -> Tensor:
+        """Codes int64 (B, T), labels int64 (B,) → logits (B, T, V). ``logits[:, t]`` is for code t.
+
+        `condition`: as for `generate`.
+        """
+        logits: Tensor = self.transformer(codes, labels, self._condition(condition))
         return logits
 
     def generate(
@@ -146,11 +157,35 @@ class ARModel(nn.Module):
         ids: Tensor | None = None,
         guidance_schedule: GuidanceSchedule = "constant",
         guidance_power: float = 1.0,
+        condition: Condition | Sequence[str] | None = None,
     ) -> Tensor:
-        """Codes int64 (B, T) in raster order. See `models.sampling.Sampler`."""
+        """Codes int64 (B, T) in raster order. See `models.sampling.Sampler`.
+
+        `condition`: of a model with ``conditioning=embedding``, captions for its text encoder, or vectors (B, L, C)
+        with their lengths (B,). Labels then only enter the random numbers. UserError for a class-conditional model.
+        """
         schedule = (guidance_schedule, guidance_power)
         settings = SamplingSettings(guidance, temperature, top_k, top_p, greedy, seed, *schedule)
-        return generate(self.transformer, labels, settings, ids)
+        return generate(self.transformer, labels, settings, ids, self._condition(condition))
+
+    def encode(self, captions: Sequence[str]) -> Condition:
+        """Captions as the model's text encoder gives them. UserError without one."""
+        if self.encoder is None:
+            raise UserError("the model knows no text encoder: give vectors, or train on codes of 'tokenize --captions'")
+        return encoder_of(self.encoder).condition(captions)
+
+    def _condition(self, given: Condition | Sequence[str] | None) -> Condition | None:
+        if given is not None and self.config.conditioning != "embedding":
+            raise UserError(f"the model is conditional on classes ({self.config.conditioning}), not on a condition")
+        if given is None:
+            return None
+        condition = given if isinstance(given, Condition) else self.encode(given)
+        sizes = (self.config.condition_tokens, self.config.condition_width)
+        if condition.vectors_BLC.shape[1:] != sizes:
+            raise UserError(
+                f"a condition of vectors {tuple(condition.vectors_BLC.shape)} instead of (B, {sizes[0]}, {sizes[1]})"
+            )
+        return condition.to(self.transformer.head.weight.device)
 
 
 def _add_weights(digest: hashlib._Hash, model: nn.Module) -> None:
@@ -187,8 +222,9 @@ def load_ar(path: str | Path, device: torch.device | str = "cpu", check_hashes: 
     """Loads a transformer. `check_hashes` and UserError as `load_tokenizer`."""
     folder, config = _read_config(_local(path), "ar", check_hashes)
     sizes = _section(TransformerConfig, config, "model", folder)
-    tensors = {f"transformer.{k}": v for k, v in _weights(folder, config).items()}
-    model = fill_ar(sizes, config.get("tokenizer"), tensors, folder)
+    tensors = {f"transformer.{k}": v for k, v in _weights(folder, config).items() if k not in TRAINING_ONLY}
+    encoder = _section(ConditionInfo, config, "encoder", folder) if "encoder" in config else None
+    model = fill_ar(sizes, config.get("tokenizer"), tensors, folder, encoder)
     model.path = str(folder.resolve())
     return model.to(device)
 
@@ -201,11 +237,17 @@ def layers_of(model: AutoencoderConfig, prefix: str = "") -> dict[str, int]:
     }
 
 
-def fill_ar(sizes: TransformerConfig, tokenizer: str | None, tensors: Mapping[str, Tensor], where: Path) -> ARModel:
+def fill_ar(
+    sizes: TransformerConfig,
+    tokenizer: str | None,
+    tensors: Mapping[str, Tensor],
+    where: Path,
+    encoder: ConditionInfo | None = None,
+) -> ARModel:
     """The transformer with these weights. UserError for weights of other sizes, before any allocation."""
     require_layers(tensors, {r"transformer\.blocks\.(\d+)\.": sizes.depth}, str(where))
     with torch.device("meta"):
-        model = ARModel(sizes, tokenizer)
+        model = ARModel(sizes, tokenizer, encoder)
     fill_strictly(model, tensors, where)
     return model
 
@@ -217,7 +259,7 @@ def start_from(path: str, network: Autoencoder) -> None:
 
 
 def stored(path: str, network: Transformer) -> Values:
-    """The weights at `path`, read on demand. UserError for other sizes than `network`."""
+    """The weights at `path`, read on demand, without `TRAINING_ONLY`. UserError for other sizes than `network`."""
     folder, config = _read_config(Path(path), "ar")
     if "weights" in config:
         return _stored_in_pieces(folder, _place(config, folder), network)
@@ -228,7 +270,7 @@ def stored(path: str, network: Transformer) -> Values:
     except (OSError, SafetensorError, ValueError) as e:
         raise UserError(f"cannot read {folder / WEIGHTS}: {e}") from None
     found = {name: torch.empty(s.get_shape(), device="meta") for name, s in slices.items()}
-    require_fit(network.state_dict(), found, str(folder))
+    _require_model(network, found, folder)
 
     def values(name: str, start: int, length: int) -> Tensor:
         row = found[name][0].numel()
@@ -242,7 +284,7 @@ def stored(path: str, network: Transformer) -> Values:
 def _stored_in_pieces(folder: Path, place: InCheckpoint, network: Transformer) -> Values:
     reader = PieceReader(folder.parent / place.folder)
     found = {name: torch.empty(shape, device="meta") for name, shape in reader.shapes.items()}
-    require_fit(network.state_dict(), found, str(folder))
+    _require_model(network, found, folder)
 
     def values(name: str, start: int, length: int) -> Tensor:
         out = torch.empty(length)
@@ -252,13 +294,19 @@ def _stored_in_pieces(folder: Path, place: InCheckpoint, network: Transformer) -
     return values
 
 
+def _require_model(network: Transformer, found: Mapping[str, Tensor], folder: Path) -> None:
+    """UserError for other sizes. Weights that only training has may be on either side."""
+    wanted, there = ({k: v for k, v in of.items() if k not in TRAINING_ONLY} for of in (network.state_dict(), found))
+    require_fit(wanted, there, str(folder))
+
+
 def codebook_to_start_from(path: str, quantizer: QuantizerConfig) -> Tensor:
     """The codes (K, D), fp32, of the tokenizer at `path`. UserError if they do not match `quantizer`."""
     folder, config = _read_config(Path(path), "tokenizer")
     there = _section(QuantizerConfig, config, "quantizer", folder)
     if KINDS[there.kind].learns == "layer":
         raise UserError(f"init={path}: an export of {there.kind} has the final codes, but not the layer behind them")
-    for key in ("kind", "codebook_size", "dim", "levels"):
+    for key in ("kind", "codebook_size", "dim", "levels", "l2_normalize"):
         found, wanted = getattr(there, key), getattr(quantizer, key)
         if found != wanted:
             raise UserError(
@@ -292,7 +340,8 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer, source: Mapping[str, Any]
 
 def save_ar(folder: Path, model: ARModel, source: Mapping[str, Any]) -> None:
     """Writes a transformer. `source`: its origin."""
-    write_config(folder, "ar", model.config.architecture(), None, source, model.tokenizer_hash)
+    text = config_text("ar", model.config, None, source, model.tokenizer_hash, encoder=model.encoder)
+    write_config_text(folder, text)
     save_file(_plain(model.transformer.state_dict()), folder / WEIGHTS)
 
 
@@ -311,8 +360,13 @@ def write_config(
     tokenizer: str | None = None,
 ) -> None:
     """Writes ``config.json``, from which `load_tokenizer` and `load_ar` build the model."""
+    write_config_text(folder, config_text(kind, model, quantizer, source, tokenizer))
+
+
+def write_config_text(folder: Path, text: str) -> None:
+    """Writes the result of `config_text`."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(config_text(kind, model, quantizer, source, tokenizer), encoding="utf-8")
+    (folder / CONFIG).write_text(text, encoding="utf-8")
 
 
 def config_text(
@@ -322,13 +376,20 @@ def config_text(
     source: Mapping[str, Any],
     tokenizer: str | None = None,
     weights: InCheckpoint | None = None,
+    encoder: ConditionInfo | None = None,
 ) -> str:
-    """The content of ``config.json``. `weights`: their location if not ``model.safetensors`` beside it."""
-    values: dict[str, Any] = {"format_version": FORMAT_VERSION, "kind": kind, "model": model.model_dump(mode="json")}
+    """The content of ``config.json``. `weights`: their location if not ``model.safetensors`` beside it.
+
+    `encoder`: what made the vectors of its training, if any.
+    """
+    sizes = model.stored() if isinstance(model, TransformerConfig) else model.model_dump(mode="json")
+    values: dict[str, Any] = {"format_version": FORMAT_VERSION, "kind": kind, "model": sizes}
     if quantizer is not None:
         values["quantizer"] = quantizer.model_dump(mode="json")
     if tokenizer is not None:
         values["tokenizer"] = tokenizer
+    if encoder is not None:
+        values["encoder"] = encoder.model_dump(mode="json")
     if weights is not None:
         values["weights"] = weights._asdict()
     return json.dumps(values | {"source": dict(source)}, indent=2) + "\n"

@@ -96,7 +96,7 @@ def export_published(path: Path, to: Path) -> Kind:
             False,
         ):
             raise UserError("the published layout has AdaLN, as many kv_heads as heads and no qk_norm: not this model")
-        sizes = {"model": model.config.model_dump(mode="json"), "tokenizer": model.tokenizer_hash}
+        sizes = {"model": model.config.stored(), "tokenizer": model.tokenizer_hash}
         content = {"state_dict": dict(model.state_dict()), SIZES: sizes}
     to.parent.mkdir(parents=True, exist_ok=True)
     partial = to.with_name(f".{to.name}.partial")
@@ -125,6 +125,8 @@ def published_tokenizer(model: Tokenizer) -> dict[str, Tensor]:
     if not KINDS[kind].published:
         known = " and ".join(name for name, other in KINDS.items() if other.published)
         raise UserError(f"the published layout has no '{kind}' quantizer: only {known} models can be written in it")
+    if model.quantizer_config.l2_normalize:
+        raise UserError("the published layout has no l2_normalize: its code would compare vectors of any length")
     live = {_published(name): tensor for name, tensor in model.state_dict().items()}
     average = {
         "model_ema.decay": torch.tensor(EMA_DECAY),

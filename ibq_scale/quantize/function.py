@@ -91,10 +91,10 @@ _SETTINGS = (
     "int[] sizes, str group, str replicas, float temperature, float sample_weight, float batch_weight, "
     "bool global_entropy, str precision, str backend, int tile_bytes"
 )
-_library: Any = torch.library.Library("ibq_scale", "DEF")  # type: ignore[no-untyped-call]
+library: Any = torch.library.Library("ibq_scale", "DEF")  # type: ignore[no-untyped-call]
 _OUTPUTS = ", ".join(["Tensor"] * len(ForwardOutputs._fields))
-_library.define(f"ibq_forward(Tensor z, Tensor rows, Tensor? mean, {_SETTINGS}) -> ({_OUTPUTS})")
-_library.define(
+library.define(f"ibq_forward(Tensor z, Tensor rows, Tensor? mean, {_SETTINGS}) -> ({_OUTPUTS})")
+library.define(
     "ibq_backward(Tensor grad_z_q, Tensor grad_hard, Tensor grad_entropy, Tensor z, Tensor rows, Tensor[] saved, "
     f"{_SETTINGS}) -> (Tensor, Tensor)"
 )
@@ -137,7 +137,7 @@ class _Layout(NamedTuple):
 
     @staticmethod
     def of(tokens: int, settings: Settings) -> _Layout:
-        group = _resolve(settings.group) if settings.group else None
+        group = group_of(settings.group)
         replicas = _resolve(settings.replicas) if settings.replicas and settings.global_entropy else None
         sizes = tuple(settings.sizes) or (tokens,)
         starts = [sum(sizes[:rank]) for rank in range(len(sizes))]
@@ -164,7 +164,9 @@ def _forward(z_ND: Tensor, rows_KD: Tensor, mean_K: Tensor | None, *values: Any)
     # The gradient at a q̄ of many micro-batches goes to these tokens only: each micro-batch's loss counts once.
     mean_GK = mean_GK / count_G[:, None] if mean_K is None else mean_K[None].clone()
     hard_ND = scatter_sum_uneven(owned_codes(statistics.index, rows_KD, layout.group), layout.sizes, layout.group)
-    sample_entropy = statistics.entropy[layout.mine].mean()
+    entropy_N = statistics.entropy[layout.mine]
+    # A rank may have no tokens where other ranks of the group have some.
+    sample_entropy = entropy_N.mean() if len(entropy_N) else entropy_N.sum()
     (batch_entropy_G,) = sum_over([batch_entropy_of(mean_GK)], layout.group)
     batch_entropy = batch_entropy_G[layout.own_segment].clone()
     return ForwardOutputs(
@@ -302,7 +304,10 @@ def _entropy_gradient(
     """a and b r. A sample entropy is a mean over a rank's tokens, q̄ over a segment's. Each rank has its own slope."""
     grads = gather_rows(grad_entropy.reshape(1), layout.group).unbind()
     sample_M = torch.cat(
-        [(grad * (settings.sample_weight / size)).expand(size) for grad, size in zip(grads, layout.sizes, strict=True)]
+        [
+            (grad * (settings.sample_weight / max(size, 1))).expand(size)
+            for grad, size in zip(grads, layout.sizes, strict=True)
+        ]
     )
     if settings.batch_weight == 0:
         return EntropyGradient(sample_M, None)
@@ -325,12 +330,21 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _call_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
     z_ND, rows_KD, *saved = ctx.saved_tensors
     upstream = (grad.contiguous() for grad in grads[:WITH_GRADIENT])
-    grad_z_ND, grad_rows_KD = torch.ops.ibq_scale.ibq_backward(*upstream, z_ND, rows_KD, saved, *ctx.settings)
+    # A loop of one's own may call backward under autocast, which would round products of softmaxes.
+    with torch.autocast(z_ND.device.type, enabled=False):
+        grad_z_ND, grad_rows_KD = torch.ops.ibq_scale.ibq_backward(*upstream, z_ND, rows_KD, saved, *ctx.settings)
     return grad_z_ND, grad_rows_KD, None, *([None] * len(ctx.settings))
 
 
 def _backend_of(z_ND: Tensor, settings: Settings) -> Backend:
-    return backend_for(z_ND, settings.backend, settings.precision, settings.temperature, settings.tile_bytes or None)
+    # No kernel starts for a group without tokens. Its replicas may have some.
+    backend = settings.backend if any(settings.sizes or [1]) else "tiled"
+    return backend_for(z_ND, backend, settings.precision, settings.temperature, settings.tile_bytes or None)
+
+
+def group_of(name: str) -> Group:
+    """The group of `group_name`."""
+    return _resolve(name) if name else None
 
 
 def group_name(group: Group) -> str:
@@ -338,8 +352,8 @@ def group_name(group: Group) -> str:
     return "" if size_of(group) == 1 else str(group.group_name)  # type: ignore[union-attr]
 
 
-_library.impl("ibq_forward", _forward, "CompositeExplicitAutograd")
-_library.impl("ibq_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("ibq_scale::ibq_forward", _fake_forward, lib=_library)
-torch.library.register_fake("ibq_scale::ibq_backward", _fake_backward, lib=_library)
-torch.library.register_autograd("ibq_scale::ibq_forward", _call_backward, setup_context=_setup, lib=_library)
+library.impl("ibq_forward", _forward, "CompositeExplicitAutograd")
+library.impl("ibq_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("ibq_scale::ibq_forward", _fake_forward, lib=library)
+torch.library.register_fake("ibq_scale::ibq_backward", _fake_backward, lib=library)
+torch.library.register_autograd("ibq_scale::ibq_forward", _call_backward, setup_context=_setup, lib=library)

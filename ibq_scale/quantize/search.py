@@ -62,6 +62,8 @@ def best_rows(
     With a group, `rows_KD` are this rank's rows and `sizes` the ranks' numbers of tokens (None: all equal).
     """
     sizes = sizes or [z_ND.shape[0]] * size_of(group)
+    if not any(sizes):
+        return Found(z_ND.new_empty(0, dtype=torch.int64), z_ND.new_zeros((), dtype=torch.int64))
     z_MD = gather_uneven(z_ND, sizes, group)
     if choose(backend, z_MD.device, z_MD.dtype, z_MD.shape[1], coarse, "best") == "triton":
         scorer = _Scorer(z_MD, rows_KD, score, in_bf16=coarse == "bf16")

@@ -41,9 +41,9 @@ def tile_tokens(codes: int, tile_bytes: int | None, like: Tensor, buffers: int) 
 
 
 def blocks(segments: Segments, step: int) -> Iterator[tuple[int, slice]]:
-    """Slices of at most `step` tokens within each segment, with the segment's number."""
+    """Slices of at most `step` tokens within each segment, with its number. An empty segment has one empty slice."""
     for number, segment in enumerate(segments):
-        for start in range(segment.start, segment.stop, step):
+        for start in range(segment.start, max(segment.stop, segment.start + 1), step):
             yield number, slice(start, min(start + step, segment.stop))
 
 
@@ -233,7 +233,7 @@ class TiledBackend:
     @contextmanager
     def _tile(self, z_MD: Tensor, rows_KD: Tensor, buffers: int = 1) -> Iterator[BlockScratch]:
         codes = len(rows_KD)
-        step = min(tile_tokens(codes, self.tile_bytes, z_MD, buffers), len(z_MD))
+        step = min(tile_tokens(codes, self.tile_bytes, z_MD, buffers), max(1, len(z_MD)))
         with scratch(codes * buffers * step, z_MD) as flat:
             yield BlockScratch(step, codes, flat, self.precision)
 

@@ -1,4 +1,4 @@
-"""Nearest code by Euclidean distance, straight-through to z, whole or sharded: VQGAN's quantizer, and SimVQ's.
+"""Nearest code by Euclidean distance, whole or sharded: VQGAN's quantizer, and SimVQ's.
 
 SimVQ (arXiv 2411.02038) differs in where the codes come from: a frozen basis times one learned linear layer. The
 training's codebook makes them (train/codebook.py). To this function they are plain rows.
@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from ibq_scale.config.models import QuantizerConfig
-from ibq_scale.quantize.collectives import Group, add_at_owned, gather_uneven, owned_codes, scatter_sum_uneven
+from ibq_scale.quantize.collectives import Group, Shards, add_at_owned, gather_uneven, owned_codes, scatter_sum_uneven
+from ibq_scale.quantize.function import group_name, group_of, library
+from ibq_scale.quantize.product import Precision
 from ibq_scale.quantize.quantized import Quantized, commitment_terms
 from ibq_scale.quantize.search import Score, best_rows
+from ibq_scale.quantize.straight_through import carried
 
 
 class LookupFunction(torch.autograd.Function):
@@ -35,22 +38,47 @@ class LookupFunction(torch.autograd.Function):
         return None, grad_rows_KD, None, None
 
 
-def vq(z_ND: Tensor, rows_KD: Tensor, settings: QuantizerConfig, group: Group, sizes: list[int]) -> Quantized:
+def _nearest_rows(
+    z_ND: Tensor, rows_KD: Tensor, sizes: list[int], group: str, coarse: Precision, backend: str, tile_bytes: int
+) -> Tensor:
+    return best_rows(
+        z_ND,
+        rows_KD,
+        Score.DISTANCE,
+        coarse=coarse,
+        backend=backend,
+        tile_bytes=tile_bytes or None,
+        group=group_of(group),
+        sizes=sizes or None,
+    ).index_N
+
+
+# An operator, since torch.compile cannot follow the search.
+library.define(
+    "nearest_rows(Tensor z, Tensor rows, int[] sizes, str group, str coarse, str backend, int tile_bytes) -> Tensor"
+)
+library.impl("nearest_rows", _nearest_rows, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "ibq_scale::nearest_rows", lambda z_ND, *_: z_ND.new_empty(len(z_ND), dtype=torch.int64), lib=library
+)
+
+
+def vq(z_ND: Tensor, rows_KD: Tensor, settings: QuantizerConfig, shards: Shards) -> Quantized:
     """Quantizes z (N, D) with this rank's rows (K/W, D) of the codebook. There is no entropy term."""
-    indices_N = best_rows(
+    group, sizes = shards.group, shards.sizes or []
+    indices_N = torch.ops.ibq_scale.nearest_rows(
         z_ND.detach(),
         rows_KD.detach(),
-        Score.DISTANCE,
-        coarse=settings.search,
-        backend=settings.backend,
-        tile_bytes=settings.tile_bytes,
-        group=group,
-        sizes=sizes,
-    ).index_N
+        sizes if group is not None else [],
+        group_name(group),
+        settings.search,
+        settings.backend,
+        settings.tile_bytes or 0,
+    )
     hard_ND: Tensor = LookupFunction.apply(indices_N, rows_KD, sizes, group)
     nothing = z_ND.new_zeros(())
     return Quantized(
-        z_q_ND=z_ND + (hard_ND - z_ND).detach() if settings.straight_through else hard_ND,
+        z_q_ND=carried(z_ND, hard_ND, indices_N, settings, shards),
         indices_N=indices_N,
         quantization_loss=commitment_terms(hard_ND, z_ND, settings),
         entropy_loss=nothing,

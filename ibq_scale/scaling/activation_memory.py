@@ -17,13 +17,20 @@ from ibq_scale.config.models import AutoencoderConfig, DiscriminatorConfig, Tran
 from ibq_scale.config.run import ARRun, TokenizerLossConfig, TokenizerRun
 from ibq_scale.losses.adversarial import discriminator_hinge
 from ibq_scale.losses.image import ImageLoss
+from ibq_scale.models.aligned import Alignment
 from ibq_scale.models.autoencoder import Autoencoder, image_of, tokens_of
-from ibq_scale.models.discriminator import PatchDiscriminator
 from ibq_scale.models.head import chunk_tokens
 from ibq_scale.models.precision import compute_dtype
 from ibq_scale.models.transformer import Transformer
 from ibq_scale.scaling.allocations import Allocations, NormShapes, as_on_cuda
-from ibq_scale.scaling.flops import ANYWHERE, on_meta, perceptual_on_meta
+from ibq_scale.scaling.flops import (
+    ANYWHERE,
+    backbone_on_meta,
+    discriminator_on_meta,
+    features_on_meta,
+    on_meta,
+    perceptual_on_meta,
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,13 @@ def _transformer(
         model = Transformer(config).to(dtype)
         codes_BT = torch.zeros((micro_batch, config.tokens), dtype=torch.int64)
         labels_B = torch.zeros(micro_batch, dtype=torch.int64)
-    return _rehearse(model.parameters(), lambda: model.losses(codes_BT, labels_B).mean(), keeps_gradients)
+        orders_BT = None if config.order == "raster" else torch.zeros_like(codes_BT)
+
+    # A model with a prefix makes an empty one of full length.
+    def forward() -> Tensor:
+        return model.losses(codes_BT, labels_B, orders_BT=orders_BT).mean()
+
+    return _rehearse(model.parameters(), forward, keeps_gradients)
 
 
 def logit_bytes(run: ARRun) -> int:
@@ -89,11 +102,21 @@ def _tokenizer(
 ) -> ActivationMemory:
     with on_meta():
         model = Autoencoder(config, dim).to(dtype)
-        discriminator = PatchDiscriminator(sizes).to(dtype)
         images = torch.zeros((micro_batch, 3, config.resolution, config.resolution))
     net = losses.perceptual
     metric = None if net == "none" else perceptual_on_meta(net, dtype)
     image_loss = ImageLoss(losses, metric)
+    discriminator = discriminator_on_meta(sizes, dtype)
+    target, alignment = features_on_meta(losses, config, dtype), None
+    if target is not None:
+        with on_meta():
+            alignment = Alignment(model.decoder.mid, config, target.width).to(dtype)
+    frozen = [
+        *_frozen(metric),
+        *_frozen(backbone_on_meta(sizes, dtype)),
+        *_frozen(None if target is None else target.vit),
+    ]
+    judged, trained = _frozen(discriminator), [*model.parameters(), *_frozen(alignment)]
 
     def forward() -> Tensor:
         z_BDhw = model.encode(images)
@@ -101,16 +124,17 @@ def _tokenizer(
         reconstruction = model.decode(image_of(codes_ND.to(dtype), z_BDhw.shape))
         shown = reconstruction.detach().float()
         adversarial = discriminator if losses.adversarial_weight > 0 else None
-        return (reconstruction * image_loss(images, shown, adversarial).gradient).sum()
+        loss = (reconstruction * image_loss(images, shown, adversarial).gradient).sum()
+        return loss if alignment is None or target is None else loss + alignment(target(images))
 
     def discriminate() -> Tensor:
         real, fake = discriminator(images), discriminator(torch.zeros_like(images))
         return discriminator_hinge(real.float(), fake.float())
 
-    ours = _rehearse([*model.parameters(), *discriminator.parameters(), *_frozen(metric)], forward, keeps_gradients)
+    ours = _rehearse([*trained, *judged, *frozen], forward, keeps_gradients)
     if losses.adversarial_weight == 0:
         return ours
-    theirs = _rehearse(discriminator.parameters(), discriminate, keeps_gradients)
+    theirs = _rehearse([*judged, *frozen], discriminate, keeps_gradients)
     return ActivationMemory(ours.kept, max(ours.peak, theirs.peak))
 
 

@@ -19,12 +19,14 @@ from ibq_scale.config.deepspeed import UNSETTLED
 from ibq_scale.config.layers import with_values
 from ibq_scale.config.run import AnyRun, ARRun, TokenizerRun
 from ibq_scale.data.shared_memory import ranks_of_node
-from ibq_scale.distributed.agree import of_all_ranks
+from ibq_scale.distributed.agree import by_rank_0, of_all_ranks
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from ibq_scale.scaling.devices import BOARDS
 from ibq_scale.scaling.fitting import budget_of, largest_micro_batch
-from ibq_scale.scaling.plan import Machine, Plan, fastest_group, make_plan
+from ibq_scale.scaling.flops import training_flops
+from ibq_scale.scaling.plan import Machine, Plan, fastest_group, make_plan, measured_rates
+from ibq_scale.scaling.profile import StepRate, read_profile, this_cpu
 
 MICRO_BATCH, GROUP, ZERO, AGAIN = (
     "train.micro_batch",
@@ -65,7 +67,9 @@ def open_keys(run: AnyRun) -> tuple[str, ...]:
 
 
 def machine_of(world: World) -> Machine:
-    """The machine of a running job. Among different GPUs the one with the least memory counts. Collective."""
+    """The machine of a running job. Among different GPUs the one with the least memory counts. Collective: rank 0 reads
+    what is measured on it.
+    """
     found: tuple[float, str] | None = None
     if world.device.type == "cuda":
         properties = torch.cuda.get_device_properties(world.device)
@@ -76,15 +80,18 @@ def machine_of(world: World) -> Machine:
         node = 1
     gpus = [gpu for gpu, _ in everyone if gpu is not None]
     if len(gpus) < world.size:
-        return Machine(node, world.size // node)
+        cpu = by_rank_0(world, lambda: read_profile(this_cpu(torch.get_num_threads())))
+        return Machine(node, world.size // node, profile=cpu)
     memory, name = min(gpus)
-    return Machine(node, world.size // node, BOARDS.get(name, name), memory)
+    measured = by_rank_0(world, lambda: read_profile(name))
+    return Machine(node, world.size // node, BOARDS.get(name, name), memory, profile=measured)
 
 
-def settle(run: R, machine: Machine) -> tuple[R, tuple[Choice, ...]]:
+def settle(run: R, machine: Machine, most: int | None = None) -> tuple[R, tuple[Choice, ...]]:
     """The run with a value for each open setting, and the choices with their reasons.
 
-    UserError where no micro-batch divides the global batch over these ranks, or where nothing fits the GPU's memory.
+    `most`: the largest open micro-batch that may be chosen, after a larger one ran out of memory. UserError where no
+    micro-batch divides the global batch over these ranks, or where nothing fits the GPU's memory.
     """
     keys = open_keys(run)
     if not keys:
@@ -92,24 +99,43 @@ def settle(run: R, machine: Machine) -> tuple[R, tuple[Choice, ...]]:
     one = with_values(run, {MICRO_BATCH: 1}) if MICRO_BATCH in keys else run
     share = accumulation_steps(one.train, machine.world) * one.train.micro_batch
     if machine.gpu_memory is None:
-        values = _without_memory(keys, share)
-        return with_values(run, values), tuple(
-            Choice(key, values[key], "no GPU's memory is known here") for key in keys
-        )
-    found = _fastest(run, keys, machine, machine.gpu_memory * HEADROOM)
+        choices = _without_memory(one, keys, machine, [m for m in _divisors(share) if most is None or m <= most])
+        return with_values(run, {choice.key: choice.value for choice in choices}), choices
+    found = _fastest(run, keys, machine, machine.gpu_memory * HEADROOM, most)
     if found is None:
         raise UserError(_too_small(one, keys, machine))
     values, plan = found
     return with_values(run, values), tuple(Choice(key, values[key], _reason(key, plan)) for key in keys)
 
 
-def _without_memory(keys: tuple[str, ...], share: int) -> dict[str, Any]:
-    small = max(m for m in range(1, SMALL_MICRO_BATCH + 1) if share % m == 0)
-    values = {MICRO_BATCH: small, GROUP: 0, ZERO: UNSETTLED, AGAIN: CHECKPOINTING[0]}
-    return {key: values[key] for key in keys}
+def _divisors(share: int) -> list[int]:
+    return [m for m in range(1, share + 1) if share % m == 0]
 
 
-def _fastest(run: AnyRun, keys: tuple[str, ...], machine: Machine, memory: float) -> tuple[dict[str, Any], Plan] | None:
+def _without_memory(run: AnyRun, keys: tuple[str, ...], machine: Machine, sizes: list[int]) -> tuple[Choice, ...]:
+    """Constants, or the micro-batch of `sizes` with the best measured rate. `run`: with a micro-batch."""
+    unknown = "no GPU's memory is known here"
+    small = max(m for m in sizes if m <= SMALL_MICRO_BATCH)
+    choices = {
+        MICRO_BATCH: Choice(MICRO_BATCH, small, unknown),
+        GROUP: Choice(GROUP, 0, unknown),
+        ZERO: Choice(ZERO, UNSETTLED, unknown),
+        AGAIN: Choice(AGAIN, CHECKPOINTING[0], unknown),
+    }
+    rates = [rate for rate in _rates(run, machine) if rate.micro_batch in sizes]
+    if rates:
+        best = max(rates, key=lambda rate: rate.flops_per_s)
+        choices[MICRO_BATCH] = Choice(MICRO_BATCH, best.micro_batch, f"the fastest; {best}")
+    return tuple(choices[key] for key in keys)
+
+
+def _rates(run: AnyRun, machine: Machine) -> list[StepRate]:
+    return measured_rates(run, machine, training_flops(run)) if machine.profile and machine.profile.rates else []
+
+
+def _fastest(
+    run: AnyRun, keys: tuple[str, ...], machine: Machine, memory: float, most: int | None
+) -> tuple[dict[str, Any], Plan] | None:
     """The values with the shortest step among those that fit `memory` bytes, None where none fit."""
     best: tuple[float, dict[str, Any], Plan] | None = None
     for stages in (STAGES, OFFLOADS):
@@ -117,14 +143,12 @@ def _fastest(run: AnyRun, keys: tuple[str, ...], machine: Machine, memory: float
             # Computing again saves micro-batches and nothing else.
             if best is not None and best[2].accumulation == 1 and values.get(AGAIN) != best[1].get(AGAIN):
                 break
-            fitting = _fitted(run, values, keys, machine, memory)
-            if fitting is None:
-                continue
-            plan = make_plan(with_values(run, fitting), machine, mfu=0.5)
-            # Of a GPU without a data sheet only the number of micro-batches can be compared.
-            seconds = plan.roofline.total if plan.roofline is not None else float(plan.accumulation)
-            if best is None or seconds < FASTER * best[0]:
-                best = seconds, fitting, plan
+            for fitting in _fitted(run, values, keys, machine, memory, most):
+                plan = make_plan(with_values(run, fitting), machine, mfu=0.5)
+                # Of a GPU without a data sheet only the number of micro-batches can be compared.
+                seconds = plan.predicted_s or float(plan.accumulation)
+                if best is None or seconds < FASTER * best[0]:
+                    best = seconds, fitting, plan
         if best is not None or ZERO not in keys:
             break
     return None if best is None else best[1:]
@@ -139,28 +163,36 @@ def _candidates(keys: tuple[str, ...], stages: tuple[str, ...]) -> Iterator[dict
 
 
 def _fitted(
-    run: AnyRun, values: dict[str, Any], keys: tuple[str, ...], machine: Machine, memory: float
-) -> dict[str, Any] | None:
-    """The candidate with the codebook's group and the largest micro-batch that fit. None if no image fits."""
+    run: AnyRun, values: dict[str, Any], keys: tuple[str, ...], machine: Machine, memory: float, most: int | None
+) -> list[dict[str, Any]]:
+    """The candidate with the codebook's group and the largest micro-batch that fit, then the smaller measured ones.
+
+    Empty if no image fits.
+    """
     if GROUP in keys:
         assert isinstance(run, TokenizerRun)
         values = values | {GROUP: fastest_group(run, machine)}
     world = machine.world
     try:
         if MICRO_BATCH not in keys:
-            return values if budget_of(with_values(run, values), world).peak <= memory else None
+            return [values] if budget_of(with_values(run, values), world).peak <= memory else []
         trial = with_values(run, values | {MICRO_BATCH: 1})
-        largest = largest_micro_batch(trial, world, memory)
+        largest = largest_micro_batch(trial, world, memory, most)
     except UserError:
         # What training refuses, such as ZeRO-3 under torch.compile.
-        return None
-    return values | {MICRO_BATCH: largest} if largest else None
+        return []
+    measured = {rate.micro_batch for rate in _rates(trial, machine)}
+    share = run.train.global_batch // world
+    smaller = [m for m in sorted(measured, reverse=True) if m < largest and share % m == 0]
+    return [values | {MICRO_BATCH: size} for size in [largest, *smaller] if size]
 
 
 def _reason(key: str, plan: Plan) -> str:
     memory = plan.machine.gpu_memory
     assert memory is not None
     full = f"{plan.memory.peak / 1e9:.1f} of {memory / 1e9:.0f} GB"
+    if plan.time.measured:
+        full += f", {plan.time.basis}"
     if key == MICRO_BATCH:
         return f"{full}, {plan.accumulation} accumulation"
     if key == GROUP:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ibq_scale.config.batch import codebook_group_size
@@ -21,6 +21,9 @@ TOKEN_TENSORS = 4
 TILE = 1 << 30
 # Triton's largest block, and the places of a token's list of candidates (quantize/triton_backend.py, tiles.py).
 BLOCK, NEAR = 512 << 20, 512
+# Copies of a shard's rows in fp32 within Region VQ's term (means, targets, free codes, what they get, differences), and
+# for codes of length 1 (rows, their gradient).
+REGION_ROWS, UNIT_ROWS = 6, 2
 SCRATCH = "optimizer's scratch"
 CODEBOOK_STATES = 5  # rows, gradient, two moments, average
 
@@ -89,9 +92,12 @@ def ar_budget(run: ARRun, zero: Zero, network: Network) -> MemoryBudget:
 
 
 def tokenizer_budget(
-    run: TokenizerRun, zero: Zero, network: Network, discriminator: Network, perceptual: int
+    run: TokenizerRun, zero: Zero, network: Network, discriminator: Network, frozen: Mapping[str, int]
 ) -> MemoryBudget:
-    """Memory of the tokenizer's training. UserError if `codebook_group` does not divide the ranks."""
+    """Memory of the tokenizer's training. UserError if `codebook_group` does not divide the ranks.
+
+    `frozen`: elements of frozen networks, by name.
+    """
     states = engine_states(network.groups, zero)
     memory = tokenizer_activation_memory(run, keeps_gradients=states.keeps_gradients and zero.accumulation == 1)
     size = codebook_group_size(run, zero.world)
@@ -103,8 +109,10 @@ def tokenizer_budget(
         # A block of e^S, or of the gradient of S, in the dtype of the products.
         element = 2 if run.quantizer.logit_precision == "bf16" else FP32
         work += min(BLOCK, element * tokens * run.quantizer.codebook_size // size) + 2 * FP32 * NEAR * tokens
+    rows = -(-run.quantizer.codebook_size // size) * run.quantizer.dim
+    work += FP32 * rows * (REGION_ROWS * run.quantizer.region + UNIT_ROWS * run.quantizer.l2_normalize)
     lines = [
-        *tokenizer_states(run, zero, network, discriminator, perceptual),
+        *tokenizer_states(run, zero, network, discriminator, frozen),
         Line("activations", memory.peak, 0),
         Line("quantizer's work", work, 0),
     ]
@@ -114,13 +122,12 @@ def tokenizer_budget(
 
 
 def tokenizer_states(
-    run: TokenizerRun, zero: Zero, network: Network, discriminator: Network, perceptual: int
+    run: TokenizerRun, zero: Zero, network: Network, discriminator: Network, frozen: Mapping[str, int]
 ) -> list[Line]:
     """Permanent memory in the tokenizer's training. UserError as for `tokenizer_budget`."""
     size = codebook_group_size(run, zero.world)
     rows = FP32 * -(-run.quantizer.codebook_size // size) * run.quantizer.dim
     copies = CODEBOOK_STATES if KINDS[run.quantizer.kind].learns == "rows" else 2
-    lpips = zero.weight_bytes * perceptual
     return [
         *engine_lines("", engine_states(network.groups, zero), ema_bytes(network, zero, run.ema_decay)),
         _joined(
@@ -128,7 +135,7 @@ def tokenizer_states(
             engine_lines("", engine_states(discriminator.groups, discriminator_zero(zero)), 0),
         ),
         Line(f"codebook, 1/{size} of {copies} copies", copies * rows, copies * rows),
-        *([Line("LPIPS, frozen", lpips, lpips)] if perceptual else []),
+        *(Line(f"{name}, frozen", n * zero.weight_bytes, n * zero.weight_bytes) for name, n in frozen.items()),
     ]
 
 
@@ -174,6 +181,8 @@ def checkpoint_bytes(run: AnyRun, nets: Sequence[Network]) -> int:
         rows = FP32 * run.quantizer.codebook_size * run.quantizer.dim
         # rows, average, two moments and the exported rows (a frozen codebook has no moments)
         total += rows * (CODEBOOK_STATES if KINDS[run.quantizer.kind].learns == "rows" else 3)
+        # The window: an int64 a code.
+        total += 8 * run.quantizer.codebook_size * run.quantizer.region
     return total
 
 

@@ -19,6 +19,8 @@ The quantizer (`quantize.function`), for each micro-batch, with M tokens of a gr
     backward    all-gather of two gradients at z_q (M·D each) and of one number per token, all-reduce of another number,
                 reduce-scatter of ∂L/∂z (M·D)
     step        all-reduce of the codebook's gradient over replicas (K/W · D), once
+    region      all-gather of z and of at most half as many targets (1.5 M·D), all-reduce of the tokens' sums over
+                replicas (K/W · D), for any kind of codebook
 
 With W = 1 the codebook is replicated on all ranks, and only the two all-reduces over replicas are left. Sharded traffic
 grows with the tokens of the whole group, replicated traffic with the codebook.
@@ -127,4 +129,16 @@ def tokenizer_transfers(run: TokenizerRun, zero: Zero, network: Network, discrim
         tokens = run.train.micro_batch * run.model.tokens
         size, dim = run.quantizer.codebook_size, run.quantizer.dim
         found += codebook_transfers(size, dim, tokens, zero.accumulation, group, zero.world)
-    return found
+    return found + (_region_transfers(run, zero) if run.quantizer.region else [])
+
+
+def _region_transfers(run: TokenizerRun, zero: Zero) -> list[Transfer]:
+    group, dim = codebook_group_size(run, zero.world), run.quantizer.dim
+    wide = FP32 * run.train.micro_batch * run.model.tokens * group * dim
+    rows = FP32 * run.quantizer.codebook_size // group * dim
+    replicas = zero.world // group
+    found = [
+        Transfer("region: tokens and targets", "all-gather", wide + wide // 2, zero.accumulation, group),
+        Transfer("region: sums over replicas", "all-reduce", rows, zero.accumulation, replicas, spread=True),
+    ]
+    return [transfer for transfer, ranks in zip(found, (group, replicas), strict=True) if ranks > 1]

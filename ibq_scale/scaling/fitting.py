@@ -32,7 +32,7 @@ def budget_of(run: AnyRun, world: int) -> MemoryBudget:
     zero = Zero.of(deepspeed_config(run, world), world=world)
     if isinstance(run, TokenizerRun):
         nets = networks.autoencoder(run), networks.discriminator(run)
-        return tokenizer_budget(run, zero, *nets, networks.perceptual(run))
+        return tokenizer_budget(run, zero, *nets, networks.frozen(run))
     return ar_budget(run, zero, networks.transformer(run))
 
 
@@ -44,10 +44,13 @@ def other_bytes(run: TokenizerRun, world: int) -> float:
     return max(budget.passes - sum(line.passes for line in own), budget.step - sum(line.step for line in own))
 
 
-def largest_micro_batch(run: AnyRun, world: int, memory: float) -> int:
-    """The largest micro-batch that divides the global batch on these ranks and fits. 0 if no image fits."""
+def largest_micro_batch(run: AnyRun, world: int, memory: float, most: int | None = None) -> int:
+    """The largest micro-batch that divides the global batch on these ranks and fits. 0 if no image fits.
+
+    `most`: the largest one to consider, None for all.
+    """
     share = run.train.global_batch // world
-    fitting = [m for m in range(1, share + 1) if share % m == 0]
+    fitting = [m for m in range(1, share + 1) if share % m == 0 and (most is None or m <= most)]
 
     def fits(size: int) -> bool:
         return budget_of(with_values(run, {"train.micro_batch": size}), world).peak <= memory

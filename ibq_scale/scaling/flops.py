@@ -12,16 +12,19 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ibq_scale.config.models import TransformerConfig
-from ibq_scale.config.run import AnyRun, TokenizerRun
+from ibq_scale.config.models import AutoencoderConfig, DiscriminatorConfig, TransformerConfig
+from ibq_scale.config.run import AnyRun, TokenizerLossConfig, TokenizerRun
+from ibq_scale.losses.frozen_vit import FrozenFeatures, backbone_of
 from ibq_scale.losses.perceptual import Net, Perceptual
+from ibq_scale.models.aligned import Alignment
 from ibq_scale.models.autoencoder import Autoencoder
-from ibq_scale.models.discriminator import PatchDiscriminator
+from ibq_scale.models.discriminator import make_discriminator
 from ibq_scale.models.initial import Uninitialized
 from ibq_scale.models.transformer import Transformer
+from ibq_scale.models.vit import ViT
 from ibq_scale.quantize.kinds import KINDS
 from ibq_scale.scaling.allocations import NormShapes
 
@@ -59,9 +62,10 @@ def on_meta() -> Iterator[None]:
 class ARFlops:
     """FLOPs of an image's forward pass, by part (`AR_FORMULA`).
 
-    L blocks of width E on T tokens, G heads of d for keys and values, SwiGLU of F, V codes. Attention counts in full
-    although half is masked, as in PaLM (arXiv 2204.02311, appendix B). AdaLN runs once an image. An embedding is a
-    lookup without products.
+    L blocks of width E on T tokens, G heads of d for keys and values, SwiGLU of F, V codes. A prefix of given vectors
+    adds its length to the blocks' T, and its projection to `embedding`. Attention counts in full
+    although half is masked, as in PaLM (arXiv 2204.02311, appendix B). AdaLN runs once an image. Other embeddings are
+    lookups without products.
     """
 
     projections: float
@@ -94,7 +98,7 @@ class ARFlops:
 
 def ar_flops(model: TransformerConfig) -> ARFlops:
     """FLOPs of a transformer by formula."""
-    L, T, E = model.depth, model.tokens, model.width
+    L, T, E = model.depth, model.condition_tokens + model.tokens, model.width
     keys_and_values = 2 * model.kv_groups * model.head_dim
     modulations = 6 * L + 2 if model.conditioning == "adaln" else 0
     return ARFlops(
@@ -102,7 +106,8 @@ def ar_flops(model: TransformerConfig) -> ARFlops:
         attention=4.0 * L * T**2 * E,
         feed_forward=6.0 * L * T * E * model.ffn_hidden,
         adaln=2.0 * E * modulations * E,
-        head=2.0 * T * E * model.codebook_size,
+        head=2.0 * model.tokens * E * model.codebook_size,
+        embedding=2.0 * model.condition_tokens * model.condition_width * E,
     )
 
 
@@ -132,11 +137,12 @@ class StepFlops:
     quantizer_executed: float
     discriminator: float
     perceptual: float
+    features: float
 
     @property
     def total(self) -> float:
         """Required FLOPs of the step, with the discriminator's."""
-        return self.autoencoder + self.quantizer + self.discriminator + self.perceptual
+        return self.autoencoder + self.quantizer + self.discriminator + self.perceptual + self.features
 
 
 def step_flops(run: TokenizerRun, *, backend: str, sharded: bool) -> StepFlops:
@@ -150,6 +156,7 @@ def step_flops(run: TokenizerRun, *, backend: str, sharded: bool) -> StepFlops:
         quantizer_executed=executed,
         discriminator=_discriminator(run, image) if run.loss.adversarial_weight > 0 else 0.0,
         perceptual=_perceptual(run, image) if run.loss.perceptual != "none" else 0.0,
+        features=_features(run, image),
     )
 
 
@@ -175,8 +182,7 @@ def _autoencoder(run: TokenizerRun, image: Tensor) -> float:
 
 def _discriminator(run: TokenizerRun, image: Tensor) -> float:
     """Three passes: real and fake for its own weights, and one for the generator, back to the image."""
-    with on_meta():
-        model = PatchDiscriminator(run.discriminator)
+    model = discriminator_on_meta(run.discriminator, torch.float32)
     own = count(lambda: model(image))
     model.requires_grad_(False)
     fake = image.clone().requires_grad_()
@@ -192,6 +198,44 @@ def _perceptual(run: TokenizerRun, image: Tensor) -> float:
     return count(lambda: metric(image, fake))
 
 
+def _features(run: TokenizerRun, image: Tensor) -> float:
+    """The frozen encoder forward, and the projection forward and back."""
+    target = features_on_meta(run.loss, run.model, torch.float32)
+    if target is None:
+        return 0.0
+    with on_meta():
+        alignment = Alignment(middle := nn.Identity(), run.model, target.width)
+        width, side = (
+            run.model.channels * run.model.channel_multipliers[-1],
+            run.model.resolution // run.model.downsampling,
+        )
+        tap = torch.empty(1, width, side, side, requires_grad=True)
+    middle(tap)
+    return count(lambda: alignment(target(image)))
+
+
+@cache
+def backbone_on_meta(config: DiscriminatorConfig, dtype: torch.dtype) -> ViT | None:
+    """The discriminator's frozen backbone on the meta device, which needs no file."""
+    with on_meta():
+        return backbone_of(config, META, dtype)
+
+
+def discriminator_on_meta(config: DiscriminatorConfig, dtype: torch.dtype) -> nn.Module:
+    """The discriminator on the meta device, with a backbone of the same dtype."""
+    with on_meta():
+        return make_discriminator(config, backbone_on_meta(config, dtype)).to(dtype)
+
+
+@cache
+def features_on_meta(
+    losses: TokenizerLossConfig, model: AutoencoderConfig, dtype: torch.dtype
+) -> FrozenFeatures | None:
+    """The feature loss's target on the meta device, which needs no file."""
+    with on_meta():
+        return FrozenFeatures.of(losses, model, META, dtype)
+
+
 @cache
 def perceptual_on_meta(net: Net, dtype: torch.dtype) -> Perceptual:
     """LPIPS on the meta device. The random network is the same VGG and needs no file."""
@@ -205,7 +249,9 @@ def _quantizer(run: TokenizerRun, backend: str, sharded: bool) -> tuple[float, f
     tokens = run.model.tokens
     product = 2.0 * tokens * settings.codebook_size * settings.dim
     kind = KINDS[settings.kind]
+    # Region VQ's sources have two tokens or more: two products of at most half of the tokens.
+    region = product * settings.region
     if not kind.reaches_all_codes:
-        return kind.products * product, kind.products * product
+        return kind.products * product + region, kind.products * product + region
     done = TRITON_PRODUCTS if backend == "triton" else SHARDED_PRODUCTS if sharded else STEP_PRODUCTS
-    return kind.products * product, done * product
+    return kind.products * product + region, done * product + region

@@ -11,12 +11,18 @@ from torch import nn
 
 from ibq_scale.config.models import AutoencoderConfig, TransformerConfig
 from ibq_scale.config.run import ARRun, OptimizerConfig, TokenizerRun
+from ibq_scale.models.aligned import Alignment
 from ibq_scale.models.autoencoder import Autoencoder
-from ibq_scale.models.discriminator import PatchDiscriminator
 from ibq_scale.models.optimizers import adam, adamw
 from ibq_scale.models.precision import compute_dtype
 from ibq_scale.models.transformer import Transformer
-from ibq_scale.scaling.flops import on_meta, perceptual_on_meta
+from ibq_scale.scaling.flops import (
+    backbone_on_meta,
+    discriminator_on_meta,
+    features_on_meta,
+    on_meta,
+    perceptual_on_meta,
+)
 
 
 @dataclass(frozen=True)
@@ -47,30 +53,34 @@ def _transformer(model: TransformerConfig, optimizer: OptimizerConfig) -> Networ
 
 def autoencoder(run: TokenizerRun) -> Network:
     """What stage 1's first engine trains."""
-    return _autoencoder(run.model, run.quantizer.dim, run.optimizer)
+    target = features_on_meta(run.loss, run.model, compute_dtype(run))
+    return _autoencoder(run.model, run.quantizer.dim, run.optimizer, 0 if target is None else target.width)
 
 
 @cache
-def _autoencoder(model: AutoencoderConfig, dim: int, optimizer: OptimizerConfig) -> Network:
+def _autoencoder(model: AutoencoderConfig, dim: int, optimizer: OptimizerConfig, features: int) -> Network:
     with on_meta():
         module = Autoencoder(model, dim)
+        if features:
+            module.add_module("alignment", Alignment(module.decoder.mid, model, features))
     return _network(module, _autoencoder_part, adam(module.parameters(), optimizer))
 
 
 def discriminator(run: TokenizerRun) -> Network:
     """The network of stage 1's second engine."""
-    with on_meta():
-        module = PatchDiscriminator(run.discriminator)
+    module = discriminator_on_meta(run.discriminator, torch.float32)
     return _network(module, lambda _: "discriminator", adam(module.parameters(), run.optimizer))
 
 
-def perceptual(run: TokenizerRun) -> int:
-    """Elements of LPIPS' frozen network, 0 without LPIPS."""
-    net = run.loss.perceptual
-    if net == "none":
-        return 0
-    metric = perceptual_on_meta(net, compute_dtype(run))
-    return sum(p.numel() for p in metric.parameters())
+def frozen(run: TokenizerRun) -> dict[str, int]:
+    """Elements of stage 1's frozen networks, by name."""
+    net, target = run.loss.perceptual, features_on_meta(run.loss, run.model, compute_dtype(run))
+    modules = {
+        "LPIPS": None if net == "none" else perceptual_on_meta(net, compute_dtype(run)),
+        "DINO": backbone_on_meta(run.discriminator, compute_dtype(run)),
+        "DINOv2": None if target is None else target.vit,
+    }
+    return {name: sum(p.numel() for p in m.parameters()) for name, m in modules.items() if m is not None}
 
 
 def _network(module: nn.Module, part: Callable[[str], str], optimizer: torch.optim.Optimizer) -> Network:
@@ -84,11 +94,19 @@ def _network(module: nn.Module, part: Callable[[str], str], optimizer: torch.opt
 def _transformer_part(name: str) -> str:
     if "ada_lin" in name:
         return "AdaLN"
-    for start, part in (("tok_emb", "embedding"), ("class_emb", "class embedding"), ("head", "head")):
+    for start, part in (
+        ("tok_emb", "embedding"),
+        ("class_emb", "class embedding"),
+        ("condition_emb", "condition embedding"),
+        ("order_emb", "order embedding"),
+        ("head", "head"),
+    ):
         if name.startswith(start):
             return part
     return "feed-forward" if "feed_forward" in name or "ffn" in name else "attention"
 
 
 def _autoencoder_part(name: str) -> str:
+    if name.startswith("alignment"):
+        return "feature projection"
     return "encoder" if name.startswith(("encoder", "quant_conv")) else "decoder"

@@ -22,19 +22,17 @@ from ibq_scale.scaling.activation_memory import ar_activation_memory, tokenizer_
 from ibq_scale.scaling.budget import MemoryBudget, ar_budget, checkpoint_bytes, tokenizer_budget
 from ibq_scale.scaling.communication import Transfer, codebook_transfers, engine_transfers, tokenizer_transfers
 from ibq_scale.scaling.devices import DEVICES, Device, named
-from ibq_scale.scaling.fabric import Fabric
+from ibq_scale.scaling.fabric import LINK_SHARE, Fabric
 from ibq_scale.scaling.flops import AR_FORMULA, TOKENIZER_FORMULA, ar_executed, ar_flops, step_flops
+from ibq_scale.scaling.profile import SAME_FLOPS, MachineProfile, StepRate, nearest
 from ibq_scale.scaling.roofline import GpuWork, StepTime, step_time
 from ibq_scale.zero.memory import Zero
-
-# Tolerance in matching a benchmark file to this model by FLOPs. A file of another model is refused.
-SAME_FLOPS = 1e-3
 
 
 @dataclass(frozen=True)
 class Machine:
     """The requested machine. `device`: a GPU's name. `memory`: bytes of one GPU, for an unknown name. `net`: bytes/s of
-    a GPU to other nodes, None for `fabric.NDR`.
+    a GPU to other nodes, None for `fabric.NDR`. `profile`: what is measured on this device.
     """
 
     gpus: int = 1
@@ -42,6 +40,7 @@ class Machine:
     device: str | None = None
     memory: float | None = None
     net: float | None = None
+    profile: MachineProfile | None = None
 
     @property
     def world(self) -> int:
@@ -57,6 +56,22 @@ class Machine:
     def gpu_memory(self) -> float | None:
         """Bytes of one GPU, None if unknown."""
         return self.memory or (self.known.memory if self.known else None)
+
+    @property
+    def fabric(self) -> Fabric | None:
+        """The links: as given, as measured on this device, or of the data sheet. None for an unknown GPU."""
+        if self.known is None:
+            return None
+        # A measured rate is one of collectives already.
+        inner, outer = self._link(between_nodes=False), self._link(between_nodes=True)
+        return Fabric.of(self.known, self.gpus, link=inner, net=self.net or outer)
+
+    def _link(self, *, between_nodes: bool) -> float | None:
+        found = self.profile.link(between_nodes=between_nodes) if self.profile else None
+        if found is None:
+            return None
+        # To other nodes each of a node's ranks has its own network card.
+        return found.bytes_per_s / LINK_SHARE / (found.ranks / found.nodes if between_nodes else 1)
 
 
 @dataclass(frozen=True)
@@ -99,13 +114,16 @@ class Flops:
 
 @dataclass(frozen=True)
 class Time:
-    """Time of the whole run. `basis`: origin of the rate. The other fields are None without a rate."""
+    """Time of the whole run. `basis`: origin of the rate. The other fields are None without a rate. `measured`: whether
+    it is a rate of this model.
+    """
 
     basis: str
     images_per_s: float | None = None
     step_s: float | None = None
     hours: float | None = None
     gpu_hours: float | None = None
+    measured: bool = False
 
 
 @dataclass(frozen=True)
@@ -151,6 +169,13 @@ class Plan:
         return zero_words(self.zero_stage, self.machine.world)
 
     @property
+    def predicted_s(self) -> float | None:
+        """Seconds of a step: by a measured rate of this model, else by the roofline. None without either."""
+        if self.time.measured:
+            return self.time.step_s
+        return None if self.roofline is None else self.roofline.total
+
+    @property
     def flops_per_step(self) -> float:
         return self.flops.total * self.global_batch
 
@@ -164,11 +189,14 @@ def make_plan(run: AnyRun, machine: Machine, *, mfu: float, measured: Rate | Non
         flops = _tokenizer_flops(run, machine.world)
         nets = [networks.autoencoder(run), networks.discriminator(run)]
         rows = run.quantizer.codebook_size * run.quantizer.dim
-        learns = KINDS[run.quantizer.kind].learns == "rows"
+        learnt = KINDS[run.quantizer.kind].learns
+        learns = learnt == "rows"
         codebook = {"codebook": rows} if learns else {}
-        lpips = networks.perceptual(run)
-        frozen = ({} if learns else {"codebook": rows}) | ({"LPIPS": lpips} if lpips else {})
-        budget = tokenizer_budget(run, zero, nets[0], nets[1], lpips)
+        if learnt == "layer":
+            codebook = {"codebook's layer": run.quantizer.dim * (run.quantizer.dim + 1)}
+        still = networks.frozen(run)
+        frozen = ({} if learns else {"codebook": rows}) | still
+        budget = tokenizer_budget(run, zero, nets[0], nets[1], still)
         transfers = tuple(tokenizer_transfers(run, zero, nets[0], nets[1]))
     else:
         tokens, codebook, frozen = run.model.tokens, {}, {}
@@ -185,6 +213,7 @@ def make_plan(run: AnyRun, machine: Machine, *, mfu: float, measured: Rate | Non
     # A product at half the rate takes the time of two.
     work = GpuWork(flops.executed + flops.tf32, _moved_per_image(run, budget), sum(net.parameters for net in nets))
     overlap = bool(config.get("zero_optimization", {}).get("overlap_comm"))
+    roofline = _roofline(run, machine, zero, work, transfers, overlap=overlap)
     return Plan(
         name=run.name,
         task=run.task,
@@ -205,8 +234,8 @@ def make_plan(run: AnyRun, machine: Machine, *, mfu: float, measured: Rate | Non
         checkpoint_bytes=size,
         storage_bytes=size * _kept(run),
         communication=transfers,
-        time=_time(run, machine, flops.total, mfu, measured),
-        roofline=_roofline(run, machine, zero, work, transfers, overlap=overlap),
+        time=_time(run, machine, flops, roofline, mfu, measured),
+        roofline=roofline,
         notes=(*_notes(run, machine, budget), *_codebook_note(run, machine, zero)),
     )
 
@@ -239,13 +268,12 @@ def fastest_group(run: TokenizerRun, machine: Machine) -> int:
 
 
 def _codebook_seconds(run: TokenizerRun, machine: Machine, group: int, accumulation: int) -> float:
-    device = machine.known
-    if device is None or not KINDS[run.quantizer.kind].reaches_all_codes:
+    fabric = machine.fabric
+    if fabric is None or not KINDS[run.quantizer.kind].reaches_all_codes:
         return 0.0
     world, quantizer = machine.world, run.quantizer
     tokens = run.train.global_batch // (world * accumulation) * run.model.tokens
     transfers = codebook_transfers(quantizer.codebook_size, quantizer.dim, tokens, accumulation, group, world)
-    fabric = Fabric.of(device, machine.gpus, net=machine.net)
     return sum(fabric.seconds(transfer, world) for transfer in transfers)
 
 
@@ -271,11 +299,10 @@ def _kept(run: AnyRun) -> int:
 def _roofline(
     run: AnyRun, machine: Machine, zero: Zero, work: GpuWork, transfers: tuple[Transfer, ...], *, overlap: bool
 ) -> StepTime | None:
-    device = machine.known
-    if device is None or run.train.precision != "bf16":
+    device, fabric = machine.known, machine.fabric
+    if device is None or fabric is None or run.train.precision != "bf16":
         return None
     images = run.train.micro_batch * zero.accumulation
-    fabric = Fabric.of(device, machine.gpus, net=machine.net)
     return step_time(work, zero, device, fabric, transfers, images, overlap=overlap)
 
 
@@ -287,6 +314,7 @@ def _tokenizer_flops(run: TokenizerRun, world: int) -> Flops:
         "quantizer": step.quantizer,
         "discriminator": step.discriminator,
         "LPIPS": step.perceptual,
+        **({"feature loss": step.features} if step.features else {}),
     }
     again = step.quantizer_executed - step.quantizer
     if run.model.activation_checkpointing:
@@ -295,7 +323,17 @@ def _tokenizer_flops(run: TokenizerRun, world: int) -> Flops:
     return Flops(parts, step.total + again, TOKENIZER_FORMULA, half)
 
 
-def _time(run: AnyRun, machine: Machine, flops: float, mfu: float, measured: Rate | None) -> Time:
+def measured_rates(run: AnyRun, machine: Machine, flops: float) -> list[StepRate]:
+    """This machine's measured rates of the run's model."""
+    if machine.profile is None:
+        return []
+    return machine.profile.rates_of(run.task, run.train.precision, flops, compiled=run.model.compile)
+
+
+def _time(
+    run: AnyRun, machine: Machine, needed: Flops, roofline: StepTime | None, mfu: float, measured: Rate | None
+) -> Time:
+    flops = needed.total
     if measured is not None:
         if abs(measured.flops_per_image / flops - 1) > SAME_FLOPS:
             raise UserError(
@@ -303,7 +341,15 @@ def _time(run: AnyRun, machine: Machine, flops: float, mfu: float, measured: Rat
                 f"image there, {flops / 1e9:.4g} here"
             )
         basis = f"measured on {measured.device} ({measured.source}); assumes no loss with more GPUs"
-        return _at(run, machine, measured.images_per_s * machine.world, basis)
+        return _at(run, machine, measured.images_per_s * machine.world, basis, measured=True)
+    rate = nearest(measured_rates(run, machine, flops), run.train.micro_batch)
+    if rate is not None:
+        seconds = needed.executed * run.train.global_batch / machine.world / rate.flops_per_s
+        # The rate of several ranks includes the exchange between them.
+        seconds += roofline.exposed if roofline is not None and rate.ranks == 1 else 0.0
+        basis = f"{rate} (micro-batch {rate.micro_batch}, {rate.ranks} rank{'s' * (rate.ranks > 1)})"
+        basis += "; assumes no loss with more ranks" * (roofline is None and machine.world > rate.ranks)
+        return _at(run, machine, run.train.global_batch / seconds, basis, measured=True)
     device = machine.known
     if device is None:
         return Time("no time: " + ("no --device" if machine.device is None else _unknown(machine.device)))
@@ -313,9 +359,9 @@ def _time(run: AnyRun, machine: Machine, flops: float, mfu: float, measured: Rat
     return _at(run, machine, machine.world * device.peak_bf16 * mfu / flops, basis)
 
 
-def _at(run: AnyRun, machine: Machine, images_per_s: float, basis: str) -> Time:
+def _at(run: AnyRun, machine: Machine, images_per_s: float, basis: str, *, measured: bool = False) -> Time:
     hours = run.train.total_samples / images_per_s / 3600
-    return Time(basis, images_per_s, run.train.global_batch / images_per_s, hours, hours * machine.world)
+    return Time(basis, images_per_s, run.train.global_batch / images_per_s, hours, hours * machine.world, measured)
 
 
 def _unknown(name: str) -> str:

@@ -68,6 +68,9 @@ def check_codes(run: ARRun, sets: DataSets) -> CodesInfo:
         _check_part(run, url, part.manifest)
         if _codes(part.manifest).tokenizer != _codes(parts[0].manifest).tokenizer:
             raise UserError(f"{url} was written by another tokenizer than {sets.config.sources[0]}")
+        encoders = [stored.encoder for p in (part, parts[0]) if (stored := _codes(p.manifest).condition) is not None]
+        if run.model.conditioning == "embedding" and len(set(encoders)) > 1:
+            raise UserError(f"{url} has conditions of {encoders[0]}, {sets.config.sources[0]} those of {encoders[1]}")
         classes = [p.manifest.classes for p in (part, parts[0])]
         if not same_classes(*classes) and not same_classes(*classes[::-1]):
             raise UserError(
@@ -106,6 +109,16 @@ def _check_part(run: ARRun, url: str, manifest: Manifest) -> None:
         raise UserError(
             f"{url} has {tokens} codes an image, the model expects {run.model.tokens}: set model.tokens={tokens}"
         )
+    stored = info.condition
+    if run.model.conditioning == "embedding":
+        if stored is None:
+            raise UserError(f"{url} holds no conditions: write its codes with 'ibq-scale tokenize --captions'")
+        if (stored.tokens, stored.width) != (run.model.condition_tokens, run.model.condition_width):
+            raise UserError(
+                f"{url} has conditions of {stored.tokens} vectors of {stored.width}: set "
+                f"model.condition_tokens={stored.tokens} model.condition_width={stored.width}"
+            )
+        return
     if len(manifest.classes) > run.model.classes:
         raise UserError(
             f"{url} has {len(manifest.classes)} classes, the model {run.model.classes}: "
@@ -120,8 +133,7 @@ def _codes(manifest: Manifest) -> CodesInfo:
 
 def _with_defaults(saved: dict[str, Any], section: BaseModel) -> dict[str, Any]:
     """A saved section with defaults for missing keys: checkpoints of older releases have fewer keys."""
-    fields = type(section).model_fields
-    return {name: field.get_default() for name, field in fields.items()} | saved
+    return type(section)().model_dump(mode="json") | saved
 
 
 def _what(section: object) -> object:

@@ -16,7 +16,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -104,17 +104,24 @@ def read_lock(run_dir: Path) -> LockState | None:
 
 
 @contextmanager
-def locked(run_dir: Path, world: World) -> Iterator[None]:
-    """Holds the lock of `run_dir` for all ranks. Collective. UserError on every rank if another job has it."""
+def locked(run_dir: Path, world: World) -> Iterator[Callable[[], None]]:
+    """Holds the lock of `run_dir` for all ranks. Collective. UserError on every rank if another job has it.
+
+    Yields its release, for a process that begins another program.
+    """
     from ibq_scale.distributed.agree import by_rank_0
 
     held: list[RunLock] = []
     by_rank_0(world, lambda: held.append(RunLock(run_dir)))
-    try:
-        yield
-    finally:
+
+    def release() -> None:
         for lock in held:
             lock.release()
+
+    try:
+        yield release
+    finally:
+        release()
 
 
 class RunLock:

@@ -58,7 +58,7 @@ class Watchdog:
         self.world = world
         self.hosts = hosts
         self.timeout = timeout
-        self._step = start_step
+        self._start = self._step = start_step
         self._ending = ending
         self._hung = hung
         self._phase = START_UP[0]
@@ -77,6 +77,21 @@ class Watchdog:
         """Notes progress, and the new phase."""
         self._phase = phase
         self._progress = time.monotonic()
+
+    @property
+    def phase(self) -> str:
+        """What this rank does now."""
+        return self._phase
+
+    @property
+    def step(self) -> int:
+        """The last step that ended on this rank."""
+        return self._step
+
+    @property
+    def steps(self) -> int:
+        """Steps since the start."""
+        return self._step - self._start
 
     def step_ended(self, step: int) -> None:
         """`step` ended on this rank."""

@@ -16,6 +16,7 @@ from ibq_scale.data.sets import DataSets
 from ibq_scale.data.stream import CodeBatch, code_stream
 from ibq_scale.distributed.world import World
 from ibq_scale.models.optimizers import adamw
+from ibq_scale.models.order import draw_orders
 from ibq_scale.pretrained.loading import CONFIG, config_text
 from ibq_scale.supervise.alarms import Rule, Spike
 from ibq_scale.supervise.compatible import check_codes
@@ -24,7 +25,7 @@ from ibq_scale.supervise.spikes import Spikes
 from ibq_scale.train.ema_model import ema_transformer
 from ibq_scale.train.randomness import seed_by_position
 from ibq_scale.train.sample_grid import SampleGrid
-from ibq_scale.train.schedule import lr_factor, weight_decay
+from ibq_scale.train.schedule import lr_factor, random_order_share, weight_decay
 from ibq_scale.train.task import Step, Validation
 from ibq_scale.train.validation_ar import HeldOut
 from ibq_scale.zero.engine import gradient_norm, make_engine, set_rates, step
@@ -45,7 +46,7 @@ class ARTask:
         self.sets = sets
         self.codes = check_codes(run, sets)
         self.held_out = None if run.validation.data is None else HeldOut(run, world, sets)
-        self.grid = SampleGrid(run, world) if run.tokenizer is not None and run.validation.images else None
+        self.grid = SampleGrid(run, world, sets) if run.tokenizer is not None and run.validation.images else None
         config = deepspeed_config(run, world.size)
         self.accumulation = int(config["gradient_accumulation_steps"])
         model = build_transformer(run, config, world)
@@ -61,6 +62,7 @@ class ARTask:
             world_size=self.world.size,
             micro_batch=self.run.train.micro_batch,
             start=start,
+            conditions=self.run.model.conditioning == "embedding",
         )
 
     def set_rates(self, samples: int) -> dict[str, float]:
@@ -68,7 +70,8 @@ class ARTask:
         lr = self.run.optimizer.lr * lr_factor(self.run.schedule, samples, total)
         decay = weight_decay(self.run.optimizer, samples, total)
         set_rates(self.engine, lr, decay)
-        return {"lr": lr, "weight_decay": decay}
+        order = {} if self.run.model.order == "raster" else {"random_order": random_order_share(self.run, samples)}
+        return {"lr": lr, "weight_decay": decay} | order
 
     def train_step(self, batches: Iterator[CodeBatch]) -> Step:
         total = torch.zeros((), device=self.world.device)
@@ -76,8 +79,8 @@ class ARTask:
         for _ in range(self.accumulation):
             batch = next(batches)
             seed_by_position(self.run.train.seed, batch.requests)
-            codes_BT = batch.codes.to(self.world.device, non_blocking=True)
-            losses_BT = self.engine(codes_BT, batch.labels.to(self.world.device, non_blocking=True))
+            inputs = (batch.codes, batch.labels, self._orders(batch), batch.vectors, batch.lengths)
+            losses_BT = self.engine(*(t if t is None else t.to(self.world.device, non_blocking=True) for t in inputs))
             loss = losses_BT.mean()
             self.engine.backward(loss)
             total += loss.detach() / self.accumulation
@@ -87,6 +90,14 @@ class ARTask:
         norm = gradient_norm(self.engine, self.world.device)
         spike = None if applied or self.spikes is None else self.spikes.found()
         return Step({"loss": total, "grad_norm": norm}, applied, total.isfinite(), spike)
+
+    def _orders(self, batch: CodeBatch) -> Tensor | None:
+        """The order of each sample, a function of its position. None for a model in raster order."""
+        if self.run.model.order == "raster":
+            return None
+        positions = batch.requests[:, 0].tolist()
+        shares = [random_order_share(self.run, position) for position in positions]
+        return draw_orders(self.run.train.seed, positions, shares, self.run.model.tokens)
 
     def histograms(self) -> dict[str, Histogram]:
         return {}
@@ -107,8 +118,10 @@ class ARTask:
         files: list[StateFile] = [engine_file(self.engine, "transformer", self.world), *self.ema.state("ema")]
         files += [] if self.spikes is None else self.spikes.state()
         if self.world.is_main:
-            model, weights = self.run.model.architecture(), self.ema.place("ema", "transformer")
-            config = config_text("ar", model, None, {"run": self.run.name}, self.codes.tokenizer, weights)
+            model, weights = self.run.model, self.ema.place("ema", "transformer")
+            encoder = self.codes.condition if model.conditioning == "embedding" else None
+            source, tokenizer = {"run": self.run.name}, self.codes.tokenizer
+            config = config_text("ar", model, None, source, tokenizer, weights, encoder)
             files.append(TextFile(f"model/{CONFIG}", config))
         return files
 

@@ -28,9 +28,12 @@ def ema_tokenizer(run: TokenizerRun, ema: ShardedEMA, codebook: ShardedCodebook,
 
 
 def ema_transformer(run: ARRun, ema: ShardedEMA, world: World) -> Transformer:
-    """The transformer of a checkpoint at this step, as `load_ar` reads it, in the run's precision. Collective."""
+    """The transformer of a checkpoint at this step, as `load_ar` reads it, in the run's precision. Collective.
+
+    It is in raster order, without the weights for other orders.
+    """
     with torch.device("meta"):
-        transformer = Transformer(run.model).eval().requires_grad_(False)
+        transformer = Transformer(run.model.model_copy(update={"order": "raster"})).eval().requires_grad_(False)
     transformer.to(compute_dtype(run))
     transformer.to_empty(device=world.device)
     ema.fill(transformer)

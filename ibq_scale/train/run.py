@@ -9,6 +9,7 @@ import platform
 import sys
 from collections.abc import Sequence
 from contextlib import closing, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -30,6 +31,7 @@ from ibq_scale.console import tell
 from ibq_scale.data.geometry import continued
 from ibq_scale.data.manifest import NAME as MANIFEST
 from ibq_scale.data.sets import DataSets, open_sets
+from ibq_scale.data.shared_memory import ranks_of_node
 from ibq_scale.data.store import open_store
 from ibq_scale.distributed.agree import of_all_ranks
 from ibq_scale.distributed.failures import describe, follows
@@ -39,16 +41,21 @@ from ibq_scale.distributed.timeouts import set_timeouts
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from ibq_scale.report.compare import write_report
-from ibq_scale.scaling.auto import Choice, machine_of, settle
+from ibq_scale.scaling.auto import MICRO_BATCH, Choice, machine_of, open_keys
+from ibq_scale.scaling.plan import Machine
+from ibq_scale.scaling.prediction import PlanRatios, Prediction
+from ibq_scale.scaling.profile import this_cpu
 from ibq_scale.supervise.attempts import add_unnoticed
 from ibq_scale.supervise.compatible import check_same_data, check_same_run
 from ibq_scale.supervise.dashboards import dashboard_classes
 from ibq_scale.supervise.notify import Notices
 from ibq_scale.supervise.preemption import REQUEUE_EXIT_CODE, StopRequest
+from ibq_scale.supervise.restart import Restart
 from ibq_scale.supervise.run_lock import locked
 from ibq_scale.supervise.watchdog import FIRST_STEP_FACTOR, HUNG_EXIT_CODE, Watchdog
 from ibq_scale.train.determinism import fix_the_order_of_sums
 from ibq_scale.train.kernel_tiles import settle_tiles
+from ibq_scale.train.memory_pressure import MemoryPressure, settle_within_limit
 from ibq_scale.train.schedule import shape_of
 from ibq_scale.train.startup_summary import startup_summary
 from ibq_scale.train.task import Task
@@ -61,8 +68,23 @@ PACKAGES = ("torch", "torchvision", "deepspeed", "webdataset", "s3fs", "numpy", 
 log = logging.getLogger(__name__)
 
 
-def run_training(config: AnyRun, world: World, stop: StopRequest) -> int:
+@dataclass(frozen=True)
+class _Start:
+    """A start of a run. `hosts`: of each rank."""
+
+    world: World
+    stop: StopRequest
+    hosts: list[str]
+    machine: Machine
+    pressure: MemoryPressure
+    notices: Notices
+
+
+def run_training(config: AnyRun, world: World, stop: StopRequest, command: Sequence[str] = ()) -> int:
     """Trains `config` to its end, from the newest whole checkpoint of its run directory if there is one.
+
+    `command`: of this process, to start again with half of an open micro-batch after an out-of-memory in the first
+    steps. Without it the run ends, and the next start has the smaller one.
 
     Returns the exit code: 0 done, 75 stopped by a signal with everything saved. UserError if another job trains in the
     same run directory. Any other error has a note with the path of its traceback.
@@ -75,20 +97,15 @@ def run_training(config: AnyRun, world: World, stop: StopRequest) -> int:
     run_dir = Path(config.run_dir)
     notices: Notices | None = None
     try:
-        with locked(run_dir, world):
+        with locked(run_dir, world) as release, closing(Restart(world, command, release)) as restart:
             notices = Notices(config, world)
             stop.leaving = partial(notices.ended, REQUEUE_EXIT_CODE)
-            if world.is_main:
-                # A full disk is reported later, by a save.
-                with suppress(OSError):
-                    add_unnoticed(run_dir)
-            # Before any other read, write or collective.
-            hosts = check_nodes(world, SideChannel(world), run_dir, _cache_dir(config), partial(_ask_stores, config))
-            notices.share()
-            settled, choices = settle(config, machine_of(world))
-            accumulation_steps(settled.train, world.size)
-            _say_choices(world, choices)
-            code = _train_locked(settled, run_dir, world, stop, hosts, notices)
+            try:
+                code = _start(config, run_dir, world, stop, restart, notices)
+            except Exception:
+                # Ranks that start again break the collectives of those that are about to.
+                restart.hold()
+                raise
     except UserError as e:
         if notices is not None:
             notices.ended(e.exit_code, str(e))
@@ -108,14 +125,30 @@ def run_training(config: AnyRun, world: World, stop: StopRequest) -> int:
     return code
 
 
-def _train_locked(
-    config: AnyRun, run_dir: Path, world: World, stop: StopRequest, hosts: list[str], notices: Notices
-) -> int:
+def _start(config: AnyRun, run_dir: Path, world: World, stop: StopRequest, restart: Restart, notices: Notices) -> int:
+    if world.is_main:
+        # A full disk is reported later, by a save.
+        with suppress(OSError):
+            add_unnoticed(run_dir)
+    # Before any other read, write or collective.
+    hosts = check_nodes(world, SideChannel(world), run_dir, _cache_dir(config), partial(_ask_stores, config))
+    notices.share()
+    machine = machine_of(world)
+    settled, choices = settle_within_limit(config, run_dir, machine, world)
+    accumulation_steps(settled.train, world.size)
+    _say_choices(world, choices)
+    is_open = MICRO_BATCH in open_keys(config)
+    pressure = MemoryPressure(run_dir, machine, world, restart, is_open=is_open)
+    return _train_locked(settled, run_dir, _Start(world, stop, hosts, machine, pressure, notices))
+
+
+def _train_locked(config: AnyRun, run_dir: Path, start: _Start) -> int:
+    world = start.world
     with closing(
         CheckpointFolder(run_dir / "checkpoints", world, Retention.of(config.train), Mirror.of(config.train.mirror))
     ) as checkpoints:
         resume_from = checkpoints.newest(config.train.check_hashes)
-        stop.standing = checkpoints.standing
+        start.stop.standing = checkpoints.standing
         if resume_from is not None:
             check_same_run(config, resume_from)
             config = _with_data(config, continued(config.data, resume_from.manifest["config"]["data"]))
@@ -128,7 +161,7 @@ def _train_locked(
             checkpoints.start_mirror()
             checkpoints.finish_mirror()
             return 0
-        outcome = _train_watched(config, world, stop, checkpoints, resume_from, hosts, notices)
+        outcome = _train_watched(config, start, checkpoints, resume_from)
         # Without the watchdog, since it may take long. After a signal time is short: the next start uploads the rest.
         checkpoints.finish_mirror(STOPPED_MIRROR_SECONDS if outcome.stopped else None)
     if not outcome.saved:
@@ -155,24 +188,18 @@ def _report(run_dir: Path) -> None:
 
 
 def _train_watched(
-    config: AnyRun,
-    world: World,
-    stop: StopRequest,
-    checkpoints: CheckpointFolder,
-    resume_from: Checkpoint | None,
-    hosts: list[str],
-    notices: Notices,
+    config: AnyRun, start: _Start, checkpoints: CheckpointFolder, resume_from: Checkpoint | None
 ) -> Outcome:
     """Builds the task and trains it, under the watchdog."""
-    run_dir, timeout = Path(config.run_dir), config.train.hang_timeout
-    start = resume_from.step if resume_from is not None else 0
+    run_dir, timeout, world = Path(config.run_dir), config.train.hang_timeout, start.world
+    step = resume_from.step if resume_from is not None else 0
     # 1.5 × the watchdog's longest patience, also for the engines' groups.
     patience = timedelta(seconds=1.5 * FIRST_STEP_FACTOR * timeout)
     set_timeouts(patience)
-    hung = partial(notices.ended, HUNG_EXIT_CODE)
-    with closing(Watchdog(run_dir, world, hosts, timeout, start, stop.stand_down, hung)) as watchdog:
+    stop, hung = start.stop, partial(start.notices.ended, HUNG_EXIT_CODE)
+    with closing(Watchdog(run_dir, world, start.hosts, timeout, step, stop.stand_down, hung)) as watchdog:
         if stop.agreed(world):
-            return Outcome(start, stopped=True, saved=True)
+            return Outcome(step, stopped=True, saved=True)
         sets = open_sets(config.data, "images" if isinstance(config, TokenizerRun) else "codes")
         _check_ranks_agree(config, sets, world)
         if resume_from is not None:
@@ -182,10 +209,13 @@ def _train_watched(
             _write_config(run_dir, config)
         watchdog.report("building")
         begin = f"resuming from {resume_from.path}" if resume_from else "starting"
-        said = startup_summary(config, world, hosts, sets, begin)
+        said = startup_summary(config, world, start.hosts, sets, begin)
+        predicted = Prediction.for_run(config, start.machine) if world.is_main else Prediction()
         task = _make_task(config, world, sets, patience)
         _say(world, said)
-        return Trainer(config, task, world, sets, checkpoints, watchdog).run(resume_from, stop)
+        trainer = Trainer(config, task, world, sets, checkpoints, watchdog, PlanRatios(predicted))
+        with start.pressure.relieved(config, watchdog):
+            return trainer.run(resume_from, stop)
 
 
 def _check_ranks_agree(config: AnyRun, sets: DataSets, world: World) -> None:
@@ -255,14 +285,19 @@ def _log_path(run_dir: Path, world: World) -> Path:
 def environment(world: World) -> dict[str, object]:
     """Versions, git commit and devices, to reproduce a result."""
     cuda = torch.cuda.is_available()
+    more: dict[str, object] = {"cpu": this_cpu(torch.get_num_threads())}
+    if cuda:
+        more = {"gpu_memory": torch.cuda.get_device_properties(world.device).total_memory}
     return {
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "git": current_commit(),
         "world_size": world.size,
+        "ranks_per_node": ranks_of_node(),
         "device": torch.cuda.get_device_name(world.device) if cuda else platform.processor() or platform.machine(),
         "cpus": os.cpu_count(),
         "command": [masked(word) if word.startswith("notify=") else word for word in sys.argv],
+        **more,
     }
 
 

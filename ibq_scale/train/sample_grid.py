@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from ibq_scale.config.run import ARRun
-from ibq_scale.data.stream import shares
+from ibq_scale.data.sets import DataSets
+from ibq_scale.data.stream import evaluation_codes, shares
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from ibq_scale.evaluate.gather import gather_rows
 from ibq_scale.generate.published import published_sampling
+from ibq_scale.models.condition import Condition
 from ibq_scale.models.sampling import Sampler, SamplingSettings
 from ibq_scale.models.transformer import Transformer
 from ibq_scale.pictures import image_grid, to_uint8
@@ -24,18 +26,25 @@ CHUNK = 4
 
 
 class SampleGrid:
-    """`validation.images` pictures of evenly spaced classes, decoded by the run's tokenizer.
+    """`validation.images` pictures of evenly spaced classes, decoded by the run's tokenizer. A model that reads
+    conditions takes those of the first samples in the order of an evaluation.
 
     The tokenizer is in host memory between calls. UserError if it cannot be loaded.
     """
 
-    def __init__(self, run: ARRun, world: World) -> None:
+    def __init__(self, run: ARRun, world: World, sets: DataSets) -> None:
         assert run.tokenizer is not None
         self.run = run
         self.world = world
         self.tokenizer = load_tokenizer(run.tokenizer)
         count, classes = run.validation.images, run.model.classes
         self.labels = [place * classes // count for place in range(count)]
+        self.condition: Condition | None = None
+        if run.model.conditioning == "embedding":
+            batches = evaluation_codes(sets, rank=0, world_size=1, batch=count, limit=count, conditions=True)
+            first, _ = next(batches)
+            self.condition = Condition.of(first.vectors, first.lengths)
+            self.labels = list(range(count))
         # The images of a class have different numbers.
         self.ids = [place - self.labels.index(label) for place, label in enumerate(self.labels)]
         guidance, temperature = _as_published(run)
@@ -56,7 +65,7 @@ class SampleGrid:
         for places, taken, weights_B in shares(count, self.world.rank, self.world.size, CHUNK):
             progress()
             labels_B, ids_B = (torch.tensor([of[t] for t in taken]) for of in (self.labels, self.ids))
-            codes_BT = sampler(labels_B, ids_B)
+            codes_BT = sampler(labels_B, ids_B, self.condition and self.condition.take(torch.tensor(taken)))
             images_u8 = to_uint8(tokenizer.decode(codes_BT.view(CHUNK, side, side)))
             held = weights_B > 0
             indices.append(torch.tensor(places)[held])

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from ibq_scale import extensions
-from ibq_scale.config.run import OptimizerConfig, ScheduleConfig
+from ibq_scale.config.run import ARRun, OptimizerConfig, ScheduleConfig, TokenizerOptimizerConfig
 from ibq_scale.errors import UserError
 
 Shape = Callable[[ScheduleConfig, int, int], float]
@@ -35,6 +35,15 @@ def shape_of(schedule: ScheduleConfig) -> Shape:
     return checked
 
 
+def codebook_lr(optimizer: TokenizerOptimizerConfig, schedule: ScheduleConfig, samples: int, total: int) -> float:
+    """The rate of the codebook, or of SimVQ's layer, for the step that begins after `samples` of `total`.
+
+    `schedule`: the run's, for a codebook without its own. StableVQ (arXiv 2609.26774) holds this rate constant.
+    """
+    rate = optimizer.lr if optimizer.codebook_lr is None else optimizer.codebook_lr
+    return rate * lr_factor(optimizer.codebook_schedule or schedule, samples, total)
+
+
 def weight_decay(optimizer: OptimizerConfig, samples: int, total_samples: int) -> float:
     """The decay of the groups with a decay: constant, or a cosine from `weight_decay` to `weight_decay_end`."""
     start, end = optimizer.weight_decay, optimizer.weight_decay_end
@@ -42,6 +51,17 @@ def weight_decay(optimizer: OptimizerConfig, samples: int, total_samples: int) -
         return start
     progress = min(1.0, samples / total_samples)
     return end + (start - end) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def random_order_share(run: ARRun, position: int) -> float:
+    """Probability of a random order (0 to 1) for the sample at this position: r of arXiv 2411.00776, section 3.3."""
+    if run.model.order != "annealed":
+        return float(run.model.order == "random")
+    start, end = run.schedule.order_anneal_start, run.schedule.order_anneal_end
+    progress = position / run.train.total_samples
+    if progress >= end:
+        return 0.0
+    return 1.0 if progress <= start else (end - progress) / (end - start)
 
 
 def _steps(schedule: ScheduleConfig, samples: int, total_samples: int) -> float:
@@ -70,4 +90,10 @@ def _progress(schedule: ScheduleConfig, samples: int, total_samples: int) -> flo
     return min(1.0, (samples - schedule.warmup_samples) / rest)
 
 
-SHAPES: dict[str, Shape] = {"steps": _steps, "linear": _linear, "wsd": _linear, "cosine": _cosine}
+SHAPES: dict[str, Shape] = {
+    "steps": _steps,
+    "linear": _linear,
+    "wsd": _linear,
+    "cosine": _cosine,
+    "constant": lambda *_: 1.0,
+}

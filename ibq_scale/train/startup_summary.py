@@ -15,7 +15,7 @@ from ibq_scale.console import gigabytes, short
 from ibq_scale.data.geometry import Stream
 from ibq_scale.data.sets import DataSets
 from ibq_scale.distributed.world import World
-from ibq_scale.models.attention import choose, describe
+from ibq_scale.models.attention import choose, choose_masked, describe
 from ibq_scale.models.fp8 import EAGER
 from ibq_scale.models.precision import compute_dtype
 from ibq_scale.quantize.backend import describe as describe_passes
@@ -35,7 +35,7 @@ def startup_summary(config: AnyRun, world: World, hosts: Sequence[str], sets: Da
     zero = Zero.of(deepspeed_config(config, world.size), world=world.size)
     if isinstance(config, TokenizerRun):
         nets = [networks.autoencoder(config), networks.discriminator(config)]
-        states = tokenizer_states(config, zero, nets[0], nets[1], networks.perceptual(config))
+        states = tokenizer_states(config, zero, nets[0], nets[1], networks.frozen(config))
         model = _tokenizer(config, nets, world)
     else:
         nets = [networks.transformer(config)]
@@ -62,7 +62,8 @@ def _tokenizer(run: TokenizerRun, nets: Sequence[Network], world: World) -> list
     perceptual = "no LPIPS" if run.loss.perceptual == "none" else f"LPIPS {run.loss.perceptual}, frozen"
     return [
         f"{_parts(nets)}; {perceptual}",
-        f"{model.resolution} × {model.resolution} pixels → {side} × {side} of {codes}, {quantizer.kind}{_how(run)}",
+        f"{model.resolution} × {model.resolution} pixels → {side} × {side} of {codes}, "
+        f"{', '.join(filter(None, (quantizer.kind, quantizer.switches)))}{_how(run)}",
         *([f"quantizer by {_passes(quantizer, world.device)}"] if quantizer.kind == "ibq" else []),
     ]
 
@@ -73,11 +74,16 @@ def _passes(quantizer: QuantizerConfig, device: torch.device) -> str:
 
 def _transformer(run: ARRun, net: Network, world: World) -> list[str]:
     model = run.model
-    kind = describe(choose(model.attention, world.device, compute_dtype(run), model.head_dim), world.device)
+    condition = f"{model.classes:,} classes"
+    choice = choose
+    if model.conditioning == "embedding":
+        condition = f"up to {model.condition_tokens} vectors of {model.condition_width}"
+        choice = choose_masked
+    kind = describe(choice(model.attention, world.device, compute_dtype(run), model.head_dim), world.device)
     return [
         f"{short(net.parameters)}: {_parts([net])}",
         f"{model.depth} blocks × {model.width}, {model.heads} heads; {model.tokens} tokens of {model.codebook_size:,} "
-        f"codes, {model.classes:,} classes; attention {kind}{', linear layers in fp8' * model.fp8}{_how(run)}",
+        f"codes, {condition}; attention {kind}{', linear layers in fp8' * model.fp8}{_how(run)}",
         *([EAGER] if model.fp8 and not model.compile else []),
     ]
 

@@ -1,4 +1,4 @@
-"""Stage 1: encoder, sharded-codebook quantizer, decoder against a PatchGAN, with LPIPS and entropy.
+"""Stage 1: encoder, sharded-codebook quantizer, decoder against a discriminator, with LPIPS and entropy.
 
 Two DeepSpeed engines in a pattern exact on every ZeRO stage (tried on 0.19.8). The generator's loss goes through the
 *frozen* discriminator module. Then one discriminator call takes (real, detached fake). Both sides see the other's
@@ -28,10 +28,13 @@ from ibq_scale.losses.adversarial import (
     adaptive_weight,
     discriminator_hinge,
 )
+from ibq_scale.losses.frozen_vit import FrozenFeatures, backbone_of
 from ibq_scale.losses.image import ImageLoss
 from ibq_scale.losses.perceptual import Perceptual
+from ibq_scale.models.aligned import AlignedTokenizer
 from ibq_scale.models.autoencoder import TokenizerModel, tokens_of
-from ibq_scale.models.discriminator import PatchDiscriminator
+from ibq_scale.models.dino_discriminator import iterate_spectral_norms
+from ibq_scale.models.discriminator import make_discriminator
 from ibq_scale.models.optimizers import adam
 from ibq_scale.models.precision import compute_dtype
 from ibq_scale.pictures import reconstruction_grid
@@ -45,7 +48,7 @@ from ibq_scale.supervise.spikes import Spikes
 from ibq_scale.train.codebook import ShardedCodebook
 from ibq_scale.train.ema_model import ema_tokenizer
 from ibq_scale.train.randomness import seed_by_position
-from ibq_scale.train.schedule import lr_factor
+from ibq_scale.train.schedule import codebook_lr, lr_factor
 from ibq_scale.train.task import Step, StepMetrics, Validation
 from ibq_scale.train.usage import UsageTracker
 from ibq_scale.train.validation_tokenizer import HeldOutImages
@@ -59,7 +62,7 @@ LECAM = "lecam.safetensors"
 class DiscriminatorPair(nn.Module):
     """Real and fake in one engine call, but as two batches: BatchNorm must not mix their statistics."""
 
-    def __init__(self, discriminator: PatchDiscriminator) -> None:
+    def __init__(self, discriminator: nn.Module) -> None:
         super().__init__()
         self.discriminator = discriminator
 
@@ -86,20 +89,23 @@ class TokenizerTask:
         self.world = world
         self.sets = sets
         config = deepspeed_config(run, world.size)
-        # First, since its file may be absent, and engines are slow to build.
+        # First, since their files may be absent, and engines are slow to build.
         net = run.loss.perceptual
         dtype = compute_dtype(run)
         self.image_loss = ImageLoss(run.loss, None if net == "none" else Perceptual(net, world.device, dtype))
+        backbone = backbone_of(run.discriminator, world.device, dtype)
+        self.features = FrozenFeatures.of(run.loss, run.model, world.device, dtype)
         self.held_out = None if run.validation.data is None else HeldOutImages(run, world, sets)
         self.accumulation = int(config["gradient_accumulation_steps"])
         # Every rank starts from the same weights.
         torch.manual_seed(run.train.seed)
-        model = TokenizerModel(run.model, run.quantizer)
+        made = (run.model, run.quantizer)
+        model = TokenizerModel(*made) if self.features is None else AlignedTokenizer(*made, self.features.width)
         if run.init is not None:
             start_from(run.init, model.autoencoder)
         if run.model.compile:
             model.autoencoder.compile_regions()
-        pair = DiscriminatorPair(PatchDiscriminator(run.discriminator))
+        pair = DiscriminatorPair(make_discriminator(run.discriminator, backbone))
         self.generator = make_engine(model, adam(model.parameters(), run.optimizer), config, world.device)
         self.discriminator = make_engine(
             pair, adam(pair.parameters(), run.optimizer), discriminator_config(config), world.device
@@ -112,7 +118,7 @@ class TokenizerTask:
         self.lecam = LeCAM(run.loss.lecam_decay, world.device)
         self.usage = UsageTracker(run.quantizer.codebook_size, run.quantizer.revive_after, world)
         self.bad_samples = BadSamples(run.data.bad_samples, world)
-        self.lr = run.optimizer.lr
+        self.codebook_lr = 0.0
         self.number = 0
         self.adversarial = False
         self._last: tuple[Tensor, Tensor] | None = None
@@ -130,13 +136,15 @@ class TokenizerTask:
 
     def set_rates(self, samples: int) -> dict[str, float]:
         self.number = samples // self.run.train.global_batch + 1
-        self.lr = self.run.optimizer.lr * lr_factor(self.run.schedule, samples, self.run.train.total_samples)
+        optimizer, schedule, total = self.run.optimizer, self.run.schedule, self.run.train.total_samples
+        lr = optimizer.lr * lr_factor(schedule, samples, total)
+        self.codebook_lr = codebook_lr(optimizer, schedule, samples, total)
         self.adversarial = samples >= self.run.loss.adversarial_start and self.run.loss.adversarial_weight > 0
         if self.spikes is not None and 0 <= samples - self.run.loss.adversarial_start < self.run.train.global_batch:
             self.spikes.forget()
-        set_rates(self.generator, self.lr)
-        set_rates(self.discriminator, self.lr)
-        return {"lr": self.lr}
+        set_rates(self.generator, lr)
+        set_rates(self.discriminator, lr)
+        return {"lr": lr, "codebook_lr": self.codebook_lr}
 
     def train_step(self, batches: Iterator[ImageBatch]) -> Step:
         sums: StepMetrics = {}
@@ -161,7 +169,7 @@ class TokenizerTask:
                 finite &= value.isfinite()
                 sums[name] = sums.get(name, torch.zeros_like(value)) + value / self.accumulation
         if applied:
-            applied = self.codebook.step(self.lr)
+            applied = self.codebook.step(self.codebook_lr)
             self.ema.update()
         else:
             self.codebook.drop_gradient()
@@ -173,6 +181,7 @@ class TokenizerTask:
                 buffer.copy_(before)
         elif self.adversarial:
             self._update_lecam(sums)
+            iterate_spectral_norms(self.discriminator.module)
         sums["grad_norm"] = gradient_norm(self.generator, self.world.device)
         spike = None if applied or self.spikes is None else self.spikes.found()
         return Step(sums, applied and discriminator_stepped, finite, spike)
@@ -207,7 +216,11 @@ class TokenizerTask:
 
     def _generator_backward(self, images: Tensor, mean_K: Tensor | None) -> tuple[StepMetrics, Tensor]:
         weights = self.run.loss
-        reconstruction, quantized = self.generator(images, self.codebook.codes(), self.codebook.shards, mean_K)
+        target = () if self.features is None else (self.features(images),)
+        codebook = self.codebook
+        reconstruction, quantized, *misalignment = self.generator(
+            images, codebook.codes(), codebook.shards, mean_K, codebook.age_K, *target
+        )
         shown = reconstruction.detach().float()
         discriminator = self.discriminator.module.discriminator if self.adversarial else None
         balance = None if self.last_layer is None else self._adaptive_weight
@@ -215,6 +228,9 @@ class TokenizerTask:
         rest = (
             weights.quantization_weight * quantized.quantization_loss + weights.entropy_weight * quantized.entropy_loss
         )
+        for term in misalignment:
+            metrics["features"] = term.detach()
+            rest = rest + weights.feature_weight * term
         # A scalar with the gradient computed above at the reconstruction.
         self.generator.backward((reconstruction * gradient).sum() + rest)
         self.usage.update(quantized.indices_N)

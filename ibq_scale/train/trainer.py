@@ -22,6 +22,7 @@ from ibq_scale.config.batch import accumulation_steps
 from ibq_scale.config.run import AnyRun
 from ibq_scale.data.sets import DataSets
 from ibq_scale.distributed.world import World
+from ibq_scale.scaling.prediction import PlanRatios
 from ibq_scale.supervise.alarms import Alarms
 from ibq_scale.supervise.budgets import SkippedSteps
 from ibq_scale.supervise.epoch_audit import EpochAudit
@@ -92,6 +93,7 @@ class Trainer:
         sets: DataSets,
         checkpoints: CheckpointFolder,
         watchdog: Watchdog,
+        plan: PlanRatios,
     ) -> None:
         self.config = config
         self.run_dir = Path(config.run_dir)
@@ -104,6 +106,7 @@ class Trainer:
         self.skipped = SkippedSteps(config.train.skipped_steps, world)
         self.alarms = Alarms(task.alarms)
         self.utilization = Utilization.of(config, world)
+        self.plan = plan
         self._logged: dict[str, float] = {}
         self._stall = 0.0
         self._micro_batches = accumulation_steps(config.train, world.size)
@@ -152,6 +155,7 @@ class Trainer:
                 values |= validation.values
                 if self.utilization is not None:
                     values["mfu"] = self.utilization.mfu(values["samples_per_s"])
+                values |= self.plan.of(values)
                 values["save_stall_s"], self._stall = self._stall, 0.0
                 _check_finite(values, step)
                 self._logged = values

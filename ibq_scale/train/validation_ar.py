@@ -13,6 +13,7 @@ from ibq_scale.data.stream import evaluation_codes
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from ibq_scale.evaluate.gather import gather_rows
+from ibq_scale.models.condition import Condition
 from ibq_scale.models.transformer import Transformer
 from ibq_scale.supervise.compatible import check_codes, class_difference, open_held_out, same_classes
 from ibq_scale.train.validation_tokenizer import reporting
@@ -50,10 +51,13 @@ class HeldOut:
             world_size=self.world.size,
             batch=self.run.train.micro_batch,
             limit=self.run.validation.samples,
+            conditions=self.run.model.conditioning == "embedding",
         )
         for batch, weights_B in reporting(batches, progress):
             codes_BT, labels_B = batch.codes.to(self.world.device), batch.labels.to(self.world.device)
-            losses_B = transformer.losses(codes_BT, labels_B).double().mean(dim=1)
+            condition = Condition.of(batch.vectors, batch.lengths)
+            condition = condition and condition.to(self.world.device)
+            losses_B = transformer.losses(codes_BT, labels_B, condition).double().mean(dim=1)
             held = weights_B > 0
             indices.append(batch.requests[held, 0])
             losses.append(losses_B[held.to(losses_B.device)])

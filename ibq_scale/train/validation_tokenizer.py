@@ -55,7 +55,7 @@ class HeldOutImages:
             batch=self.run.train.micro_batch,
             limit=self.run.validation.samples,
         )
-        values, _ = measure(tokenizer, self.networks, reporting(stream, progress), self.world)
+        values, _, _ = measure(tokenizer, self.networks, reporting(stream, progress), self.world)
         # A perfect reconstruction, for example of a black image, has an infinite PSNR. It must not end the run.
         return {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
 

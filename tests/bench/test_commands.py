@@ -60,7 +60,8 @@ SMALL = (
 
 
 @pytest.mark.slow
-def test_tokenizer_on_noise(capfd: pytest.CaptureFixture[str]) -> None:
+def test_tokenizer_on_noise(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     words = [
         "bench",
         "tokenizer",
@@ -72,9 +73,13 @@ def test_tokenizer_on_noise(capfd: pytest.CaptureFixture[str]) -> None:
         "--ranks",
         "1",
     ]
-    assert main([*words, "--ranks", "1", "--json"]) == 0
+    assert main([*words, "--ranks", "1", "--json", "--write"]) == 0
     report = json.loads(capfd.readouterr().out)
     assert (report["data"], report["device"], report["ranks"]) == ("synthetic", "CPU", 1)
+    assert main(["plan", "tokenizer/tiny", *words[3:-4], "--device", "cpu", "--json"]) == 0
+    time = json.loads(capfd.readouterr().out)["time"]
+    assert time["images_per_s"] == pytest.approx(report["images_per_s"])
+    assert time["basis"].startswith("rate: measured here 20")
     parts = {part["name"]: part for part in report["parts"]}
     assert {"data", "generator", "quantizer", "discriminator", "LPIPS"} < set(parts)
     assert all(part["seconds"] > 0 for part in parts.values())
@@ -139,14 +144,18 @@ def test_checkpoint(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_collectives(capfd: pytest.CaptureFixture[str]) -> None:
+def test_collectives(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     # Large enough to take longer than 8 KiB on a machine whose scheduler takes milliseconds away.
-    assert main(["bench", "collectives", "--megabytes", "64", "--repeats", "5", "--ranks", "2", "--json"]) == 0
+    words = ["bench", "collectives", "--megabytes", "64", "--repeats", "5", "--ranks", "2", "--json", "--write"]
+    assert main(words) == 0
     report = json.loads(capfd.readouterr().out)
     assert (report["ranks"], report["nodes"], report["bytes"], report["right"]) == (2, 1, 2**26, True)
     # Of two ranks, each sends and receives the tensor once.
     assert report["bus_bytes_per_s"] == pytest.approx(2**26 / report["seconds"])
     assert 0 < report["latency_s"] < report["seconds"]
+    (kept,) = tmp_path.rglob("*.json")
+    assert json.loads(kept.read_text())["links"][0]["bytes_per_s"] == report["bus_bytes_per_s"]
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from ibq_scale.config.layers import (
 )
 from ibq_scale.config.run import ARRun, TokenizerRun
 from ibq_scale.errors import UserError
+from ibq_scale.train.schedule import codebook_lr, lr_factor
 
 IMAGENET = 1_281_167
 
@@ -64,6 +65,24 @@ def test_tokenizer_presets_hold_the_published_numbers(name: str, codes: int, epo
     assert run.schedule.decay_at == (250 * IMAGENET, 300 * IMAGENET)
     assert (run.optimizer.lr, run.optimizer.betas, run.ema_decay) == (1e-4, (0.5, 0.9), 0.999)
     assert (run.loss.adversarial_weight, run.loss.entropy_weight, run.loss.lecam_weight) == (0.1, 0.05, 0.05)
+
+
+@pytest.mark.parametrize(("name", "codes"), [("stable-16384", 16384), ("stable-262144", 262144)])
+def test_the_stable_presets_hold_what_is_told_of_the_recipe(name: str, codes: int) -> None:
+    run = resolve(name, task="tokenizer").config
+    assert isinstance(run, TokenizerRun)
+    quantizer, optimizer, total = run.quantizer, run.optimizer, 40 * IMAGENET
+    assert (quantizer.kind, quantizer.codebook_size, quantizer.straight_through, quantizer.region) == (
+        "simvq",
+        codes,
+        "dynamic",
+        True,
+    )
+    assert (run.train.global_batch, run.train.samples, optimizer.betas) == (128, total, (0.9, 0.95))
+    shares = (0, 0.1, 0.37, 0.685, 1)
+    rates = [optimizer.lr * lr_factor(run.schedule, round(share * total), total) for share in shares]
+    assert rates == pytest.approx([5e-7, 1e-4, 1e-4, 5.05e-5, 1e-6])
+    assert [codebook_lr(optimizer, run.schedule, round(share * total), total) for share in shares] == [1e-3] * 5
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ RUN = """
 import sys
 if function := sys.modules.get("ibq_scale.quantize.function"):
     # torch registers the operators of a name once.
-    function._library._destroy()
+    function.library._destroy()
 for name in [name for name in sys.modules if name.partition(".")[0] == "ibq_scale"]:
     del sys.modules[name]
 sys.path.insert(0, {copy!r})

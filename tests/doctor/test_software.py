@@ -37,7 +37,7 @@ def test_bounds_come_with_an_installed_program_too(monkeypatch: pytest.MonkeyPat
 def test_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("IBQ_SCALE_WEIGHTS", str(tmp_path))
     (line,) = software.weights(Subject())
-    assert (line.level, line.text) == ("warn", f"no vgg, alex, inception in {tmp_path}")
+    assert (line.level, line.text) == ("warn", f"no vgg, alex, inception, dino, dinov2 in {tmp_path}")
     (tmp_path / "vgg16-397923af.pth").write_bytes(b"half a download")
     damaged, absent = software.weights(Subject())
     assert (damaged.level, damaged.todo) == ("FAIL", "ibq-scale fetch-weights vgg")

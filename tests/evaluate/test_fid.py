@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from ibq_scale.errors import UserError
-from ibq_scale.evaluate.fid import INCEPTION, FeatureStatistics, Inception, frechet_distance
+from ibq_scale.evaluate.conventions import tensorflow_bilinear
+from ibq_scale.evaluate.fid import INCEPTION, FeatureStatistics, Inception, moments_distance
 from ibq_scale.evaluate.scores import inception_score
 
 
@@ -33,8 +34,8 @@ def test_mean_and_covariance_are_numpys_and_padding_counts_nothing() -> None:
 def test_the_distance_of_shifted_sets_is_the_shift() -> None:
     features = torch.randn(200, 5, generator=torch.Generator().manual_seed(1))
     shift = torch.tensor([1.0, -2.0, 0.0, 0.5, 3.0])
-    a, b = _statistics(features, 64), _statistics(features + shift, 50)
-    assert frechet_distance(a, b) == pytest.approx(float(shift.square().sum()), rel=1e-6)
+    a, b = (_statistics(*part).mean_and_covariance() for part in ((features, 64), (features + shift, 50)))
+    assert moments_distance(a, b) == pytest.approx(float(shift.square().sum()), rel=1e-6)
 
 
 def test_absent_weights_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +90,7 @@ def test_the_whole_calculation_is_torch_fidelitys(inception_weights: Path, monke
     real, fake = (torch.randint(256, (12, 3, 64, 64), dtype=torch.uint8, generator=g) for _ in range(2))
     fake = fake // 2
     network = Inception(torch.device("cpu"))
-    features, logits = zip(*(network.features_and_logits(images) for images in (real, fake)), strict=True)
+    features, logits, spatial = zip(*(network(tensorflow_bilinear(images)) for images in (real, fake)), strict=True)
     theirs = torch_fidelity.calculate_metrics(
         input1=_Images(fake),
         input2=_Images(real),
@@ -100,12 +101,15 @@ def test_the_whole_calculation_is_torch_fidelitys(inception_weights: Path, monke
         batch_size=12,
         feature_extractor_weights_path=str(inception_weights / INCEPTION),
     )
-    distance = frechet_distance(*(_statistics(part, 12) for part in features))
+    distance = moments_distance(*(_statistics(part, 12).mean_and_covariance() for part in features))
     assert distance == pytest.approx(theirs["frechet_inception_distance"], rel=1e-4)
     mean, deviation = inception_score(logits[1])
     assert mean == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
     assert deviation == pytest.approx(theirs["inception_score_std"], rel=1e-3, abs=1e-9)
-    torch.testing.assert_close(network(real.float()), features[0], rtol=1e-5, atol=1e-5)
+    direct = network._network(real)
+    assert torch.equal(features[0], direct[0])
+    assert torch.equal(logits[0], direct[1])
+    assert spatial[0].shape == (12, 17 * 17 * 7)
 
 
 class _Images(torch.utils.data.Dataset):

@@ -10,8 +10,9 @@ import pytest
 
 from ibq_scale.cli.fetch_weights import NAMES
 from ibq_scale.cli.main import main
+from ibq_scale.errors import UserError
 from ibq_scale.losses import weights
-from ibq_scale.losses.weights import SOURCES, WeightFile, weights_folder
+from ibq_scale.losses.weights import SOURCES, WeightFile, verified, weights_folder
 from tests.web import CONTENT, SHA256, WebServer, send
 
 
@@ -23,7 +24,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def published(web_server: WebServer, monkeypatch: pytest.MonkeyPatch) -> dict[str, WeightFile]:
-    """Stand-ins of the three files, served on loopback."""
+    """Stand-ins of the files, served on loopback."""
     sources = {
         name: WeightFile(f"{name}-1-{SHA256[:8]}.pth", f"the {name} net", "tests", lambda: web_server.url)
         for name in NAMES
@@ -32,14 +33,46 @@ def published(web_server: WebServer, monkeypatch: pytest.MonkeyPatch) -> dict[st
     return sources
 
 
-def test_upstream_still_names_the_files_so() -> None:
-    """The packages' own addresses end in the names that we look for, and the names in hashes."""
+def test_upstream_still_names_the_files_so(folder: Path) -> None:
+    """The packages' own addresses end in the names that we look for, and most names in hashes."""
     assert tuple(SOURCES) == NAMES
-    for source in SOURCES.values():
+    for name, source in SOURCES.items():
         assert source.url().startswith("https://")
         assert source.url().rpartition("/")[2] == source.file
-        assert len(source.sha256_prefix) == 8
-        assert int(source.sha256_prefix, 16) > 0
+        assert len(source.sha256_prefix) == {"dino": 0, "dinov2": 64}.get(name, 8)
+        assert int(source.sha256_prefix or "1", 16) > 0
+
+
+def test_a_file_without_a_published_hash_is_checked_and_its_hash_kept(
+    web_server: WebServer, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def check(path: Path) -> None:
+        if path.read_bytes() != CONTENT:
+            raise UserError("another network's tensors")
+
+    source = WeightFile("net.pth", "a net", "tests", lambda: web_server.url, sha256="", check=check)
+    monkeypatch.setattr(weights, "SOURCES", {"dino": source})
+    web_server.behave = lambda handler, _: send(handler, b"something else")
+    assert main(["fetch-weights", "dino"]) == 2
+    assert "another network's tensors" in capsys.readouterr().err
+    assert list(folder.iterdir()) == []
+    # By hand, so nothing is known of it.
+    (folder / "net.pth").write_bytes(CONTENT)
+    with pytest.raises(UserError, match="no recorded hash: 'ibq-scale fetch-weights dino'"):
+        verified("dino")
+    assert weights.status(["dino"])[0].state == "unverified"
+    assert main(["fetch-weights", "dino"]) == 0
+    assert (folder / "net.pth.sha256").read_text() == f"{SHA256}  net.pth\n"
+    assert verified("dino") == folder / "net.pth"
+    (folder / "net.pth").write_bytes(CONTENT + b"x")
+    with pytest.raises(UserError, match="is damaged"):
+        verified("dino")
+    # A fetch now wants the recorded bytes.
+    assert main(["fetch-weights", "dino"]) == 2
+    assert "invalid hash value" in capsys.readouterr().err
+    web_server.behave = lambda handler, _: send(handler, CONTENT)
+    assert main(["fetch-weights", "dino"]) == 0
+    assert sorted(p.name for p in folder.iterdir()) == ["net.pth", "net.pth.sha256"]
 
 
 def test_the_default_folder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,14 +97,14 @@ def test_fetching_and_listing(
     assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()] == [
         ["vgg", "there"],
         ["alex", "damaged"],
-        ["inception", "missing"],
+        *([name, "missing"] for name in NAMES[2:]),
     ]
 
     assert main(["fetch-weights", "--json"]) == 0
     captured = capsys.readouterr()
     assert {entry["state"] for entry in json.loads(captured.out)} == {"there"}
     assert "vgg-1-" in captured.err
-    assert web_server.requests == 3
+    assert web_server.requests == len(NAMES)
     assert sorted(p.name for p in folder.iterdir()) == sorted(source.file for source in published.values())
 
 
@@ -146,8 +179,13 @@ def test_training_is_refused_before_it_starts(
     folder: Path, dataset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["train", "tokenizer", "tiny", f"data.train={dataset}", f"out={tmp_path / 'run'}"]
-    for net, file in (("vgg", "vgg16-397923af.pth"), ("alex", "alexnet-owt-7be5be79.pth")):
-        assert main([*words, f"loss.perceptual={net}"]) == 2
+    for net, file, word in (
+        ("vgg", "vgg16-397923af.pth", "loss.perceptual=vgg"),
+        ("alex", "alexnet-owt-7be5be79.pth", "loss.perceptual=alex"),
+        ("dino", "dino_deitsmall16_pretrain.pth", "discriminator.kind=dino"),
+        ("dinov2", "dinov2_vits14_pretrain.pth", "loss.features=dinov2"),
+    ):
+        assert main([*words, word]) == 2
         lines = capsys.readouterr().err.strip().splitlines()
         assert len(lines) == 2
         assert f"{file} is not in {folder}: run 'ibq-scale fetch-weights {net}'" in lines[0]

@@ -120,10 +120,10 @@ def test_one_compiled_step_serves_every_place(model: Transformer) -> None:
         cache.reach = 16
         x_BTE = torch.randn(4, 1, 32, generator=torch.Generator().manual_seed(0))
         for t in range(4):
-            table = model._table_on(x_BTE.device).index_select(1, cache.position_1)
+            table = model._table_on(x_BTE.device).index_select(1, cache.position_1)[None]
             for layer in range(3):
-                part = cache.layer(layer, cache.seen())
-                arguments = (x_BTE, cache.kept[1], table, part, "sdpa")
+                part = cache.layer(layer, cache.slots(1))
+                arguments = (x_BTE, cache.kept[1], table, part, "sdpa", cache.visible())
                 assert torch.equal(block(*arguments), model.blocks[1](*arguments)), (t, layer)
             cache.advance()
     assert len(compiled) == 1

@@ -16,8 +16,10 @@ import ibq_scale
 from ibq_scale.checkpoint.files import StateFile, TextFile
 from ibq_scale.checkpoint.pieces import Piece, piece_file
 from ibq_scale.errors import UserError
+from ibq_scale.models.autoencoder import tokens_of
 from ibq_scale.pretrained.exporting import export
-from ibq_scale.pretrained.loading import InCheckpoint, Tokenizer, load_ar, load_tokenizer
+from ibq_scale.pretrained.loading import InCheckpoint, Tokenizer, load_ar, load_tokenizer, save_tokenizer
+from ibq_scale.pretrained.published import export_published
 
 
 def test_the_public_python_api(tokenizer_dir: Path, ar_dir: Path) -> None:
@@ -112,6 +114,28 @@ def test_an_export_is_the_same_model(tokenizer_dir: Path, ar_dir: Path, tmp_path
         assert torch.equal(a, b)
     with pytest.raises(UserError, match="not empty"):
         export(ar_dir, tmp_path / "tok")
+
+
+def test_a_model_with_unit_codes_is_the_same_after_an_export(tokenizer_dir: Path, tmp_path: Path) -> None:
+    """Its codebook is stored as it was trained. Length 1 is part of the model's config and of its hash."""
+    plain = load_tokenizer(tokenizer_dir)
+    unit = Tokenizer(plain.model_config, plain.quantizer_config.model_copy(update={"l2_normalize": True}))
+    unit.load_state_dict(plain.state_dict())
+    save_tokenizer(tmp_path / "unit", unit, {})
+    export(tmp_path / "unit", tmp_path / "export")
+    found = load_tokenizer(tmp_path / "export")
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    codes = found.encode(images)
+    z_ND = F.normalize(tokens_of(unit.autoencoder.encode(images)))
+    codes_KD = F.normalize(plain.codebook_KD)
+    assert torch.equal(codes.flatten(), (z_ND @ codes_KD.T).argmax(dim=1))
+    assert torch.equal(codes, unit.encode(images))
+    decoded = unit.autoencoder.decode(codes_KD[codes].permute(0, 3, 1, 2))
+    torch.testing.assert_close(found.decode(codes), decoded)
+    assert found.hash == unit.hash != plain.hash
+    assert "tokens and codes of unit length" in (tmp_path / "export/README.md").read_text()
+    with pytest.raises(UserError, match="published layout has no l2_normalize"):
+        export_published(tmp_path / "export", tmp_path / "unit.ckpt")
 
 
 def test_a_codebook_in_parts_is_put_together_in_order(tokenizer_dir: Path, tmp_path: Path) -> None:

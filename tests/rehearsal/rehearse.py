@@ -101,7 +101,7 @@ def _build_on_gpu(run: Any) -> None:
     from ibq_scale.train import ar_task, tokenizer_task
 
     dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
-    for name in ("TokenizerModel", "DiscriminatorPair"):
+    for name in ("TokenizerModel", "AlignedTokenizer", "DiscriminatorPair"):
         made = vars(tokenizer_task)[name]
         vars(tokenizer_task)[name] = lambda *args, made=made: gpu.place(made(*args), "cuda", dtype)
     vars(ar_task)["check_codes"] = lambda *_: SimpleNamespace(tokenizer=None)

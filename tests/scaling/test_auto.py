@@ -118,12 +118,14 @@ def test_the_codebook_is_shared_by_fewer_ranks_where_links_are_slow() -> None:
 def test_ranks_without_a_gpu_have_no_known_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr("ibq_scale.scaling.auto.of_all_ranks", lambda world, mine: [mine] * world.size)
+    monkeypatch.setattr("ibq_scale.scaling.auto.by_rank_0", lambda world, read: None)
     assert machine_of(World(0, 6, 0, torch.device("cpu"))) == Machine(2, 3)
 
 
 def test_among_different_gpus_the_smallest_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     found = [((85e9, "NVIDIA H100 80GB HBM3"), 2), ((42e9, "NVIDIA A100-SXM4-40GB"), 2)] * 2
     monkeypatch.setattr("ibq_scale.scaling.auto.of_all_ranks", lambda world, mine: found)
+    monkeypatch.setattr("ibq_scale.scaling.auto.by_rank_0", lambda world, read: None)
     assert machine_of(World(0, 4, 0, torch.device("cpu"))) == Machine(2, 2, "A100 40GB", 42e9)
 
 

@@ -74,3 +74,5 @@ def test_what_is_off_counts_nothing_and_what_saves_memory_counts_once() -> None:
     assert (without.perceptual, without.discriminator) == (0.0, 0.0)
     assert without.autoencoder == flops.autoencoder
     assert step_flops(_run("quantizer.kind=vq"), backend="tiled", sharded=False).quantizer == flops.quantizer / 5
+    region = _run("quantizer.kind=vq", "quantizer.region=true")
+    assert step_flops(region, backend="tiled", sharded=False).quantizer == flops.quantizer * 2 / 5

@@ -1,0 +1,188 @@
+"""Conventions of FID: the steps from pictures to a figure in each suite, and the suite behind each published figure.
+
+The same pictures have other figures in another suite. Results carry the texts of this table, and ``ibq-scale evaluate
+conventions`` prints it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from ibq_scale.errors import UserError
+
+# Side of the extractor's input.
+SIDE = 299
+# The suites run one network, Inception v3 of 2015-12-05, in different files. This program runs torch-fidelity's.
+NETWORK = "Inception v3 of 2015-12-05, torch-fidelity's port"
+
+
+def tensorflow_bilinear(images: Tensor) -> Tensor:
+    """Pixels 0 … 255 (B, 3, H, W) → the extractor's input (B, 3, 299, 299): TensorFlow 1's resize, (x − 128) / 128.
+
+    It aligns the first pixels' corners, with no antialiasing. The code is torch-fidelity's.
+    """
+    from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+
+    resized: Tensor = interpolate_bilinear_2d_like_tensorflow1x(images.float(), size=(SIDE, SIDE), align_corners=False)
+    return (resized - 128) / 128
+
+
+def pillow_bicubic(images: Tensor) -> Tensor:
+    """As `tensorflow_bilinear`, with Pillow's antialiased bicubic resize of float planes, clipped to 0 … 255."""
+    planes = images.float().cpu().numpy().reshape(-1, *images.shape[2:])
+    bicubic = Image.Resampling.BICUBIC
+    resized = np.stack([np.asarray(Image.fromarray(plane).resize((SIDE, SIDE), bicubic)) for plane in planes])
+    pixels = torch.from_numpy(resized).view(-1, 3, SIDE, SIDE).to(images.device).clamp_(0, 255)
+    return (pixels - 128) / 128
+
+
+def pytorch_bilinear(images: Tensor) -> Tensor:
+    """As `tensorflow_bilinear`, with PyTorch's resize on half pixels without antialiasing, and 2 · x / 255 − 1."""
+    return 2 * F.interpolate(images.float() / 255, size=(SIDE, SIDE), mode="bilinear", align_corners=False) - 1
+
+
+@dataclass(frozen=True)
+class Convention:
+    """One suite's way from pictures to figures, in words and as code.
+
+    `prepare`: pixels 0 … 255 to the extractor's input. `key`: ending of the names ``mu`` and ``sigma`` in a reference
+    file, one for each resize. `split`: images of a part of the inception score in order, 0 for ten shuffled parts, None
+    if the suite has no such score. `spatial`: it has sFID. `manifold`: it has precision and recall.
+    """
+
+    name: str
+    suite: str
+    resize: str
+    quantisation: str
+    extractor: str
+    prepare: Callable[[Tensor], Tensor]
+    key: str = ""
+    split: int | None = None
+    spatial: bool = False
+    manifold: bool = False
+
+
+TENSORFLOW = "TensorFlow 1 bilinear to 299, not antialiased, (x - 128) / 128"
+CONVENTIONS = {
+    c.name: c
+    for c in (
+        Convention(
+            name="torch-fidelity",
+            suite="torch-fidelity: FID, IS over ten shuffled parts, precision and recall",
+            resize=TENSORFLOW,
+            quantisation="none after the resize",
+            extractor=NETWORK,
+            prepare=tensorflow_bilinear,
+            split=0,
+            manifold=True,
+        ),
+        Convention(
+            name="adm",
+            suite="the guided-diffusion evaluator: FID, sFID, IS over parts of 5,000 in order, precision and recall",
+            resize=TENSORFLOW,
+            quantisation="none after the resize",
+            extractor=f"{NETWORK} (the suite's file: a TensorFlow graph)",
+            prepare=tensorflow_bilinear,
+            split=5_000,
+            spatial=True,
+            manifold=True,
+        ),
+        Convention(
+            name="clean-fid",
+            suite="clean-fid, its mode clean: FID",
+            resize="Pillow bicubic to 299, antialiased, float planes, (x - 128) / 128",
+            quantisation="none after the resize, clipped to 0 … 255",
+            extractor=f"{NETWORK} (the suite's file: NVIDIA's TorchScript)",
+            prepare=pillow_bicubic,
+            key="_clean-fid",
+        ),
+        Convention(
+            name="pytorch-fid",
+            suite="pytorch-fid, and clean-fid's mode legacy_pytorch: FID",
+            resize="PyTorch bilinear to 299 on half pixels, not antialiased, 2 x / 255 - 1",
+            quantisation="none after the resize",
+            extractor=f"{NETWORK} (the suite's file: the same weights)",
+            prepare=pytorch_bilinear,
+            key="_pytorch-fid",
+        ),
+    )
+}
+DEFAULT = "torch-fidelity"
+
+
+def chosen(names: str | None) -> tuple[Convention, ...]:
+    """``all``, names with commas, or None for the default. The first gives a report's own figures.
+
+    UserError for an unknown name.
+    """
+    if names == "all":
+        return tuple(CONVENTIONS.values())
+    wanted = dict.fromkeys(name.strip() for name in (names or DEFAULT).split(","))
+    for name in wanted:
+        if name not in CONVENTIONS:
+            raise UserError(f"there is no convention '{name}': --conventions takes all, or {', '.join(CONVENTIONS)}")
+    return tuple(CONVENTIONS[name] for name in wanted)
+
+
+@dataclass(frozen=True)
+class ConventionResult:
+    """Figures of one convention with their origin.
+
+    A figure is None if the suite has none, or with the reason in `not_measured`. `images`, `reference_images`: numbers
+    of pictures on both sides. `reference_images` is None for a file without a stamp.
+    """
+
+    convention: str
+    resize: str
+    quantisation: str
+    extractor: str
+    extractor_sha256: str
+    reference: str
+    reference_images: int | None
+    images: int
+    fid: float | None
+    sfid: float | None
+    inception_score: float | None
+    inception_score_std: float | None
+    precision: float | None
+    recall: float | None
+    not_measured: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published figure: its convention (empty: not told) and reference, and the source of both."""
+
+    figure: str
+    convention: str
+    reference: str
+    source: str
+
+
+TRAINING, VALIDATION = "statistics of the training images (VIRTUAL_imagenet256)", "the same validation images"
+PUBLISHED = (
+    Published("IBQ rFID 1.37, 1.00", "pytorch-fid, --pixels float", VALIDATION, "SEED-Voken evaluation_image.py"),
+    Published("IBQ gFID 2.88 … 2.05", "adm", TRAINING, "SEED-Voken #55"),
+    Published("LlamaGen rFID 2.19", "adm", f"{VALIDATION} as an .npz", "LlamaGen #48 (val.sh), reproduced there"),
+    Published("the same tokenizer, rFID 4.28", "adm", TRAINING, "LlamaGen #34"),
+    Published("the same tokenizer, rFID 2.11", "clean-fid", VALIDATION, "LlamaGen #34"),
+    Published("LlamaGen gFID 3.07 … 2.18", "adm", TRAINING, "LlamaGen GETTING_STARTED.md"),
+    Published("VAR gFID 1.97 … 1.80", "adm", TRAINING, "VAR README.md"),
+    Published("VAR rFID 0.92", "", VALIDATION, "VAR #45, #85"),
+    Published("the same tokenizer, rFID 2.70", "adm", TRAINING, "guided-diffusion #161"),
+    Published("MaskGIT rFID 2.28", "", VALIDATION, "1d-tokenizer #46, MaskGIT README.md"),
+    Published(
+        "TiTok rFID 2.21, 1.71",
+        "torch-fidelity",
+        VALIDATION,
+        "1d-tokenizer evaluator/ (8 bit, cut)",
+    ),
+    Published("RAR gFID 1.48", "adm", TRAINING, "1d-tokenizer #46"),
+)

@@ -1,0 +1,102 @@
+"""Random orders see what raster order sees: a target, the codes before it in the order, and their places."""
+
+from __future__ import annotations
+
+import torch
+
+from ibq_scale.models.order import draw_orders, inputs_of
+from ibq_scale.models.transformer import Transformer
+from tests.models.noisy import CONFIG, noisy
+
+RASTER = torch.arange(16).expand(3, -1)
+
+
+def _batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(1)
+    orders = draw_orders(0, [5, 6, 7], [1.0, 1.0, 1.0], 16)
+    return torch.randint(50, (3, 16), generator=g), torch.tensor([0, 1, 5]), orders
+
+
+def test_orders_are_a_function_of_seed_and_position() -> None:
+    whole = draw_orders(3, list(range(64)), [0.5] * 64, 16)
+    parts = [draw_orders(3, [p], [0.5], 16) for p in range(63, -1, -1)]
+    assert torch.equal(whole, torch.cat(parts[::-1]))
+    assert torch.equal(whole.sort(dim=1).values, torch.arange(16).expand(64, -1))
+    random = (whole != torch.arange(16)).any(dim=1)
+    assert 20 < int(random.sum()) < 44
+    assert len(whole[random].unique(dim=0)) == int(random.sum())
+    # A sample keeps its permutation while its probability falls, and has none at the end.
+    certain = draw_orders(3, list(range(64)), [1.0] * 64, 16)
+    assert torch.equal(whole[random], certain[random])
+    assert torch.equal(draw_orders(3, [1, 2], [0.0, 0.0], 16), RASTER[:2])
+    assert not torch.equal(certain, draw_orders(4, list(range(64)), [1.0] * 64, 16))
+
+
+def test_raster_order_is_the_plain_model_to_the_last_bit() -> None:
+    """In losses and in every gradient, for any order embedding. The embedding's own gradient is exactly zero."""
+    codes, labels, _ = _batch()
+    plain, other = noisy().train(), noisy(order="random").train()
+    gradients = []
+    for model, orders in ((plain, None), (other, RASTER)):
+        torch.manual_seed(0)
+        model.losses(codes, labels, orders_BT=orders).mean().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    embedding = gradients[1].pop("order_emb.weight")
+    assert embedding is not None
+    assert not embedding.any()
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        found = gradients[1][name]
+        assert gradient is not None
+        assert found is not None
+        assert torch.equal(gradient, found), name
+
+
+def test_a_step_sees_its_label_its_target_and_the_codes_before_it() -> None:
+    codes, labels, orders = _batch()
+    model = noisy(order="random")
+    before = model.losses(codes, labels, orders_BT=orders)
+    step = 6
+    changed = codes.scatter(1, orders[:, step : step + 1], (codes.gather(1, orders[:, step : step + 1]) + 1) % 50)
+    after = model.losses(changed, labels, orders_BT=orders)
+    assert torch.equal(before[:, :step], after[:, :step])
+    assert (before[:, step + 1 :] != after[:, step + 1 :]).all()
+    # Two orders that part at a step predict other codes there.
+    swapped = orders.clone()
+    swapped[:, [step, step + 1]] = orders[:, [step + 1, step]]
+    hidden, other = (model.hidden(codes.gather(1, o), labels, orders_BT=o) for o in (orders, swapped))
+    assert torch.equal(hidden[:, :step], other[:, :step])
+    assert not torch.isclose(hidden[:, step], other[:, step]).all(dim=-1).any()
+
+
+def test_a_target_sees_other_codes_at_the_angles_of_raster_order() -> None:
+    """Attention scores of one target with one earlier code depend on neither's step."""
+    from ibq_scale.models.order import permuted_tables
+    from ibq_scale.models.rotary import rotary_table, rotate
+
+    table, (_, _, orders) = rotary_table(CONFIG), _batch()
+    x = torch.randn(1, 1, 1, CONFIG.head_dim, generator=torch.Generator().manual_seed(0)).expand(3, 16, 1, -1)
+
+    def scores(orders: torch.Tensor) -> torch.Tensor:
+        queries, keys = (rotate(x, tables) for tables in permuted_tables(table, orders))
+        scores_BTS = torch.einsum("bthd,bshd->bts", queries, keys)
+        # By target and raster successor of the input.
+        by_place = torch.full((3, 16, 17), torch.nan)
+        rows = torch.arange(3)[:, None, None]
+        by_place[rows, orders[:, :, None], inputs_of(orders)[:, None, :]] = scores_BTS
+        return by_place
+
+    raster, permuted = scores(RASTER), scores(orders)
+    both = ~raster.isnan() & ~permuted.isnan()
+    # A query of code 0 in the middle of an order turns too.
+    both[:, 0] = False
+    assert both[:, 1:, 1:].sum() > 3 * 15 * 13
+    torch.testing.assert_close(permuted[both], raster[both], rtol=1e-4, atol=1e-4)
+
+
+def test_all_of_a_model_but_its_order_embedding_is_the_raster_models() -> None:
+    plain, other = (
+        dict(Transformer(CONFIG.model_copy(update={"order": o})).named_parameters()) for o in ("raster", "annealed")
+    )
+    assert other.pop("order_emb.weight").shape == (17, 32)
+    assert all(torch.equal(plain[name], other[name]) for name in plain.keys() | other.keys())

@@ -1,0 +1,126 @@
+"""Training in random orders: the same on any ranks and after a restart, and a plain raster model on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ibq_scale.checkpoint.files import write_all
+from ibq_scale.config.layers import resolve
+from ibq_scale.config.run import ARRun
+from ibq_scale.data.sets import open_sets
+from ibq_scale.distributed.world import World
+from ibq_scale.errors import UserError
+from ibq_scale.pretrained.exporting import export
+from ibq_scale.pretrained.loading import load_ar
+from ibq_scale.train.schedule import random_order_share
+from tests.ranks import run_ranks
+from tests.train.reference import ar_run
+
+ANNEALED = (
+    "model.order=annealed",
+    "train.steps=6",
+    "schedule.order_anneal_start=0.34",
+    "schedule.order_anneal_end=0.67",
+)
+
+
+def test_the_share_of_random_orders_falls_between_the_two_points() -> None:
+    run = ar_run("none", "model.order=annealed", "train.steps=100")
+    shares = [random_order_share(run, position) for position in (0, 400, 450, 500, 599, 600, 799)]
+    assert shares == [1.0, 1.0, 0.75, 0.5, pytest.approx(0.005), 0.0, 0.0]
+    at_once = ar_run("none", "model.order=annealed", "train.steps=100", "schedule.order_anneal_start=0.75")
+    assert [random_order_share(at_once, position) for position in (599, 600)] == [1.0, 0.0]
+    assert random_order_share(ar_run("none"), 0) == 0.0
+    assert random_order_share(ar_run("none", "model.order=random"), 10**9) == 1.0
+    with pytest.raises(UserError, match=r"order_anneal_start \(0.8\) comes after order_anneal_end \(0.75\)"):
+        resolve("ar/tiny", ["data.train=none", "schedule.order_anneal_start=0.8"])
+
+
+def _train(rank: int, size: int, runs: dict[str, ARRun], folder: Path, first: int, last: int) -> dict[str, list[float]]:
+    """Mean losses of each run's steps, from a checkpoint if `first` is not 0, and with a checkpoint at the end."""
+    from ibq_scale.train.ar_task import ARTask
+
+    world, losses = World(rank, size, rank, torch.device("cpu")), {}
+    for name, run in runs.items():
+        task = ARTask(run, world, open_sets(run.data, "codes"))
+        if first:
+            task.load(folder / f"{name}-{first}")
+        batches = task.batches(8 * first)
+        found = []
+        for step in range(first, last):
+            rates = task.set_rates(8 * step)
+            assert ("random_order" in rates) == (run.model.order != "raster")
+            loss = task.train_step(batches).metrics["loss"]
+            torch.distributed.all_reduce(loss)
+            found.append(float(loss) / size)
+        write_all(task.state(), folder / f"{name}-{last}")
+        losses[name] = found
+    return losses
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_orders_do_not_depend_on_ranks_or_restarts(codes: str, tmp_path: Path) -> None:
+    """Two ranks of every ZeRO stage, stopped in the middle of the annealing, and one rank without a stop."""
+    runs = {f"zero{n}": ar_run(codes, *ANNEALED, f"deepspeed.config=zero{n}", "ema_decay=0.9") for n in (1, 2, 3)}
+    plain = {
+        name: runs["zero1"].model_copy(update={"model": runs["zero1"].model.model_copy(update=of)})
+        for name, of in (("whole", {}), ("raster", {"order": "raster"}))
+    }
+    (expected,) = run_ranks(_train, 1, plain, tmp_path, 0, 6)
+    parts = [run_ranks(_train, 2, runs, tmp_path, *steps)[0] for steps in ((0, 3), (3, 6))]
+    for name in runs:
+        assert parts[0][name] + parts[1][name] == pytest.approx(expected["whole"], rel=1e-4), name
+    # The first step has other inputs than raster order, but the same loss: the head starts at zero.
+    assert expected["whole"][1] != pytest.approx(expected["raster"][1], rel=1e-4)
+
+    # On disk it is a plain raster model, for old programs too.
+    exported = tmp_path / "exported"
+    export(tmp_path / "zero3-6", exported)
+    model = json.loads((exported / "config.json").read_text())["model"]
+    assert "order" not in model
+    loaded, there = load_ar(exported), load_ar(tmp_path / "zero3-6")
+    assert loaded.config.order == "raster"
+    assert all(torch.equal(value, there.state_dict()[name]) for name, value in loaded.state_dict().items())
+    assert not any("order" in name for name in loaded.state_dict())
+    assert loaded.generate(torch.tensor([0, 1]), guidance=2.0).shape == (2, 16)
+
+
+def _weights(rank: int, size: int, runs: list[ARRun]) -> list[dict[str, Any]]:
+    """The weights after three steps of each run."""
+    from ibq_scale.train.ar_task import ARTask
+
+    found = []
+    for run in runs:
+        task = ARTask(run, World(rank, size, rank, torch.device("cpu")), open_sets(run.data, "codes"))
+        batches = task.batches(0)
+        for step in range(3):
+            task.set_rates(8 * step)
+            task.train_step(batches)
+        found.append({name: p.detach().numpy() for name, p in task.engine.module.named_parameters()})
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_an_annealed_run_at_its_end_trains_as_raster_to_the_last_bit(codes: str, tmp_path: Path) -> None:
+    """With clipping and dropout, from the weights of an annealed checkpoint."""
+    run_ranks(_train, 1, {"first": ar_run(codes, *ANNEALED, "deepspeed.config=zero0")}, tmp_path, 0, 2)
+    words = [
+        f"init={tmp_path / 'first-2'}",
+        "deepspeed.config=zero0",
+        "model.token_dropout=0.1",
+        "optimizer.grad_clip=0.1",
+    ]
+    off = ["schedule.order_anneal_start=0", "schedule.order_anneal_end=0"]
+    runs = [ar_run(codes, *words), ar_run(codes, *words, "model.order=annealed", *off)]
+    raster, annealed = run_ranks(_weights, 1, runs)[0]
+    assert annealed.pop("order_emb.weight").any()
+    assert raster.keys() == annealed.keys()
+    for name, value in raster.items():
+        assert (value == annealed[name]).all(), name
