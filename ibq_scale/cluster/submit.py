@@ -18,7 +18,7 @@ from ibq_scale.cluster.profile import Profile
 from ibq_scale.cluster.render import Script, double_quoted, environment_lines, parse_option, python_path_line
 from ibq_scale.cluster.snapshot import Snapshot, Source
 from ibq_scale.config.run import AnyRun
-from ibq_scale.config.secrets import refuse_secrets
+from ibq_scale.config.secrets import masked, refuse_secrets
 from ibq_scale.errors import UserError
 
 # Between the end of the grace time and Slurm's kill.
@@ -41,8 +41,18 @@ class Work:
     config: AnyRun | None = None
 
 
+def _refuse_addresses(config: AnyRun) -> None:
+    """UserError for addresses in `notify` that the job's config.yaml would not keep."""
+    if any(masked(target) != target for target in config.notify):
+        raise UserError(
+            "notify: the job's config keeps no address, since others can read it. Export the address in the "
+            "submitting shell (Slurm passes it on) and give its name: notify='$NAME'"
+        )
+
+
 def training(config: AnyRun) -> Work:
-    """A training run. UserError for a log path unfit for Slurm."""
+    """A training run. UserError for a log path unfit for Slurm, or an address in `notify`."""
+    _refuse_addresses(config)
     folder = Path(config.run_dir).absolute()
     _check_percent(f"out={folder}")
     options = {

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, WithJsonSchema, model_validator
 
 from ibq_scale import extensions
 from ibq_scale.config.base import AUTO, OPEN, Section, auto_int
@@ -20,6 +20,7 @@ from ibq_scale.config.models import (
     QuantizerConfig,
     TransformerConfig,
 )
+from ibq_scale.config.secrets import masked
 
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -125,7 +126,10 @@ ScheduleName = Annotated[
     AfterValidator(lambda name: extensions.check_name(extensions.SCHEDULES, name, SCHEDULES)),
     WithJsonSchema({"anyOf": [{"enum": list(SCHEDULES)}, {"type": "string"}]}),
 ]
-DashboardName = Annotated[str, AfterValidator(lambda name: extensions.check_name(extensions.DASHBOARDS, name))]
+TRACKERS = ("mlflow", "trackio")
+DashboardName = Annotated[
+    str, AfterValidator(lambda name: extensions.check_name(extensions.DASHBOARDS, name, TRACKERS))
+]
 
 
 class ScheduleConfig(Section):
@@ -200,7 +204,7 @@ class TokenizerOptimizerConfig(OptimizerConfig):
 
 
 # One value stands for a list of it.
-OneOrMore = BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
+OneOrMore = BeforeValidator(lambda v: () if v in (None, "", "null") else (v,) if isinstance(v, str) else v)
 
 
 def _step_range(text: str) -> str:
@@ -348,6 +352,25 @@ class WandbConfig(Section):
     group: str | None = Field(None, description="Group of the run in W&B.")
 
 
+# A secret in it is written to no file.
+Notified = Annotated[str, Field(min_length=1), PlainSerializer(masked, return_type=str, when_used="json")]
+
+
+class MetricsConfig(Section):
+    """The run's state for Prometheus, from rank 0 (docs/operators.md)."""
+
+    port: Annotated[int, Field(ge=1, le=65535)] | None = Field(
+        None, description="Serve OpenMetrics at http://HOST:PORT/metrics. A taken port costs a line, not the run."
+    )
+    host: str = Field(
+        "127.0.0.1",
+        description="Address of `port`. `0.0.0.0`: all networks of the node, without a password.",
+    )
+    textfile: str | None = Field(
+        None, description="Also write the metrics to this file, for node_exporter's textfile collector (`….prom`)."
+    )
+
+
 class RunConfig(Section):
     """Keys of both stages."""
 
@@ -362,9 +385,16 @@ class RunConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     wandb: WandbConfig = WandbConfig()
+    notify: Annotated[tuple[Notified, ...], OneOrMore] = Field(
+        (),
+        description="Told of the end of each attempt (done, hang, requeue, failure): a shell command with the facts "
+        "as JSON in its input, an `https://` address for a POST of them, `$NAME` for the one in an environment "
+        "variable, or several: `[a, b]`. Config files keep no path of an address.",
+    )
+    metrics: MetricsConfig = MetricsConfig()
     tensorboard: bool = Field(False, description="Write TensorBoard events to RUN/tensorboard too.")
     dashboards: tuple[DashboardName, ...] = Field(
-        (), description="Other dashboards, by entry point or `module:class` (docs/extending.md)."
+        (), description="Other dashboards: `mlflow`, `trackio`, an entry point or `module:class` (docs/extending.md)."
     )
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.0, description="Decay of the moving average of the weights, per step. 0: no average."

@@ -54,6 +54,13 @@ def refuse_credentials(url: str) -> None:
         )
 
 
+def masked(text: str) -> str:
+    """Text of `notify` for files that others can read: addresses without their paths, which may be secrets."""
+    text = re.sub(r"(https?://[^/\s\"']+)/[^\s\"']*", r"\1/…", text)
+    text = BEARER.sub("Bearer …", text)
+    return ASSIGNMENT.sub(lambda found: f"{found[1]}=…" if is_secret(found[1], found[3]) else found[0], text)
+
+
 def without_credentials(url: str) -> str:
     """The address of a server, without user and password."""
     scheme, separator, rest = url.partition("://")

@@ -69,7 +69,7 @@ def leave(error: Exception, code: int) -> bool:
     trace = "" if isinstance(error, UserError) else "".join(traceback.format_exception(error)).rstrip()
     # Under srun WORLD_SIZE is set only by `environment.join`.
     of = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS", "1"))
-    failure = Failure(rank(), of, socket.gethostname(), time.time(), code, describe(error), trace, _follows(error))
+    failure = Failure(rank(), of, socket.gethostname(), time.time(), code, describe(error), trace, follows(error))
     path = folder / f"rank-{failure.rank:05d}.json"
     try:
         part = path.with_suffix(".part")
@@ -103,7 +103,7 @@ def _leave_with_torchrun(path: Path, error: Exception) -> None:
 
     torchrun takes the earliest of all ranks as the root cause, so errors caused by another rank's end are not written.
     """
-    if _follows(error):
+    if follows(error):
         return
     trace = "".join(traceback.format_exception(error))
     extra = {"py_callstack": trace, "timestamp": str(int(time.time()))}
@@ -111,7 +111,8 @@ def _leave_with_torchrun(path: Path, error: Exception) -> None:
         path.write_text(json.dumps({"message": {"message": describe(error), "extraInfo": extra}}), encoding="utf-8")
 
 
-def _follows(error: Exception) -> bool:
+def follows(error: Exception) -> bool:
+    """Whether the error was probably caused by another rank's end."""
     words = f"{type(error).__name__}: {error}"
     return any(mark in words for mark in OF_OTHERS) and not isinstance(error, UserError)
 

@@ -1,4 +1,4 @@
-"""Dashboards beside a run's own files: W&B, TensorBoard and extensions. A failing dashboard never ends a run."""
+"""Dashboards beside a run's own files: W&B, TensorBoard, others by name. A failing dashboard never ends a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from ibq_scale import extensions
-from ibq_scale.config.run import AnyRun
+from ibq_scale.config.run import TRACKERS, AnyRun
 from ibq_scale.console import tell
 from ibq_scale.documents import json_object
 from ibq_scale.errors import UserError
@@ -55,6 +55,21 @@ class Dashboard(Protocol):
         ...
 
 
+class QuietDashboard:
+    """A `Dashboard` that shows nothing. Others override what they show."""
+
+    def values(self, step: int, line: Mapping[str, Any]) -> None:
+        """As `Dashboard`, and so are the others."""
+
+    def histogram(self, step: int, name: str, histogram: Histogram) -> None: ...
+
+    def picture(self, step: int, name: str, picture_CHW: Tensor) -> None: ...
+
+    def alarm(self, step: int, text: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class Dashboards:
     """All dashboards of a config. The first failure of each is logged, and again after it has worked."""
 
@@ -66,6 +81,8 @@ class Dashboards:
             makers["TensorBoard"] = lambda: TensorBoard(run_dir / EVENTS)
         if config.wandb.mode != "off":
             makers["W&B"] = lambda: WandB(run_dir, config)
+        if config.metrics.port is not None or config.metrics.textfile is not None:
+            makers["OpenMetrics"] = partial(_open_metrics, run_dir, config)
         for name, make in dashboard_classes(config).items():
             makers[name] = partial(make, run_dir, config)
         begun = {name: _begin(make) for name, make in makers.items()}
@@ -99,8 +116,24 @@ class Dashboards:
 
 
 def dashboard_classes(config: AnyRun) -> dict[str, Callable[[Path, AnyRun], Dashboard]]:
-    """The dashboards from outside of the package, by name. UserError where one cannot be imported."""
-    return {name: extensions.load(extensions.DASHBOARDS, name) for name in config.dashboards}
+    """The dashboards that a config names, by name. UserError where one from outside cannot be imported."""
+    return {name: _tracker(name) or extensions.load(extensions.DASHBOARDS, name) for name in config.dashboards}
+
+
+def _tracker(name: str) -> Callable[[Path, AnyRun], Dashboard] | None:
+    """One of this package. Its module is imported only for such a name."""
+    if name not in TRACKERS:
+        return None
+    from ibq_scale.supervise import trackers
+
+    made: Callable[[Path, AnyRun], Dashboard] = trackers.CLASSES[name]
+    return made
+
+
+def _open_metrics(run_dir: Path, config: AnyRun) -> Dashboard:
+    from ibq_scale.supervise.openmetrics import OpenMetrics
+
+    return OpenMetrics(run_dir, config)
 
 
 def _begin(make: Callable[[], Dashboard]) -> Dashboard | None:
@@ -113,7 +146,8 @@ def _begin(make: Callable[[], Dashboard]) -> Dashboard | None:
     return None
 
 
-def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
+def numbers(line: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of a line without its texts and histograms."""
     return {name: value for name, value in line.items() if isinstance(value, (int, float)) and name != "step"}
 
 
@@ -149,7 +183,7 @@ class WandB:
             tell(f"W&B is out of reach ({e}): writing to {run_dir}/wandb; 'wandb sync' sends it later")
 
     def values(self, step: int, line: Mapping[str, Any]) -> None:
-        self._run.log(_numbers(line), step=step)
+        self._run.log(numbers(line), step=step)
 
     def histogram(self, step: int, name: str, histogram: Histogram) -> None:
         shown = self._module.Histogram(np_histogram=(list(histogram.counts), list(histogram.edges)))
@@ -177,7 +211,7 @@ class TensorBoard:
         self._writer: Any = SummaryWriter(str(folder))
 
     def values(self, step: int, line: Mapping[str, Any]) -> None:
-        for name, value in _numbers(line).items():
+        for name, value in numbers(line).items():
             self._writer.add_scalar(name, value, step)
 
     def histogram(self, step: int, name: str, histogram: Histogram) -> None:

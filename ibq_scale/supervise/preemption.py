@@ -56,12 +56,14 @@ class StopRequest:
     process with the requeue code, even inside of a hanging step. Python's C handler wakes the thread at once
     (`signal.set_wakeup_fd`).
 
-    `standing`: returns the checkpoint to resume from, in words. The checkpoint folder sets it.
+    `standing`: returns the checkpoint to resume from, in words. The checkpoint folder sets it. `leaving`: called with
+    the reason before the thread ends the process.
     """
 
     def __init__(self, grace: float) -> None:
         self.grace = grace
         self.standing: Callable[[], str] = lambda: "training had not begun, nothing is lost"
+        self.leaving: Callable[[str], None] = lambda _: None
         self._deadline = math.inf
         self._stood_down = False
         self._asked: _Question | None = None
@@ -154,10 +156,9 @@ class StopRequest:
     def _leave(self) -> None:
         if self._stood_down:
             return
-        _say(
-            f"the {self.grace:.0f} s after the signal (train.grace) are over before all is saved: {self.standing()}. "
-            f"The same command goes on from there"
-        )
+        text = f"the {self.grace:.0f} s after the signal (train.grace) are over before all is saved: {self.standing()}"
+        _say(f"{text}. The same command goes on from there")
+        self.leaving(text)
         os._exit(REQUEUE_EXIT_CODE)
 
 

@@ -20,6 +20,8 @@ from ibq_scale.distributed.world import World
 FILE = "spikes.safetensors"
 # Steps in memory, and the steps before the first judgement.
 WINDOW, LEAST = 128, 16
+# Most spikes in a row. More are no matter of a batch: without a step the next ones would be alike.
+MOST_IN_A_ROW = 3
 # The standard deviation of a normal distribution over its median deviation.
 SIGMA = 1.4826
 # The least deviation, as a share of the median. Losses on a plateau differ in their last bits only.
@@ -37,14 +39,15 @@ class Spike(NamedTuple):
 class Spikes:
     """Compares each step with the last `WINDOW`: above median + `sigma` × 1.4826 × median deviation it is a spike.
 
-    These are a standard deviation's robust equivalents: a spike in memory does not move them. An outlier enters the
-    memory as the limit, so a lasting change of level is accepted in the end. All ranks have the same memory.
+    These are a standard deviation's robust equivalents: a spike in memory does not move them. It enters the memory as
+    the limit. After `MOST_IN_A_ROW` spikes the memory starts anew, at the new level. All ranks have the same memory.
     """
 
     def __init__(self, sigma: float, world: World) -> None:
         self.sigma = sigma
         self.world = world
         self._memory_N2 = torch.full((WINDOW, 2), torch.nan, device=world.device)
+        self._in_a_row = torch.zeros((), device=world.device)
         self._own = torch.zeros((), device=world.device)
         self._seen_22 = torch.zeros(2, 2, device=world.device)
         """The last step's values, and their limits."""
@@ -61,9 +64,13 @@ class Spikes:
         limits_2 = self._limits()
         above_2 = values_2 > limits_2
         longer_N2 = torch.cat([self._memory_N2[1:], torch.where(above_2, limits_2, values_2)[None]])
-        self._memory_N2 = torch.where(values_2.isfinite().all(), longer_N2, self._memory_N2)
+        spike = above_2.any()
+        self._in_a_row = torch.where(spike, self._in_a_row + 1, 0)
+        anew = self._in_a_row > MOST_IN_A_ROW
+        memory_N2 = torch.where(values_2.isfinite().all(), longer_N2, self._memory_N2)
+        self._memory_N2 = memory_N2.masked_fill(anew, torch.nan)
         self._own, self._seen_22 = loss.detach(), torch.stack([values_2, limits_2])
-        return above_2.any()
+        return spike & ~anew
 
     def _limits(self) -> Tensor:
         median_2 = torch.nanquantile(self._memory_N2, 0.5, dim=0)
@@ -92,9 +99,11 @@ class Spikes:
 
     def state(self) -> list[StateFile]:
         """Rank 0 gives the memory."""
-        return [TensorFile(FILE, {"memory": self._memory_N2})] if self.world.is_main else []
+        return [TensorFile(FILE, {"memory": self._memory_N2, "in_a_row": self._in_a_row})] if self.world.is_main else []
 
     def load(self, directory: Path) -> None:
         """Restores the memory of `state`, on any number of ranks. A checkpoint without one leaves it empty."""
         if (directory / FILE).is_file():
-            self._memory_N2.copy_(load_file(directory / FILE)["memory"])
+            tensors = load_file(directory / FILE)
+            self._memory_N2.copy_(tensors["memory"])
+            self._in_a_row.copy_(tensors["in_a_row"])

@@ -41,7 +41,7 @@ class Watchdog:
     the missing ones, writes stacks and torch's record of collectives to RUN/logs, and exits with code 70.
 
     Rank 0 also writes RUN/heartbeat.json. The threads do not touch the run's state. `ending` is called before the
-    process ends.
+    process ends, and `hung` with the message by each rank that prints it.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class Watchdog:
         timeout: float,
         start_step: int,
         ending: Callable[[], None] = lambda: None,
+        hung: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.run_dir = run_dir
         self.world = world
@@ -59,6 +60,7 @@ class Watchdog:
         self.timeout = timeout
         self._start = self._step = start_step
         self._ending = ending
+        self._hung = hung
         self._phase = START_UP[0]
         self._patience = FIRST_STEP_FACTOR * timeout
         self._progress = time.monotonic()
@@ -148,6 +150,7 @@ class Watchdog:
         # One line for all ranks, from rank 0. If rank 0 is missing, each rank prints it.
         if self.world.is_main or 0 in missing.ranks:
             tell(f"HANG: {text}")
+            self._hung(text)
 
     def _dump_flight_record(self) -> None:
         """Torch's record of the last collectives, for ``torchfrtrace``. TORCH_FR_BUFFER_SIZE=0 turns it off."""
@@ -162,7 +165,7 @@ class Watchdog:
         ends = list(self._ends)
         seconds = (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else None
         beat = {"step": self._step, "phase": self._phase, "time": time.time(), "step_s": seconds}
-        beat |= {"host": self.hosts[0], "pid": os.getpid()}
+        beat |= {"host": self.hosts[0], "pid": os.getpid(), "idle_s": time.monotonic() - self._progress}
         path = self.run_dir / "heartbeat.json"
         try:
             write_whole(path, json.dumps(beat) + "\n")

@@ -26,6 +26,7 @@ from ibq_scale.commit import current_commit
 from ibq_scale.config.batch import accumulation_steps
 from ibq_scale.config.layers import require_complete, to_yaml
 from ibq_scale.config.run import AnyRun, DataConfig, TokenizerRun
+from ibq_scale.config.secrets import masked
 from ibq_scale.console import tell
 from ibq_scale.data.geometry import continued
 from ibq_scale.data.manifest import NAME as MANIFEST
@@ -33,7 +34,7 @@ from ibq_scale.data.sets import DataSets, open_sets
 from ibq_scale.data.shared_memory import ranks_of_node
 from ibq_scale.data.store import open_store
 from ibq_scale.distributed.agree import of_all_ranks
-from ibq_scale.distributed.failures import describe
+from ibq_scale.distributed.failures import describe, follows
 from ibq_scale.distributed.node_check import check_nodes
 from ibq_scale.distributed.side_channel import SideChannel
 from ibq_scale.distributed.timeouts import set_timeouts
@@ -47,10 +48,11 @@ from ibq_scale.scaling.profile import this_cpu
 from ibq_scale.supervise.attempts import add_unnoticed
 from ibq_scale.supervise.compatible import check_same_data, check_same_run
 from ibq_scale.supervise.dashboards import dashboard_classes
+from ibq_scale.supervise.notify import Notices
 from ibq_scale.supervise.preemption import REQUEUE_EXIT_CODE, StopRequest
 from ibq_scale.supervise.restart import Restart
 from ibq_scale.supervise.run_lock import locked
-from ibq_scale.supervise.watchdog import FIRST_STEP_FACTOR, Watchdog
+from ibq_scale.supervise.watchdog import FIRST_STEP_FACTOR, HUNG_EXIT_CODE, Watchdog
 from ibq_scale.train.determinism import fix_the_order_of_sums
 from ibq_scale.train.kernel_tiles import settle_tiles
 from ibq_scale.train.memory_pressure import MemoryPressure, settle_within_limit
@@ -75,6 +77,7 @@ class _Start:
     hosts: list[str]
     machine: Machine
     pressure: MemoryPressure
+    notices: Notices
 
 
 def run_training(config: AnyRun, world: World, stop: StopRequest, command: Sequence[str] = ()) -> int:
@@ -92,15 +95,20 @@ def run_training(config: AnyRun, world: World, stop: StopRequest, command: Seque
     dashboard_classes(config)
     fix_the_order_of_sums(config)
     run_dir = Path(config.run_dir)
+    notices: Notices | None = None
     try:
         with locked(run_dir, world) as release, closing(Restart(world, command, release)) as restart:
+            notices = Notices(config, world)
+            stop.leaving = partial(notices.ended, REQUEUE_EXIT_CODE)
             try:
-                return _start(config, run_dir, world, stop, restart)
+                code = _start(config, run_dir, world, stop, restart, notices)
             except Exception:
                 # Ranks that start again break the collectives of those that are about to.
                 restart.hold()
                 raise
-    except UserError:
+    except UserError as e:
+        if notices is not None:
+            notices.ended(e.exit_code, str(e))
         raise
     except Exception as e:
         stop.leave_if_due()
@@ -109,23 +117,29 @@ def run_training(config: AnyRun, world: World, stop: StopRequest, command: Seque
         if (path := _log_path(run_dir, world)).is_file():
             log.exception("the run ends")
             e.add_note(f"(traceback in {path})")
+        if notices is not None:
+            notices.ended(1, describe(e), follows=follows(e))
         raise
+    if world.is_main:
+        notices.ended(code, "stopped by a signal, saved" if code else f"{config.train.total_steps} steps")
+    return code
 
 
-def _start(config: AnyRun, run_dir: Path, world: World, stop: StopRequest, restart: Restart) -> int:
+def _start(config: AnyRun, run_dir: Path, world: World, stop: StopRequest, restart: Restart, notices: Notices) -> int:
     if world.is_main:
         # A full disk is reported later, by a save.
         with suppress(OSError):
             add_unnoticed(run_dir)
     # Before any other read, write or collective.
     hosts = check_nodes(world, SideChannel(world), run_dir, _cache_dir(config), partial(_ask_stores, config))
+    notices.share()
     machine = machine_of(world)
     settled, choices = settle_within_limit(config, run_dir, machine, world)
     accumulation_steps(settled.train, world.size)
     _say_choices(world, choices)
     is_open = MICRO_BATCH in open_keys(config)
     pressure = MemoryPressure(run_dir, machine, world, restart, is_open=is_open)
-    return _train_locked(settled, run_dir, _Start(world, stop, hosts, machine, pressure))
+    return _train_locked(settled, run_dir, _Start(world, stop, hosts, machine, pressure, notices))
 
 
 def _train_locked(config: AnyRun, run_dir: Path, start: _Start) -> int:
@@ -182,8 +196,9 @@ def _train_watched(
     # 1.5 × the watchdog's longest patience, also for the engines' groups.
     patience = timedelta(seconds=1.5 * FIRST_STEP_FACTOR * timeout)
     set_timeouts(patience)
-    with closing(Watchdog(run_dir, world, start.hosts, timeout, step, start.stop.stand_down)) as watchdog:
-        if start.stop.agreed(world):
+    stop, hung = start.stop, partial(start.notices.ended, HUNG_EXIT_CODE)
+    with closing(Watchdog(run_dir, world, start.hosts, timeout, step, stop.stand_down, hung)) as watchdog:
+        if stop.agreed(world):
             return Outcome(step, stopped=True, saved=True)
         sets = open_sets(config.data, "images" if isinstance(config, TokenizerRun) else "codes")
         _check_ranks_agree(config, sets, world)
@@ -200,7 +215,7 @@ def _train_watched(
         _say(world, said)
         trainer = Trainer(config, task, world, sets, checkpoints, watchdog, PlanRatios(predicted))
         with start.pressure.relieved(config, watchdog):
-            return trainer.run(resume_from, start.stop)
+            return trainer.run(resume_from, stop)
 
 
 def _check_ranks_agree(config: AnyRun, sets: DataSets, world: World) -> None:
@@ -281,7 +296,7 @@ def environment(world: World) -> dict[str, object]:
         "ranks_per_node": ranks_of_node(),
         "device": torch.cuda.get_device_name(world.device) if cuda else platform.processor() or platform.machine(),
         "cpus": os.cpu_count(),
-        "command": sys.argv,
+        "command": [masked(word) if word.startswith("notify=") else word for word in sys.argv],
         **more,
     }
 

@@ -169,7 +169,10 @@ def _step(engine: Any) -> bool:
         if not bool((norm if _refuses is None else _refused(norm, _refuses)).isfinite()):
             for parameter in engine.module.parameters():
                 parameter.grad = None
+            # It fails without gradients (0.19.8).
+            engine.clip_fp32_gradients = lambda: None
             engine.step()
+            del engine.clip_fp32_gradients
             return False
     engine.step()
     return bool(engine.was_step_applied())

@@ -225,3 +225,17 @@ def test_a_config_reads_no_environment_variable(tmp_path: Path, monkeypatch: pyt
 def test_an_override_interpolates_nothing() -> None:
     with pytest.raises(UserError, match="an override has no interpolation"):
         resolve("tokenizer/tiny", ["data.train=x", "name=${train.seed}"])
+
+
+def test_ranges_of_steps_are_text_and_end_before_their_end(tmp_path: Path) -> None:
+    """YAML 1.1 reads 10:20 as the number 620."""
+    config = resolve("ar/tiny", ["data.train=x", "train.skip_steps=[10:20,30]"]).config
+    assert [step for step in range(40) if config.train.skips(step)] == [*range(10, 20), 30]
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_resolved(tmp_path / "config.yaml") == config
+    (tmp_path / "mine.yaml").write_text("preset: ar/tiny\ntrain:\n  skip_steps: [1:11]\n")
+    assert resolve(str(tmp_path / "mine.yaml")).config.train.skip_steps == ("1:11",)
+    assert resolve("ar/tiny", ["train.skip_steps=7:9"]).config.train.skip_steps == ("7:9",)
+    for wrong in ("5:5", "x", "0:3", "9:7"):
+        with pytest.raises(UserError, match="no range of steps"):
+            resolve("ar/tiny", [f"train.skip_steps=[{wrong}]"])

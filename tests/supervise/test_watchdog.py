@@ -30,7 +30,8 @@ def train(run_dir: Path, victim: int, how: str) -> None:
     """A loop of collectives in which one rank stops at step 3, in one way or another."""
     with join() as world:
         logging.basicConfig(filename=run_dir / "logs" / f"rank-{world.rank:05d}.log")
-        with closing(Watchdog(run_dir, world, HOSTS, TIMEOUT, start_step=0)) as watchdog:
+        tell = (run_dir / f"told-{world.rank}").write_text
+        with closing(Watchdog(run_dir, world, HOSTS, TIMEOUT, start_step=0, hung=tell)) as watchdog:
             if how == "goes on":
                 # The first step may take longer: it compiles.
                 time.sleep(1.5 * TIMEOUT)
@@ -93,6 +94,9 @@ def test_a_stopped_rank_is_named_by_the_others(tmp_path: Path) -> None:
         assert f'"{Path(__file__)}"' in stacks
         assert (tmp_path / "logs" / "flight-record" / f"rank_{rank}").stat().st_size > 0
     assert json.loads((tmp_path / "heartbeat.json").read_text())["step"] == 3
+    # Rank 0 tells for all.
+    assert [path.name for path in tmp_path.glob("told-*")] == ["told-0"]
+    assert line in (tmp_path / "told-0").read_text()
 
 
 @pytest.mark.slow
@@ -116,6 +120,7 @@ def test_where_the_stopped_rank_is_the_meeting_point_the_others_say_so(tmp_path:
     said = _ended(ranks, but=0)
     assert [process.returncode for process in ranks[1:]] == [HUNG_EXIT_CODE] * 2, said
     assert "rank 0 on node0 does not answer" in said[1]
+    assert sorted(path.name for path in tmp_path.glob("told-*")) == ["told-1", "told-2"]
 
 
 @pytest.mark.slow

@@ -105,7 +105,12 @@ def _spike_under_each_stage(rank: int, world_size: int, runs: dict[str, Tokenize
 def test_both_networks_and_the_codebook_skip_together_under_each_zero_stage() -> None:
     runs = {
         f"{config} {precision}": tokenizer_run(
-            config, "train.global_batch=8", "train.skip_spikes=20", f"train.precision={precision}", "optimizer.lr=1e-4"
+            config,
+            "train.global_batch=8",
+            "train.skip_spikes=20",
+            f"train.precision={precision}",
+            "optimizer.lr=1e-4",
+            "optimizer.grad_clip=1.0",
         )
         for config, precision in [
             ("zero0", "fp32"),
