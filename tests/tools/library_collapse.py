@@ -1,13 +1,14 @@
-"""Why IBQ's codebook collapses in a model of one's own, and what prevents it: ``python -m tests.tools.library_collapse``.
+"""Why IBQ's codebook collapses in other models, and what helps: ``python -m tests.tools.library_collapse [SEEDS]``.
 
-The setting of SEED-Voken's issue 59, in small: an encoder that ends in a linear layer, Adam at 5e-5, the loss's weight 1.
-One Markdown row a variant and width D, the mean over seeds: share of 1,024 codes in use in the last 50 of 300 steps, the
-share of softmax(S) beside the chosen code (what index backpropagation gives to the other codes), the quantization loss
-and the reconstruction's error.
+SEED-Voken's issue 59 in small: an encoder that ends in a linear layer, Adam at 5e-5, the loss's weight 1. One Markdown
+row a variant and width D, the mean over seeds: share of 1,024 codes in use in the last 50 of 300 steps, the share of
+softmax(S) beside the chosen code (what index backpropagation gives to the other codes), the quantization loss and the
+reconstruction's error.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 from typing import Any
 
@@ -28,7 +29,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], bool]] = {
 
 def _layers(*widths: int) -> list[nn.Module]:
     layers: list[nn.Module] = []
-    for a, b in zip(widths, widths[1:], strict=False):
+    for a, b in itertools.pairwise(widths):
         layers += [nn.Linear(a, b), nn.SiLU()]
     return layers[:-1]
 
