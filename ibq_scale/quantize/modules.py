@@ -124,7 +124,7 @@ class Quantizer(nn.Module):
         """Draws the initial codes: the same for any number of ranks. Collective."""
         seed = int(torch.randint(2**31, (), device="cpu")) if self.seed is None else self.seed
         if self.seed is None and not self.placement.alone:
-            seed = self.placement.same_for_all(seed, self.codebook.device)
+            seed = self.placement.same_for_all(seed)
         self.age.fill_(self.settings.region_window)
         with torch.device("cpu"):
             rows = initial_codebook(self.settings, seed, self._start, self._start + len(self.codebook))
@@ -294,19 +294,23 @@ class Quantizer(nn.Module):
         return out.index_put((keep_N,), x_NX)
 
     def _refuse_wrappers(self) -> None:
-        """A wrapper that broadcasts or shards the rows of a shard has destroyed them."""
+        """DDP broadcasts what it is not told to leave alone, and has destroyed the rows of a shard."""
         if self._seen_by_wrapper or not self._sharded or torch.compiler.is_compiling():
             return
-        if hasattr(self.codebook, "full_tensor"):
-            raise UserError(
-                "FSDP has sharded a shard of a codebook: fully_shard(…, ignored_params=own_parameters(model))"
-            )
         ddp = DistributedDataParallel._active_ddp_module
         if ddp is not None:
-            kept_out = {name for name, x in _tensors(ddp.module) if x is self.codebook} <= ddp.parameters_to_ignore
-            if not kept_out:
+            named = {name for name, x in _tensors(ddp.module) if x is self.codebook}
+            if not named <= ddp.parameters_to_ignore:
                 raise UserError("DDP has overwritten a shard of a codebook: wrap DDP(keep_shards_from_ddp(model))")
         self._seen_by_wrapper = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """FSDP2 sets its own pieces of a parameter."""
+        if name == "codebook" and hasattr(value, "full_tensor") and self._sharded:
+            raise UserError(
+                "FSDP would cut a shard of a codebook: fully_shard(…, ignored_params=own_parameters(model))"
+            )
+        super().__setattr__(name, value)
 
     def _place_in_group(self) -> tuple[int, int]:
         group = self.placement.group if self._sharded else None

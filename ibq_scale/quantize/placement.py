@@ -53,13 +53,14 @@ class Placement:
         """Their ranks together are all that share the codebook."""
         return self.group, self.replicas
 
-    def same_for_all(self, value: int, device: torch.device) -> int:
+    def same_for_all(self, value: int) -> int:
         """The value of the first rank. Collective."""
-        shared = torch.tensor([value], device=device)
+        shared = [value]
         for group in self.groups:
             if group is not None:
-                dist.broadcast(shared, dist.get_global_rank(group, 0), group=group)
-        return int(shared)
+                # As an object: a model is often made on the CPU, where NCCL takes no tensors.
+                dist.broadcast_object_list(shared, dist.get_global_rank(group, 0), group=group)
+        return shared[0]
 
     def layout(self, tokens: int, device: torch.device) -> Layout:
         """The layout of a batch where this rank has so many tokens. A GPU waits, unless this rank is alone."""

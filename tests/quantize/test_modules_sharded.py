@@ -125,6 +125,9 @@ def test_training_equals_one_rank_with_the_whole_batch(ranks: int) -> None:
 
 
 def _mistakes(rank: int, ranks: int) -> dict[str, Any]:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     group: Any = dist.group.WORLD
     said = {}
 
@@ -135,6 +138,8 @@ def _mistakes(rank: int, ranks: int) -> dict[str, Any]:
 
     x, mask = _batch()
     told("ddp", lambda: DistributedDataParallel(Model("IBQ", codebook_group=group))(x, mask))
+    mesh = init_device_mesh("cpu", (ranks,))
+    told("fsdp", lambda: fully_shard(Model("IBQ", codebook_group=mesh), mesh=mesh))
     told("odd", lambda: ibq_scale.IBQ(DIM, 15, codebook_group=group))
     told("pickle", lambda: pickle.dumps(ibq_scale.IBQ(DIM, CODES, codebook_group=group)))
     shard, whole = Model("IBQ", codebook_group=group), Model("IBQ")
@@ -156,6 +161,7 @@ def _mistakes(rank: int, ranks: int) -> dict[str, Any]:
 def test_mistakes_of_several_ranks_are_told_in_words() -> None:
     first, second = run_ranks(_mistakes, 2)
     assert "DDP(keep_shards_from_ddp(model))" in first["ddp"]
+    assert "ignored_params=own_parameters(model)" in first["fsdp"]
     assert "15" in first["odd"]
     assert "whole_state_dict" in first["pickle"]
     assert "whole_state_dict" in first["a shard"]
