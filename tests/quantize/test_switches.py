@@ -130,14 +130,14 @@ def test_region_takes_any_tile_and_any_number_of_free_codes() -> None:
 
 def test_region_needs_no_memory_of_sources_times_codes() -> None:
     tokens, codes, dim = 2048, 8192, 4
-    settings = QuantizerConfig(kind="vq", codebook_size=codes, dim=dim, region=True, tile_bytes=64 << 10)
+    settings = QuantizerConfig(kind="vq", codebook_size=codes, dim=dim, region=True, tile_bytes=1 << 20)
     rows_KD = torch.randn(codes, dim, generator=torch.Generator().manual_seed(0)).requires_grad_()
     # Two tokens to a code: as many sources as there can be.
     indices_N = torch.arange(tokens) // 2
     with Allocations() as memory:
         region_loss(rows_KD.detach()[indices_N], rows_KD, indices_N, settings, WHOLE, None).backward()
-    # Eight copies of the rows, where sources × codes take 29 MB.
-    assert memory.peak < 8 * 4 * dim * codes
+    # Eight copies of the rows and a tile, where sources × codes take 29 MB.
+    assert memory.peak < 8 * 4 * dim * codes + (1 << 20)
 
 
 def test_equally_near_codes_are_claimed_from_the_lowest_index_on() -> None:
