@@ -61,9 +61,9 @@ def choices(schema: type[BaseModel], key: str) -> list[str]:
     if (schema, name) == (DeepSpeedConfig, "config"):
         return config_names()
     of = schema.model_json_schema()["properties"][name]
-    if of.get("type") == "boolean":
-        return ["true", "false"]
-    return [str(word) for option in (of, *of.get("anyOf", ())) for word in option.get("enum", ())]
+    options = (of, *of.get("anyOf", ()))
+    words = ["true", "false"] if any(option.get("type") == "boolean" for option in options) else []
+    return words + [str(word) for option in options for word in option.get("enum", ())]
 
 
 def markdown() -> str:

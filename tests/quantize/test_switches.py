@@ -13,6 +13,7 @@ from ibq_scale.config.models import QuantizerConfig
 from ibq_scale.quantize.collectives import WHOLE, Shards
 from ibq_scale.quantize.quantizer import encode, initial_codebook, lookup, quantize, rows_of
 from ibq_scale.quantize.region import initial_ages, region_loss
+from ibq_scale.scaling.allocations import Allocations
 from tests.quantize.dense import dense
 from tests.ranks import run_ranks
 
@@ -127,6 +128,18 @@ def test_region_takes_any_tile_and_any_number_of_free_codes() -> None:
             torch.testing.assert_close(torch.autograd.grad(loss, rows_KD)[0], grad_KD)
 
 
+def test_region_needs_no_memory_of_sources_times_codes() -> None:
+    tokens, codes, dim = 2048, 8192, 4
+    settings = QuantizerConfig(kind="vq", codebook_size=codes, dim=dim, region=True, tile_bytes=1 << 20)
+    rows_KD = torch.randn(codes, dim, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    # Two tokens to a code: as many sources as there can be.
+    indices_N = torch.arange(tokens) // 2
+    with Allocations() as memory:
+        region_loss(rows_KD.detach()[indices_N], rows_KD, indices_N, settings, WHOLE, None).backward()
+    # Eight copies of the rows and a tile, where sources × codes take 29 MB.
+    assert memory.peak < 8 * 4 * dim * codes + (1 << 20)
+
+
 def test_equally_near_codes_are_claimed_from_the_lowest_index_on() -> None:
     settings = QuantizerConfig(kind="vq", codebook_size=8, dim=2, region=True, beta_on="commitment")
     rows_KD = torch.tensor([[4.0, 0.0], [0.0, 4.0]] + [[1.0, 1.0]] * 6, requires_grad=True)
@@ -181,6 +194,7 @@ def test_unit_codes_are_the_same_in_training_search_and_lookup(kind: str) -> Non
     codes_ND = lookup(out.indices_N, rows_KD, settings=settings)
     torch.testing.assert_close(codes_ND, out.z_q_ND)
     torch.testing.assert_close(codes_ND.norm(dim=1), torch.ones(200))
+    assert settings.switches == "unit length"
 
 
 @pytest.mark.parametrize(
