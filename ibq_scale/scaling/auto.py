@@ -7,7 +7,7 @@ kept. The global batch, the rates and the schedule never change: the choice deci
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from ibq_scale.data.shared_memory import ranks_of_node
 from ibq_scale.distributed.agree import by_rank_0, of_all_ranks
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
+from ibq_scale.scaling.activation_memory import estimated
 from ibq_scale.scaling.devices import BOARDS
 from ibq_scale.scaling.fitting import budget_of, largest_micro_batch
 from ibq_scale.scaling.flops import training_flops
@@ -36,6 +37,8 @@ MICRO_BATCH, GROUP, ZERO, AGAIN = (
 )
 # Of a GPU's memory, the share that a plan may fill: a plan is held to within 10 % of the allocator.
 HEADROOM = 0.9
+# Estimates of activations are at most this much too large.
+ESTIMATE = 1.03
 # A later candidate has to be this much faster than an earlier one, which is simpler.
 FASTER = 0.98
 # By what they cost. Offloading is tried where nothing else fits.
@@ -136,7 +139,27 @@ def _rates(run: AnyRun, machine: Machine) -> list[StepRate]:
 def _fastest(
     run: AnyRun, keys: tuple[str, ...], machine: Machine, memory: float, most: int | None
 ) -> tuple[dict[str, Any], Plan] | None:
-    """The values with the shortest step among those that fit `memory` bytes, None where none fit."""
+    """The values with the shortest step among those that fit `memory` bytes, None where none fit.
+
+    The search estimates the activations. What it finds is rehearsed, and the next smaller one searched if it is larger.
+    """
+    allowed = ESTIMATE * memory
+    while True:
+        with estimated():
+            found = _search(run, keys, machine, allowed, most)
+        if found is None:
+            return None
+        values, plan = found
+        exact = budget_of(with_values(run, values), machine.world)
+        if exact.peak <= memory:
+            return values, replace(plan, memory=exact)
+        allowed = plan.memory.peak - 1
+
+
+def _search(
+    run: AnyRun, keys: tuple[str, ...], machine: Machine, memory: float, most: int | None
+) -> tuple[dict[str, Any], Plan] | None:
+    """`_fastest` by estimates."""
     best: tuple[float, dict[str, Any], Plan] | None = None
     for stages in (STAGES, OFFLOADS):
         for values in _candidates(keys, stages):

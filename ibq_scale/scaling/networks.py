@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
-import torch
 from torch import nn
 
-from ibq_scale.config.models import AutoencoderConfig, TransformerConfig
-from ibq_scale.config.run import ARRun, OptimizerConfig, TokenizerRun
+from ibq_scale.config.models import AutoencoderConfig, DiscriminatorConfig, TransformerConfig
+from ibq_scale.config.run import ARRun, TokenizerRun
 from ibq_scale.models.autoencoder import Autoencoder
 from ibq_scale.models.discriminator import PatchDiscriminator
-from ibq_scale.models.optimizers import adam, adamw
+from ibq_scale.models.optimizers import decay_groups
 from ibq_scale.models.precision import compute_dtype
 from ibq_scale.models.transformer import Transformer
 from ibq_scale.scaling.flops import on_meta, perceptual_on_meta
@@ -34,34 +33,40 @@ class Network:
 
 def transformer(run: ARRun) -> Network:
     """Of stage 2."""
-    return _transformer(run.model, run.optimizer)
+    # Settings of the computation change no parameter.
+    return _transformer(run.model.architecture())
 
 
-# A search for settings asks for the same networks dozens of times.
+# A search for settings asks for the same networks dozens of times. No optimizer is made: its import takes a second.
 @cache
-def _transformer(model: TransformerConfig, optimizer: OptimizerConfig) -> Network:
+def _transformer(model: TransformerConfig) -> Network:
     with on_meta():
         module = Transformer(model)
-    return _network(module, _transformer_part, adamw(module, optimizer))
+    return _network(module, _transformer_part, [group for group in decay_groups(module) if group])
 
 
 def autoencoder(run: TokenizerRun) -> Network:
     """What stage 1's first engine trains."""
-    return _autoencoder(run.model, run.quantizer.dim, run.optimizer)
+    return _autoencoder(run.model.architecture(), run.quantizer.dim)
 
 
 @cache
-def _autoencoder(model: AutoencoderConfig, dim: int, optimizer: OptimizerConfig) -> Network:
+def _autoencoder(model: AutoencoderConfig, dim: int) -> Network:
     with on_meta():
         module = Autoencoder(model, dim)
-    return _network(module, _autoencoder_part, adam(module.parameters(), optimizer))
+    return _network(module, _autoencoder_part, [list(module.parameters())])
 
 
 def discriminator(run: TokenizerRun) -> Network:
     """The network of stage 1's second engine."""
+    return _discriminator(run.discriminator)
+
+
+@cache
+def _discriminator(config: DiscriminatorConfig) -> Network:
     with on_meta():
-        module = PatchDiscriminator(run.discriminator)
-    return _network(module, lambda _: "discriminator", adam(module.parameters(), run.optimizer))
+        module = PatchDiscriminator(config)
+    return _network(module, lambda _: "discriminator", [list(module.parameters())])
 
 
 def perceptual(run: TokenizerRun) -> int:
@@ -73,11 +78,11 @@ def perceptual(run: TokenizerRun) -> int:
     return sum(p.numel() for p in metric.parameters())
 
 
-def _network(module: nn.Module, part: Callable[[str], str], optimizer: torch.optim.Optimizer) -> Network:
+def _network(module: nn.Module, part: Callable[[str], str], together: Sequence[list[nn.Parameter]]) -> Network:
     parts: dict[str, int] = {}
     for name, parameter in module.named_parameters():
         parts[part(name)] = parts.get(part(name), 0) + parameter.numel()
-    groups = tuple(tuple(p.numel() for p in group["params"]) for group in optimizer.param_groups)
+    groups = tuple(tuple(p.numel() for p in group) for group in together)
     return Network(parts, groups, sum(b.numel() for b in module.buffers()))
 
 
