@@ -18,7 +18,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from ibq_scale.config.layers import with_values
 from ibq_scale.config.models import AutoencoderConfig, DiscriminatorConfig, TransformerConfig
 from ibq_scale.config.run import AnyRun, ARRun, TokenizerLossConfig, TokenizerRun
 from ibq_scale.losses.adversarial import discriminator_hinge
@@ -58,21 +57,24 @@ def estimated() -> Iterator[None]:
         _estimating.reset(token)
 
 
-def _estimate(run: R, rehearse: Callable[[R], ActivationMemory], keeps_gradients: bool) -> ActivationMemory:
-    token = _estimating.set(False)
-    try:
-        few, many = (rehearse(with_values(run, {"train.micro_batch": size})) for size in ESTIMATED)
-    finally:
-        _estimating.reset(token)
-    steps = (run.train.micro_batch - ESTIMATED[0]) / (ESTIMATED[1] - ESTIMATED[0])
+def _plus(
+    base: ActivationMemory, smaller: ActivationMemory, larger: ActivationMemory, times: float
+) -> ActivationMemory:
+    """`base` and `times` the difference of the other two."""
     kept, peak = (
-        round(getattr(few, name) + steps * (getattr(many, name) - getattr(few, name))) for name in ("kept", "peak")
+        getattr(base, name) + times * (getattr(larger, name) - getattr(smaller, name)) for name in ("kept", "peak")
     )
-    if keeps_gradients:
-        nets = [networks.transformer(run)] if isinstance(run, ARRun) else [networks.autoencoder(run)]
-        # At the end of the backward pass all gradients are there and nearly no activation.
-        peak = max(peak, sum(net.parameters for net in nets) * compute_dtype(run).itemsize)
-    return ActivationMemory(max(0, kept), max(0, peak))
+    return ActivationMemory(max(0, round(kept)), max(0, round(peak)))
+
+
+def _estimate(few: ActivationMemory, many: ActivationMemory, micro_batch: int) -> ActivationMemory:
+    """On the line through the rehearsals of `ESTIMATED`."""
+    return _plus(many, few, many, (micro_batch - ESTIMATED[1]) / (ESTIMATED[1] - ESTIMATED[0]))
+
+
+def _with_gradients(memory: ActivationMemory, bytes_: int) -> ActivationMemory:
+    """At the end of the backward pass all gradients are there and nearly no activation."""
+    return ActivationMemory(memory.kept, max(memory.peak, bytes_))
 
 
 def ar_activation_memory(run: ARRun, *, keeps_gradients: bool) -> ActivationMemory:
@@ -81,20 +83,22 @@ def ar_activation_memory(run: ARRun, *, keeps_gradients: bool) -> ActivationMemo
     All blocks are equal, so without gradients each block beyond the second adds the same bytes, and two short
     transformers are rehearsed. With gradients the moment of the peak depends on the depth, so every block runs.
     """
+    depth, size, dtype = run.model.depth, run.train.micro_batch, compute_dtype(run)
 
-    if _estimating.get():
-        return _estimate(run, lambda other: ar_activation_memory(other, keeps_gradients=False), keeps_gradients)
+    def rehearsed(depth: int, micro_batch: int, *, keeps: bool = False) -> ActivationMemory:
+        return _transformer(run.model.model_copy(update=ANYWHERE | {"depth": depth}), micro_batch, dtype, keeps)
 
-    def of_depth(depth: int) -> ActivationMemory:
-        model = run.model.model_copy(update=ANYWHERE | {"depth": depth})
-        return _transformer(model, run.train.micro_batch, compute_dtype(run), keeps_gradients)
-
-    depth = run.model.depth
+    if _estimating.get() and depth > 3:
+        few, many = (rehearsed(2, batch) for batch in ESTIMATED)
+        # A block keeps nothing but activations, in proportion to the images.
+        three = rehearsed(3, ESTIMATED[1])
+        found = _plus(_estimate(few, many, size), many, three, (depth - 2) * size / ESTIMATED[1])
+        gradients = networks.transformer(run).parameters * dtype.itemsize
+        return _with_gradients(found, gradients) if keeps_gradients else found
     if keeps_gradients or depth <= 3:
-        return of_depth(depth)
-    two, three = of_depth(2), of_depth(3)
-    more = depth - 2
-    return ActivationMemory(two.kept + more * (three.kept - two.kept), two.peak + more * (three.peak - two.peak))
+        return rehearsed(depth, size, keeps=keeps_gradients)
+    two = rehearsed(2, size)
+    return _plus(two, two, rehearsed(3, size), depth - 2)
 
 
 @cache
@@ -116,11 +120,18 @@ def logit_bytes(run: ARRun) -> int:
 
 def tokenizer_activation_memory(run: TokenizerRun, *, keeps_gradients: bool) -> ActivationMemory:
     """A micro-batch of the tokenizer as in `TokenizerTask`, without the quantizer (counted by formula)."""
+    dtype = compute_dtype(run)
+
+    def rehearsed(micro_batch: int, *, keeps: bool = False) -> ActivationMemory:
+        model = run.model.model_copy(update={"compile": False})
+        return _tokenizer(model, run.quantizer.dim, run.discriminator, run.loss, micro_batch, dtype, keeps)
+
     if _estimating.get():
-        return _estimate(run, lambda other: tokenizer_activation_memory(other, keeps_gradients=False), keeps_gradients)
-    model = run.model.model_copy(update={"compile": False})
-    batch = run.train.micro_batch
-    return _tokenizer(model, run.quantizer.dim, run.discriminator, run.loss, batch, compute_dtype(run), keeps_gradients)
+        few, many = (rehearsed(batch) for batch in ESTIMATED)
+        found = _estimate(few, many, run.train.micro_batch)
+        gradients = networks.autoencoder(run).parameters * dtype.itemsize
+        return _with_gradients(found, gradients) if keeps_gradients else found
+    return rehearsed(run.train.micro_batch, keeps=keeps_gradients)
 
 
 @cache
