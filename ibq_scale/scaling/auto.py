@@ -37,9 +37,9 @@ MICRO_BATCH, GROUP, ZERO, AGAIN, WORKERS = (
     "model.activation_checkpointing",
     "data.workers",
 )
-# Assumed: pictures of 500 × 375 pixels that a CPU decodes and crops in a second. Codes need one worker.
+# Assumed: pictures of 500 × 375 pixels, decoded and cropped by a CPU in a second. Codes need one worker.
 DECODED = 200
-# Of a GPU's memory, the share that a plan may fill: a plan is held to within 10 % of the allocator.
+# Usable share of a GPU's memory: a plan is held to within 10 % of the allocator.
 HEADROOM = 0.9
 # Estimates of activations are at most this much too large.
 ESTIMATE = 1.03
@@ -63,7 +63,7 @@ class Choice:
 
 
 def open_keys(run: AnyRun) -> tuple[str, ...]:
-    """The settings of this run that are ``auto``."""
+    """This run's settings with the value ``auto``."""
     is_open = {
         MICRO_BATCH: run.train.micro_batch == OPEN,
         GROUP: isinstance(run, TokenizerRun) and run.codebook_group == OPEN,
@@ -76,7 +76,7 @@ def open_keys(run: AnyRun) -> tuple[str, ...]:
 
 def machine_of(world: World) -> Machine:
     """The machine of a running job. Among different GPUs the one with the least memory counts. Collective: rank 0 reads
-    what is measured on it.
+    its measured profile.
     """
     found: tuple[float, str] | None = None
     if world.device.type == "cuda":
@@ -111,7 +111,7 @@ def settle(run: R, machine: Machine, most: int | None = None) -> tuple[R, tuple[
 def _settle_step(
     run: AnyRun, keys: tuple[str, ...], machine: Machine, most: int | None
 ) -> tuple[Plan | None, tuple[Choice, ...]]:
-    """The choices that decide how a step is computed, and their plan where the GPU's memory is known."""
+    """The choices of a step's computation, and their plan where the GPU's memory is known."""
     one = with_values(run, {MICRO_BATCH: 1}) if MICRO_BATCH in keys else run
     share = accumulation_steps(one.train, machine.world) * one.train.micro_batch
     if machine.gpu_memory is None:
@@ -204,7 +204,7 @@ def _search(
 
 
 def _candidates(keys: tuple[str, ...], stages: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """Values of the settings that are single choices, the simplest first."""
+    """Values of the settings with few choices, the simplest first."""
     options = {ZERO: stages, AGAIN: CHECKPOINTING}
     named = [key for key in (AGAIN, ZERO) if key in keys]
     for values in product(*(options[key] for key in named)):
