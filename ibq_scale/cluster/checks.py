@@ -72,7 +72,8 @@ class Submission(Job):
         from ibq_scale.scaling.plan import Machine
         from ibq_scale.scaling.profile import read_profile
 
-        return Machine(self.ranks // self.nodes, self.nodes, self.gpu, profile=read_profile(self.gpu))
+        cpus = number(self.script, "cpus-per-task") if self.script.option("cpus-per-task") else None
+        return Machine(self.ranks // self.nodes, self.nodes, self.gpu, profile=read_profile(self.gpu), cpus=cpus)
 
     @cached_property
     def settled(self) -> tuple[AnyRun, tuple[Choice, ...]]:

@@ -48,8 +48,10 @@ class DataConfig(Section):
         "SLURM_TMPDIR or TMPDIR for `s3://` sources, none for folders. null: one request per sample.",
     )
     cache_bytes: PositiveInt = Field(50 * 10**9, description="Largest size of the cache, in bytes.")
-    workers: NonNegativeInt = Field(
-        4, description="Processes that load and decode samples, per rank. 0: the rank itself."
+    workers: AutoNonNegative = Field(
+        OPEN,
+        description="Processes that load and decode samples, per rank. 0: the rank itself. `auto`: as many as the step "
+        "needs by the plan, at least 1, within the rank's CPUs.",
     )
     order: Literal[1, 2] | None = Field(
         None, description="Version of the order of samples (data/order.py). null: the checkpoint's, else the newest."

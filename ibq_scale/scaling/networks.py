@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import nn
 
-from ibq_scale.config.models import AutoencoderConfig, TransformerConfig
-from ibq_scale.config.run import ARRun, OptimizerConfig, TokenizerRun
+from ibq_scale.config.models import AutoencoderConfig, DiscriminatorConfig, TransformerConfig
+from ibq_scale.config.run import ARRun, TokenizerRun
 from ibq_scale.models.aligned import Alignment
 from ibq_scale.models.autoencoder import Autoencoder
-from ibq_scale.models.optimizers import adam, adamw
+from ibq_scale.models.optimizers import decay_groups
 from ibq_scale.models.precision import compute_dtype
 from ibq_scale.models.transformer import Transformer
 from ibq_scale.scaling.flops import (
@@ -40,36 +40,42 @@ class Network:
 
 def transformer(run: ARRun) -> Network:
     """Of stage 2."""
-    return _transformer(run.model, run.optimizer)
+    # Settings of the computation change no parameter.
+    return _transformer(run.model.architecture())
 
 
-# A search for settings asks for the same networks dozens of times.
+# A search for settings asks for the same networks dozens of times. No optimizer is made: its import takes a second.
 @cache
-def _transformer(model: TransformerConfig, optimizer: OptimizerConfig) -> Network:
+def _transformer(model: TransformerConfig) -> Network:
     with on_meta():
         module = Transformer(model)
-    return _network(module, _transformer_part, adamw(module, optimizer))
+    return _network(module, _transformer_part, [group for group in decay_groups(module) if group])
 
 
 def autoencoder(run: TokenizerRun) -> Network:
     """What stage 1's first engine trains."""
     target = features_on_meta(run.loss, run.model, compute_dtype(run))
-    return _autoencoder(run.model, run.quantizer.dim, run.optimizer, 0 if target is None else target.width)
+    return _autoencoder(run.model.architecture(), run.quantizer.dim, 0 if target is None else target.width)
 
 
 @cache
-def _autoencoder(model: AutoencoderConfig, dim: int, optimizer: OptimizerConfig, features: int) -> Network:
+def _autoencoder(model: AutoencoderConfig, dim: int, features: int) -> Network:
     with on_meta():
         module = Autoencoder(model, dim)
         if features:
             module.add_module("alignment", Alignment(module.decoder.mid, model, features))
-    return _network(module, _autoencoder_part, adam(module.parameters(), optimizer))
+    return _network(module, _autoencoder_part, [list(module.parameters())])
 
 
 def discriminator(run: TokenizerRun) -> Network:
     """The network of stage 1's second engine."""
-    module = discriminator_on_meta(run.discriminator, torch.float32)
-    return _network(module, lambda _: "discriminator", adam(module.parameters(), run.optimizer))
+    return _discriminator(run.discriminator)
+
+
+@cache
+def _discriminator(config: DiscriminatorConfig) -> Network:
+    module = discriminator_on_meta(config, torch.float32)
+    return _network(module, lambda _: "discriminator", [list(module.parameters())])
 
 
 def frozen(run: TokenizerRun) -> dict[str, int]:
@@ -83,11 +89,11 @@ def frozen(run: TokenizerRun) -> dict[str, int]:
     return {name: sum(p.numel() for p in m.parameters()) for name, m in modules.items() if m is not None}
 
 
-def _network(module: nn.Module, part: Callable[[str], str], optimizer: torch.optim.Optimizer) -> Network:
+def _network(module: nn.Module, part: Callable[[str], str], together: Sequence[list[nn.Parameter]]) -> Network:
     parts: dict[str, int] = {}
     for name, parameter in module.named_parameters():
         parts[part(name)] = parts.get(part(name), 0) + parameter.numel()
-    groups = tuple(tuple(p.numel() for p in group["params"]) for group in optimizer.param_groups)
+    groups = tuple(tuple(p.numel() for p in group) for group in together)
     return Network(parts, groups, sum(b.numel() for b in module.buffers()))
 
 

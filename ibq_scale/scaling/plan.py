@@ -32,7 +32,8 @@ from ibq_scale.zero.memory import Zero
 @dataclass(frozen=True)
 class Machine:
     """The requested machine. `device`: a GPU's name. `memory`: bytes of one GPU, for an unknown name. `net`: bytes/s of
-    a GPU to other nodes, None for `fabric.NDR`. `profile`: what is measured on this device.
+    a GPU to other nodes, None for `fabric.NDR`. `profile`: what is measured on this device. `cpus`: of a rank, None
+    where its nodes are not known.
     """
 
     gpus: int = 1
@@ -41,6 +42,7 @@ class Machine:
     memory: float | None = None
     net: float | None = None
     profile: MachineProfile | None = None
+    cpus: int | None = None
 
     @property
     def world(self) -> int:

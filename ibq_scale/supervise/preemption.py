@@ -115,6 +115,11 @@ class StopRequest:
         self._end_by(question.time + seconds)
         return True
 
+    @property
+    def asked(self) -> bool:
+        """Whether a signal asks this rank to stop, or the ranks have agreed to."""
+        return not math.isinf(self._deadline)
+
     def stand_down(self) -> None:
         """Leaves the exit to the watchdog, with its own code: a hanging job is not requeued."""
         self._stood_down = True

@@ -23,6 +23,7 @@ from ibq_scale.documents import json_object
 from ibq_scale.scaling.auto import HEADROOM, MICRO_BATCH, Choice, settle
 from ibq_scale.scaling.fitting import largest_micro_batch
 from ibq_scale.scaling.plan import Machine
+from ibq_scale.supervise.preemption import StopRequest
 from ibq_scale.supervise.restart import Restart
 from ibq_scale.supervise.watchdog import Watchdog
 
@@ -64,11 +65,14 @@ def read_limit(run_dir: Path, machine: Machine) -> Limit | None:
 class MemoryPressure:
     """Halves the micro-batch of a run where `is_open`, else says what fits."""
 
-    def __init__(self, run_dir: Path, machine: Machine, world: World, restart: Restart, *, is_open: bool) -> None:
+    def __init__(
+        self, run_dir: Path, machine: Machine, world: World, restart: Restart, stop: StopRequest, *, is_open: bool
+    ) -> None:
         self._run_dir = run_dir
         self._machine = machine
         self._world = world
         self._restart = restart
+        self._stop = stop
         self._is_open = is_open
 
     @contextmanager
@@ -95,10 +99,11 @@ class MemoryPressure:
             self._keep(Limit(half, tried, self._world.rank, step))
         except OSError as e:
             return f"({self._run_dir / NAME}: {e.strerror}: {MICRO_BATCH}={half} would fit)"
-        self._restart.ask(
-            f"{MICRO_BATCH}={tried} ran out of memory on rank {self._world.rank} in step {step}: starting again with at"
-            f" most {half} and the same global batch ({self._run_dir / NAME})"
-        )
+        if not self._stop.asked:
+            self._restart.ask(
+                f"{MICRO_BATCH}={tried} ran out of memory on rank {self._world.rank} in step {step}: starting again "
+                f"with at most {half} and the same global batch ({self._run_dir / NAME})"
+            )
         return f"({self._run_dir / NAME} has the limit: the same command goes on with a micro-batch of {half})"
 
     def _fitting(self, config: AnyRun, most: int) -> int | None:

@@ -138,7 +138,7 @@ def _start(config: AnyRun, run_dir: Path, world: World, stop: StopRequest, resta
     accumulation_steps(settled.train, world.size)
     _say_choices(world, choices)
     is_open = MICRO_BATCH in open_keys(config)
-    pressure = MemoryPressure(run_dir, machine, world, restart, is_open=is_open)
+    pressure = MemoryPressure(run_dir, machine, world, restart, stop, is_open=is_open)
     return _train_locked(settled, run_dir, _Start(world, stop, hosts, machine, pressure, notices))
 
 

@@ -11,6 +11,7 @@ import torch
 from ibq_scale.cli.main import main
 from ibq_scale.config.layers import resolve, with_values
 from ibq_scale.config.run import AnyRun
+from ibq_scale.data.shared_memory import cpus_of_rank
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from ibq_scale.scaling.auto import HEADROOM, Choice, machine_of, open_keys, settle
@@ -51,13 +52,15 @@ def _by_key(choices: tuple[Choice, ...]) -> dict[str, Any]:
 
 def test_what_is_open_is_settled_and_fits() -> None:
     run = _run("ar/b")
-    assert open_keys(run) == ("train.micro_batch", "deepspeed.config", "model.activation_checkpointing")
+    steps = ("train.micro_batch", "deepspeed.config", "model.activation_checkpointing")
+    assert open_keys(run) == (*steps, "data.workers")
     settled, choices = settle(run, Machine(8, 1, "h100"))
     assert open_keys(settled) == ()
     assert _by_key(choices) == {
         "train.micro_batch": settled.train.micro_batch,
         "deepspeed.config": settled.deepspeed.config,
         "model.activation_checkpointing": settled.model.activation_checkpointing,
+        "data.workers": 1,
     }
     assert make_plan(settled, Machine(8, 1, "h100"), mfu=0.5).memory.peak <= HEADROOM * 80e9
     # Nothing else has changed: not the global batch, the rates or the length.
@@ -82,14 +85,37 @@ def test_nothing_is_asked_of_a_machine_where_all_is_set() -> None:
 
 def test_without_a_known_memory_the_values_are_constants() -> None:
     choices = settle(_run("tokenizer/ibq-16384"), Machine(2, 1))[1]
-    assert _by_key(choices) == {"train.micro_batch": 4, "codebook_group": 0, "deepspeed.config": "zero1"}
-    assert all("no GPU's memory" in choice.reason for choice in choices)
+    values = {"train.micro_batch": 4, "codebook_group": 0, "deepspeed.config": "zero1", "data.workers": 4}
+    assert _by_key(choices) == values
+    assert all("no GPU's memory" in choice.reason for choice in choices[:-1])
     assert settle(_run("ar/b", "train.global_batch=6"), Machine(2, 1))[0].train.micro_batch == 3
 
 
 def test_a_global_batch_that_the_ranks_do_not_divide_is_refused_in_words() -> None:
     with pytest.raises(UserError, match=r"train\.global_batch=256 is no multiple"):
         settle(_run("tokenizer/ibq-16384"), Machine(3, 1, "h100"))
+
+
+def test_data_workers_are_what_the_step_needs_within_the_ranks_cpus() -> None:
+    set_otherwise = ("train.micro_batch=4", "codebook_group=1", "deepspeed.config=zero1")
+    run = _run("tokenizer/ibq-16384", *set_otherwise)
+    few, many = (settle(run, Machine(cpus=cpus))[0].data.workers for cpus in (2, 64))
+    assert (few, many) == (1, 4)
+    assert settle(_run("ar/b", *set_otherwise[::2], "model.activation_checkpointing=none"), Machine(cpus=64))[0] == (
+        _run("ar/b", *set_otherwise[::2], "model.activation_checkpointing=none", "data.workers=1")
+    )
+
+
+def test_the_cpus_of_a_rank_are_its_tasks_or_a_share_of_the_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(16)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert cpus_of_rank() == 4
+    for name, value in (("SLURM_CPUS_PER_TASK", "12"), ("SLURM_NTASKS", "8"), ("WORLD_SIZE", "8")):
+        monkeypatch.setenv(name, value)
+    assert cpus_of_rank() == 12
+    # torchrun's ranks within the task of a node.
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    assert cpus_of_rank() == 4
 
 
 @pytest.mark.slow
@@ -119,14 +145,15 @@ def test_ranks_without_a_gpu_have_no_known_memory(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr("ibq_scale.scaling.auto.of_all_ranks", lambda world, mine: [mine] * world.size)
     monkeypatch.setattr("ibq_scale.scaling.auto.by_rank_0", lambda world, read: None)
-    assert machine_of(World(0, 6, 0, torch.device("cpu"))) == Machine(2, 3)
+    monkeypatch.setattr("ibq_scale.scaling.auto.cpus_of_rank", lambda: 3)
+    assert machine_of(World(0, 6, 0, torch.device("cpu"))) == Machine(2, 3, cpus=3)
 
 
 def test_among_different_gpus_the_smallest_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = [((85e9, "NVIDIA H100 80GB HBM3"), 2), ((42e9, "NVIDIA A100-SXM4-40GB"), 2)] * 2
+    found = [((85e9, "NVIDIA H100 80GB HBM3"), 2, 12), ((42e9, "NVIDIA A100-SXM4-40GB"), 2, 8)] * 2
     monkeypatch.setattr("ibq_scale.scaling.auto.of_all_ranks", lambda world, mine: found)
     monkeypatch.setattr("ibq_scale.scaling.auto.by_rank_0", lambda world, read: None)
-    assert machine_of(World(0, 4, 0, torch.device("cpu"))) == Machine(2, 2, "A100 40GB", 42e9)
+    assert machine_of(World(0, 4, 0, torch.device("cpu"))) == Machine(2, 2, "A100 40GB", 42e9, cpus=8)
 
 
 def test_config_show_tells_the_values_and_why(capsys: pytest.CaptureFixture[str]) -> None:
