@@ -49,11 +49,12 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     export.add_argument("--to", required=True, type=Path, metavar="PATH", help="new folder, or new file if published")
     export.add_argument(
         "--layout",
-        choices=("safetensors", "published", "huggingface", "deepspeed"),
+        "--format",
+        choices=("safetensors", "published", "huggingface", "transformers", "deepspeed"),
         default="safetensors",
         help="safetensors and config in a folder (default); one .ckpt file for the published code; a tokenizer's "
-        "config.json and safetensors in the layout of BAAI/Emu3.5-VisionTokenizer; or a checkpoint's live "
-        "weights, a folder per engine, for DeepSpeed's zero_to_fp32",
+        "config.json and safetensors in the layout of BAAI/Emu3.5-VisionTokenizer; a transformer for Hugging Face "
+        "transformers, with its code; or a checkpoint's live weights, a folder per engine, for zero_to_fp32",
     )
     export.set_defaults(run=_export)
     imported = family.add_parser(
@@ -139,6 +140,10 @@ def _export(args: argparse.Namespace) -> int:
         from ibq_scale.pretrained.published import export_huggingface
 
         kind = export_huggingface(args.path, args.to)
+    elif args.layout == "transformers":
+        from ibq_scale.pretrained.transformers_layout import export_transformers
+
+        kind = export_transformers(args.path, args.to)
     elif args.layout == "deepspeed":
         from ibq_scale.checkpoint.reading import newest_or_this
         from ibq_scale.pretrained.loading import refuse_overwrite

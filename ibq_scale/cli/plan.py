@@ -103,7 +103,7 @@ def _asked(args: argparse.Namespace) -> tuple[AnyRun, Machine, Path | None]:
 
     run_dir = Path(args.source) if (Path(args.source) / "config.yaml").is_file() else None
     ran = machine_of_run(run_dir) if run_dir and args.gpus is args.nodes is args.device is args.memory is None else None
-    args.gpus, args.nodes = args.gpus or 1, args.nodes or 1
+    args.gpus, args.nodes = (1 if number is None else number for number in (args.gpus, args.nodes))
     at_least_one(args, "gpus", "nodes")
     if not 0 < args.mfu <= 1:
         raise UserError(f"--mfu must be above 0 and at most 1, got {args.mfu}")

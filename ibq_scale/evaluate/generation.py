@@ -73,10 +73,10 @@ def evaluate_generation(
     are unusable or do not match.
     """
     begin = time.perf_counter()
+    wanted = chosen(conventions)
     images = open_images(samples, size, limit)
     if images.count < 2:
         raise UserError(f"{samples} holds {images.count} image: a distance needs two at least")
-    wanted = chosen(conventions)
     inception = Inception(world.device)
     real = load_reference(reference, inception, images.size, world, batch=batch, conventions=wanted)
     rows = _measure(images, real, inception, world, batch, wanted, reference)

@@ -67,6 +67,30 @@ def test_the_discriminator_is_three_passes_and_the_codebook_five_products() -> N
 
 
 @pytest.mark.slow
+def test_a_frozen_dino_has_no_gradient_at_its_weights_and_the_feature_loss_none_at_its_target() -> None:
+    tiny = (
+        "discriminator.kind=dino",
+        "discriminator.backbone=tiny",
+        "discriminator.input_side=32",
+        "loss.features=tiny",
+    )
+    found = step_flops(_run("loss.perceptual=none", *tiny), backend="tiled", sharded=False)
+
+    def vit(patch: int, patches: int) -> tuple[float, float]:
+        """Products with weights, and of queries, keys and values: four blocks of width 32."""
+        tokens = patches + 1
+        weights = 2.0 * patches * 3 * patch**2 * 32 + 4 * 2.0 * tokens * 32 * 32 * (3 + 1 + 4 + 4)
+        return weights, 4 * 2 * 2.0 * tokens**2 * 32
+
+    (linear, mixed), first = vit(16, 4), 5 * 2.0 * 4 * 32 * 32
+    rest = 5 * 2.0 * 4 * (9 * 32 * 32 + 32)
+    own = linear + mixed + 2 * first + 3 * rest
+    assert found.discriminator == 2 * own + 2 * linear + 3 * mixed + 2 * (first + rest)
+    # 16 × 16 tokens, the decoder's width 64.
+    assert found.features == sum(vit(14, 256)) + 3 * 2.0 * 256 * (64 * 256 + 256 * 256 + 256 * 32)
+
+
+@pytest.mark.slow
 def test_what_is_off_counts_nothing_and_what_saves_memory_counts_once() -> None:
     flops = step_flops(_run(), backend="tiled", sharded=False)
     lean = _run("loss.perceptual=none", "loss.adversarial_weight=0", "model.activation_checkpointing=true")

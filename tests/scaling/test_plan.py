@@ -65,6 +65,21 @@ def test_the_published_tokenizer(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan["memory"]["kept_per_image"] == pytest.approx(1.44e9, rel=0.02)
 
 
+@pytest.mark.slow
+def test_frozen_networks_are_planned_without_their_files(capsys: pytest.CaptureFixture[str]) -> None:
+    """DINO is in memory once, in no optimizer, and its activations are on the generator's way back."""
+    wide = ("tokenizer/tiny", "train.micro_batch=8")
+    plain, plan = (_plan(capsys, *wide, *more) for more in ((), ("discriminator.kind=dino", "loss.features=dinov2")))
+    assert plan["frozen"] == {"DINO": 21_665_664, "DINOv2": 22_056_192}
+    # Five heads of 384 channels, with kernels of 1, 9 and 1.
+    assert plan["parameters"]["discriminator"] == 5 * (384 * 384 * 10 + 2 * 3 * 384 + 384 + 1)
+    lines = [{line["name"]: line["passes"] for line in p["memory"]["lines"]} for p in (plain, plan)]
+    assert lines[1]["DINO, frozen"] == 4 * plan["frozen"]["DINO"]
+    # The tokens of 12 blocks: norms, queries, keys, values, mixtures, projections and the MLP's wide layer, twice.
+    kept = 4 * 8 * 197 * 384 * 12 * 12
+    assert lines[1]["activations"] - lines[0]["activations"] > kept
+
+
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -21,8 +21,9 @@ def _run(*overrides: str) -> TokenizerRun:
 
 def test_checkpointing_and_compilation_are_free_on_resume() -> None:
     saved = _run("model.activation_checkpointing=true").model_dump(mode="json")
-    # A checkpoint of a release that knew nothing of it.
-    del saved["model"]["compile"]
+    # A checkpoint of a release that knew nothing of them.
+    for section, newer in (("model", "compile"), ("quantizer", "levels"), ("discriminator", "augment")):
+        del saved[section][newer]
     checkpoint = Checkpoint(Path("run/step"), {"config": saved, "world_size": 1})
     check_same_run(_run("model.compile=true"), checkpoint)
     with pytest.raises(UserError, match="'model' has res_blocks=1 there and 2 here"):
