@@ -204,11 +204,8 @@ class AdaLNHeadNorm(PrefixHeadNorm):
 
 
 # The parts of each backbone.
-PARTS = {
-    "adaln": (AdaLNBlock, AdaLNHeadNorm),
-    "prefix": (PrefixBlock, PrefixHeadNorm),
-    "embedding": (PrefixBlock, PrefixHeadNorm),
-}
+PREFIX = (PrefixBlock, PrefixHeadNorm)
+PARTS = {"adaln": (AdaLNBlock, AdaLNHeadNorm), "prefix": PREFIX, "embedding": PREFIX}
 
 
 class ClassEmbedding(nn.Module):
