@@ -30,7 +30,7 @@ from ibq_scale.errors import UserError
 from ibq_scale.models.autoencoder import Autoencoder, image_of, tokens_of
 from ibq_scale.models.condition import Condition
 from ibq_scale.models.initial import Values
-from ibq_scale.models.order import TRAINING_ONLY
+from ibq_scale.models.order import ORDER_EMBEDDING
 from ibq_scale.models.sampling import GuidanceSchedule, SamplingSettings, generate
 from ibq_scale.models.transformer import Transformer
 from ibq_scale.names import file_name, is_inside
@@ -220,7 +220,10 @@ def load_ar(path: str | Path, device: torch.device | str = "cpu", check_hashes: 
     """Loads a transformer. `check_hashes` and UserError as `load_tokenizer`."""
     folder, config = _read_config(_local(path), "ar", check_hashes)
     sizes = _section(TransformerConfig, config, "model", folder)
-    tensors = {f"transformer.{k}": v for k, v in _weights(folder, config).items() if k not in TRAINING_ONLY}
+    tensors = {f"transformer.{k}": v for k, v in _weights(folder, config).items()}
+    embedding = tensors.pop(f"transformer.{ORDER_EMBEDDING}", None)
+    if sizes.order != "raster" and embedding is not None:
+        tensors[f"transformer.{ORDER_EMBEDDING}"] = embedding * float(config.get("order_scale", 1.0))
     encoder = _section(ConditionInfo, config, "encoder", folder) if "encoder" in config else None
     model = fill_ar(sizes, config.get("tokenizer"), tensors, folder, encoder)
     model.path = str(folder.resolve())
@@ -256,11 +259,14 @@ def start_from(path: str, network: Autoencoder) -> None:
     fill_strictly(network, _weights(folder, config), folder)
 
 
-def stored(path: str, network: Transformer) -> Values:
-    """The weights at `path`, read on demand, without `TRAINING_ONLY`. UserError for other sizes than `network`."""
+def stored(path: str, network: Transformer, first: Values | None = None) -> Values:
+    """The weights at `path`, read on demand. UserError for other sizes than `network`.
+
+    An order embedding is left aside if only one of the two has it. `first`: the initial one of `network`.
+    """
     folder, config = _read_config(Path(path), "ar")
     if "weights" in config:
-        return _stored_in_pieces(folder, _place(config, folder), network)
+        return _stored_in_pieces(folder, _place(config, folder), network, first)
     try:
         require_regular(folder / WEIGHTS)
         file: Any = safe_open(folder / WEIGHTS, framework="pt")
@@ -271,20 +277,24 @@ def stored(path: str, network: Transformer) -> Values:
     _require_model(network, found, folder)
 
     def values(name: str, start: int, length: int) -> Tensor:
+        if first is not None and name not in found:
+            return first(name, start, length)
         row = found[name][0].numel()
-        first, end = start // row, -(-(start + length) // row)
-        rows: Tensor = slices[name][first:end]
-        return rows.flatten()[start - first * row :][:length]
+        begin, end = start // row, -(-(start + length) // row)
+        rows: Tensor = slices[name][begin:end]
+        return rows.flatten()[start - begin * row :][:length]
 
     return values
 
 
-def _stored_in_pieces(folder: Path, place: InCheckpoint, network: Transformer) -> Values:
+def _stored_in_pieces(folder: Path, place: InCheckpoint, network: Transformer, first: Values | None) -> Values:
     reader = PieceReader(folder.parent / place.folder)
     found = {name: torch.empty(shape, device="meta") for name, shape in reader.shapes.items()}
     _require_model(network, found, folder)
 
     def values(name: str, start: int, length: int) -> Tensor:
+        if first is not None and name not in found:
+            return first(name, start, length)
         out = torch.empty(length)
         reader.read(f"{place.vectors}{name}", start, out)
         return out
@@ -293,8 +303,11 @@ def _stored_in_pieces(folder: Path, place: InCheckpoint, network: Transformer) -
 
 
 def _require_model(network: Transformer, found: Mapping[str, Tensor], folder: Path) -> None:
-    """UserError for other sizes. Weights that only training has may be on either side."""
-    wanted, there = ({k: v for k, v in of.items() if k not in TRAINING_ONLY} for of in (network.state_dict(), found))
+    """UserError for other sizes. One of the two may have no order embedding."""
+    wanted, there = network.state_dict(), dict(found)
+    if ORDER_EMBEDDING not in wanted or ORDER_EMBEDDING not in there:
+        wanted.pop(ORDER_EMBEDDING, None)
+        there.pop(ORDER_EMBEDDING, None)
     require_fit(wanted, there, str(folder))
 
 
@@ -375,10 +388,11 @@ def config_text(
     tokenizer: str | None = None,
     weights: InCheckpoint | None = None,
     encoder: ConditionInfo | None = None,
+    order_scale: float = 1.0,
 ) -> str:
     """The content of ``config.json``. `weights`: their location if not ``model.safetensors`` beside it.
 
-    `encoder`: what made the vectors of its training, if any.
+    `encoder`: what made the vectors of its training, if any. `order_scale`: of the order embedding there, if any.
     """
     sizes = model.stored() if isinstance(model, TransformerConfig) else model.model_dump(mode="json")
     values: dict[str, Any] = {"format_version": FORMAT_VERSION, "kind": kind, "model": sizes}
@@ -388,6 +402,8 @@ def config_text(
         values["tokenizer"] = tokenizer
     if encoder is not None:
         values["encoder"] = encoder.model_dump(mode="json")
+    if "order" in sizes and order_scale != 1.0:
+        values["order_scale"] = order_scale
     if weights is not None:
         values["weights"] = weights._asdict()
     return json.dumps(values | {"source": dict(source)}, indent=2) + "\n"
