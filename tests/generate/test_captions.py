@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from ibq_scale.cli.main import main
+from ibq_scale.config.layers import resolve
 from ibq_scale.config.models import TransformerConfig
-from ibq_scale.config.run import DataConfig
+from ibq_scale.config.run import ARRun, DataConfig
 from ibq_scale.data.codes import read_code_shard
 from ibq_scale.data.manifest import ConditionInfo, load_manifest
 from ibq_scale.data.sets import open_sets
@@ -23,11 +25,13 @@ from ibq_scale.generate.codes import tokenize
 from ibq_scale.generate.images import sample
 from ibq_scale.models.condition import Condition
 from ibq_scale.models.sampling import SamplingSettings
+from ibq_scale.models.transformer import Transformer
 from ibq_scale.pictures import to_uint8
 from ibq_scale.pretrained.loading import ARModel, load_tokenizer
 from ibq_scale.pretrained.text import text_encoder
 from tests.ranks import run_ranks
 
+EMBEDDING = {"conditioning": "embedding", "condition_tokens": 2, "condition_width": 8}
 TEXTS = {"apples": "green apples", "birds": "two birds fly", "cars": ""}
 
 
@@ -35,6 +39,19 @@ def _tokenize(rank: int, size: int, checkpoint: str, data: str, to: str, caption
     world = World(rank, size, rank, torch.device("cpu"))
     how = {"captions": captions, "encoder": "hash:8", "caption_tokens": 2}
     return tokenize(checkpoint, data, to, world, batch=8, **how).reused_shards
+
+
+def _grid(rank: int, size: int, tokenizer: str, codes: str) -> np.ndarray[Any, Any]:
+    from ibq_scale.train.sample_grid import SampleGrid
+
+    sizes = {"codebook_size": 64, "tokens": 64, "depth": 1, "heads": 2, "width": 32}
+    words = [f"model.{key}={value}" for key, value in (sizes | EMBEDDING).items()]
+    config = resolve("ar/tiny", [f"data.train={codes}", f"tokenizer={tokenizer}", "validation.images=3", *words]).config
+    assert isinstance(config, ARRun)
+    world = World(rank, size, rank, torch.device("cpu"))
+    model = Transformer(config.model).eval()
+    torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))
+    return SampleGrid(config, world, open_sets(config.data, "codes")).draw(model, lambda: None).numpy()
 
 
 @pytest.mark.slow
@@ -69,6 +86,10 @@ def test_captions_become_vectors_beside_the_codes(tokenizer_dir: Path, dataset: 
     assert condition.lengths_B.tolist() == [len(expected[manifest.classes[n]]) for n in batch.labels.tolist()]
     assert not condition.vectors_BLC[~condition.visible()].any()
     assert next(code_stream(sets, **where)).vectors is None
+
+    # The pictures of a validation are those of the first conditions, on any ranks.
+    grids = [run_ranks(_grid, ranks, str(tokenizer_dir), str(to))[0] for ranks in (1, 2)]
+    assert (grids[0].shape, bool((grids[0] == grids[1]).all())) == ((3, 66, 66), True)
 
     # Other captions are another set.
     shutil.copytree(to, tmp_path / "again")
