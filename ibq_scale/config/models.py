@@ -282,9 +282,10 @@ class TransformerConfig(Section):
     )
     order: Literal["raster", "random", "annealed"] = Field(
         "raster",
-        description="Order of the codes in training. `random`: a permutation for each sample. `annealed`: the same, "
-        "with a probability that falls to 0 between `schedule.order_anneal_start` and `schedule.order_anneal_end` "
-        "(RAR, arXiv 2411.00776). Validation, samples and exports are in raster order always.",
+        description="Order of the codes in training. `random`: a permutation for each sample, and an embedding of each "
+        "step's target. `annealed`: the same, with a probability that falls to 0 between `schedule.order_anneal_start` "
+        "and `schedule.order_anneal_end` (RAR, arXiv 2411.00776). The embedding fades with it, so the model is a plain "
+        "raster model at the end. Validation and samples are in raster order always.",
     )
     qk_norm: bool = Field(False, description="RMSNorm over each head's query and key, before the rotation.")
     token_dropout: Probability = Field(0.1, description="Dropout of the embeddings.")
@@ -340,13 +341,17 @@ class TransformerConfig(Section):
     def architecture(self) -> TransformerConfig:
         """The config without settings of the computation, as an exported model stores it."""
         free = {"attention": "auto", "activation_checkpointing": "none", "compile": False, "fp8": False}
-        # The order of training needs weights of its own, but adds nothing in raster order (models/order.py).
-        return self.model_copy(update=free | {"order": "raster"})
+        return self.model_copy(update=free)
 
     def stored(self) -> dict[str, object]:
-        """`architecture` as JSON of a model on disk, without keys that older programs do not know."""
+        """`architecture` as JSON of a model on disk, without keys unknown to older programs where they say nothing."""
         of_embedding = set() if self.conditioning == "embedding" else {"condition_tokens", "condition_width"}
-        return self.architecture().model_dump(mode="json", exclude={"order"} | of_embedding)
+        of_order = {"order"} if self.order == "raster" else set()
+        return self.architecture().model_dump(mode="json", exclude=of_order | of_embedding)
+
+    def with_order(self, share: float) -> TransformerConfig:
+        """The config of the model at this probability of a random order: in raster order at 0 (models/order.py)."""
+        return self if share else self.model_copy(update={"order": "raster"})
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> TransformerConfig:

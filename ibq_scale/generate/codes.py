@@ -83,16 +83,8 @@ def tokenize(
     begin = time.perf_counter()
     manifest = load_manifest(data, "images")
     tokenizer = load_tokenizer(checkpoint, world.device)
-    side = tokenizer.model_config.resolution // tokenizer.downsampling
     texts = None if captions is None else Captioner(captions, encoder, caption_tokens, data, world.device)
-    info = CodesInfo(
-        codebook_size=tokenizer.quantizer_config.codebook_size,
-        grid=(side, side),
-        crops=10 if crops == "ten" else 1,
-        tokenizer=tokenizer.hash,
-        source=manifest.hash,
-        condition=None if texts is None else texts.info,
-    )
+    info = _info(tokenizer, manifest, crops, texts)
     store = open_store(to)
     if store.url == open_store(data).url:
         raise UserError(f"--to {to} is the folder of the images: give the codes another one")
@@ -107,9 +99,8 @@ def tokenize(
         if found is None:
             encoded += image_shard.samples
             shard = _encode(tokenizer, data, number, batch, crops, usage)
-            if texts is not None:
-                shard = replace(shard, condition=texts.shard(number))
-            found = write_code_shard(store, name, shard, info)
+            condition = None if texts is None else texts.shard(number)
+            found = write_code_shard(store, name, replace(shard, condition=condition), info)
         mine[number] = found
     gathered = of_all_ranks(world, (mine, encoded, reused))
     done = dict(sorted((k, v) for shards, _, _ in gathered for k, v in shards.items()))
@@ -132,6 +123,18 @@ def tokenize(
         perplexity=usage.perplexity,
         seconds=seconds,
         images_per_s=encoded / seconds,
+    )
+
+
+def _info(tokenizer: Tokenizer, manifest: Manifest, crops: Crops, texts: Captioner | None) -> CodesInfo:
+    side = tokenizer.model_config.resolution // tokenizer.downsampling
+    return CodesInfo(
+        codebook_size=tokenizer.quantizer_config.codebook_size,
+        grid=(side, side),
+        crops=10 if crops == "ten" else 1,
+        tokenizer=tokenizer.hash,
+        source=manifest.hash,
+        condition=None if texts is None else texts.info,
     )
 
 

@@ -20,7 +20,7 @@ from ibq_scale.models.cache import KVCache, LayerCache
 from ibq_scale.models.condition import Condition, ConditionEmbedding, Prefix, no_condition, visible_keys
 from ibq_scale.models.head import Head
 from ibq_scale.models.initial import Normal, drawn, fill
-from ibq_scale.models.order import OrderEmbedding, permuted_tables
+from ibq_scale.models.order import Orders, permuted_tables
 from ibq_scale.models.recompute import keeping_products
 from ibq_scale.models.rotary import rotary_table, rotate
 
@@ -204,11 +204,8 @@ class AdaLNHeadNorm(PrefixHeadNorm):
 
 
 # The parts of each backbone.
-PARTS = {
-    "adaln": (AdaLNBlock, AdaLNHeadNorm),
-    "prefix": (PrefixBlock, PrefixHeadNorm),
-    "embedding": (PrefixBlock, PrefixHeadNorm),
-}
+PREFIX = (PrefixBlock, PrefixHeadNorm)
+PARTS = {"adaln": (AdaLNBlock, AdaLNHeadNorm), "prefix": PREFIX, "embedding": PREFIX}
 
 
 class ClassEmbedding(nn.Module):
@@ -250,7 +247,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(block(config) for _ in range(config.depth))
         self.head_nm = head_norm(config.width)
         self.head = Head(config.width, config.codebook_size)
-        self.order_emb = None if config.order == "raster" else OrderEmbedding(config.tokens, config.width)
+        self.order_emb = None if config.order == "raster" else nn.Embedding(config.tokens, config.width)
         # fp32 always. It is no buffer, so casts of the module do not reach it. It moves to the device of the inputs.
         self._table_2Sp = rotary_table(config)
         values = drawn(self.initial(), seed)
@@ -273,15 +270,15 @@ class Transformer(nn.Module):
         codes_BT: Tensor,
         labels_B: Tensor,
         condition: Condition | None = None,
-        orders_BT: Tensor | None = None,
+        orders: Orders | None = None,
     ) -> Tensor:
         """Cross-entropy of each code (B, T), fp32, as `forward`, without full logits.
 
-        `orders_BT`: the order of each sample's steps (models/order.py), else raster. Losses are by step.
+        `orders`: of each sample's steps (models/order.py), else raster. Losses are by step.
         """
-        if orders_BT is not None:
-            codes_BT = codes_BT.gather(1, orders_BT)
-        losses: Tensor = self.head(self.hidden(codes_BT, labels_B, condition, orders_BT), codes_BT)
+        if orders is not None:
+            codes_BT = codes_BT.gather(1, orders.places_BT)
+        losses: Tensor = self.head(self.hidden(codes_BT, labels_B, condition, orders), codes_BT)
         return losses
 
     def hidden(
@@ -289,20 +286,22 @@ class Transformer(nn.Module):
         codes_BT: Tensor,
         labels_B: Tensor,
         condition: Condition | None = None,
-        orders_BT: Tensor | None = None,
+        orders: Orders | None = None,
     ) -> Tensor:
         """The head's input (B, T, E): ``head(hidden(codes, labels))`` are the logits of `forward`.
 
-        `orders_BT`: the raster places of `codes_BT`, for a model with an order embedding.
+        `orders`: the raster places of `codes_BT`, for a model with an order embedding.
         """
         start_BE, prefix = self._begin(labels_B, condition)
         x_BTE = self.tok_dropout(torch.cat([start_BE[:, None], self.tok_emb(codes_BT[:, :-1])], dim=1))
         rows = self._table_on(x_BTE.device)
         table, visible = rows[None, :, : x_BTE.shape[1]], None
-        if orders_BT is not None:
+        if orders is not None:
             assert self.order_emb is not None
-            x_BTE = x_BTE + self.order_emb(orders_BT)
-            table = permuted_tables(rows, orders_BT)
+            x_BTE = x_BTE + orders.scales_B[:, None, None].to(x_BTE.dtype) * self.order_emb(orders.places_BT)
+            table = permuted_tables(rows, orders.places_BT)
+        elif self.order_emb is not None:
+            x_BTE = x_BTE + self.order_emb(torch.arange(x_BTE.shape[1], device=x_BTE.device))
         if prefix is not None:
             visible = visible_keys(prefix.visible_BL, x_BTE.shape[1])
             x_BTE = torch.cat([prefix.vectors_BLE, x_BTE], dim=1)
@@ -322,14 +321,21 @@ class Transformer(nn.Module):
         cache.clear()
         modulations = [block.modulation(start_BE) for block in self.blocks if isinstance(block, PrefixBlock)]
         cache.keep(start_BE, modulations, None if prefix is None else prefix.visible_BL)
+        x_BTE = self._for_target(start_BE, cache)[:, None]
         if prefix is None:
-            return self._step(start_BE[:, None], cache)
-        visible_BTS = visible_keys(prefix.visible_BL, 1)
-        return self._step(torch.cat([prefix.vectors_BLE, start_BE[:, None]], dim=1), cache, visible_BTS)
+            return self._step(x_BTE, cache)
+        return self._step(torch.cat([prefix.vectors_BLE, x_BTE], dim=1), cache, visible_keys(prefix.visible_BL, 1))
 
     def step(self, codes_B: Tensor, cache: KVCache) -> Tensor:
         """The next code's logits (B, V) after the last code, `codes_B`. `begin` comes first."""
-        return self._step(self.tok_emb(codes_B)[:, None], cache)
+        return self._step(self._for_target(self.tok_emb(codes_B), cache)[:, None], cache)
+
+    def _for_target(self, x_BE: Tensor, cache: KVCache) -> Tensor:
+        """The input of the cache's next step, with the row of its target in raster order, if there is one."""
+        if self.order_emb is None:
+            return x_BE
+        rows_1E: Tensor = self.order_emb(cache.position_1)
+        return x_BE + rows_1E
 
     def _begin(self, labels_B: Tensor, condition: Condition | None) -> tuple[Tensor, Prefix | None]:
         """The token before code 0 (B, E), and the vectors before it, if any."""
@@ -400,9 +406,11 @@ class TrainedTransformer(Transformer):
         self,
         codes_BT: Tensor,
         labels_B: Tensor,
-        orders_BT: Tensor | None = None,
+        places_BT: Tensor | None = None,
+        scales_B: Tensor | None = None,
         vectors_BLC: Tensor | None = None,
         lengths_B: Tensor | None = None,
     ) -> Tensor:
-        """`Transformer.losses`. Engines pass tensors only, so a condition comes in two."""
-        return self.losses(codes_BT, labels_B, Condition.of(vectors_BLC, lengths_B), orders_BT)
+        """`Transformer.losses`. Engines pass tensors only, so orders and conditions come in two each."""
+        orders, condition = Orders.of(places_BT, scales_B), Condition.of(vectors_BLC, lengths_B)
+        return self.losses(codes_BT, labels_B, condition, orders)

@@ -8,10 +8,8 @@ by rows. `path` arguments accept such a directory, a training checkpoint, or a r
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -19,7 +17,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ibq_scale.checkpoint.pieces import PieceReader
 from ibq_scale.checkpoint.reading import MANIFEST, Checkpoint, read_checkpoint, verify, whole_checkpoints
@@ -27,18 +25,16 @@ from ibq_scale.config.models import AutoencoderConfig, QuantizerConfig, Transfor
 from ibq_scale.data.manifest import ConditionInfo
 from ibq_scale.documents import read_json, require_regular
 from ibq_scale.errors import UserError
-from ibq_scale.models.autoencoder import Autoencoder, image_of, tokens_of
-from ibq_scale.models.condition import Condition
+from ibq_scale.models.autoencoder import Autoencoder
 from ibq_scale.models.initial import Values
-from ibq_scale.models.order import TRAINING_ONLY
-from ibq_scale.models.sampling import GuidanceSchedule, SamplingSettings, generate
+from ibq_scale.models.order import ORDER_EMBEDDING
 from ibq_scale.models.transformer import Transformer
 from ibq_scale.names import file_name, is_inside
 from ibq_scale.pretrained.hub import PREFIX, fetch
+from ibq_scale.pretrained.models import ARModel as ARModel
+from ibq_scale.pretrained.models import Tokenizer as Tokenizer
 from ibq_scale.pretrained.strict import fill_strictly, require_fit, require_layers
-from ibq_scale.pretrained.text import encoder_of
 from ibq_scale.quantize.kinds import KINDS
-from ibq_scale.quantize.quantizer import encode, lookup
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS, CODEBOOK = "config.json", "model.safetensors", "codebook"
@@ -52,146 +48,6 @@ class InCheckpoint(NamedTuple):
     folder: str
     vectors: str = ""
     module: str = ""
-
-
-class Tokenizer(nn.Module):
-    """Images to codes and back. `codebook_KD` is a buffer, fp32."""
-
-    def __init__(self, model: AutoencoderConfig, quantizer: QuantizerConfig) -> None:
-        super().__init__()
-        self.model_config = model
-        self.quantizer_config = quantizer
-        self.autoencoder = Autoencoder(model, quantizer.dim)
-        self.codebook_KD: Tensor
-        self.register_buffer("codebook_KD", torch.zeros(quantizer.codebook_size, quantizer.dim))
-        self.eval().requires_grad_(False)
-
-    @property
-    def downsampling(self) -> int:
-        """Pixels per code along one side."""
-        return self.model_config.downsampling
-
-    def encode(self, images: Tensor) -> Tensor:
-        """Float images (B, 3, H, W) in [-1, 1] → codes int64 (B, h, w).
-
-        H and W are multiples of the downsampling. ValueError for other sizes and shapes.
-        """
-        if images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
-        b, _, height, width = images.shape
-        if height % self.downsampling or width % self.downsampling or not height or not width:
-            raise ValueError(f"image sides {height} × {width} must be multiples of {self.downsampling}")
-        z_ND = tokens_of(self.autoencoder.encode(images.to(self.codebook_KD.device)))
-        codes_N = encode(z_ND, self.codebook_KD, self.quantizer_config)
-        return codes_N.view(b, height // self.downsampling, width // self.downsampling)
-
-    def decode(self, codes: Tensor) -> Tensor:
-        """Codes int64 (B, h, w) of any h and w → float images (B, 3, H, W), about [-1, 1] and not clamped.
-
-        Raises ValueError for other shapes.
-        """
-        if codes.ndim != 3:
-            raise ValueError(f"codes must be (B, h, w), got {tuple(codes.shape)}")
-        b, h, w = codes.shape
-        flat = codes.to(self.codebook_KD.device).flatten()
-        codes_ND = lookup(flat, self.codebook_KD, settings=self.quantizer_config)
-        z_BDhw = image_of(codes_ND, torch.Size((b, self.codebook_KD.shape[1], h, w)))
-        return self.autoencoder.decode(z_BDhw).float()
-
-    def reconstruct(self, images: Tensor) -> Tensor:
-        """`decode(encode(images))`."""
-        return self.decode(self.encode(images))
-
-    @cached_property
-    def hash(self) -> str:
-        """sha256 (hex) of the sizes and all weights, the stamp of code shards."""
-        digest = hashlib.sha256()
-        # Settings of the computation do not belong to the model's identity.
-        model = self.model_config.model_dump(mode="json", exclude={"activation_checkpointing", "compile"})
-        settings = self.quantizer_config
-        sizes = [model, settings.kind, *(["l2_normalize"] if settings.l2_normalize else [])]
-        digest.update(json.dumps(sizes, sort_keys=True).encode())
-        _add_weights(digest, self)
-        return digest.hexdigest()
-
-
-class ARModel(nn.Module):
-    """The transformer for inference: logits and samples."""
-
-    def __init__(self, config: TransformerConfig, tokenizer: str | None, encoder: ConditionInfo | None = None) -> None:
-        super().__init__()
-        self.transformer = Transformer(config)
-        self.config = config
-        self.tokenizer_hash = tokenizer
-        """Hash of the tokenizer of its training codes, if known."""
-        self.encoder = encoder
-        """What made the vectors of its training, of a model with ``conditioning=embedding``."""
-        self.path = ""
-        """Directory of the model."""
-        self.eval().requires_grad_(False)
-
-    @property
-    def hash(self) -> str:
-        """sha256 (hex) of the architecture and all current weights."""
-        digest = hashlib.sha256(json.dumps(self.config.stored(), sort_keys=True).encode())
-        _add_weights(digest, self)
-        return digest.hexdigest()
-
-    def forward(self, codes: Tensor, labels: Tensor, condition: Condition | Sequence[str] | None = None) -> Tensor:
-        """Codes int64 (B, T), labels int64 (B,) → logits (B, T, V). ``logits[:, t]`` is for code t.
-
-        `condition`: as for `generate`.
-        """
-        logits: Tensor = self.transformer(codes, labels, self._condition(condition))
-        return logits
-
-    def generate(
-        self,
-        labels: Tensor,
-        guidance: float = 1.0,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        greedy: bool = False,
-        seed: int = 0,
-        ids: Tensor | None = None,
-        guidance_schedule: GuidanceSchedule = "constant",
-        guidance_power: float = 1.0,
-        condition: Condition | Sequence[str] | None = None,
-    ) -> Tensor:
-        """Codes int64 (B, T) in raster order. See `models.sampling.Sampler`.
-
-        `condition`: of a model with ``conditioning=embedding``, captions for its text encoder, or vectors (B, L, C)
-        with their lengths (B,). Labels then only enter the random numbers. UserError for a class-conditional model.
-        """
-        schedule = (guidance_schedule, guidance_power)
-        settings = SamplingSettings(guidance, temperature, top_k, top_p, greedy, seed, *schedule)
-        return generate(self.transformer, labels, settings, ids, self._condition(condition))
-
-    def encode(self, captions: Sequence[str]) -> Condition:
-        """Captions as the model's text encoder gives them. UserError without one."""
-        if self.encoder is None:
-            raise UserError("the model knows no text encoder: give vectors, or train on codes of 'tokenize --captions'")
-        return encoder_of(self.encoder).condition(captions)
-
-    def _condition(self, given: Condition | Sequence[str] | None) -> Condition | None:
-        if given is not None and self.config.conditioning != "embedding":
-            raise UserError(f"the model is conditional on classes ({self.config.conditioning}), not on a condition")
-        if given is None:
-            return None
-        condition = given if isinstance(given, Condition) else self.encode(given)
-        sizes = (self.config.condition_tokens, self.config.condition_width)
-        if condition.vectors_BLC.shape[1:] != sizes:
-            raise UserError(
-                f"a condition of vectors {tuple(condition.vectors_BLC.shape)} instead of (B, {sizes[0]}, {sizes[1]})"
-            )
-        return condition.to(self.transformer.head.weight.device)
-
-
-def _add_weights(digest: hashlib._Hash, model: nn.Module) -> None:
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
 
 
 def load_tokenizer(path: str | Path, device: torch.device | str = "cpu", check_hashes: bool = True) -> Tokenizer:
@@ -222,7 +78,10 @@ def load_ar(path: str | Path, device: torch.device | str = "cpu", check_hashes: 
     """Loads a transformer. `check_hashes` and UserError as `load_tokenizer`."""
     folder, config = _read_config(_local(path), "ar", check_hashes)
     sizes = _section(TransformerConfig, config, "model", folder)
-    tensors = {f"transformer.{k}": v for k, v in _weights(folder, config).items() if k not in TRAINING_ONLY}
+    tensors = {f"transformer.{k}": v for k, v in _weights(folder, config).items()}
+    embedding = tensors.pop(f"transformer.{ORDER_EMBEDDING}", None)
+    if sizes.order != "raster" and embedding is not None:
+        tensors[f"transformer.{ORDER_EMBEDDING}"] = embedding * float(config.get("order_scale", 1.0))
     encoder = _section(ConditionInfo, config, "encoder", folder) if "encoder" in config else None
     model = fill_ar(sizes, config.get("tokenizer"), tensors, folder, encoder)
     model.path = str(folder.resolve())
@@ -258,11 +117,14 @@ def start_from(path: str, network: Autoencoder) -> None:
     fill_strictly(network, _weights(folder, config), folder)
 
 
-def stored(path: str, network: Transformer) -> Values:
-    """The weights at `path`, read on demand, without `TRAINING_ONLY`. UserError for other sizes than `network`."""
+def stored(path: str, network: Transformer, first: Values | None = None) -> Values:
+    """The weights at `path`, read on demand. UserError for other sizes than `network`.
+
+    An order embedding is left aside if only one of the two has it. `first`: the initial one of `network`.
+    """
     folder, config = _read_config(Path(path), "ar")
     if "weights" in config:
-        return _stored_in_pieces(folder, _place(config, folder), network)
+        return _stored_in_pieces(folder, _place(config, folder), network, first)
     try:
         require_regular(folder / WEIGHTS)
         file: Any = safe_open(folder / WEIGHTS, framework="pt")
@@ -273,20 +135,24 @@ def stored(path: str, network: Transformer) -> Values:
     _require_model(network, found, folder)
 
     def values(name: str, start: int, length: int) -> Tensor:
+        if first is not None and name not in found:
+            return first(name, start, length)
         row = found[name][0].numel()
-        first, end = start // row, -(-(start + length) // row)
-        rows: Tensor = slices[name][first:end]
-        return rows.flatten()[start - first * row :][:length]
+        begin, end = start // row, -(-(start + length) // row)
+        rows: Tensor = slices[name][begin:end]
+        return rows.flatten()[start - begin * row :][:length]
 
     return values
 
 
-def _stored_in_pieces(folder: Path, place: InCheckpoint, network: Transformer) -> Values:
+def _stored_in_pieces(folder: Path, place: InCheckpoint, network: Transformer, first: Values | None) -> Values:
     reader = PieceReader(folder.parent / place.folder)
     found = {name: torch.empty(shape, device="meta") for name, shape in reader.shapes.items()}
     _require_model(network, found, folder)
 
     def values(name: str, start: int, length: int) -> Tensor:
+        if first is not None and name not in found:
+            return first(name, start, length)
         out = torch.empty(length)
         reader.read(f"{place.vectors}{name}", start, out)
         return out
@@ -295,8 +161,11 @@ def _stored_in_pieces(folder: Path, place: InCheckpoint, network: Transformer) -
 
 
 def _require_model(network: Transformer, found: Mapping[str, Tensor], folder: Path) -> None:
-    """UserError for other sizes. Weights that only training has may be on either side."""
-    wanted, there = ({k: v for k, v in of.items() if k not in TRAINING_ONLY} for of in (network.state_dict(), found))
+    """UserError for other sizes. One of the two may have no order embedding."""
+    wanted, there = network.state_dict(), dict(found)
+    if ORDER_EMBEDDING not in wanted or ORDER_EMBEDDING not in there:
+        wanted.pop(ORDER_EMBEDDING, None)
+        there.pop(ORDER_EMBEDDING, None)
     require_fit(wanted, there, str(folder))
 
 
@@ -377,10 +246,11 @@ def config_text(
     tokenizer: str | None = None,
     weights: InCheckpoint | None = None,
     encoder: ConditionInfo | None = None,
+    order_scale: float = 1.0,
 ) -> str:
     """The content of ``config.json``. `weights`: their location if not ``model.safetensors`` beside it.
 
-    `encoder`: what made the vectors of its training, if any.
+    `encoder`: what made the vectors of its training, if any. `order_scale`: of the order embedding there, if any.
     """
     sizes = model.stored() if isinstance(model, TransformerConfig) else model.model_dump(mode="json")
     values: dict[str, Any] = {"format_version": FORMAT_VERSION, "kind": kind, "model": sizes}
@@ -390,6 +260,8 @@ def config_text(
         values["tokenizer"] = tokenizer
     if encoder is not None:
         values["encoder"] = encoder.model_dump(mode="json")
+    if "order" in sizes and order_scale != 1.0:
+        values["order_scale"] = order_scale
     if weights is not None:
         values["weights"] = weights._asdict()
     return json.dumps(values | {"source": dict(source)}, indent=2) + "\n"

@@ -90,12 +90,13 @@ def export_published(path: Path, to: Path) -> Kind:
     if isinstance(model, Tokenizer):
         content = {"state_dict": published_tokenizer(model), SIZES: _sizes_of_tokenizer(model)}
     else:
-        if (model.config.conditioning, model.config.kv_groups, model.config.qk_norm) != (
-            "adaln",
-            model.config.heads,
-            False,
-        ):
+        config = model.config
+        if (config.conditioning, config.kv_groups, config.qk_norm) != ("adaln", config.heads, False):
             raise UserError("the published layout has AdaLN, as many kv_heads as heads and no qk_norm: not this model")
+        if config.order != "raster":
+            raise UserError(
+                "the published layout has no order embedding: export a model of order=annealed from the end of its run"
+            )
         sizes = {"model": model.config.stored(), "tokenizer": model.tokenizer_hash}
         content = {"state_dict": dict(model.state_dict()), SIZES: sizes}
     to.parent.mkdir(parents=True, exist_ok=True)

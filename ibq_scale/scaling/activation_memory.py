@@ -25,6 +25,7 @@ from ibq_scale.losses.image import ImageLoss
 from ibq_scale.models.aligned import Alignment
 from ibq_scale.models.autoencoder import Autoencoder, image_of, tokens_of
 from ibq_scale.models.head import chunk_tokens
+from ibq_scale.models.order import Orders
 from ibq_scale.models.precision import compute_dtype
 from ibq_scale.models.transformer import Transformer
 from ibq_scale.scaling import networks
@@ -116,11 +117,11 @@ def _transformer(
         model = Transformer(config).to(dtype)
         codes_BT = torch.zeros((micro_batch, config.tokens), dtype=torch.int64)
         labels_B = torch.zeros(micro_batch, dtype=torch.int64)
-        orders_BT = None if config.order == "raster" else torch.zeros_like(codes_BT)
+        orders = None if config.order == "raster" else Orders(codes_BT, torch.zeros(micro_batch))
 
     # A model with a prefix makes an empty one of full length.
     def forward() -> Tensor:
-        return model.losses(codes_BT, labels_B, orders_BT=orders_BT).mean()
+        return model.losses(codes_BT, labels_B, orders=orders).mean()
 
     return _rehearse(model.parameters(), forward, keeps_gradients)
 

@@ -16,7 +16,7 @@ from ibq_scale.data.sets import DataSets
 from ibq_scale.data.stream import CodeBatch, code_stream
 from ibq_scale.distributed.world import World
 from ibq_scale.models.optimizers import adamw
-from ibq_scale.models.order import draw_orders
+from ibq_scale.models.order import Orders, draw_orders
 from ibq_scale.pretrained.loading import CONFIG, config_text
 from ibq_scale.supervise.alarms import Rule, Spike
 from ibq_scale.supervise.compatible import check_codes
@@ -47,6 +47,8 @@ class ARTask:
         self.codes = check_codes(run, sets)
         self.held_out = None if run.validation.data is None else HeldOut(run, world, sets)
         self.grid = SampleGrid(run, world, sets) if run.tokenizer is not None and run.validation.images else None
+        self.order_share = random_order_share(run, 0)
+        """Probability of a random order after the last step."""
         config = deepspeed_config(run, world.size)
         self.accumulation = int(config["gradient_accumulation_steps"])
         model = build_transformer(run, config, world)
@@ -70,7 +72,9 @@ class ARTask:
         lr = self.run.optimizer.lr * lr_factor(self.run.schedule, samples, total)
         decay = weight_decay(self.run.optimizer, samples, total)
         set_rates(self.engine, lr, decay)
-        order = {} if self.run.model.order == "raster" else {"random_order": random_order_share(self.run, samples)}
+        share = random_order_share(self.run, samples)
+        order = {} if self.run.model.order == "raster" else {"random_order": share}
+        self.order_share = random_order_share(self.run, samples + self.run.train.global_batch)
         return {"lr": lr, "weight_decay": decay} | order
 
     def train_step(self, batches: Iterator[CodeBatch]) -> Step:
@@ -79,7 +83,7 @@ class ARTask:
         for _ in range(self.accumulation):
             batch = next(batches)
             seed_by_position(self.run.train.seed, batch.requests)
-            inputs = (batch.codes, batch.labels, self._orders(batch), batch.vectors, batch.lengths)
+            inputs = (batch.codes, batch.labels, *self._orders(batch), batch.vectors, batch.lengths)
             losses_BT = self.engine(*(t if t is None else t.to(self.world.device, non_blocking=True) for t in inputs))
             loss = losses_BT.mean()
             self.engine.backward(loss)
@@ -91,10 +95,10 @@ class ARTask:
         spike = None if applied or self.spikes is None else self.spikes.found()
         return Step({"loss": total, "grad_norm": norm}, applied, total.isfinite(), spike)
 
-    def _orders(self, batch: CodeBatch) -> Tensor | None:
+    def _orders(self, batch: CodeBatch) -> Orders | tuple[None, None]:
         """The order of each sample, a function of its position. None for a model in raster order."""
         if self.run.model.order == "raster":
-            return None
+            return None, None
         positions = batch.requests[:, 0].tolist()
         shares = [random_order_share(self.run, position) for position in positions]
         return draw_orders(self.run.train.seed, positions, shares, self.run.model.tokens)
@@ -109,7 +113,7 @@ class ARTask:
         due = step % self.run.validation.every == 0 or step == self.run.train.total_steps
         if not due or (self.held_out is None and self.grid is None):
             return Validation()
-        transformer = ema_transformer(self.run, self.ema, self.world)
+        transformer = ema_transformer(self.run, self.ema, self.world, self.order_share)
         values = {} if self.held_out is None else {"validation_loss": self.held_out.loss(transformer, progress)}
         pictures = {} if self.grid is None else {"samples": self.grid.draw(transformer, progress)}
         return Validation(values, pictures)
@@ -118,10 +122,10 @@ class ARTask:
         files: list[StateFile] = [engine_file(self.engine, "transformer", self.world), *self.ema.state("ema")]
         files += [] if self.spikes is None else self.spikes.state()
         if self.world.is_main:
-            model, weights = self.run.model, self.ema.place("ema", "transformer")
+            model, weights = self.run.model.with_order(self.order_share), self.ema.place("ema", "transformer")
             encoder = self.codes.condition if model.conditioning == "embedding" else None
             source, tokenizer = {"run": self.run.name}, self.codes.tokenizer
-            config = config_text("ar", model, None, source, tokenizer, weights, encoder)
+            config = config_text("ar", model, None, source, tokenizer, weights, encoder, self.order_share)
             files.append(TextFile(f"model/{CONFIG}", config))
         return files
 

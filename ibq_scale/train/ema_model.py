@@ -27,14 +27,16 @@ def ema_tokenizer(run: TokenizerRun, ema: ShardedEMA, codebook: ShardedCodebook,
     return tokenizer
 
 
-def ema_transformer(run: ARRun, ema: ShardedEMA, world: World) -> Transformer:
+def ema_transformer(run: ARRun, ema: ShardedEMA, world: World, order_share: float = 0.0) -> Transformer:
     """The transformer of a checkpoint at this step, as `load_ar` reads it, in the run's precision. Collective.
 
-    It is in raster order, without the weights for other orders.
+    `order_share`: probability of a random order, the scale of the order embedding.
     """
     with torch.device("meta"):
-        transformer = Transformer(run.model.model_copy(update={"order": "raster"})).eval().requires_grad_(False)
+        transformer = Transformer(run.model.with_order(order_share)).eval().requires_grad_(False)
     transformer.to(compute_dtype(run))
     transformer.to_empty(device=world.device)
     ema.fill(transformer)
+    if transformer.order_emb is not None:
+        transformer.order_emb.weight.mul_(order_share)
     return transformer

@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from ibq_scale.config.run import ARRun
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from ibq_scale.models.fp8 import check_fp8, use_fp8
 from ibq_scale.models.initial import Values, drawn, fill
-from ibq_scale.models.order import TRAINING_ONLY
 from ibq_scale.models.transformer import TrainedTransformer
 from ibq_scale.pretrained.loading import stored
 from ibq_scale.zero.engine import begin_deepspeed
@@ -32,13 +31,9 @@ def build_transformer(run: ARRun, config: dict[str, Any], world: World) -> Train
         check_fp8(run, world.device)
     with torch.device("meta"):
         model = TrainedTransformer(run.model)
-    values = first = drawn(model.initial(), run.train.seed)
+    values = drawn(model.initial(), run.train.seed)
     if run.init is not None:
-        read = stored(run.init, model)
-
-        def values(name: str, start: int, length: int) -> Tensor:
-            return (first if name in TRAINING_ONLY else read)(name, start, length)
-
+        values = stored(run.init, model, values)
     materialize(model, values, config, world)
     if run.model.fp8:
         use_fp8(model)

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from ibq_scale.config.models import TransformerConfig
 from ibq_scale.models.cache import KVCache
 from ibq_scale.models.condition import Condition, padded
+from ibq_scale.models.order import Orders
 from ibq_scale.models.sampling import Sampler, SamplingSettings, generate
 from ibq_scale.models.transformer import Transformer
 from tests.models.noisy import CONFIG, noisy
@@ -97,6 +98,8 @@ def test_a_prefix_goes_with_an_order(model: Transformer) -> None:
     raster = torch.arange(16).expand(3, -1)
     ordered = noisy(**SIZES, order="random")
     ordered.load_state_dict(model.state_dict(), strict=False)
-    found = ordered.losses(codes, LABELS, condition, raster)
+    found = ordered.losses(codes, LABELS, condition, Orders(raster, torch.zeros(3)))
     assert torch.equal(found, model.losses(codes, LABELS, condition))
-    assert not torch.isclose(ordered.losses(codes, LABELS, condition, raster.flip(1)), found).all()
+    assert not torch.isclose(
+        ordered.losses(codes, LABELS, condition, Orders(raster.flip(1), torch.ones(3))), found
+    ).all()

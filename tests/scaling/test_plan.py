@@ -13,6 +13,7 @@ from ibq_scale.config.layers import preset_names, resolve
 from ibq_scale.config.run import ARRun
 from ibq_scale.models.transformer import Transformer
 from ibq_scale.scaling.flops import META, ar_executed, ar_flops
+from ibq_scale.scaling.networks import transformer
 
 # arXiv 2412.02692 and the authors' repository.
 PUBLISHED = {"ar/b": 342e6, "ar/l": 649e6, "ar/xl": 1.1e9, "ar/xxl": 2.1e9}
@@ -87,12 +88,16 @@ def test_frozen_networks_are_planned_without_their_files(capsys: pytest.CaptureF
         ("model.depth=3", "model.width=96", "model.heads=3", "model.tokens=64"),
         ("model.kv_heads=2", "model.qk_norm=true"),
         ("model.conditioning=prefix", "model.codebook_size=4096"),
+        ("model.conditioning=embedding", "model.condition_tokens=12", "model.condition_width=48", "model.order=random"),
     ],
 )
 def test_the_formula_is_what_is_counted(overrides: tuple[str, ...]) -> None:
     run = resolve("ar/tiny", overrides).config
     assert isinstance(run, ARRun)
     assert ar_flops(run.model).total == ar_executed(run.model)
+    parts = transformer(run).parts
+    assert parts.get("order embedding") == (None if run.model.order == "raster" else 256 * 128)
+    assert parts.get("condition embedding") == (128 * (48 + 2) + 48 if run.model.condition_tokens else None)
 
 
 @pytest.mark.slow

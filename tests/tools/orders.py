@@ -20,7 +20,7 @@ from ibq_scale.data.manifest import load_manifest
 from ibq_scale.data.sets import open_sets
 from ibq_scale.data.stream import code_stream, evaluation_codes
 from ibq_scale.models.optimizers import adamw
-from ibq_scale.models.order import draw_orders
+from ibq_scale.models.order import Orders, draw_orders
 from ibq_scale.models.transformer import Transformer
 from ibq_scale.train.randomness import seed_by_position
 from ibq_scale.train.schedule import lr_factor, random_order_share
@@ -58,7 +58,7 @@ def train(run: ARRun) -> Transformer:
         if run.model.order != "raster":
             orders = draw_orders(run.train.seed, positions, shares, run.model.tokens)
         optimizer.zero_grad()
-        model.losses(batch.codes, batch.labels, orders_BT=orders).mean().backward()
+        model.losses(batch.codes, batch.labels, orders=orders).mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), run.optimizer.grad_clip)
         optimizer.step()
     return model.eval()
@@ -66,11 +66,15 @@ def train(run: ARRun) -> Transformer:
 
 @torch.no_grad()
 def held_out(model: Transformer, codes: str, run: ARRun, samples: int) -> float:
-    """Mean cross-entropy of a code in raster order, in nats."""
+    """Mean cross-entropy of a code in raster order, in nats, with the embedding as at the run's end."""
     sets = open_sets(run.data.model_copy(update={"train": codes}), "codes")
     losses = []
     for batch, weights in evaluation_codes(sets, rank=0, world_size=1, batch=64, limit=samples):
-        losses.append(model.losses(batch.codes, batch.labels)[weights > 0].mean(dim=1))
+        orders = None
+        if model.order_emb is not None:
+            raster = torch.arange(run.model.tokens).expand(len(batch.codes), -1)
+            orders = Orders(raster, torch.full((len(raster),), random_order_share(run, run.train.total_samples)))
+        losses.append(model.losses(batch.codes, batch.labels, orders=orders)[weights > 0].mean(dim=1))
     return float(torch.cat(losses).double().mean())
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ibq_scale.checkpoint.files import write_all
+from ibq_scale.checkpoint.pieces import PieceReader
 from ibq_scale.config.layers import resolve
 from ibq_scale.config.run import ARRun
 from ibq_scale.data.sets import open_sets
@@ -17,6 +18,7 @@ from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from ibq_scale.pretrained.exporting import export
 from ibq_scale.pretrained.loading import load_ar
+from ibq_scale.pretrained.published import export_published
 from ibq_scale.train.schedule import random_order_share
 from tests.ranks import run_ranks
 from tests.train.reference import ar_run
@@ -24,8 +26,8 @@ from tests.train.reference import ar_run
 ANNEALED = (
     "model.order=annealed",
     "train.steps=6",
-    "schedule.order_anneal_start=0.34",
-    "schedule.order_anneal_end=0.67",
+    "schedule.order_anneal_start=0.2",
+    "schedule.order_anneal_end=0.8",
 )
 
 
@@ -79,16 +81,25 @@ def test_orders_do_not_depend_on_ranks_or_restarts(codes: str, tmp_path: Path) -
     # The first step has other inputs than raster order, but the same loss: the head starts at zero.
     assert expected["whole"][1] != pytest.approx(expected["raster"][1], rel=1e-4)
 
-    # On disk it is a plain raster model, for old programs too.
+    # At the end it is a plain raster model on disk, for older programs too.
     exported = tmp_path / "exported"
     export(tmp_path / "zero3-6", exported)
-    model = json.loads((exported / "config.json").read_text())["model"]
-    assert "order" not in model
-    loaded, there = load_ar(exported), load_ar(tmp_path / "zero3-6")
+    assert "order" not in json.loads((exported / "config.json").read_text())["model"]
+    loaded = load_ar(exported)
     assert loaded.config.order == "raster"
-    assert all(torch.equal(value, there.state_dict()[name]) for name, value in loaded.state_dict().items())
     assert not any("order" in name for name in loaded.state_dict())
-    assert loaded.generate(torch.tensor([0, 1]), guidance=2.0).shape == (2, 16)
+    # Before the end it has the embedding at the scale of the next step's samples in raster order.
+    export(tmp_path / "zero1-3", tmp_path / "between")
+    scale = json.loads((tmp_path / "zero1-3/model/config.json").read_text())["order_scale"]
+    assert scale == pytest.approx((0.8 - 3 / 6) / 0.6)
+    between = load_ar(tmp_path / "between")
+    assert between.config.order == "annealed"
+    assert torch.equal(between.transformer.order_emb.weight, load_ar(tmp_path / "zero1-3").transformer.order_emb.weight)
+    raw = PieceReader(tmp_path / "zero1-3" / "ema").tensors("")["order_emb.weight"]
+    torch.testing.assert_close(between.transformer.order_emb.weight, raw * scale)
+    with pytest.raises(UserError, match="has no order embedding: export a model of order=annealed from the end"):
+        export_published(tmp_path / "between", tmp_path / "published")
+    export_published(exported, tmp_path / "published")
 
 
 def _weights(rank: int, size: int, runs: list[ARRun]) -> list[dict[str, Any]]:
