@@ -34,7 +34,8 @@ from ibq_scale.models.order import TRAINING_ONLY
 from ibq_scale.models.sampling import GuidanceSchedule, SamplingSettings, generate
 from ibq_scale.models.transformer import Transformer
 from ibq_scale.names import file_name, is_inside
-from ibq_scale.pretrained.hub import PREFIX, fetch
+from ibq_scale.pretrained.hub import local
+from ibq_scale.pretrained.module import Pretrained
 from ibq_scale.pretrained.strict import fill_strictly, require_fit, require_layers
 from ibq_scale.pretrained.text import encoder_of
 from ibq_scale.quantize.kinds import KINDS
@@ -54,8 +55,8 @@ class InCheckpoint(NamedTuple):
     module: str = ""
 
 
-class Tokenizer(nn.Module):
-    """Images to codes and back. `codebook_KD` is a buffer, fp32."""
+class Tokenizer(Pretrained):
+    """Images to codes and back. `codebook_KD` is a buffer, fp32. Calling it reconstructs images."""
 
     def __init__(self, model: AutoencoderConfig, quantizer: QuantizerConfig) -> None:
         super().__init__()
@@ -102,6 +103,8 @@ class Tokenizer(nn.Module):
         """`decode(encode(images))`."""
         return self.decode(self.encode(images))
 
+    forward = reconstruct
+
     @cached_property
     def hash(self) -> str:
         """sha256 (hex) of the sizes and all weights, the stamp of code shards."""
@@ -115,7 +118,7 @@ class Tokenizer(nn.Module):
         return digest.hexdigest()
 
 
-class ARModel(nn.Module):
+class ARModel(Pretrained):
     """The transformer for inference: logits and samples."""
 
     def __init__(self, config: TransformerConfig, tokenizer: str | None, encoder: ConditionInfo | None = None) -> None:
@@ -199,7 +202,7 @@ def load_tokenizer(path: str | Path, device: torch.device | str = "cpu", check_h
 
     `check_hashes`: first compare the files of a checkpoint with its manifest.
     """
-    folder, config = _read_config(_local(path), "tokenizer", check_hashes)
+    folder, config = _read_config(local(path), "tokenizer", check_hashes)
     model = _section(AutoencoderConfig, config, "model", folder)
     quantizer = _section(QuantizerConfig, config, "quantizer", folder)
     weights = _weights(folder, config)
@@ -220,7 +223,7 @@ def fill_tokenizer(
 
 def load_ar(path: str | Path, device: torch.device | str = "cpu", check_hashes: bool = True) -> ARModel:
     """Loads a transformer. `check_hashes` and UserError as `load_tokenizer`."""
-    folder, config = _read_config(_local(path), "ar", check_hashes)
+    folder, config = _read_config(local(path), "ar", check_hashes)
     sizes = _section(TransformerConfig, config, "model", folder)
     tensors = {f"transformer.{k}": v for k, v in _weights(folder, config).items() if k not in TRAINING_ONLY}
     encoder = _section(ConditionInfo, config, "encoder", folder) if "encoder" in config else None
@@ -317,18 +320,14 @@ def codebook_to_start_from(path: str, quantizer: QuantizerConfig) -> Tensor:
 
 def load_model(path: str | Path) -> Tokenizer | ARModel:
     """Loads a model of either kind. UserError as `load_tokenizer`."""
-    folder = model_directory(_local(path))
+    folder = model_directory(local(path))
     return load_tokenizer(folder) if kind_of(folder) == "tokenizer" else load_ar(folder)
 
 
 def kind_of(path: str | Path) -> Kind:
     """The kind of model at `path`, from its config alone. UserError as `load_tokenizer`."""
-    kind: Kind = config_of(model_directory(_local(path)))["kind"]
+    kind: Kind = config_of(model_directory(local(path)))["kind"]
     return kind
-
-
-def _local(path: str | Path) -> Path:
-    return fetch(path) if isinstance(path, str) and path.startswith(PREFIX) else Path(path)
 
 
 def save_tokenizer(folder: Path, tokenizer: Tokenizer, source: Mapping[str, Any]) -> None:
