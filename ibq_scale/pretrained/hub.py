@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,21 @@ from ibq_scale.errors import UserError
 
 PREFIX = "hf://"
 FILES = ("config.json", "*.safetensors", "README.md")
+
+
+def address_of(path: str | Path, revision: str | None = None) -> str | Path:
+    """OWNER/NAME without such a folder here → its ``hf://`` address, at `revision` if given. Else `path` itself."""
+    name = str(path)
+    if not name.startswith(PREFIX):
+        if Path(path).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            return path
+        name = PREFIX + name
+    return name if revision is None else f"{name}@{revision}"
+
+
+def local(path: str | Path) -> Path:
+    """`path`, or the fetched files of an ``hf://`` address."""
+    return fetch(path) if isinstance(path, str) and path.startswith(PREFIX) else Path(path)
 
 
 def fetch(address: str) -> Path:

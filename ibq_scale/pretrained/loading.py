@@ -30,7 +30,7 @@ from ibq_scale.models.initial import Values
 from ibq_scale.models.order import ORDER_EMBEDDING
 from ibq_scale.models.transformer import Transformer
 from ibq_scale.names import file_name, is_inside
-from ibq_scale.pretrained.hub import PREFIX, fetch
+from ibq_scale.pretrained.hub import local
 from ibq_scale.pretrained.models import ARModel as ARModel
 from ibq_scale.pretrained.models import Tokenizer as Tokenizer
 from ibq_scale.pretrained.strict import fill_strictly, require_fit, require_layers
@@ -55,7 +55,7 @@ def load_tokenizer(path: str | Path, device: torch.device | str = "cpu", check_h
 
     `check_hashes`: first compare the files of a checkpoint with its manifest.
     """
-    folder, config = _read_config(_local(path), "tokenizer", check_hashes)
+    folder, config = _read_config(local(path), "tokenizer", check_hashes)
     model = _section(AutoencoderConfig, config, "model", folder)
     quantizer = _section(QuantizerConfig, config, "quantizer", folder)
     weights = _weights(folder, config)
@@ -76,7 +76,7 @@ def fill_tokenizer(
 
 def load_ar(path: str | Path, device: torch.device | str = "cpu", check_hashes: bool = True) -> ARModel:
     """Loads a transformer. `check_hashes` and UserError as `load_tokenizer`."""
-    folder, config = _read_config(_local(path), "ar", check_hashes)
+    folder, config = _read_config(local(path), "ar", check_hashes)
     sizes = _section(TransformerConfig, config, "model", folder)
     tensors = {f"transformer.{k}": v for k, v in _weights(folder, config).items()}
     embedding = tensors.pop(f"transformer.{ORDER_EMBEDDING}", None)
@@ -186,18 +186,14 @@ def codebook_to_start_from(path: str, quantizer: QuantizerConfig) -> Tensor:
 
 def load_model(path: str | Path) -> Tokenizer | ARModel:
     """Loads a model of either kind. UserError as `load_tokenizer`."""
-    folder = model_directory(_local(path))
+    folder = model_directory(local(path))
     return load_tokenizer(folder) if kind_of(folder) == "tokenizer" else load_ar(folder)
 
 
 def kind_of(path: str | Path) -> Kind:
     """The kind of model at `path`, from its config alone. UserError as `load_tokenizer`."""
-    kind: Kind = config_of(model_directory(_local(path)))["kind"]
+    kind: Kind = config_of(model_directory(local(path)))["kind"]
     return kind
-
-
-def _local(path: str | Path) -> Path:
-    return fetch(path) if isinstance(path, str) and path.startswith(PREFIX) else Path(path)
 
 
 def save_tokenizer(folder: Path, tokenizer: Tokenizer, source: Mapping[str, Any]) -> None:

@@ -36,7 +36,7 @@ class IBQConfig(PretrainedConfig):
     def __init__(self, **values: Any) -> None:
         for name, default in SIZES.items():
             setattr(self, name, values.pop(name, default))
-        self.vocab_size = self.codebook_size + self.classes + 1
+        self.vocab_size = self.codebook_size
         super().__init__(**{"tie_word_embeddings": False} | values)
 
 
@@ -170,15 +170,14 @@ class IBQForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int = 0,
         **unused: Any,
     ) -> CausalLMOutputWithPast:
-        """int64 (B, T): class and codes, or the codes behind the cache. `labels`: the same ids, shifted here.
-
-        ValueError for padding or too many ids.
-        """
+        """int64 (B, T): class and codes, or the codes behind the cache. `labels`: the same. ValueError for padding."""
         if attention_mask is not None and attention_mask.ndim == 2 and not attention_mask.bool().all():
             raise ValueError("there is no padding: all prompts of a batch have the same length")
         cache = past_key_values if cache is None else cache
         if cache is None and use_cache:
             cache = DynamicCache()
+        if CACHE != "cache" and getattr(cache, "is_compileable", False):
+            raise ValueError("a static cache needs transformers 5.24 or later")
         past = 0 if cache is None else int(cache.get_seq_length())
         if past + input_ids.shape[1] > self.config.tokens + 1:
             raise ValueError(f"an image has one class and {self.config.tokens} codes")

@@ -17,12 +17,13 @@ from ibq_scale.models.autoencoder import Autoencoder, image_of, tokens_of
 from ibq_scale.models.condition import Condition
 from ibq_scale.models.sampling import GuidanceSchedule, SamplingSettings, generate
 from ibq_scale.models.transformer import Transformer
+from ibq_scale.pretrained.module import Pretrained
 from ibq_scale.pretrained.text import encoder_of
 from ibq_scale.quantize.quantizer import encode, lookup
 
 
-class Tokenizer(nn.Module):
-    """Images to codes and back. `codebook_KD` is a buffer, fp32."""
+class Tokenizer(Pretrained):
+    """Images to codes and back. `codebook_KD` is a buffer, fp32. Calling it reconstructs images."""
 
     def __init__(self, model: AutoencoderConfig, quantizer: QuantizerConfig) -> None:
         super().__init__()
@@ -69,6 +70,8 @@ class Tokenizer(nn.Module):
         """`decode(encode(images))`."""
         return self.decode(self.encode(images))
 
+    forward = reconstruct
+
     @cached_property
     def hash(self) -> str:
         """sha256 (hex) of the sizes and all weights, the stamp of code shards."""
@@ -82,7 +85,7 @@ class Tokenizer(nn.Module):
         return digest.hexdigest()
 
 
-class ARModel(nn.Module):
+class ARModel(Pretrained):
     """The transformer for inference: logits and samples."""
 
     def __init__(self, config: TransformerConfig, tokenizer: str | None, encoder: ConditionInfo | None = None) -> None:

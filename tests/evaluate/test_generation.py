@@ -221,6 +221,10 @@ def test_from_the_command_line(
     assert float(lines["gFID"]) > 0
     assert lines["IS"] == "not measured: it needs 10 images"
     assert f"24 images of {dataset}, crop centre, 32 x 32" in lines["reference"]
+    assert main([*words, "--conventions", "all"]) == 0
+    rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert rows["adm"].startswith(f"FID {report['fid']:.4f}, IS ")
+    assert "evaluate reference --conventions clean-fid" in rows["clean-fid"]
     assert main([*words, "--batch", "0"]) == 2
     assert "--batch must be at least 1" in capsys.readouterr().err
 

@@ -15,7 +15,7 @@ from ibq_scale.pretrained.exporting import export
 from ibq_scale.pretrained.loading import load_ar, load_tokenizer
 from tests.pretrained.hub_server import HubServer
 
-LOAD = "import sys, ibq_scale; print(ibq_scale.load_tokenizer(sys.argv[1]).hash)"
+LOAD = "import sys, ibq_scale; print(ibq_scale.Tokenizer.from_pretrained(sys.argv[1]).hash)"
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_a_pushed_model_is_loaded_by_its_address(hub: HubServer, tokenizer_dir: 
     assert set(hub.files["me/tok"]) >= {"README.md", "codebook.safetensors", "config.json", "model.safetensors"}
     assert "notes.txt" not in hub.files["me/tok"]
     assert hub.private == {"me/tok"}
-    loaded = _python(hub, tmp_path / "home", "-c", LOAD, "hf://me/tok")
+    loaded = _python(hub, tmp_path / "home", "-c", LOAD, "me/tok")
     assert loaded.stdout.strip() == load_tokenizer(tokenizer_dir).hash, loaded.stderr
 
 
