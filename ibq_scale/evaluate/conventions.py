@@ -52,63 +52,57 @@ def pytorch_bilinear(images: Tensor) -> Tensor:
 class Convention:
     """One suite's way from pictures to figures, in words and as code.
 
-    `prepare`: pixels 0 … 255 to the extractor's input. `key`: ending of the names ``mu`` and ``sigma`` in a reference
-    file, one for each resize. `split`: images of a part of the inception score in order, 0 for ten shuffled parts, None
-    if the suite has no such score. `spatial`: it has sFID. `manifold`: it has precision and recall.
+    `file`: the network's file in the suite. `prepare`: pixels 0 … 255 to the extractor's input. `key`: ending of the
+    names ``mu`` and ``sigma`` in a reference file, one for each resize. `split`: images in a part of the inception
+    score, in order, 0 for ten shuffled parts, None if the suite has neither it nor precision and recall. `spatial`: it
+    has sFID.
     """
 
     name: str
     suite: str
-    resize: str
-    quantisation: str
-    extractor: str
-    prepare: Callable[[Tensor], Tensor]
+    file: str
+    resize: str = "TensorFlow 1 bilinear to 299, not antialiased, (x - 128) / 128"
+    quantisation: str = "none after the resize"
+    prepare: Callable[[Tensor], Tensor] = tensorflow_bilinear
     key: str = ""
     split: int | None = None
     spatial: bool = False
-    manifold: bool = False
+
+    @property
+    def extractor(self) -> str:
+        return f"{NETWORK} (the suite's file: {self.file})"
 
 
-TENSORFLOW = "TensorFlow 1 bilinear to 299, not antialiased, (x - 128) / 128"
 CONVENTIONS = {
     c.name: c
     for c in (
         Convention(
-            name="torch-fidelity",
-            suite="torch-fidelity: FID, IS over ten shuffled parts, precision and recall",
-            resize=TENSORFLOW,
-            quantisation="none after the resize",
-            extractor=NETWORK,
-            prepare=tensorflow_bilinear,
+            "torch-fidelity",
+            "torch-fidelity: FID, IS over ten shuffled parts, precision and recall",
+            "the same",
             split=0,
-            manifold=True,
         ),
         Convention(
-            name="adm",
-            suite="the guided-diffusion evaluator: FID, sFID, IS over parts of 5,000 in order, precision and recall",
-            resize=TENSORFLOW,
-            quantisation="none after the resize",
-            extractor=f"{NETWORK} (the suite's file: a TensorFlow graph)",
-            prepare=tensorflow_bilinear,
+            "adm",
+            "the guided-diffusion evaluator: FID, sFID, IS over parts of 5,000 in order, precision and recall",
+            "a TensorFlow graph",
             split=5_000,
             spatial=True,
-            manifold=True,
         ),
         Convention(
-            name="clean-fid",
-            suite="clean-fid, its mode clean: FID",
+            "clean-fid",
+            "clean-fid, its mode clean: FID",
+            "NVIDIA's TorchScript",
             resize="Pillow bicubic to 299, antialiased, float planes, (x - 128) / 128",
             quantisation="none after the resize, clipped to 0 … 255",
-            extractor=f"{NETWORK} (the suite's file: NVIDIA's TorchScript)",
             prepare=pillow_bicubic,
             key="_clean-fid",
         ),
         Convention(
-            name="pytorch-fid",
-            suite="pytorch-fid, and clean-fid's mode legacy_pytorch: FID",
+            "pytorch-fid",
+            "pytorch-fid, and clean-fid's mode legacy_pytorch: FID",
+            "the same weights",
             resize="PyTorch bilinear to 299 on half pixels, not antialiased, 2 x / 255 - 1",
-            quantisation="none after the resize",
-            extractor=f"{NETWORK} (the suite's file: the same weights)",
             prepare=pytorch_bilinear,
             key="_pytorch-fid",
         ),

@@ -136,6 +136,12 @@ def _measure(
             features.append(seen.features_BF[real_B.to(world.device)])
             logits.append(seen.logits_BC[real_B.to(world.device)])
     fake = sums.moments()
+    origin = {
+        "extractor_sha256": inception.sha256,
+        "reference": reference,
+        "reference_images": None if real.stamp is None else real.stamp.images,
+        "images": images.count,
+    }
     logits_NC = gather_rows(torch.cat(indices), torch.cat(logits)) if indices else None
     manifolds: dict[str, float] = {}
     fault = _manifold_fault(real, images.count)
@@ -146,18 +152,14 @@ def _measure(
         manifolds = dict(zip(("precision", "recall"), found, strict=True))
     rows = []
     for convention in conventions:
-        scores = dict(manifolds) if convention.manifold else {}
-        faults = {} if fault is None or not convention.manifold else dict.fromkeys(("precision", "recall"), fault)
-        if convention.split == 0 and images.count < SPLITS:
-            faults["inception_score"] = f"it needs {SPLITS} images"
-        elif convention.split is not None and logits_NC is not None:
-            scores["inception_score"], scores["inception_score_std"] = inception_score(logits_NC, convention.split)
-        origin = {
-            "extractor_sha256": inception.sha256,
-            "reference": reference,
-            "reference_images": None if real.stamp is None else real.stamp.images,
-            "images": images.count,
-        }
+        scores, faults = {}, {}
+        if convention.split is not None and logits_NC is not None:
+            scores = dict(manifolds)
+            faults = {} if fault is None else dict.fromkeys(("precision", "recall"), fault)
+            if convention.split == 0 and images.count < SPLITS:
+                faults["inception_score"] = f"it needs {SPLITS} images"
+            else:
+                scores["inception_score"], scores["inception_score_std"] = inception_score(logits_NC, convention.split)
         rows.append(result_row(convention, fake, real.moments, "8-bit", origin, scores, faults))
     return rows
 
