@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 RUN := $(CURDIR)/runs/demo
 
-PACKAGES = $(shell $(PYTHON) -c 'from tests.services import browser, radosgw, slurm; print(*browser.missing_packages(), *radosgw.missing_packages(), *slurm.missing_packages())')
+PACKAGES = $(shell $(PYTHON) -c 'from tests.services import browser, prometheus, radosgw, slurm; print(*browser.missing_packages(), *prometheus.missing_packages(), *radosgw.missing_packages(), *slurm.missing_packages())')
 
 .PHONY: install demo test test-all chaos services check lint format constraints clean
 .DELETE_ON_ERROR:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import socket
 import subprocess
 import time
@@ -22,6 +21,7 @@ from ibq_scale.supervise.metrics import MetricsLog
 from ibq_scale.supervise.openmetrics import OPEN_METRICS, OpenMetrics
 from tests.docs.pages import ROOT
 from tests.ports import free_port
+from tests.services.prometheus import missing_packages
 from tests.train.runs import ENDLESS, launched, lines, wait_until
 
 LINE = {"step": 10, "samples_per_s": 12.5, "step_s": 0.5, "data_wait": 0.01, "memory_bytes": 2e9, "loss": 1.5}
@@ -131,7 +131,7 @@ def _eventually(found: Callable[[], list[Any]]) -> list[Any]:
 @pytest.mark.services
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs Debian's prometheus")
+@pytest.mark.skipif(bool(missing_packages()), reason="needs Debian's prometheus: make services")
 def test_a_real_prometheus_scrapes_a_running_training(dataset: str, tmp_path: Path) -> None:
     port, own, file, run = free_port(), free_port(), tmp_path / "run.prom", tmp_path / "run"
     (scrape,) = re.findall(r"```yaml\n(scrape_configs:.*?)```", (ROOT / "docs/operators.md").read_text(), re.DOTALL)
