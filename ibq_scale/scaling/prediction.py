@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ TIME_RATIO, MEMORY_RATIO = "plan_time_ratio", "plan_memory_ratio"
 # Newest log lines of the median.
 LINES = 20
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -36,10 +39,14 @@ class Prediction:
 
     @staticmethod
     def for_run(run: AnyRun, machine: Machine) -> Prediction:
-        """An empty one for a device without a data sheet or a measured rate: no plan is made then."""
+        """An empty one for a device without a data sheet or a measured rate, and where no plan can be made."""
         if machine.gpu_memory is None and (machine.profile is None or not machine.profile.rates):
             return Prediction()
-        return Prediction.of(make_plan(run, machine, mfu=0.5))
+        try:
+            return Prediction.of(make_plan(run, machine, mfu=0.5))
+        except Exception as e:  # of any type: a run does not end for want of its plan
+            log.warning("no plan to compare this run with: %s", e)
+            return Prediction()
 
     def ratios(self, step_s: float, peak_bytes: float) -> dict[str, float]:
         """Measured over predicted, for what is predicted."""
