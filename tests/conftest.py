@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from functools import cache
 from itertools import count
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -40,8 +41,12 @@ _SESSION = ExitStack()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Starts the session's fork server in the controller: xdist workers inherit its address."""
+    """Starts the session's fork server in the controller: xdist workers inherit its address.
+
+    They inherit an empty cache folder too, without what this user's benches have measured.
+    """
     if not hasattr(config, "workerinput") and not config.option.collectonly:
+        os.environ["XDG_CACHE_HOME"] = _SESSION.enter_context(TemporaryDirectory())
         os.environ[nursery.ADDRESS] = _SESSION.enter_context(nursery.server())
 
 
