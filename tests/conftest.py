@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -43,11 +43,21 @@ _SESSION = ExitStack()
 def pytest_configure(config: pytest.Config) -> None:
     """Starts the session's fork server in the controller: xdist workers inherit its address.
 
-    They inherit an empty cache folder too, without what this user's benches have measured.
+    They inherit a cache folder of the session too, without the rates that this user's benches have measured.
     """
     if not hasattr(config, "workerinput") and not config.option.collectonly:
-        os.environ["XDG_CACHE_HOME"] = _SESSION.enter_context(TemporaryDirectory())
+        os.environ["XDG_CACHE_HOME"] = _SESSION.enter_context(_cache_folder())
         os.environ[nursery.ADDRESS] = _SESSION.enter_context(nursery.server())
+
+
+@contextmanager
+def _cache_folder() -> Iterator[str]:
+    """Empty, but for the compiled extensions of torch and DeepSpeed, which take minutes to build."""
+    built = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
+    built.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory() as folder:
+        (Path(folder) / built.name).symlink_to(built.resolve())
+        yield folder
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
