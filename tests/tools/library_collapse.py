@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,12 +20,15 @@ from torch import nn
 from ibq_scale import IBQ, param_groups
 
 CODES, TOKENS, STEPS, LAST, WIDTH = 1024, 512, 300, 50, 64
-VARIANTS: dict[str, tuple[dict[str, Any], bool]] = {
-    "no entropy loss (the published class's default)": ({"entropy_weight": 0.0}, False),
-    "the same, initial codes of length 1": ({"entropy_weight": 0.0, "init_scale": None}, False),
-    "entropy loss": ({}, False),
-    "centred tokens, no entropy loss": ({"entropy_weight": 0.0}, True),
-    "centred tokens, entropy loss": ({}, True),
+NO_ENTROPY: dict[str, Any] = {"entropy_weight": 0.0}
+Norm = Callable[..., nn.Module]
+VARIANTS: dict[str, tuple[dict[str, Any], Norm | None]] = {
+    "no entropy loss (the published class's default)": (NO_ENTROPY, None),
+    "the same, initial codes of length 1": (NO_ENTROPY | {"init_scale": None}, None),
+    "the same, tokens of length √D (LayerNorm)": (NO_ENTROPY, partial(nn.LayerNorm, elementwise_affine=False)),
+    "entropy loss": ({}, None),
+    "centred tokens (BatchNorm), no entropy loss": (NO_ENTROPY, partial(nn.BatchNorm1d, affine=False)),
+    "centred tokens (BatchNorm), entropy loss": ({}, partial(nn.BatchNorm1d, affine=False)),
 }
 
 
@@ -34,13 +39,13 @@ def _layers(*widths: int) -> list[nn.Module]:
     return layers[:-1]
 
 
-def measure(dim: int, settings: dict[str, Any], *, centred: bool, seed: int) -> list[float]:
+def measure(dim: int, settings: dict[str, Any], norm: Norm | None, seed: int) -> list[float]:
     """Usage, share beside the chosen code, quantization loss, error."""
     torch.manual_seed(seed)
     settings = {name: dim**-0.5 if value is None else value for name, value in settings.items()}
     encoder = nn.Sequential(*_layers(WIDTH, 256, 256, dim))
-    if centred:
-        encoder.append(nn.BatchNorm1d(dim, affine=False))
+    if norm is not None:
+        encoder.append(norm(dim))
     decoder = nn.Sequential(*_layers(dim, 256, 256, WIDTH))
     quantizer = IBQ(dim, CODES, seed=seed, **settings)
     optimizer = torch.optim.Adam(param_groups(nn.ModuleList([encoder, quantizer, decoder]), lr=5e-5))
@@ -64,9 +69,9 @@ def main(seeds: int) -> None:
     """Prints the table."""
     torch.set_num_threads(1)
     print("| | D | codes in use | beside the chosen code | quantization loss | error |\n|---|---|---|---|---|---|")
-    for name, (settings, centred) in VARIANTS.items():
+    for name, (settings, norm) in VARIANTS.items():
         for dim in (32, 256):
-            runs = [measure(dim, settings, centred=centred, seed=seed) for seed in range(seeds)]
+            runs = [measure(dim, settings, norm, seed) for seed in range(seeds)]
             used, beside, loss, error = (sum(column) / seeds for column in zip(*runs, strict=True))
             print(f"| {name} | {dim} | {used:.1%} | {beside:.2g} | {loss:.3f} | {error:.3f} |", flush=True)
 
