@@ -41,7 +41,7 @@ def test_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "vgg16-397923af.pth").write_bytes(b"half a download")
     damaged, absent = software.weights(Subject())
     assert (damaged.level, damaged.todo) == ("FAIL", "ibq-scale fetch-weights vgg")
-    assert absent.text.startswith("no alex, inception in")
+    assert absent.text.startswith("no alex, inception, dino, dinov2 in")
 
 
 def test_wandb(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
