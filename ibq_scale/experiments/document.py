@@ -8,32 +8,35 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ibq_scale.errors import UserError
+from ibq_scale.experiments import stability, stability_tables
 from ibq_scale.experiments.results import RESULTS, Result, load
 from ibq_scale.experiments.tables import TABLES, ceiling, conditions, spread_of, window_tokens
 from ibq_scale.report.svg import Axis, Panel, Series, figure
 
-DOCUMENT, FIGURES = "experiments.md", "figures"
+DOCUMENT, FIGURES, STABILITY = "experiments.md", "figures", "stability"
 SHARES = [(v / 100, f"{v} %") for v in (0, 25, 50, 75, 100)]
 IBQ, VQ, ROOM = 0, 1, 4
 Value = Callable[[Result], float]
 
 
 def write_document(docs: Path) -> list[Path]:
-    """Makes figures and tables from ``experiments.json`` in `docs`. Returns the written files.
+    """Makes figures and tables from ``experiments.json`` and ``stability.json`` in `docs`. Returns the written files.
 
     UserError if the results, the document or a table's markers are missing.
     """
     results = load(docs / RESULTS)
+    curves = stability.load(docs / stability.RESULTS) if (docs / stability.RESULTS).is_file() else []
     document = docs / DOCUMENT
     if not document.is_file():
         raise UserError(f"{document} is missing: --docs must be its folder")
     text = document.read_text(encoding="utf-8")
     for name, table in TABLES.items():
         text = _replaced(text, name, table.markdown(results), document)
+    text = _replaced(text, STABILITY, stability_tables.markdown(curves), document)
     document.write_text(text, encoding="utf-8")
     written = [document]
     (docs / FIGURES).mkdir(exist_ok=True)
-    for name, svg in draw_all(results).items():
+    for name, svg in (draw_all(results) | stability_tables.figures(curves)).items():
         written.append(docs / FIGURES / name)
         written[-1].write_text(svg, encoding="utf-8")
     return written
