@@ -89,7 +89,7 @@ def test_unknown_names_are_told_with_the_nearest(module: str) -> None:
         ("schedule.kind=cosin", "schedule.kind: 'cosin' is unknown: did you mean 'cosine'?"),
         (
             "schedule.kind=halv",
-            "did you mean 'half'? Known: steps, linear, wsd, cosine, gone, half; or give module:attribute",
+            "did you mean 'half'? Known: steps, linear, wsd, cosine, constant, gone, half; or give module:attribute",
         ),
         ("schedule.kind=a-b:c", "'a-b:c' is unknown"),
         ("dashboards=[number]", "did you mean 'numbers'?"),

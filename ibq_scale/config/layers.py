@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from ibq_scale.config.run import AnyRun, ARRun, TokenizerRun
 from ibq_scale.config.secrets import refuse_credentials
-from ibq_scale.config.text import as_typed, as_written, override, section_of
+from ibq_scale.config.text import as_typed, as_written, fixed_section_of, override
 from ibq_scale.documents import DocumentError, parse_yaml, read_text, require_modest
 from ibq_scale.errors import UserError
 from ibq_scale.names import expand_home
@@ -300,9 +300,9 @@ def _nearest(key: str, schema: type[BaseModel]) -> str | None:
 
 
 def schema_keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
-    """All dotted keys of a schema."""
+    """All dotted keys of a schema. A section that may be null is one key."""
     keys: list[str] = []
     for name, field in schema.model_fields.items():
-        section = section_of(field.annotation)
+        section = fixed_section_of(field.annotation)
         keys += schema_keys(section, f"{prefix}{name}.") if section else [f"{prefix}{name}"]
     return keys

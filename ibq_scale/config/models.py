@@ -15,6 +15,8 @@ Layers = Annotated[int, Field(ge=1, le=1024)]
 Side = Annotated[int, Field(ge=1, le=2**17)]
 Rows = Annotated[int, Field(ge=1, le=2**31)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
+# CLIP's first temperature of cosines (arXiv 2103.00020).
+DEFAULT_TEMPERATURE = 0.07
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -92,11 +94,31 @@ class QuantizerConfig(Section):
         description="The term that `beta` multiplies. `codebook`: mean‖C[i*] − sg(z)‖², as the published models "
         "were trained. `commitment`: mean‖sg(C[i*]) − z‖², as the paper writes.",
     )
-    straight_through: bool = Field(
-        True, description="false: the decoder's gradient ends at the selected codes (an ablation of the paper)."
+    straight_through: bool | Literal["dynamic", "rotation"] = Field(
+        True,
+        description="The decoder's gradient to the encoder. true: as the quantizer defines it. false: none, it ends "
+        "at the selected codes (an ablation of the paper). For vq and simvq also `dynamic`: times d*/d, d a token's "
+        "squared distance to its code and d* the least of the batch's tokens of that code (arXiv 2609.26774), and "
+        "`rotation`: turned and scaled by the map of the token onto its code (arXiv 2410.06424).",
     )
     double_quantization: bool = Field(
         True, description="false: the loss lacks mean‖z_q − z‖² (an ablation of the paper)."
+    )
+    region: bool = Field(
+        False,
+        description="Region VQ (StableVQ, arXiv 2609.26774) in place of the codebook's own loss term, with its weight: "
+        "codes move to the mean of their tokens, and unused codes to such a mean near them. Not for lfq and fsq.",
+    )
+    region_window: Annotated[int, Field(ge=1, le=2**40)] = Field(
+        65536, description="Tokens of all ranks within which a code counts as used, so that `region` leaves it alone."
+    )
+    l2_normalize: bool = Field(
+        False, description="Tokens and codes have length 1, and the scores are cosines. Not for lfq and fsq."
+    )
+    temperature: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="IBQ with `l2_normalize`: the scores are cosines over this value. null: 0.07. Softmax over random "
+        "codes is then neither flat nor a single code.",
     )
     entropy_temperature: Annotated[float, Field(gt=0)] = Field(
         0.01, description="Temperature τ of the softmax in the entropy loss."
@@ -146,6 +168,28 @@ class QuantizerConfig(Section):
             raise ValueError(
                 f"levels {list(self.levels)} make dim={len(self.levels)} and codebook_size={math.prod(self.levels)}, "
                 f"got {self.dim} and {self.codebook_size}"
+            )
+        return self
+
+    @property
+    def cosine_temperature(self) -> float:
+        """`temperature`, or its default."""
+        return DEFAULT_TEMPERATURE if self.temperature is None else self.temperature
+
+    @model_validator(mode="after")
+    def _switches_fit(self) -> QuantizerConfig:
+        if self.straight_through in ("dynamic", "rotation") and self.kind not in ("vq", "simvq"):
+            own = "through softmax(S) to all codes" if self.kind == "ibq" else "through its rounding, number by number"
+            raise ValueError(
+                f"straight_through={self.straight_through} is for kind=vq and simvq: {self.kind} has a gradient of its "
+                f"own, {own}"
+            )
+        for name in ("region", "l2_normalize"):
+            if getattr(self, name) and self.kind in ("lfq", "fsq"):
+                raise ValueError(f"{name} is for kind=ibq, vq and simvq: the codes of {self.kind} are fixed")
+        if self.temperature is not None and not (self.l2_normalize and self.kind == "ibq"):
+            raise ValueError(
+                "temperature is for kind=ibq with l2_normalize=true: other scores have no softmax or scale"
             )
         return self
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from ibq_scale.config.deepspeed import config_names
 from ibq_scale.config.layers import MISSING, SCHEMAS, preset_names
 from ibq_scale.config.run import DeepSpeedConfig, RunConfig
-from ibq_scale.config.text import section_of
+from ibq_scale.config.text import fixed_section_of, section_of
 
 HEAD = """# Configuration reference
 
@@ -94,7 +94,7 @@ def descriptions(schema: type[BaseModel], prefix: str = "") -> dict[str, str]:
     """The meaning of each dotted key."""
     found: dict[str, str] = {}
     for name, field in schema.model_fields.items():
-        section = section_of(field.annotation)
+        section = fixed_section_of(field.annotation)
         found |= descriptions(section, f"{prefix}{name}.") if section else {f"{prefix}{name}": field.description or ""}
     return found
 
@@ -109,7 +109,7 @@ def _table(section: type[BaseModel], default: BaseModel | None, prefix: str) -> 
     given = {} if default is None else default.model_dump(mode="json")
     lines = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for name, field in section.model_fields.items():
-        if section_of(field.annotation) is not None or name == "task":
+        if fixed_section_of(field.annotation) is not None or name == "task":
             continue
         of = {**schema["properties"][name], **({"default": given[name]} if name in given else {})}
         cells = [f"`{prefix}{name}`", _type(of), _default(of), field.description or ""]
@@ -131,7 +131,7 @@ def _type(of: Mapping[str, Any]) -> str:
         return " | ".join(f"`{value}`" for value in of["enum"])
     if "const" in of:
         return f"`{of['const']}`"
-    kind = str(of.get("type", "any"))
+    kind = "section" if "$ref" in of else str(of.get("type", "any"))
     if kind == "array":
         items = of.get("items") or of["prefixItems"][0]
         return f"list of {_type(items)}" if "items" in of else f"{len(of['prefixItems'])} of {_type(items)}"

@@ -111,22 +111,7 @@ class TokenizerLossConfig(Section):
     lecam_decay: Probability = Field(0.999, description="Decay of LeCAM's averages of the logits, per step.")
 
 
-class OptimizerConfig(Section):
-    """Adam for the tokenizer, AdamW for the transformer."""
-
-    lr: Annotated[float, Field(gt=0)] = Field(1e-4, description="Learning rate before the schedule's factor.")
-    betas: tuple[Probability, Probability] = Field((0.5, 0.9), description="Decay of Adam's two moments.")
-    eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="Adam's ε.")
-    weight_decay: NonNegativeFloat = Field(
-        0.0, description="AdamW's decay of matrices. Norms, biases and embeddings are not decayed."
-    )
-    weight_decay_end: NonNegativeFloat | None = Field(
-        None, description="The decay follows a cosine from `weight_decay` to this value. null: constant."
-    )
-    grad_clip: NonNegativeFloat = Field(0.0, description="Largest norm of the gradient. 0: no clipping.")
-
-
-SCHEDULES = ("steps", "linear", "wsd", "cosine")
+SCHEDULES = ("steps", "linear", "wsd", "cosine", "constant")
 ScheduleName = Annotated[
     str,
     AfterValidator(lambda name: extensions.check_name(extensions.SCHEDULES, name, SCHEDULES)),
@@ -142,7 +127,7 @@ class ScheduleConfig(Section):
         "steps",
         description="`steps`: times `decay_factor` at each of `decay_at`. `linear`, also called `wsd`: constant for "
         "`constant_fraction` of the samples after the warm-up, then linear to `final_factor`. `cosine`: half a cosine "
-        "to `final_factor` instead. Other names are extensions (docs/extending.md).",
+        "to `final_factor` instead. `constant`: 1 after the warm-up. Other names are extensions (docs/extending.md).",
     )
     warmup_samples: NonNegativeInt = Field(0, description="Samples of the linear warm-up.")
     warmup_factor: NonNegativeFloat = Field(0.005, description="Factor at the start of the warm-up.")
@@ -152,6 +137,35 @@ class ScheduleConfig(Section):
         0.05, description="`linear`: share of the samples after the warm-up with a constant rate."
     )
     final_factor: NonNegativeFloat = Field(0.1, description="`linear`: factor at the end of the run.")
+
+
+class OptimizerConfig(Section):
+    """Adam for the tokenizer, AdamW for the transformer."""
+
+    lr: Annotated[float, Field(gt=0)] = Field(1e-4, description="Learning rate before the schedule's factor.")
+    betas: tuple[Probability, Probability] = Field((0.5, 0.9), description="Decay of Adam's two moments.")
+    eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="Adam's ε.")
+    weight_decay: NonNegativeFloat = Field(
+        0.0, description="AdamW's decay of matrices. Norms, biases and embeddings are not decayed."
+    )
+    weight_decay_end: NonNegativeFloat | None = Field(
+        None, description="The decay follows a cosine from `weight_decay` to this value. null: constant."
+    )
+    grad_clip: NonNegativeFloat = Field(0.0, description="Largest norm of the gradient. 0: no clipping.")
+
+
+class TokenizerOptimizerConfig(OptimizerConfig):
+    """Adam, and the codebook's own rate."""
+
+    codebook_lr: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="Learning rate of the codebook, or of SimVQ's layer, before its schedule's factor. null: `lr`.",
+    )
+    codebook_schedule: ScheduleConfig | None = Field(
+        None,
+        description="Schedule of the codebook's rate: a section with the keys of `schedule`, for example "
+        "`{kind: constant}`. null: the run's schedule.",
+    )
 
 
 class TrainConfig(Section):
@@ -343,7 +357,7 @@ class TokenizerRun(RunConfig):
     quantizer: QuantizerConfig = QuantizerConfig()
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     loss: TokenizerLossConfig = TokenizerLossConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: TokenizerOptimizerConfig = TokenizerOptimizerConfig()
     validation: TokenizerValidationConfig = TokenizerValidationConfig()
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.999, description="Decay of the moving average of the weights, per step. 0: no average."

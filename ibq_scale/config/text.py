@@ -68,6 +68,11 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
+def fixed_section_of(annotation: Any) -> type[BaseModel] | None:
+    """As `section_of`, but None for a section that may be null: a dump then has one value in its place."""
+    return section_of(annotation) if isinstance(annotation, type) else None
+
+
 def _text(value: Any, said: Any, annotation: Any) -> Any:
     if isinstance(value, list) and isinstance(said, Sequence) and len(value) == len(said) and not isinstance(said, str):
         return [_text(inner, text, annotation) for inner, text in zip(value, said, strict=True)]

@@ -240,23 +240,31 @@ class TokenizerModel(nn.Module):
         self.settings = quantizer
 
     def forward(
-        self, x_BCHW: Tensor, rows_KD: Tensor, shards: Shards = WHOLE, mean_K: Tensor | None = None
+        self,
+        x_BCHW: Tensor,
+        rows_KD: Tensor,
+        shards: Shards = WHOLE,
+        mean_K: Tensor | None = None,
+        age_K: Tensor | None = None,
     ) -> tuple[Tensor, Quantized]:
         """Images (B, 3, H, W) and this rank's rows of the codebook → (reconstruction, `Quantized` of B·h·w tokens).
 
         `mean_K`: mean softmax over all micro-batches of a step, from `batch_sums`, for the batch entropy.
+        `age_K`: the window of `quantizer.region`, updated in place.
         If the encoder's output is not finite, the reconstruction and its gradients are NaN. The codebook's other ranks
         continue, and the engine skips the step on all ranks together.
         """
         z_BDhw = self.autoencoder.encode(x_BCHW)
         finite = z_BDhw.detach().isfinite().all()
-        quantized = self.quantize(torch.where(finite, z_BDhw, 0.0), rows_KD, shards, mean_K)
+        quantized = self.quantize(torch.where(finite, z_BDhw, 0.0), rows_KD, shards, mean_K, age_K)
         reconstruction = self.autoencoder.decode(image_of(quantized.z_q_ND, z_BDhw.shape))
         return reconstruction * torch.where(finite, 1.0, torch.nan), quantized
 
-    def quantize(self, z_BDhw: Tensor, rows_KD: Tensor, shards: Shards, mean_K: Tensor | None) -> Quantized:
+    def quantize(
+        self, z_BDhw: Tensor, rows_KD: Tensor, shards: Shards, mean_K: Tensor | None, age_K: Tensor | None
+    ) -> Quantized:
         """The encoder's output (B, D, h, w) → `Quantized` of its B·h·w tokens."""
-        return quantize(tokens_of(z_BDhw), rows_KD, self.settings, shards, mean_K)
+        return quantize(tokens_of(z_BDhw), rows_KD, self.settings, shards, mean_K, age_K)
 
     @torch.no_grad()
     def batch_sums(self, x_BCHW: Tensor, rows_KD: Tensor, shards: Shards = WHOLE) -> tuple[Tensor, Tensor]:

@@ -90,7 +90,8 @@ class Tokenizer(nn.Module):
             raise ValueError(f"codes must be (B, h, w), got {tuple(codes.shape)}")
         b, h, w = codes.shape
         flat = codes.to(self.codebook_KD.device).flatten()
-        z_BDhw = image_of(lookup(flat, self.codebook_KD), torch.Size((b, self.codebook_KD.shape[1], h, w)))
+        codes_ND = lookup(flat, self.codebook_KD, settings=self.quantizer_config)
+        z_BDhw = image_of(codes_ND, torch.Size((b, self.codebook_KD.shape[1], h, w)))
         return self.autoencoder.decode(z_BDhw).float()
 
     def reconstruct(self, images: Tensor) -> Tensor:
@@ -103,7 +104,8 @@ class Tokenizer(nn.Module):
         digest = hashlib.sha256()
         # Settings of the computation do not belong to the model's identity.
         model = self.model_config.model_dump(mode="json", exclude={"activation_checkpointing", "compile"})
-        sizes = [model, self.quantizer_config.kind]
+        settings = self.quantizer_config
+        sizes = [model, settings.kind, *(["l2_normalize"] if settings.l2_normalize else [])]
         digest.update(json.dumps(sizes, sort_keys=True).encode())
         _add_weights(digest, self)
         return digest.hexdigest()
@@ -258,7 +260,7 @@ def codebook_to_start_from(path: str, quantizer: QuantizerConfig) -> Tensor:
     there = _section(QuantizerConfig, config, "quantizer", folder)
     if KINDS[there.kind].learns == "layer":
         raise UserError(f"init={path}: an export of {there.kind} has the final codes, but not the layer behind them")
-    for key in ("kind", "codebook_size", "dim", "levels"):
+    for key in ("kind", "codebook_size", "dim", "levels", "l2_normalize"):
         found, wanted = getattr(there, key), getattr(quantizer, key)
         if found != wanted:
             raise UserError(

@@ -50,7 +50,7 @@ class Kind:
 
 
 def _ibq(z_ND: Tensor, rows_KD: Tensor, settings: QuantizerConfig, shards: Shards, mean_K: Tensor | None) -> Quantized:
-    out = ibq_function(z_ND, rows_KD, _function_settings(settings, shards), mean_K)
+    out = ibq_function(_scaled(z_ND, settings), rows_KD, _function_settings(settings, shards), mean_K)
     z_q_ND = out.z_q_ND if settings.straight_through else out.hard_ND
     return Quantized(
         z_q_ND=z_q_ND,
@@ -63,7 +63,12 @@ def _ibq(z_ND: Tensor, rows_KD: Tensor, settings: QuantizerConfig, shards: Shard
 
 
 def _ibq_sums(z_ND: Tensor, rows_KD: Tensor, settings: QuantizerConfig, shards: Shards) -> tuple[Tensor, Tensor]:
-    return softmax_sums(z_ND, rows_KD, _function_settings(settings, shards))
+    return softmax_sums(_scaled(z_ND, settings), rows_KD, _function_settings(settings, shards))
+
+
+def _scaled(z_ND: Tensor, settings: QuantizerConfig) -> Tensor:
+    """z with S = cos/temperature for unit rows."""
+    return z_ND / settings.cosine_temperature if settings.l2_normalize else z_ND
 
 
 def _function_settings(settings: QuantizerConfig, shards: Shards) -> Settings:
@@ -82,7 +87,7 @@ def _function_settings(settings: QuantizerConfig, shards: Shards) -> Settings:
 
 
 def _vq(z_ND: Tensor, rows_KD: Tensor, settings: QuantizerConfig, shards: Shards, _: Tensor | None) -> Quantized:
-    return vq(z_ND, rows_KD, settings, shards.group, shards.sizes or [])
+    return vq(z_ND, rows_KD, settings, shards)
 
 
 def _lfq(z_ND: Tensor, _: Tensor, settings: QuantizerConfig, shards: Shards, mean_J: Tensor | None) -> Quantized:

@@ -46,12 +46,19 @@ def commitment_terms(hard_ND: Tensor, z_ND: Tensor, settings: QuantizerConfig) -
     """mean‖sg(C[i*]) − z‖² + mean‖C[i*] − sg(z)‖², β on one of them.
 
     `hard_ND` is C[i*], (N, D), with its gradient to the codebook. β stands on the codebook's term in the published
-    models and on the commitment in the paper's text (`settings.beta_on`).
+    models and on the commitment in the paper's text (`settings.beta_on`). With
+    `settings.region` the codebook's term is Region VQ's, added by `quantize`.
     """
-    on_codebook = settings.beta if settings.beta_on == "codebook" else 1.0
     on_commitment = settings.beta if settings.beta_on == "commitment" else 1.0
-    commitment = (hard_ND.detach() - z_ND).square().mean()
-    return on_commitment * commitment + on_codebook * (hard_ND - z_ND.detach()).square().mean()
+    commitment = on_commitment * (hard_ND.detach() - z_ND).square().mean()
+    if settings.region:
+        return commitment
+    return commitment + codebook_weight(settings) * (hard_ND - z_ND.detach()).square().mean()
+
+
+def codebook_weight(settings: QuantizerConfig) -> float:
+    """The factor of the codebook's own term."""
+    return settings.beta if settings.beta_on == "codebook" else 1.0
 
 
 def quantization_loss(z_q_ND: Tensor, hard_ND: Tensor, z_ND: Tensor, settings: QuantizerConfig) -> Tensor:

@@ -1,4 +1,4 @@
-"""Nearest code by Euclidean distance, straight-through to z, whole or sharded: VQGAN's quantizer, and SimVQ's.
+"""Nearest code by Euclidean distance, whole or sharded: VQGAN's quantizer, and SimVQ's.
 
 SimVQ (arXiv 2411.02038) differs in where the codes come from: a frozen basis times one learned linear layer. The
 training's codebook makes them (train/codebook.py). To this function they are plain rows.
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ibq_scale.config.models import QuantizerConfig
-from ibq_scale.quantize.collectives import Group, add_at_owned, gather_uneven, owned_codes, scatter_sum_uneven
+from ibq_scale.quantize.collectives import Group, Shards, add_at_owned, gather_uneven, owned_codes, scatter_sum_uneven
 from ibq_scale.quantize.quantized import Quantized, commitment_terms
 from ibq_scale.quantize.search import Score, best_rows
+from ibq_scale.quantize.straight_through import carried
 
 
 class LookupFunction(torch.autograd.Function):
@@ -35,8 +36,9 @@ class LookupFunction(torch.autograd.Function):
         return None, grad_rows_KD, None, None
 
 
-def vq(z_ND: Tensor, rows_KD: Tensor, settings: QuantizerConfig, group: Group, sizes: list[int]) -> Quantized:
+def vq(z_ND: Tensor, rows_KD: Tensor, settings: QuantizerConfig, shards: Shards) -> Quantized:
     """Quantizes z (N, D) with this rank's rows (K/W, D) of the codebook. There is no entropy term."""
+    group, sizes = shards.group, shards.sizes or []
     indices_N = best_rows(
         z_ND.detach(),
         rows_KD.detach(),
@@ -50,7 +52,7 @@ def vq(z_ND: Tensor, rows_KD: Tensor, settings: QuantizerConfig, group: Group, s
     hard_ND: Tensor = LookupFunction.apply(indices_N, rows_KD, sizes, group)
     nothing = z_ND.new_zeros(())
     return Quantized(
-        z_q_ND=z_ND + (hard_ND - z_ND).detach() if settings.straight_through else hard_ND,
+        z_q_ND=carried(z_ND, hard_ND, indices_N, settings, shards),
         indices_N=indices_N,
         quantization_loss=commitment_terms(hard_ND, z_ND, settings),
         entropy_loss=nothing,

@@ -43,6 +43,7 @@ METRICS: dict[str, tuple[str, str, str, float | None]] = {
     "grad_norm": ("Gradient norm", "", "before clipping", None),
     "skipped": ("Skipped steps", "since the line before", "a loss or gradient was not finite", None),
     "lr": ("Learning rate", "", "", None),
+    "codebook_lr": ("Learning rate of the codebook", "", "", None),
     "samples_per_s": ("Speed", "images/s", "whole world, data and logging included", None),
     "bad_samples": ("Damaged samples", "so far", "each replaced by a neighbour", None),
     "own_step_s_p50": ("The median rank's own time", "s a step", "outside of collectives", None),

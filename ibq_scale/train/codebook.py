@@ -23,6 +23,7 @@ from ibq_scale.pretrained.loading import CODEBOOK, codebook_part, codebook_to_st
 from ibq_scale.quantize.collectives import Group, Shards, gather_rows
 from ibq_scale.quantize.kinds import KINDS
 from ibq_scale.quantize.quantizer import initial_codebook, rows_of
+from ibq_scale.quantize.region import initial_ages
 from ibq_scale.train.simvq import Projection
 
 
@@ -50,6 +51,9 @@ class ShardedCodebook:
         self.grad_clip = run.optimizer.grad_clip
         self.ema_decay = run.ema_decay
         self.ema_rows = self.rows.detach().clone()
+        self.age_K = initial_ages(self.settings, len(rows), world.device) if self.settings.region else None
+        """Of this rank's codes, the window of `quantizer.region`: each micro-batch updates it."""
+        self._age_before_K = None if self.age_K is None else self.age_K.clone()
 
     @property
     def shards(self) -> Shards:
@@ -66,8 +70,14 @@ class ShardedCodebook:
         The quantizer's backward leaves the sum over the group's ranks. Replicas then sum theirs, and the world size
         divides. False, on every rank, if the gradient is not finite. Then nothing changes.
         """
-        if self.projection is not None:
-            return self.projection.step(lr)
+        applied = self._step_rows(lr) if self.projection is None else self.projection.step(lr)
+        if applied:
+            _copy(self.age_K, self._age_before_K)
+        else:
+            self.drop_gradient()
+        return applied
+
+    def _step_rows(self, lr: float) -> bool:
         if not self.learns:
             return True
         grad = self.rows.grad
@@ -77,7 +87,6 @@ class ShardedCodebook:
         grad.div_(self.world.size)
         norm = self._norm(grad)
         if not bool(norm.isfinite()):
-            self.drop_gradient()
             return False
         if self.grad_clip > 0:
             grad.mul_((self.grad_clip / (norm + 1e-6)).clamp(max=1.0))
@@ -89,8 +98,9 @@ class ShardedCodebook:
         return True
 
     def drop_gradient(self) -> None:
-        """Drops the accumulated gradient, for a step skipped by the engine."""
+        """Drops the accumulated gradient and the choices of codes, for a skipped step."""
         self.optimizer.zero_grad(set_to_none=True)
+        _copy(self._age_before_K, self.age_K)
         if self.projection is not None:
             self.projection.drop_gradient()
 
@@ -125,7 +135,9 @@ class ShardedCodebook:
         if self.world.rank >= self.group_size:
             return []
         steps = float(self.optimizer.state.get(self.rows, {}).get("step", 0))
-        rows = piece_file(folder, self.world.rank, self._pieces(with_moments=steps > 0), {"steps": steps})
+        facts = {"steps": steps, "region": self.age_K is not None}
+        pieces = [*self._pieces(with_moments=steps > 0), *self._ages()]
+        rows = piece_file(folder, self.world.rank, pieces, facts)
         return [rows] if self.projection is None else [rows, *self.projection.state(folder)]
 
     def _pieces(self, with_moments: bool) -> list[Piece]:
@@ -134,6 +146,9 @@ class ShardedCodebook:
         if with_moments:
             vectors |= {moment: self.optimizer.state[self.rows][moment] for moment in MOMENTS}
         return [Piece(name, self.start * self.settings.dim, values.view(-1)) for name, values in vectors.items()]
+
+    def _ages(self) -> list[Piece]:
+        return [] if self.age_K is None else [Piece("age", self.start, self.age_K)]
 
     def export(self, folder: str) -> list[StateFile]:
         """This rank's averaged rows, as its part of a model directory's codebook."""
@@ -159,8 +174,18 @@ class ShardedCodebook:
         if steps:
             restored_state(self.optimizer, self.rows, steps)
         reader.read_all(self._pieces(with_moments=steps > 0))
+        # The region may be new in this run.
+        if reader.facts.get("region"):
+            reader.read_all(self._ages())
+            _copy(self.age_K, self._age_before_K)
         if self.projection is not None:
             self.projection.load(directory)
+
+
+def _copy(values: Tensor | None, to: Tensor | None) -> None:
+    """Of tensors that a run without `quantizer.region` does not have."""
+    if values is not None and to is not None:
+        to.copy_(values)
 
 
 def _groups(world: World, size: int) -> tuple[Group, Group]:

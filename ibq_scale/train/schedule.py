@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from ibq_scale import extensions
-from ibq_scale.config.run import OptimizerConfig, ScheduleConfig
+from ibq_scale.config.run import OptimizerConfig, ScheduleConfig, TokenizerOptimizerConfig
 from ibq_scale.errors import UserError
 
 Shape = Callable[[ScheduleConfig, int, int], float]
@@ -33,6 +33,15 @@ def shape_of(schedule: ScheduleConfig) -> Shape:
         return factor
 
     return checked
+
+
+def codebook_lr(optimizer: TokenizerOptimizerConfig, schedule: ScheduleConfig, samples: int, total: int) -> float:
+    """The rate of the codebook, or of SimVQ's layer, for the step that begins after `samples` of `total`.
+
+    `schedule`: the run's, for a codebook without its own. StableVQ (arXiv 2609.26774) holds this rate constant.
+    """
+    rate = optimizer.lr if optimizer.codebook_lr is None else optimizer.codebook_lr
+    return rate * lr_factor(optimizer.codebook_schedule or schedule, samples, total)
 
 
 def weight_decay(optimizer: OptimizerConfig, samples: int, total_samples: int) -> float:
@@ -70,4 +79,10 @@ def _progress(schedule: ScheduleConfig, samples: int, total_samples: int) -> flo
     return min(1.0, (samples - schedule.warmup_samples) / rest)
 
 
-SHAPES: dict[str, Shape] = {"steps": _steps, "linear": _linear, "wsd": _linear, "cosine": _cosine}
+SHAPES: dict[str, Shape] = {
+    "steps": _steps,
+    "linear": _linear,
+    "wsd": _linear,
+    "cosine": _cosine,
+    "constant": lambda *_: 1.0,
+}

@@ -43,7 +43,7 @@ from ibq_scale.supervise.dashboards import Histogram
 from ibq_scale.train.codebook import ShardedCodebook
 from ibq_scale.train.ema_model import ema_tokenizer
 from ibq_scale.train.randomness import seed_by_position
-from ibq_scale.train.schedule import lr_factor
+from ibq_scale.train.schedule import codebook_lr, lr_factor
 from ibq_scale.train.task import Step, StepMetrics, Validation
 from ibq_scale.train.usage import UsageTracker
 from ibq_scale.train.validation_tokenizer import HeldOutImages
@@ -109,7 +109,7 @@ class TokenizerTask:
         self.lecam = LeCAM(run.loss.lecam_decay, world.device)
         self.usage = UsageTracker(run.quantizer.codebook_size, run.quantizer.revive_after, world)
         self.bad_samples = BadSamples(run.data.bad_samples, world)
-        self.lr = run.optimizer.lr
+        self.codebook_lr = 0.0
         self.number = 0
         self.adversarial = False
         self._last: tuple[Tensor, Tensor] | None = None
@@ -127,11 +127,13 @@ class TokenizerTask:
 
     def set_rates(self, samples: int) -> dict[str, float]:
         self.number = samples // self.run.train.global_batch + 1
-        self.lr = self.run.optimizer.lr * lr_factor(self.run.schedule, samples, self.run.train.total_samples)
+        optimizer, schedule, total = self.run.optimizer, self.run.schedule, self.run.train.total_samples
+        lr = optimizer.lr * lr_factor(schedule, samples, total)
+        self.codebook_lr = codebook_lr(optimizer, schedule, samples, total)
         self.adversarial = samples >= self.run.loss.adversarial_start and self.run.loss.adversarial_weight > 0
-        set_rates(self.generator, self.lr)
-        set_rates(self.discriminator, self.lr)
-        return {"lr": self.lr}
+        set_rates(self.generator, lr)
+        set_rates(self.discriminator, lr)
+        return {"lr": lr, "codebook_lr": self.codebook_lr}
 
     def train_step(self, batches: Iterator[ImageBatch]) -> Step:
         sums: StepMetrics = {}
@@ -152,7 +154,7 @@ class TokenizerTask:
                 finite &= value.isfinite()
                 sums[name] = sums.get(name, torch.zeros_like(value)) + value / self.accumulation
         if applied:
-            applied = self.codebook.step(self.lr)
+            applied = self.codebook.step(self.codebook_lr)
             self.ema.update()
         else:
             self.codebook.drop_gradient()
@@ -197,7 +199,8 @@ class TokenizerTask:
 
     def _generator_backward(self, images: Tensor, mean_K: Tensor | None) -> tuple[StepMetrics, Tensor]:
         weights = self.run.loss
-        reconstruction, quantized = self.generator(images, self.codebook.codes(), self.codebook.shards, mean_K)
+        codebook = self.codebook
+        reconstruction, quantized = self.generator(images, codebook.codes(), codebook.shards, mean_K, codebook.age_K)
         shown = reconstruction.detach().float()
         discriminator = self.discriminator.module.discriminator if self.adversarial else None
         balance = None if self.last_layer is None else self._adaptive_weight

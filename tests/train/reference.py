@@ -21,6 +21,7 @@ from ibq_scale.models.autoencoder import TokenizerModel
 from ibq_scale.models.discriminator import PatchDiscriminator
 from ibq_scale.models.transformer import Transformer
 from ibq_scale.quantize.quantizer import initial_codebook
+from ibq_scale.quantize.region import initial_ages
 from ibq_scale.zero.master_weights import pieces, shapes
 from tests.samples import SMALL_AR
 
@@ -63,8 +64,11 @@ class PlainTokenizerTraining:
         self.discriminator = PatchDiscriminator(run.discriminator)
         codes = initial_codebook(run.quantizer, run.train.seed, 0, run.quantizer.codebook_size)
         self.codebook_KD = torch.nn.Parameter(codes)
+        self.age_K = initial_ages(run.quantizer, len(codes))
         o = run.optimizer
-        self.g_optimizer = torch.optim.Adam([*self.model.parameters(), self.codebook_KD], o.lr, o.betas, o.eps)
+        codebook = {"params": [self.codebook_KD], "lr": o.codebook_lr or o.lr}
+        groups = [{"params": [*self.model.parameters()]}, codebook]
+        self.g_optimizer = torch.optim.Adam(groups, o.lr, o.betas, o.eps)
         self.d_optimizer = torch.optim.Adam(self.discriminator.parameters(), o.lr, o.betas, o.eps)
         self.lecam = LeCAM(run.loss.lecam_decay)
         self.averages = {name: p.detach().clone() for name, p in self.model.named_parameters()}
@@ -90,7 +94,7 @@ class PlainTokenizerTraining:
         pairs = []
         rounds = 1 if self.run.quantizer.entropy_scope == "global" else calls
         for images in images_BCHW.chunk(rounds):
-            reconstruction, quantized = self.model(images, self.codebook_KD)
+            reconstruction, quantized = self.model(images, self.codebook_KD, age_K=self.age_K)
             terms = (
                 loss.quantization_weight * quantized.quantization_loss + loss.entropy_weight * quantized.entropy_loss
             )
@@ -204,6 +208,7 @@ def tokenizer_state(task: Any, world: World) -> dict[str, torch.Tensor]:
     tensors |= {f"ema.{k}": v for k, v in task.ema.shadow.state_dict().items()}
     tensors |= {f"buffer.{k}": v for k, v in task.discriminator.module.named_buffers()}
     tensors |= {"codebook": task.codebook.rows, "ema_rows": task.codebook.ema_rows, "lecam": task.lecam.fake}
+    tensors |= {} if task.codebook.age_K is None else {"age": task.codebook.age_K}
     moments = task.codebook.optimizer.state.get(task.codebook.rows, {})
     return {k: v.detach().clone() for k, v in (tensors | moments).items()}
 

@@ -26,12 +26,15 @@ KINDS = {
     "clipped": ["optimizer.grad_clip=0.05"],
     "vq": ["quantizer.kind=vq"],
     "simvq": ["quantizer.kind=simvq"],
+    "region": ["quantizer.kind=vq", "quantizer.region=true", "quantizer.straight_through=dynamic"],
+    "region, simvq": ["quantizer.kind=simvq", "quantizer.region=true", "quantizer.straight_through=rotation"],
+    "l2": ["quantizer.l2_normalize=true", "quantizer.region=true"],
     "lfq": ["quantizer.kind=lfq", "quantizer.codebook_size=256"],
     "fsq": ["quantizer.kind=fsq", "quantizer.codebook_size=256", "quantizer.levels=[2,2,2,2,2,2,2,2]"],
 }
 # Adam's eps is large: its step is then smooth in the gradient, and a wrong gradient's size shows.
 COMMON = ("quantizer.codebook_size=32", f"quantizer.dim={WIDTH}", "quantizer.entropy_temperature=0.5")
-COMMON += ("optimizer.lr=0.01", "optimizer.eps=0.01", "data.train=none", "ema_decay=0.9")
+COMMON += ("quantizer.region_window=60", "optimizer.lr=0.01", "optimizer.eps=0.01", "data.train=none", "ema_decay=0.9")
 
 
 def _run(kind: str, *more: str) -> TokenizerRun:
@@ -56,7 +59,8 @@ class _Toy:
         total = torch.zeros(())
         for x_ND in torch.randn(BATCH, WIDTH, generator=g).chunk(accumulation):
             mine = x_ND.chunk(self.world.size)[self.world.rank]
-            out = quantize(mine @ self.encoder, self.codebook.codes(), self.run.quantizer, self.codebook.shards)
+            codes, shards = self.codebook.codes(), self.codebook.shards
+            out = quantize(mine @ self.encoder, codes, self.run.quantizer, shards, age_K=self.codebook.age_K)
             loss = (out.z_q_ND @ self.decoder - mine).square().mean() + out.quantization_loss
             loss = (loss + 0.3 * out.entropy_loss) / accumulation
             loss.backward()
@@ -141,11 +145,12 @@ def _load(rank: int, size: int, folder: Path, kind: str) -> list[float]:
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_rows_written_by_four_ranks_go_on_at_one_and_two(tmp_path: Path) -> None:
-    for kind in ("ibq", "simvq"):
+    for kind, writers in (("ibq", 4), ("simvq", 4), ("region", 2)):
         folder = tmp_path / kind
-        losses = run_ranks(_save, 4, folder, kind)[0][0]
+        losses = run_ranks(_save, writers, folder, kind)[0][0]
         for size in (1, 2):
             found = run_ranks(_load, size, folder, kind)[0]
+            assert size != writers or found == losses, kind
             torch.testing.assert_close(torch.tensor(found), torch.tensor(losses), rtol=2e-5, atol=2e-6)
     (tmp_path / "ibq" / "rank-00001.safetensors").unlink()
     with pytest.raises(AssertionError, match="elements: the checkpoint is of another model"):

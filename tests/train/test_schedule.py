@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from ibq_scale.config.layers import resolve
-from ibq_scale.config.run import SCHEDULES, OptimizerConfig, ScheduleConfig
-from ibq_scale.train.schedule import SHAPES, lr_factor, weight_decay
+from ibq_scale.config.run import SCHEDULES, OptimizerConfig, ScheduleConfig, TokenizerRun
+from ibq_scale.errors import UserError
+from ibq_scale.train.schedule import SHAPES, codebook_lr, lr_factor, weight_decay
 
 IMAGENET = 1_281_167
 
@@ -49,3 +50,20 @@ def test_the_largest_models_weight_decay_rises_on_a_cosine() -> None:
     optimizer = OptimizerConfig(weight_decay=0.05, weight_decay_end=0.08)
     assert [weight_decay(optimizer, s, 100) for s in (0, 50, 100)] == pytest.approx([0.05, 0.065, 0.08])
     assert weight_decay(OptimizerConfig(weight_decay=0.05), 70, 100) == 0.05
+
+
+def test_the_codebook_has_a_rate_and_a_schedule_of_its_own() -> None:
+    line = ("optimizer.lr=1e-4", "schedule.kind=linear", "schedule.warmup_samples=160", "train.steps=100")
+    own = ("optimizer.codebook_lr=1e-3", "optimizer.codebook_schedule.kind=constant")
+    for words, rates in (
+        ((), [0.5e-6, 1e-4, 1e-5]),
+        (own[:1], [0.5e-5, 1e-3, 1e-4]),
+        (own[1:], [1e-4, 1e-4, 1e-4]),
+        (own, [1e-3, 1e-3, 1e-3]),
+    ):
+        run = resolve("tokenizer/tiny", [*line, *words]).config
+        assert isinstance(run, TokenizerRun)
+        found = [codebook_lr(run.optimizer, run.schedule, at, run.train.total_samples) for at in (0, 160, 1600)]
+        assert found == pytest.approx(rates), words
+    with pytest.raises(UserError, match=r"unknown key 'optimizer\.codebook_lr'"):
+        resolve("ar/tiny", ["optimizer.codebook_lr=1e-3"])

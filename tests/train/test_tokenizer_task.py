@@ -65,17 +65,24 @@ def test_every_zero_stage_and_codebook_group_equals_plain_torch(world_size: int)
         assert_same(weights, expected, name)
 
 
+PAST_IBQ = ("quantizer.kind=vq", "quantizer.straight_through=dynamic", "quantizer.region=true")
+# Ten steps of 256 tokens: codes leave the window and come back.
+PAST_IBQ += ("quantizer.region_window=600", "optimizer.codebook_lr=0.02")
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_local_entropy_and_vq_with_accumulation_too() -> None:
     runs = {
         "local entropy": tokenizer_run("zero2", "train.global_batch=4", "quantizer.entropy_scope=local"),
-        "vq": tokenizer_run("zero2", "train.global_batch=8", "quantizer.kind=vq", "loss.l2_weight=0.5"),
+        "vq": tokenizer_run(
+            "zero2", "train.global_batch=8", "quantizer.kind=vq", "loss.l2_weight=0.5", "optimizer.codebook_lr=0.02"
+        ),
         "lfq": tokenizer_run("zero1", "train.global_batch=8", "quantizer.kind=lfq", "quantizer.dim=5"),
         "bf16": tokenizer_run("zero2", "train.global_batch=4", "train.precision=bf16"),
         "bf16, zero3": tokenizer_run("zero3", "train.global_batch=4", "train.precision=bf16"),
     }
-    calls = {"local entropy": 2, "vq": 1, "lfq": 1, "bf16": 1, "bf16, zero3": 1}
+    calls = dict.fromkeys(runs, 1) | {"local entropy": 2}
     plain = {name: plain_tokenizer(run, calls[name]) for name, run in runs.items()}
     found = run_ranks(train_tokenizers, 2, runs, {name: draw for name, (draw, _) in plain.items()})[0]
     # bf16 keeps 8 bits and so chooses another of two near codes now and then: no equality, but the same direction.
@@ -116,17 +123,17 @@ def _poison(rank: int, world_size: int, runs: dict[str, TokenizerRun]) -> dict[s
 def test_nan_on_one_rank_is_applied_on_none_and_to_nothing() -> None:
     runs = {
         f"{config} {precision}, group {group}": tokenizer_run(
-            config, "train.global_batch=8", f"codebook_group={group}", f"train.precision={precision}"
+            config, "train.global_batch=8", f"codebook_group={group}", f"train.precision={precision}", *switches
         )
-        for config, precision, group in [
-            ("zero0", "fp32", 0),
-            ("zero1", "fp32", 1),
-            ("zero1", "bf16", 1),
-            ("zero2", "bf16", 0),
-            ("zero3", "fp32", 0),
-            ("zero3", "bf16", 1),
-            ("zero2_offload", "fp32", 0),
-            ("zero3_offload", "bf16", 0),
+        for config, precision, group, switches in [
+            ("zero0", "fp32", 0, ()),
+            ("zero1", "fp32", 1, ()),
+            ("zero1", "bf16", 1, PAST_IBQ),
+            ("zero2", "bf16", 0, ()),
+            ("zero3", "fp32", 0, ()),
+            ("zero3", "bf16", 1, ()),
+            ("zero2_offload", "fp32", 0, ()),
+            ("zero3_offload", "bf16", 0, ()),
         ]
     }
     expected = {name: [True, False, True] for name in runs}
