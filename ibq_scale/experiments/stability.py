@@ -26,7 +26,7 @@ RESULTS = "stability.json"
 FOLDER = "stability"
 VERSION = 1
 SCALES = (0.01, 0.1, 1.0, 10.0)
-CODES = (1024, 4096, 16384)
+CODES = (1024, 16384)
 # Steps between two points of a curve.
 EVERY = 4
 # Adam has few steps here: at the published 1e-4 no code would move by a hundredth of the features' scale.
@@ -42,10 +42,17 @@ class Variant:
     overrides: tuple[str, ...] = ()
 
 
+_VQ, _SIMVQ, _REGION = "quantizer.kind=vq", "quantizer.kind=simvq", "quantizer.region=true"
+# Dynamic and rotated gradients reach the encoder alone, which is frozen: they would repeat the rows of VQ and SimVQ.
 VARIANTS = (
     Variant("ibq", "IBQ"),
-    Variant("vq", "VQ", ("quantizer.kind=vq",)),
-    Variant("simvq", "SimVQ", ("quantizer.kind=simvq",)),
+    Variant("ibq-soft", "IBQ, τ = 0.1", ("quantizer.entropy_temperature=0.1",)),
+    Variant("ibq-region", "IBQ, region", (_REGION,)),
+    Variant("ibq-l2", "IBQ, unit length", ("quantizer.l2_normalize=true",)),
+    Variant("vq", "VQ", (_VQ,)),
+    Variant("vq-region", "VQ, region", (_VQ, _REGION)),
+    Variant("simvq", "SimVQ", (_SIMVQ,)),
+    Variant("simvq-region", "SimVQ, region", (_SIMVQ, _REGION)),
     Variant("lfq", "LFQ", ("quantizer.kind=lfq",)),
     Variant("fsq", "FSQ", ("quantizer.kind=fsq",)),
 )

@@ -75,7 +75,7 @@ def measure(trial: Trial, features_TD: Tensor, features: str, sizes: Sizes, worl
     steps, usage = [], []
     started = time.process_time()
     for step, z_ND in enumerate(_batches(features_TD, batch, sizes.steps, trial.seed), 1):
-        quantized = quantize(z_ND, codebook.codes(), run.quantizer, codebook.shards)
+        quantized = quantize(z_ND, codebook.codes(), run.quantizer, codebook.shards, age_K=codebook.age_K)
         loss = run.loss.quantization_weight * quantized.quantization_loss
         loss = loss + run.loss.entropy_weight * quantized.entropy_loss
         if loss.requires_grad:

@@ -24,6 +24,7 @@ from ibq_scale.quantize.kinds import KINDS
 # 64 tokens a step, and a window of four steps.
 SMALL = Sizes(steps=12, window=256, more=("train.global_batch=1", "train.micro_batch=1"))
 CODES = 64
+WAY = "quantizer.straight_through"
 
 
 def _curve(name: str, scale: float | None, seed: int, usage: list[float]) -> Curve:
@@ -78,6 +79,21 @@ def test_a_codebook_far_too_large_collapses(name: str) -> None:
         large = measure(_trial(name, 100.0), _features(), "f", SMALL, world)
         fitting = measure(_trial(name, 1.0), _features(), "f", SMALL, world)
     assert large.usage[0] < 0.1 < fitting.usage[0]
+
+
+@pytest.mark.parametrize("switch", ["dynamic", "rotation"])
+def test_another_gradient_to_the_encoder_changes_no_curve(switch: str) -> None:
+    trial = _trial("vq", 1.0)
+    other = replace(trial, variant=replace(trial.variant, overrides=(*trial.variant.overrides, f"{WAY}={switch}")))
+    with _alone() as world:
+        one, same = (measure(t, _features(), "f", SMALL, world) for t in (trial, other))
+    assert one.usage == same.usage, "which is why these switches have no row"
+
+
+def test_region_serves_a_codebook_far_too_small() -> None:
+    with _alone() as world:
+        plain, region = (measure(_trial(n, 0.01), _features(), "f", SMALL, world) for n in ("vq", "vq-region"))
+    assert region.usage[-1] > plain.usage[-1] + 0.2
 
 
 def test_quantizers_without_a_codebook_stay_flat() -> None:
