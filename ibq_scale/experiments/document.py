@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ibq_scale.errors import UserError
@@ -57,6 +58,7 @@ def draw_all(results: Sequence[Result]) -> dict[str, str]:
     made = {
         "collapse.svg": _in_training("collapse", results, "Codebook usage in training: IBQ and VQ"),
         "long.svg": _in_training("long", results, "Codebook usage in training, three times the steps"),
+        "usage.svg": _switched(results),
         "ladder.svg": _against(
             "ladder",
             results,
@@ -94,6 +96,20 @@ def _in_training(table: str, results: Sequence[Result], title: str) -> str:
         return ""
     window = f"each point: {spread_of(chosen, window_tokens)}"
     return figure(title, _note(chosen, window, " (band)"), panels)
+
+
+def _switched(results: Sequence[Result]) -> str:
+    """Usage by window over steps, a line per row of the table."""
+    rows = [(label, _named(results, [name])) for label, name in TABLES["usage"].rows]
+    chosen = [r for _, runs in rows for r in runs]
+    if not chosen:
+        return ""
+    last = max(r.steps[-1] for r in chosen)
+    ticks = [(step, f"{step}") for step in range(0, last + 1, last // 4)]
+    series = [replace(_over_steps(label, slot, runs), dashed=slot >= 5) for slot, (label, runs) in enumerate(rows)]
+    panel = Panel("16,384 codes", Axis("step", 0, last, ticks), _usage_axis(), [s for s in series if s.line], right=240)
+    window = f"each point: {spread_of(chosen, window_tokens)}"
+    return figure("Codebook usage in training: rates and temperature", _note(chosen, window, " (band)"), [panel])
 
 
 def _over_steps(label: str, slot: int, runs: Sequence[Result]) -> Series:
