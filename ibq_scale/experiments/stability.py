@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -164,13 +164,22 @@ def load(path: Path) -> list[Curve]:
 
 
 def collect(runs: Path) -> list[Curve]:
-    """Every finished curve of the bench under `runs`, in the order of the table. Empty without any."""
+    """The bench's finished curves under `runs`, in the order of the table, of seeds with all scales."""
     found: list[Curve] = []
     for variant in VARIANTS:
         for path in sorted((runs / FOLDER).glob(f"{variant.name}-[0-9]*/*.json")):
             found += load(path)
     order = [v.name for v in VARIANTS]
-    return sorted(found, key=lambda c: (c.codes, order.index(c.name), c.scale or 0.0, c.seed))
+    return sorted(_whole(found), key=lambda c: (c.codes, order.index(c.name), c.scale or 0.0, c.seed))
+
+
+def _whole(curves: Sequence[Curve]) -> Iterator[Curve]:
+    """Without seeds lacking a scale: their means would be over other scales than the rest."""
+    scales = {c.scale for c in curves if c.scale is not None}
+    for curve in curves:
+        same = {c.scale for c in curves if (c.name, c.codes, c.seed) == (curve.name, curve.codes, curve.seed)}
+        if same in (scales, {None}):
+            yield curve
 
 
 def _learns(variant: Variant) -> bool:

@@ -59,7 +59,7 @@ def markdown(curves: Sequence[Curve]) -> str:
 def conditions(curves: Sequence[Curve]) -> str:
     """Sizes common to all curves, and the most that a window can show."""
     first = curves[0]
-    most = ", ".join(f"{ceiling(first.window, k):.1%} of {k:,}" for k in sorted({c.codes for c in curves}))
+    most = ", ".join(f"{100 * ceiling(first.window, k):.1f} % of {k:,}" for k in sorted({c.codes for c in curves}))
     return (
         f"{first.steps[-1]} steps of {first.batch_tokens:,} tokens, rate {first.lr:g}. Windows of {first.window:,}. "
         f"An even draw of a window shows {most} codes. UR-AUC in per cent. m: usage at the end from this scale."
@@ -90,9 +90,7 @@ def figures(curves: Sequence[Curve]) -> dict[str, str]:
         return {}
     scales = ", ".join(f"{m:g}" for m in sorted({c.scale for c in curves if c.scale is not None}))
     seeds = len({c.seed for c in curves})
-    note = (
-        f"mean over first codebooks of scale {scales}; area under a line: UR-AUC; frozen encoder; {seeds} seeds (band)"
-    )
+    note = f"frozen encoder; mean over m = {scales}; seeds: {seeds} (band); area under a line: UR-AUC"
     return {"stability.svg": figure("Usage from codebooks that start too small or too large", note, panels)}
 
 

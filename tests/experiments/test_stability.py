@@ -124,6 +124,18 @@ def test_table_and_figure_say_what_was_run() -> None:
     assert figures([]) == {}
 
 
+def test_only_seeds_with_every_scale_are_collected(tmp_path: Path) -> None:
+    curves = [_curve("vq", 0.1, 0, [0.1]), _curve("vq", 1.0, 0, [0.2]), _curve("vq", 1.0, 1, [0.3])]
+    curves += [_curve("fsq", None, 1, [1.0])]
+    for i, curve in enumerate(curves):
+        stability.save([curve], tmp_path / stability.FOLDER / f"{curve.name}-1024" / f"{i}.json")
+    assert [(c.name, c.scale, c.seed) for c in stability.collect(tmp_path)] == [
+        ("vq", 0.1, 0),
+        ("vq", 1.0, 0),
+        ("fsq", None, 1),
+    ]
+
+
 @pytest.mark.slow
 def test_the_command_measures_once_and_prints_what_it_has(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
