@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 from pathlib import Path
 
+from ibq_scale.cli.options import finite
 from ibq_scale.errors import UserError
+
+STABILITY = "stability"
+BENCH_OPTIONS = ("codes", "scales", "steps", "workers", "json")
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -15,16 +21,30 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     run = family.add_parser(
         "run",
-        help="train and evaluate every configuration, or some, with each seed",
-        description="Run it again to go on: finished runs are skipped.",
+        help="train and evaluate every configuration, or some, with each seed; or the stability bench",
+        description="Run it again to go on: finished runs are skipped. 'run stability' measures usage over time on a "
+        "frozen encoder for every quantizer, from codebooks of several initial scales (UR-AUC).",
+        usage="ibq-scale experiments run [-h] {PICTURES | stability [PICTURES]} [options]",
         epilog="example: ibq-scale experiments run photographs/ --only ibq-1024 vq-1024 --seeds 0 1",
     )
-    run.add_argument("pictures", type=Path, metavar="PICTURES", help="folder of photographs, cut into tiles")
+    run.add_argument(
+        "words",
+        nargs="+",
+        metavar="PICTURES",
+        help="folder of photographs, cut into tiles. 'stability' before it: the stability bench, whose default is ten "
+        "photographs of scikit-image and scikit-learn",
+    )
     run.add_argument(
         "--to", type=Path, default=Path("runs/experiments"), metavar="DIR", help="default: runs/experiments"
     )
     run.add_argument("--only", nargs="+", default=[], metavar="NAME", help="configurations (default: all)")
     run.add_argument("--seeds", nargs="+", type=int, metavar="N", help="default: 0 1 2")
+    bench = run.add_argument_group("of the stability bench")
+    bench.add_argument("--codes", nargs="+", type=int, metavar="K", help="codebook sizes (default: 1024 16384)")
+    bench.add_argument("--scales", nargs="+", type=finite, metavar="M", help="initial scales (0.01 0.1 1 10)")
+    bench.add_argument("--steps", type=int, metavar="N", help="steps of a curve (default: 96)")
+    bench.add_argument("--workers", type=int, metavar="N", help="processes of one thread (default: the cores)")
+    bench.add_argument("--json", action="store_true", help="print one JSON document")
     run.set_defaults(run=_run)
     listed = family.add_parser(
         "list",
@@ -48,23 +68,54 @@ def _run(args: argparse.Namespace) -> int:
 
     if any(seed < 0 for seed in args.seeds or ()):
         raise UserError("--seeds must be 0 or more")
-    return run_trials(args.pictures, args.to, trials(args.only, args.seeds or SEEDS))
+    first, *rest = args.words
+    if first == STABILITY and len(rest) < 2:
+        return _stability(args, Path(rest[0]) if rest else None)
+    given = [f"--{name}" for name in BENCH_OPTIONS if getattr(args, name)]
+    if rest or given:
+        raise UserError(f"{' '.join([*rest, *given])}: only for 'experiments run stability [PICTURES]'")
+    return run_trials(Path(first), args.to, trials(args.only, args.seeds or SEEDS))
+
+
+def _stability(args: argparse.Namespace, pictures: Path | None) -> int:
+    from ibq_scale.experiments.plan import SEEDS
+    from ibq_scale.experiments.stability import CODES, SCALES, Sizes, trials
+    from ibq_scale.experiments.stability_run import run_bench
+    from ibq_scale.experiments.stability_tables import document, text_table
+
+    for name in BENCH_OPTIONS[:-1]:
+        value = getattr(args, name)
+        if value is not None and min(value if isinstance(value, list) else [value]) <= 0:
+            raise UserError(f"--{name} must be above 0")
+    chosen = trials(args.only, args.seeds or SEEDS, args.codes or CODES, args.scales or SCALES)
+    sizes = Sizes() if args.steps is None else Sizes(steps=args.steps)
+    curves = run_bench(pictures, args.to, chosen, sizes, args.workers or len(os.sched_getaffinity(0)))
+    print(json.dumps(document(curves), indent=2) if args.json else "\n".join(text_table(curves)))
+    return 0
 
 
 def _list(args: argparse.Namespace) -> int:
     from ibq_scale.experiments.plan import CONFIGURATIONS, PRESET
+    from ibq_scale.experiments.stability import RATE, VARIANTS
 
     for configuration in CONFIGURATIONS:
         print(f"{configuration.name:<16} {configuration.pictures:<12} {' '.join(configuration.overrides) or PRESET}")
+    for variant in VARIANTS:
+        print(f"{variant.name:<16} {STABILITY:<12} {' '.join((RATE, *variant.overrides))}")
     return 0
 
 
 def _report(args: argparse.Namespace) -> int:
+    from ibq_scale.experiments import stability
     from ibq_scale.experiments.document import write_document
     from ibq_scale.experiments.results import RESULTS, collect, save
 
     if args.runs is not None:
-        save(collect(args.runs), args.docs / RESULTS)
+        curves = stability.collect(args.runs)
+        if curves:
+            stability.save(curves, args.docs / stability.RESULTS)
+        if any(args.runs.glob("*/seed-*")) or not curves:
+            save(collect(args.runs), args.docs / RESULTS)
     for path in write_document(args.docs):
         print(path)
     return 0

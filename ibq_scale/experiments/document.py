@@ -5,35 +5,39 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ibq_scale.errors import UserError
+from ibq_scale.experiments import stability, stability_tables
 from ibq_scale.experiments.results import RESULTS, Result, load
 from ibq_scale.experiments.tables import TABLES, ceiling, conditions, spread_of, window_tokens
 from ibq_scale.report.svg import Axis, Panel, Series, figure
 
-DOCUMENT, FIGURES = "experiments.md", "figures"
+DOCUMENT, FIGURES, STABILITY = "experiments.md", "figures", "stability"
 SHARES = [(v / 100, f"{v} %") for v in (0, 25, 50, 75, 100)]
 IBQ, VQ, ROOM = 0, 1, 4
 Value = Callable[[Result], float]
 
 
 def write_document(docs: Path) -> list[Path]:
-    """Makes figures and tables from ``experiments.json`` in `docs`. Returns the written files.
+    """Makes figures and tables from ``experiments.json`` and ``stability.json`` in `docs`. Returns the written files.
 
     UserError if the results, the document or a table's markers are missing.
     """
     results = load(docs / RESULTS)
+    curves = stability.load(docs / stability.RESULTS) if (docs / stability.RESULTS).is_file() else []
     document = docs / DOCUMENT
     if not document.is_file():
         raise UserError(f"{document} is missing: --docs must be its folder")
     text = document.read_text(encoding="utf-8")
     for name, table in TABLES.items():
         text = _replaced(text, name, table.markdown(results), document)
+    text = _replaced(text, STABILITY, stability_tables.markdown(curves), document)
     document.write_text(text, encoding="utf-8")
     written = [document]
     (docs / FIGURES).mkdir(exist_ok=True)
-    for name, svg in draw_all(results).items():
+    for name, svg in (draw_all(results) | stability_tables.figures(curves)).items():
         written.append(docs / FIGURES / name)
         written[-1].write_text(svg, encoding="utf-8")
     return written
@@ -54,6 +58,7 @@ def draw_all(results: Sequence[Result]) -> dict[str, str]:
     made = {
         "collapse.svg": _in_training("collapse", results, "Codebook usage in training: IBQ and VQ"),
         "long.svg": _in_training("long", results, "Codebook usage in training, three times the steps"),
+        "usage.svg": _switched(results),
         "ladder.svg": _against(
             "ladder",
             results,
@@ -91,6 +96,20 @@ def _in_training(table: str, results: Sequence[Result], title: str) -> str:
         return ""
     window = f"each point: {spread_of(chosen, window_tokens)}"
     return figure(title, _note(chosen, window, " (band)"), panels)
+
+
+def _switched(results: Sequence[Result]) -> str:
+    """Usage by window over steps, a line per row of the table."""
+    rows = [(label, _named(results, [name])) for label, name in TABLES["usage"].rows]
+    chosen = [r for _, runs in rows for r in runs]
+    if not chosen:
+        return ""
+    last = max(r.steps[-1] for r in chosen)
+    ticks = [(step, f"{step}") for step in range(0, last + 1, last // 4)]
+    series = [replace(_over_steps(label, slot, runs), dashed=slot >= 5) for slot, (label, runs) in enumerate(rows)]
+    panel = Panel("16,384 codes", Axis("step", 0, last, ticks), _usage_axis(), [s for s in series if s.line], right=240)
+    window = f"each point: {spread_of(chosen, window_tokens)}"
+    return figure("Codebook usage in training: rates and temperature", _note(chosen, window, " (band)"), [panel])
 
 
 def _over_steps(label: str, slot: int, runs: Sequence[Result]) -> Series:

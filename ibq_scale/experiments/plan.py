@@ -11,7 +11,7 @@ from ibq_scale.errors import UserError
 PRESET = "tokenizer/experiment"
 SEEDS = (0, 1, 2)
 
-Group = Literal["collapse", "ladder", "terms", "dimension", "batch", "rate", "pictures", "long"]
+Group = Literal["collapse", "ladder", "terms", "dimension", "batch", "rate", "pictures", "long", "usage", "large"]
 Pictures = Literal["photographs", "ten"]
 """The source of a run's tiles: the given pictures, or ten not from ImageNet (tiles.py)."""
 
@@ -22,6 +22,9 @@ _ENTROPY = "loss.entropy_weight=0"
 _SLOW = "optimizer.lr=1e-3"
 # For the whole ladder. 262,144 codes on a CPU allow no more.
 _SHORT = ("train.global_batch=8", "train.micro_batch=8", "train.steps=100", "train.log_every=25")
+# Usage near an even one: a slower encoder, a codebook with a rate of its own, a softer entropy.
+_RATES = ("optimizer.lr=1e-3", "optimizer.codebook_lr=1e-2")
+_SOFT = "quantizer.entropy_temperature=0.3"
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,12 @@ CONFIGURATIONS = (
     Configuration("short-262144", "ladder", (*_SHORT, _k(262144))),
     Configuration("long-ibq-16384", "long", (_k(16384), "train.steps=480")),
     Configuration("long-vq-16384", "long", (_k(16384), "train.steps=480", "quantizer.kind=vq")),
+    Configuration("even-ibq", "usage", (_k(16384), *_RATES, _SOFT)),
+    Configuration("even-vq", "usage", (_k(16384), *_RATES, "quantizer.kind=vq")),
+    Configuration("even-not-soft", "usage", (_k(16384), *_RATES)),
+    Configuration("even-one-rate", "usage", (_k(16384), _RATES[0], _SOFT)),
+    Configuration("even-only-soft", "usage", (_k(16384), _SOFT)),
+    Configuration("even-262144", "large", (*_SHORT, _k(262144), *_RATES, _SOFT)),
 )
 
 

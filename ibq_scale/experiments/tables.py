@@ -57,6 +57,11 @@ def ceiling(tokens: int, codes: int) -> float:
     return 1.0 - (1.0 - 1.0 / codes) ** tokens
 
 
+def even_in_window(result: Result) -> float:
+    """`ceiling` for one logged line of training."""
+    return ceiling(window_tokens(result), result.codes)
+
+
 def mean_and_spread(values: Sequence[float], digits: int = 1) -> str:
     """``98.1 ± 0.3`` (sample standard deviation), or the value of a single seed."""
     mean = f"{statistics.fmean(values):,.{digits}f}"
@@ -82,6 +87,17 @@ _TRAINING: list[tuple[str, Cell]] = [
     ("usage, lowest window", percent(lambda r: min(r.curves["usage"]))),
     ("usage, last window", percent(lambda r: r.curves["usage"][-1])),
 ]
+_LATER: list[tuple[str, Cell]] = [
+    ("usage, first window", percent(lambda r: r.curves["usage"][0])),
+    ("usage, lowest later window", percent(lambda r: min(r.curves["usage"][1:]))),
+    _TRAINING[1],
+]
+_OF_EVEN: list[tuple[str, Cell]] = [
+    ("first window, of an even draw", percent(lambda r: r.curves["usage"][0] / even_in_window(r))),
+    ("lowest later window", percent(lambda r: min(r.curves["usage"][1:]) / even_in_window(r))),
+    ("last window", percent(lambda r: r.curves["usage"][-1] / even_in_window(r))),
+    ("held out, of an even draw", percent(lambda r: r.usage / ceiling(r.tokens, r.codes))),
+]
 _SPEED: list[tuple[str, Cell]] = [("time of a step", number(lambda r: 1000 * r.step_s, 0, " ms"))]
 _ROOM: list[tuple[str, Cell]] = [("could be seen", percent(lambda r: ceiling(r.tokens, r.codes)))]
 _TERMS = [
@@ -94,6 +110,15 @@ _TERMS = [
     ("entropy", "only-entropy"),
     ("none", "no-term"),
 ]
+_EVEN = [
+    ("IBQ, both rates and τ = 0.3", "even-ibq"),
+    ("IBQ, both rates", "even-not-soft"),
+    ("IBQ, slower encoder and τ = 0.3", "even-one-rate"),
+    ("IBQ, τ = 0.3", "even-only-soft"),
+    ("IBQ", "ibq-16384"),
+    ("VQ, both rates", "even-vq"),
+    ("VQ", "vq-16384"),
+]
 _TERMS_SLOWLY = [(label, f"slow-{name}") for label, name in [("all three", "all"), *_TERMS[1:4]]]
 
 
@@ -104,6 +129,10 @@ def _quantizers(prefix: str, sizes: Sequence[int]) -> list[tuple[str, str]]:
 TABLES = {
     "collapse": Table("quantizer", _quantizers("", (1024, 16384)), [*_TRAINING, *_HELD_OUT, *_SPEED]),
     "long": Table("quantizer", _quantizers("long-", (16384,)), [*_TRAINING, *_HELD_OUT]),
+    "usage": Table("K = 16,384", _EVEN, [*_LATER, *_HELD_OUT]),
+    "large": Table(
+        "K = 262,144", [("published", "short-262144"), ("with the switches", "even-262144")], [*_OF_EVEN, *_HELD_OUT]
+    ),
     "ladder": Table(
         "K",
         [(f"{k:,}", f"short-{k}") for k in (1024, 16384, 262144)],

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from ibq_scale.errors import UserError
-from ibq_scale.experiments.document import DOCUMENT, FIGURES, draw_all, write_document
+from ibq_scale.experiments import stability
+from ibq_scale.experiments.document import DOCUMENT, FIGURES, STABILITY, draw_all, write_document
 from ibq_scale.experiments.results import RESULTS, Result, load, save
 from ibq_scale.experiments.tables import TABLES, ceiling, mean_and_spread
 from ibq_scale.report.svg import LABEL_STEP, Axis, Panel, Series, figure
@@ -47,7 +48,8 @@ RESULTS_OF_TWO = [_result("ibq-1024", 0, 0.99), _result("ibq-1024", 1, 0.97), _r
 
 
 def _document(folder: Path) -> Path:
-    (folder / DOCUMENT).write_text("".join(f"Words.\n<!-- table: {t} -->\n<!-- end: {t} -->\n" for t in TABLES))
+    places = [f"Words.\n<!-- table: {t} -->\n<!-- end: {t} -->\n" for t in (*TABLES, STABILITY)]
+    (folder / DOCUMENT).write_text("".join(places))
     save(RESULTS_OF_TWO, folder / RESULTS)
     return folder
 
@@ -82,7 +84,7 @@ def test_made_anew_the_document_stays_the_same_and_keeps_its_words(tmp_path: Pat
     once = (tmp_path / DOCUMENT).read_text()
     write_document(tmp_path)
     assert (tmp_path / DOCUMENT).read_text() == once
-    assert once.count("Words.\n") == len(TABLES)
+    assert once.count("Words.\n") == len(TABLES) + 1
 
 
 def test_a_document_without_a_tables_place(tmp_path: Path) -> None:
@@ -128,7 +130,7 @@ def test_spread_is_the_sample_standard_deviation() -> None:
 
 
 def test_the_committed_document_is_what_the_committed_results_make(tmp_path: Path) -> None:
-    for name in (RESULTS, DOCUMENT):
+    for name in (RESULTS, stability.RESULTS, DOCUMENT):
         shutil.copy(DOCS / name, tmp_path / name)
     for path in write_document(tmp_path):
         assert path.read_text() == (DOCS / path.relative_to(tmp_path)).read_text(), path.name

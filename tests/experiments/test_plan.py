@@ -36,6 +36,15 @@ def test_the_ladder_differs_in_the_codebooks_size_alone() -> None:
     assert _differences("short-1024", "short-262144") == {"quantizer.codebook_size"}
 
 
+def test_the_rows_of_even_usage_differ_in_rates_and_temperature_alone() -> None:
+    rates, soft = {"optimizer.lr", "optimizer.codebook_lr"}, {"quantizer.entropy_temperature"}
+    assert _differences("even-ibq", "ibq-16384") == rates | soft
+    assert _differences("even-not-soft", "ibq-16384") == _differences("even-vq", "vq-16384") == rates
+    assert _differences("even-one-rate", "even-ibq") == {"optimizer.codebook_lr"}
+    assert _differences("even-only-soft", "ibq-16384") == soft
+    assert _differences("even-262144", "short-262144") == rates | soft
+
+
 def test_each_combination_of_the_terms_is_there_once() -> None:
     terms = ("quantizer.straight_through", "quantizer.double_quantization", "loss.entropy_weight")
     names = ["ibq-1024", *(c.name for c in CONFIGURATIONS if c.group == "terms")]
