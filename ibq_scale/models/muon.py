@@ -102,12 +102,18 @@ class Muon(torch.optim.AdamW):
                 waits[part] = self.gather(parameter, part, ahead(part))
         # Cut matrices come last: their pieces travel meanwhile.
         for part in sorted(parts, key=lambda part: part.is_cut):
-            matrix = (waits[part]() if part.is_cut else ahead(part)).view(part.shape)
-            direction = newton_schulz(matrix, (DEFAULT_A, DEFAULT_B, DEFAULT_C), DEFAULT_NS_STEPS, EPS)
-            piece = direction.reshape(-1)[part.start : part.start + part.length]
+            piece = _direction(part, waits.pop(part)() if part.is_cut else ahead(part))
             weights, lr = part.of(parameter), group["lr"]
             weights.mul_(1 - lr * group["weight_decay"])
             weights.add_(piece, alpha=-adjust_lr(lr, "match_rms_adamw", part.shape))
+            del piece
+
+
+def _direction(part: Part, values: Tensor) -> Tensor:
+    """The part (length,) of the orthogonal matrix. `values`: all elements of the matrix, bf16, overwritten."""
+    coefficients = (DEFAULT_A, DEFAULT_B, DEFAULT_C)
+    direction = newton_schulz(values.view(part.shape), coefficients, DEFAULT_NS_STEPS, EPS)
+    return direction.reshape(-1)[part.start : part.start + part.length]
 
 
 def matrices(module: nn.Module) -> list[nn.Parameter]:

@@ -13,6 +13,7 @@ from ibq_scale.config.models import AutoencoderConfig, TransformerConfig
 from ibq_scale.config.run import ARRun, OptimizerConfig, TokenizerRun
 from ibq_scale.models.aligned import Alignment
 from ibq_scale.models.autoencoder import Autoencoder
+from ibq_scale.models.muon import newton_schulz_flops
 from ibq_scale.models.optimizers import adam, adamw
 from ibq_scale.models.precision import compute_dtype
 from ibq_scale.models.transformer import Transformer
@@ -27,15 +28,29 @@ from ibq_scale.scaling.flops import (
 
 @dataclass(frozen=True)
 class Network:
-    """Parameters by part, and elements of each parameter by the optimizer's groups. `buffers`: elements."""
+    """Parameters by part, and elements of each parameter by the optimizer's groups. `buffers`: elements.
+
+    `muon_flops`: of Muon's iterations in a step.
+    """
 
     parts: dict[str, int]
     groups: tuple[tuple[int, ...], ...]
     buffers: int
+    muon_flops: int = 0
 
     @property
     def parameters(self) -> int:
         return sum(self.parts.values())
+
+    @property
+    def muon(self) -> bool:
+        """Whether Muon steps the first group."""
+        return self.muon_flops > 0
+
+    @property
+    def moments(self) -> int:
+        """Elements of all moments: Adam has two, Muon one."""
+        return 2 * self.parameters - (sum(self.groups[0]) if self.muon else 0)
 
 
 def transformer(run: ARRun) -> Network:
@@ -88,7 +103,9 @@ def _network(module: nn.Module, part: Callable[[str], str], optimizer: torch.opt
     for name, parameter in module.named_parameters():
         parts[part(name)] = parts.get(part(name), 0) + parameter.numel()
     groups = tuple(tuple(p.numel() for p in group["params"]) for group in optimizer.param_groups)
-    return Network(parts, groups, sum(b.numel() for b in module.buffers()))
+    by_muon = (p for group in optimizer.param_groups if "momentum" in group for p in group["params"])
+    flops = sum(newton_schulz_flops(*p.shape) for p in by_muon)
+    return Network(parts, groups, sum(b.numel() for b in module.buffers()), flops)
 
 
 def _transformer_part(name: str) -> str:

@@ -36,8 +36,8 @@ def check_same_run(config: AnyRun, checkpoint: Checkpoint) -> None:
     kind = saved.get("optimizer", {}).get("kind", "adam")
     if config.optimizer.kind != kind:
         raise UserError(
-            f"{checkpoint.path}: optimizer.kind was {kind}, and no other can continue its state. Keep it, or begin from "
-            f"the weights alone with another out=… and init={checkpoint.path}"
+            f"{checkpoint.path}: optimizer.kind was {kind}, and no other can continue its state. Keep it, or begin "
+            f"from the weights alone with another out=… and init={checkpoint.path}"
         )
     for key in FIXED_DATA:
         # Checkpoints older than the key have version 1 of the order.
