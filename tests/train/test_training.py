@@ -180,6 +180,9 @@ def test_a_run_that_does_not_fit_its_checkpoint_is_refused(whole: Path, dataset:
     for said, override in cases.items():
         with pytest.raises(UserError, match=said):
             check(override)
+    checkpoint.manifest["config"]["optimizer"]["kind"] = "muon"
+    with pytest.raises(UserError, match=r"optimizer\.kind was muon, .* init="):
+        check()
 
 
 def test_deepspeeds_own_zero_to_fp32_reads_an_export(whole: Path, tmp_path: Path) -> None:
