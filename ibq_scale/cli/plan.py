@@ -201,6 +201,9 @@ def _print_flops(plan: Plan) -> None:
         print(f"  {name:<34}{short(number):>10}{100 * number / flops.total:>7.1f} %")
     if flops.executed > 1.001 * flops.total:
         print(f"  {'done, with recomputation':<34}{short(flops.executed):>10}")
+    if flops.optimizer:
+        name = "Muon's iterations, beside these"
+        print(f"  {name:<34}{short(flops.optimizer):>10}{100 * flops.optimizer / flops.total:>7.1f} %")
     if plan.task == "ar":
         again = flops.executed - flops.total
         parts = {"forward": flops.total / 3, "backward": flops.total * 2 / 3, "computed again": again}

@@ -115,6 +115,11 @@ def deepspeed_config(run: AnyRun, world_size: int) -> dict[str, Any]:
             f"{path.name}: ZeRO-3 frees gathered weights after the forward pass, and torchao keeps them for the "
             f"backward pass: take zero2, or model.fp8=false"
         )
+    if run.optimizer.kind == "muon" and (stage == 3 or any(offloaded(zero, key) for key in OFFLOADS)):
+        raise UserError(
+            f"{path.name}: Muon needs whole matrices on the GPU, ZeRO-3 cuts and offloading moves them: take zero1 or "
+            f"zero2, or optimizer.kind=adam"
+        )
     accumulation = accumulation_steps(run.train, world_size)
     return unsharded(values, run, world_size) | {
         "train_batch_size": run.train.global_batch,

@@ -7,7 +7,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, WithJsonSchema, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    PlainSerializer,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from ibq_scale import extensions
 from ibq_scale.config.base import AUTO, OPEN, Section, auto_int
@@ -177,11 +185,17 @@ class ARScheduleConfig(ScheduleConfig):
 
 
 class OptimizerConfig(Section):
-    """Adam for the tokenizer, AdamW for the transformer."""
+    """Adam for the tokenizer, AdamW or Muon for the transformer."""
 
+    kind: Literal["adam", "muon"] = Field(
+        "adam",
+        description="`muon`: the transformer's attention and feed-forward matrices step by Muon (arXiv 2502.16982) "
+        "with the same `lr` and `weight_decay`, everything else by AdamW. Not for tokenizers, ZeRO-3 or offloading.",
+    )
     lr: Annotated[float, Field(gt=0)] = Field(1e-4, description="Learning rate before the schedule's factor.")
     betas: tuple[Probability, Probability] = Field((0.5, 0.9), description="Decay of Adam's two moments.")
     eps: Annotated[float, Field(gt=0)] = Field(1e-8, description="Adam's ε.")
+    momentum: Probability = Field(0.95, description="Muon's momentum (Nesterov's).")
     weight_decay: NonNegativeFloat = Field(
         0.0, description="AdamW's decay of matrices. Norms, biases and embeddings are not decayed."
     )
@@ -203,6 +217,13 @@ class TokenizerOptimizerConfig(OptimizerConfig):
         description="Schedule of the codebook's rate: a section with the keys of `schedule`, for example "
         "`{kind: constant}`. null: the run's schedule.",
     )
+
+    @field_validator("kind")
+    @classmethod
+    def _known_here(cls, kind: str) -> str:
+        if kind == "muon":
+            raise ValueError("Muon is for the transformer's matrices: a tokenizer's are convolutions, take adam")
+        return kind
 
 
 # One value stands for a list of it.

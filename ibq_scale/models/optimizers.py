@@ -1,4 +1,4 @@
-"""Adam by torch's fused kernel: decay groups, and its state for restored checkpoints.
+"""Adam by torch's fused kernel, or Muon: decay groups, and the state for restored checkpoints.
 
 The fused kernel reads and writes each value once. The other kernels allocate temporaries as large as the parameters: on
 a CPU they took eight times the CPU seconds and 8 bytes a parameter.
@@ -7,11 +7,13 @@ a CPU they took eight times the CPU seconds and 8 bytes a parameter.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ibq_scale.config.run import OptimizerConfig
+from ibq_scale.models.muon import MOMENTUM, Muon, matrices
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -21,27 +23,51 @@ def adam(parameters: Iterable[nn.Parameter], settings: OptimizerConfig) -> torch
     return torch.optim.Adam(parameters, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
 
 
-def decay_groups(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Parameters with decay, which are matrices, and without: norms, biases and embeddings."""
+class ParameterGroups(NamedTuple):
+    """Parameters by what steps them. Each list may be empty."""
+
+    by_muon: list[nn.Parameter]
+    """`matrices`, with ``kind=muon``."""
+    decayed: list[nn.Parameter]
+    """The other matrices."""
+    free: list[nn.Parameter]
+    """Without decay: norms, biases and embeddings."""
+
+
+def parameter_groups(module: nn.Module, kind: str) -> ParameterGroups:
+    """The groups of a transformer's optimizer, `OptimizerConfig.kind`."""
     embeddings = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    decayed: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
+    groups = ParameterGroups(matrices(module) if kind == "muon" else [], [], [])
+    ids = {id(parameter) for parameter in groups.by_muon}
     for parameter in module.parameters():
+        if id(parameter) in ids:
+            continue
         # Under ZeRO-3 a rank's partition is flat.
         ndim = len(getattr(parameter, "ds_shape", parameter.shape))
-        (free if ndim < 2 or id(parameter) in embeddings else decayed).append(parameter)
-    return decayed, free
+        (groups.free if ndim < 2 or id(parameter) in embeddings else groups.decayed).append(parameter)
+    return groups
 
 
 def adamw(module: nn.Module, settings: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW with decay of matrices only: none for norms, biases and embeddings, in schedules too."""
-    decayed, free = decay_groups(module)
-    groups = [
+    """AdamW with decay of matrices only: none for norms, biases and embeddings, in schedules too.
+
+    With ``kind=muon``, Muon steps `matrices`.
+    """
+    by_muon, decayed, free = parameter_groups(module, settings.kind)
+    groups: list[dict[str, Any]] = [
+        {"params": by_muon, "weight_decay": settings.weight_decay, "momentum": settings.momentum},
         {"params": decayed, "weight_decay": settings.weight_decay},
         {"params": free, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
+    if by_muon:
+        return Muon(groups, settings)
     return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+
+
+def moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> tuple[str, ...]:
+    """Names of the parameter's moments in the optimizer's state."""
+    return (MOMENTUM,) if isinstance(optimizer, Muon) and optimizer.takes(parameter) else MOMENTS
 
 
 def restored_state(optimizer: torch.optim.Optimizer, parameter: Tensor, steps: float) -> dict[str, Tensor]:
@@ -50,7 +76,7 @@ def restored_state(optimizer: torch.optim.Optimizer, parameter: Tensor, steps: f
     The step count is a tensor on the parameter's device, as the fused kernel requires.
     """
     state: dict[str, Tensor] = optimizer.state[parameter]
-    for moment in MOMENTS:
+    for moment in moments(optimizer, parameter):
         if moment not in state:
             state[moment] = torch.zeros_like(parameter, requires_grad=False)
     state["step"] = torch.tensor(steps, dtype=torch.float32, device=parameter.device)

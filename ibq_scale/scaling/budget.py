@@ -72,12 +72,12 @@ class MemoryBudget:
 
 def ar_states(run: ARRun, zero: Zero, network: Network) -> list[Line]:
     """Permanent memory in the transformer's training."""
-    return engine_lines("", engine_states(network.groups, zero), ema_bytes(network, zero, run.ema_decay))
+    return engine_lines("", _states(network, zero), ema_bytes(network, zero, run.ema_decay))
 
 
 def ar_budget(run: ARRun, zero: Zero, network: Network) -> MemoryBudget:
     """Memory of the transformer's training."""
-    states = engine_states(network.groups, zero)
+    states = _states(network, zero)
     memory = ar_activation_memory(run, keeps_gradients=states.keeps_gradients and zero.accumulation == 1)
     # Logits exist at the end of the forward pass. The peak may come later.
     logits = max(0, memory.kept + logit_bytes(run) - memory.peak)
@@ -98,7 +98,7 @@ def tokenizer_budget(
 
     `frozen`: elements of frozen networks, by name.
     """
-    states = engine_states(network.groups, zero)
+    states = _states(network, zero)
     memory = tokenizer_activation_memory(run, keeps_gradients=states.keeps_gradients and zero.accumulation == 1)
     size = codebook_group_size(run, zero.world)
     tokens = run.train.micro_batch * run.model.tokens * size
@@ -129,10 +129,10 @@ def tokenizer_states(
     rows = FP32 * -(-run.quantizer.codebook_size // size) * run.quantizer.dim
     copies = CODEBOOK_STATES if KINDS[run.quantizer.kind].learns == "rows" else 2
     return [
-        *engine_lines("", engine_states(network.groups, zero), ema_bytes(network, zero, run.ema_decay)),
+        *engine_lines("", _states(network, zero), ema_bytes(network, zero, run.ema_decay)),
         _joined(
             "discriminator, all states",
-            engine_lines("", engine_states(discriminator.groups, discriminator_zero(zero)), 0),
+            engine_lines("", _states(discriminator, discriminator_zero(zero)), 0),
         ),
         Line(f"codebook, 1/{size} of {copies} copies", copies * rows, copies * rows),
         *(Line(f"{name}, frozen", n * zero.weight_bytes, n * zero.weight_bytes) for name, n in frozen.items()),
@@ -155,7 +155,7 @@ def engine_lines(prefix: str, states: States, ema: int) -> list[Line]:
         ("weights", "weights", "weights"),
         ("gradients", "earlier_gradients", "gradients"),
         ("fp32 weights of the optimizer", "master", "master"),
-        ("Adam's moments", "moments", "moments"),
+        ("moments of Muon and Adam" if states.muon else "Adam's moments", "moments", "moments"),
         ("communication buckets", "buckets", "buckets"),
         ("ZeRO-3: whole weights in use", "gathered", ""),
         (SCRATCH, "", "step"),
@@ -175,7 +175,7 @@ def engine_lines(prefix: str, states: States, ema: int) -> list[Line]:
 
 def checkpoint_bytes(run: AnyRun, nets: Sequence[Network]) -> int:
     """Bytes of a checkpoint: fp32 weights and moments, averages, the codebook's rows."""
-    total = sum(3 * FP32 * net.parameters + FP32 * net.buffers for net in nets)
+    total = sum(FP32 * (net.parameters + net.moments + net.buffers) for net in nets)
     total += FP32 * nets[0].parameters * (run.ema_decay > 0)
     if isinstance(run, TokenizerRun):
         rows = FP32 * run.quantizer.codebook_size * run.quantizer.dim
@@ -184,6 +184,10 @@ def checkpoint_bytes(run: AnyRun, nets: Sequence[Network]) -> int:
         # The window: an int64 a code.
         total += 8 * run.quantizer.codebook_size * run.quantizer.region
     return total
+
+
+def _states(network: Network, zero: Zero) -> States:
+    return engine_states(network.groups, zero, muon=network.muon)
 
 
 def _joined(name: str, lines: Iterable[Line]) -> Line:

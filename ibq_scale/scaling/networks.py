@@ -13,7 +13,8 @@ from ibq_scale.config.models import AutoencoderConfig, DiscriminatorConfig, Tran
 from ibq_scale.config.run import ARRun, TokenizerRun
 from ibq_scale.models.aligned import Alignment
 from ibq_scale.models.autoencoder import Autoencoder
-from ibq_scale.models.optimizers import decay_groups
+from ibq_scale.models.muon import newton_schulz_flops
+from ibq_scale.models.optimizers import parameter_groups
 from ibq_scale.models.precision import compute_dtype
 from ibq_scale.models.transformer import Transformer
 from ibq_scale.scaling.flops import (
@@ -27,29 +28,45 @@ from ibq_scale.scaling.flops import (
 
 @dataclass(frozen=True)
 class Network:
-    """Parameters by part, and elements of each parameter by the optimizer's groups. `buffers`: elements."""
+    """Parameters by part, and elements of each parameter by the optimizer's groups. `buffers`: elements.
+
+    `muon_flops`: of Muon's iterations in a step.
+    """
 
     parts: dict[str, int]
     groups: tuple[tuple[int, ...], ...]
     buffers: int
+    muon_flops: int = 0
 
     @property
     def parameters(self) -> int:
         return sum(self.parts.values())
 
+    @property
+    def muon(self) -> bool:
+        """Whether Muon steps the first group."""
+        return self.muon_flops > 0
+
+    @property
+    def moments(self) -> int:
+        """Elements of all moments: Adam has two, Muon one."""
+        return 2 * self.parameters - (sum(self.groups[0]) if self.muon else 0)
+
 
 def transformer(run: ARRun) -> Network:
     """Of stage 2."""
     # Settings of the computation change no parameter.
-    return _transformer(run.model.architecture())
+    return _transformer(run.model.architecture(), run.optimizer.kind)
 
 
 # A search for settings asks for the same networks dozens of times. No optimizer is made: its import takes a second.
 @cache
-def _transformer(model: TransformerConfig) -> Network:
+def _transformer(model: TransformerConfig, kind: str) -> Network:
     with on_meta():
         module = Transformer(model)
-    return _network(module, _transformer_part, [group for group in decay_groups(module) if group])
+    groups = parameter_groups(module, kind)
+    flops = sum(newton_schulz_flops(*parameter.shape) for parameter in groups.by_muon)
+    return _network(module, _transformer_part, [group for group in groups if group], flops)
 
 
 def autoencoder(run: TokenizerRun) -> Network:
@@ -89,12 +106,14 @@ def frozen(run: TokenizerRun) -> dict[str, int]:
     return {name: sum(p.numel() for p in m.parameters()) for name, m in modules.items() if m is not None}
 
 
-def _network(module: nn.Module, part: Callable[[str], str], together: Sequence[list[nn.Parameter]]) -> Network:
+def _network(
+    module: nn.Module, part: Callable[[str], str], together: Sequence[list[nn.Parameter]], muon_flops: int = 0
+) -> Network:
     parts: dict[str, int] = {}
     for name, parameter in module.named_parameters():
         parts[part(name)] = parts.get(part(name), 0) + parameter.numel()
     groups = tuple(tuple(p.numel() for p in group) for group in together)
-    return Network(parts, groups, sum(b.numel() for b in module.buffers()))
+    return Network(parts, groups, sum(b.numel() for b in module.buffers()), muon_flops)
 
 
 def _transformer_part(name: str) -> str:

@@ -101,13 +101,14 @@ class Rate:
 @dataclass(frozen=True)
 class Flops:
     """Training FLOPs per image: required, by part, and executed, with recomputation. `tf32`: the executed part at half
-    of bf16's rate.
+    of bf16's rate. `optimizer`: an image's share of Muon's iterations, all ranks' together.
     """
 
     parts: dict[str, float]
     executed: float
     formula: str
     tf32: float = 0.0
+    optimizer: float = 0.0
 
     @property
     def total(self) -> float:
@@ -203,8 +204,10 @@ def make_plan(run: AnyRun, machine: Machine, *, mfu: float, measured: Rate | Non
     else:
         tokens, codebook, frozen = run.model.tokens, {}, {}
         parts = ar_flops(run.model)
-        flops = Flops(parts.training(), ar_executed(run.model), AR_FORMULA)
         nets = [networks.transformer(run)]
+        # Without ZeRO every rank computes them all.
+        by_muon = nets[0].muon_flops * (machine.world if zero.stage == 0 else 1) / run.train.global_batch
+        flops = Flops(parts.training(), ar_executed(run.model), AR_FORMULA, optimizer=by_muon)
         budget = ar_budget(run, zero, nets[0])
         transfers = tuple(engine_transfers(nets[0], zero))
     parameters: dict[str, int] = {}
@@ -213,7 +216,8 @@ def make_plan(run: AnyRun, machine: Machine, *, mfu: float, measured: Rate | Non
     train = run.train
     size = checkpoint_bytes(run, nets)
     # A product at half the rate takes the time of two.
-    work = GpuWork(flops.executed + flops.tf32, _moved_per_image(run, budget), sum(net.parameters for net in nets))
+    done = flops.executed + flops.tf32 + flops.optimizer
+    work = GpuWork(done, _moved_per_image(run, budget), sum(net.parameters for net in nets))
     overlap = bool(config.get("zero_optimization", {}).get("overlap_comm"))
     roofline = _roofline(run, machine, zero, work, transfers, overlap=overlap)
     return Plan(
@@ -346,7 +350,7 @@ def _time(
         return _at(run, machine, measured.images_per_s * machine.world, basis, measured=True)
     rate = nearest(measured_rates(run, machine, flops), run.train.micro_batch)
     if rate is not None:
-        seconds = needed.executed * run.train.global_batch / machine.world / rate.flops_per_s
+        seconds = (needed.executed + needed.optimizer) * run.train.global_batch / machine.world / rate.flops_per_s
         # The rate of several ranks includes the exchange between them.
         seconds += roofline.exposed if roofline is not None and rate.ranks == 1 else 0.0
         basis = f"{rate} (micro-batch {rate.micro_batch}, {rate.ranks} rank{'s' * (rate.ranks > 1)})"

@@ -174,7 +174,7 @@ class _Rehearsed:
 
     def _peak(self, zero: Zero, micro: int) -> float:
         """States of this layout, and the rehearsed activations, scaled."""
-        states = engine_states(self.network.groups, zero)
+        states = engine_states(self.network.groups, zero, muon=self.network.muon)
         lines = engine_lines("", states, ema_bytes(self.network, zero, self.run.ema_decay))
         rehearsed = sum(line.passes for line in self.budget.lines if line.name in ("activations", "logits and loss"))
         moving = (1 + FRAGMENTATION) * rehearsed * micro / self.run.train.micro_batch

@@ -32,6 +32,13 @@ def check_same_run(config: AnyRun, checkpoint: Checkpoint) -> None:
                 f"{checkpoint.path} is a checkpoint of another model: '{section}' has "
                 f"{_difference(saved, now, section)}. Give another out=… or the same config"
             )
+    # Checkpoints older than the key are Adam's.
+    kind = saved.get("optimizer", {}).get("kind", "adam")
+    if config.optimizer.kind != kind:
+        raise UserError(
+            f"{checkpoint.path}: optimizer.kind was {kind}, and no other can continue its state. Keep it, or begin "
+            f"from the weights alone with another out=… and init={checkpoint.path}"
+        )
     for key in FIXED_DATA:
         # Checkpoints older than the key have version 1 of the order.
         before = saved["data"].get(key, 1)

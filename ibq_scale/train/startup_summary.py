@@ -85,6 +85,7 @@ def _transformer(run: ARRun, net: Network, world: World) -> list[str]:
         f"{model.depth} blocks × {model.width}, {model.heads} heads; {model.tokens} tokens of {model.codebook_size:,} "
         f"codes, {condition}; attention {kind}{', linear layers in fp8' * model.fp8}{_how(run)}",
         *([EAGER] if model.fp8 and not model.compile else []),
+        *([f"Muon steps {short(sum(net.groups[0]))} in matrices of the blocks, AdamW the rest"] if net.muon else []),
     ]
 
 

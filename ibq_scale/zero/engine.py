@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ibq_scale.models.muon import Muon
 from ibq_scale.zero.gradients import reduction, scatter_gradients
+from ibq_scale.zero.muon import find_parts, permit_muon
 
 Refuses = Callable[[torch.Tensor], torch.Tensor]
 """Of the gradient's norm: whether no rank takes the step. A bool scalar on the device, the same on every rank."""
@@ -27,12 +29,15 @@ def make_engine(
 
     begin_deepspeed(device)
     _import_muon()
+    permit_muon()
     engine, _, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
     if engine.dp_world_size == 1 and engine.zero_optimization_stage() == 0:
         # The mean over one rank: 0.19.8 would copy all gradients into a buffer and back.
         engine.enable_backward_allreduce = False
     elif engine.dp_world_size > 1 and reduction(config) == "reduce-scatter":
         scatter_gradients(engine.optimizer)
+    if isinstance(optimizer, Muon) and engine.zero_optimization_stage() > 0:
+        find_parts(engine, optimizer)
     return engine
 
 

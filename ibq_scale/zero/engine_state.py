@@ -1,4 +1,4 @@
-"""An engine's state on disk: fp32 weights and Adam's moments in each rank's pieces. Any layout can read them.
+"""An engine's state on disk: fp32 weights and the optimizer's moments in each rank's pieces. Any layout can read them.
 
 Not DeepSpeed's own checkpoints (0.19.8): those are pickles, so loading them may run code, and they fit only one number
 of ranks and one ZeRO stage.
@@ -15,7 +15,7 @@ import torch
 from ibq_scale.checkpoint.files import TensorFile
 from ibq_scale.checkpoint.pieces import WEIGHTS, Piece, PieceReader, piece_file
 from ibq_scale.distributed.world import World
-from ibq_scale.models.optimizers import MOMENTS, restored_state
+from ibq_scale.models.optimizers import moments, restored_state
 from ibq_scale.zero.master_weights import Fragment, fragments, held, shapes
 
 
@@ -44,7 +44,7 @@ def load_engine(engine: Any, folder: Path, world: World) -> None:
     steps = reader.facts["steps"]
     if steps:
         for fragment in mine:
-            restored_state(_adam(engine), fragment.flat, steps)
+            restored_state(inner_optimizer(engine), fragment.flat, steps)
         reader.read_all(_moments(engine, mine))
     reader.read_all(_buffers(engine))
     _refresh(engine)
@@ -55,11 +55,11 @@ def _weights(share: list[Fragment]) -> list[Piece]:
 
 
 def _moments(engine: Any, share: list[Fragment]) -> list[Piece]:
-    state = _adam(engine).state
+    optimizer = inner_optimizer(engine)
     return [
-        Piece(f"{moment}/{fragment.name}", fragment.start, fragment.of(state[fragment.flat][moment]))
+        Piece(f"{moment}/{fragment.name}", fragment.start, fragment.of(optimizer.state[fragment.flat][moment]))
         for fragment in share
-        for moment in MOMENTS
+        for moment in moments(optimizer, fragment.flat)
     ]
 
 
@@ -68,16 +68,16 @@ def _buffers(engine: Any) -> Iterator[Piece]:
         yield Piece(f"buffers/{name}", 0, buffer.detach().view(-1))
 
 
-def _adam(engine: Any) -> torch.optim.Optimizer:
+def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
     """The torch optimizer inside DeepSpeed's."""
     inner: torch.optim.Optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
     return inner
 
 
 def _steps(engine: Any, world: World) -> float:
-    """Adam's step count, the same for all parameters. 0 before the first step."""
+    """The optimizer's step count, the same for all parameters. 0 before the first step."""
     for fragment in held(engine, world):
-        return float(_adam(engine).state.get(fragment.flat, {}).get("step", 0))
+        return float(inner_optimizer(engine).state.get(fragment.flat, {}).get("step", 0))
     return 0.0
 
 

@@ -48,7 +48,7 @@ def fragments(engine: Any, world: World) -> list[Fragment]:
     if engine.zero_optimization_stage() == 3:
         find = _zero3
     elif hasattr(next(iter(parameters.values())), "_hp_mapping"):
-        find = _partitioned
+        find = partitioned
     else:
         find = _replicated(parameters, world)
     found = (find(engine, name, parameter) for name, parameter in parameters.items())
@@ -72,7 +72,7 @@ def shapes(engine: Any) -> dict[str, torch.Size]:
     return {name: getattr(p, "ds_shape", p.shape) for name, p in engine.module.named_parameters()}
 
 
-def _partitioned(engine: Any, name: str, parameter: nn.Parameter) -> Fragment | None:
+def partitioned(engine: Any, name: str, parameter: nn.Parameter) -> Fragment | None:
     """ZeRO-1, ZeRO-2 and their bf16 variants: a rank's partition of all parameters, cut at any place."""
     mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]  # DeepSpeed's. None if other ranks own it all
     if mapping is None:

@@ -16,6 +16,9 @@ from ibq_scale.zero.gradients import Reduction, reduction
 
 Place = Literal["gpu", "host"]
 FP32 = 4
+# Bytes an element of the largest matrix in Muon's step: of the iterations (measured), and of each cut matrix with the
+# rank's part of it, in bf16.
+ITERATIONS, CUT = 7, 3
 # DeepSpeed's own defaults, for keys absent from a JSON.
 BUCKET, PERSISTENCE, LIVE = 500_000_000, 100_000, 1_000_000_000
 
@@ -86,7 +89,7 @@ class States:
 
     `earlier_gradients`: of earlier micro-batches, alive in a forward pass. `gradients`: after the last backward pass.
     `buckets`: for communication, while gradients come. `gathered`: ZeRO-3's whole weights at a time. `step`: scratch of
-    the optimizer's step.
+    the optimizer's step. `muon`: whether Muon steps a part.
     """
 
     weights: int
@@ -99,14 +102,15 @@ class States:
     step: int
     places: dict[str, Place]
     keeps_gradients: bool
+    muon: bool = False
 
     def on_gpu(self, *names: str) -> int:
         """The sum of these on the GPU."""
         return sum(getattr(self, name) for name in names if self.places.get(name, "gpu") == "gpu")
 
 
-def engine_states(groups: Sequence[Sequence[int]], zero: Zero) -> States:
-    """The memory of an engine around a network with these parameters."""
+def engine_states(groups: Sequence[Sequence[int]], zero: Zero, *, muon: bool = False) -> States:
+    """The memory of an engine around a network with these parameters. `muon`: whether Muon steps the first group."""
     n = Shares.of(groups, zero)
     host: Place = "host"
     places: dict[str, Place] = {}
@@ -126,14 +130,15 @@ def engine_states(groups: Sequence[Sequence[int]], zero: Zero) -> States:
     return States(
         weights=b * n.whole,
         master=FP32 * n.share if partitioned else 0,
-        moments=2 * FP32 * n.share,
+        moments=FP32 * (2 * n.share - (Shares.of(groups[:1], zero).share if muon else 0)),
         earlier_gradients=earlier,
         gradients=gradients,
         buckets=_buckets(n, zero),
         gathered=0,
-        step=_scratch(n, zero),
+        step=_scratch(n, zero) + (_muon_scratch(max(groups[0]), zero) if muon else 0),
         places=places,
         keeps_gradients=zero.stage < 2,
+        muon=muon,
     )
 
 
@@ -160,6 +165,11 @@ def _scratch(n: Shares, zero: Zero) -> int:
     """The step's scratch. The fused Adam takes none, but DeepSpeed flattens gradients not accumulated flat."""
     flat = zero.stage == 0 or zero.offload_optimizer or (zero.stage < 3 and zero.weight_bytes < FP32)
     return 0 if flat else FP32 * n.share
+
+
+def _muon_scratch(largest: int, zero: Zero) -> int:
+    """For the largest of Muon's matrices. A partition cuts one matrix at each of its ends within the vector."""
+    return largest * (ITERATIONS + CUT * (min(zero.world - 1, 2) if zero.stage else 0))
 
 
 def _buckets(n: Shares, zero: Zero) -> int:

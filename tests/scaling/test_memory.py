@@ -168,7 +168,14 @@ def test_bytes_are_counted_once_and_until_they_go() -> None:
     assert (memory.alive, memory.peak) == (0, 4096)
 
 
-LAYOUTS = [("zero0", "fp32"), ("zero1", "bf16"), ("zero1", "fp32"), ("zero2", "bf16"), ("zero3", "bf16")]
+LAYOUTS = [
+    ("zero0", "fp32", "adam"),
+    ("zero1", "bf16", "adam"),
+    ("zero1", "fp32", "adam"),
+    ("zero2", "bf16", "adam"),
+    ("zero2", "bf16", "muon"),
+    ("zero3", "bf16", "adam"),
+]
 ZERO_SIZES = (
     "model.depth=3",
     "model.width=256",
@@ -177,8 +184,9 @@ ZERO_SIZES = (
 )
 
 
-def _zero_run(config: str, precision: str) -> ARRun:
-    return _run(*ZERO_SIZES, f"deepspeed.config={config}", f"train.precision={precision}")
+def _zero_run(config: str, precision: str, kind: str) -> ARRun:
+    words = (f"deepspeed.config={config}", f"train.precision={precision}", f"optimizer.kind={kind}")
+    return _run(*ZERO_SIZES, *words)
 
 
 def _everything() -> list[torch.Tensor]:
@@ -193,7 +201,7 @@ def _everything() -> list[torch.Tensor]:
     return list(found.values())
 
 
-def _allocated(rank: int, world: int, config: str, precision: str) -> dict[str, int]:
+def _allocated(rank: int, world: int, config: str, precision: str, kind: str) -> dict[str, int]:
     """Bytes of this rank's optimizer by kind; the most alive within passes and step beyond what was before the engine,
     and within the optimizer's step beyond what was before it.
     """
@@ -201,7 +209,7 @@ def _allocated(rank: int, world: int, config: str, precision: str) -> dict[str, 
     from ibq_scale.models.optimizers import adamw
     from ibq_scale.zero.engine import make_engine, step
 
-    run = _zero_run(config, precision)
+    run = _zero_run(config, precision, kind)
     before = storage_bytes(_everything())
     model, codes_BT, labels_B = _on_cpu(run)
     model = model.float()
@@ -217,7 +225,7 @@ def _allocated(rank: int, world: int, config: str, precision: str) -> dict[str, 
     # ZeRO-3 leaves the optimizer's groups empty between steps.
     flats = getattr(engine.optimizer, "fp32_partitioned_groups_flat", None)
     flats = flats or [p for group in inner.param_groups for p in group["params"]]
-    moments = [state[name] for state in inner.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    moments = [state[name] for state in inner.state.values() for name in state if name != "step"]
     sizes = {"master": sum(4 * p.numel() for p in flats), "moments": sum(4 * m.numel() for m in moments)}
     with Allocations(known=_everything()) as memory:
         train()
@@ -232,19 +240,19 @@ def _allocated(rank: int, world: int, config: str, precision: str) -> dict[str, 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize(("config", "precision"), LAYOUTS)
-def test_states_are_those_that_deepspeed_allocates(config: str, precision: str) -> None:
+@pytest.mark.parametrize(("config", "precision", "kind"), LAYOUTS)
+def test_states_are_those_that_deepspeed_allocates(config: str, precision: str, kind: str) -> None:
     from ibq_scale.config.deepspeed import deepspeed_config
 
-    run = _zero_run(config, precision)
+    run = _zero_run(config, precision, kind)
     zero = Zero.of(deepspeed_config(run, 2), world=2)
     network = transformer(run)
-    states = engine_states(network.groups, zero)
+    states = engine_states(network.groups, zero, muon=network.muon)
     budget = ar_budget(run, zero, network)
     expected = sum(
         line.passes for line in budget.lines if not line.name.startswith(("fragmentation", "CUDA", "optimizer's"))
     )
-    for found in run_ranks(_allocated, 2, config, precision):
+    for found in run_ranks(_allocated, 2, config, precision, kind):
         if zero.stage > 0:
             assert found["master"] == states.master
         assert found["moments"] == states.moments

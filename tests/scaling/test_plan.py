@@ -10,7 +10,9 @@ import pytest
 
 from ibq_scale.cli.main import main
 from ibq_scale.config.layers import preset_names, resolve
+from ibq_scale.config.models import TransformerConfig
 from ibq_scale.config.run import ARRun
+from ibq_scale.models.muon import newton_schulz_flops
 from ibq_scale.models.transformer import Transformer
 from ibq_scale.scaling.flops import META, ar_executed, ar_flops
 from ibq_scale.scaling.networks import transformer
@@ -149,6 +151,23 @@ def test_what_training_refuses(capsys: pytest.CaptureFixture[str]) -> None:
     assert "unknown key" in _refused(capsys, "ar/tiny", "deepspeed.overrides.zero_optimisation.stage=2")
     assert "--mfu" in _refused(capsys, "ar/tiny", "--mfu", "45")
     assert "--gpus" in _refused(capsys, "ar/tiny", "--gpus", "0")
+
+
+@pytest.mark.slow
+def test_muon_has_one_moment_and_iterations(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("ar/tiny", "model.width=64", "deepspeed.config=zero2", "train.global_batch=16", "--gpus", "2")
+    adam, muon = (_plan(capsys, *words, f"optimizer.kind={kind}") for kind in ("adam", "muon"))
+    model = resolve("ar/tiny", ["model.width=64"]).config.model
+    assert isinstance(model, TransformerConfig)
+    shapes = model.depth * [(64, 64), (64, 192), *3 * [(64, model.ffn_hidden)]]
+    matrices = sum(m * n for m, n in shapes)
+    assert adam["checkpoint_bytes"] - muon["checkpoint_bytes"] == 4 * matrices
+    moments = [
+        next(line["step"] for line in plan["memory"]["lines"] if "moments" in line["name"]) for plan in (adam, muon)
+    ]
+    assert moments[0] - moments[1] == pytest.approx(4 * matrices / 2, abs=64)
+    expected = sum(newton_schulz_flops(*shape) for shape in shapes)
+    assert adam["flops"] | {"optimizer": expected / 16} == muon["flops"]
 
 
 @pytest.mark.slow

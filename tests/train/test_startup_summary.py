@@ -72,6 +72,8 @@ def test_of_a_transformer(tmp_path: Path) -> None:
         f"{tmp_path / 'codes'}: 60 codes, 3 classes, 3 shards, 0.00 MB",
         "order 2: 8 lanes, windows of 4 shards; no cache",
     ]
+    by_muon = _said("ar/tiny", world, *words, "optimizer.kind=muon")["model"]
+    assert by_muon[2] == "Muon steps 57.34 k in matrices of the blocks, AdamW the rest"
     with pytest.raises(UserError, match=r"model\.attention=flash3 needs a CUDA device, this is cpu"):
         _said("ar/tiny", world, *words, "model.attention=flash3")
 

@@ -169,6 +169,7 @@ def test_a_run_that_does_not_fit_its_checkpoint_is_refused(whole: Path, dataset:
         check_same_run(config, checkpoint)
 
     assert checkpoint.manifest["config"]["data"]["order"] == 2
+    assert checkpoint.manifest["config"]["optimizer"].pop("kind") == "adam"  # As before the key.
     check("optimizer.lr=0.5", "train.micro_batch=2", "train.log_every=3", "deepspeed.config=zero3", "codebook_group=1")
     cases = {
         "is a checkpoint of another model": "quantizer.codebook_size=128",
@@ -179,6 +180,9 @@ def test_a_run_that_does_not_fit_its_checkpoint_is_refused(whole: Path, dataset:
     for said, override in cases.items():
         with pytest.raises(UserError, match=said):
             check(override)
+    checkpoint.manifest["config"]["optimizer"]["kind"] = "muon"
+    with pytest.raises(UserError, match=r"optimizer\.kind was muon, .* init="):
+        check()
 
 
 def test_deepspeeds_own_zero_to_fp32_reads_an_export(whole: Path, tmp_path: Path) -> None:
