@@ -316,9 +316,8 @@ class TokenizerTask:
         if not self.world.is_main:
             return self.codebook.export(folder)
         weights = self.ema.place("ema", "generator", "autoencoder.")
-        model, source = self.run.model.architecture(), {"run": self.run.name}
-        if self.codes_of:
-            source["codes_of"] = self.codes_of
+        model = self.run.model.architecture()
+        source = {"run": self.run.name} | ({"codes_of": self.codes_of} if self.codes_of else {})
         config = config_text("tokenizer", model, self.run.quantizer, source, weights=weights)
         return [TextFile(f"{folder}/{CONFIG}", config), *self.codebook.export(folder)]
 

@@ -58,7 +58,7 @@ def _keeps_the_pair(before: Tokenizer, now: Tokenizer) -> None:
     ar: Any = SimpleNamespace(tokenizer_hash=before.hash, config=SimpleNamespace(codebook_size=64))
     check_pair(ar, now)
     ar.tokenizer_hash = "0" * 64
-    with pytest.raises(UserError, match="another|trained on codes"):
+    with pytest.raises(UserError, match="trained on codes"):
         check_pair(ar, now)
 
 
