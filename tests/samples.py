@@ -53,8 +53,16 @@ SMALL_AR = (
 )
 
 
-def write_codes(folder: Path | str, seed: int = 0, tokenizer: str = "t" * 64, *, captions: bool = False) -> None:
-    """Three shards of 20 samples, 4 × 4 codes of 40 each, of three classes that the codes tell.
+def write_codes(
+    folder: Path | str,
+    seed: int = 0,
+    tokenizer: str = "t" * 64,
+    *,
+    captions: bool = False,
+    side: int = 4,
+    codebook_size: int = 40,
+) -> None:
+    """Three shards of 20 samples, side × side of the first 40 codes each, of three classes that the codes tell.
 
     `captions`: with `CAPTIONS` of the classes, by the encoder ``hash:8`` in 4 vectors.
     """
@@ -65,14 +73,15 @@ def write_codes(folder: Path | str, seed: int = 0, tokenizer: str = "t" * 64, *,
 
     store = open_store(str(folder))
     stored = ConditionInfo(encoder="hash:8", tokens=4, width=8, captions="c" * 64) if captions else None
-    info = CodesInfo(codebook_size=40, grid=(4, 4), tokenizer=tokenizer, source="s" * 64, condition=stored)
+    grid = (side, side)
+    info = CodesInfo(codebook_size=codebook_size, grid=grid, tokenizer=tokenizer, source="s" * 64, condition=stored)
     rows = text_encoder("hash:8", 4).encode(CAPTIONS)
     spans = torch.tensor([[sum(map(len, rows[:n])), len(rows[n])] for n in range(3)])
     g = torch.Generator().manual_seed(seed)
     shards = []
     for n in range(3):
         labels = torch.randint(3, (20,), generator=g)
-        content = (labels[:, None, None] * 10 + torch.randint(4, (20, 4, 4), generator=g)) % 40
+        content = (labels[:, None, None] * 10 + torch.randint(4, (20, side, side), generator=g)) % 40
         condition = ConditionShard(torch.cat(rows), spans[labels]) if captions else None
         shard = CodeShard(content[:, None], labels, condition)
         shards.append(write_code_shard(store, f"codes-{n}.safetensors", shard, info))

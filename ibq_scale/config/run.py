@@ -294,6 +294,11 @@ class TrainConfig(Section):
         description="Steps whose samples are passed over, as Python ranges: `[100:110]` has the steps 100 to 109. The "
         "numbers, rates and samples of the other steps stay.",
     )
+    freeze: Annotated[tuple[Literal["encoder", "codebook", "decoder"], ...], OneOrMore] = Field(
+        (),
+        description="Parts of a tokenizer that keep the bits of `init`. `[encoder,codebook]` tunes the decoder alone, "
+        "so codes and transformers of `init` stay valid.",
+    )
     hang_timeout: Annotated[float, Field(gt=0, lt=1800)] = Field(
         1200.0,
         description="Seconds without progress before the run ends itself and names the missing ranks. Must be "
@@ -482,6 +487,14 @@ class TokenizerRun(RunConfig):
         "number with the shortest exchange.",
     )
 
+    @model_validator(mode="after")
+    def _some_of_it_trains(self) -> TokenizerRun:
+        if len(set(self.train.freeze)) == 3:
+            raise ValueError("train.freeze has encoder, codebook and decoder: nothing is left to train")
+        if "codebook" in self.train.freeze and self.quantizer.revive_after:
+            raise ValueError("train.freeze has the codebook: quantizer.revive_after would replace its codes")
+        return self
+
 
 class ARRun(RunConfig):
     """Stage 2: the class-conditional transformer on code shards."""
@@ -496,6 +509,12 @@ class ARRun(RunConfig):
         "samples of a validation. null: no check and no samples.",
     )
     validation: ARValidationConfig = ARValidationConfig()
+
+    @model_validator(mode="after")
+    def _nothing_is_frozen(self) -> ARRun:
+        if self.train.freeze:
+            raise ValueError("train.freeze is for tokenizers")
+        return self
 
 
 AnyRun = TokenizerRun | ARRun

@@ -56,7 +56,7 @@ class SampleReport:
 
 def check_pair(ar: ARModel, tokenizer: Tokenizer) -> None:
     """UserError if the transformer was trained on codes of another tokenizer."""
-    if ar.tokenizer_hash is not None and ar.tokenizer_hash != tokenizer.hash:
+    if ar.tokenizer_hash is not None and not tokenizer.has_codes_of(ar.tokenizer_hash):
         raise UserError(
             f"the transformer was trained on codes of tokenizer {ar.tokenizer_hash[:12]}…, this is "
             f"{tokenizer.hash[:12]}…: give the checkpoint that wrote its codes"

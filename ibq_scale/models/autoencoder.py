@@ -5,6 +5,8 @@ Module names are those of the published checkpoints, so an import needs no renam
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -272,6 +274,16 @@ class TokenizerModel(nn.Module):
         z_BDhw = self.autoencoder.encode(x_BCHW)
         z_BDhw = torch.where(z_BDhw.isfinite().all(), z_BDhw, 0.0)
         return batch_sums(tokens_of(z_BDhw), rows_KD, self.settings, shards)
+
+
+def frozen_parameters(network: Autoencoder, parts: Collection[str]) -> list[nn.Parameter]:
+    """Parameters of `encoder` and `decoder`, if named in `parts`, with their 1×1 convolutions."""
+    modules: list[nn.Module] = []
+    if "encoder" in parts:
+        modules += [network.encoder, network.quant_conv]
+    if "decoder" in parts:
+        modules += [network.decoder, network.post_quant_conv]
+    return [parameter for module in modules for parameter in module.parameters()]
 
 
 def tokens_of(z_BDhw: Tensor) -> Tensor:

@@ -18,9 +18,21 @@ from ibq_scale.models.muon import MOMENTUM, Muon, matrices
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def adam(parameters: Iterable[nn.Parameter], settings: OptimizerConfig) -> torch.optim.Optimizer:
-    """Adam without decay, as for the published tokenizer."""
-    return torch.optim.Adam(parameters, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+def adam(
+    parameters: Iterable[nn.Parameter], settings: OptimizerConfig, frozen: Iterable[nn.Parameter] = ()
+) -> torch.optim.Optimizer:
+    """Adam without decay, as for the published tokenizer. `frozen`: some of the parameters, for a rate of 0.
+
+    The frozen ones keep their bits, and have moments and places in checkpoints as the others.
+    """
+    still = {id(parameter) for parameter in frozen}
+    every = list(parameters)
+    groups: list[dict[str, Any]] = [
+        {"params": [parameter for parameter in every if id(parameter) not in still]},
+        {"params": [parameter for parameter in every if id(parameter) in still], "frozen": True, "lr": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.Adam(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
 
 
 class ParameterGroups(NamedTuple):

@@ -60,7 +60,9 @@ def load_tokenizer(path: str | Path, device: torch.device | str = "cpu", check_h
     quantizer = _section(QuantizerConfig, config, "quantizer", folder)
     weights = _weights(folder, config)
     tensors = {f"autoencoder.{k}": v for k, v in weights.items()} | {"codebook_KD": _codebook(folder)}
-    return fill_tokenizer(model, quantizer, tensors, folder).to(device)
+    tokenizer = fill_tokenizer(model, quantizer, tensors, folder)
+    tokenizer.codes_of = tuple(config.get("source", {}).get("codes_of", ()))
+    return tokenizer.to(device)
 
 
 def fill_tokenizer(

@@ -30,6 +30,8 @@ class Tokenizer(Pretrained):
         self.model_config = model
         self.quantizer_config = quantizer
         self.autoencoder = Autoencoder(model, quantizer.dim)
+        self.codes_of: tuple[str, ...] = ()
+        """Hashes of the tokenizers whose encoder and codebook it has, besides its own."""
         self.codebook_KD: Tensor
         self.register_buffer("codebook_KD", torch.zeros(quantizer.codebook_size, quantizer.dim))
         self.eval().requires_grad_(False)
@@ -71,6 +73,10 @@ class Tokenizer(Pretrained):
         return self.decode(self.encode(images))
 
     forward = reconstruct
+
+    def has_codes_of(self, hash_: str) -> bool:
+        """Whether the tokenizer of this hash gives the same codes: itself, or one whose decoder alone was tuned."""
+        return hash_ in (self.hash, *self.codes_of)
 
     @cached_property
     def hash(self) -> str:

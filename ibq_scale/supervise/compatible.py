@@ -44,6 +44,11 @@ def check_same_run(config: AnyRun, checkpoint: Checkpoint) -> None:
         before = saved["data"].get(key, 1)
         if now["data"][key] not in (None, before):
             raise UserError(f"{checkpoint.path}: data.{key} was {before}; the order of samples depends on it")
+    frozen = saved["train"].get("freeze", [])
+    if sorted(frozen) != sorted(now["train"].get("freeze", [])):
+        raise UserError(
+            f"{checkpoint.path}: train.freeze was {frozen}; what a frozen part holds depends on it. Give another out=…"
+        )
     for key in ("seed", "global_batch"):
         if saved["train"][key] != now["train"][key]:
             raise UserError(
@@ -85,7 +90,7 @@ def check_codes(run: ARRun, sets: DataSets) -> CodesInfo:
                 "--classes' gives the pictures of one set the numbers of another's"
             )
     info = _codes(parts[0].manifest)
-    if run.tokenizer is not None and load_tokenizer(run.tokenizer).hash != info.tokenizer:
+    if run.tokenizer is not None and not load_tokenizer(run.tokenizer).has_codes_of(info.tokenizer):
         raise UserError(
             f"{sets.config.sources[0]} was written by another tokenizer than {run.tokenizer}: "
             f"run ibq-scale tokenize with this one, or set tokenizer=null"

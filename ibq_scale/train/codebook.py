@@ -49,6 +49,7 @@ class ShardedCodebook:
         self.rows = nn.Parameter(rows.to(world.device), requires_grad=self.learns)
         self.optimizer = adam([self.rows], run.optimizer)
         self.grad_clip = run.optimizer.grad_clip
+        self.frozen = "codebook" in run.train.freeze
         self.ema_decay = run.ema_decay
         self.ema_rows = self.rows.detach().clone()
         self.age_K = initial_ages(self.settings, len(rows), world.device) if self.settings.region else None
@@ -68,8 +69,11 @@ class ShardedCodebook:
         """One Adam step on the gradient accumulated in `rows`: the mean over ranks of their losses' gradients.
 
         The quantizer's backward leaves the sum over the group's ranks. Replicas then sum theirs, and the world size
-        divides. False, on every rank, if the gradient is not finite. Then nothing changes.
+        divides. False, on every rank, if the gradient is not finite. Then nothing changes. A frozen codebook stays.
         """
+        if self.frozen:
+            self.drop_gradient()
+            return True
         applied = self._step_rows(lr) if self.projection is None else self.projection.step(lr)
         if applied:
             _copy(self.age_K, self._age_before_K)

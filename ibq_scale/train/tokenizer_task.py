@@ -32,13 +32,13 @@ from ibq_scale.losses.frozen_vit import FrozenFeatures, backbone_of
 from ibq_scale.losses.image import ImageLoss
 from ibq_scale.losses.perceptual import Perceptual
 from ibq_scale.models.aligned import AlignedTokenizer
-from ibq_scale.models.autoencoder import TokenizerModel, tokens_of
+from ibq_scale.models.autoencoder import TokenizerModel, frozen_parameters, tokens_of
 from ibq_scale.models.dino_discriminator import iterate_spectral_norms
 from ibq_scale.models.discriminator import make_discriminator
 from ibq_scale.models.optimizers import adam
 from ibq_scale.models.precision import compute_dtype
 from ibq_scale.pictures import reconstruction_grid
-from ibq_scale.pretrained.loading import CONFIG, config_text, start_from
+from ibq_scale.pretrained.loading import CONFIG, config_text, load_tokenizer, start_from
 from ibq_scale.quantize.kinds import KINDS
 from ibq_scale.quantize.quantized import Quantized
 from ibq_scale.supervise.alarms import Above, Drop, Rule, Spike
@@ -53,7 +53,7 @@ from ibq_scale.train.task import Step, StepMetrics, Validation
 from ibq_scale.train.usage import UsageTracker
 from ibq_scale.train.validation_tokenizer import HeldOutImages
 from ibq_scale.zero.engine import always, discriminator_config, gradient_norm, make_engine, set_rates, step
-from ibq_scale.zero.engine_state import engine_file, load_engine
+from ibq_scale.zero.engine_state import engine_file, load_engine, restore_weights
 from ibq_scale.zero.sharded_ema import ShardedEMA
 
 LECAM = "lecam.safetensors"
@@ -106,11 +106,16 @@ class TokenizerTask:
         if run.model.compile:
             model.autoencoder.compile_regions()
         pair = DiscriminatorPair(make_discriminator(run.discriminator, backbone))
-        self.generator = make_engine(model, adam(model.parameters(), run.optimizer), config, world.device)
+        exact = {name: p.detach().clone() for name, p in model.named_parameters()} if run.train.freeze else {}
+        frozen = frozen_parameters(model.autoencoder, run.train.freeze)
+        self.generator = make_engine(model, adam(model.parameters(), run.optimizer, frozen), config, world.device)
+        if exact:
+            restore_weights(self.generator, exact, world)
         self.discriminator = make_engine(
             pair, adam(pair.parameters(), run.optimizer), discriminator_config(config), world.device
         )
         self.codebook = ShardedCodebook(run, world)
+        self.codes_of = _codes_of(run) if world.is_main else []
         self.ema = ShardedEMA(self.generator, run.ema_decay, world)
         adaptive = run.loss.adversarial == "adaptive"
         self.last_layer = LastLayer(model.autoencoder.decoder.conv_out) if adaptive else None
@@ -311,7 +316,8 @@ class TokenizerTask:
         if not self.world.is_main:
             return self.codebook.export(folder)
         weights = self.ema.place("ema", "generator", "autoencoder.")
-        model, source = self.run.model.architecture(), {"run": self.run.name}
+        model = self.run.model.architecture()
+        source = {"run": self.run.name} | ({"codes_of": self.codes_of} if self.codes_of else {})
         config = config_text("tokenizer", model, self.run.quantizer, source, weights=weights)
         return [TextFile(f"{folder}/{CONFIG}", config), *self.codebook.export(folder)]
 
@@ -328,6 +334,14 @@ class TokenizerTask:
 
     def draw(self) -> dict[str, Tensor]:
         return {} if self._last is None else {"reconstructions": reconstruction_grid(*self._last)}
+
+
+def _codes_of(run: TokenizerRun) -> list[str]:
+    """Hashes of the tokenizers whose codes stay valid, since encoder and codebook are theirs."""
+    if run.init is None or not {"encoder", "codebook"} <= set(run.train.freeze):
+        return []
+    first = load_tokenizer(run.init)
+    return [*first.codes_of, first.hash]
 
 
 def _entropies(quantized: Quantized) -> StepMetrics:

@@ -200,8 +200,8 @@ def gradient_norm(engine: Any, device: torch.device) -> torch.Tensor:
 
 
 def set_rates(engine: Any, lr: float, decay: float | None = None) -> None:
-    """Sets the next step's learning rate, and the decay of the groups with a decay."""
+    """Sets the next step's learning rate except of frozen groups, and the decay of the groups with a decay."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = 0.0 if group.get("frozen") else lr
         if decay is not None and group["weight_decay"] > 0:
             group["weight_decay"] = decay

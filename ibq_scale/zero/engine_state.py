@@ -6,11 +6,12 @@ of ranks and one ZeRO stage.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ibq_scale.checkpoint.files import TensorFile
 from ibq_scale.checkpoint.pieces import WEIGHTS, Piece, PieceReader, piece_file
@@ -47,6 +48,14 @@ def load_engine(engine: Any, folder: Path, world: World) -> None:
             restored_state(inner_optimizer(engine), fragment.flat, steps)
         reader.read_all(_moments(engine, mine))
     reader.read_all(_buffers(engine))
+    _refresh(engine)
+
+
+def restore_weights(engine: Any, weights: Mapping[str, Tensor], world: World) -> None:
+    """Sets the fp32 weights by parameter names, since under bf16 DeepSpeed makes them of rounded ones. Collective."""
+    for fragment in held(engine, world):
+        part = weights[fragment.name].flatten()[fragment.start : fragment.start + fragment.length]
+        fragment.of(fragment.flat).copy_(part)
     _refresh(engine)
 
 

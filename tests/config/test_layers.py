@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from ibq_scale.config.batch import accumulation_steps
@@ -65,6 +66,38 @@ def test_tokenizer_presets_hold_the_published_numbers(name: str, codes: int, epo
     assert run.schedule.decay_at == (250 * IMAGENET, 300 * IMAGENET)
     assert (run.optimizer.lr, run.optimizer.betas, run.ema_decay) == (1e-4, (0.5, 0.9), 0.999)
     assert (run.loss.adversarial_weight, run.loss.entropy_weight, run.loss.lecam_weight) == (0.1, 0.05, 0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "resolution", "downsampling", "transformer", "keys"),
+    [
+        ("ibq-16384-f8", 256, 8, "b-512", []),
+        ("ibq-16384-f32", 256, 32, "b", ["model.tokens=64"]),
+        ("ibq-16384-512", 512, 16, "b-512", []),
+    ],
+)
+def test_other_grids_have_a_transformer_and_else_the_published_recipe(
+    name: str, resolution: int, downsampling: int, transformer: str, keys: list[str]
+) -> None:
+    run, published = (resolve(preset, task="tokenizer").config for preset in (name, "ibq-16384"))
+    assert (run.model.resolution, run.model.downsampling) == (resolution, downsampling)
+    for section in ("quantizer", "loss", "optimizer", "schedule", "train"):
+        assert getattr(run, section) == getattr(published, section), section
+    ar, b = resolve(transformer, keys, "ar").config, resolve("b", task="ar").config
+    assert ar.model.tokens == run.model.tokens
+    assert ar.model.codebook_size == run.quantizer.codebook_size
+    assert ar.model.model_copy(update={"tokens": 256}) == b.model
+
+
+def test_the_tokenizer_of_512_takes_the_weights_of_256() -> None:
+    from ibq_scale.models.autoencoder import Autoencoder
+
+    with torch.device("meta"):
+        small, large = (
+            Autoencoder(resolve(name, task="tokenizer").config.model, 256) for name in ("ibq-16384", "ibq-16384-512")
+        )
+    weights = [{name: x.shape for name, x in network.state_dict().items()} for network in (small, large)]
+    assert weights[0] == weights[1]
 
 
 @pytest.mark.parametrize(("name", "codes"), [("stable-16384", 16384), ("stable-262144", 262144)])
