@@ -12,7 +12,7 @@ import pytest
 from ibq_scale import extensions
 from ibq_scale.checkpoint.reading import Checkpoint
 from ibq_scale.config.layers import load_resolved, resolve, to_yaml
-from ibq_scale.config.run import ScheduleConfig
+from ibq_scale.config.optimizer import ScheduleConfig
 from ibq_scale.data.folder import LocalStore
 from ibq_scale.data.store import open_store
 from ibq_scale.errors import UserError

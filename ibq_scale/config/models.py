@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from ibq_scale.config.base import Section
 
 PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
 # Upper bounds beyond any model. Without them a mistyped size would build for minutes and then fail.
 Layers = Annotated[int, Field(ge=1, le=1024)]
 Side = Annotated[int, Field(ge=1, le=2**17)]

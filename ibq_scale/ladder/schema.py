@@ -14,8 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from ibq_scale.config.base import Section
 from ibq_scale.config.layers import explain, load_omegaconf, without_environment
-from ibq_scale.config.models import PositiveInt
-from ibq_scale.config.run import NonNegativeInt
+from ibq_scale.config.models import NonNegativeInt, PositiveInt
 from ibq_scale.config.text import as_typed, as_written, override
 from ibq_scale.documents import read_text
 from ibq_scale.errors import UserError

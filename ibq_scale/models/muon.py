@@ -19,7 +19,7 @@ from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, DEFAULT_NS_STEPS,
 from torch.optim._muon import _adjust_lr as adjust_lr
 from torch.optim._muon import _zeropower_via_newtonschulz as newton_schulz
 
-from ibq_scale.config.run import OptimizerConfig
+from ibq_scale.config.optimizer import OptimizerConfig
 from ibq_scale.models.transformer import Attention, FeedForward
 
 MOMENTUM = "momentum_buffer"

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ibq_scale.config.run import OptimizerConfig
+from ibq_scale.config.optimizer import OptimizerConfig
 from ibq_scale.models.muon import MOMENTUM, Muon, matrices
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

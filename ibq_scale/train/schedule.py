@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable
 
 from ibq_scale import extensions
-from ibq_scale.config.run import ARRun, OptimizerConfig, ScheduleConfig, TokenizerOptimizerConfig
+from ibq_scale.config.optimizer import OptimizerConfig, ScheduleConfig, TokenizerOptimizerConfig
+from ibq_scale.config.run import ARRun
 from ibq_scale.errors import UserError
 
 Shape = Callable[[ScheduleConfig, int, int], float]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ibq_scale.config.run import OptimizerConfig
+from ibq_scale.config.optimizer import OptimizerConfig
 from ibq_scale.models.optimizers import MOMENTS, adam, adamw, restored_state
 
 SETTINGS = OptimizerConfig(lr=0.1, weight_decay=0.5)

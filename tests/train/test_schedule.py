@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from ibq_scale.config.layers import resolve
-from ibq_scale.config.run import SCHEDULES, OptimizerConfig, ScheduleConfig, TokenizerRun
+from ibq_scale.config.optimizer import SCHEDULES, OptimizerConfig, ScheduleConfig
+from ibq_scale.config.run import TokenizerRun
 from ibq_scale.errors import UserError
 from ibq_scale.train.schedule import SHAPES, codebook_lr, lr_factor, weight_decay
 
