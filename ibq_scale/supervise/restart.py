@@ -46,6 +46,8 @@ class Restart:
         self._failed = threading.Event()
         if command:
             self._channel = SideChannel(world)
+            # Connected now: rank 0 may be dead later, and a new connection to it would be tried for minutes.
+            self._asking = self._channel.another()
             self._thread = threading.Thread(target=self._listen, name="restart", daemon=True)
             self._thread.start()
 
@@ -53,9 +55,8 @@ class Restart:
         """Starts all ranks again, `why` in words for the user. Returns only if not all ranks answer."""
         if not self._command:
             return
-        channel = self._channel.another()
         for rank in range(self._world.size):
-            channel.put(f"again/{rank}", why)
+            self._asking.put(f"again/{rank}", why)
         self._failed.wait(2 * READY_SECONDS)
 
     def hold(self) -> None:
@@ -67,7 +68,7 @@ class Restart:
         """Stops listening."""
         if self._command:
             try:
-                self._channel.another().put(f"again/{self._world.rank}", None)
+                self._asking.put(f"again/{self._world.rank}", None)
                 self._thread.join(1.0)
             except RuntimeError as e:
                 log.warning("the ranks' meeting point is gone: %s", e)
