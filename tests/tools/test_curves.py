@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests import nursery
-from tests.tools.curves import Kept, drifts, kept, train
+from tests.tools.curves import STEPS, Kept, drifts, kept, train
 
 
 @pytest.mark.slow
@@ -21,6 +21,11 @@ def test_a_preset_trains_as_its_kept_curve(preset: str, tmp_path: Path) -> None:
 def test_another_recipe_is_a_drift(tmp_path: Path) -> None:
     found = train("ar/demo", tmp_path, nursery.run, "optimizer.betas=[0.9,0.9]")
     assert any(line.startswith("loss: ") for line in drifts(kept()["ar/demo"], found))
+
+
+def test_every_small_preset_has_a_curve() -> None:
+    assert set(kept()) == set(STEPS)
+    assert {len(curve.values["loss"]) for curve in kept().values()} == set(STEPS.values())
 
 
 def test_a_drift_is_named_at_its_first_step() -> None:
