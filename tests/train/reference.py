@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from ibq_scale.checkpoint.files import write_all
 from ibq_scale.checkpoint.pieces import Piece
 from ibq_scale.config.layers import resolve
 from ibq_scale.config.run import ARRun, TokenizerRun
@@ -295,3 +297,30 @@ def plain_transformer(run: ARRun, steps: int) -> tuple[Transformer, list[float]]
         optimizer.step()
         losses.append(float(loss.detach()))
     return model, losses
+
+
+def ar_losses(
+    rank: int, size: int, runs: dict[str, ARRun], folder: Path, first: int, last: int
+) -> dict[str, list[float]]:
+    """Mean losses of the steps first … last of each run with 8 samples a step, and its validation if it has one.
+
+    A run starts from the checkpoint of step `first` if that is not 0, and leaves one of step `last`.
+    """
+    from ibq_scale.train.ar_task import ARTask
+
+    world, losses = World(rank, size, rank, torch.device("cpu")), {}
+    for name, run in runs.items():
+        task = ARTask(run, world, open_sets(run.data, "codes"))
+        if first:
+            task.load(folder / f"{name}-{first}")
+        batches = task.batches(8 * first)
+        found = []
+        for step in range(first, last):
+            rates = task.set_rates(8 * step)
+            assert ("random_order" in rates) == (run.model.order != "raster")
+            loss = task.train_step(batches).metrics["loss"]
+            torch.distributed.all_reduce(loss)
+            found.append(float(loss) / size)
+        write_all(task.state(), folder / f"{name}-{last}")
+        losses[name] = [*found, *task.validate(last, lambda: None).values.values()]
+    return losses

@@ -7,17 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from ibq_scale.checkpoint.files import write_all
-from ibq_scale.config.run import ARRun
 from ibq_scale.data.sets import open_sets
-from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from ibq_scale.pretrained.exporting import export
 from ibq_scale.pretrained.loading import load_ar
 from ibq_scale.supervise.compatible import check_codes
 from tests.ranks import run_ranks
 from tests.samples import CAPTIONS, write_codes
-from tests.train.reference import ar_run
+from tests.train.reference import ar_losses, ar_run
 
 WORDS = ("model.conditioning=embedding", "model.condition_tokens=4", "model.condition_width=8")
 
@@ -43,39 +40,18 @@ def test_codes_without_fitting_conditions_are_refused(codes: str, captioned: dic
     assert check_codes(ar_run(captioned["train"]), open_sets(ar_run(captioned["train"]).data, "codes"))
 
 
-def _train(rank: int, size: int, runs: dict[str, ARRun], folder: Path, first: int, last: int) -> dict[str, list[float]]:
-    """Mean losses of each run's steps and the loss on held-out codes, with a checkpoint before and after."""
-    from ibq_scale.train.ar_task import ARTask
-
-    world, losses = World(rank, size, rank, torch.device("cpu")), {}
-    for name, run in runs.items():
-        task = ARTask(run, world, open_sets(run.data, "codes"))
-        if first:
-            task.load(folder / f"{name}-{first}")
-        batches = task.batches(8 * first)
-        found = []
-        for step in range(first, last):
-            task.set_rates(8 * step)
-            loss = task.train_step(batches).metrics["loss"]
-            torch.distributed.all_reduce(loss)
-            found.append(float(loss) / size)
-        write_all(task.state(), folder / f"{name}-{last}")
-        losses[name] = [*found, *task.validate(last, lambda: None).values.values()]
-    return losses
-
-
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_conditions_train_the_same_on_any_ranks_and_after_a_restart(captioned: dict[str, str], tmp_path: Path) -> None:
     words = [*WORDS, f"validation.data={captioned['held-out']}", "validation.every=1", "train.steps=12"]
     runs = {f"zero{n}": ar_run(captioned["train"], *words, f"deepspeed.config=zero{n}") for n in (1, 3)}
-    (expected,) = run_ranks(_train, 1, {"one": runs["zero1"]}, tmp_path, 0, 12)
-    parts = [run_ranks(_train, 2, runs, tmp_path, *steps)[0] for steps in ((0, 5), (5, 12))]
+    (expected,) = run_ranks(ar_losses, 1, {"one": runs["zero1"]}, tmp_path, 0, 12)
+    parts = [run_ranks(ar_losses, 2, runs, tmp_path, *steps)[0] for steps in ((0, 5), (5, 12))]
     for name in runs:
         assert parts[0][name][:5] + parts[1][name] == pytest.approx(expected["one"], rel=1e-4), name
     # The captions tell the classes, and the labels are not read.
     classes = ar_run(captioned["train"], *words[3:], "model.conditioning=prefix", "model.classes=3")
-    assert run_ranks(_train, 1, {"classes": classes}, tmp_path, 0, 1)[0]
+    assert run_ranks(ar_losses, 1, {"classes": classes}, tmp_path, 0, 1)[0]
 
     exported = tmp_path / "exported"
     export(tmp_path / "zero3-12", exported)

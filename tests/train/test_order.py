@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from ibq_scale.checkpoint.files import write_all
 from ibq_scale.checkpoint.pieces import PieceReader
 from ibq_scale.config.layers import resolve
 from ibq_scale.config.run import ARRun
@@ -21,7 +20,7 @@ from ibq_scale.pretrained.loading import load_ar
 from ibq_scale.pretrained.published import export_published
 from ibq_scale.train.schedule import random_order_share
 from tests.ranks import run_ranks
-from tests.train.reference import ar_run
+from tests.train.reference import ar_losses, ar_run
 
 ANNEALED = (
     "model.order=annealed",
@@ -43,28 +42,6 @@ def test_the_share_of_random_orders_falls_between_the_two_points() -> None:
         resolve("ar/tiny", ["data.train=none", "schedule.order_anneal_start=0.8"])
 
 
-def _train(rank: int, size: int, runs: dict[str, ARRun], folder: Path, first: int, last: int) -> dict[str, list[float]]:
-    """Mean losses of each run's steps, from a checkpoint if `first` is not 0, and with a checkpoint at the end."""
-    from ibq_scale.train.ar_task import ARTask
-
-    world, losses = World(rank, size, rank, torch.device("cpu")), {}
-    for name, run in runs.items():
-        task = ARTask(run, world, open_sets(run.data, "codes"))
-        if first:
-            task.load(folder / f"{name}-{first}")
-        batches = task.batches(8 * first)
-        found = []
-        for step in range(first, last):
-            rates = task.set_rates(8 * step)
-            assert ("random_order" in rates) == (run.model.order != "raster")
-            loss = task.train_step(batches).metrics["loss"]
-            torch.distributed.all_reduce(loss)
-            found.append(float(loss) / size)
-        write_all(task.state(), folder / f"{name}-{last}")
-        losses[name] = found
-    return losses
-
-
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_orders_do_not_depend_on_ranks_or_restarts(codes: str, tmp_path: Path) -> None:
@@ -74,8 +51,8 @@ def test_orders_do_not_depend_on_ranks_or_restarts(codes: str, tmp_path: Path) -
         name: runs["zero1"].model_copy(update={"model": runs["zero1"].model.model_copy(update=of)})
         for name, of in (("whole", {}), ("raster", {"order": "raster"}))
     }
-    (expected,) = run_ranks(_train, 1, plain, tmp_path, 0, 6)
-    parts = [run_ranks(_train, 2, runs, tmp_path, *steps)[0] for steps in ((0, 3), (3, 6))]
+    (expected,) = run_ranks(ar_losses, 1, plain, tmp_path, 0, 6)
+    parts = [run_ranks(ar_losses, 2, runs, tmp_path, *steps)[0] for steps in ((0, 3), (3, 6))]
     for name in runs:
         assert parts[0][name] + parts[1][name] == pytest.approx(expected["whole"], rel=1e-4), name
     # The first step has other inputs than raster order, but the same loss: the head starts at zero.
@@ -121,7 +98,7 @@ def _weights(rank: int, size: int, runs: list[ARRun]) -> list[dict[str, Any]]:
 @pytest.mark.distributed
 def test_an_annealed_run_at_its_end_trains_as_raster_to_the_last_bit(codes: str, tmp_path: Path) -> None:
     """With clipping and dropout, from the weights of an annealed checkpoint."""
-    run_ranks(_train, 1, {"first": ar_run(codes, *ANNEALED, "deepspeed.config=zero0")}, tmp_path, 0, 2)
+    run_ranks(ar_losses, 1, {"first": ar_run(codes, *ANNEALED, "deepspeed.config=zero0")}, tmp_path, 0, 2)
     words = [
         f"init={tmp_path / 'first-2'}",
         "deepspeed.config=zero0",
