@@ -107,7 +107,7 @@ def profile_path(device: str) -> Path:
 
 
 def read_profile(device: str | None) -> MachineProfile | None:
-    """What is measured on a device, None without a usable file. An unusable one is told in one line."""
+    """What is measured on a device, None without a usable file. An unusable file is reported in one line."""
     if device is None:
         return None
     path = profile_path(device)
