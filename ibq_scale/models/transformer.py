@@ -121,11 +121,11 @@ class PrefixBlock(nn.Module):
         kind: AttentionKind,
         visible_BTS: Tensor | None = None,
     ) -> Tensor:
+        inputs = (x_BTE, condition_BE, table_R2Tp, cache, kind, visible_BTS)
         # Inside the block, so that torch.compile covers the recomputation.
         if self.checkpointing in ("auto", "none") or not (self.training and torch.is_grad_enabled()):
-            return self.compute(x_BTE, condition_BE, table_R2Tp, cache, kind, visible_BTS)
+            return self.compute(*inputs)
         how: dict[str, Any] = {} if self.checkpointing == "full" else {"context_fn": keeping_products}
-        inputs = (x_BTE, condition_BE, table_R2Tp, cache, kind, visible_BTS)
         out: Tensor = checkpoint(self.compute, *inputs, use_reentrant=False, **how)
         return out
 

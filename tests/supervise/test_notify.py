@@ -1,4 +1,4 @@
-"""`notify`: one notice an attempt, of its event, from whoever survives. It delays no exit and leaks no address."""
+"""`notify`: any surviving rank sends one notice at the end of an attempt. Exits are not delayed, secrets not logged."""
 
 from __future__ import annotations
 
