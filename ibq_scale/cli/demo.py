@@ -6,17 +6,19 @@ import argparse
 import sys
 from pathlib import Path
 
+from ibq_scale.cli.options import Commands, add_command, argument
 
-def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command to the command line."""
-    parser = commands.add_parser(
+
+def add_commands(commands: Commands) -> None:
+    add_command(
+        commands,
         "demo",
-        help="the whole path in minutes, on two CPU ranks and an embedded S3 endpoint",
-        description="Photographs → shards in S3 → IBQ tokenizer, VQ baseline → codes → transformer → samples → report.",
-        epilog="example: ibq-scale demo --to runs/demo",
+        _demo,
+        argument("--to", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo"),
+        about="the whole path in minutes, on two CPU ranks and an embedded S3 endpoint",
+        details="Photographs → shards in S3 → IBQ tokenizer, VQ baseline → codes → transformer → samples → report.",
+        example="demo --to runs/demo",
     )
-    parser.add_argument("--to", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo")
-    parser.set_defaults(run=_demo)
 
 
 def _demo(args: argparse.Namespace) -> int:

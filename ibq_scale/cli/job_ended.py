@@ -5,31 +5,36 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ibq_scale.cli.options import finite
+from ibq_scale.cli.options import Commands, add_command, argument, finite, flag
+
+CODE = argument("--code", type=int, required=True, metavar="N", help="srun's exit code")
 
 
-def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the commands to the command line."""
-    parser = commands.add_parser(
+def add_commands(commands: Commands) -> None:
+    add_command(
+        commands,
         "job-ended",
-        description="Prints 'requeue', the exit code and the nodes to leave out, or 'end', the exit code and the "
+        _job_ended,
+        argument("folder", metavar="RUN", type=Path, help="run directory"),
+        CODE,
+        argument("--seconds", type=finite, required=True, metavar="S", help="how long the job ran"),
+        argument("--attempts", type=int, default=3, metavar="N", help="in a row without a new step (default 3)"),
+        flag("--stays", "it was cancelled, or may not go back into the queue"),
+        about=None,
+        details="Prints 'requeue', the exit code and the nodes to leave out, or 'end', the exit code and the "
         "jobs of its chain to drop. The reason and the ranks' failures go to standard error.",
-        epilog="example: ibq-scale job-ended runs/tok --code 75 --seconds 3600",
+        example="job-ended runs/tok --code 75 --seconds 3600",
     )
-    parser.add_argument("folder", metavar="RUN", type=Path, help="run directory")
-    parser.add_argument("--code", type=int, required=True, metavar="N", help="srun's exit code")
-    parser.add_argument("--seconds", type=finite, required=True, metavar="S", help="how long the job ran")
-    parser.add_argument("--attempts", type=int, default=3, metavar="N", help="in a row without a new step (default 3)")
-    parser.add_argument("--stays", action="store_true", help="it was cancelled, or may not go back into the queue")
-    parser.set_defaults(run=_job_ended)
-    parser = commands.add_parser(
+    add_command(
+        commands,
         "step-ended",
-        description="Prints the exit code of the first cause, for a job without training. The ranks' failures go "
+        _step_ended,
+        CODE,
+        about=None,
+        details="Prints the exit code of the first cause, for a job without training. The ranks' failures go "
         "to standard error.",
-        epilog="example: ibq-scale step-ended --code 143",
+        example="step-ended --code 143",
     )
-    parser.add_argument("--code", type=int, required=True, metavar="N", help="srun's exit code")
-    parser.set_defaults(run=_step_ended)
 
 
 def _first_code(args: argparse.Namespace) -> int:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ibq_scale.cli.options import Commands, add_command, argument
 
-def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command to the command line."""
-    parser = commands.add_parser(
+
+def add_commands(commands: Commands) -> None:
+    add_command(
+        commands,
         "report",
-        help="curves, pictures and tables of runs as one offline HTML page",
-        epilog="example: ibq-scale report runs/ibq runs/vq --out compare.html",
+        _report,
+        argument("runs", nargs="+", type=Path, metavar="RUN"),
+        argument("--out", type=Path, metavar="FILE", help="default: report.html in the first run"),
+        about="curves, pictures and tables of runs as one offline HTML page",
+        example="report runs/ibq runs/vq --out compare.html",
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the first run")
-    parser.set_defaults(run=_report)
 
 
 def _report(args: argparse.Namespace) -> int:

@@ -5,78 +5,93 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ibq_scale.cli import simulate
-from ibq_scale.cli.options import at_least_one, finite
-from ibq_scale.cli.submit import add_settings, settings_of
+from ibq_scale.cli.options import (
+    JSON,
+    OVERRIDES,
+    Argument,
+    Commands,
+    add_command,
+    add_family,
+    argument,
+    finite,
+    flag,
+    show,
+    whole,
+)
+from ibq_scale.cli.submit import QUEUE, settings_of
 from ibq_scale.errors import UserError
 
 if TYPE_CHECKING:
+    from ibq_scale.ladder.results import Result
     from ibq_scale.ladder.schema import LadderConfig
 
-Commands = argparse._SubParsersAction
-
-
-def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
-    """Adds the family to the command line."""
-    family = commands.add_parser("scale", help="ladders of sizes and budgets, and the laws they follow")
-    leaves = family.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    plan = _ladder(leaves, "plan", "the rungs and their costs", "scale plan published machine.gpus=8 machine.nodes=4")
-    plan.set_defaults(run=_plan)
-    run = _ladder(
-        leaves,
-        "run",
-        "train all rungs on this machine, then collect, fit and report",
-        "scale run cpu tiles.pictures=photographs/ out=runs/ladder",
-        "Run it again to go on: finished rungs are skipped, an interrupted one resumes.",
-    )
-    _fit_options(run)
-    run.set_defaults(run=_run)
-    submit = _ladder(
-        leaves,
-        "submit",
-        "check all rungs and queue them as Slurm jobs",
-        "scale submit published codes.train=s3://bucket/codes out=/shared/ladder --nodes 4 --time 24:00:00",
-        "As 'ibq-scale submit' does with one run; finished rungs are skipped.",
-    )
-    _submit_options(submit)
-    submit.set_defaults(run=_submit)
-    collect = _ladder(leaves, "collect", "collect the results of finished rungs into results.json", "scale collect cpu")
-    collect.set_defaults(run=_collect)
-    fit = _ladder(
-        leaves,
-        "fit",
-        "fit laws to collected results, predict, and write the HTML report",
-        "scale fit published --flops 1e22 --flops 1e23",
-    )
-    _fit_options(fit)
-    fit.set_defaults(run=_fit)
-    simulate.add_command(leaves)
-
-
-def _ladder(
-    leaves: Commands[argparse.ArgumentParser], name: str, about: str, example: str, more: str = ""
-) -> argparse.ArgumentParser:
-    description = f"{about[0].upper()}{about[1:]}. {more}"
-    parser = leaves.add_parser(name, help=about, description=description, epilog=f"example: ibq-scale {example}")
-    parser.add_argument("ladder", metavar="LADDER", help="cpu, published, or a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
-    return parser
-
-
-def _fit_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+FIT = (
+    argument(
         "--flops", type=finite, action="append", default=[], metavar="C", help="a budget to look at; may be repeated"
+    ),
+    whole("--replicas", "of the bootstrap", 1000),
+)
+
+
+def add_commands(commands: Commands) -> None:
+    family = add_family(commands, "scale", "ladders of sizes and budgets, and the laws they follow")
+
+    def add(
+        name: str,
+        run: Callable[[argparse.Namespace], int],
+        about: str,
+        example: str,
+        *more: Argument,
+        details: str = "",
+    ) -> None:
+        details = f"{about[0].upper()}{about[1:]}. {details}"
+        ladder = argument("ladder", metavar="LADDER", help="cpu, published, or a YAML file")
+        add_command(
+            family,
+            name,
+            run,
+            ladder,
+            OVERRIDES,
+            JSON,
+            *more,
+            about=about,
+            details=details,
+            example=f"scale {name} {example}",
+        )
+
+    add("plan", _plan, "the rungs and their costs", "published machine.gpus=8 machine.nodes=4")
+    add(
+        "run",
+        _run,
+        "train all rungs on this machine, then collect, fit and report",
+        "cpu tiles.pictures=photographs/ out=runs/ladder",
+        *FIT,
+        details="Run it again to go on: finished rungs are skipped, an interrupted one resumes.",
     )
-    parser.add_argument("--replicas", type=int, default=1000, metavar="N", help="of the bootstrap (default 1000)")
-
-
-def _submit_options(parser: argparse.ArgumentParser) -> None:
-    add_settings(parser)
-    parser.add_argument("--chain", type=int, default=1, metavar="N", help="N jobs a rung, one behind the other")
-    parser.add_argument("--dry-run", action="store_true", help="check, and submit nothing")
+    add(
+        "submit",
+        _submit,
+        "check all rungs and queue them as Slurm jobs",
+        "published codes.train=s3://bucket/codes out=/shared/ladder --nodes 4 --time 24:00:00",
+        *QUEUE,
+        whole("--chain", "N jobs a rung, one behind the other", 1),
+        flag("--dry-run", "check, and submit nothing"),
+        details="As 'ibq-scale submit' does with one run; finished rungs are skipped.",
+    )
+    add("collect", _collect, "collect the results of finished rungs into results.json", "cpu")
+    add(
+        "fit",
+        _fit,
+        "fit laws to collected results, predict, and write the HTML report",
+        "published --flops 1e22 --flops 1e23",
+        *FIT,
+    )
+    simulate.add_to(family)
 
 
 def _load(args: argparse.Namespace) -> LadderConfig:
@@ -91,36 +106,34 @@ def _plan(args: argparse.Namespace) -> int:
 
     ladder = _load(args)
     planned = list(plans_of(ladder, rungs_of(ladder)))
-    print(json.dumps(documents(planned), indent=2) if args.json else "\n".join(table(planned)))
-    return 0
+    return show(args, documents(planned), table(planned), indent=2)
 
 
 def _run(args: argparse.Namespace) -> int:
     from ibq_scale.ladder.run import run_ladder
 
-    at_least_one(args, "replicas")
-    return run_ladder(_load(args)) or _collect(args, quiet=True) or _fit(args)
+    ladder = _load(args)
+    code = run_ladder(ladder)
+    if code == 0:
+        _collected(ladder)
+    return code or _fit(args)
 
 
-def _collect(args: argparse.Namespace, *, quiet: bool = False) -> int:
-    from dataclasses import asdict
+def _collect(args: argparse.Namespace) -> int:
+    results, missing, path = _collected(_load(args))
+    lines = [f"{result.name}: loss {result.loss:.4f} at step {result.steps:,}" for result in results]
+    lines += [*(f"not finished: {name}" for name in missing), str(path)]
+    return show(args, {"results": results, "missing": missing, "file": str(path)}, lines, indent=2)
 
+
+def _collected(ladder: LadderConfig) -> tuple[list[Result], list[str], Path]:
+    """Writes the file of results. Returns them, the names of unfinished rungs, and the file."""
     from ibq_scale.ladder.results import RESULTS, collect, save
     from ibq_scale.ladder.rungs import rungs_of
 
-    ladder = _load(args)
     results, missing = collect(rungs_of(ladder))
-    path = ladder.folder / RESULTS
-    save(results, path)
-    if quiet:
-        return 0
-    if args.json:
-        print(json.dumps({"results": [asdict(r) for r in results], "missing": missing, "file": str(path)}, indent=2))
-        return 0
-    for result in results:
-        print(f"{result.name}: loss {result.loss:.4f} at step {result.steps:,}")
-    print("\n".join([*(f"not finished: {name}" for name in missing), str(path)]))
-    return 0
+    save(results, ladder.folder / RESULTS)
+    return results, missing, ladder.folder / RESULTS
 
 
 def _fit(args: argparse.Namespace) -> int:
@@ -129,7 +142,6 @@ def _fit(args: argparse.Namespace) -> int:
     from ibq_scale.ladder.results import RESULTS, load
     from ibq_scale.ladder.rungs import rungs_of
 
-    at_least_one(args, "replicas")
     if any(not budget > 0 for budget in args.flops):
         raise UserError("--flops must be above 0")
     ladder = _load(args)
@@ -138,12 +150,9 @@ def _fit(args: argparse.Namespace) -> int:
     missing = [rung.name for rung in rungs_of(ladder) if rung.name not in found]
     fits = fit_ladder(results, flops=args.flops, replicas=args.replicas)
     values = document(fits)
-    written = [save(values, ladder.folder), write_report(fits, missing, ladder.name, ladder.folder)]
-    if args.json:
-        print(json.dumps({"fits": values, "missing": missing, "files": [str(path) for path in written]}, indent=2))
-    else:
-        print("\n".join([*text(fits, missing), *map(str, written)]))
-    return 0
+    files = [str(save(values, ladder.folder)), str(write_report(fits, missing, ladder.name, ladder.folder))]
+    values_and_files = {"fits": values, "missing": missing, "files": files}
+    return show(args, values_and_files, [*text(fits, missing), *files], indent=2)
 
 
 def _submit(args: argparse.Namespace) -> int:
@@ -153,9 +162,8 @@ def _submit(args: argparse.Namespace) -> int:
     from ibq_scale.ladder.rungs import rungs_of
     from ibq_scale.ladder.submit import Order, submit_rungs
 
-    flags = settings_of(args)
     cluster, profile = load_profile(args.cluster)
-    order = Order(args.nodes, profile, cluster, flags, args.sbatch, args.chain, args.dry_run)
+    order = Order(args.nodes, profile, cluster, settings_of(args), args.sbatch, args.chain, args.dry_run)
     failed, rows = [], []
     for done in submit_rungs(rungs_of(_load(args)), order):
         for check in done.checks:

@@ -5,33 +5,34 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ibq_scale.cli.options import add_ranks
+from ibq_scale.cli.options import OVERRIDES, RANKS, Commands, add_command, add_family, argument
 
-EXAMPLES = {
-    "tokenizer": "ibq-scale train tokenizer tokenizer/ibq-16384 data.train=s3://bucket/imagenet out=runs/tok",
-    "ar": "ibq-scale train ar ar/xl data.train=s3://bucket/imagenet-codes out=runs/xl",
-}
+STAGES = (
+    (
+        "tokenizer",
+        "stage 1: the image tokenizer",
+        "tokenizer/ibq-16384 data.train=s3://bucket/imagenet out=runs/tok",
+    ),
+    ("ar", "stage 2: the transformer on its codes", "ar/xl data.train=s3://bucket/imagenet-codes out=runs/xl"),
+)
 
 
-def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the family to the command line."""
-    family = commands.add_parser("train", help="train a tokenizer or an AR transformer").add_subparsers(
-        title="stages", metavar="STAGE", required=True
-    )
-    for task, about in (
-        ("tokenizer", "stage 1: the image tokenizer"),
-        ("ar", "stage 2: the transformer on its codes"),
-    ):
-        parser = family.add_parser(
+def add_commands(commands: Commands) -> None:
+    family = add_family(commands, "train", "train a tokenizer or an AR transformer", "stages", "STAGE")
+    for task, about, example in STAGES:
+        add_command(
+            family,
             task,
-            help=about,
-            description=f"Train {about}. Run the same command again to resume from the newest whole checkpoint.",
-            epilog=f"example: {EXAMPLES[task]}",
+            _train,
+            argument("source", metavar="PRESET_OR_YAML", help=f"{task}/NAME, or NAME alone"),
+            OVERRIDES,
+            RANKS,
+            about=about,
+            details=f"Train {about}. Run the same command again to resume from the newest whole checkpoint.",
+            example=f"train {task} {example}",
+            check=_check,
+            task=task,
         )
-        parser.add_argument("source", metavar="PRESET_OR_YAML", help=f"{task}/NAME, or NAME alone")
-        parser.add_argument("overrides", nargs="*", metavar="key=value")
-        add_ranks(parser)
-        parser.set_defaults(run=_train, check=_check, task=task)
 
 
 def _check(args: argparse.Namespace) -> None:
