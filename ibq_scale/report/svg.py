@@ -42,10 +42,8 @@ USAGE = Axis("codes in use", 0, 1, [(v / 100, f"{v} %") for v in (0, 25, 50, 75,
 
 def step_axis(first: int, last: int) -> Axis:
     """Training steps, with about five ticks."""
-    last = max(last, first + 1)
-    return Axis(
-        "step", first, last, [(step, f"{step}") for step in range(first, last + 1, max(1, (last - first) // 4))]
-    )
+    every = max(1, (last - first) // 4)
+    return Axis("step", first, max(last, first + 1), [(step, f"{step}") for step in range(first, last + 1, every)])
 
 
 @dataclass(frozen=True)
