@@ -24,7 +24,8 @@ from ibq_scale.losses.perceptual import Net, Perceptual
 from ibq_scale.losses.weights import OF_METRICS, SOURCES, missing
 from ibq_scale.outputs import RECONSTRUCTION
 from ibq_scale.pictures import to_uint8
-from ibq_scale.pretrained.loading import Tokenizer, load_tokenizer, model_directory
+from ibq_scale.pretrained.loading import load_tokenizer, model_directory
+from ibq_scale.pretrained.models import Tokenizer
 from ibq_scale.quantize.usage import CodeUsage
 
 Pixels = Literal["8bit", "float"]

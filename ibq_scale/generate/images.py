@@ -23,7 +23,7 @@ from ibq_scale.errors import UserError
 from ibq_scale.generate.chunks import Chunks, Job, is_finished
 from ibq_scale.models.sampling import Sampler, SamplingSettings
 from ibq_scale.pictures import to_uint8
-from ibq_scale.pretrained.loading import ARModel, Tokenizer
+from ibq_scale.pretrained.models import ARModel, Tokenizer
 
 Part = tuple[int, int]
 """Task i of n of an array of jobs: chunks i, i + n, …"""

@@ -31,8 +31,7 @@ from ibq_scale.models.order import ORDER_EMBEDDING
 from ibq_scale.models.transformer import Transformer
 from ibq_scale.names import file_name, is_inside
 from ibq_scale.pretrained.hub import local
-from ibq_scale.pretrained.models import ARModel as ARModel
-from ibq_scale.pretrained.models import Tokenizer as Tokenizer
+from ibq_scale.pretrained.models import ARModel, Tokenizer
 from ibq_scale.pretrained.strict import fill_strictly, require_fit, require_layers
 from ibq_scale.quantize.kinds import KINDS
 
@@ -200,7 +199,7 @@ def kind_of(path: str | Path) -> Kind:
 
 def save_tokenizer(folder: Path, tokenizer: Tokenizer, source: Mapping[str, Any]) -> None:
     """Writes a tokenizer. `source`: its origin."""
-    write_config(folder, "tokenizer", tokenizer.model_config, tokenizer.quantizer_config, source)
+    _write_config(folder, config_text("tokenizer", tokenizer.model_config, tokenizer.quantizer_config, source))
     save_file(_plain(tokenizer.autoencoder.state_dict()), folder / WEIGHTS)
     save_file(_plain({CODEBOOK: tokenizer.codebook_KD}), folder / codebook_part(0, 1))
 
@@ -208,7 +207,7 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer, source: Mapping[str, Any]
 def save_ar(folder: Path, model: ARModel, source: Mapping[str, Any]) -> None:
     """Writes a transformer. `source`: its origin."""
     text = config_text("ar", model.config, None, source, model.tokenizer_hash, encoder=model.encoder)
-    write_config_text(folder, text)
+    _write_config(folder, text)
     save_file(_plain(model.transformer.state_dict()), folder / WEIGHTS)
 
 
@@ -218,20 +217,7 @@ def refuse_overwrite(folder: Path) -> None:
         raise UserError(f"{folder} is there already and not empty: give another --to, or remove it")
 
 
-def write_config(
-    folder: Path,
-    kind: Kind,
-    model: AutoencoderConfig | TransformerConfig,
-    quantizer: QuantizerConfig | None,
-    source: Mapping[str, Any],
-    tokenizer: str | None = None,
-) -> None:
-    """Writes ``config.json``, from which `load_tokenizer` and `load_ar` build the model."""
-    write_config_text(folder, config_text(kind, model, quantizer, source, tokenizer))
-
-
-def write_config_text(folder: Path, text: str) -> None:
-    """Writes the result of `config_text`."""
+def _write_config(folder: Path, text: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(text, encoding="utf-8")
 
@@ -246,9 +232,9 @@ def config_text(
     encoder: ConditionInfo | None = None,
     order_scale: float = 1.0,
 ) -> str:
-    """The content of ``config.json``. `weights`: their location if not ``model.safetensors`` beside it.
+    """The content of ``config.json``, from which `load_tokenizer` and `load_ar` build the model.
 
-    `encoder`: what made the vectors of its training, if any. `order_scale`: of the order embedding there, if any.
+    `weights`: their location if not ``model.safetensors`` beside it. `encoder`: what made the vectors of its training, if any. `order_scale`: of the order embedding there, if any.
     """
     sizes = model.stored() if isinstance(model, TransformerConfig) else model.model_dump(mode="json")
     values: dict[str, Any] = {"format_version": FORMAT_VERSION, "kind": kind, "model": sizes}
