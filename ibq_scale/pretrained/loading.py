@@ -234,7 +234,8 @@ def config_text(
 ) -> str:
     """The content of ``config.json``, from which `load_tokenizer` and `load_ar` build the model.
 
-    `weights`: their location if not ``model.safetensors`` beside it. `encoder`: what made the vectors of its training, if any. `order_scale`: of the order embedding there, if any.
+    `weights`: their location if not ``model.safetensors`` beside it. `encoder`: what made the vectors of its
+    training, if any. `order_scale`: of the order embedding there, if any.
     """
     sizes = model.stored() if isinstance(model, TransformerConfig) else model.model_dump(mode="json")
     values: dict[str, Any] = {"format_version": FORMAT_VERSION, "kind": kind, "model": sizes}
