@@ -9,7 +9,8 @@ by rows. `path` arguments accept such a directory, a training checkpoint, or a r
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -124,41 +125,49 @@ def stored(path: str, network: Transformer, first: Values | None = None) -> Valu
     An order embedding is left aside if only one of the two has it. `first`: the initial one of `network`.
     """
     folder, config = _read_config(Path(path), "ar")
-    if "weights" in config:
-        return _stored_in_pieces(folder, _place(config, folder), network, first)
-    try:
-        require_regular(folder / WEIGHTS)
-        file: Any = safe_open(folder / WEIGHTS, framework="pt")
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
-    except (OSError, SafetensorError, ValueError) as e:
-        raise UserError(f"cannot read {folder / WEIGHTS}: {e}") from None
-    found = {name: torch.empty(s.get_shape(), device="meta") for name, s in slices.items()}
+    shapes, read = _pieces(folder, config) if "weights" in config else _slices(folder / WEIGHTS)
+    found = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     _require_model(network, found, folder)
 
     def values(name: str, start: int, length: int) -> Tensor:
-        if first is not None and name not in found:
-            return first(name, start, length)
-        row = found[name][0].numel()
+        return first(name, start, length) if first is not None and name not in found else read(name, start, length)
+
+    return values
+
+
+Shapes = Mapping[str, Sequence[int]]
+
+
+def _slices(file: Path) -> tuple[Shapes, Values]:
+    """Of a safetensors file."""
+    try:
+        require_regular(file)
+        opened: Any = safe_open(file, framework="pt")
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  (no mapping)
+    except (OSError, SafetensorError, ValueError) as e:
+        raise UserError(f"cannot read {file}: {e}") from None
+    shapes = {name: rows.get_shape() for name, rows in slices.items()}
+
+    def read(name: str, start: int, length: int) -> Tensor:
+        row = math.prod(shapes[name][1:])
         begin, end = start // row, -(-(start + length) // row)
         rows: Tensor = slices[name][begin:end]
         return rows.flatten()[start - begin * row :][:length]
 
-    return values
+    return shapes, read
 
 
-def _stored_in_pieces(folder: Path, place: InCheckpoint, network: Transformer, first: Values | None) -> Values:
+def _pieces(folder: Path, config: dict[str, Any]) -> tuple[Shapes, Values]:
+    """Of a checkpoint's ranks."""
+    place = _place(config, folder)
     reader = PieceReader(folder.parent / place.folder)
-    found = {name: torch.empty(shape, device="meta") for name, shape in reader.shapes.items()}
-    _require_model(network, found, folder)
 
-    def values(name: str, start: int, length: int) -> Tensor:
-        if first is not None and name not in found:
-            return first(name, start, length)
+    def read(name: str, start: int, length: int) -> Tensor:
         out = torch.empty(length)
         reader.read(f"{place.vectors}{name}", start, out)
         return out
 
-    return values
+    return reader.shapes, read
 
 
 def _require_model(network: Transformer, found: Mapping[str, Tensor], folder: Path) -> None:
