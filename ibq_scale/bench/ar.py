@@ -85,7 +85,6 @@ def bench_ar(run: ARRun, world: World, *, steps: int) -> ARReport:
 
 @contextmanager
 def _hung(clock: Clock, task: ARTask) -> Iterator[None]:
-    """Times the task's parts within this context."""
     engine = task.engine
     timed = [(engine, "forward", REST), (engine, "backward", REST), (engine, "step", UPDATE)]
     for owner, name, part in [*timed, (task.ema, "update", UPDATE)]:

@@ -49,11 +49,9 @@ def _best_product(device: torch.device, dtype: torch.dtype, side: int) -> float:
 
 
 def shown(device: torch.device) -> str:
-    """The name in reports."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def wait(device: torch.device) -> None:
-    """Synchronises with the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -47,7 +47,6 @@ def add_command(
 
 
 def argument(*names: str, **settings: Any) -> Argument:
-    """As for `ArgumentParser.add_argument`."""
     return names, settings
 
 

@@ -280,7 +280,6 @@ def _time(job: Submission) -> Outcome:
 
 
 def slurm_takes(job: Job) -> Outcome:
-    """Whether Slurm would queue the script."""
     try:
         return "ok", slurm.rehearse(job.script.text)
     except slurm.NoSlurmError as e:

@@ -82,7 +82,6 @@ class Snapshot:
 
 
 def next_folder(run_dir: Path) -> Path:
-    """The folder of the next snapshot."""
     taken = [int(p.name) for p in (run_dir / FOLDER).glob("*") if p.name.isdigit()]
     return run_dir / FOLDER / f"{max(taken, default=0) + 1:03d}"
 

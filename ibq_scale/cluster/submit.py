@@ -130,7 +130,6 @@ def render(request: Request, snapped: Snapshot | None) -> Script:
 
 
 def words(request: Request, snapped: Snapshot | None) -> list[str]:
-    """Arguments of the script."""
     if request.work.config is None or snapped is None:
         return list(request.work.words)
     return [str(snapped.config), f"out={request.work.folder}"]

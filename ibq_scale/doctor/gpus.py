@@ -46,7 +46,6 @@ def topology(subject: Subject) -> list[Finding]:
 
 
 def listed() -> int:
-    """The number of GPUs of this node."""
     code, said = ask("nvidia-smi", "-L")
     return 0 if code else len(re.findall(r"^GPU \d+", said, re.MULTILINE))
 
@@ -104,7 +103,6 @@ def _matrix(said: str) -> dict[tuple[str, str], str]:
 
 
 def device(subject: Subject) -> list[Finding]:
-    """Torch's device and its kernels."""
     begin = time.perf_counter()
     import torch
 

@@ -22,7 +22,6 @@ TIME_ERROR = 5
 
 
 def machine(subject: Subject) -> list[Finding]:
-    """All checks of the node."""
     return [_cores(), _shared_memory(), _files(), *_infiniband(), _clock()]
 
 

@@ -110,7 +110,6 @@ class _Child:
             time.sleep(POLL_SECONDS)
 
     def lines(self) -> list[Finding]:
-        """The findings."""
         self.wait()
         code = self._process.poll()
         self.end()
@@ -128,7 +127,6 @@ class _Child:
         return [line if line.name else replace(line, name=what) for line in found]
 
     def end(self) -> None:
-        """Ends the check and all its children."""
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         # A process blocked by a dead file system does not end, and is left.

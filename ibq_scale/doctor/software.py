@@ -25,7 +25,6 @@ OPTIONAL = ("flash-attn", "flash-attn-4", "torchao", "pyarrow")
 
 
 def packages(subject: Subject) -> list[Finding]:
-    """Installed packages against the bounds of pyproject.toml."""
     from packaging.requirements import Requirement
     from packaging.specifiers import SpecifierSet
 
@@ -128,7 +127,6 @@ def extensions() -> list[Finding]:
 
 
 def weights(subject: Subject) -> list[Finding]:
-    """The pretrained weights of losses and metrics."""
     from ibq_scale.losses.weights import SOURCES, status, weights_folder
 
     found = status(list(SOURCES))
@@ -147,7 +145,6 @@ def weights(subject: Subject) -> list[Finding]:
 
 
 def wandb(subject: Subject) -> list[Finding]:
-    """Whether a run can log to W&B."""
     what = "W&B"
     version = installed("wandb")
     if version is None:

@@ -70,7 +70,6 @@ def save(results: list[Result], path: Path) -> None:
 
 
 def load(path: Path) -> list[Result]:
-    """Reads the file of `save`. UserError as `load_rows`."""
     return load_rows(path, "runs", Result, "collect runs into it with 'ibq-scale experiments report --runs DIR'")
 
 

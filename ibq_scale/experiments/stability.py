@@ -150,7 +150,6 @@ def save(curves: Sequence[Curve], path: Path) -> None:
 
 
 def load(path: Path) -> list[Curve]:
-    """Reads the file of `save`. UserError as `load_rows`."""
     return load_rows(path, "curves", Curve, "run 'ibq-scale experiments run stability' again")
 
 

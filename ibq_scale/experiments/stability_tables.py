@@ -34,7 +34,6 @@ def _grouped(curves: Sequence[Curve]) -> Iterator[tuple[int, Variant, list[Curve
 
 
 def text_table(curves: Sequence[Curve]) -> list[str]:
-    """Lines for a terminal."""
     return [conditions(curves), "", *aligned(rows_of(curves))]
 
 
@@ -48,7 +47,6 @@ def document(curves: Sequence[Curve]) -> dict[str, object]:
 
 
 def markdown(curves: Sequence[Curve]) -> str:
-    """The table in the document."""
     if not curves:
         return "No run is finished."
     return "\n".join([conditions(curves), "", *markdown_table(rows_of(curves))])

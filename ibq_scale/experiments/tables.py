@@ -73,7 +73,6 @@ def percent(value: Callable[[Result], float]) -> Cell:
 
 
 def number(value: Callable[[Result], float], digits: int, unit: str = "") -> Cell:
-    """A column of numbers."""
     return lambda results: mean_and_spread([value(r) for r in results], digits) + unit
 
 

@@ -48,7 +48,6 @@ class Fit:
 
     @property
     def not_fitted(self) -> list[NotFitted]:
-        """The laws without a fit."""
         return [law for law in (self.joint, *self.singles.values()) if isinstance(law, NotFitted)]
 
 

@@ -58,7 +58,6 @@ def save(results: Sequence[Result], path: Path) -> None:
 
 
 def load(path: Path) -> list[Result]:
-    """Reads the file of `save`. UserError as `load_rows`."""
     return load_rows(path, "rungs", Result, "write it with 'ibq-scale scale collect'")
 
 

@@ -139,7 +139,6 @@ Shapes = Mapping[str, Sequence[int]]
 
 
 def _slices(file: Path) -> tuple[Shapes, Values]:
-    """Of a safetensors file."""
     try:
         require_regular(file)
         opened: Any = safe_open(file, framework="pt")
@@ -158,7 +157,6 @@ def _slices(file: Path) -> tuple[Shapes, Values]:
 
 
 def _pieces(folder: Path, config: dict[str, Any]) -> tuple[Shapes, Values]:
-    """Of a checkpoint's ranks."""
     place = _place(config, folder)
     reader = PieceReader(folder.parent / place.folder)
 
@@ -207,14 +205,12 @@ def kind_of(path: str | Path) -> Kind:
 
 
 def save_tokenizer(folder: Path, tokenizer: Tokenizer, source: Mapping[str, Any]) -> None:
-    """Writes a tokenizer. `source`: its origin."""
     _write_config(folder, config_text("tokenizer", tokenizer.model_config, tokenizer.quantizer_config, source))
     save_file(_plain(tokenizer.autoencoder.state_dict()), folder / WEIGHTS)
     save_file(_plain({CODEBOOK: tokenizer.codebook_KD}), folder / codebook_part(0, 1))
 
 
 def save_ar(folder: Path, model: ARModel, source: Mapping[str, Any]) -> None:
-    """Writes a transformer. `source`: its origin."""
     text = config_text("ar", model.config, None, source, model.tokenizer_hash, encoder=model.encoder)
     _write_config(folder, text)
     save_file(_plain(model.transformer.state_dict()), folder / WEIGHTS)

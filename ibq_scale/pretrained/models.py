@@ -96,7 +96,6 @@ class Tokenizer(Pretrained):
         return self.autoencoder.decode(z_BDhw).float()
 
     def reconstruct(self, images: Tensor) -> Tensor:
-        """`decode(encode(images))`."""
         return self.decode(self.encode(images))
 
     forward = reconstruct

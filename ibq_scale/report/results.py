@@ -101,7 +101,6 @@ class Result:
 
     @property
     def step(self) -> str:
-        """The step of the evaluated checkpoint."""
         name = Path(self.model).parent.name
         step = STEP_NAME.fullmatch(name)
         return f"{int(step[1]):,}" if step else "–"
