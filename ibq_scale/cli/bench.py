@@ -15,9 +15,7 @@ from ibq_scale.cli.options import (
     JSON,
     OVERRIDES,
     RANKS,
-    Commands,
-    add_command,
-    add_family,
+    Family,
     argument,
     finite,
     flag,
@@ -41,144 +39,16 @@ Word = TypeVar("Word", bound=str)
 
 
 WRITE = flag("--write", "keep it in ~/.cache/ibq-scale for plan and auto")
-STEPS = {
-    "tokenizer": (
-        "images/s, MFU, memory and where the time goes in stage 1's step",
-        "Train the tokenizer for a few steps from its start and time their parts. Without data.train=… on "
-        "noise; loss.perceptual=random costs what vgg does and needs no weights. Nothing is saved.",
-        "ibq-262144 train.global_batch=32 train.micro_batch=32 model.compile=true",
-    ),
-    "ar": (
-        "tokens/s, MFU, memory and where the time goes in stage 2's step",
-        "Train the transformer for a few steps from its start and time their parts. Without data.train=… on "
-        "random codes. Nothing is saved.",
-        "xl train.global_batch=64 train.micro_batch=16",
-    ),
-}
-
-
-def add_commands(commands: Commands) -> None:
-    family = add_family(commands, "bench", "measure this machine", "what", "WHAT")
-    add_command(
-        family,
-        "quantizer",
-        _quantizer,
-        argument("--tokens", default="1024", metavar="N[,N…]", help="tokens of a micro-batch (default 1024)"),
-        argument("--codes", default="16384", metavar="K[,K…]", help="codebook sizes (default 16384)"),
-        whole("--dim", "code dimension", 256, metavar="D"),
-        argument("--backend", choices=("auto", "tiled", "triton", "cublas"), default="auto"),
-        argument("--precision", choices=("fp32", "tf32", "bf16"), default="bf16", help="products on a GPU"),
-        argument("--device", choices=("auto", "cpu", "cuda"), default="auto"),
-        whole("--repeats", "measured turns", 5),
-        JSON,
-        about="step time and memory beside the dense form and bare matrix products",
-        details="Time the IBQ quantizer's training step and encoding; several sizes make a table over each.",
-        example="bench quantizer --tokens 1024 --codes 262144 --dim 256",
-    )
-    add_command(
-        family,
-        "kernels",
-        _kernels,
-        argument("--arch", default="sm_90", metavar="A[,A…]", help="sm_80, …, or all (default sm_90)"),
-        argument("--precision", default="bf16", metavar="P[,P…]", help="bf16, tf32, fp32 (default bf16)"),
-        argument("--dim", default="256", metavar="D[,D…]", help="code dimensions (default 256)"),
-        argument("--kernel", default="all", metavar="K[,K…]", help="some of them (default: all with matrix products)"),
-        JSON,
-        about="compile the quantizer's kernels for GPUs that are not here",
-        details="Compile every kernel of the quantizer with every tile for GPUs, present or not, and print "
-        "shared memory, registers, spills, tensor cores. Exit code 1: no tile of a kernel fits.",
-        example="bench kernels --arch sm_80,sm_90 --precision bf16 --dim 64,256",
-    )
-    _add_data(family)
-    add_command(
-        family,
-        "checkpoint",
-        _checkpoint,
-        argument("folder", type=Path, metavar="DIR", help="a folder on the disk to measure"),
-        whole("--megabytes", "state of a rank", 512, metavar="MB"),
-        whole("--saves", "measured saves", 5),
-        JSON,
-        RANKS,
-        about="how long a save stops training, and how fast it is written",
-        details="Save a state of noise as training does, beside a bare write to the same disk.",
-        example="bench checkpoint /shared/runs --megabytes 1024 --ranks 2",
-        check=_check_checkpoint,
-    )
-    add_command(
-        family,
-        "collectives",
-        _collectives,
-        whole("--megabytes", "of a tensor", 64, metavar="MB"),
-        whole("--repeats", "measured turns", 5),
-        JSON,
-        WRITE,
-        RANKS,
-        about="all-reduces between the ranks: bandwidth, latency, right sums",
-        details="All-reduce as training does (NCCL on GPUs, else gloo); under srun or torchrun, over all nodes.",
-        example="bench collectives --megabytes 256 --ranks 8",
-    )
-    add_command(
-        family,
-        "sample",
-        _sampling,
-        argument("source", metavar="AR_CKPT_OR_PRESET"),
-        whole("--batch", "images at once", 32),
-        argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the timed parts"),
-        flag("--compile", "as of sample"),
-        whole("--repeats", "measured batches", 3),
-        JSON,
-        about="images/s and tokens/s beside a loop without a cache",
-        details="Sample codes greedily with guidance in three ways, and compare their codes in fp32. A preset "
-        "has random weights. Decoding is not timed.",
-        example="bench sample xl --batch 64 --precision bf16 --compile",
-    )
-    for task, (about, details, example) in STEPS.items():
-        add_command(
-            family,
-            task,
-            _steps,
-            argument("source", metavar="PRESET_OR_YAML"),
-            OVERRIDES,
-            whole("--steps", "measured optimizer steps", 5),
-            JSON,
-            WRITE,
-            RANKS,
-            about=about,
-            details=details,
-            example=f"bench {task} {example}",
-            check=_run_of,
-            task=task,
-        )
-
-
-def _add_data(family: Commands) -> None:
-    add_command(
-        family,
-        "data",
-        _data,
-        argument("url", metavar="URL", nargs="?"),
-        argument(
-            "--simulate",
-            metavar="N-shards,B-bytes,S-samples",
-            help="no data: what each of --nodes would keep and download of such a set, --batch samples at a time",
-        ),
-        whole("--nodes", "for --simulate", 1),
-        argument("--cache-bytes", type=finite, default=50e9, metavar="B", help="for --simulate (default 50e9)"),
-        whole("--resolution", default=256, metavar="PIXELS"),
-        argument("--workers", type=int, default=1, metavar="N", help="decoding processes (default 1; 0: none)"),
-        whole("--batch", default=64),
-        real("--seconds", "a turn's length", 5.0, above=0, metavar="S"),
-        argument(
-            "--cache",
-            default="auto",
-            metavar="DIR",
-            help="local folder for shards, as data.cache_dir (default auto; none: a request for each sample)",
-        ),
-        JSON,
-        about="images/s of the stream beside plain webdataset",
-        details="Read a prepared data set of images as training does, and as plain webdataset does, by turns.",
-        example="bench data s3://bucket/imagenet --cache /local/cache --workers 4",
-    )
+OF_STEPS = (
+    argument("source", metavar="PRESET_OR_YAML"),
+    OVERRIDES,
+    whole("--steps", "measured optimizer steps", 5),
+    JSON,
+    WRITE,
+    RANKS,
+)
+FAMILY = Family("bench", "measure this machine", "what", "WHAT")
+add_commands = FAMILY.add_commands
 
 
 def _sizes(option: str, text: str) -> list[int]:
@@ -200,7 +70,20 @@ def _words(option: str, text: str, known: Sequence[Word], more: Sequence[Word] =
     return [words[cast(Word, word.strip())] for word in text.split(",")]
 
 
+@FAMILY.command(
+    "step time and memory beside the dense form and bare matrix products",
+    "--tokens 1024 --codes 262144 --dim 256",
+    argument("--tokens", default="1024", metavar="N[,N…]", help="tokens of a micro-batch (default 1024)"),
+    argument("--codes", default="16384", metavar="K[,K…]", help="codebook sizes (default 16384)"),
+    whole("--dim", "code dimension", 256, metavar="D"),
+    argument("--backend", choices=("auto", "tiled", "triton", "cublas"), default="auto"),
+    argument("--precision", choices=("fp32", "tf32", "bf16"), default="bf16", help="products on a GPU"),
+    argument("--device", choices=("auto", "cpu", "cuda"), default="auto"),
+    whole("--repeats", "measured turns", 5),
+    JSON,
+)
 def _quantizer(args: argparse.Namespace) -> int:
+    """Time the IBQ quantizer's training step and encoding; several sizes make a table over each."""
     from ibq_scale.bench.quantizer import Size, bench_quantizer
 
     reports = []
@@ -221,7 +104,19 @@ def _quantizer(args: argparse.Namespace) -> int:
     return 0
 
 
+@FAMILY.command(
+    "compile the quantizer's kernels for GPUs that are not here",
+    "--arch sm_80,sm_90 --precision bf16 --dim 64,256",
+    argument("--arch", default="sm_90", metavar="A[,A…]", help="sm_80, …, or all (default sm_90)"),
+    argument("--precision", default="bf16", metavar="P[,P…]", help="bf16, tf32, fp32 (default bf16)"),
+    argument("--dim", default="256", metavar="D[,D…]", help="code dimensions (default 256)"),
+    argument("--kernel", default="all", metavar="K[,K…]", help="some of them (default: all with matrix products)"),
+    JSON,
+)
 def _kernels(args: argparse.Namespace) -> int:
+    """Compile every kernel of the quantizer with every tile for GPUs, present or not, and print shared memory,
+    registers, spills, tensor cores. Exit code 1: no tile of a kernel fits.
+    """
     from ibq_scale.bench.kernels import ARCHS, KERNEL_NAMES, OTHER_KERNEL_NAMES, PRECISIONS, kernel_rows
 
     rows = kernel_rows(
@@ -275,7 +170,31 @@ def _simulate_data(args: argparse.Namespace) -> int:
     return show(args, found, lines)
 
 
+@FAMILY.command(
+    "images/s of the stream beside plain webdataset",
+    "s3://bucket/imagenet --cache /local/cache --workers 4",
+    argument("url", metavar="URL", nargs="?"),
+    argument(
+        "--simulate",
+        metavar="N-shards,B-bytes,S-samples",
+        help="no data: what each of --nodes would keep and download of such a set, --batch samples at a time",
+    ),
+    whole("--nodes", "for --simulate", 1),
+    argument("--cache-bytes", type=finite, default=50e9, metavar="B", help="for --simulate (default 50e9)"),
+    whole("--resolution", default=256, metavar="PIXELS"),
+    argument("--workers", type=int, default=1, metavar="N", help="decoding processes (default 1; 0: none)"),
+    whole("--batch", default=64),
+    real("--seconds", "a turn's length", 5.0, above=0, metavar="S"),
+    argument(
+        "--cache",
+        default="auto",
+        metavar="DIR",
+        help="local folder for shards, as data.cache_dir (default auto; none: a request for each sample)",
+    ),
+    JSON,
+)
 def _data(args: argparse.Namespace) -> int:
+    """Read a prepared data set of images as training does, and as plain webdataset does, by turns."""
     from ibq_scale.bench.data import bench_data
 
     if args.simulate:
@@ -309,7 +228,18 @@ def _check_checkpoint(args: argparse.Namespace) -> None:
         raise UserError(f"{args.folder} is not a folder: name one on the disk to measure")
 
 
+@FAMILY.command(
+    "how long a save stops training, and how fast it is written",
+    "/shared/runs --megabytes 1024 --ranks 2",
+    argument("folder", type=Path, metavar="DIR", help="a folder on the disk to measure"),
+    whole("--megabytes", "state of a rank", 512, metavar="MB"),
+    whole("--saves", "measured saves", 5),
+    JSON,
+    RANKS,
+    check=_check_checkpoint,
+)
 def _checkpoint(args: argparse.Namespace) -> int:
+    """Save a state of noise as training does, beside a bare write to the same disk."""
     from ibq_scale.bench.checkpoint import bench_checkpoint
     from ibq_scale.distributed.environment import join
 
@@ -327,7 +257,17 @@ def _checkpoint(args: argparse.Namespace) -> int:
         return show(args, asdict(report) | {"of_disk": report.of_disk}, lines) if world.is_main else 0
 
 
+@FAMILY.command(
+    "all-reduces between the ranks: bandwidth, latency, right sums",
+    "--megabytes 256 --ranks 8",
+    whole("--megabytes", "of a tensor", 64, metavar="MB"),
+    whole("--repeats", "measured turns", 5),
+    JSON,
+    WRITE,
+    RANKS,
+)
 def _collectives(args: argparse.Namespace) -> int:
+    """All-reduce as training does (NCCL on GPUs, else gloo); under srun or torchrun, over all nodes."""
     from ibq_scale.bench.collectives import bench_collectives
     from ibq_scale.bench.keep import keep_link
     from ibq_scale.distributed.environment import join
@@ -347,7 +287,21 @@ def _collectives(args: argparse.Namespace) -> int:
     return 0 if report.right else 1
 
 
+@FAMILY.command(
+    "images/s and tokens/s beside a loop without a cache",
+    "xl --batch 64 --precision bf16 --compile",
+    argument("source", metavar="AR_CKPT_OR_PRESET"),
+    whole("--batch", "images at once", 32),
+    argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the timed parts"),
+    flag("--compile", "as of sample"),
+    whole("--repeats", "measured batches", 3),
+    JSON,
+    name="sample",
+)
 def _sampling(args: argparse.Namespace) -> int:
+    """Sample codes greedily with guidance in three ways, and compare their codes in fp32. A preset has random weights.
+    Decoding is not timed.
+    """
     import torch
 
     from ibq_scale.bench.sampling import bench_sampling
@@ -384,6 +338,26 @@ def _run_of(args: argparse.Namespace) -> AnyRun:
     return resolve(args.source, args.overrides, args.task).config
 
 
+@FAMILY.command(
+    "tokens/s, MFU, memory and where the time goes in stage 2's step",
+    "xl train.global_batch=64 train.micro_batch=16",
+    *OF_STEPS,
+    name="ar",
+    details="Train the transformer for a few steps from its start and time their parts. Without data.train=… on random "
+    "codes. Nothing is saved.",
+    check=_run_of,
+    task="ar",
+)
+@FAMILY.command(
+    "images/s, MFU, memory and where the time goes in stage 1's step",
+    "ibq-262144 train.global_batch=32 train.micro_batch=32 model.compile=true",
+    *OF_STEPS,
+    name="tokenizer",
+    details="Train the tokenizer for a few steps from its start and time their parts. Without data.train=… on noise; "
+    "loss.perceptual=random costs what vgg does and needs no weights. Nothing is saved.",
+    check=_run_of,
+    task="tokenizer",
+)
 def _steps(args: argparse.Namespace) -> int:
     from ibq_scale.bench.keep import keep_rate
     from ibq_scale.config.run import TokenizerRun

@@ -7,7 +7,7 @@ import importlib
 import sys
 from pathlib import Path
 
-from ibq_scale.cli.options import JSON, Commands, add_command, add_family, argument, flag, show, whole
+from ibq_scale.cli.options import JSON, Family, argument, flag, show, whole
 from ibq_scale.console import gigabytes
 
 EXPORTS = {
@@ -18,76 +18,12 @@ EXPORTS = {
 }
 
 
-def add_commands(commands: Commands) -> None:
-    family = add_family(commands, "checkpoint", "list, verify, roll back, export and import checkpoints")
-    run = argument("run_dir", type=Path, metavar="RUN")
-    add_command(
-        family, "ls", _ls, run, JSON, about="whole checkpoints of a run", example="checkpoint ls runs/ibq-16384"
-    )
-    add_command(
-        family,
-        "verify",
-        _verify,
-        argument(
-            "path", type=Path, metavar="CKPT_OR_RUN", help="a run: its newest whole checkpoint, and all damaged ones"
-        ),
-        about="hash every file again",
-        example="checkpoint verify runs/tok/checkpoints/step-00001000",
-    )
-    add_command(
-        family,
-        "rollback",
-        _rollback,
-        run,
-        argument("--to", required=True, type=int, metavar="STEP", help="a step that 'checkpoint ls' lists"),
-        about="set a run back to an earlier checkpoint",
-        details="Make the checkpoint of a step the run's newest. Later ones, and the lines of metrics.jsonl, are "
-        "kept in RUN/rolled-back. Refused while the run is alive.",
-        example="checkpoint rollback runs/tok --to 20000",
-    )
-    add_command(
-        family,
-        "export",
-        _export,
-        argument("path", type=Path, metavar="CKPT_OR_RUN"),
-        argument("--to", required=True, type=Path, metavar="PATH", help="new folder, or new file if published"),
-        argument(
-            "--layout",
-            "--format",
-            choices=(*EXPORTS, "deepspeed"),
-            default="safetensors",
-            help="safetensors and config in a folder (default); one .ckpt file for the published code; a tokenizer's "
-            "config.json and safetensors in the layout of BAAI/Emu3.5-VisionTokenizer; a transformer for Hugging Face "
-            "transformers, with its code; or a checkpoint's live weights, a folder per engine, for zero_to_fp32",
-        ),
-        about="the model alone, as safetensors with a config, or in the published code's layout",
-        example="checkpoint export runs/tok --to models/tok",
-    )
-    add_command(
-        family,
-        "import",
-        _import,
-        argument("file", type=Path, metavar="FILE"),
-        argument("--to", required=True, type=Path, metavar="DIR"),
-        flag("--ema", "a tokenizer's averaged weights"),
-        whole("--heads", "an AR model's heads (default: width / 64)"),
-        whole("--tokens", "its codes an image (default 256)"),
-        about="a checkpoint of the published code, or a folder like Emu3.5's tokenizer → a model of ours",
-        example="checkpoint import IBQ_16384.ckpt --to models/ibq-16384 --ema",
-    )
-    add_command(
-        family,
-        "push",
-        _push,
-        argument("folder", type=Path, metavar="DIR"),
-        argument("repo", metavar="OWNER/NAME"),
-        flag("--private", "if the repository is new"),
-        about="an exported model to the Hugging Face Hub",
-        details="Upload an exported model. ibq_scale.load_tokenizer('hf://OWNER/NAME') loads it anywhere.",
-        example="checkpoint push models/tok me/ibq-16384",
-    )
+RUN = argument("run_dir", type=Path, metavar="RUN")
+FAMILY = Family("checkpoint", "list, verify, roll back, export and import checkpoints")
+add_commands = FAMILY.add_commands
 
 
+@FAMILY.command("whole checkpoints of a run", "runs/ibq-16384", RUN, JSON)
 def _ls(args: argparse.Namespace) -> int:
     from ibq_scale.checkpoint.reading import whole_checkpoints
     from ibq_scale.errors import UserError
@@ -104,6 +40,11 @@ def _ls(args: argparse.Namespace) -> int:
     return show(args, rows, lines or [f"{args.run_dir}: no whole checkpoint"])
 
 
+@FAMILY.command(
+    "hash every file again",
+    "runs/tok/checkpoints/step-00001000",
+    argument("path", type=Path, metavar="CKPT_OR_RUN", help="a run: its newest whole checkpoint, and all damaged ones"),
+)
 def _verify(args: argparse.Namespace) -> int:
     from ibq_scale.checkpoint.reading import examine, newest_or_this, verify
 
@@ -119,7 +60,16 @@ def _verify(args: argparse.Namespace) -> int:
     return 1 if faults or damaged else 0
 
 
+@FAMILY.command(
+    "set a run back to an earlier checkpoint",
+    "runs/tok --to 20000",
+    RUN,
+    argument("--to", required=True, type=int, metavar="STEP", help="a step that 'checkpoint ls' lists"),
+)
 def _rollback(args: argparse.Namespace) -> int:
+    """Make the checkpoint of a step the run's newest. Later ones, and the lines of metrics.jsonl, are kept in
+    RUN/rolled-back. Refused while the run is alive.
+    """
     from ibq_scale.supervise.rollback import rollback
 
     for line in rollback(args.run_dir, args.to):
@@ -127,6 +77,21 @@ def _rollback(args: argparse.Namespace) -> int:
     return 0
 
 
+@FAMILY.command(
+    "the model alone, as safetensors with a config, or in the published code's layout",
+    "runs/tok --to models/tok",
+    argument("path", type=Path, metavar="CKPT_OR_RUN"),
+    argument("--to", required=True, type=Path, metavar="PATH", help="new folder, or new file if published"),
+    argument(
+        "--layout",
+        "--format",
+        choices=(*EXPORTS, "deepspeed"),
+        default="safetensors",
+        help="safetensors and config in a folder (default); one .ckpt file for the published code; a tokenizer's "
+        "config.json and safetensors in the layout of BAAI/Emu3.5-VisionTokenizer; a transformer for Hugging Face "
+        "transformers, with its code; or a checkpoint's live weights, a folder per engine, for zero_to_fp32",
+    ),
+)
 def _export(args: argparse.Namespace) -> int:
     if args.layout in EXPORTS:
         module, _, name = EXPORTS[args.layout].partition(":")
@@ -143,6 +108,15 @@ def _export(args: argparse.Namespace) -> int:
     return 0
 
 
+@FAMILY.command(
+    "a checkpoint of the published code, or a folder like Emu3.5's tokenizer → a model of ours",
+    "IBQ_16384.ckpt --to models/ibq-16384 --ema",
+    argument("file", type=Path, metavar="FILE"),
+    argument("--to", required=True, type=Path, metavar="DIR"),
+    flag("--ema", "a tokenizer's averaged weights"),
+    whole("--heads", "an AR model's heads (default: width / 64)"),
+    whole("--tokens", "its codes an image (default 256)"),
+)
 def _import(args: argparse.Namespace) -> int:
     from ibq_scale.pretrained.exporting import save_model
     from ibq_scale.pretrained.loading import refuse_overwrite
@@ -160,7 +134,15 @@ def _import(args: argparse.Namespace) -> int:
     return 0
 
 
+@FAMILY.command(
+    "an exported model to the Hugging Face Hub",
+    "models/tok me/ibq-16384",
+    argument("folder", type=Path, metavar="DIR"),
+    argument("repo", metavar="OWNER/NAME"),
+    flag("--private", "if the repository is new"),
+)
 def _push(args: argparse.Namespace) -> int:
+    """Upload an exported model. ibq_scale.load_tokenizer('hf://OWNER/NAME') loads it anywhere."""
     from ibq_scale.pretrained.hub import push
 
     print(push(args.folder, args.repo, private=args.private))

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from ibq_scale.cli.options import Commands, add_command, argument
+from ibq_scale.cli.options import Family, argument
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -15,20 +15,19 @@ if TYPE_CHECKING:
 SHELLS = ("bash", "zsh", "fish")
 
 
-def add_commands(commands: Commands) -> None:
-    add_command(
-        commands,
-        "completion",
-        _completion,
-        argument("shell", choices=SHELLS),
-        about="shell completion of commands, presets and keys",
-        details='Put eval "$(ibq-scale completion bash)" into ~/.bashrc, or zsh\'s into ~/.zshrc; for fish: '
-        "ibq-scale completion fish > ~/.config/fish/completions/ibq-scale.fish",
-        example="completion fish > ~/.config/fish/completions/ibq-scale.fish",
-    )
+COMMAND = Family()
+add_commands = COMMAND.add_commands
 
 
+@COMMAND.command(
+    "shell completion of commands, presets and keys",
+    "fish > ~/.config/fish/completions/ibq-scale.fish",
+    argument("shell", choices=SHELLS),
+)
 def _completion(args: argparse.Namespace) -> int:
+    """Put eval "$(ibq-scale completion bash)" into ~/.bashrc, or zsh's into ~/.zshrc; for fish: ibq-scale completion
+    fish > ~/.config/fish/completions/ibq-scale.fish
+    """
     from argcomplete.shell_integration import shellcode
 
     print(shellcode(["ibq-scale"], shell=args.shell))

@@ -6,51 +6,33 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from ibq_scale.cli.options import OVERRIDES, Commands, add_command, add_family, argument, flag, real, whole
+from ibq_scale.cli.options import OVERRIDES, Family, argument, flag, real, whole
 from ibq_scale.errors import UserError
 
 if TYPE_CHECKING:
     from ibq_scale.config.run import AnyRun
 
 
-def add_commands(commands: Commands) -> None:
-    family = add_family(commands, "config", "show a run's config and the reference of all keys")
-    add_command(
-        family,
-        "show",
-        _show,
-        argument("source", metavar="PRESET_OR_YAML"),
-        OVERRIDES,
-        whole("--gpus", "GPUs a node"),
-        whole("--nodes", default=1),
-        argument("--device", metavar="GPU", help="a100, h100, l40s …"),
-        real("--memory", "memory of one GPU (10⁹ bytes), instead of its own", above=0, metavar="GB"),
-        flag("--describe", "each key's meaning under its value"),
-        flag("--json", "one JSON document: config and origins"),
-        about="print a preset or file with overrides applied, and where each value comes from",
-        details="Print a run's config. With --gpus, --device or --memory, settings that are auto get the values "
-        "that a run takes on these GPUs.",
-        example="config show tokenizer/ibq-16384 --gpus 8 --nodes 8 --device h100",
-    )
-    add_command(family, "presets", _presets, about="list the presets", example="config presets")
-    add_command(
-        family,
-        "schema",
-        _schema,
-        argument("task", choices=("tokenizer", "ar")),
-        about="print the JSON Schema of config files, for editors",
-        example="config schema ar > ar.schema.json",
-    )
-    add_command(
-        family,
-        "reference",
-        _reference,
-        about="print every key with its meaning, type and default, as Markdown",
-        example="config reference > docs/configuration.md",
-    )
+FAMILY = Family("config", "show a run's config and the reference of all keys")
+add_commands = FAMILY.add_commands
 
 
+@FAMILY.command(
+    "print a preset or file with overrides applied, and where each value comes from",
+    "tokenizer/ibq-16384 --gpus 8 --nodes 8 --device h100",
+    argument("source", metavar="PRESET_OR_YAML"),
+    OVERRIDES,
+    whole("--gpus", "GPUs a node"),
+    whole("--nodes", default=1),
+    argument("--device", metavar="GPU", help="a100, h100, l40s …"),
+    real("--memory", "memory of one GPU (10⁹ bytes), instead of its own", above=0, metavar="GB"),
+    flag("--describe", "each key's meaning under its value"),
+    flag("--json", "one JSON document: config and origins"),
+)
 def _show(args: argparse.Namespace) -> int:
+    """Print a run's config. With --gpus, --device or --memory, settings that are auto get the values that a run takes
+    on these GPUs.
+    """
     from ibq_scale.config.layers import flatten, resolve
     from ibq_scale.config.reference import descriptions
 
@@ -90,6 +72,7 @@ def _settled(config: AnyRun, args: argparse.Namespace) -> tuple[AnyRun, dict[str
     return config, {choice.key: f"auto: {choice.reason}" for choice in choices}
 
 
+@FAMILY.command("list the presets", "")
 def _presets(args: argparse.Namespace) -> int:
     from ibq_scale.config.layers import preset_names
 
@@ -97,6 +80,11 @@ def _presets(args: argparse.Namespace) -> int:
     return 0
 
 
+@FAMILY.command(
+    "print the JSON Schema of config files, for editors",
+    "ar > ar.schema.json",
+    argument("task", choices=("tokenizer", "ar")),
+)
 def _schema(args: argparse.Namespace) -> int:
     from ibq_scale.config.reference import json_schema
 
@@ -104,6 +92,7 @@ def _schema(args: argparse.Namespace) -> int:
     return 0
 
 
+@FAMILY.command("print every key with its meaning, type and default, as Markdown", "> docs/configuration.md")
 def _reference(args: argparse.Namespace) -> int:
     from ibq_scale.config.reference import markdown
 

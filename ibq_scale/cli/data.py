@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ibq_scale.cli.options import JSON, Commands, add_command, add_family, argument, finite, flag, show, whole
+from ibq_scale.cli.options import JSON, Commands, Family, argument, finite, flag, show, whole
 from ibq_scale.console import gigabytes
 
 if TYPE_CHECKING:
@@ -44,76 +44,28 @@ CHOICE = (
 )
 
 
-def add_commands(commands: Commands) -> None:
-    prepare = add_family(commands, "prepare", "pictures → shards, index, manifest", "what", "WHAT")
-    add_command(
-        prepare,
-        "images",
-        _prepare,
-        argument(
-            "source",
-            metavar="SRC",
-            help="ImageFolder, .tar or .parquet files: a folder, file or 'pattern', local or s3://",
-        ),
-        argument("--to", required=True, metavar="URL", help="folder or s3://bucket/prefix"),
-        whole("--shard-mb", "most of a shard's input", 64, metavar="MB"),
-        whole("--size", "resize the shortest side and re-encode", metavar="PIXELS"),
-        *CHOICE,
-        flag("--dry-run", "only look: list the contents and the planned choice"),
-        WORKERS,
-        argument("--seed", type=int, default=0, help="of the shuffle (default 0)"),
-        JSON,
-        about="an ImageFolder, webdataset tars or parquet → shards",
-        example="prepare images imagenet/train --to s3://bucket/imagenet --workers 16",
-    )
-    family = add_family(commands, "data", "adopt, check and describe data sets")
-    add_command(
-        family,
-        "index",
-        _index,
-        argument("url", metavar="URL", help="their folder: indices and manifest are written there"),
-        *CHOICE,
-        WORKERS,
-        JSON,
-        about="make others' webdataset tars a data set, without rewriting them",
-        example="data index s3://bucket/laion --where 'aesthetic>=5.5' --workers 16",
-    )
-    add_command(
-        family,
-        "verify",
-        _verify,
-        URL,
-        whole("--workers", "threads", 4),
-        JSON,
-        about="read every shard and every sample again",
-        example="data verify s3://bucket/imagenet",
-    )
-    add_command(
-        family,
-        "stats",
-        _stats,
-        URL,
-        argument("--sheet", type=Path, metavar="FILE.png", help="draw random samples"),
-        whole("--images", "on the sheet", 64),
-        argument("--seed", type=int, default=0, help="of the choice (default 0)"),
-        JSON,
-        about="counts, picture sizes, labels, a contact sheet",
-        example="data stats s3://bucket/imagenet --sheet imagenet.png",
-    )
-    add_command(
-        family,
-        "trace",
-        _trace,
-        argument("run_dir", type=Path, metavar="RUN"),
-        argument("--step", type=int, required=True, metavar="S", help="as in metrics.jsonl; 1 is the first"),
-        whole("--ranks", "ranks of that step (default: of the run's last start)"),
-        JSON,
-        about="the samples of a training step, by rank",
-        details="Name the samples of one optimizer step, from the run's config and the data's manifests alone.",
-        example="data trace runs/tok --step 12345",
-    )
+PREPARE = Family("prepare", "pictures → shards, index, manifest", "what", "WHAT")
+FAMILY = Family("data", "adopt, check and describe data sets")
 
 
+@PREPARE.command(
+    "an ImageFolder, webdataset tars or parquet → shards",
+    "imagenet/train --to s3://bucket/imagenet --workers 16",
+    argument(
+        "source",
+        metavar="SRC",
+        help="ImageFolder, .tar or .parquet files: a folder, file or 'pattern', local or s3://",
+    ),
+    argument("--to", required=True, metavar="URL", help="folder or s3://bucket/prefix"),
+    whole("--shard-mb", "most of a shard's input", 64, metavar="MB"),
+    whole("--size", "resize the shortest side and re-encode", metavar="PIXELS"),
+    *CHOICE,
+    flag("--dry-run", "only look: list the contents and the planned choice"),
+    WORKERS,
+    argument("--seed", type=int, default=0, help="of the shuffle (default 0)"),
+    JSON,
+    name="images",
+)
 def _prepare(args: argparse.Namespace) -> int:
     from ibq_scale.data.look import look_only
     from ibq_scale.data.prepare import prepare_images
@@ -129,6 +81,14 @@ def _prepare(args: argparse.Namespace) -> int:
     return _show_report(args, report)
 
 
+@FAMILY.command(
+    "make others' webdataset tars a data set, without rewriting them",
+    "s3://bucket/laion --where 'aesthetic>=5.5' --workers 16",
+    argument("url", metavar="URL", help="their folder: indices and manifest are written there"),
+    *CHOICE,
+    WORKERS,
+    JSON,
+)
 def _index(args: argparse.Namespace) -> int:
     from ibq_scale.data.adopt import adopt_tars
 
@@ -169,6 +129,9 @@ def _show_report(args: argparse.Namespace, report: PrepareReport) -> int:
     return show(args, asdict(report) | {"seen": report.seen.model_dump(mode="json")}, lines)
 
 
+@FAMILY.command(
+    "read every shard and every sample again", "s3://bucket/imagenet", URL, whole("--workers", "threads", 4), JSON
+)
 def _verify(args: argparse.Namespace) -> int:
     from ibq_scale.data.verify import verify
 
@@ -179,6 +142,15 @@ def _verify(args: argparse.Namespace) -> int:
     return 1 if verified.faults else 0
 
 
+@FAMILY.command(
+    "counts, picture sizes, labels, a contact sheet",
+    "s3://bucket/imagenet --sheet imagenet.png",
+    URL,
+    argument("--sheet", type=Path, metavar="FILE.png", help="draw random samples"),
+    whole("--images", "on the sheet", 64),
+    argument("--seed", type=int, default=0, help="of the choice (default 0)"),
+    JSON,
+)
 def _stats(args: argparse.Namespace) -> int:
     from ibq_scale.data.describe import as_text, describe
 
@@ -191,7 +163,16 @@ def _stats(args: argparse.Namespace) -> int:
     return 0
 
 
+@FAMILY.command(
+    "the samples of a training step, by rank",
+    "runs/tok --step 12345",
+    argument("run_dir", type=Path, metavar="RUN"),
+    argument("--step", type=int, required=True, metavar="S", help="as in metrics.jsonl; 1 is the first"),
+    whole("--ranks", "ranks of that step (default: of the run's last start)"),
+    JSON,
+)
 def _trace(args: argparse.Namespace) -> int:
+    """Name the samples of one optimizer step, from the run's config and the data's manifests alone."""
     from ibq_scale.data.trace import trace
 
     found = trace(args.run_dir, args.step, args.ranks or _ranks_of(args.run_dir))
@@ -211,3 +192,8 @@ def _ranks_of(run_dir: Path) -> int:
 
     ranks = json_object(run_dir / "environment.json").get("world_size")
     return ranks if isinstance(ranks, int) else 1
+
+
+def add_commands(commands: Commands) -> None:
+    PREPARE.add_commands(commands)
+    FAMILY.add_commands(commands)

@@ -6,22 +6,19 @@ import argparse
 import sys
 from pathlib import Path
 
-from ibq_scale.cli.options import Commands, add_command, argument
+from ibq_scale.cli.options import Family, argument
+
+COMMAND = Family()
+add_commands = COMMAND.add_commands
 
 
-def add_commands(commands: Commands) -> None:
-    add_command(
-        commands,
-        "demo",
-        _demo,
-        argument("--to", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo"),
-        about="the whole path in minutes, on two CPU ranks and an embedded S3 endpoint",
-        details="Photographs → shards in S3 → IBQ tokenizer, VQ baseline → codes → transformer → samples → report.",
-        example="demo --to runs/demo",
-    )
-
-
+@COMMAND.command(
+    "the whole path in minutes, on two CPU ranks and an embedded S3 endpoint",
+    "--to runs/demo",
+    argument("--to", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo"),
+)
 def _demo(args: argparse.Namespace) -> int:
+    """Photographs → shards in S3 → IBQ tokenizer, VQ baseline → codes → transformer → samples → report."""
     from ibq_scale.console import duration
     from ibq_scale.demo.plan import Plan
     from ibq_scale.demo.run import StageFailedError, run_demo

@@ -5,28 +5,27 @@ from __future__ import annotations
 import argparse
 import json
 
-from ibq_scale.cli.options import JSON, Commands, add_command, argument, whole
+from ibq_scale.cli.options import JSON, Family, argument, whole
 
 WIDTH = 20
 
 
-def add_commands(commands: Commands) -> None:
-    add_command(
-        commands,
-        "doctor",
-        _doctor,
-        argument("--data", metavar="URL", help="a prepared data set: its manifest, and the rate of a shard"),
-        argument("--run-dir", metavar="DIR", help="where runs will be: room and rate (default: runs)"),
-        whole("--ranks", "of the all-reduce (default: one a GPU, or 2)"),
-        JSON,
-        about="check this machine: packages, GPUs, kernels, ranks, store, disks, weights, Slurm",
-        details="Check what a run needs of this node, each thing within a time limit: ok, warn (may be as you want "
-        "it) or FAIL, and what to do. Exit code 1 where something fails. In a job, checks the node that it runs on.",
-        example="doctor --data s3://bucket/imagenet --run-dir /shared/runs",
-    )
+COMMAND = Family()
+add_commands = COMMAND.add_commands
 
 
+@COMMAND.command(
+    "check this machine: packages, GPUs, kernels, ranks, store, disks, weights, Slurm",
+    "--data s3://bucket/imagenet --run-dir /shared/runs",
+    argument("--data", metavar="URL", help="a prepared data set: its manifest, and the rate of a shard"),
+    argument("--run-dir", metavar="DIR", help="where runs will be: room and rate (default: runs)"),
+    whole("--ranks", "of the all-reduce (default: one a GPU, or 2)"),
+    JSON,
+)
 def _doctor(args: argparse.Namespace) -> int:
+    """Check what a run needs of this node, each thing within a time limit: ok, warn (may be as you want it) or FAIL,
+    and what to do. Exit code 1 where something fails. In a job, checks the node that it runs on.
+    """
     import platform
     import time
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ibq_scale.cli.options import JSON, RANKS, Commands, add_command, add_family, argument, flag, show, whole
+from ibq_scale.cli.options import JSON, RANKS, Family, argument, flag, show, whole
 
 if TYPE_CHECKING:
     from ibq_scale.evaluate.conventions import ConventionResult
@@ -25,101 +25,39 @@ BATCH = whole("--batch", "images at once on a rank", 16)
 LIMIT = whole("--limit", "only the first N images")
 
 
-def add_commands(commands: Commands) -> None:
-    family = add_family(commands, "evaluate", "measure models and samples", "what", "WHAT")
-    add_command(
-        family,
-        "reconstruction",
-        _reconstruction,
-        argument("checkpoint", metavar="CKPT", help="run directory, checkpoint or exported model"),
-        argument("data", metavar="DATA", help="folder or s3:// prefix from 'prepare images'"),
-        flag(
-            "--native",
-            "one image at a time at its own size, cropped to a multiple of the downsampling (default: centre crop)",
-        ),
-        argument(
-            "--pixels",
-            choices=("8bit", "float"),
-            default="8bit",
-            help="reconstructions as files hold them (default), or before rounding, as LPIPS and rFID were published",
-        ),
-        argument(
-            "--to",
-            type=Path,
-            metavar="DIR",
-            help="write reconstruction.json, images.jsonl (a line an image) and worst.png",
-        ),
-        BATCH,
-        LIMIT,
-        CONVENTIONS,
-        JSON,
-        RANKS,
-        about="PSNR, SSIM, LPIPS, rFID and codebook usage of a tokenizer",
-        details="Reconstruct a data set. The figures do not depend on the number of ranks.",
-        example="evaluate reconstruction runs/tok s3://bucket/imagenet-val --json",
-    )
-    add_command(
-        family,
-        "generation",
-        _generation,
-        argument(
-            "samples", metavar="SAMPLES", help="folder of 'sample' or of pictures, .npz (arr_0), or prepared data"
-        ),
-        argument(
-            "--reference",
-            required=True,
-            metavar="WHAT",
-            help="file of 'evaluate reference', the usual suite's .npz, or images as for SAMPLES",
-        ),
-        RESOLUTION,
-        argument("--to", type=Path, metavar="DIR", help="write generation.json, for 'report' and 'compare'"),
-        BATCH,
-        LIMIT,
-        CONVENTIONS,
-        JSON,
-        RANKS,
-        about="gFID, inception score, precision and recall of samples",
-        details="Measure images against a reference. The figures do not depend on the number of ranks.",
-        example="evaluate generation samples --reference imagenet-256.npz --json",
-    )
-    add_command(
-        family,
-        "reference",
-        _reference,
-        argument("data", metavar="DATA", help="prepared data (all of it), folder of pictures, or .npz (arr_0)"),
-        argument("--to", required=True, type=Path, metavar="FILE.npz"),
-        whole("--features", "images with features kept for precision and recall", 10_000),
-        RESOLUTION,
-        CONVENTIONS,
-        BATCH,
-        JSON,
-        RANKS,
-        about="statistics of real images, to measure samples against",
-        details="Write moments and features of real images, stamped with their source.",
-        example="evaluate reference s3://bucket/imagenet --resolution 256 --to imagenet-256.npz",
-    )
-    add_command(
-        family,
-        "conventions",
-        _conventions,
-        JSON,
-        about="the conventions of FID, and the one behind each published figure",
-        details="Print resize, quantisation and extractor of each convention, and the source of published figures.",
-        example="evaluate conventions",
-    )
-    add_command(
-        family,
-        "compare",
-        _compare,
-        argument("results", nargs="+", type=Path, metavar="FILE", help="generation.json, or the output of --json"),
-        JSON,
-        about="results of 'evaluate generation' side by side",
-        details="Results of different references are refused.",
-        example="evaluate compare b.json l.json",
-    )
+FAMILY = Family("evaluate", "measure models and samples", "what", "WHAT")
+add_commands = FAMILY.add_commands
 
 
+@FAMILY.command(
+    "PSNR, SSIM, LPIPS, rFID and codebook usage of a tokenizer",
+    "runs/tok s3://bucket/imagenet-val --json",
+    argument("checkpoint", metavar="CKPT", help="run directory, checkpoint or exported model"),
+    argument("data", metavar="DATA", help="folder or s3:// prefix from 'prepare images'"),
+    flag(
+        "--native",
+        "one image at a time at its own size, cropped to a multiple of the downsampling (default: centre crop)",
+    ),
+    argument(
+        "--pixels",
+        choices=("8bit", "float"),
+        default="8bit",
+        help="reconstructions as files hold them (default), or before rounding, as LPIPS and rFID were published",
+    ),
+    argument(
+        "--to",
+        type=Path,
+        metavar="DIR",
+        help="write reconstruction.json, images.jsonl (a line an image) and worst.png",
+    ),
+    BATCH,
+    LIMIT,
+    CONVENTIONS,
+    JSON,
+    RANKS,
+)
 def _reconstruction(args: argparse.Namespace) -> int:
+    """Reconstruct a data set. The figures do not depend on the number of ranks."""
     from ibq_scale.distributed.environment import join
     from ibq_scale.evaluate.reconstruction import evaluate_reconstruction
 
@@ -143,7 +81,26 @@ def _reconstruction_lines(report: ReconstructionReport) -> Iterator[str]:
     yield f"speed        {report.images_per_s:.1f} img/s"
 
 
+@FAMILY.command(
+    "gFID, inception score, precision and recall of samples",
+    "samples --reference imagenet-256.npz --json",
+    argument("samples", metavar="SAMPLES", help="folder of 'sample' or of pictures, .npz (arr_0), or prepared data"),
+    argument(
+        "--reference",
+        required=True,
+        metavar="WHAT",
+        help="file of 'evaluate reference', the usual suite's .npz, or images as for SAMPLES",
+    ),
+    RESOLUTION,
+    argument("--to", type=Path, metavar="DIR", help="write generation.json, for 'report' and 'compare'"),
+    BATCH,
+    LIMIT,
+    CONVENTIONS,
+    JSON,
+    RANKS,
+)
 def _generation(args: argparse.Namespace) -> int:
+    """Measure images against a reference. The figures do not depend on the number of ranks."""
     from ibq_scale.distributed.environment import join
     from ibq_scale.evaluate.generation import evaluate_generation
 
@@ -171,7 +128,20 @@ def _generation_lines(report: GenerationReport) -> Iterator[str]:
     yield f"speed        {report.images_per_s:.1f} img/s"
 
 
+@FAMILY.command(
+    "statistics of real images, to measure samples against",
+    "s3://bucket/imagenet --resolution 256 --to imagenet-256.npz",
+    argument("data", metavar="DATA", help="prepared data (all of it), folder of pictures, or .npz (arr_0)"),
+    argument("--to", required=True, type=Path, metavar="FILE.npz"),
+    whole("--features", "images with features kept for precision and recall", 10_000),
+    RESOLUTION,
+    CONVENTIONS,
+    BATCH,
+    JSON,
+    RANKS,
+)
 def _reference(args: argparse.Namespace) -> int:
+    """Write moments and features of real images, stamped with their source."""
     from dataclasses import asdict
 
     from ibq_scale.distributed.environment import join
@@ -187,7 +157,9 @@ def _reference(args: argparse.Namespace) -> int:
         return show(args, asdict(stamp) | {"hash": stamp.hash}, [line]) if world.is_main else 0
 
 
+@FAMILY.command("the conventions of FID, and the one behind each published figure", "", JSON)
 def _conventions(args: argparse.Namespace) -> int:
+    """Print resize, quantisation and extractor of each convention, and the source of published figures."""
     from ibq_scale.evaluate.conventions import CONVENTIONS, PUBLISHED
 
     texts = ("suite", "resize", "quantisation", "extractor")
@@ -200,7 +172,14 @@ def _conventions(args: argparse.Namespace) -> int:
     return show(args, {"conventions": rows, "published": PUBLISHED}, lines)
 
 
+@FAMILY.command(
+    "results of 'evaluate generation' side by side",
+    "b.json l.json",
+    argument("results", nargs="+", type=Path, metavar="FILE", help="generation.json, or the output of --json"),
+    JSON,
+)
 def _compare(args: argparse.Namespace) -> int:
+    """Results of different references are refused."""
     from ibq_scale.evaluate.generation import load_results
 
     results = load_results(args.results)

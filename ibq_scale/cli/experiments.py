@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from ibq_scale.cli.options import Commands, add_command, add_family, argument, finite, flag, show
+from ibq_scale.cli.options import Family, argument, finite, flag, show
 from ibq_scale.errors import UserError
 
 STABILITY = "stability"
@@ -14,52 +14,34 @@ BENCH_OPTIONS = ("codes", "scales", "steps", "workers", "json")
 OF_BENCH = "of the stability bench:"
 
 
-def add_commands(commands: Commands) -> None:
-    family = add_family(commands, "experiments", "the paper's experiments in small")
-    add_command(
-        family,
-        "run",
-        _run,
-        argument(
-            "words",
-            nargs="+",
-            metavar="PICTURES",
-            help="folder of photographs, cut into tiles. 'stability' before it: the stability bench, whose default is "
-            "ten photographs of scikit-image and scikit-learn",
-        ),
-        argument("--to", type=Path, default=Path("runs/experiments"), metavar="DIR", help="default: runs/experiments"),
-        argument("--only", nargs="+", default=[], metavar="NAME", help="configurations (default: all)"),
-        argument("--seeds", nargs="+", type=int, metavar="N", help="default: 0 1 2"),
-        argument("--codes", nargs="+", type=int, metavar="K", help=f"{OF_BENCH} codebook sizes (default: 1024 16384)"),
-        argument("--scales", nargs="+", type=finite, metavar="M", help=f"{OF_BENCH} initial scales (0.01 0.1 1 10)"),
-        argument("--steps", type=int, metavar="N", help=f"{OF_BENCH} steps of a curve (default: 96)"),
-        argument("--workers", type=int, metavar="N", help=f"{OF_BENCH} processes of one thread (default: the cores)"),
-        flag("--json", f"{OF_BENCH} print one JSON document"),
-        about="train and evaluate every configuration, or some, with each seed; or the stability bench",
-        details="Run it again to go on: finished runs are skipped. 'run stability' measures usage over time on a "
-        "frozen encoder for every quantizer, from codebooks of several initial scales (UR-AUC).",
-        usage="ibq-scale experiments run [-h] {PICTURES | stability [PICTURES]} [options]",
-        example="experiments run photographs/ --only ibq-1024 vq-1024 --seeds 0 1",
-    )
-    add_command(
-        family,
-        "list",
-        _list,
-        about="the configurations and their overrides of the preset",
-        example="experiments list",
-    )
-    add_command(
-        family,
-        "report",
-        _report,
-        argument("--runs", type=Path, metavar="DIR", help="collect these first (default: use earlier results)"),
-        argument("--docs", type=Path, default=Path("docs"), metavar="DIR", help="default: docs"),
-        about="collect finished runs, draw the figures and fill the tables of docs/experiments.md",
-        example="experiments report --runs runs/experiments --docs docs",
-    )
+FAMILY = Family("experiments", "the paper's experiments in small")
+add_commands = FAMILY.add_commands
 
 
+@FAMILY.command(
+    "train and evaluate every configuration, or some, with each seed; or the stability bench",
+    "photographs/ --only ibq-1024 vq-1024 --seeds 0 1",
+    argument(
+        "words",
+        nargs="+",
+        metavar="PICTURES",
+        help="folder of photographs, cut into tiles. 'stability' before it: the stability bench, whose default is "
+        "ten photographs of scikit-image and scikit-learn",
+    ),
+    argument("--to", type=Path, default=Path("runs/experiments"), metavar="DIR", help="default: runs/experiments"),
+    argument("--only", nargs="+", default=[], metavar="NAME", help="configurations (default: all)"),
+    argument("--seeds", nargs="+", type=int, metavar="N", help="default: 0 1 2"),
+    argument("--codes", nargs="+", type=int, metavar="K", help=f"{OF_BENCH} codebook sizes (default: 1024 16384)"),
+    argument("--scales", nargs="+", type=finite, metavar="M", help=f"{OF_BENCH} initial scales (0.01 0.1 1 10)"),
+    argument("--steps", type=int, metavar="N", help=f"{OF_BENCH} steps of a curve (default: 96)"),
+    argument("--workers", type=int, metavar="N", help=f"{OF_BENCH} processes of one thread (default: the cores)"),
+    flag("--json", f"{OF_BENCH} print one JSON document"),
+    usage="ibq-scale experiments run [-h] {PICTURES | stability [PICTURES]} [options]",
+)
 def _run(args: argparse.Namespace) -> int:
+    """Run it again to go on: finished runs are skipped. 'run stability' measures usage over time on a frozen encoder
+    for every quantizer, from codebooks of several initial scales (UR-AUC).
+    """
     from ibq_scale.experiments.plan import SEEDS, trials
     from ibq_scale.experiments.run import run_trials
 
@@ -90,6 +72,7 @@ def _stability(args: argparse.Namespace, pictures: Path | None) -> int:
     return show(args, document(curves), text_table(curves), indent=2)
 
 
+@FAMILY.command("the configurations and their overrides of the preset", "")
 def _list(args: argparse.Namespace) -> int:
     from ibq_scale.experiments.plan import CONFIGURATIONS, PRESET
     from ibq_scale.experiments.stability import RATE, VARIANTS
@@ -101,6 +84,12 @@ def _list(args: argparse.Namespace) -> int:
     return 0
 
 
+@FAMILY.command(
+    "collect finished runs, draw the figures and fill the tables of docs/experiments.md",
+    "--runs runs/experiments --docs docs",
+    argument("--runs", type=Path, metavar="DIR", help="collect these first (default: use earlier results)"),
+    argument("--docs", type=Path, default=Path("docs"), metavar="DIR", help="default: docs"),
+)
 def _report(args: argparse.Namespace) -> int:
     from ibq_scale.experiments import stability
     from ibq_scale.experiments.document import write_document

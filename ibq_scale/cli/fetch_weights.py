@@ -5,30 +5,30 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ibq_scale.cli.options import JSON, Commands, add_command, argument, flag, show
+from ibq_scale.cli.options import JSON, Family, argument, flag, show
 from ibq_scale.console import gigabytes, tell
 
 NAMES = ("vgg", "alex", "inception", "dino", "dinov2")
 
 
-def add_commands(commands: Commands) -> None:
-    add_command(
-        commands,
-        "fetch-weights",
-        _fetch,
-        argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)} (default: all)"),
-        argument("--from", dest="given", type=Path, metavar="PATH", help="take them from a folder or file instead"),
-        flag("--list", "only list the files and the folder"),
-        JSON,
-        about="get the pretrained weights of losses and metrics, on a node with internet",
-        details="Download VGG16 and AlexNet (LPIPS), Inception (FID), DINO (discriminator) and DINOv2 (features) "
-        "to $IBQ_SCALE_WEIGHTS or ~/.cache/ibq-scale/weights, verified by their published hashes. DINO has none: "
-        "its tensors are checked, and its hash is recorded at the first fetch. Existing files stay.",
-        example="fetch-weights vgg inception",
-    )
+COMMAND = Family()
+add_commands = COMMAND.add_commands
 
 
+@COMMAND.command(
+    "get the pretrained weights of losses and metrics, on a node with internet",
+    "vgg inception",
+    argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)} (default: all)"),
+    argument("--from", dest="given", type=Path, metavar="PATH", help="take them from a folder or file instead"),
+    flag("--list", "only list the files and the folder"),
+    JSON,
+    name="fetch-weights",
+)
 def _fetch(args: argparse.Namespace) -> int:
+    """Download VGG16 and AlexNet (LPIPS), Inception (FID), DINO (discriminator) and DINOv2 (features) to
+    $IBQ_SCALE_WEIGHTS or ~/.cache/ibq-scale/weights, verified by their published hashes. DINO has none: its tensors are
+    checked, and its hash is recorded at the first fetch. Existing files stay.
+    """
     from ibq_scale.errors import UserError
     from ibq_scale.losses.weights import fetch, status
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ibq_scale.cli.options import JSON, Commands, add_command, argument, flag, show
+from ibq_scale.cli.options import JSON, Family, argument, flag, show
 from ibq_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,32 +16,17 @@ if TYPE_CHECKING:
 COLUMNS = ("run", "state", "step", "rate", "ETA", "checkpoint", "job", "nodes")
 
 
-def add_commands(commands: Commands) -> None:
-    add_command(
-        commands,
-        "jobs",
-        _jobs,
-        argument("runs", nargs="*", type=Path, metavar="RUN"),
-        JSON,
-        about="runs and how they stand",
-        details="State, step, rate, time left, newest checkpoint, job and nodes of runs: from Slurm's queue, and "
-        "from the run directories. Without RUN: all queued runs, and those in ./runs.",
-        example="jobs runs/tok runs/xl",
-    )
-    add_command(
-        commands,
-        "cancel",
-        _cancel,
-        argument("run_dir", type=Path, metavar="RUN"),
-        flag("--wait", "return when it has gone"),
-        about="save a run and stop it",
-        details="Take a run's queued jobs out of the queue, and ask the running ones to save, end and not "
-        "come back. Without Slurm, the process on this host is asked.",
-        example="cancel runs/tok --wait",
-    )
+COMMAND = Family()
+add_commands = COMMAND.add_commands
 
 
+@COMMAND.command(
+    "runs and how they stand", "runs/tok runs/xl", argument("runs", nargs="*", type=Path, metavar="RUN"), JSON
+)
 def _jobs(args: argparse.Namespace) -> int:
+    """State, step, rate, time left, newest checkpoint, job and nodes of runs: from Slurm's queue, and from the run
+    directories. Without RUN: all queued runs, and those in ./runs.
+    """
     from ibq_scale.cluster import slurm
     from ibq_scale.cluster.runs import describe, known_runs
     from ibq_scale.console import aligned, tell
@@ -77,7 +62,16 @@ def _row(run: Run) -> tuple[str, ...]:
     )
 
 
+@COMMAND.command(
+    "save a run and stop it",
+    "runs/tok --wait",
+    argument("run_dir", type=Path, metavar="RUN"),
+    flag("--wait", "return when it has gone"),
+)
 def _cancel(args: argparse.Namespace) -> int:
+    """Take a run's queued jobs out of the queue, and ask the running ones to save, end and not come back. Without
+    Slurm, the process on this host is asked.
+    """
     from ibq_scale.cluster.cancel import cancel, patience, wait
 
     if not args.run_dir.is_dir():

@@ -14,36 +14,55 @@ from ibq_scale.errors import UserError
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 Argument = tuple[tuple[str, ...], dict[str, Any]]
+Run = Callable[[argparse.Namespace], int]
 
 
-def add_family(
-    commands: Commands, name: str, about: str, title: str = "commands", metavar: str = "COMMAND"
-) -> Commands:
-    """A word before other commands."""
-    return commands.add_parser(name, help=about).add_subparsers(title=title, metavar=metavar, required=True)
+class Family:
+    """Commands with a common first word, or commands without one. `title` and `metavar`: of their list."""
 
+    def __init__(self, name: str = "", about: str = "", title: str = "commands", metavar: str = "COMMAND") -> None:
+        self.name, self.about, self.title, self.metavar = name, about, title, metavar
+        self._declared: list[Callable[[Commands], None]] = []
 
-def add_command(
-    commands: Commands,
-    name: str,
-    run: Callable[[argparse.Namespace], int],
-    *arguments: Argument,
-    about: str | None,
-    example: str,
-    details: str | None = None,
-    usage: str | None = None,
-    **defaults: Any,
-) -> None:
-    """Adds a command, which `run` executes. `about` None: no line in the list. `details`: its own help.
+    def command(
+        self,
+        about: str | None,
+        example: str,
+        *arguments: Argument,
+        name: str | None = None,
+        details: str | None = None,
+        usage: str | None = None,
+        **defaults: Any,
+    ) -> Callable[[Run], Run]:
+        """Declares the function below as a command of its name. `about` None: no line in the list.
 
-    With `RANKS` it is distributed, and `cli.main` starts its ranks if no launcher did. A default `check` runs before.
-    """
-    listed: dict[str, Any] = {} if about is None else {"help": about}
-    epilog = f"example: ibq-scale {example}"
-    parser = commands.add_parser(name, description=details, epilog=epilog, usage=usage, **listed)
-    for names, settings in arguments:
-        parser.add_argument(*names, **settings)
-    parser.set_defaults(run=run, distributed=RANKS in arguments, **defaults)
+        Its own help has `details` (default: the docstring) and the words of an example. With `RANKS` it is distributed,
+        and `cli.main` starts its ranks if no launcher did. A default `check` runs before.
+        """
+
+        def declare(run: Run) -> Run:
+            word = name or run.__name__.strip("_")
+            texts: dict[str, Any] = {} if about is None else {"help": about}
+            texts["description"] = details or " ".join((run.__doc__ or "").split()) or None
+            texts["epilog"] = " ".join(filter(None, ("example: ibq-scale", self.name, word, example)))
+
+            def add(commands: Commands) -> None:
+                parser = commands.add_parser(word, usage=usage, **texts)
+                for names, settings in arguments:
+                    parser.add_argument(*names, **settings)
+                parser.set_defaults(run=run, distributed=RANKS in arguments, **defaults)
+
+            self._declared.append(add)
+            return run
+
+        return declare
+
+    def add_commands(self, commands: Commands) -> None:
+        if self.name:
+            family = commands.add_parser(self.name, help=self.about)
+            commands = family.add_subparsers(title=self.title, metavar=self.metavar, required=True)
+        for add in self._declared:
+            add(commands)
 
 
 def argument(*names: str, **settings: Any) -> Argument:

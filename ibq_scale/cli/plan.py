@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ibq_scale.cli.options import JSON, OVERRIDES, Commands, add_command, argument, finite, real, show, whole
+from ibq_scale.cli.options import JSON, OVERRIDES, Family, argument, finite, real, show, whole
 from ibq_scale.console import gigabytes, short
 from ibq_scale.errors import UserError
 
@@ -23,33 +23,32 @@ if TYPE_CHECKING:
     from ibq_scale.scaling.prediction import Prediction, RunMeasured
 
 
-def add_commands(commands: Commands) -> None:
-    add_command(
-        commands,
-        "plan",
-        _plan,
-        argument("source", metavar="PRESET_OR_YAML_OR_RUN"),
-        OVERRIDES,
-        argument("--device", "--gpu", metavar="GPU", help="a100, h100, l40s …; cpu: this one"),
-        real("--memory", "memory of one GPU (10⁹ bytes), instead of its own", above=0, metavar="GB"),
-        whole("--gpus", "GPUs a node (default 1)"),
-        whole("--nodes", "default 1"),
-        real("--mfu", "assumed share of the peak, for the time", 0.45, above=0, metavar="SHARE"),
-        real("--net", "of a GPU to other nodes, one direction (default 50)", above=0, metavar="GB/S"),
-        argument("--data", metavar="URL", help="a prepared set: what its stream keeps and downloads"),
-        argument("--samples", type=finite, metavar="N", help="with --bytes, of a set that is not there yet"),
-        argument("--bytes", type=finite, metavar="B", help="with --samples; in shards of 64 MB"),
-        argument("--measured", type=Path, metavar="FILE", help="a bench's JSON: its rate instead of --mfu"),
-        JSON,
-        about="parameters, FLOPs, memory, checkpoint and time of a run, without a GPU",
-        details="Rehearse one micro-batch of the config's networks on tensors without memory and print a "
-        "run's needs: memory of each GPU, disk, time. An unknown GPU gets no time. For a run's directory, print the "
-        "step time and the peak memory that it measured too, and their ratios to the plan's.",
-        example="plan ar/xxl deepspeed.config=zero2 --device h100 --gpus 8 --nodes 4",
-    )
+COMMAND = Family()
+add_commands = COMMAND.add_commands
 
 
+@COMMAND.command(
+    "parameters, FLOPs, memory, checkpoint and time of a run, without a GPU",
+    "ar/xxl deepspeed.config=zero2 --device h100 --gpus 8 --nodes 4",
+    argument("source", metavar="PRESET_OR_YAML_OR_RUN"),
+    OVERRIDES,
+    argument("--device", "--gpu", metavar="GPU", help="a100, h100, l40s …; cpu: this one"),
+    real("--memory", "memory of one GPU (10⁹ bytes), instead of its own", above=0, metavar="GB"),
+    whole("--gpus", "GPUs a node (default 1)"),
+    whole("--nodes", "default 1"),
+    real("--mfu", "assumed share of the peak, for the time", 0.45, above=0, metavar="SHARE"),
+    real("--net", "of a GPU to other nodes, one direction (default 50)", above=0, metavar="GB/S"),
+    argument("--data", metavar="URL", help="a prepared set: what its stream keeps and downloads"),
+    argument("--samples", type=finite, metavar="N", help="with --bytes, of a set that is not there yet"),
+    argument("--bytes", type=finite, metavar="B", help="with --samples; in shards of 64 MB"),
+    argument("--measured", type=Path, metavar="FILE", help="a bench's JSON: its rate instead of --mfu"),
+    JSON,
+)
 def _plan(args: argparse.Namespace) -> int:
+    """Rehearse one micro-batch of the config's networks on tensors without memory and print a run's needs: memory of
+    each GPU, disk, time. An unknown GPU gets no time. For a run's directory, print the step time and the peak memory
+    that it measured too, and their ratios to the plan's.
+    """
     from ibq_scale.scaling.auto import settle
     from ibq_scale.scaling.fitting import largest_micro_batch, switches
     from ibq_scale.scaling.plan import Rate, make_plan

@@ -5,21 +5,18 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ibq_scale.cli.options import Commands, add_command, argument
+from ibq_scale.cli.options import Family, argument
+
+COMMAND = Family()
+add_commands = COMMAND.add_commands
 
 
-def add_commands(commands: Commands) -> None:
-    add_command(
-        commands,
-        "report",
-        _report,
-        argument("runs", nargs="+", type=Path, metavar="RUN"),
-        argument("--out", type=Path, metavar="FILE", help="default: report.html in the first run"),
-        about="curves, pictures and tables of runs as one offline HTML page",
-        example="report runs/ibq runs/vq --out compare.html",
-    )
-
-
+@COMMAND.command(
+    "curves, pictures and tables of runs as one offline HTML page",
+    "runs/ibq runs/vq --out compare.html",
+    argument("runs", nargs="+", type=Path, metavar="RUN"),
+    argument("--out", type=Path, metavar="FILE", help="default: report.html in the first run"),
+)
 def _report(args: argparse.Namespace) -> int:
     from ibq_scale.report.compare import write_report
 

@@ -11,8 +11,7 @@ from ibq_scale.cli.options import (
     JSON,
     RANKS,
     Checked,
-    Commands,
-    add_command,
+    Family,
     argument,
     finite,
     flag,
@@ -29,56 +28,8 @@ if TYPE_CHECKING:
     from ibq_scale.models.sampling import SamplingSettings
 
 
-def add_commands(commands: Commands) -> None:
-    add_command(
-        commands,
-        "sample",
-        _sample,
-        argument("checkpoint", metavar="AR_CKPT", help="run directory, checkpoint or exported model"),
-        argument("--tokenizer", required=True, metavar="CKPT", help="the tokenizer of its codes"),
-        argument("--to", required=True, type=Path, metavar="DIR"),
-        argument(
-            "--classes",
-            action=Checked,
-            check=parse_classes,
-            metavar="LIST",
-            help="labels, for example 0,7,20-29 (default: all)",
-        ),
-        argument(
-            "--captions", type=Path, metavar="FILE", help="one caption a line, for a model with conditioning=embedding"
-        ),
-        argument("--prompt", action="append", metavar="TEXT", help="a caption; may be given again"),
-        whole("--per-class", "images a class or caption", 8),
-        argument("--guidance", type=finite, help="1 is none (default)"),
-        argument(
-            "--guidance-schedule",
-            choices=("constant", "linear", "power-cosine"),
-            default="constant",
-            help="linear (MAR) and power-cosine (RAR) rise over the codes from none to --guidance",
-        ),
-        real("--guidance-power", "of power-cosine", 1.0, above=0, metavar="P"),
-        real("--temperature", "default 1", above=0),
-        flag(
-            "--published",
-            "the published guidance and temperature of the model's size, if not given: "
-            "b 2.25, 1.10; l 2.0, 1.0; xl 2.35, 1.15; xxl 2.85, 1.20 (FID there: --per-class 50)",
-        ),
-        argument("--top-k", type=int, default=0, help="0 keeps every code (default)"),
-        argument("--top-p", type=finite, default=1.0, help="1 keeps every code (default)"),
-        flag("--greedy", "always the likeliest code"),
-        argument("--seed", type=int, default=0),
-        whole("--batch", "images at once on a rank", 32),
-        argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the transformer (default fp32)"),
-        flag("--compile", "give the transformer's blocks to torch.compile (for GPUs, long jobs)"),
-        part("only every N-th batch from I on: for an array of jobs"),
-        JSON,
-        RANKS,
-        about="images by class: PNG grid and .npz",
-        details="Sample images. The same job gives the same bytes on any number of ranks, and goes on where it was "
-        "stopped when it is run again. Image i of a class is a function of the seed, the class and i.",
-        example="sample runs/xl --tokenizer runs/tok --to samples --per-class 50 --published",
-        check=_check,
-    )
+COMMAND = Family()
+add_commands = COMMAND.add_commands
 
 
 def parse_classes(text: str) -> list[int]:
@@ -132,7 +83,54 @@ def _settings(args: argparse.Namespace, config: TransformerConfig) -> SamplingSe
     )
 
 
+@COMMAND.command(
+    "images by class: PNG grid and .npz",
+    "runs/xl --tokenizer runs/tok --to samples --per-class 50 --published",
+    argument("checkpoint", metavar="AR_CKPT", help="run directory, checkpoint or exported model"),
+    argument("--tokenizer", required=True, metavar="CKPT", help="the tokenizer of its codes"),
+    argument("--to", required=True, type=Path, metavar="DIR"),
+    argument(
+        "--classes",
+        action=Checked,
+        check=parse_classes,
+        metavar="LIST",
+        help="labels, for example 0,7,20-29 (default: all)",
+    ),
+    argument(
+        "--captions", type=Path, metavar="FILE", help="one caption a line, for a model with conditioning=embedding"
+    ),
+    argument("--prompt", action="append", metavar="TEXT", help="a caption; may be given again"),
+    whole("--per-class", "images a class or caption", 8),
+    argument("--guidance", type=finite, help="1 is none (default)"),
+    argument(
+        "--guidance-schedule",
+        choices=("constant", "linear", "power-cosine"),
+        default="constant",
+        help="linear (MAR) and power-cosine (RAR) rise over the codes from none to --guidance",
+    ),
+    real("--guidance-power", "of power-cosine", 1.0, above=0, metavar="P"),
+    real("--temperature", "default 1", above=0),
+    flag(
+        "--published",
+        "the published guidance and temperature of the model's size, if not given: "
+        "b 2.25, 1.10; l 2.0, 1.0; xl 2.35, 1.15; xxl 2.85, 1.20 (FID there: --per-class 50)",
+    ),
+    argument("--top-k", type=int, default=0, help="0 keeps every code (default)"),
+    argument("--top-p", type=finite, default=1.0, help="1 keeps every code (default)"),
+    flag("--greedy", "always the likeliest code"),
+    argument("--seed", type=int, default=0),
+    whole("--batch", "images at once on a rank", 32),
+    argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the transformer (default fp32)"),
+    flag("--compile", "give the transformer's blocks to torch.compile (for GPUs, long jobs)"),
+    part("only every N-th batch from I on: for an array of jobs"),
+    JSON,
+    RANKS,
+    check=_check,
+)
 def _sample(args: argparse.Namespace) -> int:
+    """Sample images. The same job gives the same bytes on any number of ranks, and goes on where it was stopped when it
+    is run again. Image i of a class is a function of the seed, the class and i.
+    """
     import torch
 
     from ibq_scale.distributed.environment import join

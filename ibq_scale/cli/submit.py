@@ -9,7 +9,7 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ibq_scale.cli.options import JSON, Commands, add_command, argument, flag, show, whole
+from ibq_scale.cli.options import JSON, Family, argument, flag, show, whole
 from ibq_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,24 +50,8 @@ QUEUE = (
 )
 
 
-def add_commands(commands: Commands) -> None:
-    add_command(
-        commands,
-        "submit",
-        _submit,
-        argument("source", metavar="PRESET_OR_YAML", help="or tokenize, sample, evaluate"),
-        argument("overrides", nargs="*", metavar="key=value", help="or that command's own words"),
-        *QUEUE,
-        whole("--array", "jobs to share the work of tokenize or sample"),
-        whole("--chain", "N jobs, each resumes from the one before", 1),
-        flag("--dry-run", "check, print the sbatch file, and submit nothing"),
-        JSON,
-        about="check a run and submit it to Slurm",
-        details="Check a run, copy code and config to RUN/submitted, fill slurm/train_*.sbatch and submit it. "
-        "Flags win over the cluster's profile (~/.config/ibq-scale/clusters.yaml), that over the file's own lines. "
-        "The same for another command, behind --: submit --nodes 1 --array 16 -- sample runs/xl --to samples …",
-        example="submit ar/xl data.train=s3://bucket/codes out=/shared/xl --nodes 4 --time 24:00:00",
-    )
+COMMAND = Family()
+add_commands = COMMAND.add_commands
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -76,7 +60,22 @@ def settings_of(args: argparse.Namespace) -> dict[str, Any]:
     return {key: getattr(args, key) for key in keys}
 
 
+@COMMAND.command(
+    "check a run and submit it to Slurm",
+    "ar/xl data.train=s3://bucket/codes out=/shared/xl --nodes 4 --time 24:00:00",
+    argument("source", metavar="PRESET_OR_YAML", help="or tokenize, sample, evaluate"),
+    argument("overrides", nargs="*", metavar="key=value", help="or that command's own words"),
+    *QUEUE,
+    whole("--array", "jobs to share the work of tokenize or sample"),
+    whole("--chain", "N jobs, each resumes from the one before", 1),
+    flag("--dry-run", "check, print the sbatch file, and submit nothing"),
+    JSON,
+)
 def _submit(args: argparse.Namespace) -> int:
+    """Check a run, copy code and config to RUN/submitted, fill slurm/train_*.sbatch and submit it. Flags win over the
+    cluster's profile (~/.config/ibq-scale/clusters.yaml), that over the file's own lines. The same for another command,
+    behind --: submit --nodes 1 --array 16 -- sample runs/xl --to samples …
+    """
     from ibq_scale.cluster.submit import next_snapshot, render, submit
 
     request, cluster, command = _request(args)

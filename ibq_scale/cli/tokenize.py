@@ -6,45 +6,15 @@ import argparse
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ibq_scale.cli.options import JSON, RANKS, Argument, Checked, Commands, add_command, argument, show, whole
+from ibq_scale.cli.options import JSON, RANKS, Argument, Checked, Family, argument, show, whole
 from ibq_scale.errors import UserError
 
 if TYPE_CHECKING:
     from ibq_scale.generate.codes import TokenizeReport
 
 
-def add_commands(commands: Commands) -> None:
-    add_command(
-        commands,
-        "tokenize",
-        _tokenize,
-        argument("checkpoint", metavar="CKPT", help="run directory, checkpoint or exported model"),
-        argument("data", metavar="DATA", help="folder or s3:// prefix from 'prepare images'"),
-        argument("--to", required=True, metavar="URL", help="folder or s3://bucket/prefix for the codes"),
-        whole("--batch", "images at once on a rank", 32),
-        argument(
-            "--crops", choices=("center", "ten"), default="center", help="ten: corners, centre, and mirrored (LlamaGen)"
-        ),
-        part("only every N-th shard from I on: for an array of jobs"),
-        argument(
-            "--captions",
-            metavar="FILE",
-            help="store conditions for model.conditioning=embedding: lines of KEY, a tab and the caption (KEY: the "
-            "image's key, path or class), or 'classes' for the names of the classes",
-        ),
-        argument(
-            "--encoder",
-            default="hash",
-            metavar="NAME",
-            help="text encoder: hash (default), t5:NAME or clip:NAME of the Hub",
-        ),
-        whole("--caption-tokens", "most vectors a caption (default: the encoder's)"),
-        JSON,
-        RANKS,
-        about="images → code shards, by a trained tokenizer",
-        details="Encode a prepared data set. Run the same command again to go on after a stop.",
-        example="tokenize runs/tok s3://bucket/imagenet --to s3://bucket/imagenet-codes",
-    )
+COMMAND = Family()
+add_commands = COMMAND.add_commands
 
 
 def part(about: str) -> Argument:
@@ -59,7 +29,35 @@ def _part(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
+@COMMAND.command(
+    "images → code shards, by a trained tokenizer",
+    "runs/tok s3://bucket/imagenet --to s3://bucket/imagenet-codes",
+    argument("checkpoint", metavar="CKPT", help="run directory, checkpoint or exported model"),
+    argument("data", metavar="DATA", help="folder or s3:// prefix from 'prepare images'"),
+    argument("--to", required=True, metavar="URL", help="folder or s3://bucket/prefix for the codes"),
+    whole("--batch", "images at once on a rank", 32),
+    argument(
+        "--crops", choices=("center", "ten"), default="center", help="ten: corners, centre, and mirrored (LlamaGen)"
+    ),
+    part("only every N-th shard from I on: for an array of jobs"),
+    argument(
+        "--captions",
+        metavar="FILE",
+        help="store conditions for model.conditioning=embedding: lines of KEY, a tab and the caption (KEY: the "
+        "image's key, path or class), or 'classes' for the names of the classes",
+    ),
+    argument(
+        "--encoder",
+        default="hash",
+        metavar="NAME",
+        help="text encoder: hash (default), t5:NAME or clip:NAME of the Hub",
+    ),
+    whole("--caption-tokens", "most vectors a caption (default: the encoder's)"),
+    JSON,
+    RANKS,
+)
 def _tokenize(args: argparse.Namespace) -> int:
+    """Encode a prepared data set. Run the same command again to go on after a stop."""
     from ibq_scale.distributed.environment import join
     from ibq_scale.generate.codes import tokenize
 

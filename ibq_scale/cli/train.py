@@ -5,34 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ibq_scale.cli.options import OVERRIDES, RANKS, Commands, add_command, add_family, argument
+from ibq_scale.cli.options import OVERRIDES, RANKS, Family, argument
 
-STAGES = (
-    (
-        "tokenizer",
-        "stage 1: the image tokenizer",
-        "tokenizer/ibq-16384 data.train=s3://bucket/imagenet out=runs/tok",
-    ),
-    ("ar", "stage 2: the transformer on its codes", "ar/xl data.train=s3://bucket/imagenet-codes out=runs/xl"),
-)
-
-
-def add_commands(commands: Commands) -> None:
-    family = add_family(commands, "train", "train a tokenizer or an AR transformer", "stages", "STAGE")
-    for task, about, example in STAGES:
-        add_command(
-            family,
-            task,
-            _train,
-            argument("source", metavar="PRESET_OR_YAML", help=f"{task}/NAME, or NAME alone"),
-            OVERRIDES,
-            RANKS,
-            about=about,
-            details=f"Train {about}. Run the same command again to resume from the newest whole checkpoint.",
-            example=f"train {task} {example}",
-            check=_check,
-            task=task,
-        )
+FAMILY = Family("train", "train a tokenizer or an AR transformer", "stages", "STAGE")
+add_commands = FAMILY.add_commands
+SOURCE = argument("source", metavar="PRESET_OR_YAML", help="STAGE/NAME, or NAME alone")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -46,7 +23,28 @@ def _check(args: argparse.Namespace) -> None:
         weight_file(name)
 
 
+@FAMILY.command(
+    "stage 2: the transformer on its codes",
+    "ar/xl data.train=s3://bucket/imagenet-codes out=runs/xl",
+    SOURCE,
+    OVERRIDES,
+    RANKS,
+    name="ar",
+    check=_check,
+    task="ar",
+)
+@FAMILY.command(
+    "stage 1: the image tokenizer",
+    "tokenizer/ibq-16384 data.train=s3://bucket/imagenet out=runs/tok",
+    SOURCE,
+    OVERRIDES,
+    RANKS,
+    name="tokenizer",
+    check=_check,
+    task="tokenizer",
+)
 def _train(args: argparse.Namespace) -> int:
+    """Train a stage. Run the same command again to resume from the newest whole checkpoint."""
     from contextlib import closing
     from pathlib import Path
 
