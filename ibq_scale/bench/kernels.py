@@ -92,7 +92,6 @@ def kernel_rows(
 
 
 def row(kernel: str, arch: str, precision: Precision, dim: int, tile: Tile) -> Row:
-    """Compiles one."""
     from ibq_scale.quantize.compiled import build, machine_code, needs
 
     limit = SHARED_LIMITS[arch]

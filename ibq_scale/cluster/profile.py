@@ -53,7 +53,6 @@ class Profile(Section):
 
 
 def profiles_path() -> Path:
-    """The path of the profiles."""
     return Path(os.environ.get(PATH_VARIABLE) or Path.home() / ".config/ibq-scale/clusters.yaml")
 
 

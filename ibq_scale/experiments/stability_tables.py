@@ -7,8 +7,8 @@ from dataclasses import asdict
 
 from ibq_scale.console import aligned
 from ibq_scale.experiments.stability import VARIANTS, Curve, Variant, ur_auc
-from ibq_scale.experiments.tables import ceiling, mean_and_spread
-from ibq_scale.report.svg import Axis, Panel, Series, figure
+from ibq_scale.experiments.tables import ceiling, markdown_table, mean_and_spread
+from ibq_scale.report.svg import USAGE, Panel, Series, figure, step_axis
 
 NOTHING = "–"
 
@@ -34,7 +34,6 @@ def _grouped(curves: Sequence[Curve]) -> Iterator[tuple[int, Variant, list[Curve
 
 
 def text_table(curves: Sequence[Curve]) -> list[str]:
-    """Lines for a terminal."""
     return [conditions(curves), "", *aligned(rows_of(curves))]
 
 
@@ -48,12 +47,9 @@ def document(curves: Sequence[Curve]) -> dict[str, object]:
 
 
 def markdown(curves: Sequence[Curve]) -> str:
-    """The table in the document."""
     if not curves:
         return "No run is finished."
-    heads, *rows = rows_of(curves)
-    lines = ["| " + " | ".join(cells) + " |" for cells in (heads, *rows)]
-    return "\n".join([conditions(curves), "", lines[0], "|" + "---|" * len(heads), *lines[1:]])
+    return "\n".join([conditions(curves), "", *markdown_table(rows_of(curves))])
 
 
 def conditions(curves: Sequence[Curve]) -> str:
@@ -74,18 +70,8 @@ def figures(curves: Sequence[Curve]) -> dict[str, str]:
             _series(variant.label, slot, [c for c in curves if (c.codes, c.name) == (codes, variant.name)])
             for slot, variant in enumerate(VARIANTS)
         ]
-        first, last = curves[0].steps[0], curves[0].steps[-1]
-        ticks = [(step, f"{step}") for step in range(first, last + 1, max(1, (last - first) // 4))]
-        shares = [(v / 100, f"{v} %") for v in (0, 25, 50, 75, 100)]
-        panels.append(
-            Panel(
-                f"{codes:,} codes",
-                Axis("step", first, max(last, first + 1), ticks),
-                Axis("codes in use", 0, 1, shares),
-                [s for s in series if s.line],
-                right=128,
-            )
-        )
+        steps = step_axis(curves[0].steps[0], curves[0].steps[-1])
+        panels.append(Panel(f"{codes:,} codes", steps, USAGE, [s for s in series if s.line], right=128))
     if not panels:
         return {}
     scales = ", ".join(f"{m:g}" for m in sorted({c.scale for c in curves if c.scale is not None}))

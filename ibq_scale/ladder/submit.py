@@ -32,8 +32,6 @@ class Submitted:
 
 @dataclass(frozen=True)
 class Order:
-    """Settings for the queue. See `cluster.submit`."""
-
     nodes: int
     profile: Profile
     cluster: str | None

@@ -37,7 +37,6 @@ class TextEncoder(NamedTuple):
     encode: Callable[[Sequence[str]], list[Tensor]]
 
     def condition(self, captions: Sequence[str]) -> Condition:
-        """The captions' vectors as one batch."""
         return padded(self.encode(captions), self.tokens)
 
 

@@ -37,6 +37,15 @@ class Axis:
         return start + share * (end - start)
 
 
+USAGE = Axis("codes in use", 0, 1, [(v / 100, f"{v} %") for v in (0, 25, 50, 75, 100)])
+
+
+def step_axis(first: int, last: int) -> Axis:
+    """Training steps, with about five ticks."""
+    every = max(1, (last - first) // 4)
+    return Axis("step", first, max(last, first + 1), [(step, f"{step}") for step in range(first, last + 1, every)])
+
+
 @dataclass(frozen=True)
 class Series:
     """`line` through points (x, y), `band` of (x, low, high) around it, single `dots`, and a `label` at the

@@ -13,7 +13,7 @@ from ibq_scale.data.sets import DataSets
 from ibq_scale.data.stream import evaluation_codes, shares
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
-from ibq_scale.evaluate.gather import gather_rows
+from ibq_scale.evaluate.scores import gather_rows
 from ibq_scale.generate.published import published_sampling
 from ibq_scale.models.condition import Condition
 from ibq_scale.models.sampling import Sampler, SamplingSettings

@@ -12,7 +12,7 @@ from ibq_scale.data.sets import DataSets
 from ibq_scale.data.stream import evaluation_codes
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
-from ibq_scale.evaluate.gather import gather_rows
+from ibq_scale.evaluate.scores import gather_rows
 from ibq_scale.models.condition import Condition
 from ibq_scale.models.transformer import Transformer
 from ibq_scale.supervise.compatible import check_codes, class_difference, open_held_out, same_classes

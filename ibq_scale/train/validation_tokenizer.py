@@ -15,7 +15,7 @@ from ibq_scale.distributed.agree import of_all_ranks
 from ibq_scale.distributed.world import World
 from ibq_scale.evaluate.reconstruction import FILES, Networks, measure
 from ibq_scale.losses.weights import missing
-from ibq_scale.pretrained.loading import Tokenizer
+from ibq_scale.pretrained.models import Tokenizer
 from ibq_scale.supervise.compatible import open_held_out
 
 # By default. AlexNet's LPIPS adds little to VGG's.

@@ -19,7 +19,8 @@ from torch import Tensor
 from ibq_scale.cli.main import main
 from ibq_scale.config.models import AutoencoderConfig, QuantizerConfig
 from ibq_scale.errors import UserError
-from ibq_scale.pretrained.loading import Tokenizer, load_tokenizer, save_tokenizer
+from ibq_scale.pretrained.loading import load_tokenizer, save_tokenizer
+from ibq_scale.pretrained.models import Tokenizer
 from ibq_scale.pretrained.published import CODEBOOK, SIZES, _sizes_of_tokenizer, import_published, published_tokenizer
 
 State = dict[str, Tensor]
