@@ -35,6 +35,21 @@ WHOLE = Shards()
 """The whole codebook on this rank, alone."""
 
 
+def own_group(partition: Iterable[Sequence[int]]) -> Group:
+    """This rank's group, of a partition of the world's ranks. None for a group of one.
+
+    Every rank makes every group, as torch demands.
+    """
+    own: Group = None
+    for ranks in partition:
+        if len(ranks) > 1:
+            made = dist.new_group(list(ranks))
+            if dist.get_rank() in ranks:
+                assert isinstance(made, dist.ProcessGroup)
+                own = made
+    return own
+
+
 def size_of(group: Group) -> int:
     """Ranks in the group."""
     return 1 if group is None else dist.get_world_size(group)

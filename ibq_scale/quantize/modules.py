@@ -21,7 +21,7 @@ from torch.utils import _pytree
 
 from ibq_scale.config.models import QuantizerConfig
 from ibq_scale.errors import UserError
-from ibq_scale.quantize.collectives import rank_in, size_of, sum_over
+from ibq_scale.quantize.collectives import Group, rank_in, size_of, sum_over
 from ibq_scale.quantize.kinds import KINDS
 from ibq_scale.quantize.placement import Layout, Placement
 from ibq_scale.quantize.quantized import Quantized
@@ -102,7 +102,7 @@ class Quantizer(nn.Module):
         learns = KINDS[self.kind].learns
         place = torch.get_default_device() if device is None else torch.device(device)
         self._sharded = learns != "nothing" and self.placement.group is not None
-        self._start, stop = rows_of(*self._place_in_group(), codes)
+        self._start, stop = rows_of(rank_in(self._group), size_of(self._group), codes)
         rows = torch.empty(stop - self._start, self.settings.dim, device=place)
         if learns == "rows":
             self.codebook: Tensor = nn.Parameter(rows)
@@ -190,8 +190,7 @@ class Quantizer(nn.Module):
         sizes = self.placement.layout(len(z_ND), z.device).shards.sizes
         with torch.autocast(z.device.type, enabled=False):
             rows_KD = self.rows()
-            group = self.placement.group if self._sharded else None
-            found_N = find(z_ND.to(rows_KD.dtype), rows_KD, self.settings, group, sizes).index_N
+            found_N = find(z_ND.to(rows_KD.dtype), rows_KD, self.settings, self._group, sizes).index_N
         return self._spread(found_N, keep_N, _MASKED).view(z_XD.shape[:-1])
 
     @torch.no_grad()
@@ -206,9 +205,8 @@ class Quantizer(nn.Module):
                 f"{int(flat.min())} to {int(flat.max())}"
             )
         with torch.autocast(flat.device.type, enabled=False):
-            group = self.placement.group if self._sharded else None
             sizes = self.placement.layout(len(flat), flat.device).shards.sizes if self._sharded else None
-            codes_ND = lookup(flat.clamp(min=0), self.rows(), group, sizes, self.settings)
+            codes_ND = lookup(flat.clamp(min=0), self.rows(), self._group, sizes, self.settings)
         codes = codes_ND.masked_fill((flat < 0)[:, None], 0).view(*indices.shape, self.dim)
         return codes.movedim(-1, 1) if self.channel_first else codes
 
@@ -312,9 +310,10 @@ class Quantizer(nn.Module):
             )
         super().__setattr__(name, value)
 
-    def _place_in_group(self) -> tuple[int, int]:
-        group = self.placement.group if self._sharded else None
-        return rank_in(group), size_of(group)
+    @property
+    def _group(self) -> Group:
+        """The ranks with the other rows."""
+        return self.placement.group if self._sharded else None
 
     @property
     def _name(self) -> str:

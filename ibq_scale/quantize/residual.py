@@ -48,6 +48,10 @@ class _Several(nn.Module):
         """Of one level or group."""
         return int(self[0].codes)
 
+    @property
+    def is_straight_through(self) -> bool:
+        return bool(self[0].is_straight_through)
+
     def _axis(self) -> int:
         return 1 if self.channel_first else -1
 
@@ -88,10 +92,6 @@ class ResidualQuantizer(_Several):
     @property
     def dim(self) -> int:
         return int(self[0].dim)
-
-    @property
-    def is_straight_through(self) -> bool:
-        return bool(self[0].is_straight_through)
 
     def forward(self, z: Tensor, mask: Tensor | None = None, levels: int | None = None) -> QuantizerOutput:
         """Quantizes z. `levels`: only the first ones. `mask`: as in `Quantizer.forward`, not with sizes."""
@@ -193,10 +193,6 @@ class ProductQuantizer(_Several):
     @property
     def dim(self) -> int:
         return int(self[0].dim) * self.count
-
-    @property
-    def is_straight_through(self) -> bool:
-        return bool(self[0].is_straight_through)
 
     def forward(self, z: Tensor, mask: Tensor | None = None) -> QuantizerOutput:
         """Quantizes z, with a mask as in `Quantizer.forward`."""
