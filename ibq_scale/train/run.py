@@ -53,8 +53,7 @@ from ibq_scale.supervise.preemption import REQUEUE_EXIT_CODE, StopRequest
 from ibq_scale.supervise.restart import Restart
 from ibq_scale.supervise.run_lock import locked
 from ibq_scale.supervise.watchdog import FIRST_STEP_FACTOR, HUNG_EXIT_CODE, Watchdog
-from ibq_scale.train.determinism import fix_the_order_of_sums
-from ibq_scale.train.kernel_tiles import settle_tiles
+from ibq_scale.train.determinism import fix_the_order_of_sums, settle_tiles
 from ibq_scale.train.memory_pressure import MemoryPressure, settle_within_limit
 from ibq_scale.train.schedule import shape_of
 from ibq_scale.train.startup_summary import startup_summary

@@ -46,12 +46,12 @@ from ibq_scale.supervise.budgets import BadSamples
 from ibq_scale.supervise.dashboards import Histogram
 from ibq_scale.supervise.spikes import Spikes
 from ibq_scale.train.codebook import ShardedCodebook
+from ibq_scale.train.determinism import seed_by_position
 from ibq_scale.train.ema_model import ema_tokenizer
-from ibq_scale.train.randomness import seed_by_position
 from ibq_scale.train.schedule import codebook_lr, lr_factor
 from ibq_scale.train.task import Step, StepMetrics, Validation
 from ibq_scale.train.usage import UsageTracker
-from ibq_scale.train.validation_tokenizer import HeldOutImages
+from ibq_scale.train.validation import HeldOutImages
 from ibq_scale.zero.engine import always, discriminator_config, gradient_norm, make_engine, set_rates, step
 from ibq_scale.zero.engine_state import engine_file, load_engine, restore_weights
 from ibq_scale.zero.sharded_ema import ShardedEMA
