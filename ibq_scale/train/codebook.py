@@ -18,7 +18,7 @@ from ibq_scale.checkpoint.pieces import Piece, PieceReader, piece_file
 from ibq_scale.config.batch import codebook_group_size
 from ibq_scale.config.run import TokenizerRun
 from ibq_scale.distributed.world import World
-from ibq_scale.models.optimizers import MOMENTS, adam, restored_state
+from ibq_scale.models.optimizers import MOMENTS, adam, clipped_step, restored_state
 from ibq_scale.pretrained.loading import CODEBOOK, codebook_part, codebook_to_start_from
 from ibq_scale.quantize.collectives import Shards, gather_rows, own_group
 from ibq_scale.quantize.kinds import KINDS
@@ -92,17 +92,13 @@ class ShardedCodebook:
         if self.replicas is not None:
             dist.all_reduce(grad, group=self.replicas)
         grad.div_(self.world.size)
-        norm = self._norm(grad)
-        if not bool(norm.isfinite()):
-            return False
-        if self.grad_clip > 0:
-            grad.mul_((self.grad_clip / (norm + 1e-6)).clamp(max=1.0))
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.ema_rows.lerp_(self.rows.detach(), 1.0 - self.ema_decay)
-        return True
+        square = grad.square().sum()
+        if self.group is not None:
+            dist.all_reduce(square, group=self.group)
+        applied = clipped_step(self.optimizer, grad, square.sqrt(), self.grad_clip, lr)
+        if applied:
+            self.ema_rows.lerp_(self.rows.detach(), 1.0 - self.ema_decay)
+        return applied
 
     def drop_gradient(self) -> None:
         """Drops the accumulated gradient and the choices of codes, for a skipped step."""
@@ -130,12 +126,6 @@ class ShardedCodebook:
             if moment in self.optimizer.state.get(self.rows, {}):
                 self.optimizer.state[self.rows][moment][places] = 0
         return len(places)
-
-    def _norm(self, grad: Tensor) -> Tensor:
-        square = grad.square().sum()
-        if self.group is not None:
-            dist.all_reduce(square, group=self.group)
-        return square.sqrt()
 
     def state(self, folder: str) -> list[StateFile]:
         """This rank's rows and moments. Replicas hold the same and give nothing."""

@@ -22,12 +22,7 @@ from ibq_scale.config.run import TokenizerRun
 from ibq_scale.data.sets import DataSets
 from ibq_scale.data.stream import ImageBatch, image_stream, to_float
 from ibq_scale.distributed.world import World
-from ibq_scale.losses.adversarial import (
-    LastLayer,
-    LeCAM,
-    adaptive_weight,
-    discriminator_hinge,
-)
+from ibq_scale.losses.adversarial import LastLayer, LeCAM, adaptive_weight, discriminator_hinge
 from ibq_scale.losses.frozen_vit import FrozenFeatures, backbone_of
 from ibq_scale.losses.image import ImageLoss
 from ibq_scale.losses.perceptual import Perceptual
@@ -40,7 +35,6 @@ from ibq_scale.models.precision import compute_dtype
 from ibq_scale.pictures import reconstruction_grid
 from ibq_scale.pretrained.loading import CONFIG, config_text, load_tokenizer, start_from
 from ibq_scale.quantize.kinds import KINDS
-from ibq_scale.quantize.quantized import Quantized
 from ibq_scale.supervise.alarms import Above, Drop, Rule, Spike
 from ibq_scale.supervise.budgets import BadSamples
 from ibq_scale.supervise.dashboards import Histogram
@@ -244,8 +238,10 @@ class TokenizerTask:
             "quantization": quantized.quantization_loss.detach(),
             "entropy": quantized.entropy_loss.detach(),
             "loss": loss + rest.detach(),
+            "sample_entropy": quantized.sample_entropy.detach(),
+            "batch_entropy": quantized.batch_entropy.detach(),
         }
-        return metrics | _entropies(quantized), shown
+        return metrics, shown
 
     def _adaptive_weight(self, *gradients: Tensor) -> Tensor:
         """From the gradients' means over ranks, so every rank gets the same weight."""
@@ -342,10 +338,3 @@ def _codes_of(run: TokenizerRun) -> list[str]:
         return []
     first = load_tokenizer(run.init)
     return [*first.codes_of, first.hash]
-
-
-def _entropies(quantized: Quantized) -> StepMetrics:
-    return {
-        "sample_entropy": quantized.sample_entropy.detach(),
-        "batch_entropy": quantized.batch_entropy.detach(),
-    }
