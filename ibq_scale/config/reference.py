@@ -112,15 +112,11 @@ def _table(section: type[BaseModel], default: BaseModel | None, prefix: str) -> 
         if fixed_section_of(field.annotation) is not None or name == "task":
             continue
         of = {**schema["properties"][name], **({"default": given[name]} if name in given else {})}
-        cells = [f"`{prefix}{name}`", _type(of), _default(of), field.description or ""]
+        required = "default" not in of or of["default"] == MISSING
+        value = OPEN if required else f"`{json.dumps(of['default'], ensure_ascii=False)}`"
+        cells = [f"`{prefix}{name}`", _type(of), value, field.description or ""]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def _default(of: Mapping[str, Any]) -> str:
-    if "default" not in of or of["default"] == MISSING:
-        return OPEN
-    return f"`{json.dumps(of['default'], ensure_ascii=False)}`"
 
 
 def _type(of: Mapping[str, Any]) -> str:

@@ -37,7 +37,7 @@ from ibq_scale.distributed.agree import of_all_ranks
 from ibq_scale.distributed.failures import describe, follows
 from ibq_scale.distributed.node_check import check_nodes
 from ibq_scale.distributed.side_channel import SideChannel
-from ibq_scale.distributed.timeouts import set_timeouts
+from ibq_scale.distributed.waiting import set_timeouts
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from ibq_scale.report.compare import write_report

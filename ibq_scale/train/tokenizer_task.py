@@ -28,8 +28,7 @@ from ibq_scale.losses.image import ImageLoss
 from ibq_scale.losses.perceptual import Perceptual
 from ibq_scale.models.aligned import AlignedTokenizer
 from ibq_scale.models.autoencoder import TokenizerModel, frozen_parameters, tokens_of
-from ibq_scale.models.dino_discriminator import iterate_spectral_norms
-from ibq_scale.models.discriminator import make_discriminator
+from ibq_scale.models.discriminator import iterate_spectral_norms, make_discriminator
 from ibq_scale.models.optimizers import adam
 from ibq_scale.models.precision import compute_dtype
 from ibq_scale.pictures import reconstruction_grid
