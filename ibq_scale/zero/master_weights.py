@@ -55,6 +55,11 @@ def fragments(engine: Any, world: World) -> list[Fragment]:
     return [fragment for fragment in found if fragment is not None]
 
 
+def pieces(engine: Any, world: World) -> list[Piece]:
+    """The weights of this rank's share."""
+    return [fragment.piece() for fragment in fragments(engine, world)]
+
+
 def held(engine: Any, world: World) -> list[Fragment]:
     """All that this rank's optimizer updates: its share, or every parameter without ZeRO."""
     if hasattr(engine.optimizer, "optimizer"):

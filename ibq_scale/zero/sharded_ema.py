@@ -14,7 +14,7 @@ from ibq_scale.checkpoint.pieces import WEIGHTS, Piece, PieceReader, piece_file
 from ibq_scale.distributed.world import World
 from ibq_scale.models.ema import EMA
 from ibq_scale.pretrained.loading import InCheckpoint
-from ibq_scale.zero.master_weights import fragments, shapes
+from ibq_scale.zero.master_weights import pieces, shapes
 
 # Elements gathered at a time, in fp32.
 CHUNK = 2**26
@@ -75,7 +75,7 @@ class ShardedEMA:
                 flat[start : start + len(part)].copy_(part)
 
     def _live(self) -> list[Piece]:
-        return [fragment.piece() for fragment in fragments(self.engine, self.world)]
+        return pieces(self.engine, self.world)
 
 
 def _overlap(piece: Piece, start: int, out: Tensor) -> None:
