@@ -21,12 +21,7 @@ from ibq_scale.config.models import (
     QuantizerConfig,
     TransformerConfig,
 )
-from ibq_scale.config.optimizer import (
-    ARScheduleConfig,
-    OptimizerConfig,
-    ScheduleConfig,
-    TokenizerOptimizerConfig,
-)
+from ibq_scale.config.optimizer import ARScheduleConfig, OptimizerConfig, ScheduleConfig, TokenizerOptimizerConfig
 from ibq_scale.config.secrets import masked
 
 if TYPE_CHECKING:
@@ -293,8 +288,7 @@ class MetricsConfig(Section):
         None, description="Serve OpenMetrics at http://HOST:PORT/metrics. A taken port costs a line, not the run."
     )
     host: str = Field(
-        "127.0.0.1",
-        description="Address of `port`. `0.0.0.0`: all networks of the node, without a password.",
+        "127.0.0.1", description="Address of `port`. `0.0.0.0`: all networks of the node, without a password."
     )
     textfile: str | None = Field(
         None, description="Also write the metrics to this file, for node_exporter's textfile collector (`….prom`)."

@@ -266,11 +266,7 @@ class Transformer(nn.Module):
         return logits
 
     def losses(
-        self,
-        codes_BT: Tensor,
-        labels_B: Tensor,
-        condition: Condition | None = None,
-        orders: Orders | None = None,
+        self, codes_BT: Tensor, labels_B: Tensor, condition: Condition | None = None, orders: Orders | None = None
     ) -> Tensor:
         """Cross-entropy of each code (B, T), fp32, as `forward`, without full logits.
 
@@ -282,11 +278,7 @@ class Transformer(nn.Module):
         return losses
 
     def hidden(
-        self,
-        codes_BT: Tensor,
-        labels_B: Tensor,
-        condition: Condition | None = None,
-        orders: Orders | None = None,
+        self, codes_BT: Tensor, labels_B: Tensor, condition: Condition | None = None, orders: Orders | None = None
     ) -> Tensor:
         """The head's input (B, T, E): ``head(hidden(codes, labels))`` are the logits of `forward`.
 
