@@ -112,16 +112,8 @@ class PrefixBlock(nn.Module):
         self.dropout = nn.Dropout(config.residual_dropout)
         self.checkpointing = config.activation_checkpointing
 
-    def forward(
-        self,
-        x_BTE: Tensor,
-        condition_BE: Tensor,
-        table_R2Tp: Tensor,
-        cache: LayerCache | None,
-        kind: AttentionKind,
-        visible_BTS: Tensor | None = None,
-    ) -> Tensor:
-        inputs = (x_BTE, condition_BE, table_R2Tp, cache, kind, visible_BTS)
+    def forward(self, *inputs: Any) -> Tensor:
+        """`compute`, recomputed in the backward pass as `activation_checkpointing` says."""
         # Inside the block, so that torch.compile covers the recomputation.
         if self.checkpointing in ("auto", "none") or not (self.training and torch.is_grad_enabled()):
             return self.compute(*inputs)

@@ -101,7 +101,8 @@ class Quantizer(nn.Module):
         self.seed = seed
         learns = KINDS[self.kind].learns
         place = torch.get_default_device() if device is None else torch.device(device)
-        self._sharded = learns != "nothing" and self.placement.group is not None
+        # Whether this rank holds some of the rows only.
+        self.is_sharded = learns != "nothing" and self.placement.group is not None
         self._start, stop = rows_of(rank_in(self._group), size_of(self._group), codes)
         rows = torch.empty(stop - self._start, self.settings.dim, device=place)
         if learns == "rows":
@@ -143,11 +144,6 @@ class Quantizer(nn.Module):
     def codes(self) -> int:
         """K, over all ranks."""
         return self.settings.codebook_size
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether this rank holds some of the rows only."""
-        return self._sharded
 
     @property
     def is_straight_through(self) -> bool:
@@ -205,7 +201,7 @@ class Quantizer(nn.Module):
                 f"{int(flat.min())} to {int(flat.max())}"
             )
         with torch.autocast(flat.device.type, enabled=False):
-            sizes = self.placement.layout(len(flat), flat.device).shards.sizes if self._sharded else None
+            sizes = self.placement.layout(len(flat), flat.device).shards.sizes if self.is_sharded else None
             codes_ND = lookup(flat.clamp(min=0), self.rows(), self._group, sizes, self.settings)
         codes = codes_ND.masked_fill((flat < 0)[:, None], 0).view(*indices.shape, self.dim)
         return codes.movedim(-1, 1) if self.channel_first else codes
@@ -216,7 +212,7 @@ class Quantizer(nn.Module):
         if rows_KD.dtype in (torch.float16, torch.bfloat16):
             rows_KD = rows_KD.float()
         if self.layer is None:
-            return self.placement.averaged(rows_KD, sharded=self._sharded)
+            return self.placement.averaged(rows_KD, sharded=self.is_sharded)
         weight, bias = (
             self.placement.averaged(parameter.to(rows_KD.dtype), sharded=False)
             for parameter in (self.layer.weight, self.layer.bias)
@@ -226,7 +222,7 @@ class Quantizer(nn.Module):
     def grad_square(self) -> Tensor:
         """The squared norm, fp64, of the gradients of what is learned, over the codebook group. Collective."""
         square = torch.zeros((), dtype=torch.float64, device=self.codebook.device)
-        if self._sharded and self.codebook.grad is not None:
+        if self.is_sharded and self.codebook.grad is not None:
             square = square + self.codebook.grad.double().square().sum()
         (square,) = sum_over([square], self.placement.group)
         for parameter in () if self.layer is None else self.layer.parameters():
@@ -293,7 +289,7 @@ class Quantizer(nn.Module):
 
     def _refuse_wrappers(self) -> None:
         """DDP broadcasts what it is not told to leave alone, and has destroyed the rows of a shard."""
-        if self._seen_by_wrapper or not self._sharded or torch.compiler.is_compiling():
+        if self._seen_by_wrapper or not self.is_sharded or torch.compiler.is_compiling():
             return
         ddp = DistributedDataParallel._active_ddp_module
         if ddp is not None:
@@ -304,7 +300,7 @@ class Quantizer(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """FSDP2 sets its own pieces of a parameter."""
-        if name == "codebook" and hasattr(value, "full_tensor") and self._sharded:
+        if name == "codebook" and hasattr(value, "full_tensor") and self.is_sharded:
             raise UserError(
                 "FSDP would cut a shard of a codebook: fully_shard(…, ignored_params=own_parameters(model))"
             )
@@ -313,7 +309,7 @@ class Quantizer(nn.Module):
     @property
     def _group(self) -> Group:
         """The ranks with the other rows."""
-        return self.placement.group if self._sharded else None
+        return self.placement.group if self.is_sharded else None
 
     @property
     def _name(self) -> str:
@@ -335,7 +331,7 @@ class Quantizer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *rest)
 
     def extra_repr(self) -> str:
-        ranks = f", rows {self._start}…{self._start + len(self.codebook) - 1}" if self._sharded else ""
+        ranks = f", rows {self._start}…{self._start + len(self.codebook) - 1}" if self.is_sharded else ""
         return f"dim={self.dim}, codes={self.codes}{ranks}" + (", channel_first=True" if self.channel_first else "")
 
 

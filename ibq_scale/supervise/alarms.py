@@ -18,11 +18,9 @@ class Rule(Protocol):
     @property
     def metric(self) -> str:
         """Its name in metrics.jsonl."""
-        ...
 
     def broken(self, value: float, before: Sequence[float]) -> str | None:
         """The alarm for `value`, given up to `WINDOW` earlier values. None: no alarm."""
-        ...
 
 
 @dataclass(frozen=True)
