@@ -16,7 +16,7 @@ from ibq_scale.data.sets import DataSets
 from ibq_scale.distributed.world import World
 from ibq_scale.models.attention import choose, choose_masked, describe
 from ibq_scale.models.fp8 import EAGER
-from ibq_scale.models.precision import compute_dtype
+from ibq_scale.models.layout import compute_dtype
 from ibq_scale.quantize.backend import describe as describe_backend
 from ibq_scale.scaling import networks
 from ibq_scale.scaling.budget import Line, ar_states, checkpoint_bytes, tokenizer_states

@@ -29,8 +29,8 @@ from ibq_scale.losses.perceptual import Perceptual
 from ibq_scale.models.aligned import AlignedTokenizer
 from ibq_scale.models.autoencoder import TokenizerModel, frozen_parameters, tokens_of
 from ibq_scale.models.discriminator import iterate_spectral_norms, make_discriminator
+from ibq_scale.models.layout import compute_dtype
 from ibq_scale.models.optimizers import adam
-from ibq_scale.models.precision import compute_dtype
 from ibq_scale.pictures import reconstruction_grid
 from ibq_scale.pretrained.loading import CONFIG, config_text, load_tokenizer, start_from
 from ibq_scale.quantize.kinds import KINDS
