@@ -120,7 +120,6 @@ class MirrorUploader:
             return news and not self._closed.is_set()
 
     def _order(self, order: dict[str, Any]) -> None:
-        """Sends the next order to the other ranks."""
         if self._channel is not None:
             self._channel.put(f"{self._prefix}/{self._job}", order)
 

@@ -173,7 +173,6 @@ def _fault(folder: Path, name: str, info: dict[str, Any]) -> str | None:
 
 
 def file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes, hex."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 

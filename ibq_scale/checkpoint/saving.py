@@ -267,7 +267,6 @@ def _gather(partial: Path, ranks: int, written: Written) -> tuple[list[str], Wri
 
 
 def _final(partial: Path) -> Path:
-    """The path of the whole checkpoint."""
     return partial.with_name(partial.name.removeprefix(".partial-"))
 
 

@@ -94,7 +94,6 @@ def _at_home(value: Any) -> Any:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """All strings in nested values."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):

@@ -91,7 +91,6 @@ def _chapter(name: str, section: type[BaseModel], default: BaseModel | None) -> 
 
 
 def descriptions(schema: type[BaseModel], prefix: str = "") -> dict[str, str]:
-    """The meaning of each dotted key."""
     found: dict[str, str] = {}
     for name, field in schema.model_fields.items():
         section = fixed_section_of(field.annotation)
@@ -100,7 +99,6 @@ def descriptions(schema: type[BaseModel], prefix: str = "") -> dict[str, str]:
 
 
 def _text(section: type[BaseModel]) -> str:
-    """A docstring in Markdown."""
     return inspect.cleandoc(section.__doc__ or "").replace("``", "`")
 
 

@@ -65,7 +65,6 @@ class CollectiveClock:
             before = now
 
     def close(self) -> None:
-        """Stops sampling."""
         self._closed.set()
         self._thread.join()
 

@@ -39,7 +39,6 @@ class WeightFile:
 
     @property
     def url(self) -> str:
-        """The address."""
         return self.address if "://" in self.address else str(resolve_name(self.address))
 
     @property
@@ -168,7 +167,6 @@ def verified(name: str) -> Path:
 
 
 def damaged(path: Path) -> UserError:
-    """The error for a weight file with wrong content."""
     return UserError(f"{path} is damaged or another network's: 'ibq-scale fetch-weights' replaces it")
 
 

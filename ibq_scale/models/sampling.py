@@ -43,7 +43,6 @@ class SamplingSettings:
             raise ValueError("sampling needs temperature > 0, top_k >= 0, 0 < top_p <= 1 and guidance_power > 0")
 
     def guidance_at(self, tokens: int) -> list[float]:
-        """The guidance of each of an image's codes."""
         return [1.0 + (self.guidance - 1.0) * self._share(t / tokens, (t + 1) / tokens) for t in range(tokens)]
 
     def _share(self, before: float, after: float) -> float:

@@ -61,7 +61,6 @@ class RowStatistics:
         return RowStatistics(sums.index, sums.top, sums.total.log(), log_sum_tau, entropy)
 
     def rows(self, block: slice) -> RowStatistics:
-        """The statistics of some tokens."""
         return RowStatistics(*(getattr(self, f.name)[block] for f in fields(self)))
 
 

@@ -51,12 +51,10 @@ def own_group(partition: Iterable[Sequence[int]]) -> Group:
 
 
 def size_of(group: Group) -> int:
-    """Ranks in the group."""
     return 1 if group is None else dist.get_world_size(group)
 
 
 def rank_in(group: Group) -> int:
-    """This rank's place in the group."""
     return 0 if group is None else dist.get_rank(group)
 
 

@@ -346,7 +346,6 @@ def _backend_of(z_ND: Tensor, settings: Settings) -> Backend:
 
 
 def group_of(name: str) -> Group:
-    """The group of `group_name`."""
     return _resolve(name) if name else None
 
 

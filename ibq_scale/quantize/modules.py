@@ -308,7 +308,6 @@ class Quantizer(nn.Module):
 
     @property
     def _group(self) -> Group:
-        """The ranks with the other rows."""
         return self.placement.group if self.is_sharded else None
 
     @property

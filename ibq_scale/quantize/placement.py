@@ -44,7 +44,6 @@ class Placement:
 
     @property
     def alone(self) -> bool:
-        """Whether nothing is exchanged."""
         return self.world == 1
 
     @property

@@ -75,7 +75,6 @@ class Alarms:
         self._ringing: set[Rule] = set()
 
     def check(self, values: Mapping[str, float]) -> list[str]:
-        """The new alarms of one line of metrics."""
         told = []
         for rule in self._rules:
             if rule.metric not in values:

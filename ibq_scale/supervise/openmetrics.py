@@ -95,7 +95,6 @@ class OpenMetrics(Dashboard):
             self._server.server_close()
 
     def page(self) -> str:
-        """All metrics as OpenMetrics text."""
         return _text(self._families(), self._config.name, "") + "# EOF\n"
 
     def _serve(self, host: str, port: int) -> ThreadingHTTPServer:

@@ -65,7 +65,6 @@ class Restart:
             self._failed.wait(2 * READY_SECONDS)
 
     def close(self) -> None:
-        """Stops listening."""
         if self._command:
             try:
                 self._asking.put(f"again/{self._world.rank}", None)

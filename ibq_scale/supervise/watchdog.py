@@ -81,18 +81,15 @@ class Watchdog:
 
     @property
     def steps(self) -> int:
-        """Steps since the start."""
         return self.step - self._start
 
     def step_ended(self, step: int) -> None:
-        """`step` ended on this rank."""
         self.step = step
         self._patience = self.timeout
         self.report("step")
         self._ends.append(self._progress)
 
     def close(self) -> None:
-        """Stops watching."""
         self._closed.set()
         self._thread.join()
         self._heartbeats.close()

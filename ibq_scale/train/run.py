@@ -194,7 +194,6 @@ def _report(run_dir: Path) -> None:
 def _train_watched(
     config: AnyRun, start: _Start, checkpoints: CheckpointFolder, resume_from: Checkpoint | None
 ) -> Outcome:
-    """Builds the task and trains it, under the watchdog."""
     run_dir, timeout, world = Path(config.run_dir), config.train.hang_timeout, start.world
     step = resume_from.step if resume_from is not None else 0
     # 1.5 × the watchdog's longest patience, also for the engines' groups.

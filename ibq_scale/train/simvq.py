@@ -64,7 +64,6 @@ class Projection:
         return applied
 
     def drop_gradient(self) -> None:
-        """Drops the accumulated gradient."""
         self.optimizer.zero_grad(set_to_none=True)
 
     def state(self, folder: str) -> list[StateFile]:
