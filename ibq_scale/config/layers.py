@@ -51,7 +51,9 @@ def resolve(source: str, overrides: Sequence[str] = (), task: Task | None = None
     YAML, a misspelt key (naming the nearest right one), a wrong value, or a config of another task than `task`.
     """
     files = _file_layers(source, task)
-    kind = _task_of(files, overrides) or task
+    tasks = [layer.values["task"] for layer in files if "task" in layer.values]
+    tasks += [item.partition("=")[2] for item in overrides if item.startswith("task=")]
+    kind = (tasks and tasks[-1]) or task
     if not isinstance(kind, str) or kind not in SCHEMAS:
         raise UserError(f"{source}: 'task' must be one of {', '.join(SCHEMAS)}, got {kind!r:.100}")
     schema = SCHEMAS[kind]
@@ -65,13 +67,6 @@ def resolve(source: str, overrides: Sequence[str] = (), task: Task | None = None
     if task is not None and kind != task:
         raise UserError(f"{source} is a config of task '{kind}', this command trains '{task}'")
     return Resolved(validate(schema, values, source), origins)
-
-
-def _task_of(files: Sequence[_File], overrides: Sequence[str]) -> Any:
-    """`task` of the highest layer with one."""
-    said = [layer.values["task"] for layer in files if "task" in layer.values]
-    said += [item.partition("=")[2] for item in overrides if item.startswith("task=")]
-    return said[-1] if said else None
 
 
 def validate(schema: type[TokenizerRun] | type[ARRun], values: Mapping[str, Any], source: str) -> AnyRun:

@@ -123,13 +123,6 @@ def sum_over(tensors: Iterable[Tensor], group: Group) -> list[Tensor]:
     return [piece.view_as(t) for piece, t in zip(torch.split(flat, [t.numel() for t in parts]), parts, strict=True)]
 
 
-def min_over(x: Tensor, group: Group) -> Tensor:
-    """The elementwise minimum over the ranks, in place."""
-    if group is not None:
-        dist.all_reduce(x, op=dist.ReduceOp.MIN, group=group)
-    return x
-
-
 def owned_codes(index_M: Tensor, rows_KD: Tensor, group: Group) -> Tensor:
     """C[i*] where this rank owns the row, else zeros."""
     if group is None:

@@ -107,7 +107,9 @@ class ResidualQuantizer(_Several):
             codes = codes + made
             outs.append(out)
         if self.is_straight_through:
-            codes = _StraightThrough.apply(self._real(z, mask), codes.to(z.dtype))
+            # Masked tokens get no gradient.
+            real = z if mask is None else z * mask.unsqueeze(self._axis()).to(z.dtype)
+            codes = _StraightThrough.apply(real, codes.to(z.dtype))
         return self._together(codes.to(z.dtype), self._joined([out.indices for out in outs]), outs)
 
     @torch.no_grad()
@@ -175,10 +177,6 @@ class ResidualQuantizer(_Several):
             return x
         made = F.interpolate(first, size=side, mode=mode)
         return made if self.channel_first else made.movedim(1, -1)
-
-    def _real(self, z: Tensor, mask: Tensor | None) -> Tensor:
-        """z without the gradient of masked tokens."""
-        return z if mask is None else z * mask.unsqueeze(self._axis()).to(z.dtype)
 
 
 class ProductQuantizer(_Several):
