@@ -10,7 +10,7 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-from ibq_scale.config.base import AUTO
+from ibq_scale.config.base import AUTO, merged
 from ibq_scale.config.batch import accumulation_steps
 from ibq_scale.config.run import AnyRun, ARRun
 from ibq_scale.documents import read_json
@@ -88,7 +88,7 @@ def deepspeed_config(run: AnyRun, world_size: int) -> dict[str, Any]:
         raise UserError(f"cannot read {path}: {e}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected one JSON object")
-    values = _overlay(values, run.deepspeed.overrides)
+    values = merged(values, run.deepspeed.overrides)
     for key in values:
         if key in DERIVED:
             raise UserError(f"{path.name}: '{key}' follows from {DERIVED[key]}: set it there, not in DeepSpeed's JSON")
@@ -151,10 +151,3 @@ def unsharded(values: dict[str, Any], run: AnyRun, world_size: int) -> dict[str,
     if world_size > 1 or run.train.precision == "bf16" or any(offloaded(zero, key) for key in OFFLOADS):
         return values
     return values | {"zero_optimization": zero | {"stage": 0}}
-
-
-def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    out = dict(below)
-    for key, value in above.items():
-        out[key] = _overlay(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
-    return out

@@ -7,13 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-    PlainSerializer,
-    model_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, model_validator
 
 from ibq_scale import extensions
 from ibq_scale.config.base import AUTO, OPEN, Section, auto_int
@@ -27,12 +21,7 @@ from ibq_scale.config.models import (
     QuantizerConfig,
     TransformerConfig,
 )
-from ibq_scale.config.optimizer import (
-    ARScheduleConfig,
-    OptimizerConfig,
-    ScheduleConfig,
-    TokenizerOptimizerConfig,
-)
+from ibq_scale.config.optimizer import ARScheduleConfig, OptimizerConfig, ScheduleConfig, TokenizerOptimizerConfig
 from ibq_scale.config.secrets import masked
 
 if TYPE_CHECKING:
@@ -234,13 +223,9 @@ class TrainConfig(Section):
     profile_ranks: tuple[NonNegativeInt, ...] = Field((0,), description="Ranks that `profile` traces.")
 
     @model_validator(mode="after")
-    def _steps_in_order(self) -> TrainConfig:
+    def _steps_fit(self) -> TrainConfig:
         if self.profile is not None and self.profile[0] > self.profile[1]:
             raise ValueError(f"profile: the first step ({self.profile[0]}) comes after the last ({self.profile[1]})")
-        return self
-
-    @model_validator(mode="after")
-    def _one_length(self) -> TrainConfig:
         if (self.samples is None) == (self.steps is None):
             raise ValueError("give the run's length as exactly one of train.samples and train.steps")
         if self.samples is not None and self.samples < self.global_batch:
@@ -303,8 +288,7 @@ class MetricsConfig(Section):
         None, description="Serve OpenMetrics at http://HOST:PORT/metrics. A taken port costs a line, not the run."
     )
     host: str = Field(
-        "127.0.0.1",
-        description="Address of `port`. `0.0.0.0`: all networks of the node, without a password.",
+        "127.0.0.1", description="Address of `port`. `0.0.0.0`: all networks of the node, without a password."
     )
     textfile: str | None = Field(
         None, description="Also write the metrics to this file, for node_exporter's textfile collector (`….prom`)."

@@ -1,9 +1,16 @@
-"""Memory layout of images for convolutions."""
+"""The dtype of a run's networks, and the memory layout of images for convolutions."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from ibq_scale.config.run import RunConfig
+
+
+def compute_dtype(run: RunConfig) -> torch.dtype:
+    """dtype of weights and activations."""
+    return torch.bfloat16 if run.train.precision == "bf16" else torch.float32
 
 
 def order_on(device: torch.device) -> torch.memory_format:

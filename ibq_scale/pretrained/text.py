@@ -20,6 +20,7 @@ from ibq_scale.data.manifest import ConditionInfo
 from ibq_scale.documents import DocumentError, parse_json
 from ibq_scale.errors import UserError
 from ibq_scale.models.condition import Condition, padded
+from ibq_scale.models.initial import generator_of
 
 HASH_WIDTH, HASH_TOKENS = 64, 16
 # Classes of transformers by kind, and the longest captions of LlamaGen (T5) and of CLIP.
@@ -66,8 +67,7 @@ def _hashed(caption: str, width: int) -> Tensor:
     """A vector from N(0, 1) for each word, (words, width), a function of the word in lower case."""
     rows = [torch.empty(0, width)]
     for word in re.findall(r"\w+", caption.lower()):
-        seed = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=7).digest(), "little")
-        rows.append(torch.randn(1, width, generator=torch.Generator().manual_seed(seed)))
+        rows.append(torch.randn(1, width, generator=generator_of(word)))
     return torch.cat(rows)
 
 

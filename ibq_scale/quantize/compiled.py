@@ -65,7 +65,6 @@ def needs(built: Any) -> Needs:
 
 
 def machine_code(built: Any) -> str:
-    """As text."""
     return str(built.asm["amdgcn"]) if "amdgcn" in built.asm else _dump(built, "-sass")
 
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from pydantic import BaseModel
-
 from ibq_scale.checkpoint.reading import Checkpoint
 from ibq_scale.config.run import AnyRun, ARRun
 from ibq_scale.data.manifest import CodesInfo, Kind, Manifest
@@ -25,7 +21,9 @@ def check_same_run(config: AnyRun, checkpoint: Checkpoint) -> None:
     """UserError for a checkpoint of another model or another stream of samples."""
     saved, now = checkpoint.manifest["config"], config.model_dump(mode="json")
     sections = [name for name in FIXED[1:] if name in saved and hasattr(config, name)]
-    saved = saved | {name: _with_defaults(saved[name], getattr(config, name)) for name in sections}
+    # Checkpoints of older releases have fewer keys.
+    defaults = {name: type(getattr(config, name))().model_dump(mode="json") for name in sections}
+    saved = saved | {name: defaults[name] | saved[name] for name in sections}
     for section in FIXED:
         if _what(saved.get(section)) != _what(now.get(section)):
             raise UserError(
@@ -141,11 +139,6 @@ def _check_part(run: ARRun, url: str, manifest: Manifest) -> None:
 def _codes(manifest: Manifest) -> CodesInfo:
     assert manifest.codes is not None
     return manifest.codes
-
-
-def _with_defaults(saved: dict[str, Any], section: BaseModel) -> dict[str, Any]:
-    """A saved section with defaults for missing keys: checkpoints of older releases have fewer keys."""
-    return type(section)().model_dump(mode="json") | saved
 
 
 def _what(section: object) -> object:

@@ -41,7 +41,6 @@ class StepProfile:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around step `number`."""
         self._now = number
         if self._steps is not None and self._running is None and self._steps[0] <= number <= self._steps[1]:
             self._first = number

@@ -22,12 +22,12 @@ from ibq_scale.supervise.alarms import Rule, Spike
 from ibq_scale.supervise.compatible import check_codes
 from ibq_scale.supervise.dashboards import Histogram
 from ibq_scale.supervise.spikes import Spikes
+from ibq_scale.train.determinism import seed_by_position
 from ibq_scale.train.ema_model import ema_transformer
-from ibq_scale.train.randomness import seed_by_position
 from ibq_scale.train.sample_grid import SampleGrid
 from ibq_scale.train.schedule import lr_factor, random_order_share, weight_decay
 from ibq_scale.train.task import Step, Validation
-from ibq_scale.train.validation_ar import HeldOut
+from ibq_scale.train.validation import HeldOutCodes
 from ibq_scale.zero.engine import gradient_norm, make_engine, set_rates, step
 from ibq_scale.zero.engine_state import engine_file, load_engine
 from ibq_scale.zero.meta_init import build_transformer
@@ -45,7 +45,7 @@ class ARTask:
         self.world = world
         self.sets = sets
         self.codes = check_codes(run, sets)
-        self.held_out = None if run.validation.data is None else HeldOut(run, world, sets)
+        self.held_out = None if run.validation.data is None else HeldOutCodes(run, world, sets)
         self.grid = SampleGrid(run, world, sets) if run.tokenizer is not None and run.validation.images else None
         self.order_share = random_order_share(run, 0)
         """Probability of a random order after the last step."""

@@ -22,36 +22,29 @@ from ibq_scale.config.run import TokenizerRun
 from ibq_scale.data.sets import DataSets
 from ibq_scale.data.stream import ImageBatch, image_stream, to_float
 from ibq_scale.distributed.world import World
-from ibq_scale.losses.adversarial import (
-    LastLayer,
-    LeCAM,
-    adaptive_weight,
-    discriminator_hinge,
-)
+from ibq_scale.losses.adversarial import LastLayer, LeCAM, adaptive_weight, discriminator_hinge
 from ibq_scale.losses.frozen_vit import FrozenFeatures, backbone_of
 from ibq_scale.losses.image import ImageLoss
 from ibq_scale.losses.perceptual import Perceptual
 from ibq_scale.models.aligned import AlignedTokenizer
 from ibq_scale.models.autoencoder import TokenizerModel, frozen_parameters, tokens_of
-from ibq_scale.models.dino_discriminator import iterate_spectral_norms
-from ibq_scale.models.discriminator import make_discriminator
+from ibq_scale.models.discriminator import iterate_spectral_norms, make_discriminator
+from ibq_scale.models.layout import compute_dtype
 from ibq_scale.models.optimizers import adam
-from ibq_scale.models.precision import compute_dtype
 from ibq_scale.pictures import reconstruction_grid
 from ibq_scale.pretrained.loading import CONFIG, config_text, load_tokenizer, start_from
 from ibq_scale.quantize.kinds import KINDS
-from ibq_scale.quantize.quantized import Quantized
 from ibq_scale.supervise.alarms import Above, Drop, Rule, Spike
 from ibq_scale.supervise.budgets import BadSamples
 from ibq_scale.supervise.dashboards import Histogram
 from ibq_scale.supervise.spikes import Spikes
 from ibq_scale.train.codebook import ShardedCodebook
+from ibq_scale.train.determinism import seed_by_position
 from ibq_scale.train.ema_model import ema_tokenizer
-from ibq_scale.train.randomness import seed_by_position
 from ibq_scale.train.schedule import codebook_lr, lr_factor
 from ibq_scale.train.task import Step, StepMetrics, Validation
 from ibq_scale.train.usage import UsageTracker
-from ibq_scale.train.validation_tokenizer import HeldOutImages
+from ibq_scale.train.validation import HeldOutImages
 from ibq_scale.zero.engine import always, discriminator_config, gradient_norm, make_engine, set_rates, step
 from ibq_scale.zero.engine_state import engine_file, load_engine, restore_weights
 from ibq_scale.zero.sharded_ema import ShardedEMA
@@ -244,8 +237,10 @@ class TokenizerTask:
             "quantization": quantized.quantization_loss.detach(),
             "entropy": quantized.entropy_loss.detach(),
             "loss": loss + rest.detach(),
+            "sample_entropy": quantized.sample_entropy.detach(),
+            "batch_entropy": quantized.batch_entropy.detach(),
         }
-        return metrics | _entropies(quantized), shown
+        return metrics, shown
 
     def _adaptive_weight(self, *gradients: Tensor) -> Tensor:
         """From the gradients' means over ranks, so every rank gets the same weight."""
@@ -342,10 +337,3 @@ def _codes_of(run: TokenizerRun) -> list[str]:
         return []
     first = load_tokenizer(run.init)
     return [*first.codes_of, first.hash]
-
-
-def _entropies(quantized: Quantized) -> StepMetrics:
-    return {
-        "sample_entropy": quantized.sample_entropy.detach(),
-        "batch_entropy": quantized.batch_entropy.detach(),
-    }

@@ -105,7 +105,6 @@ class States:
     muon: bool = False
 
     def on_gpu(self, *names: str) -> int:
-        """The sum of these on the GPU."""
         return sum(getattr(self, name) for name in names if self.places.get(name, "gpu") == "gpu")
 
 

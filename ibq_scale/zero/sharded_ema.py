@@ -32,7 +32,6 @@ class ShardedEMA:
         self.shadow = EMA({piece.name: piece.values for piece in live}, decay)
 
     def update(self) -> None:
-        """Moves the average towards the weights, after a step."""
         if self.enabled:
             self.shadow.update({piece.name: piece.values for piece in self._live()})
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from ibq_scale.config.layers import resolve
 from ibq_scale.config.run import ARRun
 from ibq_scale.models.head import CHUNK_BYTES
+from ibq_scale.models.layout import compute_dtype
 from ibq_scale.models.norm import GroupNorm
-from ibq_scale.models.precision import compute_dtype
 from ibq_scale.models.transformer import TrainedTransformer
 from ibq_scale.scaling.activation_memory import ActivationMemory, ar_activation_memory, logit_bytes
 from ibq_scale.scaling.allocations import Allocations, NormShapes, as_on_cuda, rounded, storage_bytes
