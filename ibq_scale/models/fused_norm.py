@@ -112,7 +112,8 @@ def _forward(
     (B, C, H, W), split = x.shape, _Split.of(x.shape)
     sizes, how = (H * W, C, C // groups), (C, groups, silu)
     part_mean, part_square = _floats(x, 2, B, split.parts, C)
-    mean, rstd = _floats(x, 2, B, groups)
+    # Outputs of an operator may not share memory.
+    mean, rstd = (x.new_empty((B, groups), dtype=torch.float32) for _ in range(2))
     y = torch.empty_like(x)
     launch("norm_parts", split.grid, *how, x, part_mean, part_square, *sizes[:2], split.rows)
     launch("norm_statistics", (B * groups,), *how,
@@ -137,7 +138,7 @@ def _backward(
         part_bias, part_weight, weight, *sums_2BC, mean_slope, mean_product, *sizes, split.parts)  # fmt: skip
     launch("norm_grad_apply", split.grid, *how,
         grad, x, mean, rstd, weight, bias, mean_slope, mean_product, grad_x, *sizes, split.rows)  # fmt: skip
-    grad_bias, grad_weight = sums_2BC.sum(dim=1)
+    grad_bias, grad_weight = (sums_BC.sum(dim=0) for sums_BC in sums_2BC)
     return grad_x, grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
 
 

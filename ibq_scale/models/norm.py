@@ -41,12 +41,12 @@ class GroupNormSiLU(GroupNorm):
 
 def runs_fused(x: Tensor) -> bool:
     """Whether the fused kernels take this input of a norm."""
-    return x.is_cuda and _TRITON and fusible(x)
+    return x.is_cuda and _TRITON and fusible(x) and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def fusible(x: Tensor) -> bool:
-    """Whether the fused kernels would take it on a GPU."""
-    return x.dim() == 4 and x.dtype in DTYPES and x.is_contiguous(memory_format=torch.channels_last)
+    """Whether they would, if it were on a GPU with Triton and channels last."""
+    return x.dim() == 4 and x.dtype in DTYPES
 
 
 class _NarrowGroupNorm(torch.autograd.Function):

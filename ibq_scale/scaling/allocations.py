@@ -1,8 +1,8 @@
 """Bytes of live tensors on any device. On ``meta`` a step can be rehearsed without memory.
 
 Every operator's outputs are tracked from allocation to release, as by an allocator. The count thus follows the training
-code itself and not a formula. On ``meta`` three things are replaced by their CUDA forms: attention without a T × T
-matrix, dropout with a mask of one byte an element, and images in channels-last order with the fused norms.
+code itself and not a formula. On ``meta`` three operators are replaced by their CUDA forms: attention without a T × T
+matrix, dropout with a mask of one byte an element, and norms of images fused with SiLU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ibq_scale.models import layout, norm
+from ibq_scale.models import norm
 
 # torch's CUDA allocator rounds up to this size.
 BLOCK = 512
@@ -113,7 +113,6 @@ def as_on_cuda() -> Iterator[None]:
     replaced: list[tuple[Any, str, Callable[..., Any]]] = [
         (F, "scaled_dot_product_attention", _attention),
         (F, "dropout", _dropout),
-        (layout, "order_on", lambda _: torch.channels_last),
         (norm, "runs_fused", norm.fusible),
     ]
     with ExitStack() as stack:

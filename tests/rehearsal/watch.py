@@ -105,7 +105,11 @@ class Watch(TorchDispatchMode):
         elif name in LAID_OUT:
             self.layouts[func._opname, order(args[0])] += 1
         with gpu.devices(0):
-            return func(*args, **kwargs)
+            out = func(*args, **kwargs)
+        if name == "aten.convolution.default" and order(args[0]) == "NHWC":
+            # cuDNN keeps the order also in bf16, where fake tensors are told of another backend.
+            return out.contiguous(memory_format=torch.channels_last)
+        return out
 
     def _read(self, value: Tensor) -> Any:
         """A norm of 1, finite, of which nothing overflowed; no end of the run."""
