@@ -24,6 +24,6 @@ def order_on(device: torch.device) -> torch.memory_format:
 def convolution_layout(x_BCHW: Tensor, dtype: torch.dtype) -> Tensor:
     """`x_BCHW` in this dtype and the device's order, copied only if one of them differs.
 
-    Convolutions and norms keep the order, so one call at a network's input is enough.
+    Convolutions and the norms of `norm.py` keep the order, so one call at a network's input is enough.
     """
     return x_BCHW.to(dtype, memory_format=order_on(x_BCHW.device))
