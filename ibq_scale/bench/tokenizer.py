@@ -21,7 +21,7 @@ from ibq_scale.distributed.memory import peak_bytes
 from ibq_scale.distributed.world import World
 from ibq_scale.quantize.backend import choose
 from ibq_scale.scaling.auto import machine_of, settle
-from ibq_scale.scaling.flops import TOKENIZER_FORMULA, step_flops
+from ibq_scale.scaling.flops import step_flops, tokenizer_formula
 from ibq_scale.train.tokenizer_task import TokenizerTask
 
 GENERATOR, QUANTIZER = "generator", "quantizer"
@@ -60,7 +60,8 @@ def bench_tokenizer(run: TokenizerRun, world: World, *, steps: int) -> Tokenizer
         DISCRIMINATOR: flops.discriminator,
         PERCEPTUAL: flops.perceptual,
     }
-    common = measured.common(run, world, flops=flops.total, formula=TOKENIZER_FORMULA, names=PARTS, needs=needs)
+    formula = tokenizer_formula(run.quantizer)
+    common = measured.common(run, world, flops=flops.total, formula=formula, names=PARTS, needs=needs)
     return TokenizerReport(
         **common,
         compile=run.model.compile,

@@ -23,7 +23,7 @@ from ibq_scale.scaling.budget import MemoryBudget, ar_budget, checkpoint_bytes, 
 from ibq_scale.scaling.communication import Transfer, codebook_transfers, engine_transfers, tokenizer_transfers
 from ibq_scale.scaling.devices import DEVICES, Device, named
 from ibq_scale.scaling.fabric import LINK_SHARE, Fabric
-from ibq_scale.scaling.flops import AR_FORMULA, TOKENIZER_FORMULA, ar_executed, ar_flops, step_flops
+from ibq_scale.scaling.flops import AR_FORMULA, ar_executed, ar_flops, step_flops, tokenizer_formula
 from ibq_scale.scaling.profile import SAME_FLOPS, MachineProfile, StepRate, nearest
 from ibq_scale.scaling.roofline import GpuWork, StepTime, step_time
 from ibq_scale.zero.memory import Zero
@@ -326,7 +326,7 @@ def _tokenizer_flops(run: TokenizerRun, world: int) -> Flops:
     if run.model.activation_checkpointing:
         again += step.autoencoder / 3
     half = step.quantizer_executed if run.quantizer.logit_precision == "tf32" else 0.0
-    return Flops(parts, step.total + again, TOKENIZER_FORMULA, half)
+    return Flops(parts, step.total + again, tokenizer_formula(run.quantizer), half)
 
 
 def measured_rates(run: AnyRun, machine: Machine, flops: float) -> list[StepRate]:
