@@ -68,7 +68,7 @@ def _simulate(args: argparse.Namespace) -> int:
 
 
 def _transformer(run: AnyRun, device: Device, fabric: Fabric, args: argparse.Namespace) -> int:
-    from ibq_scale.scaling.simulate import PAYS, ends, transformer_rows
+    from ibq_scale.scaling.simulate import PAYS, ends, refused_stages, transformer_rows
 
     rows = transformer_rows(run, device, fabric, args.most)
     if args.json:
@@ -84,6 +84,8 @@ def _transformer(run: AnyRun, device: Device, fabric: Fabric, args: argparse.Nam
             if (row.mode, row.stage) == (mode, stage):
                 print(_row(row))
         print(f"  pays up to {gpus:,} GPUs" if gpus else "  does not fit")
+    for stage, reason in refused_stages(run).items():
+        print(f"\nno ZeRO-{stage}: {reason}")
     print(f"\na doubling pays off from {PAYS} times the images/s")
     return 0
 

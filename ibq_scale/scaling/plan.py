@@ -15,13 +15,13 @@ from ibq_scale.config.layers import with_values
 from ibq_scale.config.run import AnyRun, ARRun, TokenizerRun
 from ibq_scale.documents import read_json
 from ibq_scale.errors import UserError
-from ibq_scale.models.fp8 import EAGER
+from ibq_scale.models.fp8 import EAGER, check_fp8_sizes
 from ibq_scale.quantize.kinds import KINDS
 from ibq_scale.scaling import networks
 from ibq_scale.scaling.activation_memory import ar_activation_memory, tokenizer_activation_memory
 from ibq_scale.scaling.budget import MemoryBudget, ar_budget, checkpoint_bytes, tokenizer_budget
 from ibq_scale.scaling.communication import Transfer, codebook_transfers, engine_transfers, tokenizer_transfers
-from ibq_scale.scaling.devices import DEVICES, Device, named
+from ibq_scale.scaling.devices import DEVICES, WITHOUT_FP8, Device, named
 from ibq_scale.scaling.fabric import LINK_SHARE, Fabric
 from ibq_scale.scaling.flops import AR_FORMULA, ar_executed, ar_flops, step_flops, tokenizer_formula
 from ibq_scale.scaling.profile import SAME_FLOPS, MachineProfile, StepRate, nearest
@@ -184,8 +184,9 @@ class Plan:
 
 
 def make_plan(run: AnyRun, machine: Machine, *, mfu: float, measured: Rate | None = None) -> Plan:
-    """Plans a run. UserError for configs refused by training: batches, the DeepSpeed JSON, the codebook's groups."""
+    """Plans a run. UserError for configs refused by training: batches, DeepSpeed's JSON, the codebook's groups, fp8."""
     config = deepspeed_config(run, machine.world)
+    require_fp8(run, machine.known)
     zero = Zero.of(config, world=machine.world)
     if isinstance(run, TokenizerRun):
         tokens = run.model.tokens
@@ -244,6 +245,15 @@ def make_plan(run: AnyRun, machine: Machine, *, mfu: float, measured: Rate | Non
         roofline=roofline,
         notes=(*_notes(run, machine, budget), *_codebook_note(run, machine, zero)),
     )
+
+
+def require_fp8(run: AnyRun, device: Device | None) -> None:
+    """UserError if training would refuse this run's fp8 on the device."""
+    if not isinstance(run, ARRun) or not run.model.fp8:
+        return
+    check_fp8_sizes(run)
+    if device is not None and device.name in WITHOUT_FP8:
+        raise UserError(f"model.fp8=true needs a GPU of compute capability 8.9 or more, not {device.name}")
 
 
 def _codebook_note(run: AnyRun, machine: Machine, zero: Zero) -> list[str]:
