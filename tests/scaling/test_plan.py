@@ -114,7 +114,8 @@ def test_what_is_computed_again_is_done_and_not_needed(capsys: pytest.CaptureFix
 def test_the_formula_has_the_products_of_the_kind() -> None:
     said = {kind: tokenizer_formula(QuantizerConfig(kind=kind)) for kind in ("ibq", "vq")}
     assert (said["ibq"][-13:], said["vq"][-13:]) == (") 5 × 2·T·K·D", ") 1 × 2·T·K·D")
-    assert tokenizer_formula(QuantizerConfig(kind="lfq", dim=4, codebook_size=16)).endswith("(lfq) no products with codes")
+    of_lfq = tokenizer_formula(QuantizerConfig(kind="lfq", dim=4, codebook_size=16))
+    assert of_lfq.endswith("(lfq) no products with codes")
 
 
 @pytest.mark.slow
