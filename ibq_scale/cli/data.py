@@ -34,6 +34,11 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     images.add_argument("--to", required=True, metavar="URL", help="folder or s3://bucket/prefix")
     images.add_argument("--shard-mb", type=int, default=64, metavar="MB", help="most of a shard's input (default 64)")
     images.add_argument("--size", type=int, metavar="PIXELS", help="resize the shortest side and re-encode")
+    images.add_argument(
+        "--aspects",
+        metavar="W:H,…",
+        help="shards of one aspect each, for a tokenizer's data.aspects: 3:4,1:1,4:3 (--shard-mb is of all together)",
+    )
     _add_source_options(images)
     images.add_argument("--dry-run", action="store_true", help="only look: list the contents and the planned choice")
     images.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default 1)")
@@ -114,6 +119,7 @@ def _prepare(args: argparse.Namespace) -> int:
         seen = look_only(args.source, **options)
         print(json.dumps(seen.model_dump(mode="json")) if args.json else "\n".join(seen.lines()))
         return 0
+    options["aspects"] = args.aspects.split(",") if args.aspects else ()
     report = prepare_images(
         args.source, args.to, shard_bytes=args.shard_mb << 20, size=args.size, seed=args.seed, **options
     )
