@@ -44,7 +44,8 @@ def bench_tokenizer(run: TokenizerRun, world: World, *, steps: int) -> Tokenizer
     """Trains for some steps from the start and measures them. Collective. UserError for configs refused by training."""
     run, _ = settle(run, machine_of(world))
     synthetic = run.data.train == MISSING
-    task = TokenizerTask(run, world, DataSets((), run.data) if synthetic else open_sets(run.data, "images"))
+    sets = DataSets((), run.data) if synthetic else open_sets(run.data, "images", run.train.global_batch)
+    task = TokenizerTask(run, world, sets)
     clock = Clock(world.device)
     batches = timed_batches(_synthetic(run) if synthetic else task.batches(0), clock)
     base = peak_bytes(world.device)

@@ -388,6 +388,9 @@ def _notes(run: AnyRun, machine: Machine, budget: MemoryBudget) -> tuple[str, ..
     notes = list(budget.notes)
     if machine.device is not None and machine.known is None:
         notes.append(f"{_unknown(machine.device)}: no time" + ("" if machine.memory else ", and --memory is needed"))
+    if isinstance(run, TokenizerRun) and run.data.aspects:
+        sizes = ", ".join(f"{width} × {height}" for width, height in run.crop_sizes)
+        notes.append(f"data.aspects: steps of {sizes} pixels, none with more memory or FLOPs than the square here")
     if run.model.compile:
         notes.append("model.compile keeps less for the backward pass than is counted here")
     if isinstance(run, ARRun) and run.model.fp8:
