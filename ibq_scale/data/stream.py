@@ -94,9 +94,20 @@ def rank_positions(order: Mixture, start: int, rank: int, world_size: int, micro
 
 
 def image_stream(
-    sets: DataSets, *, resolution: int, seed: int, rank: int, world_size: int, micro_batch: int, start: int
+    sets: DataSets,
+    *,
+    resolution: int,
+    seed: int,
+    rank: int,
+    world_size: int,
+    micro_batch: int,
+    start: int,
+    crops: Sequence[tuple[int, int]] = (),
 ) -> Iterator[ImageBatch]:
-    """This rank's micro-batches from absolute position `start` on, without end. UserError for unusable data."""
+    """This rank's micro-batches from absolute position `start` on, without end. UserError for unusable data.
+
+    `crops`: width and height for each of ``data.aspects``.
+    """
     data = sets.config
     workers = _workers(data)
     if workers:
@@ -109,6 +120,7 @@ def image_stream(
         seed=seed,
         training=True,
         shards_in_memory=sets.shards_in_use,
+        crops=crops,
     )
     share = {"rank": rank, "world_size": world_size, "micro_batch": micro_batch, "start": start}
     sampler = _sampler(sets, dataset, seed=seed, first=_before_fetching(workers), **share)

@@ -220,14 +220,17 @@ class Autoencoder(nn.Module):
         x: Tensor = self.decoder(self.post_quant_conv(z_BDhw))
         return x
 
-    def compile_regions(self) -> None:
+    def compile_regions(self, sizes: int = 1) -> None:
         """Compiles every residual and attention block with torch.compile, in place. Parameters keep their names.
+
+        `sizes`: number of different image sizes.
 
         Blocks of equal sizes share a graph. Each input size has its own graphs, and so has a pass without gradient.
         """
         import torch._dynamo
 
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_GRAPHS)
+        most = sizes * COMPILED_GRAPHS
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, most)
         for module in self.modules():
             if isinstance(module, ResnetBlock | AttentionBlock):
                 module.compile(fullgraph=True, dynamic=False)

@@ -14,7 +14,8 @@ FIXED = ("task", "model", "quantizer", "discriminator")
 # Keys of how a network is computed. They may change when a run continues.
 FREE = {"backend", "logit_precision", "search", "tile_bytes", "revive_after", "attention"}
 FREE |= {"activation_checkpointing", "compile", "fp8"}
-FIXED_DATA = ("order", "lanes", "window", "weights")
+# With the values of checkpoints older than a key: they have version 1 of the order, and squares.
+FIXED_DATA: dict[str, Any] = {"order": 1, "lanes": None, "window": None, "weights": [], "aspects": []}
 
 
 def check_same_run(config: AnyRun, checkpoint: Checkpoint) -> None:
@@ -37,9 +38,8 @@ def check_same_run(config: AnyRun, checkpoint: Checkpoint) -> None:
             f"{checkpoint.path}: optimizer.kind was {kind}, and no other can continue its state. Keep it, or begin "
             f"from the weights alone with another out=… and init={checkpoint.path}"
         )
-    for key in FIXED_DATA:
-        # Checkpoints older than the key have version 1 of the order.
-        before = saved["data"].get(key, 1)
+    for key, old in FIXED_DATA.items():
+        before = saved["data"].get(key, old)
         if now["data"][key] not in (None, before):
             raise UserError(f"{checkpoint.path}: data.{key} was {before}; the order of samples depends on it")
     frozen = saved["train"].get("freeze", [])
@@ -65,7 +65,7 @@ def check_same_data(config: AnyRun, checkpoint: Checkpoint, data_hash: str) -> N
 
 def open_held_out(run: AnyRun, training: DataSets, kind: Kind) -> DataSets:
     """The data at `validation.data`. UserError for unusable data and for the training data."""
-    sets = open_sets(run.data.model_copy(update={"train": run.validation.data, "weights": ()}), kind)
+    sets = open_sets(run.data.model_copy(update={"train": run.validation.data, "weights": (), "aspects": ()}), kind)
     if {part.manifest.hash for part in sets.parts} & {part.manifest.hash for part in training.parts}:
         raise UserError(f"validation.data={run.validation.data} is what the run trains on: give {kind} of its own")
     return sets

@@ -30,6 +30,7 @@ from ibq_scale.config.secrets import masked
 from ibq_scale.console import tell
 from ibq_scale.data.geometry import continued
 from ibq_scale.data.manifest import NAME as MANIFEST
+from ibq_scale.data.manifest import Kind
 from ibq_scale.data.sets import DataSets, open_sets
 from ibq_scale.data.shared_memory import ranks_of_node
 from ibq_scale.data.store import open_store
@@ -203,7 +204,8 @@ def _train_watched(
     with closing(Watchdog(run_dir, world, start.hosts, timeout, step, stop.stand_down, hung)) as watchdog:
         if stop.agreed(world):
             return Outcome(step, stopped=True, saved=True)
-        sets = open_sets(config.data, "images" if isinstance(config, TokenizerRun) else "codes")
+        kind: Kind = "images" if isinstance(config, TokenizerRun) else "codes"
+        sets = open_sets(config.data, kind, config.train.global_batch)
         _check_ranks_agree(config, sets, world)
         if resume_from is not None:
             check_same_data(config, resume_from, sets.hash)

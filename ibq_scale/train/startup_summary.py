@@ -109,6 +109,10 @@ def _data(config: AnyRun, sets: DataSets, ranks: int, nodes: int) -> list[str]:
             f"{len(manifest.shards):,} shard{'s' * (len(manifest.shards) > 1)}, {gigabytes(manifest.bytes)}{share}"
             f"{cache}"
         )
+    if isinstance(config, TokenizerRun) and config.data.aspects:
+        buckets = zip(config.data.aspects, config.crop_sizes, sets.by_aspect, strict=True)
+        words = [f"{name} {width} × {height} ({extent.samples:,})" for name, (width, height), extent in buckets]
+        texts.append(f"aspects, with pixels and images: {', '.join(words)}")
     batch = config.train.micro_batch * ranks // nodes
     texts.append(str(Stream.of(sets.extents, config.data, sets.cache_limit, batch, nodes)))
     held = config.validation

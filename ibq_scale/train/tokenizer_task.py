@@ -97,7 +97,7 @@ class TokenizerTask:
         if run.init is not None:
             start_from(run.init, model.autoencoder)
         if run.model.compile:
-            model.autoencoder.compile_regions()
+            model.autoencoder.compile_regions(sizes=len(run.data.aspects) or 1)
         pair = DiscriminatorPair(make_discriminator(run.discriminator, backbone))
         exact = {name: p.detach().clone() for name, p in model.named_parameters()} if run.train.freeze else {}
         frozen = frozen_parameters(model.autoencoder, run.train.freeze)
@@ -130,6 +130,7 @@ class TokenizerTask:
             world_size=self.world.size,
             micro_batch=self.run.train.micro_batch,
             start=start,
+            crops=self.run.crop_sizes,
         )
 
     def set_rates(self, samples: int) -> dict[str, float]:

@@ -16,8 +16,8 @@ from ibq_scale.data.stream import evaluation_codes, validation_images
 from ibq_scale.distributed.agree import of_all_ranks
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
-from ibq_scale.evaluate.scores import gather_rows
 from ibq_scale.evaluate.reconstruction import FILES, Networks, measure
+from ibq_scale.evaluate.scores import gather_rows
 from ibq_scale.losses.weights import missing
 from ibq_scale.models.condition import Condition
 from ibq_scale.models.transformer import Transformer

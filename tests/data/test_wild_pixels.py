@@ -241,7 +241,7 @@ def test_a_crop_of_a_thin_picture_is_that_of_the_whole(rules: PixelRules, monkey
     whole = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)).astype(int)
     monkeypatch.setattr("ibq_scale.data.images.MOST_RESIZED", 1000)
     for left in (0, 1, 700, 2133 - 64):
-        crop = resized(pixels, size, (left, 0), side, rules)
+        crop = resized(pixels, size, (left, 0), (side, side), rules)
         assert crop.shape == (64, 64, 3)
         assert np.abs(crop - whole[:, left : left + side]).max() <= 1
 
