@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ibq_scale.checkpoint.reading import Checkpoint
 from ibq_scale.config.run import AnyRun, ARRun
 from ibq_scale.data.manifest import CodesInfo, Kind, Manifest
