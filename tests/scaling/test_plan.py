@@ -215,7 +215,8 @@ def test_a_validation_holds_the_averaged_weights_whole(capsys: pytest.CaptureFix
     states = sum(line["step"] for line in memory["lines"] if line["name"] != "optimizer's scratch")
     assert memory["validation"] == states + 2 * sum(without["parameters"].values())
     assert memory["peak"] == max(memory["passes"], memory["step"], memory["validation"])
-    tokenizer = _plan(capsys, "tokenizer/tiny", "validation.data=/data/held-out")
+    tokenizer = _plan(capsys, "tokenizer/tiny", "validation.data=/data/held-out", "data.aspects=[16:9,1:1]")
+    assert any("steps of 64 × 64, 84 × 48 pixels, none with more memory" in note for note in tokenizer["notes"])
     generator = sum(n for part, n in tokenizer["parameters"].items() if part != "discriminator")
     states = sum(line["step"] for line in tokenizer["memory"]["lines"] if line["name"] != "optimizer's scratch")
     assert tokenizer["memory"]["validation"] == states + 4 * generator

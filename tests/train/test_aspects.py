@@ -9,10 +9,13 @@ import torch
 import torch.distributed as dist
 
 from ibq_scale.checkpoint.files import write_all
+from ibq_scale.checkpoint.reading import Checkpoint
 from ibq_scale.config.run import TokenizerRun
 from ibq_scale.data.prepare import prepare_images
 from ibq_scale.data.sets import open_sets
 from ibq_scale.distributed.world import World
+from ibq_scale.errors import UserError
+from ibq_scale.supervise.compatible import check_same_run
 from tests.ranks import run_ranks
 from tests.train.reference import tokenizer_run
 
@@ -59,4 +62,11 @@ def test_a_run_of_several_aspects_goes_on_on_other_ranks(pictures: Path, tmp_pat
     assert {shapes[HALF - 1], shapes[HALF]} == set(shapes), "the checkpoint is between two aspects"
     one = run_ranks(_train, 1, run, tmp_path / "checkpoint", HALF)[0]
     assert [shape for shape, _ in one] == shapes[HALF:]
+    saved = run.model_dump(mode="json")
+    squares = run.model_copy(update={"data": run.data.model_copy(update={"aspects": ()})})
+    with pytest.raises(UserError, match=r"data\.aspects was \['1:1', '4:3'\]; the order of samples depends on it"):
+        check_same_run(squares, Checkpoint(tmp_path, {"config": saved}))
+    # Checkpoints of earlier releases have squares.
+    del saved["data"]["aspects"]
+    check_same_run(squares, Checkpoint(tmp_path, {"config": saved}))
     assert [loss for _, loss in one] == pytest.approx([loss for _, loss in two[HALF:]], rel=1e-4)
