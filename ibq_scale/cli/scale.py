@@ -39,8 +39,6 @@ FIT = (
     ),
     whole("--replicas", "of the bootstrap", 1000),
 )
-
-
 FAMILY = Family("scale", "ladders of sizes and budgets, and the laws they follow")
 add_commands = FAMILY.add_commands
 LADDER = (argument("ladder", metavar="LADDER", help="cpu, published, or a YAML file"), OVERRIDES, JSON)
