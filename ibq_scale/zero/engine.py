@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ibq_scale.models.muon import Muon
+from ibq_scale.profiling import part
 from ibq_scale.zero.gradients import reduction, scatter_gradients
 from ibq_scale.zero.memory import BUCKET
 from ibq_scale.zero.muon import find_parts, permit_muon
@@ -169,7 +170,8 @@ def step(engine: Any, refuses: Refuses | None = None) -> bool:
     global _refuses
     _refuses = refuses
     try:
-        return _step(engine)
+        with part("optimizer"):
+            return _step(engine)
     finally:
         _refuses = None
 
