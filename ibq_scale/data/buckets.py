@@ -8,9 +8,9 @@ end of a bucket's epoch goes on with its next one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,7 +55,14 @@ class Buckets(Mixture):
     def locate(self, position: int) -> Place:
         step, within = divmod(position, self._batch)
         bucket, turn = self._turn(step)
-        epoch, shard, row = self._orders[bucket].locate(turn * self._batch + within)
+        return self._located(bucket, turn * self._batch + within)
+
+    def alone(self) -> list[tuple[int, Callable[[int], Place]]]:
+        """Of each bucket its samples, and the map of its own positions."""
+        return [(len(order), partial(self._located, bucket)) for bucket, order in enumerate(self._orders)]
+
+    def _located(self, bucket: int, position: int) -> Place:
+        epoch, shard, row = self._orders[bucket].locate(position)
         source, number = self._shards[bucket][shard].tolist()
         return Place(source, epoch, number, row)
 

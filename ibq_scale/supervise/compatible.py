@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ibq_scale.checkpoint.reading import Checkpoint
@@ -66,11 +67,17 @@ def check_same_data(config: AnyRun, checkpoint: Checkpoint, data_hash: str) -> N
 
 
 def open_held_out(run: AnyRun, training: DataSets, kind: Kind) -> DataSets:
-    """The data at `validation.data`. UserError for unusable data and for the training data."""
+    """The data at `validation.data`, in the run's aspects if it was prepared in them, else in squares.
+
+    UserError for unusable data and for the training data.
+    """
     sets = open_sets(run.data.model_copy(update={"train": run.validation.data, "weights": (), "aspects": ()}), kind)
     if {part.manifest.hash for part in sets.parts} & {part.manifest.hash for part in training.parts}:
         raise UserError(f"validation.data={run.validation.data} is what the run trains on: give {kind} of its own")
-    return sets
+    aspects = sets.parts[0].manifest.aspects
+    if aspects is None or aspects.names != run.data.aspects:
+        return sets
+    return replace(sets, config=sets.config.model_copy(update={"aspects": aspects.names}), batch=1)
 
 
 def check_codes(run: ARRun, sets: DataSets) -> CodesInfo:

@@ -60,6 +60,7 @@ class HeldOutImages:
             world_size=self.world.size,
             batch=self.run.train.micro_batch,
             limit=self.run.validation.samples,
+            crops=self.run.crop_sizes if self.sets.config.aspects else (),
         )
         values, _, _ = measure(tokenizer, self.networks, reporting(stream, progress), self.world)
         # A perfect reconstruction, for example of a black image, has an infinite PSNR. It must not end the run.

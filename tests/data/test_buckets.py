@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ibq_scale.config.aspects import crop_sizes, nearest
+from ibq_scale.config.layers import resolve
 from ibq_scale.config.run import DataConfig
 from ibq_scale.data.buckets import Buckets
 from ibq_scale.data.describe import describe
@@ -19,8 +20,9 @@ from ibq_scale.data.images import shard_index
 from ibq_scale.data.order import VERSIONS
 from ibq_scale.data.prepare import prepare_images
 from ibq_scale.data.sets import DataSets, open_sets
-from ibq_scale.data.stream import image_stream, rank_positions
+from ibq_scale.data.stream import image_stream, rank_positions, validation_images
 from ibq_scale.errors import UserError
+from ibq_scale.supervise.compatible import open_held_out
 
 ASPECTS = ("1:1", "4:3")
 
@@ -127,6 +129,43 @@ def test_batches_have_the_crops_of_their_aspect(bucketed: str) -> None:
         pixels = {int(r[0]): image for part in parts for r, image in zip(part.requests, part.images_u8, strict=True)}
         for request, image in zip(batch.requests, batch.images_u8, strict=True):
             assert (pixels[int(request[0])] == image).all()
+
+
+def test_validation_takes_its_share_of_each_aspect(bucketed: str, pictures: Path, tmp_path: Path) -> None:
+    prepare_images(pictures, str(tmp_path), aspects=ASPECTS, seed=1)
+    words = [
+        f"data.train={bucketed}",
+        "data.aspects=[1:1,4:3]",
+        "model.resolution=32",
+        "model.attention_resolutions=[]",
+    ]
+    run = resolve("tokenizer/tiny", [*words, f"validation.data={tmp_path}"]).config
+    sets = open_held_out(run, _open(bucketed), "images")
+    assert sets.config.aspects == ASPECTS
+
+    def taken(world_size: int, limit: int) -> tuple[dict[int, tuple[int, ...]], Counter[tuple[int, ...]]]:
+        options = {
+            "resolution": 32,
+            "world_size": world_size,
+            "batch": 2,
+            "limit": limit,
+            "crops": ((32, 32), (36, 28)),
+        }
+        found, shapes = {}, Counter[tuple[int, ...]]()
+        for together in zip(*(validation_images(sets, rank=r, **options) for r in range(world_size)), strict=True):
+            assert len({batch.images_u8.shape for batch, _ in together}) == 1, "all ranks have one shape at a time"
+            for batch, weights in together:
+                real = batch.requests[weights > 0]
+                found |= {int(request[0]): tuple(request[3:].tolist()) for request in real}
+                shapes[tuple(batch.images_u8.shape[2:])] += len(real)
+        return found, shapes
+
+    assert taken(1, 9) == taken(3, 9)
+    assert (sorted(taken(2, 9)[0]), taken(2, 9)[1]) == (list(range(10)), {(32, 32): 5, (28, 36): 5})
+    assert len(set(taken(2, 10**6)[0].values())) == 24
+    # Of other aspects: squares.
+    run = resolve("tokenizer/tiny", [*words, "data.aspects=[1:1]", f"validation.data={tmp_path}"]).config
+    assert open_held_out(run, _open(bucketed), "images").config.aspects == ()
 
 
 def test_sets_that_do_not_fit_are_refused(bucketed: str, dataset: str) -> None:
