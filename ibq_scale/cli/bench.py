@@ -255,13 +255,16 @@ def _checkpoint(args: argparse.Namespace) -> int:
             report = bench_checkpoint(args.folder, world, megabytes=args.megabytes, saves=args.saves)
         except OSError as e:
             raise UserError(f"{args.folder}: {e.strerror or e}") from None
+        if not world.is_main:
+            # The disk's rate is known to rank 0 alone.
+            return 0
         size, rates = report.bytes / 1e6, (report.bytes_per_s / 1e9, report.disk_bytes_per_s / 1e9)
         lines = [
             f"{report.folder}: {size:,.0f} MB of {report.ranks} ranks, {report.saves} saves (medians)",
             f"  training pauses for {1e3 * report.stall_s:,.0f} ms; on disk after {report.written_s:.2f} s",
             f"  {rates[0]:.2f} GB/s, {report.of_disk:.2f} × a bare write ({rates[1]:.2f} GB/s)",
         ]
-        return show(args, asdict(report) | {"of_disk": report.of_disk}, lines) if world.is_main else 0
+        return show(args, asdict(report) | {"of_disk": report.of_disk}, lines)
 
 
 @FAMILY.command(

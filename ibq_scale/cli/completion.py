@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 SHELLS = ("bash", "zsh", "fish")
-
-
 COMMAND = Family()
 add_commands = COMMAND.add_commands
 

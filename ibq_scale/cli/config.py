@@ -11,8 +11,6 @@ from ibq_scale.errors import UserError
 
 if TYPE_CHECKING:
     from ibq_scale.config.run import AnyRun
-
-
 FAMILY = Family("config", "show a run's config and the reference of all keys")
 add_commands = FAMILY.add_commands
 

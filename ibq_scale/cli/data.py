@@ -42,8 +42,6 @@ CHOICE = (
     argument("--max-aspect", type=finite, default=0.0, metavar="RATIO", help="leave out longer pictures"),
     argument("--background", default="white", metavar="COLOUR", help="under transparent pictures (default white)"),
 )
-
-
 PREPARE = Family("prepare", "pictures → shards, index, manifest", "what", "WHAT")
 FAMILY = Family("data", "adopt, check and describe data sets")
 

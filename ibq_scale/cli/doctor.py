@@ -8,8 +8,6 @@ import json
 from ibq_scale.cli.options import JSON, Family, argument, whole
 
 WIDTH = 20
-
-
 COMMAND = Family()
 add_commands = COMMAND.add_commands
 

@@ -23,8 +23,6 @@ CONVENTIONS = argument(
 RESOLUTION = whole("--resolution", "centre crop of prepared data, in pixels", metavar="SIDE")
 BATCH = whole("--batch", "images at once on a rank", 16)
 LIMIT = whole("--limit", "only the first N images")
-
-
 FAMILY = Family("evaluate", "measure models and samples", "what", "WHAT")
 add_commands = FAMILY.add_commands
 

@@ -12,8 +12,6 @@ from ibq_scale.errors import UserError
 STABILITY = "stability"
 BENCH_OPTIONS = ("codes", "scales", "steps", "workers", "json")
 OF_BENCH = "of the stability bench:"
-
-
 FAMILY = Family("experiments", "the paper's experiments in small")
 add_commands = FAMILY.add_commands
 

@@ -9,8 +9,6 @@ from ibq_scale.cli.options import JSON, Family, argument, flag, show
 from ibq_scale.console import gigabytes, tell
 
 NAMES = ("vgg", "alex", "inception", "dino", "dinov2")
-
-
 COMMAND = Family()
 add_commands = COMMAND.add_commands
 
@@ -22,9 +20,8 @@ add_commands = COMMAND.add_commands
     argument("--from", dest="given", type=Path, metavar="PATH", help="take them from a folder or file instead"),
     flag("--list", "only list the files and the folder"),
     JSON,
-    name="fetch-weights",
 )
-def _fetch(args: argparse.Namespace) -> int:
+def _fetch_weights(args: argparse.Namespace) -> int:
     """Download VGG16 and AlexNet (LPIPS), Inception (FID), DINO (discriminator) and DINOv2 (features) to
     $IBQ_SCALE_WEIGHTS or ~/.cache/ibq-scale/weights, verified by their published hashes. DINO has none: its tensors are
     checked, and its hash is recorded at the first fetch. Existing files stay.

@@ -8,8 +8,6 @@ from pathlib import Path
 from ibq_scale.cli.options import Family, argument, finite, flag
 
 CODE = argument("--code", type=int, required=True, metavar="N", help="srun's exit code")
-
-
 COMMAND = Family()
 add_commands = COMMAND.add_commands
 
@@ -21,7 +19,7 @@ def _first_code(args: argparse.Namespace) -> int:
     return tell_of_job_step() or int(args.code)
 
 
-@COMMAND.command(None, "--code 143", CODE, name="step-ended")
+@COMMAND.command(None, "--code 143", CODE)
 def _step_ended(args: argparse.Namespace) -> int:
     """Prints the exit code of the first cause, for a job without training. The ranks' failures go to standard error."""
     print(_first_code(args))
@@ -36,7 +34,6 @@ def _step_ended(args: argparse.Namespace) -> int:
     argument("--seconds", type=finite, required=True, metavar="S", help="how long the job ran"),
     argument("--attempts", type=int, default=3, metavar="N", help="in a row without a new step (default 3)"),
     flag("--stays", "it was cancelled, or may not go back into the queue"),
-    name="job-ended",
 )
 def _job_ended(args: argparse.Namespace) -> int:
     """Prints 'requeue', the exit code and the nodes to leave out, or 'end', the exit code and the jobs of its chain to

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from ibq_scale.cluster.runs import Run
 
 COLUMNS = ("run", "state", "step", "rate", "ETA", "checkpoint", "job", "nodes")
-
-
 COMMAND = Family()
 add_commands = COMMAND.add_commands
 

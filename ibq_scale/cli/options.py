@@ -41,7 +41,7 @@ class Family:
         """
 
         def declare(run: Run) -> Run:
-            word = name or run.__name__.strip("_")
+            word = name or run.__name__.strip("_").replace("_", "-")
             texts: dict[str, Any] = {} if about is None else {"help": about}
             texts["description"] = details or " ".join((run.__doc__ or "").split()) or None
             texts["epilog"] = " ".join(filter(None, ("example: ibq-scale", self.name, word, example)))
@@ -74,50 +74,32 @@ def flag(name: str, about: str) -> Argument:
 
 
 def whole(
-    name: str,
-    about: str = "",
-    default: int | None = None,
-    *,
-    least: int = 1,
-    metavar: str = "N",
-    required: bool = False,
+    name: str, about: str = "", default: int | None = None, *, least: int = 1, metavar: str = "N", **more: Any
 ) -> Argument:
     """A whole number of at least `least`, or a UserError."""
-
-    def check(value: int) -> int:
-        if value < least:
-            raise UserError(f"{name} must be at least {least}, got {value}")
-        return value
-
-    return _number(name, int, about, default, check, metavar, required)
+    return _number(
+        name, int, about, default, lambda value: value >= least, f"at least {least}", metavar=metavar, **more
+    )
 
 
 def real(
     name: str, about: str = "", default: float | None = None, *, above: float = -math.inf, metavar: str | None = None
 ) -> Argument:
     """A finite number larger than `above`, or a UserError."""
-
-    def check(value: float) -> float:
-        if value <= above:
-            raise UserError(f"{name} must be above {above:g}, got {value:g}")
-        return value
-
-    return _number(name, finite, about, default, check, metavar)
+    return _number(name, finite, about, default, lambda value: value > above, f"above {above:g}", metavar=metavar)
 
 
 def _number(
-    name: str,
-    kind: Callable[[str], Any],
-    about: str,
-    default: Any,
-    check: Callable[[Any], Any],
-    metavar: str | None,
-    required: bool = False,
+    name: str, kind: Any, about: str, default: Any, allowed: Callable[[float], bool], bound: str, **more: Any
 ) -> Argument:
+    def check(value: float) -> float:
+        if not allowed(value):
+            raise UserError(f"{name} must be {bound}, got {value:g}")
+        return value
+
     if default is not None:
         about = f"{about} (default {default:g})" if about else f"default {default:g}"
-    how = {"type": kind, "action": Checked, "check": check, "required": required}
-    return argument(name, default=default, metavar=metavar, help=about or None, **how)
+    return argument(name, type=kind, action=Checked, check=check, default=default, help=about or None, **more)
 
 
 class Checked(argparse.Action):

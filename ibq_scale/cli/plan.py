@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from ibq_scale.scaling.fitting import Switch
     from ibq_scale.scaling.plan import Machine, Plan
     from ibq_scale.scaling.prediction import Prediction, RunMeasured
-
-
 COMMAND = Family()
 add_commands = COMMAND.add_commands
 

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from ibq_scale.config.models import TransformerConfig
     from ibq_scale.generate.images import SampleReport
     from ibq_scale.models.sampling import SamplingSettings
-
-
 COMMAND = Family()
 add_commands = COMMAND.add_commands
 

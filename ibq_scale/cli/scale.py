@@ -26,6 +26,7 @@ from ibq_scale.console import gigabytes
 from ibq_scale.errors import UserError
 
 if TYPE_CHECKING:
+    from ibq_scale.cluster.submit import Request, Work
     from ibq_scale.config.run import AnyRun, TokenizerRun
     from ibq_scale.ladder.results import Result
     from ibq_scale.ladder.schema import LadderConfig
@@ -39,8 +40,6 @@ FIT = (
     ),
     whole("--replicas", "of the bootstrap", 1000),
 )
-
-
 FAMILY = Family("scale", "ladders of sizes and budgets, and the laws they follow")
 add_commands = FAMILY.add_commands
 LADDER = (argument("ladder", metavar="LADDER", help="cpu, published, or a YAML file"), OVERRIDES, JSON)
@@ -137,13 +136,18 @@ def _submit(args: argparse.Namespace) -> int:
     skipped.
     """
     from ibq_scale.cluster.profile import load_profile
+    from ibq_scale.cluster.submit import make_request
     from ibq_scale.ladder.rungs import rungs_of
-    from ibq_scale.ladder.submit import Order, submit_rungs
+    from ibq_scale.ladder.submit import submit_rungs
 
     cluster, profile = load_profile(args.cluster)
-    order = Order(args.nodes, profile, cluster, settings_of(args), args.sbatch, args.chain, args.dry_run)
+
+    def request_of(work: Work) -> Request:
+        return make_request(work, args.nodes, profile, settings_of(args), args.sbatch)
+
+    how = {"chain": args.chain, "cluster": cluster, "dry_run": args.dry_run}
     failed, rows = [], []
-    for done in submit_rungs(rungs_of(_load(args)), order):
+    for done in submit_rungs(rungs_of(_load(args)), request_of, **how):
         for check in done.checks:
             if check.level != "ok":
                 named = replace(check, name=f"{done.rung.name}: {check.name}:")

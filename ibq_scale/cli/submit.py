@@ -48,8 +48,6 @@ QUEUE = (
         help="any other option of sbatch, as reservation=x; repeat",
     ),
 )
-
-
 COMMAND = Family()
 add_commands = COMMAND.add_commands
 

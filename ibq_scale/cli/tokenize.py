@@ -11,8 +11,6 @@ from ibq_scale.errors import UserError
 
 if TYPE_CHECKING:
     from ibq_scale.generate.codes import TokenizeReport
-
-
 COMMAND = Family()
 add_commands = COMMAND.add_commands
 

@@ -12,7 +12,7 @@ from ibq_scale.errors import UserError
 from ibq_scale.experiments import stability, stability_tables
 from ibq_scale.experiments.results import RESULTS, Result, load
 from ibq_scale.experiments.tables import TABLES, ceiling, conditions, spread_of, window_tokens
-from ibq_scale.report.svg import USAGE, Axis, Panel, Series, figure, step_axis
+from ibq_scale.report.svg import USAGE, Axis, Panel, Series, figure, mean_of, step_axis
 
 DOCUMENT, FIGURES, STABILITY = "experiments.md", "figures", "stability"
 IBQ, VQ, ROOM = 0, 1, 4
@@ -89,24 +89,17 @@ def _switched(results: Sequence[Result]) -> str:
     if not chosen:
         return ""
     steps = step_axis(0, max(r.steps[-1] for r in chosen))
-    series = [replace(_over_steps(label, slot, runs), dashed=slot >= 5) for slot, (label, runs) in enumerate(rows)]
+    series = [_over_steps(label, slot, runs, dashed=slot >= 5) for slot, (label, runs) in enumerate(rows)]
     panel = Panel("16,384 codes", steps, USAGE, [s for s in series if s.line], right=240)
     window = f"each point: {spread_of(chosen, window_tokens)}"
     return figure("Codebook usage in training: rates and temperature", _note(chosen, window, " (band)"), [panel])
 
 
-def _over_steps(label: str, slot: int, runs: Sequence[Result]) -> Series:
-    if not runs:
-        return Series(label, slot)
-    columns = zip(*(r.curves["usage"] for r in runs), strict=True)
-    points = list(zip(runs[0].steps, columns, strict=True))
-    return Series(
-        label,
-        slot,
-        line=[(step, statistics.fmean(values)) for step, values in points],
-        band=[(step, min(values), max(values)) for step, values in points] if len(runs) > 1 else [],
-        dots=[] if len(points) > 1 else [(step, v) for step, values in points for v in values],
-    )
+def _over_steps(label: str, slot: int, runs: Sequence[Result], *, dashed: bool = False) -> Series:
+    usage = [run.curves["usage"] for run in runs]
+    series = mean_of(label, slot, runs[0].steps if runs else (), usage, dashed=dashed)
+    # A line of one point cannot be seen.
+    return replace(series, dots=[(x, row[0]) for x, _ in series.line for row in usage] if len(series.line) == 1 else ())
 
 
 def _against(table: str, results: Sequence[Result], title: str, label: str, x: Value) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 from ibq_scale.console import aligned
 from ibq_scale.experiments.stability import VARIANTS, Curve, Variant, ur_auc
 from ibq_scale.experiments.tables import ceiling, markdown_table, mean_and_spread
-from ibq_scale.report.svg import USAGE, Panel, Series, figure, step_axis
+from ibq_scale.report.svg import USAGE, Panel, Series, figure, mean_of, step_axis
 
 NOTHING = "–"
 
@@ -81,16 +82,7 @@ def figures(curves: Sequence[Curve]) -> dict[str, str]:
 
 
 def _series(label: str, slot: int, curves: Sequence[Curve]) -> Series:
-    if not curves:
-        return Series(label, slot)
-    seeds = sorted({c.seed for c in curves})
-    of_seed = [_mean([c.usage for c in curves if c.seed == seed]) for seed in seeds]
-    steps = curves[0].steps
-    band = [(step, min(values), max(values)) for step, values in zip(steps, zip(*of_seed, strict=True), strict=True)]
-    line = list(zip(steps, _mean(of_seed), strict=True))
-    # Colours come again after five: dashes tell the second five apart.
-    return Series(label, slot, line=line, band=band if len(seeds) > 1 else [], dashed=slot >= 5)
-
-
-def _mean(rows: Sequence[Sequence[float]]) -> list[float]:
-    return [sum(column) / len(column) for column in zip(*rows, strict=True)]
+    """The mean over scales of each seed. Colours come again after five: dashes tell the second five apart."""
+    by_seed = [[c.usage for c in curves if c.seed == seed] for seed in sorted({c.seed for c in curves})]
+    rows = [[statistics.fmean(column) for column in zip(*usage, strict=True)] for usage in by_seed]
+    return mean_of(label, slot, curves[0].steps if curves else (), rows, dashed=slot >= 5)

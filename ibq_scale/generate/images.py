@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -89,15 +90,13 @@ def sample(
     begin = time.perf_counter()
     check_pair(ar, tokenizer)
     _check_asked(ar, classes, captions)
-    side = ar.config.grid * tokenizer.downsampling
     precision = "bf16" if ar.transformer.head.weight.dtype == torch.bfloat16 else "fp32"
 
     def begun() -> tuple[Job, bool]:
         labels = tuple(label for label in classes for _ in range(per_class))
-        hashes = {"transformer": ar.hash, "tokenizer": tokenizer.hash}
-        depends = hashes | {"precision": precision, "settings": asdict(settings)}
-        depends |= {"captions": list(captions)} if captions else {}
-        job = Job(labels, per_class, min(batch, len(labels)), side, depends)
+        depends: dict[str, Any] = {"transformer": ar.hash, "tokenizer": tokenizer.hash, "precision": precision}
+        depends |= {"settings": asdict(settings)} | ({"captions": list(captions)} if captions else {})
+        job = Job(labels, per_class, min(batch, len(labels)), ar.config.grid * tokenizer.downsampling, depends)
         return job, is_finished(to, job)
 
     job, finished = by_rank_0(world, begun)

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from ibq_scale.config.models import AutoencoderConfig, QuantizerConfig
 from ibq_scale.models.layout import convolution_layout
 from ibq_scale.models.norm import GroupNorm, GroupNormSiLU
+from ibq_scale.profiling import part
 from ibq_scale.quantize.collectives import WHOLE, Shards
 from ibq_scale.quantize.quantized import Quantized
 from ibq_scale.quantize.quantizer import batch_sums, quantize
@@ -259,10 +260,13 @@ class TokenizerModel(nn.Module):
         If the encoder's output is not finite, the reconstruction and its gradients are NaN. The codebook's other ranks
         continue, and the engine skips the step on all ranks together.
         """
-        z_BDhw = self.autoencoder.encode(x_BCHW)
-        finite = z_BDhw.detach().isfinite().all()
-        quantized = self.quantize(torch.where(finite, z_BDhw, 0.0), rows_KD, shards, mean_K, age_K)
-        reconstruction = self.autoencoder.decode(image_of(quantized.z_q_ND, z_BDhw.shape))
+        with part("encoder"):
+            z_BDhw = self.autoencoder.encode(x_BCHW)
+            finite = z_BDhw.detach().isfinite().all()
+        with part("quantizer"):
+            quantized = self.quantize(torch.where(finite, z_BDhw, 0.0), rows_KD, shards, mean_K, age_K)
+        with part("decoder"):
+            reconstruction = self.autoencoder.decode(image_of(quantized.z_q_ND, z_BDhw.shape))
         return reconstruction * torch.where(finite, 1.0, torch.nan), quantized
 
     def quantize(

@@ -38,7 +38,8 @@ class SpectralConv(nn.Conv1d):
         super().__init__(inputs, outputs, kernel, padding=kernel // 2, padding_mode="circular")
         self.register_buffer("u", F.normalize(torch.randn(outputs), dim=0))
         self.register_buffer("v", F.normalize(torch.randn(inputs * kernel), dim=0))
-        for _ in range(FIRST_ITERATIONS):
+        # The meta device, on which steps are planned, has no values to improve.
+        for _ in range(0 if self.weight.is_meta else FIRST_ITERATIONS):
             self.iterate()
 
     @torch.no_grad()

@@ -6,6 +6,7 @@ A document embeds them as pictures on a ground of any colour. So a figure has it
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -58,6 +59,16 @@ class Series:
     band: Sequence[tuple[float, float, float]] = ()
     dots: Sequence[tuple[float, float]] = ()
     dashed: bool = False
+
+
+def mean_of(
+    label: str, slot: int, places: Sequence[float], rows: Sequence[Sequence[float]], *, dashed: bool = False
+) -> Series:
+    """The mean of rows with a value per place, and a band from the least to the most of several rows."""
+    columns = list(zip(places, zip(*rows, strict=True), strict=True))
+    line = [(x, statistics.fmean(values)) for x, values in columns]
+    band = [(x, min(values), max(values)) for x, values in columns] if len(rows) > 1 else []
+    return Series(label, slot, line, band, dashed=dashed)
 
 
 @dataclass(frozen=True)

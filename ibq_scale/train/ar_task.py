@@ -18,6 +18,7 @@ from ibq_scale.distributed.world import World
 from ibq_scale.models.optimizers import adamw
 from ibq_scale.models.order import Orders, draw_orders
 from ibq_scale.pretrained.loading import CONFIG, config_text
+from ibq_scale.profiling import part
 from ibq_scale.supervise.alarms import Rule, Spike
 from ibq_scale.supervise.compatible import check_codes
 from ibq_scale.supervise.dashboards import Histogram
@@ -84,9 +85,11 @@ class ARTask:
             batch = next(batches)
             seed_by_position(self.run.train.seed, batch.requests)
             inputs = (batch.codes, batch.labels, *self._orders(batch), batch.vectors, batch.lengths)
-            losses_BT = self.engine(*(t if t is None else t.to(self.world.device, non_blocking=True) for t in inputs))
-            loss = losses_BT.mean()
-            self.engine.backward(loss)
+            with part("transformer"):
+                placed = (t if t is None else t.to(self.world.device, non_blocking=True) for t in inputs)
+                loss = self.engine(*placed).mean()
+            with part("transformer's backward"):
+                self.engine.backward(loss)
             total += loss.detach() / self.accumulation
             applied = step(self.engine, refuses)
         if applied:

@@ -12,7 +12,6 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -45,7 +44,7 @@ from ibq_scale.report.compare import write_report
 from ibq_scale.scaling.auto import MICRO_BATCH, machine_of, open_keys
 from ibq_scale.scaling.plan import Machine
 from ibq_scale.scaling.prediction import PlanRatios, Prediction
-from ibq_scale.scaling.profile import this_cpu
+from ibq_scale.scaling.profile import this_cpu, versions
 from ibq_scale.supervise.attempts import add_unnoticed
 from ibq_scale.supervise.compatible import check_same_data, check_same_run
 from ibq_scale.supervise.dashboards import dashboard_classes
@@ -287,7 +286,7 @@ def environment(world: World) -> dict[str, object]:
         more = {"gpu_memory": torch.cuda.get_device_properties(world.device).total_memory}
     return {
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": versions(PACKAGES),
         "git": current_commit(),
         "world_size": world.size,
         "ranks_per_node": ranks_of_node(),
@@ -296,13 +295,6 @@ def environment(world: World) -> dict[str, object]:
         "command": [masked(word) if word.startswith("notify=") else word for word in sys.argv],
         **more,
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _say(world: World, message: str) -> None:

@@ -33,6 +33,7 @@ from ibq_scale.models.layout import compute_dtype
 from ibq_scale.models.optimizers import adam
 from ibq_scale.pictures import reconstruction_grid
 from ibq_scale.pretrained.loading import CONFIG, config_text, load_tokenizer, start_from
+from ibq_scale.profiling import part
 from ibq_scale.quantize.kinds import KINDS
 from ibq_scale.supervise.alarms import Above, Drop, Rule, Spike
 from ibq_scale.supervise.budgets import BadSamples
@@ -168,7 +169,8 @@ class TokenizerTask:
                 finite &= value.isfinite()
                 sums[name] = sums.get(name, torch.zeros_like(value)) + value / self.accumulation
         if applied:
-            applied = self.codebook.step(self.codebook_lr)
+            with part("codebook's optimizer"):
+                applied = self.codebook.step(self.codebook_lr)
             self.ema.update()
         else:
             self.codebook.drop_gradient()
@@ -223,7 +225,8 @@ class TokenizerTask:
         shown = reconstruction.detach().float()
         discriminator = self.discriminator.module.discriminator if self.adversarial else None
         balance = None if self.last_layer is None else self._adaptive_weight
-        metrics, loss, gradient = self.image_loss(images, shown, discriminator, balance)
+        with part("losses of the reconstruction"):
+            metrics, loss, gradient = self.image_loss(images, shown, discriminator, balance)
         rest = (
             weights.quantization_weight * quantized.quantization_loss + weights.entropy_weight * quantized.entropy_loss
         )
@@ -231,7 +234,8 @@ class TokenizerTask:
             metrics["features"] = term.detach()
             rest = rest + weights.feature_weight * term
         # A scalar with the gradient computed above at the reconstruction.
-        self.generator.backward((reconstruction * gradient).sum() + rest)
+        with part("generator's backward"):
+            self.generator.backward((reconstruction * gradient).sum() + rest)
         self.usage.update(quantized.indices_N)
         self._last = (images, shown)
         metrics |= {
@@ -251,11 +255,13 @@ class TokenizerTask:
         return adaptive_weight(*(means / self.world.size))
 
     def _discriminator_backward(self, images: Tensor, reconstruction: Tensor) -> StepMetrics:
-        real, fake = self.discriminator(images, reconstruction)
+        with part("discriminator"):
+            real, fake = self.discriminator(images, reconstruction)
         real, fake = real.float(), fake.float()
         hinge = discriminator_hinge(real, fake)
         lecam = self.lecam.penalty(real, fake)
-        self.discriminator.backward(hinge + self.run.loss.lecam_weight * lecam)
+        with part("discriminator's backward"):
+            self.discriminator.backward(hinge + self.run.loss.lecam_weight * lecam)
         return {
             "discriminator": hinge.detach(),
             "lecam": lecam.detach(),
