@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from ibq_scale.data.encode import Encoding, UnusableError, UnwantedError, encode_picture
 from ibq_scale.data.filters import all_hold, parse_conditions
 from ibq_scale.data.folder import Store
-from ibq_scale.data.index import ADOPTED, INDEX_VERSION, Member, Reject, ShardIndex, index_name
+from ibq_scale.data.index import ADOPTED, INDEX_VERSION, Member, Reject, ShardIndex, index_name, write_index
 from ibq_scale.data.jobs import Report, run_jobs
 from ibq_scale.data.labels import Labels
 from ibq_scale.data.listing import TAR, list_files
@@ -110,7 +110,7 @@ def _index_tar(job: _Job, report: Report) -> tuple[JobDone, Keys]:
     reused = index is not None
     if index is None:
         index = _walk(job, plan, meter)
-        job.store.write(index_name(job.tar.file), index.to_json().encode())
+        write_index(job.store, job.tar.file, index)
     meter.close(job.tar.bytes)
     counts = Counter(member.label for member in index.members)
     shards = (shard_info(job.tar.file, index),) if index.members else ()

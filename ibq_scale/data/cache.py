@@ -103,20 +103,14 @@ class ShardCache:
         with self._open(shard) as f:
             return mmap(f.fileno(), 0, access=ACCESS_READ)
 
-    def table(self, shard: ShardInfo, index: str, convert: Callable[[bytes], bytes]) -> mmap:
-        """The store's file `index`, converted by `convert`. Kept beside the shard, mapped as in `map`.
-
-        UserError if the file is missing, or from `convert`.
-        """
-        what = hashlib.sha256(f"{self.store.url}/{index} {shard.index_sha256}".encode()).hexdigest()
+    def table(self, shard: ShardInfo, read: Callable[[], bytes]) -> mmap:
+        """The shard's table in this data set, by `read` if it is missing. Kept beside the shard, mapped as in `map`."""
+        what = hashlib.sha256(f"{self.store.url}/{shard.name} {shard.index_sha256}".encode()).hexdigest()
         local = self.folder / f"{shard.sha256}.{what[:16]}.table"
         while True:
             with suppress(FileNotFoundError), local.open("rb") as f:
                 return mmap(f.fileno(), 0, access=ACCESS_READ)
-            try:
-                data = convert(self.store.read(index))
-            except FileNotFoundError:
-                raise UserError(f"{self.store.url}/{index} is missing: prepare again") from None
+            data = read()
             with self._claim(local) as claimed:
                 if claimed is not None:
                     claimed.write(data)

@@ -25,8 +25,8 @@ LANES, WINDOWS = (128, 64, 32, 16, 8), (4, 3, 2, 1)
 CACHE_SHARE = 2
 # Default of `prepare`.
 SHARD_BYTES = 64 << 20
-# Of a sample, in an index as JSON.
-INDEX_BYTES = 121
+# Of a sample, in a shard's table.
+INDEX_BYTES = 20
 
 
 class Extent(NamedTuple):

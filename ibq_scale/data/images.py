@@ -14,12 +14,19 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ibq_scale.data.convert import Pixels, bicubic, decode
-from ibq_scale.data.index import ShardIndex, UnfitIndexError, index_name, index_of
+from ibq_scale.data.index import (
+    PICTURE,
+    ShardIndex,
+    Table,
+    UnfitIndexError,
+    index_name,
+    index_of,
+    read_table,
+    table_of,
+)
 from ibq_scale.data.pixel_rules import OLD_RULES, PixelRules
 from ibq_scale.data.sets import DataSet, DataSets
 from ibq_scale.errors import UserError
-
-Table = NDArray[np.void]
 
 # A batch's concurrent reads from a remote store. Their time is latency, not work.
 REQUESTS_AT_ONCE = 32
@@ -50,10 +57,6 @@ class ImageSample(NamedTuple):
 
 class BadSampleError(RuntimeError):
     """A sample's bytes have changed since preparation, or are no picture."""
-
-
-# Where a shard's pictures are, by row.
-PICTURE = np.dtype([("offset", "<i8"), ("size", "<i4"), ("crc", "<u4"), ("label", "<i4")])
 
 
 class ImageDataset(torch.utils.data.Dataset[ImageSample]):
@@ -252,18 +255,12 @@ def _touches(span: Sequence[Wanted], one: Wanted) -> bool:
 
 def picture_table(part: DataSet, shard: int) -> Table:
     """The places of the shard's pictures: `PICTURE` rows. With a cache, mapped from it and shared."""
-    if part.cache is None:
-        return _table_of(shard_index(part, shard))
-
-    def convert(data: bytes) -> bytes:
-        return _table_of(_fitting(part, shard, data)).tobytes()
-
     info = part.manifest.shards[shard]
-    return np.frombuffer(part.cache.table(info, index_name(info.name), convert), PICTURE)
 
+    def rows() -> bytes:
+        return read_table(part.store, info) or table_of(shard_index(part, shard)).tobytes()
 
-def _table_of(index: ShardIndex) -> Table:
-    return np.array([(m.offset, m.size, m.crc, m.label) for m in index.members], dtype=PICTURE)
+    return np.frombuffer(rows() if part.cache is None else part.cache.table(info, rows), PICTURE)
 
 
 def resized(
@@ -287,20 +284,15 @@ def resized(
 
 
 def shard_index(part: DataSet, shard: int) -> ShardIndex:
-    """The shard's index, from the store. UserError if it does not fit."""
-    name = index_name(part.manifest.shards[shard].name)
+    """The shard's index, from the store. UserError if it is missing or does not fit."""
+    info = part.manifest.shards[shard]
+    name = index_name(info.name)
     try:
-        return _fitting(part, shard, part.store.read(name))
+        return index_of(part.store.read(name), info)
     except FileNotFoundError:
         raise UserError(f"{part.store.url}/{name} is missing: prepare again") from None
-
-
-def _fitting(part: DataSet, shard: int, data: bytes) -> ShardIndex:
-    info = part.manifest.shards[shard]
-    try:
-        return index_of(data, info)
     except UnfitIndexError as e:
-        raise UserError(f"{part.store.url}/{index_name(info.name)}: {e}: prepare again") from None
+        raise UserError(f"{part.store.url}/{name}: {e}: prepare again") from None
 
 
 def draws(seed: int, request: Request) -> NDArray[np.uint64]:

@@ -1,4 +1,8 @@
-"""``NAME.index.json``: the places of a shard's samples. A shard of pictures is only read by its index."""
+"""``NAME.index.json``: the places of a shard's samples. A shard of pictures is only read by its index.
+
+``NAME.table`` has the same places in binary: sha256 of the index file, sha256 of the rows, and the rows (`PICTURE`).
+The stream reads it where it belongs to the manifest's index, else the index, as in sets of earlier versions.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,20 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from ibq_scale.data.folder import Store
 from ibq_scale.data.manifest import ShardInfo
 from ibq_scale.documents import parse_json
-from ibq_scale.errors import UserError
+from ibq_scale.errors import StoreUnavailableError, UserError
+
+Table = NDArray[np.void]
 
 INDEX_VERSION = 1
+# Where a shard's pictures are, by row.
+PICTURE = np.dtype([("offset", "<i8"), ("size", "<i4"), ("crc", "<u4"), ("label", "<i4")])
+_DIGESTS = 64
 # Prefix of the plan in an adopted tar's index. It distinguishes adopted from prepared shards.
 ADOPTED = "adopted-1-"
 
@@ -99,6 +112,44 @@ def _is_within(number: object, first: int, stop: int) -> bool:
 def index_name(shard: str) -> str:
     """The name of a shard's index file."""
     return f"{shard}.index.json"
+
+
+def table_name(shard: str) -> str:
+    """The name of a shard's table."""
+    return f"{shard}.table"
+
+
+def table_of(index: ShardIndex) -> Table:
+    """The places of the shard's pictures."""
+    return np.array([(m.offset, m.size, m.crc, m.label) for m in index.members], dtype=PICTURE)
+
+
+def write_index(store: Store, shard: str, index: ShardIndex) -> None:
+    """Writes a shard's table and then its index."""
+    data = index.to_json().encode()
+    rows = table_of(index).tobytes()
+    store.write(table_name(shard), hashlib.sha256(data).digest() + hashlib.sha256(rows).digest() + rows)
+    store.write(index_name(shard), data)
+
+
+def read_table(store: Store, shard: ShardInfo) -> bytes | None:
+    """The rows of a shard's table. None if there is none for the manifest's index, or it is damaged."""
+    if shard.index_sha256 is None:
+        return None
+    try:
+        data = store.read_range(table_name(shard.name), 0, _DIGESTS + shard.samples * PICTURE.itemsize)
+    except FileNotFoundError:
+        return None
+    except UserError as e:
+        if isinstance(e, StoreUnavailableError):
+            raise
+        return None
+    rows = data[_DIGESTS:]
+    digests = bytes.fromhex(shard.index_sha256) + hashlib.sha256(rows).digest()
+    table = np.frombuffer(rows, PICTURE)
+    least = min(int(table[name].min()) for name in ("offset", "size"))
+    fits = least >= 0 and int(table["offset"].max()) < 1 << 62 and int(table["label"].min()) >= -1
+    return rows if fits and data[:_DIGESTS] == digests else None
 
 
 class UnfitIndexError(ValueError):

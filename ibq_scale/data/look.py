@@ -7,7 +7,7 @@ from itertools import islice
 
 from ibq_scale.data.encode import Encoding, UnusableError, UnwantedError, encode_picture
 from ibq_scale.data.filters import Condition, check_columns, parse_conditions
-from ibq_scale.data.index import Reject, index_name
+from ibq_scale.data.index import Reject, index_name, table_name
 from ibq_scale.data.labels import Group
 from ibq_scale.data.listing import TAR
 from ibq_scale.data.manifest import NAME
@@ -94,7 +94,7 @@ def describe_source(
 
 def _is_ours(name: str) -> bool:
     """Whether an earlier adoption wrote this file beside its tars."""
-    return name in (NAME, REJECTS) or name.endswith(index_name(TAR))
+    return name in (NAME, REJECTS) or name.endswith((index_name(TAR), table_name(TAR)))
 
 
 def first_sample(source: Source, units: Sequence[Unit]) -> Sample | None:

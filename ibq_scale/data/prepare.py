@@ -29,7 +29,7 @@ from ibq_scale.config.aspects import nearest, parsed
 from ibq_scale.data.encode import Encoding, Picture, UnusableError, UnwantedError, encode_picture
 from ibq_scale.data.filters import all_hold, parse_conditions
 from ibq_scale.data.folder import Store
-from ibq_scale.data.index import INDEX_VERSION, Member, Reject, ShardIndex, index_name
+from ibq_scale.data.index import INDEX_VERSION, Member, Reject, ShardIndex, index_name, table_name, write_index
 from ibq_scale.data.jobs import Report, run_jobs
 from ibq_scale.data.labels import Group, Labels
 from ibq_scale.data.look import REJECTS, describe_source, look_at
@@ -306,10 +306,15 @@ def _parts(job: _Job, number: int, start: tuple[int, int]) -> list[_Part]:
 
 
 def find_index(store: Store, name: str, plan: str) -> ShardIndex | None:
-    """The index of an earlier run, if it has this plan. An index is written after its shard, so both are whole."""
+    """The index of an earlier run, if it has this plan. An index is written after its shard, so both are whole.
+
+    Earlier versions wrote no table: it is added.
+    """
     try:
         index = ShardIndex.from_json(store.read(index_name(name)).decode())
         if index.plan == plan and (not index.members or store.size(name) == index.bytes):
+            if not store.exists(table_name(name)):
+                write_index(store, name, index)
             return index
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         pass
@@ -383,7 +388,7 @@ def _write_shard(store: Store, part: _Part, samples: list[_Encoded], index: Shar
     )
     if members:
         store.write(part.name, data)
-    store.write(index_name(part.name), index.to_json().encode())
+    write_index(store, part.name, index)
     return index
 
 

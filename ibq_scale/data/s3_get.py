@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, quote
 
 from ibq_scale.data.s3_errors import AnswerError, ShortReadError
 
@@ -48,6 +48,14 @@ class _Signed(NamedTuple):
     headers: dict[str, str]
 
 
+class _Signer(NamedTuple):
+    """The address of a bucket, and botocore's signer. `at`: when the credentials were read (monotonic)."""
+
+    at: float
+    base: str
+    auth: Any
+
+
 class PlainReader:
     """Belongs to one s3fs client and one process. Thread-safe."""
 
@@ -56,6 +64,7 @@ class PlainReader:
         self._timeout = (connect_seconds, silence_seconds)
         self._usable = True
         self._session: Any = None
+        self._signer: _Signer | None = None
         self._signed: dict[str, _Signed] = {}
 
     def get(self, name: str, start: int, stop: int, seconds: float, sink: Sink) -> Head | None:
@@ -71,6 +80,7 @@ class PlainReader:
         if response.status_code in _REFUSED:
             response.raw.close()
             self._signed.clear()
+            self._signer = None
             self._usable = time.monotonic() - signed.at > FRESH_SECONDS
             return None
         from urllib3.exceptions import HTTPError
@@ -96,20 +106,30 @@ class PlainReader:
             return known
         if len(self._signed) >= MOST_SIGNED:
             self._signed.clear()
-        from botocore.auth import S3SigV4Auth
         from botocore.awsrequest import AWSRequest
+
+        key = quote(name.partition("/")[2], safe="/~")
+        if self._signer is None or now - self._signer.at > FRESH_SECONDS:
+            self._signer = self._new_signer(name, key)
+        request = AWSRequest("GET", f"{self._signer.base}{key}")
+        if self._signer.auth is not None:
+            self._signer.auth.add_auth(request)
+        found = self._signed[name] = _Signed(now, request.url, dict(request.headers))
+        return found
+
+    def _new_signer(self, name: str, key: str) -> _Signer:
+        from botocore.auth import S3SigV4Auth
         from fsspec.asyn import sync
 
         # A presigned address contains the endpoint, the way to name the bucket, and the region.
         address, _, query = self.fs.sign(name).partition("?")
-        request = AWSRequest("GET", address)
         scope = parse_qs(query).get("X-Amz-Credential")
+        auth = None
         # Anonymous requests have none.
         if scope is not None:
             _, _, region, service, _ = scope[0].rsplit("/", 4)
-            S3SigV4Auth(sync(self.fs.loop, _credentials, self.fs.session), service, region).add_auth(request)
-        found = self._signed[name] = _Signed(now, address, dict(request.headers))
-        return found
+            auth = S3SigV4Auth(sync(self.fs.loop, _credentials, self.fs.session), service, region)
+        return _Signer(time.monotonic(), address.removesuffix(key), auth)
 
     def _send(self, signed: _Signed, start: int, stop: int) -> Any:
         from botocore.awsrequest import AWSRequest

@@ -10,7 +10,7 @@ from itertools import pairwise
 from threading import Lock
 
 from ibq_scale.data.folder import Store
-from ibq_scale.data.index import ShardIndex, UnfitIndexError, index_name, index_of
+from ibq_scale.data.index import ShardIndex, UnfitIndexError, index_name, index_of, read_table, table_name, table_of
 from ibq_scale.data.manifest import NAME, Kind, Manifest, ShardInfo, load_manifest
 from ibq_scale.data.progress import Progress
 from ibq_scale.data.ranges import HashingReader
@@ -106,6 +106,9 @@ def _check(store: Store, shard: ShardInfo, index: ShardIndex | None) -> list[str
     for member in members:
         if zlib.crc32(reader.read_at(member.offset, member.size)) != member.crc:
             faults.append(f"{shard.name}: sample {member.key} changed (crc differs)")
+    # The stream ignores a damaged table and another index's.
+    if index is not None and read_table(store, shard) not in (None, table_of(index).tobytes()):
+        faults.append(f"{table_name(shard.name)}: does not have the places of its index: prepare again")
     if reader.sha256() != shard.sha256:
         faults.insert(0, f"{shard.name}: content changed (sha256 differs)")
     return faults

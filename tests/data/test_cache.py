@@ -67,7 +67,7 @@ def _names(folder: Path) -> set[str]:
 
 
 def _table(cache: ShardCache, shard: ShardInfo) -> bytes:
-    return bytes(cache.table(shard, index_name(shard.name), bytes.upper))
+    return bytes(cache.table(shard, lambda: cache.store.read(index_name(shard.name)).upper()))
 
 
 def _fetch(cache: ShardCache, shard: ShardInfo, used: float | None = None) -> None:
@@ -135,8 +135,8 @@ def test_a_limit_below_a_shard_is_an_error(store: CountingStore, folder: Path) -
 def test_a_missing_shard_or_index_is_an_error(store: CountingStore, folder: Path) -> None:
     (shard,) = _shards(store, 100)
     cache = ShardCache(folder, 1000, store)
-    with pytest.raises(UserError, match=r"absent is missing: prepare again"):
-        cache.table(shard, "absent", bytes)
+    with pytest.raises(FileNotFoundError):
+        cache.table(shard, lambda: store.read("absent"))
     with pytest.raises(UserError, match=r"absent is missing, though the manifest names it"):
         cache.fetch(shard.model_copy(update={"name": "absent", "sha256": "0" * 64}))
     assert not _names(folder)

@@ -10,8 +10,12 @@ from pathlib import Path
 import pytest
 import webdataset as wds
 
+from ibq_scale.config.run import DataConfig
+from ibq_scale.data.images import picture_table, shard_index
+from ibq_scale.data.index import read_table, table_of
 from ibq_scale.data.manifest import Manifest, load_manifest
 from ibq_scale.data.prepare import prepare_images
+from ibq_scale.data.sets import open_sets
 from ibq_scale.data.verify import verify
 from ibq_scale.errors import UserError
 from tests.samples import CLASSES, PICTURES_A_CLASS
@@ -50,6 +54,8 @@ def test_a_stopped_run_goes_on_where_it_was(pictures: Path, dataset: str, tmp_pa
     shutil.copytree(dataset, tmp_path, dirs_exist_ok=True)
     (tmp_path / "manifest.json").unlink()
     (tmp_path / "images-000001.tar.index.json").unlink()
+    # As left by an earlier version.
+    (tmp_path / "images-000002.tar.table").unlink()
     report = prepare_images(pictures, str(tmp_path), shard_bytes=8_000)
     assert report.reused_shards == report.shards - 1
     assert _hashes(tmp_path) == _hashes(Path(dataset))
@@ -115,6 +121,37 @@ def test_verify_names_what_changed(dataset: str, tmp_path: Path) -> None:
         "images-000002.tar.index.json",
         "images-000003.tar",
     ]
+
+
+def test_the_stream_reads_tables_and_sets_without_them(dataset: str, tmp_path: Path) -> None:
+    shutil.copytree(dataset, tmp_path, dirs_exist_ok=True)
+    part = open_sets(DataConfig(train=str(tmp_path), workers=0), "images").parts[0]
+    info = part.manifest.shards[0]
+    path = tmp_path / "images-000000.tar.table"
+    rows = read_table(part.store, info)
+    assert rows is not None
+    assert rows == table_of(shard_index(part, 0)).tobytes() == picture_table(part, 0).tobytes()
+    # Of another index, cut, with a wrong bit, and absent.
+    other = info.model_copy(update={"index_sha256": "0" * 64})
+    assert read_table(part.store, other) is None
+    for damaged in (path.read_bytes()[:-1], path.read_bytes()[:-1] + b"?", None):
+        path.unlink()
+        if damaged is not None:
+            path.write_bytes(damaged)
+        assert read_table(part.store, info) is None
+        assert picture_table(part, 0).tobytes() == rows
+    assert verify(str(tmp_path)).faults == ()
+
+
+def test_verify_compares_tables_with_indices(dataset: str, tmp_path: Path) -> None:
+    shutil.copytree(dataset, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "images-000000.tar.table"
+    rows = bytearray(path.read_bytes()[64:])
+    rows[-4] ^= 1
+    path.write_bytes(path.read_bytes()[:32] + hashlib.sha256(rows).digest() + rows)
+    assert verify(str(tmp_path)).faults == (
+        "images-000000.tar.table: does not have the places of its index: prepare again",
+    )
 
 
 def test_verify_distrusts_the_index_too(dataset: str, tmp_path: Path) -> None:

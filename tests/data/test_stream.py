@@ -384,6 +384,8 @@ def test_shards_indexed_anew_are_read_by_the_new_index_through_an_old_cache(
         members = tuple(dataclasses.replace(m, label=(m.label + 1) % 3) for m in index.members)
         path.write_text(dataclasses.replace(index, members=members).to_json())
         shards.append(shard_info(info.name, dataclasses.replace(index, members=members)))
+        # As in sets of earlier versions: indices only.
+        path.with_name(f"{info.name}.table").unlink()
     with pytest.raises(UserError, match="is not the one that the manifest means"):
         _global(cached.model_copy(update={"cache_dir": None}), 1)
     save_manifest(open_store(str(tmp_path / "store")), manifest.model_copy(update={"shards": tuple(shards)}))
@@ -398,6 +400,7 @@ def test_a_users_error_comes_out_of_a_worker_as_it_is(
     store = shutil.copytree(dataset, tmp_path / "store")
     for index in store.glob("*.index.json"):
         index.write_text(index.read_text() + " ")
+        index.with_name(index.name.replace(".index.json", ".table")).write_bytes(b"damaged")
     broken = config.model_copy(update={"train": str(store), "cache_dir": None, "workers": workers})
     with pytest.raises(UserError, match="is not the one that the manifest means") as told:
         next(
