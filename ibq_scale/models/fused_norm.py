@@ -42,7 +42,7 @@ def group_norm(x_BCHW: Tensor, weight_C: Tensor, bias_C: Tensor, groups: int, ep
     return y
 
 
-class _Split(NamedTuple):
+class Split(NamedTuple):
     """The pixels of a shape (B, C, H, W) in `parts` of `rows`, and the programs of all tiles side by side."""
 
     parts: int
@@ -50,14 +50,14 @@ class _Split(NamedTuple):
     grid: tuple[int, int, int]
 
     @staticmethod
-    def of(shape: torch.Size) -> _Split:
+    def of(shape: torch.Size) -> Split:
         B, C, size = shape[0], shape[1], shape[2] * shape[3]
         pixels, channels = tile(C)
         blocks = C // channels
         most = max(1, PROGRAMS // (B * blocks))
         rows = -(-size // (most * pixels)) * pixels
         parts = -(-size // rows)
-        return _Split(parts, rows, (parts, blocks, B))
+        return Split(parts, rows, (parts, blocks, B))
 
 
 def tile(channels: int) -> tuple[int, int]:
@@ -109,7 +109,7 @@ def _forward(
     x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = x.contiguous(memory_format=torch.channels_last)
-    (B, C, H, W), split = x.shape, _Split.of(x.shape)
+    (B, C, H, W), split = x.shape, Split.of(x.shape)
     sizes, how = (H * W, C, C // groups), (C, groups, silu)
     part_mean, part_square = _floats(x, 2, B, split.parts, C)
     # Outputs of an operator may not share memory.
@@ -126,7 +126,7 @@ def _backward(
     grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad, x = (t.contiguous(memory_format=torch.channels_last) for t in (grad, x))
-    (B, C, H, W), groups, split = x.shape, mean.shape[1], _Split.of(x.shape)
+    (B, C, H, W), groups, split = x.shape, mean.shape[1], Split.of(x.shape)
     sizes, how = (H * W, C, C // groups), (C, groups, silu)
     part_bias, part_weight = _floats(x, 2, B, split.parts, C)
     sums_2BC = x.new_empty((2, B, C), dtype=torch.float32)
