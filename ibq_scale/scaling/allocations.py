@@ -1,8 +1,8 @@
 """Bytes of live tensors on any device. On ``meta`` a step can be rehearsed without memory.
 
 Every operator's outputs are tracked from allocation to release, as by an allocator. The count thus follows the training
-code itself and not a formula. On ``meta`` three operators are replaced by their CUDA forms: attention without a T × T
-matrix, dropout with a mask of one byte an element, and norms of images fused with SiLU.
+code itself and not a formula. On ``meta`` four operators are replaced by their CUDA forms: attention without a T × T
+matrix, dropout with a mask of one byte an element, RMS norms in one operator, and norms of images fused with SiLU.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from ibq_scale.models import norm
 
+_rms_norm = F.rms_norm
 # torch's CUDA allocator rounds up to this size.
 BLOCK = 512
 
@@ -113,6 +114,7 @@ def as_on_cuda() -> Iterator[None]:
     replaced: list[tuple[Any, str, Callable[..., Any]]] = [
         (F, "scaled_dot_product_attention", _attention),
         (F, "dropout", _dropout),
+        (F, "rms_norm", rms_norm),
         (norm, "runs_fused", norm.fusible),
     ]
     with ExitStack() as stack:
@@ -124,6 +126,26 @@ def as_on_cuda() -> Iterator[None]:
 
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     return torch.native_dropout(input, p, True)[0] if training and p > 0 else input
+
+
+class _RMSNorm(torch.autograd.Function):
+    """The input and fp32 roots are kept. On CPUs torch composes the norm of operators that keep five times as much."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, x.new_zeros((*x.shape[:-1], 1), dtype=torch.float32))
+        return torch.zeros_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight, _ = ctx.saved_tensors
+        return torch.zeros_like(x), torch.zeros_like(weight)
+
+
+def rms_norm(x: Tensor, normalized_shape: Any, weight: Tensor, eps: float | None = None) -> Tensor:
+    """``F.rms_norm`` over the last dimension. Without a GPU it allocates as its CUDA kernel does, and returns zeros."""
+    out: Tensor = _rms_norm(x, normalized_shape, weight, eps) if x.is_cuda else _RMSNorm.apply(x, weight)
+    return out
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:

@@ -154,7 +154,8 @@ class TokenizerTask:
         statistics = [buffer.clone() for buffer in self.discriminator.module.buffers()]
         discriminator_stepped = True
         micro_batches = [self._to_device(next(batches)) for _ in range(self.accumulation)]
-        mean_K = self._step_mean(micro_batches)
+        with part("mean of q over the step"):
+            mean_K = self._step_mean(micro_batches)
         for batch in micro_batches:
             images = to_float(batch.images_u8)
             seed_by_position(self.run.train.seed, batch.requests)

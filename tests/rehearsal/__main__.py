@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import sys
 
-from tests.rehearsal.budgets import Row, record_of, rehearsals, rows, told
+from tests.rehearsal.budgets import Row, planned, records_of, rehearsals, runs, told
+from tests.rehearsal.parts import PARTS
 
 if __name__ == "__main__":
+    words = sys.argv[1:]
     with rehearsals() as nursery:
-        for row in rows():
-            if all(word in row.what for word in sys.argv[1:]) and (sys.argv[1:] or not row.large):
-                record = record_of(row.what, nursery)
-                print(Row.of(row.what, record).line(), flush=True)
-                print(told(record), f"{sum(record.seconds):.1f} CPU s", sep="\n", file=sys.stderr, flush=True)
+        for run in runs():
+            if all(word in run.what for word in words) and (words or not run.large):
+                parts = [row.part for row in run.rows if row.part in PARTS]
+                limits = planned(run.what)
+                for part, record in records_of(run.what, parts, nursery).items():
+                    print(Row.of(run.what, part, record, limits).line(), flush=True)
+                    print(told(record), file=sys.stderr, flush=True)

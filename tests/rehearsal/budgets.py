@@ -7,16 +7,18 @@ import pickle
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
+from ibq_scale.scaling.budget import FIXED
+from ibq_scale.scaling.plan import Machine, make_plan
 from tests.nursery import Nursery, server
 from tests.rehearsal.gpu import build_driver
-from tests.rehearsal.rehearse import Record, rehearse
+from tests.rehearsal.rehearse import STEP, Record, Records, rehearse, settled
 
 LARGER = "## Larger"
 TABLE = Path(__file__).with_name("budgets.md")
@@ -24,33 +26,72 @@ RANKS = 64
 
 
 class Row(NamedTuple):
-    """A line of the table. `our_waits` and `its_waits` (DeepSpeed's) of the host; `sent`: MB of a rank."""
+    """A line of the table: a part of a run.
+
+    `our_waits` and `its_waits` (DeepSpeed's) of the host. In MB: `sent` by a rank, and `made`, the GPU memory that the
+    part takes at its peak, None if not listed. `of_plan`: the peak's share of what `plan` says, 0 if not listed.
+    """
 
     what: str
+    part: str
     our_waits: int
     its_waits: int
     collectives: int
     sent: float
-    large: bool = False
+    made: float | None
+    of_plan: float
 
     @staticmethod
-    def of(what: str, record: Record) -> Row:
+    def of(what: str, part: str, record: Record, planned: Mapping[str, int]) -> Row:
         ours = sum(call.ours for call in record.syncs)
         sent = sum(call.sent for call in record.collectives) / 1e6
-        return Row(what, ours, len(record.syncs) - ours, len(record.collectives), round(sent, 1))
+        share = record.peak / planned[part] if part in planned else 0.0
+        its = len(record.syncs) - ours
+        return Row(what, part, ours, its, len(record.collectives), round(sent, 1), record.made / 1e6, share)
+
+    @property
+    def counts(self) -> tuple[float, ...]:
+        return self.our_waits, self.its_waits, self.collectives, self.sent
 
     def line(self) -> str:
-        return f"| `{self.what}` | {self.our_waits} | {self.its_waits} | {self.collectives} | {self.sent:.1f} |"
+        part = "" if self.part == STEP else f" {self.part}"
+        share = f"{self.of_plan:.2f}" if self.of_plan else ""
+        counts = f"{self.our_waits} | {self.its_waits} | {self.collectives} | {self.sent:.1f}"
+        return f"| `{self.what}`{part} | {counts} | {self.made or 0:.0f} | {share} |"
 
 
-def rows() -> Iterator[Row]:
-    """Of both tables, in order."""
-    large = False
+class Run(NamedTuple):
+    """The rows of a run, the step first. `large`: rehearsed by `make test-all` only."""
+
+    what: str
+    rows: list[Row]
+    large: bool
+
+
+def runs() -> list[Run]:
+    """Of the tables, in order. The parts of a run come right after its step."""
+    large, found = False, list[Run]()
     for line in TABLE.read_text(encoding="utf-8").splitlines():
         large |= line.startswith(LARGER)
         if line.startswith("| `"):
-            what, *numbers = (cell.strip().strip("`") for cell in line.strip("|").split("|"))
-            yield Row(what, *(int(number) for number in numbers[:3]), float(numbers[3]), large)
+            cell, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+            what, _, part = cell.removeprefix("`").partition("`")
+            waits, sent, made, share = cells[:3], float(cells[3]), float(cells[4]) if cells[4] else None, cells[5]
+            row = Row(what, part.strip() or STEP, *map(int, waits), sent, made, float(share or 0))
+            if row.part == STEP:
+                found.append(Run(what, [], large))
+            assert found[-1].what == what, line
+            found[-1].rows.append(row)
+    return found
+
+
+def planned(what: str) -> dict[str, int]:
+    """Bytes of a rank's GPU by `plan`, by part, without what no allocation of torch shows: gaps, and CUDA's own."""
+    preset, *words = what.split()
+    memory = make_plan(settled(preset, tuple(words), RANKS), Machine(gpus=RANKS), mfu=1.0).memory
+    gaps = next(line.passes for line in memory.lines if line.name.startswith("fragmentation"))
+    step = max(memory.passes - gaps, memory.step) - FIXED
+    return {STEP: step} | ({"validation": memory.validation - FIXED} if memory.validation else {})
 
 
 @contextmanager
@@ -63,21 +104,27 @@ def rehearsals() -> Iterator[Nursery]:
             yield Nursery(address)
 
 
-def record_of(what: str, of: Nursery, before: Callable[[], object] = int) -> Record:
+def records_of(what: str, parts: Iterable[str], of: Nursery, before: Callable[[], object] = int) -> Records:
     """Rehearses ``PRESET WORDS``. AssertionError with the child's traceback where it fails."""
     preset, *words = what.split()
     with tempfile.NamedTemporaryFile() as result:
-        child = of.start(partial(_child, preset, tuple(words), before, Path(result.name)), os.environ)
+        call = partial(rehearse, preset, tuple(words), tuple(parts), RANKS, before)
+        child = of.start(partial(_child, call, Path(result.name)), os.environ)
         code = child.wait()
-        record, error = pickle.loads(Path(result.name).read_bytes())
+        records, error = pickle.loads(Path(result.name).read_bytes())
         assert code == 0, f"{error}\n{child.said()}"
-    assert isinstance(record, Record)
-    return record
+    assert isinstance(records, dict)
+    return records
 
 
-def _child(preset: str, words: tuple[str, ...], before: Callable[[], object], result: Path) -> int:
+def record_of(what: str, of: Nursery, before: Callable[[], object] = int) -> Record:
+    """Of the step alone."""
+    return records_of(what, (), of, before)[STEP]
+
+
+def _child(call: Callable[[], Records], result: Path) -> int:
     try:
-        outcome: tuple[Record | None, str] = (rehearse(preset, words, RANKS, before), "")
+        outcome: tuple[Records | None, str] = (call(), "")
     except BaseException:
         outcome = (None, traceback.format_exc())
     result.write_bytes(pickle.dumps(outcome))

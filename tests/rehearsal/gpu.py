@@ -12,8 +12,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 # The environment variable with the path of the compiled driver.c, which is preloaded into the process.
 DRIVER = "IBQ_SCALE_REHEARSAL_DRIVER"
@@ -22,6 +24,8 @@ on_wait: list[Callable[[], object]] = []
 """Called where the host waits for a stream, an event or the device."""
 step = 0
 """Counted by who runs steps."""
+capturing = False
+"""Whether the host is within `torch.cuda.graph`."""
 PROPERTIES = SimpleNamespace(
     name="pretended H200", major=9, minor=0, multi_processor_count=132, total_memory=141 * 10**9
 )
@@ -80,6 +84,21 @@ class _Event(_Stream):
             _wait()
 
 
+class _Graph(_Stream):
+    """A captured graph, and its capture, which begins and ends with a wait. A replay does nothing."""
+
+    def __enter__(self) -> _Graph:
+        global capturing
+        _wait()
+        capturing = True
+        return self
+
+    def __exit__(self, *_: Any) -> bool:
+        global capturing
+        capturing = False
+        return False
+
+
 def pretend() -> None:
     """Changes torch in this process, for good."""
     torch._C._ensureCUDADeviceGuardSet()  # type: ignore[attr-defined]
@@ -103,11 +122,20 @@ def pretend() -> None:
     answers |= dict.fromkeys(nothing) | dict.fromkeys(counts, 0)
     for name, answer in answers.items():
         setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
-    vars(torch.cuda).update(Stream=_Stream, Event=_Event, synchronize=lambda *_: _wait())
+    vars(torch.cuda).update(Stream=_Stream, Event=_Event, CUDAGraph=_Graph, graph=_Graph)
+    vars(torch.cuda)["synchronize"] = lambda *_: _wait()
     vars_of: Any = torch.Tensor
     vars_of.pin_memory = lambda self: self
+    FakeTensor.numpy = lambda self: np.zeros(self.shape, str(self.dtype).removeprefix("torch."))
+    FakeTensor.tolist = _list
     _move_by_replacing()
     _show_devices_in_backward()
+
+
+def _list(values: torch.Tensor) -> Any:
+    """By one read of one value, where fake tensors would read each."""
+    read = values.flatten()[0].item() if values.numel() else 0
+    return np.full(values.shape, read).tolist()
 
 
 def _move_by_replacing() -> None:

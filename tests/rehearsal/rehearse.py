@@ -1,78 +1,99 @@
-"""One training step of a preset on the first of many pretended GPUs, with a real run's engines and codebook."""
+"""A step of a preset and what runs between steps, on the first of many pretended GPUs, with a real run's engines."""
 
 from __future__ import annotations
 
 import os
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from datetime import timedelta
-from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from ibq_scale.config.run import AnyRun
 from tests.rehearsal import gpu
-from tests.rehearsal.watch import Call, Watch
+from tests.rehearsal.parts import PARTS, code_batches, image_batches
+from tests.rehearsal.watch import Call, Memory, Watch
 
 PATIENCE = timedelta(minutes=7)
+STEP = "step"
 
 
 class Record(NamedTuple):
-    """What the watched step did; `seconds` of CPU time, to build the task and for each step."""
+    """What a watched part did; `peak`: bytes of GPU memory, `made`: those beyond what was there before."""
 
     syncs: list[Call]
     collectives: list[Call]
     launches: Counter[str]
     layouts: Counter[tuple[str, str]]
     faults: list[str]
-    seconds: list[float]
+    peak: int
+    made: int
 
 
-def rehearse(preset: str, words: tuple[str, ...], ranks: int, before: Callable[[], object] = int) -> Record:
+Records = dict[str, Record]
+"""By part: `STEP`, or one of `PARTS`."""
+
+
+def rehearse(
+    preset: str, words: tuple[str, ...], parts: Iterable[str], ranks: int, before: Callable[[], object] = int
+) -> Records:
     """Runs in a process of its own, under `gpu.build_driver`'s environment. `before`: a fault to plant.
 
-    The second step is watched: the first one also sets things up.
+    The second step is watched, since the first one also sets things up, and then `parts`.
     """
-    seconds = [time.process_time()]
     gpu.pretend()
     _join(ranks)
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from ibq_scale.config.layers import resolve
     from ibq_scale.distributed.world import World
-    from ibq_scale.scaling.auto import settle
-    from ibq_scale.scaling.plan import Machine
+    from ibq_scale.scaling.allocations import as_on_cuda
     from ibq_scale.supervise.preemption import StopRequest
     from ibq_scale.train.run import _make_task
 
-    # Constants for what is auto: the table does not follow the memory model.
-    run, _ = settle(resolve(preset, ["data.train=none", *words]).config, Machine(gpus=ranks))
+    run = settled(preset, words, ranks)
     world = World(0, ranks, 0, torch.device("cuda", 0))
     _build_on_gpu(run)
     before()
     stop = StopRequest(run.train.grace)
-    watch = Watch()
     groups = _Timeouts()
     # Else torch.tensor(…, device="cuda") asks the driver, since CUDA is said to be there.
     FakeTensorMode.avoid_device_init = True  # type: ignore[assignment, method-assign]
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        task = _make_task(run, world, SimpleNamespace(), PATIENCE)
-        batches = _batches(run)
-        seconds.append(time.process_time())
-        for watched in (False, True):
-            begun = watch if watched else Watch()
+    memory, records = Memory(), {}
+    with FakeTensorMode(allow_non_fake_inputs=True), as_on_cuda(), memory:
+        task: Any = _make_task(run, world, SimpleNamespace(), PATIENCE)  # type: ignore[arg-type]
+        batches = code_batches(run) if run.task == "ar" else image_batches(run, run.model.resolution)
+
+        def step() -> None:
             gpu.step += 1
-            with begun.watching():
-                task.set_rates(0)
-                assert task.train_step(batches).applied, "skipped"
-                assert not stop.agreed_before(world)
-            seconds.append(time.process_time())
-    took = [b - a for a, b in pairwise(seconds)]
-    faults = watch.faults + groups.faults()
-    return Record(watch.syncs, watch.collectives, watch.launches, watch.layouts, faults, took)
+            task.set_rates(0)
+            assert task.train_step(batches).applied, "skipped"
+            assert not stop.agreed_before(world)
+
+        for part in (STEP, STEP, *parts):
+            act = step if part == STEP else PARTS[part](task, run, world)
+            memory.peak = there = memory.alive
+            watch = Watch()
+            with watch.watching():
+                act()
+            faults = watch.faults + groups.faults()
+            made = memory.peak - there
+            records[part] = Record(
+                watch.syncs, watch.collectives, watch.launches, watch.layouts, faults, memory.peak, made
+            )
+    return records
+
+
+def settled(preset: str, words: tuple[str, ...], ranks: int) -> AnyRun:
+    """Constants for what is auto: the table does not follow the memory model."""
+    from ibq_scale.config.layers import resolve
+    from ibq_scale.scaling.auto import settle
+    from ibq_scale.scaling.plan import Machine
+
+    run, _ = settle(resolve(preset, ["data.train=none", *words]).config, Machine(gpus=ranks))
+    return run
 
 
 class _Timeouts:
@@ -107,16 +128,3 @@ def _build_on_gpu(run: Any) -> None:
     vars(ar_task)["check_codes"] = lambda *_: SimpleNamespace(tokenizer=None)
     # It compares values with those of other ranks, until it knows the order of modules.
     vars(partitioned_param_coordinator)["assert_ints_same_as_other_ranks"] = lambda *_: None
-
-
-def _batches(run: Any) -> Iterator[Any]:
-    from ibq_scale.data.stream import CodeBatch, ImageBatch
-
-    count = run.train.micro_batch
-    while True:
-        labels, requests = torch.zeros(count, dtype=torch.int64), torch.zeros(count, 5, dtype=torch.int64)
-        if run.task == "ar":
-            yield CodeBatch(torch.zeros(count, run.model.tokens, dtype=torch.int64), labels, requests)
-        else:
-            side = run.model.resolution
-            yield ImageBatch(torch.empty(count, side, side, 3, dtype=torch.uint8).permute(0, 3, 1, 2), labels, requests)

@@ -10,10 +10,12 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ibq_scale.scaling.allocations import Allocations, rounded
 from tests.rehearsal import gpu
 
 PACKAGES = ("ibq_scale", "deepspeed")
@@ -22,6 +24,7 @@ WRAPPERS = ("comm/", "utils/nvtx.py", "accelerator/")
 KINDS = {"allreduce": "all-reduce", "allgather": "all-gather", "_allgather": "all-gather", "alltoall": "all-to-all"}
 KINDS |= {"reduce_scatter": "reduce-scatter", "_reduce_scatter": "reduce-scatter", "reduce": "reduce"}
 KINDS |= {"broadcast": "broadcast"}
+READS = ("aten._local_scalar_dense.default", "aten.item.default")
 LAID_OUT = ("aten.convolution.default", "aten.native_group_norm.default")
 
 
@@ -63,12 +66,14 @@ class Watch(TorchDispatchMode):
         from ibq_scale.models import fused_norm
         from ibq_scale.quantize import backend, tiles, triton_backend
 
-        known = {module: dict(vars(module)) for module in (backend, triton_backend, fused_norm)}
+        known = {module: dict(vars(module)) for module in (backend, triton_backend, fused_norm, dist)}
         vars(backend)["_obstacle"] = lambda *_: None
         vars(triton_backend)["launch"] = self._launch
         vars(fused_norm)["launch"] = self._launch_norm
         vars(triton_backend)["chosen"] = lambda kernel, precision, dim, *_: tiles.offered(kernel, dim)[0]
-        gpu.on_wait.append(lambda: self.syncs.append(Call("synchronize", place())))
+        vars(dist)["all_gather_object"] = self._gather_objects
+        vars(dist)["broadcast_object_list"] = lambda *_, **__: self._send_objects()
+        gpu.on_wait.append(lambda: self._wait("synchronize"))
         try:
             with self:
                 yield
@@ -76,6 +81,20 @@ class Watch(TorchDispatchMode):
             gpu.on_wait.clear()
             for module, names in known.items():
                 vars(module).update(names)
+
+    def _wait(self, kind: str) -> None:
+        self.syncs.append(Call(kind, place()))
+        if gpu.capturing:
+            self.faults.append(f"{kind} while a graph is captured, in {place()}")
+
+    def _send_objects(self) -> None:
+        """NCCL sends their size and their bytes. The host waits for both."""
+        self.collectives += [Call("objects", place())] * 2
+        self._wait("objects")
+
+    def _gather_objects(self, out: list[Any], mine: Any, group: Any = None) -> None:
+        self._send_objects()
+        out[:] = [mine] * len(out)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -92,12 +111,14 @@ class Watch(TorchDispatchMode):
             # Not taken apart below autograd, and copies of constants would ask the driver.
             with self:
                 return func.decompose(*args, **kwargs)
-        if name == "aten._local_scalar_dense.default":
+        if name in READS:
             return self._read(args[0])
         if name == "aten.nonzero.default":
             # The host waits for the number of places: none are found.
-            self.syncs.append(Call("nonzero", place()))
+            self._wait("nonzero")
             return args[0].new_empty((0, args[0].dim()), dtype=torch.int64)
+        if name == "aten.index.Tensor" and (mask := args[1][0]) is not None and mask.dtype == torch.bool:
+            return self._chosen(args[0], mask)
         if name.startswith("c10d."):
             self._send(func._opname, args)
         elif name in ("aten._to_copy.default", "aten.copy_.default"):
@@ -111,10 +132,16 @@ class Watch(TorchDispatchMode):
             return out.contiguous(memory_format=torch.channels_last)
         return out
 
+    def _chosen(self, rows: Tensor, mask: Tensor) -> Tensor:
+        """All of them. On a GPU the host waits for their number."""
+        if mask.is_cuda:
+            self._wait("nonzero")
+        return rows.new_empty((mask.numel(), *rows.shape[mask.dim() :]))
+
     def _read(self, value: Tensor) -> Any:
         """A norm of 1, finite, of which nothing overflowed; no end of the run."""
         if value.is_cuda:
-            self.syncs.append(Call("read", place()))
+            self._wait("read")
         if value.dtype == torch.bool:
             return place().startswith("ibq_scale/")
         if "preemption" in place():
@@ -125,8 +152,8 @@ class Watch(TorchDispatchMode):
         source = args[0] if name.startswith("aten._to") else args[1]
         target = torch.device(kwargs.get("device") or source.device) if name.startswith("aten._to") else args[0].device
         blocks = not (kwargs.get("non_blocking") or (name.startswith("aten.copy") and len(args) > 2 and args[2]))
-        if source.device.type != target.type and blocks:
-            self.syncs.append(Call(f"copy {source.device.type} to {target.type}", place()))
+        if source.device.type != target.type and (blocks or gpu.capturing):
+            self._wait(f"copy {source.device.type} to {target.type}")
 
     def _send(self, name: str, args: Any) -> None:
         kind = next((kind for begin, kind in KINDS.items() if name.removesuffix("_").split("_base")[0] == begin), None)
@@ -168,6 +195,18 @@ class Watch(TorchDispatchMode):
                 if not value.is_cuda or not dense or value.dtype != wanted[kind]:
                     told = f"{value.dtype} on {value.device}, strides {value.stride()}"
                     self.faults.append(f"kernel {kernel}, {name}: {told}; it takes {kind}, contiguous, on CUDA")
+
+
+class Memory(Allocations):
+    """Bytes of tensors on the GPU."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and leaf.is_cuda:
+                storage = leaf.untyped_storage()
+                self._follow(storage, rounded(storage.nbytes()))
+        return out
 
 
 def order(x: Tensor) -> str:
