@@ -349,7 +349,9 @@ def test_a_store_that_is_away_is_not_taken_for_damage(
     shutil.rmtree(here)
     monkeypatch.setattr(store_module, "DEADLINE_SECONDS", 0.3)
     proxy.inject(slow_down, r"step-00000002/rank-0\.txt")
-    with pytest.raises(StoreUnavailableError, match=r"step-00000002 could not be fetched: .*failed \d+ times? in \d s"):
+    with pytest.raises(
+        StoreUnavailableError, match=r"step-00000002 could not be fetched: .*failed \d+ times? in \d+ s"
+    ):
         _newest(0, 1, here, url)
     # What came before that is not brought again.
     proxy.clear()
