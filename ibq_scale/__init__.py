@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from ibq_scale.pretrained.loading import ARModel, Tokenizer, load_ar, load_tokenizer
+    from ibq_scale.pretrained.loading import load_ar, load_tokenizer
+    from ibq_scale.pretrained.models import ARModel, Tokenizer
     from ibq_scale.quantize.modules import FSQ, IBQ, LFQ, VQ, SimVQ
     from ibq_scale.quantize.recipes import (
         clip_grad_norm_,
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 
 # The names of each module: torch is imported on first use of one.
 _PLACES = {
-    "ibq_scale.pretrained.loading": ("ARModel", "Tokenizer", "load_ar", "load_tokenizer"),
+    "ibq_scale.pretrained.loading": ("load_ar", "load_tokenizer"),
+    "ibq_scale.pretrained.models": ("ARModel", "Tokenizer"),
     "ibq_scale.quantize.modules": ("FSQ", "IBQ", "LFQ", "VQ", "SimVQ"),
     "ibq_scale.quantize.residual": ("ProductQuantizer", "ResidualQuantizer"),
     "ibq_scale.quantize.recipes": (

@@ -14,16 +14,14 @@ def current_commit() -> str | None:
     """Hash of the checkout's commit, or of the commit behind a copy. None if unknown."""
     if (ROOT / COMMIT).is_file():
         return (ROOT / COMMIT).read_text(encoding="utf-8").strip()
+    found = git(ROOT, "rev-parse", "HEAD")
+    return found and found.strip()
+
+
+def git(root: Path, *words: str) -> str | None:
+    """The output of ``git WORDS`` in `root`. None if it fails, or without git."""
     try:
-        found = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-            encoding="utf-8",
-            errors="replace",
-        )
-    except (OSError, subprocess.CalledProcessError):
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, encoding="utf-8", errors="replace")
+    except OSError:
         return None
-    return found.stdout.strip()
+    return done.stdout if done.returncode == 0 else None

@@ -15,14 +15,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from ibq_scale.bench.clock import OTHER, Clock
-from ibq_scale.bench.steps import DATA, StepReport, measure, timed_batches
+from ibq_scale.bench.steps import DATA, StepReport, measure, report_fields
 from ibq_scale.config.layers import MISSING
 from ibq_scale.config.run import ARRun
 from ibq_scale.data.manifest import CodesInfo, Manifest
 from ibq_scale.data.sets import DataSet, DataSets, open_sets
 from ibq_scale.data.store import open_store
 from ibq_scale.data.stream import CodeBatch
-from ibq_scale.distributed.memory import peak_bytes
 from ibq_scale.distributed.world import World
 from ibq_scale.models.transformer import PrefixBlock, Transformer
 from ibq_scale.scaling.auto import machine_of, settle
@@ -32,7 +31,6 @@ from ibq_scale.zero.engine import wrap_collectives
 
 ATTENTION, FEED_FORWARD, HEAD = "attention", "feed-forward", "head, loss"
 BLOCKS, REST, COMMUNICATION, UPDATE = "blocks, compiled", "embedding, AdaLN, norms", "communication", "optimizer, EMA"
-PARTS = (DATA, ATTENTION, FEED_FORWARD, BLOCKS, HEAD, REST, COMMUNICATION, UPDATE, OTHER)
 # The functions of the loss. The task may use any of them.
 LOSSES = ("cross_entropy", "linear_cross_entropy")
 
@@ -57,19 +55,21 @@ def bench_ar(run: ARRun, world: World, *, steps: int) -> ARReport:
     synthetic = run.data.train == MISSING
     task = _task(run, world, synthetic)
     clock = Clock(world.device)
-    batches = timed_batches(_synthetic(run) if synthetic else task.batches(0), clock)
-    base = peak_bytes(world.device)
     with _hung(clock, task):
-        measured = measure(task, run, batches, clock, steps=steps, base_bytes=base)
+        measured = measure(task, run, _synthetic(run) if synthetic else task.batches(0), clock, steps)
     flops = ar_flops(run.model)
     needs = {
+        DATA: None,
         ATTENTION: 3 * (flops.projections + flops.attention),
         FEED_FORWARD: 3 * flops.feed_forward,
+        BLOCKS: 3 * (flops.projections + flops.attention + flops.feed_forward + flops.adaln),
         HEAD: 3 * flops.head,
         REST: 3 * (flops.adaln + flops.embedding),
-        BLOCKS: 3 * (flops.projections + flops.attention + flops.feed_forward + flops.adaln),
+        COMMUNICATION: None,
+        UPDATE: None,
+        OTHER: None,
     }
-    common = measured.common(run, world, flops=flops.total, formula=AR_FORMULA, names=PARTS, needs=needs)
+    common = report_fields(run, world, measured, flops=flops.total, formula=AR_FORMULA, needs=needs)
     return ARReport(
         **common,
         tokens_per_s=common["images_per_s"] * run.model.tokens,
@@ -85,7 +85,6 @@ def bench_ar(run: ARRun, world: World, *, steps: int) -> ARReport:
 
 @contextmanager
 def _hung(clock: Clock, task: ARTask) -> Iterator[None]:
-    """Times the task's parts within this context."""
     engine = task.engine
     timed = [(engine, "forward", REST), (engine, "backward", REST), (engine, "step", UPDATE)]
     for owner, name, part in [*timed, (task.ema, "update", UPDATE)]:

@@ -27,7 +27,6 @@ class Clock:
         self._stack = [OTHER]
 
     def push(self, part: str) -> None:
-        """Starts `part`."""
         self._stack.append(part)
         self._mark()
 
@@ -70,8 +69,6 @@ class Clock:
             self.pop()
 
     def timed(self, call: Callable[..., Any], part: str) -> Callable[..., Any]:
-        """`call`, with its time counted for `part`."""
-
         def run(*args: Any, **kwargs: Any) -> Any:
             with self.part(part):
                 return call(*args, **kwargs)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from ibq_scale.bench.device import shown, wait
 from ibq_scale.distributed.world import World
 
 SMALL = 8 << 10
@@ -37,12 +38,14 @@ def bench_collectives(world: World, *, megabytes: int, repeats: int) -> Collecti
     small, _ = _all_reduce(world, SMALL // 4, repeats)
     size = megabytes << 20
     seconds, right = _all_reduce(world, size // 4, repeats)
-    cuda = world.device.type == "cuda"
+    # The first rank of each node counts it.
+    firsts = torch.tensor([float(world.local_rank == 0)], device=world.device)
+    dist.all_reduce(firsts)
     return CollectivesReport(
         ranks=world.size,
-        nodes=_nodes(world),
+        nodes=int(firsts.item()),
         backend=dist.get_backend(),
-        device=torch.cuda.get_device_name(world.device) if cuda else "CPU",
+        device=shown(world.device),
         bytes=size,
         repeats=repeats,
         seconds=seconds,
@@ -60,10 +63,10 @@ def _all_reduce(world: World, elements: int, repeats: int) -> tuple[float, bool]
     for turn in range(repeats + 1):
         values.fill_(world.rank + 1)
         dist.barrier()
-        _finish(world)
+        wait(world.device)
         begin = time.perf_counter()
         dist.all_reduce(values)
-        _finish(world)
+        wait(world.device)
         # The first one opens the connections.
         times += [time.perf_counter() - begin] if turn else []
         right = right and bool((values == world.size * (world.size + 1) // 2).all())
@@ -71,15 +74,3 @@ def _all_reduce(world: World, elements: int, repeats: int) -> tuple[float, bool]
     dist.all_reduce(worst, op=dist.ReduceOp.MAX)
     seconds, wrong = worst.tolist()
     return seconds, not wrong
-
-
-def _finish(world: World) -> None:
-    if world.device.type == "cuda":
-        torch.cuda.synchronize(world.device)
-
-
-def _nodes(world: World) -> int:
-    """The number of nodes, from the first rank of each."""
-    firsts = torch.tensor([float(world.local_rank == 0)], device=world.device)
-    dist.all_reduce(firsts)
-    return int(firsts.item())

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import io
 import itertools
-import os
-import resource
 import statistics
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -75,7 +73,10 @@ def bench_data(
             # The first turn fills caches and queues, and is not counted.
             if turn:
                 values.append(measured)
-    rates = tuple(_rate(name, values, image_bytes) for name, values in found.items())
+    rates = []
+    for name, values in found.items():
+        images_per_s, per_core = (statistics.median(column) for column in zip(*values, strict=True))
+        rates.append(Rate(name, images_per_s, images_per_s * image_bytes / 1e6, per_core))
     return DataReport(
         url,
         sets.samples,
@@ -83,16 +84,10 @@ def bench_data(
         workers,
         any(part.cache is not None for part in sets.parts),
         first_batch,
-        rates,
+        tuple(rates),
         rates[0].images_per_s / rates[1].images_per_s,
         rates[0].per_core / rates[1].per_core,
     )
-
-
-def _rate(name: str, values: list[tuple[float, float]], image_bytes: float) -> Rate:
-    images_per_s = statistics.median(rate for rate, _ in values)
-    per_core = statistics.median(core for _, core in values)
-    return Rate(name, images_per_s, images_per_s * image_bytes / 1e6, per_core)
 
 
 def _pull(stream: Iterator[Any], batch: int, seconds: float) -> tuple[float, float]:
@@ -107,17 +102,12 @@ def _pull(stream: Iterator[Any], batch: int, seconds: float) -> tuple[float, flo
 
 def _cpu_seconds() -> float:
     """User and system time of this process and of its living descendants: workers have not been waited for yet."""
-    own = resource.getrusage(resource.RUSAGE_SELF)
-    children = psutil.Process().children(recursive=True)
-    return own.ru_utime + own.ru_stime + sum(_cpu_of(child.pid) for child in children)
-
-
-def _cpu_of(pid: int) -> float:
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-    except OSError:
-        return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    own, seconds = psutil.Process(), 0.0
+    for process in (own, *own.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            seconds += times.user + times.system
+    return seconds
 
 
 def _plain(sets: DataSets, url: str, resolution: int, workers: int, batch: int) -> Iterator[Any]:

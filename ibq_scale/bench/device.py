@@ -24,10 +24,6 @@ class Reference:
     side: int
     dtype: str
 
-    def mfu(self, flops_per_s: float) -> float | None:
-        """Model FLOPs utilization against the data sheet only. A measured peak would hide a slow device."""
-        return None if self.sheet is None else flops_per_s / self.sheet
-
 
 def reference(device: torch.device, dtype: torch.dtype) -> Reference:
     """Looks up the device and measures a product on it."""
@@ -52,7 +48,10 @@ def _best_product(device: torch.device, dtype: torch.dtype, side: int) -> float:
     return 2.0 * side**3 / min(seconds)
 
 
+def shown(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
 def wait(device: torch.device) -> None:
-    """Synchronises with the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

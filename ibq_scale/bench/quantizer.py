@@ -19,7 +19,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from ibq_scale.bench.device import wait
+from ibq_scale.bench.device import shown, wait
 from ibq_scale.config.models import QuantizerConfig
 from ibq_scale.console import gigabytes
 from ibq_scale.distributed.memory import peak_bytes
@@ -98,7 +98,9 @@ def bench_quantizer(
     size: Size, *, backend: str = "auto", precision: str = "bf16", device: str = "auto", repeats: int = 5
 ) -> QuantizerReport:
     """Measures one size. UserError where the backend or the device cannot be had."""
-    place = _device(device)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA device is visible here")
+    place = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     chosen = choose(backend, place, torch.float32, size.dim, precision)
     settings = _settings(size, backend, products_of(chosen, precision))
     names: tuple[Name, ...] = ("products", "dense", chosen, "encode dense", "encode")
@@ -112,8 +114,8 @@ def bench_quantizer(
     z_ND, rows_KD, _ = _inputs(size, place)
     rescored = float(find(z_ND.detach(), rows_KD.detach(), settings).rescored) / size.tokens
     rows = tuple(_measured(name, size, seconds, memory, used, settings.search) for name in names)
-    shown = torch.cuda.get_device_name(place) if place.type == "cuda" else "CPU"
-    return QuantizerReport(size.tokens, size.codes, size.dim, shown, used, torch.get_num_threads(), rescored, rows)
+    threads = torch.get_num_threads()
+    return QuantizerReport(size.tokens, size.codes, size.dim, shown(place), used, threads, rescored, rows)
 
 
 def _measured(
@@ -208,8 +210,7 @@ def _by_turns(work: dict[Name, Callable[[], object]], device: torch.device, repe
 
 def memory_alone(name: Name, size: Size, settings: QuantizerConfig, device: torch.device) -> tuple[int, int]:
     """Peak and base bytes of one step in a process of its own."""
-    context = get_context("spawn")
-    with context.Pool(1) as pool:
+    with get_context("spawn").Pool(1) as pool:
         return pool.apply(one_step, (name, size, settings, str(device)))
 
 
@@ -227,11 +228,3 @@ def _fits(name: Name, size: Size, device: torch.device) -> bool:
     tensors = DENSE_TENSORS if name == "dense" else 1
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     return tensors * size.tokens * size.codes * 4 < 0.8 * free
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no CUDA device is visible here")
-    return torch.device(name)

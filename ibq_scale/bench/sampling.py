@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ibq_scale.bench.device import wait
+from ibq_scale.bench.device import shown, wait
 from ibq_scale.config.layers import preset_names, resolve
 from ibq_scale.config.run import ARRun
 from ibq_scale.errors import UserError
@@ -95,12 +95,11 @@ def bench_sampling(
     # The first batch captures graphs and compiles.
     sampler(labels_B)
     seconds["sample"] = _fastest(lambda: sampler(labels_B), device, repeats)
-    cuda = device.type == "cuda"
-    bandwidth = known_bandwidth(torch.cuda.get_device_name(device)) if cuda else None
+    bandwidth = known_bandwidth(shown(device)) if device.type == "cuda" else None
     weights, tokens_per_s = step_bytes(model), batch * config.tokens / seconds["sample"]
     return SamplingReport(
         name=source,
-        device=torch.cuda.get_device_name(device) if cuda else "CPU",
+        device=shown(device),
         precision=precision,
         compile=compiled,
         batch=batch,

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from ibq_scale.bench.clock import Clock
-from ibq_scale.bench.device import reference
+from ibq_scale.bench.device import reference, shown
 from ibq_scale.config.layers import MISSING
 from ibq_scale.config.run import AnyRun
 from ibq_scale.distributed.memory import peak_bytes
 from ibq_scale.distributed.world import World
-from ibq_scale.models.precision import compute_dtype
+from ibq_scale.models.layout import compute_dtype
 from ibq_scale.scaling.plan import Machine, make_plan
 from ibq_scale.train.task import Task
 
@@ -68,63 +68,60 @@ class StepReport:
     parts: tuple[Part, ...]
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Seconds of each step, and of each part over all of them."""
+def report_fields(
+    run: AnyRun, world: World, measured: Measured, *, flops: float, formula: str, needs: Mapping[str, float | None]
+) -> dict[str, Any]:
+    """The fields of a `StepReport`. `needs`: the parts in their order, with FLOPs per image of those with products."""
+    spent, steps, step_s = measured.spent, len(measured.seconds), statistics.median(measured.seconds)
+    images, total = run.train.global_batch // world.size, sum(measured.spent.values())
+    ideal = reference(world.device, compute_dtype(run))
+    rate = flops * images / step_s
+    parts = [
+        Part(name, spent[name] / steps, spent[name] / total, None if need is None else need * images)
+        for name, need in needs.items()
+        if name in spent
+    ]
+    return {
+        "name": run.name,
+        "data": "synthetic" if run.data.train == MISSING else ", ".join(run.data.sources),
+        "device": shown(world.device),
+        "ranks": world.size,
+        "threads": torch.get_num_threads(),
+        "precision": run.train.precision,
+        "global_batch": run.train.global_batch,
+        "micro_batch": run.train.micro_batch,
+        "steps": steps,
+        "step_s": step_s,
+        "images_per_s": run.train.global_batch / step_s,
+        "flops_per_image": flops,
+        "executed_per_image": make_plan(run, Machine(world.size), mfu=0.5).flops.executed,
+        "flops_formula": formula,
+        "sheet_flops": ideal.sheet,
+        # Against the data sheet only. A measured peak would hide a slow device.
+        "mfu": None if ideal.sheet is None else rate / ideal.sheet,
+        "product_flops": ideal.product,
+        "product": f"{ideal.side}² in {ideal.dtype}",
+        "of_product": rate / ideal.product,
+        "base_bytes": measured.base_bytes,
+        "peak_bytes": peak_bytes(world.device),
+        "parts": tuple(parts),
+    }
+
+
+class Measured(NamedTuple):
+    """Seconds of each step, and of each part over all of them. `base_bytes`: memory before the first step."""
 
     seconds: list[float]
     spent: dict[str, float]
     base_bytes: int
 
-    def common(
-        self, run: AnyRun, world: World, *, flops: float, formula: str, names: Sequence[str], needs: Mapping[str, float]
-    ) -> dict[str, Any]:
-        """A `StepReport`'s fields. `needs`: FLOPs per image of the parts with products."""
-        steps, step_s = len(self.seconds), statistics.median(self.seconds)
-        images = run.train.global_batch // world.size
-        ideal = reference(world.device, compute_dtype(run))
-        rate = flops * images / step_s
-        total = sum(self.spent.values())
-        cuda = world.device.type == "cuda"
-        return {
-            "name": run.name,
-            "data": "synthetic" if run.data.train == MISSING else ", ".join(run.data.sources),
-            "device": torch.cuda.get_device_name(world.device) if cuda else "CPU",
-            "ranks": world.size,
-            "threads": torch.get_num_threads(),
-            "precision": run.train.precision,
-            "global_batch": run.train.global_batch,
-            "micro_batch": run.train.micro_batch,
-            "steps": steps,
-            "step_s": step_s,
-            "images_per_s": run.train.global_batch / step_s,
-            "flops_per_image": flops,
-            "executed_per_image": make_plan(run, Machine(world.size), mfu=0.5).flops.executed,
-            "flops_formula": formula,
-            "sheet_flops": ideal.sheet,
-            "mfu": ideal.mfu(rate),
-            "product_flops": ideal.product,
-            "product": f"{ideal.side}² in {ideal.dtype}",
-            "of_product": rate / ideal.product,
-            "base_bytes": self.base_bytes,
-            "peak_bytes": peak_bytes(world.device),
-            "parts": tuple(
-                Part(
-                    name,
-                    self.spent[name] / steps,
-                    self.spent[name] / total,
-                    needs[name] * images if name in needs else None,
-                )
-                for name in names
-                if name in self.spent
-            ),
-        }
 
-
-def measure(task: Task, run: AnyRun, batches: Iterator[Any], clock: Clock, *, steps: int, base_bytes: int) -> Measured:
+def measure(task: Task, run: AnyRun, batches: Iterator[Any], clock: Clock, steps: int) -> Measured:
     """Trains `WARM_UP` steps and then `steps` measured ones. Collective."""
+    base = peak_bytes(clock.device)
     seconds: list[float] = []
     spent: dict[str, float] = {}
+    batches = _timed(batches, clock)
     for step in range(WARM_UP + steps):
         task.set_rates(step * run.train.global_batch)
         dist.barrier()
@@ -135,10 +132,10 @@ def measure(task: Task, run: AnyRun, batches: Iterator[Any], clock: Clock, *, st
             seconds.append(sum(parts.values()))
             for name, value in parts.items():
                 spent[name] = spent.get(name, 0.0) + value
-    return Measured(seconds, spent, base_bytes)
+    return Measured(seconds, spent, base)
 
 
-def timed_batches(batches: Iterator[Any], clock: Clock) -> Iterator[Any]:
+def _timed(batches: Iterator[Any], clock: Clock) -> Iterator[Any]:
     """The same batches, with the wait for each counted for `DATA`."""
     while True:
         with clock.part(DATA):

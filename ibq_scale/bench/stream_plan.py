@@ -106,7 +106,6 @@ class _Node:
         self._uses: dict[int, _Use] = {}
 
     def read(self, positions: list[int]) -> None:
-        """One batch of this node's."""
         for position in positions:
             place = self._order.locate(position)
             use = self._uses.get(place.shard)

@@ -12,21 +12,19 @@ from dataclasses import dataclass
 import torch
 
 from ibq_scale.bench.clock import OTHER, Clock
-from ibq_scale.bench.steps import DATA, StepReport, measure, timed_batches
+from ibq_scale.bench.steps import DATA, StepReport, measure, report_fields
 from ibq_scale.config.layers import MISSING
 from ibq_scale.config.run import TokenizerRun
 from ibq_scale.data.sets import DataSets, open_sets
 from ibq_scale.data.stream import ImageBatch
-from ibq_scale.distributed.memory import peak_bytes
 from ibq_scale.distributed.world import World
 from ibq_scale.quantize.backend import choose
 from ibq_scale.scaling.auto import machine_of, settle
-from ibq_scale.scaling.flops import TOKENIZER_FORMULA, step_flops
+from ibq_scale.scaling.flops import step_flops, tokenizer_formula
 from ibq_scale.train.tokenizer_task import TokenizerTask
 
 GENERATOR, QUANTIZER = "generator", "quantizer"
 DISCRIMINATOR, PERCEPTUAL, UPDATE = "discriminator", "LPIPS", "optimizer, EMA, communication"
-PARTS = (DATA, GENERATOR, QUANTIZER, DISCRIMINATOR, PERCEPTUAL, UPDATE, OTHER)
 
 
 @dataclass(frozen=True)
@@ -44,23 +42,26 @@ def bench_tokenizer(run: TokenizerRun, world: World, *, steps: int) -> Tokenizer
     """Trains for some steps from the start and measures them. Collective. UserError for configs refused by training."""
     run, _ = settle(run, machine_of(world))
     synthetic = run.data.train == MISSING
-    task = TokenizerTask(run, world, DataSets((), run.data) if synthetic else open_sets(run.data, "images"))
+    sets = DataSets((), run.data) if synthetic else open_sets(run.data, "images", run.train.global_batch)
+    task = TokenizerTask(run, world, sets)
     clock = Clock(world.device)
-    batches = timed_batches(_synthetic(run) if synthetic else task.batches(0), clock)
-    base = peak_bytes(world.device)
     _hang(clock, task)
-    measured = measure(task, run, batches, clock, steps=steps, base_bytes=base)
-    backend = choose(
-        run.quantizer.backend, world.device, torch.float32, run.quantizer.dim, run.quantizer.logit_precision
-    )
+    measured = measure(task, run, _synthetic(run) if synthetic else task.batches(0), clock, steps)
+    how = run.quantizer
+    backend = choose(how.backend, world.device, torch.float32, how.dim, how.logit_precision)
     flops = step_flops(run, backend=backend, sharded=task.codebook.group_size > 1)
     needs = {
+        DATA: None,
         GENERATOR: flops.autoencoder + flops.features,
         QUANTIZER: flops.quantizer,
         DISCRIMINATOR: flops.discriminator,
         PERCEPTUAL: flops.perceptual,
+        UPDATE: None,
+        OTHER: None,
     }
-    common = measured.common(run, world, flops=flops.total, formula=TOKENIZER_FORMULA, names=PARTS, needs=needs)
+    common = report_fields(
+        run, world, measured, flops=flops.total, formula=tokenizer_formula(run.quantizer), needs=needs
+    )
     return TokenizerReport(
         **common,
         compile=run.model.compile,

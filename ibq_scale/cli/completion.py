@@ -7,26 +7,25 @@ import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from ibq_scale.cli.options import Family, argument
+
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
 SHELLS = ("bash", "zsh", "fish")
+COMMAND = Family()
+add_commands = COMMAND.add_commands
 
 
-def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command to the command line."""
-    parser = commands.add_parser(
-        "completion",
-        help="shell completion of commands, presets and keys",
-        description='Put eval "$(ibq-scale completion bash)" into ~/.bashrc, or zsh\'s into ~/.zshrc; for fish: '
-        "ibq-scale completion fish > ~/.config/fish/completions/ibq-scale.fish",
-        epilog="example: ibq-scale completion fish > ~/.config/fish/completions/ibq-scale.fish",
-    )
-    parser.add_argument("shell", choices=SHELLS)
-    parser.set_defaults(run=_completion)
-
-
+@COMMAND.command(
+    "shell completion of commands, presets and keys",
+    "fish > ~/.config/fish/completions/ibq-scale.fish",
+    argument("shell", choices=SHELLS),
+)
 def _completion(args: argparse.Namespace) -> int:
+    """Put eval "$(ibq-scale completion bash)" into ~/.bashrc, or zsh's into ~/.zshrc; for fish: ibq-scale completion
+    fish > ~/.config/fish/completions/ibq-scale.fish
+    """
     from argcomplete.shell_integration import shellcode
 
     print(shellcode(["ibq-scale"], shell=args.shell))
@@ -39,13 +38,10 @@ def answer_shell(parser: argparse.ArgumentParser) -> None:
         return
     import argcomplete
 
+    completers = {"source": _sources, "ladder": _ladders, "overrides": _overrides}
     for action in _actions(parser):
-        if action.dest == "source":
-            action.completer = _sources  # type: ignore[attr-defined]
-        elif action.dest == "ladder":
-            action.completer = _ladders  # type: ignore[attr-defined]
-        elif action.dest == "overrides":
-            action.completer = _overrides  # type: ignore[attr-defined]
+        if action.dest in completers:
+            action.completer = completers[action.dest]  # type: ignore[attr-defined]
     argcomplete.autocomplete(parser)
 
 

@@ -6,52 +6,31 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from ibq_scale.cli.options import at_least_one, finite
+from ibq_scale.cli.options import OVERRIDES, Family, argument, flag, real, whole
 from ibq_scale.errors import UserError
 
 if TYPE_CHECKING:
     from ibq_scale.config.run import AnyRun
+FAMILY = Family("config", "show a run's config and the reference of all keys")
+add_commands = FAMILY.add_commands
 
 
-def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the family to the command line."""
-    family = commands.add_parser("config", help="show a run's config and the reference of all keys").add_subparsers(
-        title="commands", metavar="COMMAND", required=True
-    )
-    show = family.add_parser(
-        "show",
-        help="print a preset or file with overrides applied, and where each value comes from",
-        description="Print a run's config. With --gpus, --device or --memory, settings that are auto get the values "
-        "that a run takes on these GPUs.",
-        epilog="example: ibq-scale config show tokenizer/ibq-16384 --gpus 8 --nodes 8 --device h100",
-    )
-    show.add_argument("source", metavar="PRESET_OR_YAML")
-    show.add_argument("overrides", nargs="*", metavar="key=value")
-    show.add_argument("--gpus", type=int, metavar="N", help="GPUs a node")
-    show.add_argument("--nodes", type=int, default=1, metavar="N", help="default 1")
-    show.add_argument("--device", metavar="GPU", help="a100, h100, l40s …")
-    show.add_argument("--memory", type=finite, metavar="GB", help="memory of one GPU (10⁹ bytes), instead of its own")
-    show.add_argument("--describe", action="store_true", help="each key's meaning under its value")
-    show.add_argument("--json", action="store_true", help="one JSON document: config and origins")
-    show.set_defaults(run=_show)
-    presets = family.add_parser("presets", help="list the presets", epilog="example: ibq-scale config presets")
-    presets.set_defaults(run=_presets)
-    schema = family.add_parser(
-        "schema",
-        help="print the JSON Schema of config files, for editors",
-        epilog="example: ibq-scale config schema ar > ar.schema.json",
-    )
-    schema.add_argument("task", choices=("tokenizer", "ar"))
-    schema.set_defaults(run=_schema)
-    reference = family.add_parser(
-        "reference",
-        help="print every key with its meaning, type and default, as Markdown",
-        epilog="example: ibq-scale config reference > docs/configuration.md",
-    )
-    reference.set_defaults(run=_reference)
-
-
+@FAMILY.command(
+    "print a preset or file with overrides applied, and where each value comes from",
+    "tokenizer/ibq-16384 --gpus 8 --nodes 8 --device h100",
+    argument("source", metavar="PRESET_OR_YAML"),
+    OVERRIDES,
+    whole("--gpus", "GPUs a node"),
+    whole("--nodes", default=1),
+    argument("--device", metavar="GPU", help="a100, h100, l40s …"),
+    real("--memory", "memory of one GPU (10⁹ bytes), instead of its own", above=0, metavar="GB"),
+    flag("--describe", "each key's meaning under its value"),
+    flag("--json", "one JSON document: config and origins"),
+)
 def _show(args: argparse.Namespace) -> int:
+    """Print a run's config. With --gpus, --device or --memory, settings that are auto get the values that a run takes
+    on these GPUs.
+    """
     from ibq_scale.config.layers import flatten, resolve
     from ibq_scale.config.reference import descriptions
 
@@ -83,16 +62,15 @@ def _settled(config: AnyRun, args: argparse.Namespace) -> tuple[AnyRun, dict[str
     from ibq_scale.scaling.plan import Machine
     from ibq_scale.scaling.profile import read_profile
 
-    args.gpus = args.gpus or 1
-    at_least_one(args, "gpus", "nodes")
     if args.memory is None and args.device is not None and named(args.device) is None:
         raise UserError(f"--device {args.device} is not in the table of GPUs: give its --memory in GB")
     memory = args.memory * 1e9 if args.memory else None
-    machine = Machine(args.gpus, args.nodes, args.device, memory, profile=read_profile(args.device))
+    machine = Machine(args.gpus or 1, args.nodes, args.device, memory, profile=read_profile(args.device))
     config, choices = settle(config, machine)
     return config, {choice.key: f"auto: {choice.reason}" for choice in choices}
 
 
+@FAMILY.command("list the presets", "")
 def _presets(args: argparse.Namespace) -> int:
     from ibq_scale.config.layers import preset_names
 
@@ -100,6 +78,11 @@ def _presets(args: argparse.Namespace) -> int:
     return 0
 
 
+@FAMILY.command(
+    "print the JSON Schema of config files, for editors",
+    "ar > ar.schema.json",
+    argument("task", choices=("tokenizer", "ar")),
+)
 def _schema(args: argparse.Namespace) -> int:
     from ibq_scale.config.reference import json_schema
 
@@ -107,6 +90,7 @@ def _schema(args: argparse.Namespace) -> int:
     return 0
 
 
+@FAMILY.command("print every key with its meaning, type and default, as Markdown", "> docs/configuration.md")
 def _reference(args: argparse.Namespace) -> int:
     from ibq_scale.config.reference import markdown
 

@@ -6,20 +6,19 @@ import argparse
 import sys
 from pathlib import Path
 
+from ibq_scale.cli.options import Family, argument
 
-def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command to the command line."""
-    parser = commands.add_parser(
-        "demo",
-        help="the whole path in minutes, on two CPU ranks and an embedded S3 endpoint",
-        description="Photographs → shards in S3 → IBQ tokenizer, VQ baseline → codes → transformer → samples → report.",
-        epilog="example: ibq-scale demo --to runs/demo",
-    )
-    parser.add_argument("--to", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo")
-    parser.set_defaults(run=_demo)
+COMMAND = Family()
+add_commands = COMMAND.add_commands
 
 
+@COMMAND.command(
+    "the whole path in minutes, on two CPU ranks and an embedded S3 endpoint",
+    "--to runs/demo",
+    argument("--to", type=Path, default=Path("runs/demo"), metavar="DIR", help="default: runs/demo"),
+)
 def _demo(args: argparse.Namespace) -> int:
+    """Photographs → shards in S3 → IBQ tokenizer, VQ baseline → codes → transformer → samples → report."""
     from ibq_scale.console import duration
     from ibq_scale.demo.plan import Plan
     from ibq_scale.demo.run import StageFailedError, run_demo

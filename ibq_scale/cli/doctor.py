@@ -5,35 +5,31 @@ from __future__ import annotations
 import argparse
 import json
 
-from ibq_scale.cli.options import at_least_one
+from ibq_scale.cli.options import JSON, Family, argument, whole
 
 WIDTH = 20
+COMMAND = Family()
+add_commands = COMMAND.add_commands
 
 
-def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command to the command line."""
-    parser = commands.add_parser(
-        "doctor",
-        help="check this machine: packages, GPUs, kernels, ranks, store, disks, weights, Slurm",
-        description="Check what a run needs of this node, each thing within a time limit: ok, warn (may be as you want "
-        "it) or FAIL, and what to do. Exit code 1 where something fails. In a job, checks the node that it runs on.",
-        epilog="example: ibq-scale doctor --data s3://bucket/imagenet --run-dir /shared/runs",
-    )
-    parser.add_argument("--data", metavar="URL", help="a prepared data set: its manifest, and the rate of a shard")
-    parser.add_argument("--run-dir", metavar="DIR", help="where runs will be: room and rate (default: runs)")
-    parser.add_argument("--ranks", type=int, metavar="N", help="of the all-reduce (default: one a GPU, or 2)")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.set_defaults(run=_doctor)
-
-
+@COMMAND.command(
+    "check this machine: packages, GPUs, kernels, ranks, store, disks, weights, Slurm",
+    "--data s3://bucket/imagenet --run-dir /shared/runs",
+    argument("--data", metavar="URL", help="a prepared data set: its manifest, and the rate of a shard"),
+    argument("--run-dir", metavar="DIR", help="where runs will be: room and rate (default: runs)"),
+    whole("--ranks", "of the all-reduce (default: one a GPU, or 2)"),
+    JSON,
+)
 def _doctor(args: argparse.Namespace) -> int:
+    """Check what a run needs of this node, each thing within a time limit: ok, warn (may be as you want it) or FAIL,
+    and what to do. Exit code 1 where something fails. In a job, checks the node that it runs on.
+    """
     import platform
     import time
 
     from ibq_scale.doctor.run import examine
     from ibq_scale.doctor.tools import Subject
 
-    at_least_one(args, "ranks")
     begin, host = time.perf_counter(), platform.node()
     if not args.json:
         print(f"{host}: {platform.system()} {platform.release()}, Python {platform.python_version()}", flush=True)

@@ -3,66 +3,43 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 
-from ibq_scale.cli.options import finite
+from ibq_scale.cli.options import Family, argument, finite, flag, show
 from ibq_scale.errors import UserError
 
 STABILITY = "stability"
 BENCH_OPTIONS = ("codes", "scales", "steps", "workers", "json")
+OF_BENCH = "of the stability bench:"
+FAMILY = Family("experiments", "the paper's experiments in small")
+add_commands = FAMILY.add_commands
 
 
-def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the family to the command line."""
-    family = commands.add_parser("experiments", help="the paper's experiments in small").add_subparsers(
-        title="commands", metavar="COMMAND", required=True
-    )
-    run = family.add_parser(
-        "run",
-        help="train and evaluate every configuration, or some, with each seed; or the stability bench",
-        description="Run it again to go on: finished runs are skipped. 'run stability' measures usage over time on a "
-        "frozen encoder for every quantizer, from codebooks of several initial scales (UR-AUC).",
-        usage="ibq-scale experiments run [-h] {PICTURES | stability [PICTURES]} [options]",
-        epilog="example: ibq-scale experiments run photographs/ --only ibq-1024 vq-1024 --seeds 0 1",
-    )
-    run.add_argument(
+@FAMILY.command(
+    "train and evaluate every configuration, or some, with each seed; or the stability bench",
+    "photographs/ --only ibq-1024 vq-1024 --seeds 0 1",
+    argument(
         "words",
         nargs="+",
         metavar="PICTURES",
-        help="folder of photographs, cut into tiles. 'stability' before it: the stability bench, whose default is ten "
-        "photographs of scikit-image and scikit-learn",
-    )
-    run.add_argument(
-        "--to", type=Path, default=Path("runs/experiments"), metavar="DIR", help="default: runs/experiments"
-    )
-    run.add_argument("--only", nargs="+", default=[], metavar="NAME", help="configurations (default: all)")
-    run.add_argument("--seeds", nargs="+", type=int, metavar="N", help="default: 0 1 2")
-    bench = run.add_argument_group("of the stability bench")
-    bench.add_argument("--codes", nargs="+", type=int, metavar="K", help="codebook sizes (default: 1024 16384)")
-    bench.add_argument("--scales", nargs="+", type=finite, metavar="M", help="initial scales (0.01 0.1 1 10)")
-    bench.add_argument("--steps", type=int, metavar="N", help="steps of a curve (default: 96)")
-    bench.add_argument("--workers", type=int, metavar="N", help="processes of one thread (default: the cores)")
-    bench.add_argument("--json", action="store_true", help="print one JSON document")
-    run.set_defaults(run=_run)
-    listed = family.add_parser(
-        "list",
-        help="the configurations and their overrides of the preset",
-        epilog="example: ibq-scale experiments list",
-    )
-    listed.set_defaults(run=_list)
-    report = family.add_parser(
-        "report",
-        help="collect finished runs, draw the figures and fill the tables of docs/experiments.md",
-        epilog="example: ibq-scale experiments report --runs runs/experiments --docs docs",
-    )
-    report.add_argument("--runs", type=Path, metavar="DIR", help="collect these first (default: use earlier results)")
-    report.add_argument("--docs", type=Path, default=Path("docs"), metavar="DIR", help="default: docs")
-    report.set_defaults(run=_report)
-
-
+        help="folder of photographs, cut into tiles. 'stability' before it: the stability bench, whose default is "
+        "ten photographs of scikit-image and scikit-learn",
+    ),
+    argument("--to", type=Path, default=Path("runs/experiments"), metavar="DIR", help="default: runs/experiments"),
+    argument("--only", nargs="+", default=[], metavar="NAME", help="configurations (default: all)"),
+    argument("--seeds", nargs="+", type=int, metavar="N", help="default: 0 1 2"),
+    argument("--codes", nargs="+", type=int, metavar="K", help=f"{OF_BENCH} codebook sizes (default: 1024 16384)"),
+    argument("--scales", nargs="+", type=finite, metavar="M", help=f"{OF_BENCH} initial scales (0.01 0.1 1 10)"),
+    argument("--steps", type=int, metavar="N", help=f"{OF_BENCH} steps of a curve (default: 96)"),
+    argument("--workers", type=int, metavar="N", help=f"{OF_BENCH} processes of one thread (default: the cores)"),
+    flag("--json", f"{OF_BENCH} print one JSON document"),
+    usage="ibq-scale experiments run [-h] {PICTURES | stability [PICTURES]} [options]",
+)
 def _run(args: argparse.Namespace) -> int:
+    """Run it again to go on: finished runs are skipped. 'run stability' measures usage over time on a frozen encoder
+    for every quantizer, from codebooks of several initial scales (UR-AUC).
+    """
     from ibq_scale.experiments.plan import SEEDS, trials
     from ibq_scale.experiments.run import run_trials
 
@@ -90,10 +67,10 @@ def _stability(args: argparse.Namespace, pictures: Path | None) -> int:
     chosen = trials(args.only, args.seeds or SEEDS, args.codes or CODES, args.scales or SCALES)
     sizes = Sizes() if args.steps is None else Sizes(steps=args.steps)
     curves = run_bench(pictures, args.to, chosen, sizes, args.workers or len(os.sched_getaffinity(0)))
-    print(json.dumps(document(curves), indent=2) if args.json else "\n".join(text_table(curves)))
-    return 0
+    return show(args, document(curves), text_table(curves), indent=2)
 
 
+@FAMILY.command("the configurations and their overrides of the preset", "")
 def _list(args: argparse.Namespace) -> int:
     from ibq_scale.experiments.plan import CONFIGURATIONS, PRESET
     from ibq_scale.experiments.stability import RATE, VARIANTS
@@ -105,6 +82,12 @@ def _list(args: argparse.Namespace) -> int:
     return 0
 
 
+@FAMILY.command(
+    "collect finished runs, draw the figures and fill the tables of docs/experiments.md",
+    "--runs runs/experiments --docs docs",
+    argument("--runs", type=Path, metavar="DIR", help="collect these first (default: use earlier results)"),
+    argument("--docs", type=Path, default=Path("docs"), metavar="DIR", help="default: docs"),
+)
 def _report(args: argparse.Namespace) -> int:
     from ibq_scale.experiments import stability
     from ibq_scale.experiments.document import write_document

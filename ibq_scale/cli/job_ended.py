@@ -5,31 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ibq_scale.cli.options import finite
+from ibq_scale.cli.options import Family, argument, finite, flag
 
-
-def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the commands to the command line."""
-    parser = commands.add_parser(
-        "job-ended",
-        description="Prints 'requeue', the exit code and the nodes to leave out, or 'end', the exit code and the "
-        "jobs of its chain to drop. The reason and the ranks' failures go to standard error.",
-        epilog="example: ibq-scale job-ended runs/tok --code 75 --seconds 3600",
-    )
-    parser.add_argument("folder", metavar="RUN", type=Path, help="run directory")
-    parser.add_argument("--code", type=int, required=True, metavar="N", help="srun's exit code")
-    parser.add_argument("--seconds", type=finite, required=True, metavar="S", help="how long the job ran")
-    parser.add_argument("--attempts", type=int, default=3, metavar="N", help="in a row without a new step (default 3)")
-    parser.add_argument("--stays", action="store_true", help="it was cancelled, or may not go back into the queue")
-    parser.set_defaults(run=_job_ended)
-    parser = commands.add_parser(
-        "step-ended",
-        description="Prints the exit code of the first cause, for a job without training. The ranks' failures go "
-        "to standard error.",
-        epilog="example: ibq-scale step-ended --code 143",
-    )
-    parser.add_argument("--code", type=int, required=True, metavar="N", help="srun's exit code")
-    parser.set_defaults(run=_step_ended)
+CODE = argument("--code", type=int, required=True, metavar="N", help="srun's exit code")
+COMMAND = Family()
+add_commands = COMMAND.add_commands
 
 
 def _first_code(args: argparse.Namespace) -> int:
@@ -39,12 +19,26 @@ def _first_code(args: argparse.Namespace) -> int:
     return tell_of_job_step() or int(args.code)
 
 
+@COMMAND.command(None, "--code 143", CODE)
 def _step_ended(args: argparse.Namespace) -> int:
+    """Prints the exit code of the first cause, for a job without training. The ranks' failures go to standard error."""
     print(_first_code(args))
     return 0
 
 
+@COMMAND.command(
+    None,
+    "runs/tok --code 75 --seconds 3600",
+    argument("folder", metavar="RUN", type=Path, help="run directory"),
+    CODE,
+    argument("--seconds", type=finite, required=True, metavar="S", help="how long the job ran"),
+    argument("--attempts", type=int, default=3, metavar="N", help="in a row without a new step (default 3)"),
+    flag("--stays", "it was cancelled, or may not go back into the queue"),
+)
 def _job_ended(args: argparse.Namespace) -> int:
+    """Prints 'requeue', the exit code and the nodes to leave out, or 'end', the exit code and the jobs of its chain to
+    drop. The reason and the ranks' failures go to standard error.
+    """
     from ibq_scale.cluster.requeue import after
     from ibq_scale.console import tell
 

@@ -3,45 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ibq_scale.cli.options import JSON, Family, argument, flag, show
 from ibq_scale.errors import UserError
 
 if TYPE_CHECKING:
     from ibq_scale.cluster.runs import Run
 
 COLUMNS = ("run", "state", "step", "rate", "ETA", "checkpoint", "job", "nodes")
+COMMAND = Family()
+add_commands = COMMAND.add_commands
 
 
-def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds both commands to the command line."""
-    jobs = commands.add_parser(
-        "jobs",
-        help="runs and how they stand",
-        description="State, step, rate, time left, newest checkpoint, job and nodes of runs: from Slurm's queue, and "
-        "from the run directories. Without RUN: all queued runs, and those in ./runs.",
-        epilog="example: ibq-scale jobs runs/tok runs/xl",
-    )
-    jobs.add_argument("runs", nargs="*", type=Path, metavar="RUN")
-    jobs.add_argument("--json", action="store_true", help="print one JSON document")
-    jobs.set_defaults(run=_jobs)
-    cancel = commands.add_parser(
-        "cancel",
-        help="save a run and stop it",
-        description="Take a run's queued jobs out of the queue, and ask the running ones to save, end and not "
-        "come back. Without Slurm, the process on this host is asked.",
-        epilog="example: ibq-scale cancel runs/tok --wait",
-    )
-    cancel.add_argument("run_dir", type=Path, metavar="RUN")
-    cancel.add_argument("--wait", action="store_true", help="return when it has gone")
-    cancel.set_defaults(run=_cancel)
-
-
+@COMMAND.command(
+    "runs and how they stand", "runs/tok runs/xl", argument("runs", nargs="*", type=Path, metavar="RUN"), JSON
+)
 def _jobs(args: argparse.Namespace) -> int:
+    """State, step, rate, time left, newest checkpoint, job and nodes of runs: from Slurm's queue, and from the run
+    directories. Without RUN: all queued runs, and those in ./runs.
+    """
     from ibq_scale.cluster import slurm
     from ibq_scale.cluster.runs import describe, known_runs
     from ibq_scale.console import aligned, tell
@@ -57,16 +40,9 @@ def _jobs(args: argparse.Namespace) -> int:
             faults.append(str(e))
     for fault in faults:
         tell(f"ibq-scale: {fault}")
-    code = UserError.exit_code if faults and args.runs else 0
-    if args.json:
-        print(json.dumps([asdict(run) for run in found]))
-        return code
-    if not found:
-        if not faults:
-            print("no runs in the queue or in ./runs: name run directories")
-        return code
-    print("\n".join(aligned([COLUMNS, *map(_row, found)])))
-    return code
+    nothing = [] if faults else ["no runs in the queue or in ./runs: name run directories"]
+    show(args, found, aligned([COLUMNS, *map(_row, found)]) if found else nothing)
+    return UserError.exit_code if faults and args.runs else 0
 
 
 def _row(run: Run) -> tuple[str, ...]:
@@ -84,7 +60,16 @@ def _row(run: Run) -> tuple[str, ...]:
     )
 
 
+@COMMAND.command(
+    "save a run and stop it",
+    "runs/tok --wait",
+    argument("run_dir", type=Path, metavar="RUN"),
+    flag("--wait", "return when it has gone"),
+)
 def _cancel(args: argparse.Namespace) -> int:
+    """Take a run's queued jobs out of the queue, and ask the running ones to save, end and not come back. Without
+    Slurm, the process on this host is asked.
+    """
     from ibq_scale.cluster.cancel import cancel, patience, wait
 
     if not args.run_dir.is_dir():

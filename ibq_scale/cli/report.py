@@ -5,19 +5,18 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ibq_scale.cli.options import Family, argument
 
-def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command to the command line."""
-    parser = commands.add_parser(
-        "report",
-        help="curves, pictures and tables of runs as one offline HTML page",
-        epilog="example: ibq-scale report runs/ibq runs/vq --out compare.html",
-    )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="default: report.html in the first run")
-    parser.set_defaults(run=_report)
+COMMAND = Family()
+add_commands = COMMAND.add_commands
 
 
+@COMMAND.command(
+    "curves, pictures and tables of runs as one offline HTML page",
+    "runs/ibq runs/vq --out compare.html",
+    argument("runs", nargs="+", type=Path, metavar="RUN"),
+    argument("--out", type=Path, metavar="FILE", help="default: report.html in the first run"),
+)
 def _report(args: argparse.Namespace) -> int:
     from ibq_scale.report.compare import write_report
 

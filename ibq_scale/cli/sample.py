@@ -3,70 +3,31 @@
 from __future__ import annotations
 
 import argparse
-import json
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ibq_scale.cli.options import add_ranks, at_least_one, finite
-from ibq_scale.cli.tokenize import parse_part
+from ibq_scale.cli.options import (
+    JSON,
+    RANKS,
+    Checked,
+    Family,
+    argument,
+    finite,
+    flag,
+    real,
+    show,
+    whole,
+)
+from ibq_scale.cli.tokenize import part
 from ibq_scale.errors import UserError
 
 if TYPE_CHECKING:
     from ibq_scale.config.models import TransformerConfig
+    from ibq_scale.generate.images import SampleReport
     from ibq_scale.models.sampling import SamplingSettings
-
-
-def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command to the command line."""
-    parser = commands.add_parser(
-        "sample",
-        help="images by class: PNG grid and .npz",
-        description="Sample images. The same job gives the same bytes on any number of ranks, and goes on where it was "
-        "stopped when it is run again. Image i of a class is a function of the seed, the class and i.",
-        epilog="example: ibq-scale sample runs/xl --tokenizer runs/tok --to samples --per-class 50 --published",
-    )
-    parser.add_argument("checkpoint", metavar="AR_CKPT", help="run directory, checkpoint or exported model")
-    parser.add_argument("--tokenizer", required=True, metavar="CKPT", help="the tokenizer of its codes")
-    parser.add_argument("--to", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--classes", metavar="LIST", help="labels, for example 0,7,20-29 (default: all)")
-    parser.add_argument(
-        "--captions", type=Path, metavar="FILE", help="one caption a line, for a model with conditioning=embedding"
-    )
-    parser.add_argument("--prompt", action="append", metavar="TEXT", help="a caption; may be given again")
-    parser.add_argument("--per-class", type=int, default=8, metavar="N", help="images a class or caption (default 8)")
-    parser.add_argument("--guidance", type=finite, help="1 is none (default)")
-    parser.add_argument(
-        "--guidance-schedule",
-        choices=("constant", "linear", "power-cosine"),
-        default="constant",
-        help="linear (MAR) and power-cosine (RAR) rise over the codes from none to --guidance",
-    )
-    parser.add_argument("--guidance-power", type=finite, default=1.0, metavar="P", help="of power-cosine (default 1)")
-    parser.add_argument("--temperature", type=finite, help="default 1")
-    parser.add_argument(
-        "--published",
-        action="store_true",
-        help="the published guidance and temperature of the model's size, if not given: "
-        "b 2.25, 1.10; l 2.0, 1.0; xl 2.35, 1.15; xxl 2.85, 1.20 (FID there: --per-class 50)",
-    )
-    parser.add_argument("--top-k", type=int, default=0, help="0 keeps every code (default)")
-    parser.add_argument("--top-p", type=finite, default=1.0, help="1 keeps every code (default)")
-    parser.add_argument("--greedy", action="store_true", help="always the likeliest code")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch", type=int, default=32, metavar="N", help="images at once on a rank (default 32)")
-    parser.add_argument(
-        "--precision", choices=("fp32", "bf16"), default="fp32", help="of the transformer (default fp32)"
-    )
-    parser.add_argument(
-        "--compile", action="store_true", help="give the transformer's blocks to torch.compile (for GPUs, long jobs)"
-    )
-    parser.add_argument(
-        "--part", default="0/1", metavar="I/N", help="only every N-th batch from I on: for an array of jobs"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
-    add_ranks(parser)
-    parser.set_defaults(run=_sample, check=_check)
+COMMAND = Family()
+add_commands = COMMAND.add_commands
 
 
 def parse_classes(text: str) -> list[int]:
@@ -98,16 +59,9 @@ def _captions(args: argparse.Namespace) -> list[str]:
 
 
 def _check(args: argparse.Namespace) -> None:
-    at_least_one(args, "batch", "per_class")
     _captions(args)
-    wrong_temperature = args.temperature is not None and args.temperature <= 0
-    if wrong_temperature or args.top_k < 0 or not 0 < args.top_p <= 1:
-        raise UserError("--temperature must be above 0, --top-k at least 0 and --top-p above 0 and at most 1")
-    if args.guidance_power <= 0:
-        raise UserError(f"--guidance-power must be above 0, got {args.guidance_power}")
-    parse_part(args.part)
-    if args.classes is not None:
-        parse_classes(args.classes)
+    if args.top_k < 0 or not 0 < args.top_p <= 1:
+        raise UserError("--top-k must be at least 0, and --top-p above 0 and at most 1")
 
 
 def _settings(args: argparse.Namespace, config: TransformerConfig) -> SamplingSettings:
@@ -127,16 +81,61 @@ def _settings(args: argparse.Namespace, config: TransformerConfig) -> SamplingSe
     )
 
 
+@COMMAND.command(
+    "images by class: PNG grid and .npz",
+    "runs/xl --tokenizer runs/tok --to samples --per-class 50 --published",
+    argument("checkpoint", metavar="AR_CKPT", help="run directory, checkpoint or exported model"),
+    argument("--tokenizer", required=True, metavar="CKPT", help="the tokenizer of its codes"),
+    argument("--to", required=True, type=Path, metavar="DIR"),
+    argument(
+        "--classes",
+        action=Checked,
+        check=parse_classes,
+        metavar="LIST",
+        help="labels, for example 0,7,20-29 (default: all)",
+    ),
+    argument(
+        "--captions", type=Path, metavar="FILE", help="one caption a line, for a model with conditioning=embedding"
+    ),
+    argument("--prompt", action="append", metavar="TEXT", help="a caption; may be given again"),
+    whole("--per-class", "images a class or caption", 8),
+    argument("--guidance", type=finite, help="1 is none (default)"),
+    argument(
+        "--guidance-schedule",
+        choices=("constant", "linear", "power-cosine"),
+        default="constant",
+        help="linear (MAR) and power-cosine (RAR) rise over the codes from none to --guidance",
+    ),
+    real("--guidance-power", "of power-cosine", 1.0, above=0, metavar="P"),
+    real("--temperature", "default 1", above=0),
+    flag(
+        "--published",
+        "the published guidance and temperature of the model's size, if not given: "
+        "b 2.25, 1.10; l 2.0, 1.0; xl 2.35, 1.15; xxl 2.85, 1.20 (FID there: --per-class 50)",
+    ),
+    argument("--top-k", type=int, default=0, help="0 keeps every code (default)"),
+    argument("--top-p", type=finite, default=1.0, help="1 keeps every code (default)"),
+    flag("--greedy", "always the likeliest code"),
+    argument("--seed", type=int, default=0),
+    whole("--batch", "images at once on a rank", 32),
+    argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the transformer (default fp32)"),
+    flag("--compile", "give the transformer's blocks to torch.compile (for GPUs, long jobs)"),
+    part("only every N-th batch from I on: for an array of jobs"),
+    JSON,
+    RANKS,
+    check=_check,
+)
 def _sample(args: argparse.Namespace) -> int:
+    """Sample images. The same job gives the same bytes on any number of ranks, and goes on where it was stopped when it
+    is run again. Image i of a class is a function of the seed, the class and i.
+    """
     import torch
 
     from ibq_scale.distributed.environment import join
     from ibq_scale.generate.images import sample
-    from ibq_scale.outputs import GRID, SAMPLES
     from ibq_scale.pretrained.loading import load_ar, load_tokenizer
 
     _check(args)
-    part = parse_part(args.part)
     with join() as world:
         ar = load_ar(args.checkpoint, world.device)
         settings = _settings(args, ar.config)
@@ -146,21 +145,19 @@ def _sample(args: argparse.Namespace) -> int:
             ar.transformer.compile_regions()
         tokenizer = load_tokenizer(args.tokenizer, world.device)
         captions = _captions(args)
-        classes = parse_classes(args.classes) if args.classes else list(range(len(captions) or ar.config.classes))
-        how = {"batch": args.batch, "part": part, "captions": captions}
+        classes = args.classes or list(range(len(captions) or ar.config.classes))
+        how = {"batch": args.batch, "part": args.part, "captions": captions}
         report = sample(ar, tokenizer, classes, args.per_class, settings, args.to, world, **how)
-        if not world.is_main:
-            return 0
-    if args.json:
-        print(json.dumps(asdict(report)))
-        return 0
+        return show(args, report, _lines(report, captions)) if world.is_main else 0
+
+
+def _lines(report: SampleReport, captions: Sequence[str]) -> Iterator[str]:
+    from ibq_scale.outputs import GRID, SAMPLES
+
     reused = f" ({report.reused_images} from an earlier run)" if report.reused_images else ""
-    print(
+    yield (
         f"{report.images} images of {len(report.classes)} {'captions' if captions else 'classes'}{reused}: "
         f"{report.images_per_s:.2f} img/s, {report.tokens_per_s:.0f} tokens/s"
     )
-    if report.complete:
-        print(f"{args.to / GRID}, {args.to / SAMPLES}")
-    else:
-        print(f"other parts are missing: the last one to end writes {args.to / SAMPLES}")
-    return 0
+    grid, samples = Path(report.folder) / GRID, Path(report.folder) / SAMPLES
+    yield f"{grid}, {samples}" if report.complete else f"other parts are missing: the last one to end writes {samples}"

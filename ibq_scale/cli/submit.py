@@ -9,7 +9,7 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ibq_scale.cli.options import at_least_one
+from ibq_scale.cli.options import JSON, Family, argument, flag, show, whole
 from ibq_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,63 +25,55 @@ COMMANDS = ("tokenize", "sample", "evaluate")
 
 # Flags with a setting of the same name in a cluster's profile.
 SETTINGS = (
-    ("partition", str, "NAME", ""),
-    ("account", str, "NAME", ""),
-    ("qos", str, "NAME", ""),
-    ("constraint", str, "LIST", "required features of nodes"),
-    ("time", str, "LIMIT", "HH:MM:SS or DAYS-HH:MM:SS"),
-    ("mem", str, "SIZE", "of a node; 0: all of it"),
-    ("gpu", str, "GPU", "h100, a100-40gb …: to check the memory"),
-    ("gpus-per-node", int, "N", "0: ranks on CPUs"),
-    ("ntasks-per-node", int, "N", "ranks (default: one a GPU)"),
-    ("cpus-per-task", int, "N", ""),
+    argument("--partition", metavar="NAME"),
+    argument("--account", metavar="NAME"),
+    argument("--qos", metavar="NAME"),
+    argument("--constraint", metavar="LIST", help="required features of nodes"),
+    argument("--time", metavar="LIMIT", help="HH:MM:SS or DAYS-HH:MM:SS"),
+    argument("--mem", metavar="SIZE", help="of a node; 0: all of it"),
+    argument("--gpu", metavar="GPU", help="h100, a100-40gb …: to check the memory"),
+    whole("--gpus-per-node", "0: ranks on CPUs", least=0),
+    whole("--ntasks-per-node", "ranks (default: one a GPU)"),
+    whole("--cpus-per-task"),
 )
-
-
-def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the command to the command line."""
-    parser = commands.add_parser(
-        "submit",
-        help="check a run and submit it to Slurm",
-        description="Check a run, copy code and config to RUN/submitted, fill slurm/train_*.sbatch and submit it. "
-        "Flags win over the cluster's profile (~/.config/ibq-scale/clusters.yaml), that over the file's own lines. "
-        "The same for another command, behind --: submit --nodes 1 --array 16 -- sample runs/xl --to samples …",
-        epilog="example: ibq-scale submit ar/xl data.train=s3://bucket/codes out=/shared/xl --nodes 4 --time 24:00:00",
-    )
-    parser.add_argument("source", metavar="PRESET_OR_YAML", help="or tokenize, sample, evaluate")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="or that command's own words")
-    add_settings(parser)
-    parser.add_argument("--array", type=int, metavar="N", help="jobs to share the work of tokenize or sample")
-    parser.add_argument("--chain", type=int, default=1, metavar="N", help="N jobs, each resumes from the one before")
-    parser.add_argument("--dry-run", action="store_true", help="check, print the sbatch file, and submit nothing")
-    parser.add_argument("--json", action="store_true", help="print one JSON document")
-    parser.set_defaults(run=_submit)
-
-
-def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Options for nodes and for the settings of a cluster's profile."""
-    parser.add_argument("--nodes", type=int, required=True, metavar="N", help="of each job")
-    parser.add_argument("--cluster", metavar="NAME", help="profile (default: the file's 'default')")
-    for name, kind, metavar, about in SETTINGS:
-        parser.add_argument(f"--{name}", type=kind, metavar=metavar, help=about or None)
-    parser.add_argument(
+QUEUE = (
+    whole("--nodes", "of each job", required=True),
+    argument("--cluster", metavar="NAME", help="profile (default: the file's 'default')"),
+    *SETTINGS,
+    argument(
         "--sbatch",
         action="append",
         default=[],
         metavar="OPTION",
         help="any other option of sbatch, as reservation=x; repeat",
-    )
+    ),
+)
+COMMAND = Family()
+add_commands = COMMAND.add_commands
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
-    """The values of `add_settings` by the profile's names, None if not given. UserError for impossible values."""
-    at_least_one(args, "nodes", "chain", "ntasks_per_node", "cpus_per_task")
-    if args.gpus_per_node is not None and args.gpus_per_node < 0:
-        raise UserError(f"--gpus-per-node must be at least 0, got {args.gpus_per_node}")
-    return {name: getattr(args, name) for name in (name.replace("-", "_") for name, *_ in SETTINGS)}
+    """The values of `SETTINGS` by the profile's names, None if not given."""
+    keys = [flags[0].removeprefix("--").replace("-", "_") for flags, _ in SETTINGS]
+    return {key: getattr(args, key) for key in keys}
 
 
+@COMMAND.command(
+    "check a run and submit it to Slurm",
+    "ar/xl data.train=s3://bucket/codes out=/shared/xl --nodes 4 --time 24:00:00",
+    argument("source", metavar="PRESET_OR_YAML", help="or tokenize, sample, evaluate"),
+    argument("overrides", nargs="*", metavar="key=value", help="or that command's own words"),
+    *QUEUE,
+    whole("--array", "jobs to share the work of tokenize or sample"),
+    whole("--chain", "N jobs, each resumes from the one before", 1),
+    flag("--dry-run", "check, print the sbatch file, and submit nothing"),
+    JSON,
+)
 def _submit(args: argparse.Namespace) -> int:
+    """Check a run, copy code and config to RUN/submitted, fill slurm/train_*.sbatch and submit it. Flags win over the
+    cluster's profile (~/.config/ibq-scale/clusters.yaml), that over the file's own lines. The same for another command,
+    behind --: submit --nodes 1 --array 16 -- sample runs/xl --to samples …
+    """
     from ibq_scale.cluster.submit import next_snapshot, render, submit
 
     request, cluster, command = _request(args)
@@ -101,30 +93,27 @@ def _submit(args: argparse.Namespace) -> int:
             raise UserError(f"not submitted: fix {', '.join(failed)} (FAIL, above)")
         return 0
     snapped, jobs = submit(request, chain=args.chain, cluster=cluster)
-    if args.json:
-        print(json.dumps(_document(request, checks, jobs, str(snapped.folder) if snapped is not None else None)))
-        return 0
-    _tell(request, snapped, jobs)
-    return 0
+    folder = None if snapped is None else str(snapped.folder)
+    return show(args, _document(request, checks, jobs, folder), _lines(request, snapped, jobs))
 
 
-def _tell(request: Request, snapped: Snapshot | None, jobs: list[str]) -> None:
+def _lines(request: Request, snapped: Snapshot | None, jobs: list[str]) -> Iterator[str]:
     from ibq_scale.cluster.snapshot import Source
 
     work = request.work
-    print(f"submitted {', '.join(jobs)}: {work.folder or work.name}")
+    yield f"submitted {', '.join(jobs)}: {work.folder or work.name}"
     if snapped is not None:
-        print(f"  runs {snapped.source}, {snapped.folder}")
+        yield f"  runs {snapped.source}, {snapped.folder}"
     else:
-        print(f"  runs {Source.here()}, as of its start: the output is no folder for a copy")
-    print(f"  tail -F {shlex.quote(str(_log(request, jobs[0])))}")
+        yield f"  runs {Source.here()}, as of its start: the output is no folder for a copy"
+    yield f"  tail -F {shlex.quote(str(_log(request, jobs[0])))}"
     if work.config is not None:
         folder = shlex.quote(str(work.folder))
-        print(f"  ibq-scale jobs {folder}")
-        print(f"  ibq-scale cancel {folder}     # saves first")
+        yield f"  ibq-scale jobs {folder}"
+        yield f"  ibq-scale cancel {folder}     # saves first"
     else:
-        print(f"  squeue --jobs={','.join(jobs)}")
-        print(f"  scancel {' '.join(jobs)}     # the same command resumes")
+        yield f"  squeue --jobs={','.join(jobs)}"
+        yield f"  scancel {' '.join(jobs)}     # the same command resumes"
 
 
 def _log(request: Request, job: str) -> str:
@@ -151,8 +140,6 @@ def _request(args: argparse.Namespace) -> tuple[Request, str | None, argparse.Na
     from ibq_scale.cluster.submit import make_request, other_command, training
     from ibq_scale.config.layers import require_complete, resolve
 
-    at_least_one(args, "array")
-    flags = settings_of(args)
     command = None
     if args.source in COMMANDS:
         command = _parse(args.source, args.overrides)
@@ -165,7 +152,7 @@ def _request(args: argparse.Namespace) -> tuple[Request, str | None, argparse.Na
         require_complete(config)
         work = training(config)
     cluster, profile = load_profile(args.cluster)
-    return make_request(work, args.nodes, profile, flags, args.sbatch), cluster, command
+    return make_request(work, args.nodes, profile, settings_of(args), args.sbatch), cluster, command
 
 
 def _parse(name: str, words: list[str]) -> argparse.Namespace:

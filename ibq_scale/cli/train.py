@@ -5,33 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ibq_scale.cli.options import add_ranks
+from ibq_scale.cli.options import OVERRIDES, RANKS, Family, argument
 
-EXAMPLES = {
-    "tokenizer": "ibq-scale train tokenizer tokenizer/ibq-16384 data.train=s3://bucket/imagenet out=runs/tok",
-    "ar": "ibq-scale train ar ar/xl data.train=s3://bucket/imagenet-codes out=runs/xl",
-}
-
-
-def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Adds the family to the command line."""
-    family = commands.add_parser("train", help="train a tokenizer or an AR transformer").add_subparsers(
-        title="stages", metavar="STAGE", required=True
-    )
-    for task, about in (
-        ("tokenizer", "stage 1: the image tokenizer"),
-        ("ar", "stage 2: the transformer on its codes"),
-    ):
-        parser = family.add_parser(
-            task,
-            help=about,
-            description=f"Train {about}. Run the same command again to resume from the newest whole checkpoint.",
-            epilog=f"example: {EXAMPLES[task]}",
-        )
-        parser.add_argument("source", metavar="PRESET_OR_YAML", help=f"{task}/NAME, or NAME alone")
-        parser.add_argument("overrides", nargs="*", metavar="key=value")
-        add_ranks(parser)
-        parser.set_defaults(run=_train, check=_check, task=task)
+FAMILY = Family("train", "train a tokenizer or an AR transformer", "stages", "STAGE")
+add_commands = FAMILY.add_commands
+SOURCE = argument("source", metavar="PRESET_OR_YAML", help="STAGE/NAME, or NAME alone")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -45,7 +23,28 @@ def _check(args: argparse.Namespace) -> None:
         weight_file(name)
 
 
+@FAMILY.command(
+    "stage 2: the transformer on its codes",
+    "ar/xl data.train=s3://bucket/imagenet-codes out=runs/xl",
+    SOURCE,
+    OVERRIDES,
+    RANKS,
+    name="ar",
+    check=_check,
+    task="ar",
+)
+@FAMILY.command(
+    "stage 1: the image tokenizer",
+    "tokenizer/ibq-16384 data.train=s3://bucket/imagenet out=runs/tok",
+    SOURCE,
+    OVERRIDES,
+    RANKS,
+    name="tokenizer",
+    check=_check,
+    task="tokenizer",
+)
 def _train(args: argparse.Namespace) -> int:
+    """Train a stage. Run the same command again to resume from the newest whole checkpoint."""
     from contextlib import closing
     from pathlib import Path
 

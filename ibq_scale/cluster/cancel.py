@@ -54,24 +54,19 @@ def patience(run_dir: Path) -> float:
 def wait(asked: Asked, seconds: float) -> bool:
     """Whether all jobs and processes ended within the given seconds."""
     deadline = time.monotonic() + seconds
-    while _still_there(asked):
+    process = asked.process
+    while process.is_alive() if process is not None else any(job.id in asked.saving for job in slurm.my_jobs()):
         if time.monotonic() > deadline:
             return False
         time.sleep(POLL_SECONDS)
     return True
 
 
-def _still_there(asked: Asked) -> bool:
-    if asked.process is not None:
-        return bool(asked.process.is_alive())
-    return any(job.id in asked.saving for job in slurm.my_jobs())
-
-
 def _ask_process(run_dir: Path) -> Holder:
     """Signals rank 0. One informed rank is enough, since all ranks agree on a stop after each step."""
     held = read_lock(run_dir)
     holder = held.holder if held is not None else None
-    alive = holder.is_alive() if holder is not None else False
+    alive = holder is not None and holder.is_alive()
     if holder is None or alive is False:
         raise UserError(f"no run is active in {run_dir}: there is nothing to cancel (ibq-scale jobs {run_dir})")
     if not alive:

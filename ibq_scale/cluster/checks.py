@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from ibq_scale.checkpoint.reading import Checkpoint, newest_or_this, whole_checkpoints
 from ibq_scale.cluster import slurm
 from ibq_scale.cluster.render import Script
-from ibq_scale.cluster.room import can_hold, free_bytes, nearest
+from ibq_scale.cluster.room import can_hold, nearest
 from ibq_scale.cluster.runs import jobs_of
 from ibq_scale.config.batch import accumulation_steps, codebook_group_size
 from ibq_scale.config.deepspeed import deepspeed_config, zero_words
@@ -55,11 +56,6 @@ class Submission(Job):
         return number(self.script, "nodes")
 
     @property
-    def gpus(self) -> int:
-        """Per node. 0 for CPU ranks."""
-        return gpus_per_node(self.script)
-
-    @property
     def ranks(self) -> int:
         return self.nodes * number(self.script, "ntasks-per-node")
 
@@ -95,7 +91,8 @@ class Submission(Job):
 
         kind: Literal["images", "codes"] = "images" if isinstance(self.config, TokenizerRun) else "codes"
         # The nodes read the shards. This host needs no folder for them.
-        return open_sets(self.config.data.model_copy(update={"cache_dir": None}), kind)
+        data = self.config.data.model_copy(update={"cache_dir": None})
+        return open_sets(data, kind, self.config.train.global_batch)
 
     @cached_property
     def newest(self) -> Checkpoint | None:
@@ -160,7 +157,7 @@ def _memory(job: Submission) -> Outcome:
         return wrong
     plan = job.plan
     needs = f"{gigabytes(plan.memory.peak)} a GPU"
-    if not job.gpus:
+    if not gpus_per_node(job.script):
         return "ok", f"{gigabytes(plan.memory.peak)} a rank, counted as for a GPU: this job asks for none"
     if plan.fits is None and job.gpu is not None:
         return "warn", f"needs {needs}; the memory of a {job.gpu} is not known (ibq-scale plan --memory GB)"
@@ -237,7 +234,7 @@ def _disk(job: Submission) -> Outcome:
     # During a save, one checkpoint more than the kept ones.
     soon = each * (train.keep_checkpoints + 1 + (train.keep_best is not None)) - there
     in_the_end = soon + each * (train.total_steps // train.keep_every if train.keep_every else 0)
-    free = free_bytes(folder)
+    free = shutil.disk_usage(folder).free
     if free < soon or can_hold(folder, max(soon, 1)) is False:
         return "FAIL", (
             f"checkpoints of {gigabytes(each)} need {gigabytes(soon)} more in {folder}, of {gigabytes(free)} "
@@ -272,10 +269,7 @@ def _time(job: Submission) -> Outcome:
     limit = seconds(text or "")
     signal = re.fullmatch(r"(?:[BR]+:)?(?:SIG)?USR1@(\d+)", job.script.option("signal") or "")
     if signal is None:
-        return (
-            "FAIL",
-            "--signal must be USR1@SECONDS: a time limit would lose all steps after the last checkpoint",
-        )
+        return "FAIL", "--signal must be USR1@SECONDS: a time limit would lose all steps after the last checkpoint"
     lead, grace = int(signal[1]), job.config.train.grace
     if lead <= grace:
         return "FAIL", f"--signal=USR1@{lead} leaves less than train.grace={grace:.0f} s: Slurm would kill the save"
@@ -287,7 +281,6 @@ def _time(job: Submission) -> Outcome:
 
 
 def slurm_takes(job: Job) -> Outcome:
-    """Whether Slurm would queue the script."""
     try:
         return "ok", slurm.rehearse(job.script.text)
     except slurm.NoSlurmError as e:
@@ -312,10 +305,9 @@ CHECKS: Checks[Submission] = (
 
 
 def seconds(text: str) -> float | None:
-    """Seconds of a time limit as sbatch reads it (``30``, ``30:00``, ``24:00:00``, ``2-12``, ``2-12:00``). None for no
-    limit.
+    """Seconds of a time limit as sbatch reads it (``30``, ``30:00``, ``24:00:00``, ``2-12``, ``2-12:00``).
 
-    UserError for anything else.
+    None for no limit. UserError for anything else.
     """
     if text.upper() in ("UNLIMITED", "INFINITE", "NONE"):
         return None
@@ -338,7 +330,7 @@ def ranks_without_gpu(script: Script) -> Outcome | None:
 
 
 def gpus_per_node(script: Script) -> int:
-    """Per node. 0 for CPU ranks."""
+    """0 for CPU ranks."""
     return number(script, "gpus-per-node") if script.option("gpus-per-node") else 0
 
 

@@ -52,17 +52,12 @@ class Profile(Section):
     ibq_scale: Line | None = None
 
 
-def profiles_path() -> Path:
-    """The path of the profiles."""
-    return Path(os.environ.get(PATH_VARIABLE) or Path.home() / ".config/ibq-scale/clusters.yaml")
-
-
 def load_profile(name: str | None) -> tuple[str | None, Profile]:
     """The profile of this name or the default one, with its name. An empty profile without a file.
 
     UserError for an unreadable file, an unknown key (with the nearest valid one), or an unknown name.
     """
-    path = profiles_path()
+    path = Path(os.environ.get(PATH_VARIABLE) or Path.home() / ".config/ibq-scale/clusters.yaml")
     if not path.is_file():
         if name is not None or os.environ.get(PATH_VARIABLE):
             raise UserError(f"{path} does not exist: write there  profiles: {{{name or 'NAME'}: {{partition: …}}}}")

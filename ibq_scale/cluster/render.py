@@ -19,8 +19,6 @@ COMMAND = re.compile(r"^IBQ_SCALE=.*$", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Script:
-    """The text of an sbatch file."""
-
     text: str
 
     @staticmethod

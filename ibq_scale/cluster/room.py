@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import os
 import tempfile
 from pathlib import Path
 
@@ -14,12 +13,6 @@ from ibq_scale.errors import UserError
 def nearest(path: Path) -> Path:
     """`path`, or its nearest existing parent."""
     return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
-
-
-def free_bytes(folder: Path) -> int:
-    """Free bytes of the file system for this user, quotas aside."""
-    found = os.statvfs(folder)
-    return found.f_bavail * found.f_frsize
 
 
 def can_hold(folder: Path, size: int) -> bool | None:

@@ -87,9 +87,7 @@ def controllers() -> list[str]:
     said = _run("scontrol", "ping", seconds=LOOK_SECONDS)
     up = re.findall(r"Slurmctld\(\w+\) at (\S+) is UP", said)
     if not up:
-        raise UserError(
-            f"no controller answers: {said.strip().splitlines()[-1].strip() if said.strip() else 'no word'}"
-        )
+        raise UserError(f"no controller answers: {(said.strip() or 'no word').splitlines()[-1].strip()}")
     return up
 
 
@@ -117,7 +115,6 @@ def _run(*command: str, text: str | None = None, both: bool = False, seconds: fl
             command,
             input=text,
             capture_output=True,
-            text=True,
             timeout=seconds,
             check=False,
             encoding="utf-8",

@@ -8,13 +8,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import ibq_scale
-from ibq_scale.commit import COMMIT
+from ibq_scale.commit import COMMIT, git
 from ibq_scale.config.layers import to_yaml
 from ibq_scale.config.run import AnyRun
 from ibq_scale.documents import read_json
@@ -42,8 +41,8 @@ class Source:
         root = Path(ibq_scale.__file__).resolve().parents[1]
         if root.name in ("site-packages", "dist-packages"):
             return Source(ibq_scale.__version__)
-        commit = _git(root, "rev-parse", "HEAD")
-        changed = bool(commit and _git(root, "status", "--porcelain", "--", *PARTS))
+        commit = git(root, "rev-parse", "HEAD")
+        changed = bool(commit and git(root, "status", "--porcelain", "--", *PARTS))
         return Source(ibq_scale.__version__, root, commit.strip() if commit else None, changed)
 
     def __str__(self) -> str:
@@ -83,7 +82,6 @@ class Snapshot:
 
 
 def next_folder(run_dir: Path) -> Path:
-    """The folder of the next snapshot."""
     taken = [int(p.name) for p in (run_dir / FOLDER).glob("*") if p.name.isdigit()]
     return run_dir / FOLDER / f"{max(taken, default=0) + 1:03d}"
 
@@ -94,7 +92,9 @@ def take(folder: Path, config: AnyRun | None) -> Snapshot:
     try:
         folder.mkdir(parents=True)
         if snapshot.source.root is not None:
-            _copy(snapshot.source.root, folder / CODE)
+            for name in _files(snapshot.source.root):
+                (folder / CODE / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(snapshot.source.root / name, folder / CODE / name)
             if snapshot.source.commit is not None:
                 changes = "+changes" if snapshot.source.changed else ""
                 (folder / CODE / COMMIT).write_text(f"{snapshot.source.commit}{changes}\n", encoding="utf-8")
@@ -138,34 +138,11 @@ def _with_own_json(config: AnyRun, folder: Path) -> AnyRun:
     return config.model_copy(update={"deepspeed": config.deepspeed.model_copy(update={"config": str(copy)})})
 
 
-def _copy(root: Path, to: Path) -> None:
-    for name in _files(root):
-        (to / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(root / name, to / name)
-
-
 def _files(root: Path) -> list[str]:
-    """Paths below `root`: tracked files in their current state, and untracked files not ignored. Without git, all
-    files.
-    """
-    listed = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *PARTS)
+    """Paths below `root`: tracked files, and untracked files not ignored. Without git, all files."""
+    listed = git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *PARTS)
     if listed:
         return [name for name in dict.fromkeys(listed.split("\0")) if name and (root / name).is_file()]
     parts = [root / part for part in PARTS]
     found = [p for part in parts for p in ([part] if part.is_file() else part.rglob("*"))]
     return [str(p.relative_to(root)) for p in found if p.is_file() and "__pycache__" not in p.parts]
-
-
-def _git(root: Path, *words: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), *words],
-            capture_output=True,
-            text=True,
-            check=False,
-            encoding="utf-8",
-            errors="replace",
-        )
-    except OSError:
-        return None
-    return done.stdout if done.returncode == 0 else None

@@ -41,18 +41,13 @@ class Work:
     config: AnyRun | None = None
 
 
-def _refuse_addresses(config: AnyRun) -> None:
-    """UserError for addresses in `notify` that the job's config.yaml would not keep."""
+def training(config: AnyRun) -> Work:
+    """A training run. UserError for a log path unfit for Slurm, or an address in `notify`."""
     if any(masked(target) != target for target in config.notify):
         raise UserError(
             "notify: the job's config keeps no address, since others can read it. Export the address in the "
             "submitting shell (Slurm passes it on) and give its name: notify='$NAME'"
         )
-
-
-def training(config: AnyRun) -> Work:
-    """A training run. UserError for a log path unfit for Slurm, or an address in `notify`."""
-    _refuse_addresses(config)
     folder = Path(config.run_dir).absolute()
     _check_percent(f"out={folder}")
     options = {
@@ -135,7 +130,6 @@ def render(request: Request, snapped: Snapshot | None) -> Script:
 
 
 def words(request: Request, snapped: Snapshot | None) -> list[str]:
-    """Arguments of the script."""
     if request.work.config is None or snapped is None:
         return list(request.work.words)
     return [str(snapped.config), f"out={request.work.folder}"]
@@ -159,11 +153,8 @@ def submit(request: Request, *, chain: int, cluster: str | None) -> tuple[Snapsh
             raise UserError(f"cannot write the job's script ({e.strerror}): make room") from None
         if not jobs:
             raise
-        ends = (
-            f"ibq-scale cancel {shlex.quote(str(folder))}"
-            if request.work.config is not None
-            else f"scancel {' '.join(jobs)}"
-        )
+        run = request.work.config is not None
+        ends = f"ibq-scale cancel {shlex.quote(str(folder))}" if run else f"scancel {' '.join(jobs)}"
         raise UserError(f"{e}; submitted before that: {', '.join(jobs)} ({ends})") from None
     finally:
         if jobs and snapped is not None:
@@ -188,19 +179,13 @@ def _options(request: Request) -> dict[str, str | None]:
         "chdir": str(request.cwd),
     }
     options |= work.options
-    for key in ("partition", "account", "qos", "constraint", "time", "mem"):
-        value = getattr(profile, key)
-        options |= {key: value} if value is not None else {}
     gpus, ranks = profile.gpus_per_node, profile.ntasks_per_node
     if gpus is not None:
         options["gpus-per-node"] = str(gpus) if gpus else None
-    if ranks is None and gpus is not None:
-        ranks = max(1, gpus)
-    if ranks is not None:
-        options["ntasks-per-node"] = str(ranks)
-    if profile.cpus_per_task is not None:
-        options["cpus-per-task"] = str(profile.cpus_per_task)
-    return options
+        ranks = ranks or max(1, gpus)
+    given = {key: getattr(profile, key) for key in ("partition", "account", "qos", "constraint", "time", "mem")}
+    given |= {"ntasks-per-node": ranks, "cpus-per-task": profile.cpus_per_task}
+    return options | {key: str(value) for key, value in given.items() if value is not None}
 
 
 def _own_command() -> str:

@@ -29,8 +29,7 @@ def store(subject: Subject) -> list[Finding]:
     source = open_store(subject.data)
     manifest = load_any_manifest(source)
     shard = max(manifest.shards, key=lambda shard: shard.bytes)
-    size = manifest.bytes
-    whole = f"{manifest.samples:,} {manifest.kind} in {len(manifest.shards):,} shards ({gigabytes(size)})"
+    whole = f"{manifest.samples:,} {manifest.kind} in {len(manifest.shards):,} shards ({gigabytes(manifest.bytes)})"
     try:
         read, seconds = _read(source, shard)
     except FileNotFoundError:
@@ -38,16 +37,14 @@ def store(subject: Subject) -> list[Finding]:
         return [fail("data", f"{source.url}: {whole}, but {shard.name} is missing", todo)]
     rate = read / seconds
     samples = rate / (shard.bytes / shard.samples)
-    endpoint = without_credentials(os.environ.get("AWS_ENDPOINT_URL", "")) if not source.local else "a folder here"
-    at = f" at {endpoint}" if endpoint and not source.local else ""
+    endpoint = "" if source.local else without_credentials(os.environ.get("AWS_ENDPOINT_URL", ""))
+    at = f" at {endpoint}" if endpoint else ""
     seen = f"{source.url}{at}: {whole}; one shard at {gigabytes(rate)}/s = {samples:,.0f} samples/s"
     if read < TELLING:
         return [ok("data", f"{seen} (only {gigabytes(read)}: not significant)")]
     if rate < SLOW:
-        todo = (
-            f"enough for training? 'ibq-scale bench data {source.url}' measures more, 'bench tokenizer' shows the need"
-        )
-        return [warn("data", seen, todo)]
+        measure = f"'ibq-scale bench data {source.url}' measures more, 'bench tokenizer' shows the need"
+        return [warn("data", seen, f"enough for training? {measure}")]
     return [ok("data", seen)]
 
 

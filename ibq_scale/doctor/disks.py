@@ -70,15 +70,10 @@ def _tried(what: str, folder: Path, where: str, free: int, other: str, *, shared
         todo = "a save hides behind training only where it is quicker than the next is due: train.checkpoint_every"
         return warn(what, seen, todo if shared else f"a faster disk: {other}")
     if free < ROOM[what]:
-        plan, cache = (
-            "'ibq-scale plan' shows the size of a run's checkpoints",
-            "data.cache_bytes is kept below the free space",
-        )
+        plan, cache = "'ibq-scale plan' shows a run's checkpoints", "data.cache_bytes is kept below the free space"
         return warn(what, seen, f"may be little: {plan if shared else cache}")
     if kind in ("tmpfs", "ramfs"):
-        return warn(
-            what, seen, f"it is memory, and gone with the node: {other}" if shared else f"it is memory: {other}"
-        )
+        return warn(what, seen, f"it is memory{', and gone with the node' * shared}: {other}")
     if not shared and kind in SHARED:
         return warn(what, seen, f"a node's own disk spares the network: {other}")
     return ok(what, seen)

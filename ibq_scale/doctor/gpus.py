@@ -12,7 +12,7 @@ from itertools import combinations
 from typing import TYPE_CHECKING
 
 from ibq_scale.console import several
-from ibq_scale.doctor.tools import Subject, ask, first
+from ibq_scale.doctor.tools import NO_TOOL, Subject, ask, first
 from ibq_scale.findings import Finding, fail, ok, warn
 
 if TYPE_CHECKING:
@@ -28,9 +28,8 @@ HEAD, CODE = 64, 256
 
 def topology(subject: Subject) -> list[Finding]:
     """Findings from nvidia-smi. None without it."""
-    try:
-        code, said = ask("nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader,nounits", seconds=20)
-    except FileNotFoundError:
+    code, said = ask("nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader,nounits", seconds=20)
+    if code == NO_TOOL:
         return []
     if code:
         todo = "the driver does not answer: restart it, or leave this node out (sbatch --exclude)"
@@ -40,18 +39,14 @@ def topology(subject: Subject) -> list[Finding]:
         return [warn("GPUs", "nvidia-smi lists none", "ask for them: srun --gpus-per-node=8 ibq-scale doctor")]
     names = sorted({row[1] for row in rows})
     seen = f"{len(rows)} × {' and '.join(names)}, {float(rows[0][3]) / 1024:,.0f} GiB, driver {rows[0][2]}"
-    lines = [*_faults(rows)]
+    lines = _faults(rows)
     if not any(line.name == "GPUs" for line in lines):
         lines.insert(0, ok("GPUs", seen))
     return lines + ([_links(len(rows)), *_peers()] if len(rows) > 1 else [])
 
 
 def listed() -> int:
-    """The number of GPUs of this node."""
-    try:
-        code, said = ask("nvidia-smi", "-L")
-    except FileNotFoundError:
-        return 0
+    code, said = ask("nvidia-smi", "-L")
     return 0 if code else len(re.findall(r"^GPU \d+", said, re.MULTILINE))
 
 
@@ -65,8 +60,7 @@ def _faults(rows: list[list[str]]) -> list[Finding]:
     if busy:
         lines.append(warn("GPUs in use", f"{several(busy)}", "nvidia-smi names the processes"))
     if any(row[5] == "Enabled" for row in rows):
-        todo = "one rank a slice, and NCCL joins no slices of one GPU: train on whole GPUs"
-        lines.append(warn("MIG", "on", todo))
+        lines.append(warn("MIG", "on", "one rank a slice, and NCCL joins no slices of one GPU: train on whole GPUs"))
     return lines
 
 
@@ -76,10 +70,7 @@ def _number(text: str) -> float:
 
 def _links(gpus: int) -> Finding:
     what = "links"
-    try:
-        pairs = _matrix(ask("nvidia-smi", "topo", "-m")[1])
-    except FileNotFoundError:
-        pairs = {}
+    pairs = _matrix(ask("nvidia-smi", "topo", "-m")[1])
     if not pairs:
         return warn(what, "'nvidia-smi topo -m' has no output", "not available in some containers: see the all-reduce")
     kinds = sorted(set(pairs.values()))
@@ -92,10 +83,7 @@ def _links(gpus: int) -> Finding:
 
 def _peers() -> list[Finding]:
     """A warning for GPU pairs without peer access: their copies go through the host."""
-    try:
-        pairs = _matrix(ask("nvidia-smi", "topo", "-p2p", "r")[1])
-    except FileNotFoundError:
-        return []
+    pairs = _matrix(ask("nvidia-smi", "topo", "-p2p", "r")[1])
     shut = [f"{a}–{b} {state}" for (a, b), state in pairs.items() if state != "OK"]
     todo = "IOMMU or PCIe access control of the host blocks direct copies: NCCL copies through host memory"
     return [warn("peer access", f"not between {several(shut)}", todo)] if shut else []
@@ -106,17 +94,15 @@ def _matrix(said: str) -> dict[tuple[str, str], str]:
     lines = [line.split() for line in re.sub(r"\x1b\[\d*m", "", said).splitlines()]
     header = next((words for words in lines if len(words) > 1 and words[:2] == ["GPU0", "GPU1"]), [])
     gpus = [word for word in header if re.fullmatch(r"GPU\d+", word)]
-    rows = {words[0]: words[1:] for words in lines if words and words is not header and words[0] in gpus}
-    cells = {(a, b): rows.get(a, [])[i : i + 1] for a, (i, b) in _pairs(gpus)}
-    return {pair: cell[0] for pair, cell in cells.items() if cell}
-
-
-def _pairs(gpus: list[str]) -> list[tuple[str, tuple[int, str]]]:
-    return [(a, (gpus.index(b), b)) for a, b in combinations(gpus, 2)]
+    rows = {
+        words[0]: dict(zip(gpus, words[1:], strict=False))
+        for words in lines
+        if words and words is not header and words[0] in gpus
+    }
+    return {(a, b): rows[a][b] for a, b in combinations(gpus, 2) if b in rows.get(a, {})}
 
 
 def device(subject: Subject) -> list[Finding]:
-    """Torch's device and its kernels."""
     begin = time.perf_counter()
     import torch
 
@@ -133,8 +119,7 @@ def device(subject: Subject) -> list[Finding]:
     faults = [fault for i in range(count) for fault in device_faults(torch.device("cuda", i))]
     build = f"torch {torch.__version__}, CUDA {torch.version.cuda}"
     if faults:
-        lines.append(fail("device", several(faults), f"{build}: see nvidia-smi, or leave this node out"))
-        return lines
+        return [*lines, fail("device", several(faults), f"{build}: see nvidia-smi, or leave this node out")]
     seen = f"{count} × {torch.cuda.get_device_name(0)}; {build}"
     if torch.cuda.get_device_capability(0)[0] < 8:
         lines.append(warn("device", seen, "no bf16 in hardware: train.precision=fp32"))
@@ -147,11 +132,7 @@ def _no_cuda() -> Finding:
     import torch
 
     what, cores = "device", len(os.sched_getaffinity(0))
-    try:
-        _, listed = ask("nvidia-smi")
-    except FileNotFoundError:
-        listed = ""
-    driver = re.search(r"CUDA Version: (\d+\.\d+)", listed)
+    driver = re.search(r"CUDA Version: (\d+\.\d+)", ask("nvidia-smi")[1])
     if driver is None:
         todo = "right for a trial and on a login node. To see a job's GPUs: srun --gpus-per-node=8 ibq-scale doctor"
         return warn(what, f"no GPU: computes on {cores} cores (torch {torch.__version__})", todo)
@@ -161,9 +142,7 @@ def _no_cuda() -> Finding:
         return fail(what, f"there are GPUs, but torch {torch.__version__} is built for CPUs", "install torch for CUDA")
     why = _first_error(lambda: torch.zeros(1, device="cuda")) or "torch sees none"
     older = int(driver[1].split(".")[0]) < int(torch.version.cuda.split(".")[0])
-    todo = (
-        "install a newer driver, or torch for that CUDA" if older else "does the container pass them on (/dev/nvidia*)?"
-    )
+    todo = "install a newer driver, or torch for that CUDA" if older else "does the container pass on /dev/nvidia*?"
     seen = f"there are GPUs, but {why}; torch is for CUDA {torch.version.cuda}, the driver for up to {driver[1]}"
     return fail(what, seen, todo)
 
@@ -182,11 +161,10 @@ def _kernels(where: torch.device) -> list[Finding]:
         torch.autograd.grad(attention(q, q, q, causal=True, kind=kind).sum(), q)
 
     passes = choose_passes("auto", where, torch.float32, CODE)
+    compiler = "triton needs a C compiler on PATH. Else set backend=tiled"
     lines = [
         _tried("attention", describe(kind, where), attend, "model.attention=sdpa needs no such package"),
-        _tried(
-            "quantizer", passes, lambda: _quantize(where), "triton needs a C compiler on PATH. Else set backend=tiled"
-        ),
+        _tried("quantizer", passes, lambda: _quantize(where), compiler),
     ]
     return lines + (_broken_packages(where) if where.type == "cuda" else [])
 

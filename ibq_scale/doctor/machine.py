@@ -22,7 +22,6 @@ TIME_ERROR = 5
 
 
 def machine(subject: Subject) -> list[Finding]:
-    """All checks of the node."""
     return [_cores(), _shared_memory(), _files(), *_infiniband(), _clock()]
 
 
@@ -37,11 +36,8 @@ def _cores() -> Finding:
 
 def _limits() -> list[int]:
     """Memory limits of the process's control group and of its parents."""
-    own = [
-        line.partition("::")[2].strip("/")
-        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-    ]
-    folder = CGROUPS / next(filter(None, own), "")
+    groups = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    folder = CGROUPS / next(filter(None, (line.partition("::")[2].strip("/") for line in groups)), "")
     files = [above / "memory.max" for above in (folder, *folder.parents) if above.is_relative_to(CGROUPS)]
     texts = [path.read_text(encoding="utf-8").strip() for path in files if path.is_file()]
     return [int(text) for text in texts if text.isdigit()]
@@ -54,8 +50,7 @@ def _shared_memory() -> Finding:
     usage = shutil.disk_usage(SHM)
     seen = f"{gigabytes(usage.free)} of {gigabytes(usage.total)} free in {SHM}"
     if usage.free < LEAST_SHM:
-        todo = "loader workers and NCCL die without it: remove old files, or --shm-size=16g (docker)"
-        return warn(what, seen, todo)
+        return warn(what, seen, "loader workers and NCCL die without it: remove old files, or --shm-size=16g (docker)")
     return ok(what, seen)
 
 
@@ -65,32 +60,26 @@ def _files() -> Finding:
         enough = hard == resource.RLIM_INFINITY or hard >= LEAST_FILES
         todo = "ulimit -n 65536 before the start" if enough else "ask the administrators for a higher hard limit"
         return warn("open files", f"at most {soft:,} a process", todo)
-    return ok("open files", f"{_number(soft)} a process")
-
-
-def _number(limit: int) -> str:
-    return "unlimited" if limit == resource.RLIM_INFINITY else f"{limit:,}"
+    return ok("open files", f"{'unlimited' if soft == resource.RLIM_INFINITY else f'{soft:,}'} a process")
 
 
 def _infiniband() -> list[Finding]:
     """Empty without such adapters."""
-    ports = sorted(INFINIBAND.glob("*/ports/*/state")) if INFINIBAND.is_dir() else []
-    if not ports:
-        return []
     states = {
         f"{path.parts[-4]}:{path.parts[-2]}": path.read_text(encoding="utf-8").strip().rpartition(" ")[2]
-        for path in ports
+        for path in sorted(INFINIBAND.glob("*/ports/*/state"))
     }
+    if not states:
+        return []
     down = [name for name, state in states.items() if state != "ACTIVE"]
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if locked != resource.RLIM_INFINITY:
         todo = "NCCL over InfiniBand needs ulimit -l unlimited (in jobs: Slurm's PropagateResourceLimitsExcept=MEMLOCK)"
         return [warn("InfiniBand", f"only {locked:,} bytes of memory may be locked", todo)]
     if down:
+        seen = f"{len(states) - len(down)} of {len(states)} ports active, not {several(down)}"
         todo = "if they should be connected, tell the administrators. NCCL_IB_HCA names the adapters to use"
-        return [
-            warn("InfiniBand", f"{len(states) - len(down)} of {len(states)} ports active, not {several(down)}", todo)
-        ]
+        return [warn("InfiniBand", seen, todo)]
     return [ok("InfiniBand", f"{len(states)} ports active: {several(sorted(states))}")]
 
 

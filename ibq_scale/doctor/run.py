@@ -1,7 +1,12 @@
-"""Runs the checks, each in a process with a time limit. Most run side by side, the measuring ones alone."""
+"""Runs the checks, each in a process with a time limit. Most run side by side, the measuring ones alone.
+
+The process is ``python -m ibq_scale.doctor.run MODULE:FUNCTION SECONDS ANSWER``. Its input is the subject, and
+its findings go to the file ANSWER. A crash, a hang or a print of a library stays in this process.
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -11,10 +16,12 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from math import ceil
 from pathlib import Path
 
-from ibq_scale.doctor.tools import Subject
+from ibq_scale.doctor.tools import Subject, first
+from ibq_scale.errors import UserError
 from ibq_scale.findings import Finding, fail
 
 POLL_SECONDS = 0.02
@@ -86,7 +93,7 @@ class _Child:
         self._answer = asked.parent / f"{check.function}.json"
         self._said = asked.parent / f"{check.function}.log"
         self._deadline = time.monotonic() + check.seconds
-        words = [sys.executable, "-m", "ibq_scale.doctor.child", check.function, str(check.seconds), str(self._answer)]
+        words = [sys.executable, "-m", "ibq_scale.doctor.run", check.function, str(check.seconds), str(self._answer)]
         with asked.open(encoding="utf-8") as given, self._said.open("w", encoding="utf-8") as said:
             self._process = subprocess.Popen(
                 words,
@@ -103,7 +110,6 @@ class _Child:
             time.sleep(POLL_SECONDS)
 
     def lines(self) -> list[Finding]:
-        """The findings."""
         self.wait()
         code = self._process.poll()
         self.end()
@@ -115,23 +121,38 @@ class _Child:
             found = [Finding(**line) for line in json.loads(self._answer.read_text(encoding="utf-8"))]
         except (OSError, ValueError):
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            return [
-                fail(what, f"the check itself died ({how}){self._last_words()}", "report it. The other lines are valid")
-            ]
-        return [line if line.name else Finding(line.level, what, line.text, line.todo) for line in found]
-
-    def _last_words(self) -> str:
-        said = (
-            self._said.read_text(errors="replace", encoding="utf-8").strip().splitlines()
-            if self._said.is_file()
-            else []
-        )
-        return f": {said[-1].strip()}" if said else ""
+            said = self._said.read_text(errors="replace", encoding="utf-8").strip().splitlines()
+            last = f": {said[-1].strip()}" if said else ""
+            return [fail(what, f"the check itself died ({how}){last}", "report it. The other lines are valid")]
+        return [line if line.name else replace(line, name=what) for line in found]
 
     def end(self) -> None:
-        """Ends the check and all its children."""
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         # A process blocked by a dead file system does not end, and is left.
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(1.0)
+
+
+def main(name: str, seconds: str, answer: str) -> None:
+    """The process of one check."""
+    # The parent ends this process in time. The alarm is for a process without a parent.
+    signal.alarm(ceil(float(seconds)) + 5)
+    os.dup2(2, 1)
+    subject = Subject(**json.load(sys.stdin))
+    module, _, function = name.partition(":")
+    try:
+        lines = getattr(importlib.import_module(module), function)(subject)
+    except UserError as e:
+        lines = [fail("", " ".join(str(e).split()), "")]
+    except Exception as e:
+        said = f"the check itself failed: {type(e).__name__}: {first(str(e))}"
+        lines = [fail("", said, "report it. The other lines are valid")]
+    Path(answer).write_text(json.dumps([asdict(line) for line in lines]), encoding="utf-8")
+    sys.stdout.flush()
+    # Threads and exit handlers of libraries may hang or abort.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

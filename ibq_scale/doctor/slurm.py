@@ -14,7 +14,6 @@ UNSET = ("NONE", "UNLIMITED", "INFINITE")
 
 
 def slurm(subject: Subject) -> list[Finding]:
-    """All checks of Slurm."""
     what = "Slurm"
     try:
         version, up = commands.version(), commands.controllers()

@@ -25,8 +25,8 @@ OPTIONAL = ("flash-attn", "flash-attn-4", "torchao", "pyarrow")
 
 
 def packages(subject: Subject) -> list[Finding]:
-    """Installed packages against the bounds of pyproject.toml."""
     from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
 
     python, wanted = _bounds()
     faults, found = [], {}
@@ -47,7 +47,7 @@ def packages(subject: Subject) -> list[Finding]:
         extra = f"; optional: {', '.join(optional)}" if optional else ""
         lines.append(ok("packages", f"all {len(found)} within their bounds: {named}{extra}"))
     version = ".".join(map(str, sys.version_info[:3]))
-    if python and not _within(python, version):
+    if python and not SpecifierSet(python).contains(version):
         lines.append(fail("python", f"{version}, where {python} is asked for", "make the environment with a newer one"))
     return lines
 
@@ -58,12 +58,6 @@ def installed(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _within(bounds: str, version: str) -> bool:
-    from packaging.specifiers import SpecifierSet
-
-    return SpecifierSet(bounds).contains(version)
 
 
 def _bounds() -> tuple[str, list[str]]:
@@ -133,29 +127,24 @@ def extensions() -> list[Finding]:
 
 
 def weights(subject: Subject) -> list[Finding]:
-    """The pretrained weights of losses and metrics."""
     from ibq_scale.losses.weights import SOURCES, status, weights_folder
 
     found = status(list(SOURCES))
-    lines = []
-    for f in found:
-        if f.state == "damaged":
-            lines.append(fail("weights", f"{f.path} is damaged", f"ibq-scale fetch-weights {f.name}"))
-    absent = [f for f in found if f.state == "missing"]
+    lines = [
+        fail("weights", f"{f.path} is damaged", f"ibq-scale fetch-weights {f.name}")
+        for f in found
+        if f.state == "damaged"
+    ]
+    absent, there = ([f.name for f in found if f.state == state] for state in ("missing", "there"))
     if absent:
-        names = " ".join(f.name for f in absent)
-        todo = (
-            f"'ibq-scale fetch-weights {names}' on a node with internet. Runs with such a loss or metric do not start"
-        )
-        lines.append(warn("weights", f"no {several([f.name for f in absent])} in {weights_folder()}", todo))
-    there = [f.name for f in found if f.state == "there"]
+        todo = f"'ibq-scale fetch-weights {' '.join(absent)}' on a node with internet. Runs that need them do not start"
+        lines.append(warn("weights", f"no {several(absent)} in {weights_folder()}", todo))
     if there and not absent:
         lines.append(ok("weights", f"{several(there)} in {weights_folder()}"))
     return lines
 
 
 def wandb(subject: Subject) -> list[Finding]:
-    """Whether a run can log to W&B."""
     what = "W&B"
     version = installed("wandb")
     if version is None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 # For a tool without computation. nvidia-smi on a woken node is the slowest.
 TOOL_SECONDS = 10.0
+NO_TOOL = 127
 
 
 @dataclass(frozen=True)
@@ -19,19 +20,14 @@ class Subject:
 
 
 def ask(*words: str, seconds: float = TOOL_SECONDS) -> tuple[int, str]:
-    """A tool's exit code and output, standard error after standard output. FileNotFoundError without the tool.
+    """A tool's exit code and output, standard error after standard output.
 
-    Code 124 after a time-out.
+    As in a shell, code 124 after a time-out, and `NO_TOOL` without the tool.
     """
     try:
-        done = subprocess.run(
-            words,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=seconds,
-            check=False,
-        )
+        done = subprocess.run(words, capture_output=True, encoding="utf-8", errors="replace", timeout=seconds)
+    except FileNotFoundError:
+        return NO_TOOL, ""
     except subprocess.TimeoutExpired:
         return 124, f"no answer within {seconds:.0f} s"
     return done.returncode, "\n".join(text.strip() for text in (done.stdout, done.stderr) if text.strip())

@@ -172,11 +172,6 @@ PUBLISHED = (
     Published("VAR rFID 0.92", "", VALIDATION, "VAR #45, #85"),
     Published("the same tokenizer, rFID 2.70", "adm", TRAINING, "guided-diffusion #161"),
     Published("MaskGIT rFID 2.28", "", VALIDATION, "1d-tokenizer #46, MaskGIT README.md"),
-    Published(
-        "TiTok rFID 2.21, 1.71",
-        "torch-fidelity",
-        VALIDATION,
-        "1d-tokenizer evaluator/ (8 bit, cut)",
-    ),
+    Published("TiTok rFID 2.21, 1.71", "torch-fidelity", VALIDATION, "1d-tokenizer evaluator/ (8 bit, cut)"),
     Published("RAR gFID 1.48", "adm", TRAINING, "1d-tokenizer #46"),
 )

@@ -15,11 +15,10 @@ from ibq_scale.documents import read_json
 from ibq_scale.errors import UserError
 from ibq_scale.evaluate.conventions import DEFAULT, Convention, ConventionResult, chosen
 from ibq_scale.evaluate.fid import Inception
-from ibq_scale.evaluate.gather import gather_rows
 from ibq_scale.evaluate.images import ImageSet, Size, open_images
 from ibq_scale.evaluate.reference import UNSTAMPED, Reference, Stamp, load_reference
 from ibq_scale.evaluate.results import write_result
-from ibq_scale.evaluate.scores import NEIGHBOURS, SPLITS, inception_score, precision_and_recall
+from ibq_scale.evaluate.scores import NEIGHBOURS, SPLITS, gather_rows, inception_score, precision_and_recall
 from ibq_scale.evaluate.suites import Sums, result_row
 from ibq_scale.outputs import FACTS, GENERATION
 

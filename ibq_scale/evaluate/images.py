@@ -57,8 +57,6 @@ class ImageSet(ABC):
 
 
 class PreparedImages(ImageSet):
-    """A prepared data set, centre-cropped."""
-
     def __init__(self, url: str, side: int, limit: int | None) -> None:
         manifest = load_manifest(url, "images")
         super().__init__(url, min(manifest.samples, limit or manifest.samples), (side, side))

@@ -16,15 +16,16 @@ from ibq_scale.data.stream import ImageBatch, evaluation_images, to_float
 from ibq_scale.distributed.world import World
 from ibq_scale.evaluate.conventions import Convention, ConventionResult, chosen
 from ibq_scale.evaluate.fid import Inception
-from ibq_scale.evaluate.gather import gather_rows
 from ibq_scale.evaluate.pixels import psnr, ssim
 from ibq_scale.evaluate.results import write_images, write_result
+from ibq_scale.evaluate.scores import gather_rows
 from ibq_scale.evaluate.suites import Sums, result_row
 from ibq_scale.losses.perceptual import Net, Perceptual
 from ibq_scale.losses.weights import OF_METRICS, SOURCES, missing
 from ibq_scale.outputs import RECONSTRUCTION
 from ibq_scale.pictures import to_uint8
-from ibq_scale.pretrained.loading import Tokenizer, load_tokenizer, model_directory
+from ibq_scale.pretrained.loading import load_tokenizer, model_directory
+from ibq_scale.pretrained.models import Tokenizer
 from ibq_scale.quantize.usage import CodeUsage
 
 Pixels = Literal["8bit", "float"]

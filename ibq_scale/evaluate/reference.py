@@ -20,8 +20,8 @@ from ibq_scale.documents import parse_json
 from ibq_scale.errors import UserError
 from ibq_scale.evaluate.conventions import CONVENTIONS, DEFAULT, Convention, chosen
 from ibq_scale.evaluate.fid import INCEPTION, Inception, Moments
-from ibq_scale.evaluate.gather import gather_rows
 from ibq_scale.evaluate.images import ImageSet, Size, open_images
+from ibq_scale.evaluate.scores import gather_rows
 from ibq_scale.evaluate.suites import SPATIAL, Sums
 
 # Number of real images for precision and recall in the usual evaluation suite.

@@ -18,7 +18,7 @@ from ibq_scale.data.stream import single_images, to_float
 from ibq_scale.errors import UserError
 from ibq_scale.outputs import TABLE, WORST
 from ibq_scale.pictures import to_uint8
-from ibq_scale.pretrained.loading import Tokenizer
+from ibq_scale.pretrained.models import Tokenizer
 
 MOST, COLUMNS = 50, 5
 CELL, GAP, LINE = 128, 12, 14

@@ -1,4 +1,4 @@
-"""Metrics of generated images from their Inception features: inception score, precision, recall."""
+"""Metrics of generated images from their Inception features, and rows of all ranks in one order."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ibq_scale.distributed.world import World
+from ibq_scale.quantize.collectives import gather_uneven, sizes_in
 
 SPLITS = 10
 NEIGHBOURS = 3
@@ -15,6 +16,17 @@ NEIGHBOURS = 3
 SHUFFLE_SEED = 2020
 # Blocks of distances. A block's numbers depend on its size but not on its rank.
 ROWS, COLUMNS = 1024, 8192
+
+
+def gather_rows(indices_n: Tensor, rows_nC: Tensor) -> Tensor:
+    """All ranks' rows (N, C), by ascending index, on every rank. Collective. Ranks may have different numbers of rows.
+
+    `indices_n`: int64. Each index must be on one rank only.
+    """
+    group = dist.group.WORLD
+    sizes = sizes_in(len(indices_n), group, rows_nC.device)
+    index_N = gather_uneven(indices_n.to(rows_nC.device), sizes, group)
+    return gather_uneven(rows_nC, sizes, group)[torch.argsort(index_N)]
 
 
 def inception_score(logits_NC: Tensor, split: int = 0) -> tuple[float, float]:

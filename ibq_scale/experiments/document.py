@@ -12,10 +12,9 @@ from ibq_scale.errors import UserError
 from ibq_scale.experiments import stability, stability_tables
 from ibq_scale.experiments.results import RESULTS, Result, load
 from ibq_scale.experiments.tables import TABLES, ceiling, conditions, spread_of, window_tokens
-from ibq_scale.report.svg import Axis, Panel, Series, figure
+from ibq_scale.report.svg import USAGE, Axis, Panel, Series, figure, mean_of, step_axis
 
 DOCUMENT, FIGURES, STABILITY = "experiments.md", "figures", "stability"
-SHARES = [(v / 100, f"{v} %") for v in (0, 25, 50, 75, 100)]
 IBQ, VQ, ROOM = 0, 1, 4
 Value = Callable[[Result], float]
 
@@ -59,20 +58,8 @@ def draw_all(results: Sequence[Result]) -> dict[str, str]:
         "collapse.svg": _in_training("collapse", results, "Codebook usage in training: IBQ and VQ"),
         "long.svg": _in_training("long", results, "Codebook usage in training, three times the steps"),
         "usage.svg": _switched(results),
-        "ladder.svg": _against(
-            "ladder",
-            results,
-            "Usage and reconstruction against the codebook's size",
-            "codes K",
-            lambda r: r.codes,
-        ),
-        "dimension.svg": _against(
-            "dimension",
-            results,
-            "Usage and reconstruction against the codes' dimension",
-            "dimension D",
-            lambda r: r.dim,
-        ),
+        "ladder.svg": _against("ladder", results, "the codebook's size", "codes K", lambda r: r.codes),
+        "dimension.svg": _against("dimension", results, "the codes' dimension", "dimension D", lambda r: r.dim),
         "terms.svg": _terms(results),
     }
     return {name: svg for name, svg in made.items() if svg}
@@ -87,11 +74,8 @@ def _in_training(table: str, results: Sequence[Result], title: str) -> str:
             _over_steps(kind.upper(), slot, [r for r in chosen if (r.codes, r.kind) == (codes, kind)])
             for kind, slot in (("ibq", IBQ), ("vq", VQ))
         ]
-        last = max(r.steps[-1] for r in chosen)
-        ticks = [(step, f"{step}") for step in range(0, last + 1, last // 4)]
-        panels.append(
-            Panel(f"{codes:,} codes", Axis("step", 0, last, ticks), _usage_axis(), [s for s in series if s.line])
-        )
+        steps = step_axis(0, max(r.steps[-1] for r in chosen))
+        panels.append(Panel(f"{codes:,} codes", steps, USAGE, [s for s in series if s.line]))
     if not panels:
         return ""
     window = f"each point: {spread_of(chosen, window_tokens)}"
@@ -104,26 +88,18 @@ def _switched(results: Sequence[Result]) -> str:
     chosen = [r for _, runs in rows for r in runs]
     if not chosen:
         return ""
-    last = max(r.steps[-1] for r in chosen)
-    ticks = [(step, f"{step}") for step in range(0, last + 1, last // 4)]
-    series = [replace(_over_steps(label, slot, runs), dashed=slot >= 5) for slot, (label, runs) in enumerate(rows)]
-    panel = Panel("16,384 codes", Axis("step", 0, last, ticks), _usage_axis(), [s for s in series if s.line], right=240)
+    steps = step_axis(0, max(r.steps[-1] for r in chosen))
+    series = [_over_steps(label, slot, runs, dashed=slot >= 5) for slot, (label, runs) in enumerate(rows)]
+    panel = Panel("16,384 codes", steps, USAGE, [s for s in series if s.line], right=240)
     window = f"each point: {spread_of(chosen, window_tokens)}"
     return figure("Codebook usage in training: rates and temperature", _note(chosen, window, " (band)"), [panel])
 
 
-def _over_steps(label: str, slot: int, runs: Sequence[Result]) -> Series:
-    if not runs:
-        return Series(label, slot)
-    columns = zip(*(r.curves["usage"] for r in runs), strict=True)
-    points = list(zip(runs[0].steps, columns, strict=True))
-    return Series(
-        label,
-        slot,
-        line=[(step, statistics.fmean(values)) for step, values in points],
-        band=[(step, min(values), max(values)) for step, values in points] if len(runs) > 1 else [],
-        dots=[] if len(points) > 1 else [(step, v) for step, values in points for v in values],
-    )
+def _over_steps(label: str, slot: int, runs: Sequence[Result], *, dashed: bool = False) -> Series:
+    usage = [run.curves["usage"] for run in runs]
+    series = mean_of(label, slot, runs[0].steps if runs else (), usage, dashed=dashed)
+    # A line of one point cannot be seen.
+    return replace(series, dots=[(x, row[0]) for x, _ in series.line for row in usage] if len(series.line) == 1 else ())
 
 
 def _against(table: str, results: Sequence[Result], title: str, label: str, x: Value) -> str:
@@ -140,14 +116,11 @@ def _against(table: str, results: Sequence[Result], title: str, label: str, x: V
         usage.append(Series(room.label, ROOM, line=room.line, dashed=True))
     psnr = _means("IBQ", IBQ, runs, x, lambda r: r.psnr)
     low, high, ticks = _round_range([r.psnr for r in runs])
-    return figure(
-        title,
-        _held_out(runs),
-        [
-            Panel("Usage, held out", axis, _usage_axis(), usage, right=112),
-            Panel("PSNR, held out", axis, Axis("dB", low, high, ticks), [psnr], right=50),
-        ],
-    )
+    panels = [
+        Panel("Usage, held out", axis, USAGE, usage, right=112),
+        Panel("PSNR, held out", axis, Axis("dB", low, high, ticks), [psnr], right=50),
+    ]
+    return figure(f"Usage and reconstruction against {title}", _held_out(runs), panels)
 
 
 def _means(label: str, slot: int, runs: Sequence[Result], x: Value, y: Value) -> Series:
@@ -171,7 +144,7 @@ def _terms(results: Sequence[Result]) -> str:
     usage = Series("", IBQ, dots=[(r.usage, place[r.name]) for r in runs])
     psnr = Series("", IBQ, dots=[(r.psnr, place[r.name]) for r in runs])
     panels = [
-        Panel("Usage, held out", Axis("of 1,024 codes", 0, 1, SHARES), rows_with, [usage], left=252, right=20),
+        Panel("Usage, held out", replace(USAGE, label="of 1,024 codes"), rows_with, [usage], left=252, right=20),
         Panel("PSNR, held out", Axis("dB", low, high, ticks), rows_without, [psnr], left=20, right=30),
     ]
     return figure("The terms of the loss, each on and off", _held_out(runs), panels)
@@ -188,10 +161,6 @@ def _note(runs: Sequence[Result], counted: str, drawn: str) -> str:
 
 def _held_out(runs: Sequence[Result]) -> str:
     return _note(runs, f"held out: {spread_of(runs, lambda r: r.tokens)}", " (dots)")
-
-
-def _usage_axis() -> Axis:
-    return Axis("codes in use", 0, 1, SHARES)
 
 
 def _round_range(values: Sequence[float]) -> tuple[float, float, list[tuple[float, str]]]:

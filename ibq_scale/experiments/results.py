@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any, TypeVar
 
+from ibq_scale.checkpoint.files import write_whole
 from ibq_scale.config.layers import load_resolved
 from ibq_scale.config.run import TokenizerRun
 from ibq_scale.documents import read_json
@@ -17,6 +20,7 @@ from ibq_scale.report.runs import RunLog, load_run
 
 RESULTS = "experiments.json"
 VERSION = 1
+Row = TypeVar("Row")
 CURVES = ("usage", "perplexity", "l1")
 
 
@@ -62,21 +66,32 @@ def collect(runs: Path) -> list[Result]:
 
 
 def save(results: list[Result], path: Path) -> None:
-    """One line per run, so a diff shows the changed runs."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(asdict(result), ensure_ascii=False) for result in results)
-    path.write_text(f'{{"version": {VERSION}, "runs": [\n{lines}\n]}}\n', encoding="utf-8")
+    save_rows(path, "runs", results)
 
 
 def load(path: Path) -> list[Result]:
-    """Reads the file of `save`. UserError if it is missing or of another version."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing: collect runs into it with 'ibq-scale experiments report --runs DIR'")
-    values = read_json(path)
-    names = {field.name for field in fields(Result)}
-    if values.get("version") != VERSION or any(set(run) != names for run in values["runs"]):
-        raise UserError(f"{path} was written by another version: collect the runs again (--runs DIR)")
-    return [Result(**run) for run in values["runs"]]
+    return load_rows(path, "runs", Result, "collect runs into it with 'ibq-scale experiments report --runs DIR'")
+
+
+def save_rows(path: Path, name: str, rows: Sequence[Any]) -> None:
+    """Writes dataclasses, one line each, so a diff shows the changed rows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(asdict(row), ensure_ascii=False) for row in rows)
+    write_whole(path, f'{{"version": {VERSION}, "{name}": [\n{lines}\n]}}\n')
+
+
+def load_rows(path: Path, name: str, kind: type[Row], todo: str) -> list[Row]:
+    """Reads the file of `save_rows`. UserError with `todo` if it is missing, damaged or of another version."""
+    try:
+        values = read_json(path)
+        names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+        if values["version"] == VERSION and all(set(row) == names for row in values[name]):
+            return [kind(**row) for row in values[name]]
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: {todo}") from None
+    except (OSError, ValueError, TypeError, KeyError):
+        pass
+    raise UserError(f"{path} is damaged or of another version: {todo}")
 
 
 def _seed(run: Path) -> int:

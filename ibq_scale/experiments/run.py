@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ibq_scale.checkpoint.files import write_whole
 from ibq_scale.checkpoint.reading import newest_or_this
 from ibq_scale.config.layers import flatten, load_resolved, resolve
 from ibq_scale.config.run import AnyRun
@@ -75,7 +76,5 @@ def _evaluate(run: Path, steps: int, held_out: str) -> int:
     options = ["--batch", str(EVALUATION_BATCH), "--ranks", "1", "--json"]
     done = output_of(["evaluate", "reconstruction", str(run), held_out, *options])
     if done.returncode == 0:
-        partial = run / f".{EVALUATION}.partial"
-        partial.write_text(json.dumps(json.loads(done.stdout), indent=1) + "\n", encoding="utf-8")
-        partial.replace(run / EVALUATION)
+        write_whole(run / EVALUATION, json.dumps(json.loads(done.stdout), indent=1) + "\n")
     return done.returncode

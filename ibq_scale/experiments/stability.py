@@ -9,22 +9,20 @@ place of its reconstruction loss.
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from ibq_scale.config.layers import resolve
 from ibq_scale.config.run import TokenizerRun
-from ibq_scale.documents import read_json
 from ibq_scale.errors import UserError
 from ibq_scale.experiments.plan import PRESET, SEEDS
+from ibq_scale.experiments.results import load_rows, save_rows
 from ibq_scale.quantize.kinds import KINDS
 
 RESULTS = "stability.json"
 FOLDER = "stability"
-VERSION = 1
 SCALES = (0.01, 0.1, 1.0, 10.0)
 CODES = (1024, 16384)
 # Steps between two points of a curve.
@@ -137,7 +135,7 @@ def trials(
         for size in codes
         for seed in seeds
         for variant in chosen
-        for scale in (scales if _learns(variant) else (None,))
+        for scale in (scales if KINDS[_kind(variant)].learns != "nothing" else (None,))
     ]
 
 
@@ -148,19 +146,11 @@ def ur_auc(curves: Sequence[Curve]) -> list[float]:
 
 
 def save(curves: Sequence[Curve], path: Path) -> None:
-    """One line per curve."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(asdict(curve)) for curve in curves)
-    path.write_text(f'{{"version": {VERSION}, "curves": [\n{lines}\n]}}\n', encoding="utf-8")
+    save_rows(path, "curves", curves)
 
 
 def load(path: Path) -> list[Curve]:
-    """Reads the file of `save`. UserError for one of another version."""
-    values = read_json(path)
-    names = {field.name for field in fields(Curve)}
-    if values.get("version") != VERSION or any(set(curve) != names for curve in values["curves"]):
-        raise UserError(f"{path} was written by another version: run 'ibq-scale experiments run stability' again")
-    return [Curve(**curve) for curve in values["curves"]]
+    return load_rows(path, "curves", Curve, "run 'ibq-scale experiments run stability' again")
 
 
 def collect(runs: Path) -> list[Curve]:
@@ -180,10 +170,6 @@ def _whole(curves: Sequence[Curve]) -> Iterator[Curve]:
         same = {c.scale for c in curves if (c.name, c.codes, c.seed) == (curve.name, curve.codes, curve.seed)}
         if same in (scales, {None}):
             yield curve
-
-
-def _learns(variant: Variant) -> bool:
-    return KINDS[_kind(variant)].learns != "nothing"
 
 
 def _kind(variant: Variant) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed import HashStore  # type: ignore[attr-defined]
@@ -20,17 +21,21 @@ from ibq_scale.config.layers import resolve
 from ibq_scale.config.run import TokenizerRun
 from ibq_scale.console import tell
 from ibq_scale.data.manifest import load_manifest
+from ibq_scale.data.sets import open_sets
+from ibq_scale.data.stream import image_stream, to_float
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
-from ibq_scale.experiments.features import frozen_features, in_dimensions
 from ibq_scale.experiments.plan import PRESET, Pictures
 from ibq_scale.experiments.stability import EVERY, FOLDER, Curve, Sizes, Trial, load, save
 from ibq_scale.experiments.tiles import prepare_tiles
+from ibq_scale.models.autoencoder import Autoencoder, tokens_of
+from ibq_scale.models.optimizers import adam
 from ibq_scale.quantize.quantizer import quantize
 from ibq_scale.quantize.usage import CodeUsage
 from ibq_scale.train.codebook import ShardedCodebook
 
 FEATURES = "features"
+ENCODER_SEED = 0
 # Features kept. A longer run goes over them again, in another order.
 MOST_FEATURES = 1 << 18
 
@@ -102,6 +107,55 @@ def measure(trial: Trial, features_TD: Tensor, features: str, sizes: Sizes, worl
         cpu_seconds=round(time.process_time() - started, 2),
         torch=torch.__version__,
     )
+
+
+def frozen_features(run: TokenizerRun, tokens: int) -> Tensor:
+    """Features (tokens, D) of `run.data`, fp32, centred, with root mean square 1, for codebooks alone.
+
+    The preset's encoder is trained with its decoder and without a quantizer, so the features describe pictures and suit
+    none of the quantizers more than another: `run.train.total_steps` steps of Adam on the mean absolute error.
+    """
+    torch.manual_seed(ENCODER_SEED)
+    model = Autoencoder(run.model, run.quantizer.dim)
+    optimizer = adam(model.parameters(), run.optimizer)
+    batches = image_stream(
+        open_sets(run.data, "images"),
+        resolution=run.model.resolution,
+        seed=ENCODER_SEED,
+        rank=0,
+        world_size=1,
+        micro_batch=run.train.micro_batch,
+        start=0,
+    )
+    for _ in range(run.train.total_steps):
+        images = to_float(next(batches).images_u8)
+        torch.autograd.backward(F.l1_loss(model.decode(model.encode(images)), images))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    found: list[Tensor] = []
+    with torch.no_grad():
+        while sum(map(len, found)) < tokens:
+            found.append(tokens_of(model.encode(to_float(next(batches).images_u8))))
+    features_TD = torch.cat(found)[:tokens]
+    features_TD -= features_TD.mean(dim=0)
+    # One factor for all dimensions: the shape of the cloud stays.
+    features_TD /= features_TD.square().mean().sqrt()
+    return features_TD
+
+
+def in_dimensions(features_TD: Tensor, dim: int) -> Tensor:
+    """Features (T, dim) of variance 1 each: the first principal components. Unchanged if they have `dim` already.
+
+    LFQ and FSQ have few dimensions, and their levels are made for values around 1.
+    """
+    if features_TD.shape[1] == dim:
+        return features_TD
+    covariance_DD = features_TD.T.double() @ features_TD.double() / len(features_TD)
+    values_D, vectors_DD = torch.linalg.eigh(covariance_DD)
+    # Ascending: the largest come last.
+    largest = values_D.argsort(descending=True)[:dim]
+    whitening_DE: Tensor = vectors_DD[:, largest] / values_D[largest].sqrt()
+    return (features_TD @ whitening_DE.float()).contiguous()
 
 
 @torch.no_grad()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 from ibq_scale.console import aligned
 from ibq_scale.experiments.stability import VARIANTS, Curve, Variant, ur_auc
-from ibq_scale.experiments.tables import ceiling, mean_and_spread
-from ibq_scale.report.svg import Axis, Panel, Series, figure
+from ibq_scale.experiments.tables import ceiling, markdown_table, mean_and_spread
+from ibq_scale.report.svg import USAGE, Panel, Series, figure, mean_of, step_axis
 
 NOTHING = "–"
 
@@ -34,7 +35,6 @@ def _grouped(curves: Sequence[Curve]) -> Iterator[tuple[int, Variant, list[Curve
 
 
 def text_table(curves: Sequence[Curve]) -> list[str]:
-    """Lines for a terminal."""
     return [conditions(curves), "", *aligned(rows_of(curves))]
 
 
@@ -48,12 +48,9 @@ def document(curves: Sequence[Curve]) -> dict[str, object]:
 
 
 def markdown(curves: Sequence[Curve]) -> str:
-    """The table in the document."""
     if not curves:
         return "No run is finished."
-    heads, *rows = rows_of(curves)
-    lines = ["| " + " | ".join(cells) + " |" for cells in (heads, *rows)]
-    return "\n".join([conditions(curves), "", lines[0], "|" + "---|" * len(heads), *lines[1:]])
+    return "\n".join([conditions(curves), "", *markdown_table(rows_of(curves))])
 
 
 def conditions(curves: Sequence[Curve]) -> str:
@@ -74,18 +71,8 @@ def figures(curves: Sequence[Curve]) -> dict[str, str]:
             _series(variant.label, slot, [c for c in curves if (c.codes, c.name) == (codes, variant.name)])
             for slot, variant in enumerate(VARIANTS)
         ]
-        first, last = curves[0].steps[0], curves[0].steps[-1]
-        ticks = [(step, f"{step}") for step in range(first, last + 1, max(1, (last - first) // 4))]
-        shares = [(v / 100, f"{v} %") for v in (0, 25, 50, 75, 100)]
-        panels.append(
-            Panel(
-                f"{codes:,} codes",
-                Axis("step", first, max(last, first + 1), ticks),
-                Axis("codes in use", 0, 1, shares),
-                [s for s in series if s.line],
-                right=128,
-            )
-        )
+        steps = step_axis(curves[0].steps[0], curves[0].steps[-1])
+        panels.append(Panel(f"{codes:,} codes", steps, USAGE, [s for s in series if s.line], right=128))
     if not panels:
         return {}
     scales = ", ".join(f"{m:g}" for m in sorted({c.scale for c in curves if c.scale is not None}))
@@ -95,16 +82,7 @@ def figures(curves: Sequence[Curve]) -> dict[str, str]:
 
 
 def _series(label: str, slot: int, curves: Sequence[Curve]) -> Series:
-    if not curves:
-        return Series(label, slot)
-    seeds = sorted({c.seed for c in curves})
-    of_seed = [_mean([c.usage for c in curves if c.seed == seed]) for seed in seeds]
-    steps = curves[0].steps
-    band = [(step, min(values), max(values)) for step, values in zip(steps, zip(*of_seed, strict=True), strict=True)]
-    line = list(zip(steps, _mean(of_seed), strict=True))
-    # Colours come again after five: dashes tell the second five apart.
-    return Series(label, slot, line=line, band=band if len(seeds) > 1 else [], dashed=slot >= 5)
-
-
-def _mean(rows: Sequence[Sequence[float]]) -> list[float]:
-    return [sum(column) / len(column) for column in zip(*rows, strict=True)]
+    """The mean over scales of each seed. Colours come again after five: dashes tell the second five apart."""
+    by_seed = [[c.usage for c in curves if c.seed == seed] for seed in sorted({c.seed for c in curves})]
+    rows = [[statistics.fmean(column) for column in zip(*usage, strict=True)] for usage in by_seed]
+    return mean_of(label, slot, curves[0].steps if curves else (), rows, dashed=slot >= 5)

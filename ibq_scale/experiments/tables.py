@@ -24,13 +24,12 @@ class Table:
     def markdown(self, results: Sequence[Result]) -> str:
         """The table, below a line with the facts common to all its runs."""
         of_row = [(label, [r for r in results if r.name == name]) for label, name in self.rows]
-        heads = [self.first, *(head for head, _ in self.columns), "seeds"]
-        lines = [_row(heads), "|" + "---|" * len(heads)]
+        rows = [[self.first, *(head for head, _ in self.columns), "seeds"]]
         for label, found in of_row:
             cells = [cell(found) if found else NOT_RUN for _, cell in self.columns]
-            lines.append(_row([label, *cells, str(len(found))]))
+            rows.append([label, *cells, str(len(found))])
         runs = [r for _, found in of_row for r in found]
-        return "\n".join([_above(runs), "", *lines])
+        return "\n".join([_above(runs), "", *markdown_table(rows)])
 
 
 def conditions(results: Sequence[Result]) -> str:
@@ -74,7 +73,6 @@ def percent(value: Callable[[Result], float]) -> Cell:
 
 
 def number(value: Callable[[Result], float], digits: int, unit: str = "") -> Cell:
-    """A column of numbers."""
     return lambda results: mean_and_spread([value(r) for r in results], digits) + unit
 
 
@@ -153,8 +151,10 @@ TABLES = {
 assert {name for table in TABLES.values() for _, name in table.rows} == {c.name for c in CONFIGURATIONS}
 
 
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines. The first row has the heads."""
+    head, *lines = ["| " + " | ".join(cells) + " |" for cells in rows]
+    return [head, "|" + "---|" * len(rows[0]), *lines]
 
 
 def _above(runs: Sequence[Result]) -> str:

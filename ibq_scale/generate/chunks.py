@@ -66,7 +66,6 @@ class Chunks:
         self._parts = folder / PARTS
 
     def write(self, number: int, images_BHW3: Images) -> None:
-        """Writes a chunk atomically."""
         self._parts.mkdir(parents=True, exist_ok=True)
         partial = self._parts / f".{number}.{os.getpid()}.partial"
         with partial.open("wb") as f:

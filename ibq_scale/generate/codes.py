@@ -26,7 +26,8 @@ from ibq_scale.data.stream import shard_images, to_float
 from ibq_scale.distributed.agree import by_rank_0, of_all_ranks
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
-from ibq_scale.pretrained.loading import Tokenizer, load_tokenizer
+from ibq_scale.pretrained.loading import load_tokenizer
+from ibq_scale.pretrained.models import Tokenizer
 from ibq_scale.pretrained.text import Captions, text_encoder
 from ibq_scale.quantize.usage import CodeUsage
 

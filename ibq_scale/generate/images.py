@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from ibq_scale.errors import UserError
 from ibq_scale.generate.chunks import Chunks, Job, is_finished
 from ibq_scale.models.sampling import Sampler, SamplingSettings
 from ibq_scale.pictures import to_uint8
-from ibq_scale.pretrained.loading import ARModel, Tokenizer
+from ibq_scale.pretrained.models import ARModel, Tokenizer
 
 Part = tuple[int, int]
 """Task i of n of an array of jobs: chunks i, i + n, …"""
@@ -90,10 +90,13 @@ def sample(
     begin = time.perf_counter()
     check_pair(ar, tokenizer)
     _check_asked(ar, classes, captions)
-    side = ar.config.grid * tokenizer.downsampling
+    precision = "bf16" if ar.transformer.head.weight.dtype == torch.bfloat16 else "fp32"
 
     def begun() -> tuple[Job, bool]:
-        job = _job(ar, tokenizer, classes, per_class, settings, batch, side, captions)
+        labels = tuple(label for label in classes for _ in range(per_class))
+        depends: dict[str, Any] = {"transformer": ar.hash, "tokenizer": tokenizer.hash, "precision": precision}
+        depends |= {"settings": asdict(settings)} | ({"captions": list(captions)} if captions else {})
+        job = Job(labels, per_class, min(batch, len(labels)), ar.config.grid * tokenizer.downsampling, depends)
         return job, is_finished(to, job)
 
     job, finished = by_rank_0(world, begun)
@@ -105,26 +108,25 @@ def sample(
     images = sum(job.size(number) for number in numbers)
     kept = sum(job.size(number) for number in reused)
     seconds = time.perf_counter() - begin
-    facts: dict[str, Any] = {
-        "folder": str(to),
-        "images": images,
-        "reused_images": kept,
-        "classes": list(classes),
-        "per_class": per_class,
-        "batch": job.batch,
-        "precision": _precision(ar),
-        "settings": settings,
-        "model": ar.path,
-        "tokenizer": tokenizer.hash,
-        "job": job.hash,
-        "seconds": seconds,
-        "images_per_s": (images - kept) / seconds,
-        "tokens_per_s": (images - kept) * ar.config.tokens / seconds,
-    }
-    whole = asdict(SampleReport(complete=True, **facts)) | {"images": len(job.labels)}
-    text = json.dumps(whole, indent=1) + "\n"
-    complete = by_rank_0(world, lambda: finished or chunks.assemble(text, part[0]))
-    return SampleReport(complete=complete, **facts)
+    report = SampleReport(
+        folder=str(to),
+        complete=True,
+        images=images,
+        reused_images=kept,
+        classes=list(classes),
+        per_class=per_class,
+        batch=job.batch,
+        precision=precision,
+        settings=settings,
+        model=ar.path,
+        tokenizer=tokenizer.hash,
+        job=job.hash,
+        seconds=seconds,
+        images_per_s=(images - kept) / seconds,
+        tokens_per_s=(images - kept) * ar.config.tokens / seconds,
+    )
+    text = json.dumps(asdict(replace(report, images=len(job.labels))), indent=1) + "\n"
+    return replace(report, complete=by_rank_0(world, lambda: finished or chunks.assemble(text, part[0])))
 
 
 def _check_asked(ar: ARModel, classes: Sequence[int], captions: Sequence[str]) -> None:
@@ -136,32 +138,6 @@ def _check_asked(ar: ARModel, classes: Sequence[int], captions: Sequence[str]) -
     wrong = [c for c in classes if not 0 <= c < number]
     if wrong or not classes:
         raise UserError(f"class {wrong[0] if wrong else '(none)'}: the model has classes 0 to {number - 1}")
-
-
-def _precision(ar: ARModel) -> str:
-    return "bf16" if ar.transformer.head.weight.dtype == torch.bfloat16 else "fp32"
-
-
-def _job(
-    ar: ARModel,
-    tokenizer: Tokenizer,
-    classes: Sequence[int],
-    per_class: int,
-    settings: SamplingSettings,
-    batch: int,
-    side: int,
-    captions: Sequence[str],
-) -> Job:
-    labels = tuple(label for label in classes for _ in range(per_class))
-    depends = {
-        "transformer": ar.hash,
-        "tokenizer": tokenizer.hash,
-        "precision": _precision(ar),
-        "settings": asdict(settings),
-    }
-    if captions:
-        depends["captions"] = list(captions)
-    return Job(labels, per_class, min(batch, len(labels)), side, depends)
 
 
 def _find(chunks: Chunks, numbers: list[int], world: World) -> tuple[list[int], list[int]]:

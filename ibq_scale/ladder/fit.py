@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ibq_scale.errors import UserError
 from ibq_scale.ladder.results import Result
-from ibq_scale.scaling.laws import REPLICAS, Interval, Law, fit_law
+from ibq_scale.scaling.laws import MEANING, REPLICAS, Law, fit_law
 from ibq_scale.scaling.optimum import Cost, Optimum, compute_optimal
 
 FIT = "fit.json"
@@ -48,7 +48,6 @@ class Fit:
 
     @property
     def not_fitted(self) -> list[NotFitted]:
-        """The laws without a fit."""
         return [law for law in (self.joint, *self.singles.values()) if isinstance(law, NotFitted)]
 
 
@@ -70,7 +69,7 @@ def document(fits: Sequence[Fit]) -> list[dict[str, Any]]:
             "codebook": fit.codebook,
             "laws": {name: _law(law) for name, law in fit.laws.items()},
             "not_fitted": {law.name: law.why for law in fit.not_fitted},
-            "optima": [_optimum(optimum) for optimum in fit.optima],
+            "optima": [asdict(optimum) for optimum in fit.optima],
             "warnings": list(fit.warnings),
         }
         for fit in fits
@@ -87,12 +86,10 @@ def _fit(results: Sequence[Result], codebook: int, flops: Sequence[float], repli
 
     joint = law("L(N, D)", results, "N", "D")
     singles: dict[str, Law | NotFitted] = {}
-    for tokens, rungs in _alike(results, "D"):
-        name = f"L(N) at {tokens:,.0f} tokens, K = {codebook:,}"
-        singles[name] = law(name, rungs, "N")
-    for parameters, rungs in _alike(results, "N"):
-        name = f"L(D) at {parameters:,.0f} parameters, K = {codebook:,}"
-        singles[name] = law(name, rungs, "D")
+    for free, held in (("N", "D"), ("D", "N")):
+        for value, rungs in _alike(results, held, free):
+            name = f"L({free}) at {value:,.0f} {MEANING[held]}, K = {codebook:,}"
+            singles[name] = law(name, rungs, free)
     cost: Cost | None = None
     optima: tuple[Optimum, ...] = ()
     if isinstance(joint, Law):
@@ -105,9 +102,9 @@ def _fit(results: Sequence[Result], codebook: int, flops: Sequence[float], repli
 _VALUES: dict[str, Callable[[Result], float]] = {"N": lambda r: float(r.parameters), "D": lambda r: float(r.tokens)}
 
 
-def _alike(results: Sequence[Result], held: str) -> list[tuple[float, list[Result]]]:
-    """Rungs with equal values of this variable, and at least two of the other."""
-    value, other = _VALUES[held], _VALUES["N" if held == "D" else "D"]
+def _alike(results: Sequence[Result], held: str, free: str) -> list[tuple[float, list[Result]]]:
+    """Rungs with equal values of the one variable, and at least two of the other."""
+    value, other = _VALUES[held], _VALUES[free]
     groups = [(v, [r for r in results if value(r) == v]) for v in sorted({value(r) for r in results})]
     return [(v, group) for v, group in groups if len({other(r) for r in group}) > 1]
 
@@ -133,33 +130,12 @@ def _law(law: Law) -> dict[str, Any]:
     held_out = law.held_out
     return {
         "formula": law.formula,
-        "parameters": {name: _interval(interval) for name, interval in law.parameters().items()},
+        "parameters": law.parameters(),
         "noise": law.noise,
-        "residuals": [float(value) for value in law.residuals()],
-        "held_out": None
-        if held_out is None
-        else {
-            "point": held_out.point,
-            "measured": held_out.measured,
-            "predicted": _interval(held_out.predicted),
-            "error": held_out.error,
-        },
+        "residuals": law.residuals().tolist(),
+        "held_out": held_out and asdict(held_out) | {"error": held_out.error},
         "warnings": list(law.warnings),
     }
-
-
-def _optimum(optimum: Optimum) -> dict[str, Any]:
-    return {
-        "flops": optimum.flops,
-        "parameters": _interval(optimum.parameters),
-        "tokens": _interval(optimum.tokens),
-        "loss": _interval(optimum.loss),
-        "warnings": list(optimum.warnings),
-    }
-
-
-def _interval(interval: Interval) -> list[float]:
-    return [interval.value, interval.low, interval.high]
 
 
 def save(values: Sequence[dict[str, Any]], folder: Path) -> Path:

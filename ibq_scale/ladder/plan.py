@@ -35,7 +35,6 @@ def documents(planned: Planned) -> list[dict[str, Any]]:
 
 
 def table(planned: Planned) -> list[str]:
-    """Lines for a terminal."""
     lines = aligned([_HEAD, *(_row(rung, plan) for rung, plan in planned)])
     plans = [plan for _, plan in planned]
     hours = [plan.time.gpu_hours for plan in plans if plan.time.gpu_hours is not None]

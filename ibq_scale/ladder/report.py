@@ -67,7 +67,7 @@ def _sections(fit: Fit) -> list[Section]:
         warnings += [[f"{name}: {line}"] for line in law.warnings]
     warnings += [[f"{o.flops:.3g} FLOPs: {line}"] for o in fit.optima for line in o.warnings]
     laws = [
-        [name, label, *_cells(interval)]
+        [name, label, *map(_number, interval)]
         for name, law in fit.laws.items()
         for label, interval in law.parameters().items()
     ]
@@ -119,11 +119,8 @@ def _optimum_row(optimum: Optimum) -> list[str]:
 
 
 def _between(interval: Interval) -> str:
-    return f"{_number(interval.value)} ({_number(interval.low)} to {_number(interval.high)})"
-
-
-def _cells(interval: Interval) -> list[str]:
-    return [_number(v) for v in (interval.value, interval.low, interval.high)]
+    value, low, high = map(_number, interval)
+    return f"{value} ({low} to {high})"
 
 
 def _number(value: float) -> str:

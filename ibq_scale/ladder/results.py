@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
-from ibq_scale.checkpoint.files import write_whole
-from ibq_scale.documents import read_json
 from ibq_scale.errors import UserError
+from ibq_scale.experiments.results import load_rows, save_rows
 from ibq_scale.ladder.run import is_finished
 from ibq_scale.ladder.rungs import Rung
 from ibq_scale.report.runs import RunLog, load_run
 from ibq_scale.scaling import networks
 
 RESULTS = "results.json"
-VERSION = 1
 # Without a held-out loss: the last part of the logged training losses.
 LAST = 0.1
 
@@ -57,24 +54,11 @@ def collect(rungs: Sequence[Rung]) -> tuple[list[Result], list[str]]:
 
 
 def save(results: Sequence[Result], path: Path) -> None:
-    """One line per rung, so a diff shows the changed rungs."""
-    lines = ",\n".join(json.dumps(asdict(result), ensure_ascii=False) for result in results)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, f'{{"version": {VERSION}, "rungs": [\n{lines}\n]}}\n')
+    save_rows(path, "rungs", results)
 
 
 def load(path: Path) -> list[Result]:
-    """Reads the file of `save`. UserError if it is missing, damaged or of another version."""
-    try:
-        values = read_json(path)
-        names = {field.name for field in fields(Result)}
-        if values["version"] == VERSION and all(set(rung) == names for rung in values["rungs"]):
-            return [Result(**rung) for rung in values["rungs"]]
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: write it with 'ibq-scale scale collect'") from None
-    except (OSError, ValueError, TypeError, KeyError):
-        pass
-    raise UserError(f"{path} is damaged or of another version: write it again with 'ibq-scale scale collect'")
+    return load_rows(path, "rungs", Result, "write it with 'ibq-scale scale collect'")
 
 
 def _read(rung: Rung) -> Result:

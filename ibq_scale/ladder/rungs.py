@@ -32,7 +32,6 @@ class Rung:
 
     @property
     def folder(self) -> Path:
-        """Its run directory."""
         return Path(self.run.run_dir)
 
     @property

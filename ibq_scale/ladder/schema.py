@@ -154,7 +154,6 @@ class LadderConfig(Section):
 
 
 def ladder_names() -> list[str]:
-    """Names of the ladders in the package."""
     return sorted(path.stem for path in LADDERS.glob("*.yaml"))
 
 

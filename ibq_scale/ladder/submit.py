@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ibq_scale.cluster.checks import CHECKS, Submission, run_checks
-from ibq_scale.cluster.profile import Profile
-from ibq_scale.cluster.submit import make_request, next_snapshot, render, submit, training
+from ibq_scale.cluster.submit import Request, Work, next_snapshot, render, submit, training
 from ibq_scale.config.layers import require_complete
 from ibq_scale.findings import Finding
 from ibq_scale.ladder.run import is_finished
@@ -23,27 +21,15 @@ class Submitted:
     finished: bool = False
     jobs: tuple[str, ...] = ()
     checks: tuple[Finding, ...] = ()
-    script: str = ""
 
     @property
-    def failed(self) -> list[Finding]:
-        return [check for check in self.checks if check.level == "FAIL"]
+    def failed(self) -> bool:
+        return any(check.level == "FAIL" for check in self.checks)
 
 
-@dataclass(frozen=True)
-class Order:
-    """Settings for the queue. See `cluster.submit`."""
-
-    nodes: int
-    profile: Profile
-    cluster: str | None
-    flags: dict[str, Any]
-    sbatch: Sequence[str]
-    chain: int
-    dry_run: bool
-
-
-def submit_rungs(rungs: Sequence[Rung], order: Order) -> Iterator[Submitted]:
+def submit_rungs(
+    rungs: Sequence[Rung], request_of: Callable[[Work], Request], *, chain: int, cluster: str | None, dry_run: bool
+) -> Iterator[Submitted]:
     """The result of each rung as it comes. A rung with a failed check is left out, and the others go on.
 
     UserError for a rung without data, for a folder with a run of another config, or if Slurm refuses a job.
@@ -53,13 +39,10 @@ def submit_rungs(rungs: Sequence[Rung], order: Order) -> Iterator[Submitted]:
         if is_finished(rung):
             yield Submitted(rung, finished=True)
             continue
-        request = make_request(training(rung.run), order.nodes, order.profile, order.flags, list(order.sbatch))
-        script = render(request, next_snapshot(request))
+        request = request_of(training(rung.run))
         assert request.work.config is not None, "it trains"
-        job = Submission(script, request.work.config, request.profile.gpu, queue=not order.dry_run)
-        held = Submitted(rung, checks=tuple(run_checks(job, CHECKS)), script=script.text)
-        if order.dry_run or held.failed:
-            yield held
-            continue
-        _, jobs = submit(request, chain=order.chain, cluster=order.cluster)
-        yield Submitted(rung, jobs=tuple(jobs), checks=held.checks)
+        script = render(request, next_snapshot(request))
+        job = Submission(script, request.work.config, request.profile.gpu, queue=not dry_run)
+        checks = tuple(run_checks(job, CHECKS))
+        jobs = [] if dry_run or job.failed else submit(request, chain=chain, cluster=cluster)[1]
+        yield Submitted(rung, jobs=tuple(jobs), checks=checks)

@@ -9,9 +9,7 @@ from typing import Any
 
 from ibq_scale.checkpoint.reading import MANIFEST, read_checkpoint
 from ibq_scale.pretrained.loading import (
-    ARModel,
     Kind,
-    Tokenizer,
     config_of,
     load_model,
     model_directory,
@@ -19,6 +17,7 @@ from ibq_scale.pretrained.loading import (
     save_ar,
     save_tokenizer,
 )
+from ibq_scale.pretrained.models import ARModel, Tokenizer
 from ibq_scale.quantize.kinds import KINDS
 
 CARD = "README.md"
@@ -43,15 +42,12 @@ def save_model(
     to: Path, model: Tokenizer | ARModel, source: Mapping[str, Any], training: Mapping[str, Any] | None = None
 ) -> Kind:
     """Writes a model and its card. `source`: its origin. `training`: the checkpoint's manifest, if any."""
-    kind: Kind
     if isinstance(model, Tokenizer):
-        kind = "tokenizer"
         save_tokenizer(to, model, source)
     else:
-        kind = "ar"
         save_ar(to, model, source)
     write_card(to, model, source, training)
-    return kind
+    return "tokenizer" if isinstance(model, Tokenizer) else "ar"
 
 
 def write_card(

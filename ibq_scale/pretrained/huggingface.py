@@ -22,6 +22,16 @@ from ibq_scale.names import file_name, is_inside
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 MODEL_TYPE = "Emu3p5VisionVQ"
+# Its keys, and ours.
+MODEL_KEYS = {
+    "z_channels": "z_channels",
+    "ch": "channels",
+    "ch_mult": "channel_multipliers",
+    "num_res_blocks": "res_blocks",
+    "attn_resolutions": "attention_resolutions",
+    "resolution": "resolution",
+}
+QUANTIZER_KEYS = {"codebook_size": "codebook_size", "embed_dim": "dim"}
 
 
 def is_huggingface(path: Path) -> bool:
@@ -60,17 +70,11 @@ def write_huggingface(
     config = {
         "architectures": [f"{MODEL_TYPE}Model"],
         "model_type": MODEL_TYPE,
-        "codebook_size": quantizer.codebook_size,
-        "embed_dim": quantizer.dim,
-        "z_channels": model.z_channels,
+        **{key: getattr(quantizer, name) for key, name in QUANTIZER_KEYS.items()},
+        **{key: getattr(model, name) for key, name in MODEL_KEYS.items()},
         "double_z": False,
         "in_channels": 3,
         "out_channels": 3,
-        "ch": model.channels,
-        "ch_mult": list(model.channel_multipliers),
-        "num_res_blocks": model.res_blocks,
-        "attn_resolutions": list(model.attention_resolutions),
-        "resolution": model.resolution,
         "dropout": 0.0,
         "torch_dtype": "float32",
     }
@@ -84,15 +88,8 @@ def _sizes(values: Any) -> dict[str, Any]:
         raise ValueError(f"model_type is {values['model_type']!r:.50}")
     if values.get("double_z") or values.get("in_channels", 3) != 3 or values.get("out_channels", 3) != 3:
         raise ValueError("double_z is true, or there are other channels than 3")
-    model = AutoencoderConfig(
-        channels=values["ch"],
-        channel_multipliers=tuple(values["ch_mult"]),
-        res_blocks=values["num_res_blocks"],
-        attention_resolutions=tuple(values["attn_resolutions"]),
-        resolution=values["resolution"],
-        z_channels=values["z_channels"],
-    )
-    quantizer = QuantizerConfig(codebook_size=values["codebook_size"], dim=values["embed_dim"])
+    model = AutoencoderConfig(**{name: values[key] for key, name in MODEL_KEYS.items()})
+    quantizer = QuantizerConfig(**{name: values[key] for key, name in QUANTIZER_KEYS.items()})
     return {"model": model.model_dump(mode="json"), "quantizer": quantizer.model_dump(mode="json")}
 
 

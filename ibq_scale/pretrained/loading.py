@@ -9,7 +9,8 @@ by rows. `path` arguments accept such a directory, a training checkpoint, or a r
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -31,8 +32,7 @@ from ibq_scale.models.order import ORDER_EMBEDDING
 from ibq_scale.models.transformer import Transformer
 from ibq_scale.names import file_name, is_inside
 from ibq_scale.pretrained.hub import local
-from ibq_scale.pretrained.models import ARModel as ARModel
-from ibq_scale.pretrained.models import Tokenizer as Tokenizer
+from ibq_scale.pretrained.models import ARModel, Tokenizer
 from ibq_scale.pretrained.strict import fill_strictly, require_fit, require_layers
 from ibq_scale.quantize.kinds import KINDS
 
@@ -125,41 +125,47 @@ def stored(path: str, network: Transformer, first: Values | None = None) -> Valu
     An order embedding is left aside if only one of the two has it. `first`: the initial one of `network`.
     """
     folder, config = _read_config(Path(path), "ar")
-    if "weights" in config:
-        return _stored_in_pieces(folder, _place(config, folder), network, first)
-    try:
-        require_regular(folder / WEIGHTS)
-        file: Any = safe_open(folder / WEIGHTS, framework="pt")
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
-    except (OSError, SafetensorError, ValueError) as e:
-        raise UserError(f"cannot read {folder / WEIGHTS}: {e}") from None
-    found = {name: torch.empty(s.get_shape(), device="meta") for name, s in slices.items()}
+    shapes, read = _pieces(folder, config) if "weights" in config else _slices(folder / WEIGHTS)
+    found = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     _require_model(network, found, folder)
 
     def values(name: str, start: int, length: int) -> Tensor:
-        if first is not None and name not in found:
-            return first(name, start, length)
-        row = found[name][0].numel()
+        return first(name, start, length) if first is not None and name not in found else read(name, start, length)
+
+    return values
+
+
+Shapes = Mapping[str, Sequence[int]]
+
+
+def _slices(file: Path) -> tuple[Shapes, Values]:
+    try:
+        require_regular(file)
+        opened: Any = safe_open(file, framework="pt")
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  (no mapping)
+    except (OSError, SafetensorError, ValueError) as e:
+        raise UserError(f"cannot read {file}: {e}") from None
+    shapes = {name: rows.get_shape() for name, rows in slices.items()}
+
+    def read(name: str, start: int, length: int) -> Tensor:
+        row = math.prod(shapes[name][1:])
         begin, end = start // row, -(-(start + length) // row)
         rows: Tensor = slices[name][begin:end]
         return rows.flatten()[start - begin * row :][:length]
 
-    return values
+    return shapes, read
 
 
-def _stored_in_pieces(folder: Path, place: InCheckpoint, network: Transformer, first: Values | None) -> Values:
+def _pieces(folder: Path, config: dict[str, Any]) -> tuple[Shapes, Values]:
+    place = _place(config, folder)
     reader = PieceReader(folder.parent / place.folder)
-    found = {name: torch.empty(shape, device="meta") for name, shape in reader.shapes.items()}
-    _require_model(network, found, folder)
 
-    def values(name: str, start: int, length: int) -> Tensor:
-        if first is not None and name not in found:
-            return first(name, start, length)
+    def read(name: str, start: int, length: int) -> Tensor:
         out = torch.empty(length)
         reader.read(f"{place.vectors}{name}", start, out)
         return out
 
-    return values
+    return reader.shapes, read
 
 
 def _require_model(network: Transformer, found: Mapping[str, Tensor], folder: Path) -> None:
@@ -199,16 +205,14 @@ def kind_of(path: str | Path) -> Kind:
 
 
 def save_tokenizer(folder: Path, tokenizer: Tokenizer, source: Mapping[str, Any]) -> None:
-    """Writes a tokenizer. `source`: its origin."""
-    write_config(folder, "tokenizer", tokenizer.model_config, tokenizer.quantizer_config, source)
+    _write_config(folder, config_text("tokenizer", tokenizer.model_config, tokenizer.quantizer_config, source))
     save_file(_plain(tokenizer.autoencoder.state_dict()), folder / WEIGHTS)
     save_file(_plain({CODEBOOK: tokenizer.codebook_KD}), folder / codebook_part(0, 1))
 
 
 def save_ar(folder: Path, model: ARModel, source: Mapping[str, Any]) -> None:
-    """Writes a transformer. `source`: its origin."""
     text = config_text("ar", model.config, None, source, model.tokenizer_hash, encoder=model.encoder)
-    write_config_text(folder, text)
+    _write_config(folder, text)
     save_file(_plain(model.transformer.state_dict()), folder / WEIGHTS)
 
 
@@ -218,20 +222,7 @@ def refuse_overwrite(folder: Path) -> None:
         raise UserError(f"{folder} is there already and not empty: give another --to, or remove it")
 
 
-def write_config(
-    folder: Path,
-    kind: Kind,
-    model: AutoencoderConfig | TransformerConfig,
-    quantizer: QuantizerConfig | None,
-    source: Mapping[str, Any],
-    tokenizer: str | None = None,
-) -> None:
-    """Writes ``config.json``, from which `load_tokenizer` and `load_ar` build the model."""
-    write_config_text(folder, config_text(kind, model, quantizer, source, tokenizer))
-
-
-def write_config_text(folder: Path, text: str) -> None:
-    """Writes the result of `config_text`."""
+def _write_config(folder: Path, text: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(text, encoding="utf-8")
 
@@ -246,9 +237,10 @@ def config_text(
     encoder: ConditionInfo | None = None,
     order_scale: float = 1.0,
 ) -> str:
-    """The content of ``config.json``. `weights`: their location if not ``model.safetensors`` beside it.
+    """The content of ``config.json``, from which `load_tokenizer` and `load_ar` build the model.
 
-    `encoder`: what made the vectors of its training, if any. `order_scale`: of the order embedding there, if any.
+    `weights`: their location if not ``model.safetensors`` beside it. `encoder`: what made the vectors of its
+    training, if any. `order_scale`: of the order embedding there, if any.
     """
     sizes = model.stored() if isinstance(model, TransformerConfig) else model.model_dump(mode="json")
     values: dict[str, Any] = {"format_version": FORMAT_VERSION, "kind": kind, "model": sizes}

@@ -6,6 +6,8 @@ import hashlib
 import json
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +19,34 @@ from ibq_scale.models.autoencoder import Autoencoder, image_of, tokens_of
 from ibq_scale.models.condition import Condition
 from ibq_scale.models.sampling import GuidanceSchedule, SamplingSettings, generate
 from ibq_scale.models.transformer import Transformer
-from ibq_scale.pretrained.module import Pretrained
+from ibq_scale.pretrained.hub import address_of
 from ibq_scale.pretrained.text import encoder_of
 from ibq_scale.quantize.quantizer import encode, lookup
+
+
+class Pretrained(nn.Module):
+    """A module with its weights in a folder, as users of the Hub know it."""
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, revision: str | None = None, device: torch.device | str = "cpu") -> Self:
+        """Loads a model in eval mode: a folder, checkpoint or run, or OWNER/NAME on the Hub. UserError as loaders."""
+        from ibq_scale.pretrained.loading import load_model
+
+        model = load_model(address_of(path, revision))
+        if not isinstance(model, cls):
+            raise UserError(f"{path} holds a {type(model).__name__}, not a {cls.__name__}")
+        return model.to(device)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes the model with its card to a new folder, for `from_pretrained` and ``checkpoint push``."""
+        from ibq_scale.pretrained.exporting import save_model
+        from ibq_scale.pretrained.loading import refuse_overwrite
+
+        refuse_overwrite(Path(folder))
+        assert isinstance(self, Tokenizer | ARModel)
+        # The weights may have changed since it was computed.
+        self.__dict__.pop("hash", None)
+        save_model(Path(folder), self, {})
 
 
 class Tokenizer(Pretrained):
@@ -69,7 +96,6 @@ class Tokenizer(Pretrained):
         return self.autoencoder.decode(z_BDhw).float()
 
     def reconstruct(self, images: Tensor) -> Tensor:
-        """`decode(encode(images))`."""
         return self.decode(self.encode(images))
 
     forward = reconstruct

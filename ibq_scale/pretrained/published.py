@@ -22,7 +22,8 @@ from torch import Tensor
 from ibq_scale.config.models import AutoencoderConfig, QuantizerConfig, TransformerConfig
 from ibq_scale.errors import UserError
 from ibq_scale.pretrained.huggingface import is_huggingface, read_huggingface, write_huggingface
-from ibq_scale.pretrained.loading import ARModel, Kind, Tokenizer, fill_ar, layers_of, load_model, refuse_overwrite
+from ibq_scale.pretrained.loading import Kind, fill_ar, layers_of, load_model, refuse_overwrite
+from ibq_scale.pretrained.models import ARModel, Tokenizer
 from ibq_scale.pretrained.strict import count_layers, fill_strictly, require_fit, require_layers
 from ibq_scale.pretrained.wrappers import OWNERS_WAY, harmless, not_finite, refused, unwrap
 from ibq_scale.quantize.kinds import KINDS
@@ -65,7 +66,7 @@ def import_published(file: Path, *, ema: bool = False, heads: int | None = None,
 
     UserError for another kind of file, pickled code, or missing tensors (named).
     """
-    content = _read_folder(file) if is_huggingface(file) else _read(file)
+    content = _unwrapped(file, *read_huggingface(file)) if is_huggingface(file) else _read(file)
     if TOKEN_TABLE in content.state:
         if ema:
             raise UserError(f"{file} is an AR checkpoint; its average (ema) is not stored there")
@@ -88,7 +89,9 @@ def export_published(path: Path, to: Path) -> Kind:
         raise UserError(f"{to} is there already: give another --to, or remove it")
     model = load_model(path)
     if isinstance(model, Tokenizer):
-        content = {"state_dict": published_tokenizer(model), SIZES: _sizes_of_tokenizer(model)}
+        configs = {"model": model.model_config, "quantizer": model.quantizer_config}
+        sizes: dict[str, Any] = {name: config.model_dump(mode="json") for name, config in configs.items()}
+        content = {"state_dict": published_tokenizer(model), SIZES: sizes}
     else:
         config = model.config
         if (config.conditioning, config.kv_groups, config.qk_norm) != ("adaln", config.heads, False):
@@ -159,21 +162,20 @@ def _read(file: Path) -> _Content:
         raise refused(file, code[1]) from None
     except Exception as e:  # foreign bytes raise errors of any type in the unpickler
         raise UserError(f"cannot read {file}: it is cut short, damaged or no checkpoint ({type(e).__name__})") from None
+    return _unwrapped(file, content)
+
+
+def _unwrapped(file: Path, content: Any, sizes: Mapping[str, Any] | None = None) -> _Content:
+    """`sizes`: from another file than the tensors, else those beside them."""
     try:
         tensors, beside, wrappers = unwrap(content, (CODEBOOK, TOKEN_TABLE))
     except UserError as e:
         raise UserError(f"{file}: {e}") from None
-    sizes = beside.pop(SIZES, None)
-    others = {k: _tensors_in(v) for k, v in beside.items()}
+    own = beside.pop(SIZES, None)
+    if sizes is None:
+        sizes = own if isinstance(own, dict) else {}
     notes = (f"read without its wrappers: {', '.join(wrappers)}",) if wrappers else ()
-    return _Content(file, tensors, sizes if isinstance(sizes, dict) else {}, others, notes)
-
-
-def _read_folder(path: Path) -> _Content:
-    tensors, sizes = read_huggingface(path)
-    named, _, wrappers = unwrap(tensors, (CODEBOOK, TOKEN_TABLE))
-    notes = (f"read without its wrappers: {', '.join(wrappers)}",) if wrappers else ()
-    return _Content(path, named, sizes, {}, notes)
+    return _Content(file, tensors, dict(sizes), {k: _tensors_in(v) for k, v in beside.items()}, notes)
 
 
 def _notes(content: _Content, weights: Mapping[str, Tensor]) -> tuple[str, ...]:
@@ -230,13 +232,6 @@ def _tokenizer(content: _Content, ema: bool) -> Imported:
         used = {*weights}
     fill_strictly(model, {name: weights[_published(name)] for name in model.state_dict()}, file, torch.float32)
     return Imported(model, _left_aside(content, used), _notes(content, weights))
-
-
-def _sizes_of_tokenizer(model: Tokenizer) -> dict[str, Any]:
-    return {
-        "model": model.model_config.model_dump(mode="json"),
-        "quantizer": model.quantizer_config.model_dump(mode="json"),
-    }
 
 
 def _tokenizer_sizes(content: _Content) -> tuple[AutoencoderConfig, QuantizerConfig]:

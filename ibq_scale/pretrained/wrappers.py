@@ -80,7 +80,6 @@ def not_finite(state: Mapping[str, Tensor]) -> list[str]:
 
 
 def refused(file: Path, code: str) -> UserError:
-    """The error for a checkpoint with executable code."""
     return UserError(
         f"{file} holds more than tensors ({code}), and running code from a checkpoint is refused: "
         f"ask its author for the state_dict alone, or, {OWNERS_WAY}"

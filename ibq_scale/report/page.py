@@ -166,7 +166,6 @@ class Section:
 
 
 def render(title: str, subtitle: str, sections: Sequence[Section]) -> str:
-    """The whole page as HTML."""
     assets = files("ibq_scale.report") / "assets"
     style = (assets / "style.css").read_text(encoding="utf-8")
     script = (assets / "charts.js").read_text(encoding="utf-8")

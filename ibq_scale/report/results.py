@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from PIL import Image
 from pydantic import BaseModel, ValidationError
@@ -25,36 +25,17 @@ from ibq_scale.report.runs import RunLog
 SOURCE = "arXiv 2412.02692: ImageNet, 256 × 256 pixels, 16 × 16 codes"
 
 
-class PublishedTokenizer(NamedTuple):
-    """`usage`: share of the codes, 0 to 1."""
-
-    name: str
-    codes: int
-    rfid: float
-    lpips: float | None
-    usage: float
-
-
-class PublishedTransformer(NamedTuple):
-    name: str
-    guidance: float
-    temperature: float
-    fid: float
-    inception_score: float
-
-
-TOKENIZERS = (
-    PublishedTokenizer("IBQ", 1024, 2.24, 0.2580, 0.99),
-    PublishedTokenizer("IBQ", 8192, 1.87, 0.2437, 0.98),
-    PublishedTokenizer("IBQ", 16384, 1.37, 0.2235, 0.96),
-    PublishedTokenizer("IBQ", 262144, 1.00, 0.2030, 0.84),
-    PublishedTokenizer("VQGAN", 1024, 7.94, None, 0.44),
-    PublishedTokenizer("VQGAN", 16384, 4.98, None, 0.059),
+# Name, codes, rFID, LPIPS, usage (0 to 1).
+TOKENIZERS: tuple[tuple[str, int, float, float | None, float], ...] = (
+    ("IBQ", 1024, 2.24, 0.2580, 0.99),
+    ("IBQ", 8192, 1.87, 0.2437, 0.98),
+    ("IBQ", 16384, 1.37, 0.2235, 0.96),
+    ("IBQ", 262144, 1.00, 0.2030, 0.84),
+    ("VQGAN", 1024, 7.94, None, 0.44),
+    ("VQGAN", 16384, 4.98, None, 0.059),
 )
-FIGURES = {"b": (2.88, 254.7), "l": (2.45, 267.5), "xl": (2.14, 279.0), "xxl": (2.05, 286.7)}
-TRANSFORMERS = tuple(
-    PublishedTransformer(f"IBQ-{size.upper()}", *PUBLISHED[size][2:], *figures) for size, figures in FIGURES.items()
-)
+# FID and inception score by size.
+TRANSFORMERS = {"b": (2.88, 254.7), "l": (2.45, 267.5), "xl": (2.14, 279.0), "xxl": (2.05, 286.7)}
 
 # Pixels of an embedded picture's longer side.
 MOST_PIXELS = 1200
@@ -120,7 +101,6 @@ class Result:
 
     @property
     def step(self) -> str:
-        """The step of the evaluated checkpoint."""
         name = Path(self.model).parent.name
         step = STEP_NAME.fullmatch(name)
         return f"{int(step[1]):,}" if step else "–"
@@ -157,18 +137,13 @@ def reconstruction_section(runs: Sequence[RunLog]) -> Iterator[Section]:
         return
     head = ["run", "step", "codes", "rFID", "LPIPS", "PSNR", "SSIM", "usage", "images", "size", "pixels", "data"]
     quoted = [
-        [f"{p.name}, published", "–", f"{p.codes:,}", f"{p.rfid:.2f}", _figure(p.lpips, 4), "–", "–", _share(p.usage)]
-        for p in TOKENIZERS
+        [f"{name}, published", "–", f"{codes:,}", f"{rfid:.2f}", _figure(lpips, 4), "–", "–", _share(usage)]
+        for name, codes, rfid, lpips, usage in TOKENIZERS
     ]
     caption = f"LPIPS: VGG. Published: {SOURCE}; comparable for equal data, size and pixels."
-    yield Section(
-        "Reconstruction",
-        "",
-        [
-            Table(head, [_reconstruction_row(result) for result in found], caption, quoted),
-            *(block for r in found for block in r.picture(WORST, "its worst images: original, reconstruction")),
-        ],
-    )
+    table = Table(head, [_reconstruction_row(result) for result in found], caption, quoted)
+    worst = [block for r in found for block in r.picture(WORST, "its worst images: original, reconstruction")]
+    yield Section("Reconstruction", "", [table, *worst])
 
 
 def generation_section(runs: Sequence[RunLog]) -> Iterator[Section]:
@@ -177,7 +152,9 @@ def generation_section(runs: Sequence[RunLog]) -> Iterator[Section]:
     blocks: list[Block] = [_generation_table(same) for same in _by_reference(found)]
     for run in runs:
         for result in results_of(run, FACTS):
-            blocks += result.picture(GRID, f"samples of step {result.step}, {_settings(result.facts)}")
+            settings = result.facts["settings"]
+            knobs = f"guidance {settings['guidance']:g}, temperature {settings['temperature']:g}"
+            blocks += result.picture(GRID, f"samples of step {result.step}, {knobs}: a class a row")
         blocks += _grids(run)
     if blocks:
         yield Section("Generation", "", blocks)
@@ -211,20 +188,9 @@ def small(path: Path) -> bytes:
 def _reconstruction_row(result: Result) -> list[str]:
     facts = result.facts
     size = "native" if facts["resolution"] is None else f"{facts['resolution']} × {facts['resolution']}"
-    return [
-        result.run.name,
-        result.step,
-        f"{facts['codebook_size']:,}",
-        _figure(facts["rfid"], 2),
-        _figure(facts["lpips"], 4),
-        _figure(facts["psnr"], 2),
-        _figure(facts["ssim"], 4),
-        _share(facts["usage"]),
-        f"{facts['images']:,}",
-        size,
-        facts["pixels"],
-        facts["data"],
-    ]
+    measured = [_figure(facts[name], digits) for name, digits in (("rfid", 2), ("lpips", 4), ("psnr", 2), ("ssim", 4))]
+    seen = [_share(facts["usage"]), f"{facts['images']:,}", size, facts["pixels"], facts["data"]]
+    return [result.run.name, result.step, f"{facts['codebook_size']:,}", *measured, *seen]
 
 
 def _by_reference(found: Sequence[Result]) -> list[list[Result]]:
@@ -246,9 +212,10 @@ def _generation_table(found: Sequence[Result]) -> Table:
         measured += [_figure(facts[name], 3) for name in ("precision", "recall")]
         rows.append([result.run.name, result.step, *knobs, *measured, f"{facts['images']:,}"])
     quoted = []
-    for p in TRANSFORMERS:
-        knobs = [_figure(p.guidance, 2), _figure(p.temperature, 2)]
-        quoted.append([f"{p.name}, published", "–", *knobs, _figure(p.fid, 2), _figure(p.inception_score, 1)])
+    for size, (fid, score) in TRANSFORMERS.items():
+        *_, guidance, temperature = PUBLISHED[size]
+        knobs = [_figure(guidance, 2), _figure(temperature, 2)]
+        quoted.append([f"IBQ-{size.upper()}, published", "–", *knobs, _figure(fid, 2), _figure(score, 1)])
     facts = found[0].facts
     stamp, (height, width) = facts["reference_stamp"], facts["resolution"]
     of = f"{stamp['images']:,} images of {stamp['data']}" if stamp else f"{facts['reference']}, without a stamp"
@@ -257,11 +224,6 @@ def _generation_table(found: Sequence[Result]) -> Table:
         "images."
     )
     return Table(head, rows, caption, quoted)
-
-
-def _settings(facts: dict[str, Any]) -> str:
-    settings = facts["settings"]
-    return f"guidance {settings['guidance']:g}, temperature {settings['temperature']:g}: a class a row"
 
 
 def _grids(run: RunLog) -> list[Block]:

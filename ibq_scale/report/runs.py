@@ -75,7 +75,6 @@ class RunLog:
         return self.metrics.curve(metric)
 
     def points(self, metric: str) -> list[Point]:
-        """As points."""
         return [Point(*at) for at in zip(*(column.tolist() for column in self.curve(metric)), strict=True)]
 
     def series(self, metric: str, slot: int) -> Series:
@@ -163,7 +162,6 @@ def by_kind(runs: Sequence[RunLog]) -> dict[str, list[RunLog]]:
 
 
 def standing(runs: Sequence[RunLog]) -> Table:
-    """The state of runs of one kind."""
     shown = [
         name for name in KINDS.get(runs[0].kind, ("", ("loss",)))[1] if any(len(run.curve(name).values) for run in runs)
     ]
@@ -192,8 +190,6 @@ def differences(runs: Sequence[RunLog]) -> Table:
 
 
 def environments(runs: Sequence[RunLog]) -> Table:
-    """The environment of each run."""
-
     def packages(run: RunLog) -> str:
         found = run.environment.get("packages", {})
         return ", ".join(f"{name} {version}" for name, version in found.items() if version)

@@ -6,6 +6,7 @@ A document embeds them as pictures on a ground of any colour. So a figure has it
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -37,6 +38,15 @@ class Axis:
         return start + share * (end - start)
 
 
+USAGE = Axis("codes in use", 0, 1, [(v / 100, f"{v} %") for v in (0, 25, 50, 75, 100)])
+
+
+def step_axis(first: int, last: int) -> Axis:
+    """Training steps, with about five ticks."""
+    every = max(1, (last - first) // 4)
+    return Axis("step", first, max(last, first + 1), [(step, f"{step}") for step in range(first, last + 1, every)])
+
+
 @dataclass(frozen=True)
 class Series:
     """`line` through points (x, y), `band` of (x, low, high) around it, single `dots`, and a `label` at the
@@ -49,6 +59,16 @@ class Series:
     band: Sequence[tuple[float, float, float]] = ()
     dots: Sequence[tuple[float, float]] = ()
     dashed: bool = False
+
+
+def mean_of(
+    label: str, slot: int, places: Sequence[float], rows: Sequence[Sequence[float]], *, dashed: bool = False
+) -> Series:
+    """The mean of rows with a value per place, and a band from the least to the most of several rows."""
+    columns = list(zip(places, zip(*rows, strict=True), strict=True))
+    line = [(x, statistics.fmean(values)) for x, values in columns]
+    band = [(x, min(values), max(values)) for x, values in columns] if len(rows) > 1 else []
+    return Series(label, slot, line, band, dashed=dashed)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import NamedTuple
 
 import numpy as np
 
@@ -41,8 +42,7 @@ NAMES = {"N": ("A", "alpha"), "D": ("B", "beta")}
 MEANING = {"N": "parameters", "D": "tokens"}
 
 
-@dataclass(frozen=True)
-class Interval:
+class Interval(NamedTuple):
     """A value with its 95 % interval, `low` to `high`."""
 
     value: float

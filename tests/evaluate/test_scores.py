@@ -11,8 +11,7 @@ import torch
 from ibq_scale.distributed.world import World
 from ibq_scale.evaluate import scores
 from ibq_scale.evaluate.fid import moments_distance
-from ibq_scale.evaluate.gather import gather_rows
-from ibq_scale.evaluate.scores import inception_score, precision_and_recall
+from ibq_scale.evaluate.scores import gather_rows, inception_score, precision_and_recall
 from tests.ranks import run_ranks
 
 

@@ -15,9 +15,8 @@ from PIL import Image
 from ibq_scale.cli.main import main
 from ibq_scale.errors import UserError
 from ibq_scale.experiments import stability
-from ibq_scale.experiments.features import in_dimensions
 from ibq_scale.experiments.stability import VARIANTS, Curve, Sizes, Trial, trials, ur_auc
-from ibq_scale.experiments.stability_run import _alone, measure
+from ibq_scale.experiments.stability_run import _alone, in_dimensions, measure
 from ibq_scale.experiments.stability_tables import figures, markdown
 from ibq_scale.quantize.kinds import KINDS
 

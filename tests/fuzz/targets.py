@@ -27,7 +27,8 @@ from ibq_scale.data.prepare import prepare_images
 from ibq_scale.data.sets import open_sets
 from ibq_scale.data.stream import code_stream, evaluation_images, image_stream
 from ibq_scale.ladder.schema import LADDERS, ladder_names
-from ibq_scale.pretrained.loading import ARModel, Tokenizer, load_model, save_ar, save_tokenizer, start_from
+from ibq_scale.pretrained.loading import load_model, save_ar, save_tokenizer, start_from
+from ibq_scale.pretrained.models import ARModel, Tokenizer
 from ibq_scale.pretrained.published import export_published, published_tokenizer
 from ibq_scale.supervise.attempts import Attempt
 from tests.data.layouts import pictures_of, write_parquet

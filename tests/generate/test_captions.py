@@ -27,7 +27,8 @@ from ibq_scale.models.condition import Condition
 from ibq_scale.models.sampling import SamplingSettings
 from ibq_scale.models.transformer import Transformer
 from ibq_scale.pictures import to_uint8
-from ibq_scale.pretrained.loading import ARModel, load_tokenizer
+from ibq_scale.pretrained.loading import load_tokenizer
+from ibq_scale.pretrained.models import ARModel
 from ibq_scale.pretrained.text import text_encoder
 from tests.ranks import run_ranks
 

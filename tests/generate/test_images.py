@@ -27,7 +27,8 @@ from ibq_scale.generate.images import check_pair, sample
 from ibq_scale.generate.published import published_sampling
 from ibq_scale.models.sampling import SamplingSettings
 from ibq_scale.pictures import to_uint8
-from ibq_scale.pretrained.loading import Tokenizer, load_ar, load_tokenizer
+from ibq_scale.pretrained.loading import load_ar, load_tokenizer
+from ibq_scale.pretrained.models import Tokenizer
 from tests.conftest import tiny_tokenizer_sizes
 from tests.nursery import nursery
 from tests.ranks import run_ranks

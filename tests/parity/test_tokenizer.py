@@ -10,7 +10,8 @@ import torch
 from ibq_scale.config.models import DiscriminatorConfig
 from ibq_scale.losses.adversarial import LeCAM, discriminator_hinge, generator_non_saturating
 from ibq_scale.models.discriminator import PatchDiscriminator
-from ibq_scale.pretrained.loading import Tokenizer, save_tokenizer
+from ibq_scale.pretrained.loading import save_tokenizer
+from ibq_scale.pretrained.models import Tokenizer
 from ibq_scale.pretrained.published import export_published, import_published
 
 pytestmark = pytest.mark.parity

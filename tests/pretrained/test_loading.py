@@ -18,7 +18,8 @@ from ibq_scale.checkpoint.pieces import Piece, piece_file
 from ibq_scale.errors import UserError
 from ibq_scale.models.autoencoder import tokens_of
 from ibq_scale.pretrained.exporting import export
-from ibq_scale.pretrained.loading import InCheckpoint, Tokenizer, load_ar, load_tokenizer, save_tokenizer
+from ibq_scale.pretrained.loading import InCheckpoint, load_ar, load_tokenizer, save_tokenizer
+from ibq_scale.pretrained.models import Tokenizer
 from ibq_scale.pretrained.published import export_published
 
 

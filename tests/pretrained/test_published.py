@@ -17,15 +17,8 @@ from ibq_scale.cli.main import main
 from ibq_scale.config.layers import resolve
 from ibq_scale.config.models import TransformerConfig
 from ibq_scale.errors import UserError
-from ibq_scale.pretrained.loading import (
-    ARModel,
-    Tokenizer,
-    load_ar,
-    load_model,
-    load_tokenizer,
-    save_ar,
-    save_tokenizer,
-)
+from ibq_scale.pretrained.loading import load_ar, load_model, load_tokenizer, save_ar, save_tokenizer
+from ibq_scale.pretrained.models import ARModel, Tokenizer
 from ibq_scale.pretrained.published import (
     CODEBOOK,
     SIZES,

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from ibq_scale.cli.main import main
 from ibq_scale.config.models import TransformerConfig
 from ibq_scale.errors import UserError
-from ibq_scale.pretrained.loading import ARModel, save_ar
+from ibq_scale.pretrained.loading import save_ar
+from ibq_scale.pretrained.models import ARModel
 from ibq_scale.pretrained.transformers_layout import CODE, export_transformers
 
 CODES, CLASSES, TOKENS = 64, 3, 16

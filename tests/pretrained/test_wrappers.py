@@ -19,8 +19,9 @@ from torch import Tensor
 from ibq_scale.cli.main import main
 from ibq_scale.config.models import AutoencoderConfig, QuantizerConfig
 from ibq_scale.errors import UserError
-from ibq_scale.pretrained.loading import Tokenizer, load_tokenizer, save_tokenizer
-from ibq_scale.pretrained.published import CODEBOOK, SIZES, _sizes_of_tokenizer, import_published, published_tokenizer
+from ibq_scale.pretrained.loading import load_tokenizer, save_tokenizer
+from ibq_scale.pretrained.models import Tokenizer
+from ibq_scale.pretrained.published import CODEBOOK, SIZES, import_published, published_tokenizer
 
 State = dict[str, Tensor]
 
@@ -73,7 +74,9 @@ def test_wrappers_are_taken_off_and_named(tmp_path: Path, model: Tokenizer, live
     wrap, named = WRAPPERS[name]
     content = wrap(live)
     if name != "DDP alone":
-        content = {**content, SIZES: _sizes_of_tokenizer(model)} if "state_dict" in content else content
+        configs = {"model": model.model_config, "quantizer": model.quantizer_config}
+        sizes = {name: config.model_dump(mode="json") for name, config in configs.items()}
+        content = {**content, SIZES: sizes} if "state_dict" in content else content
     torch.save(content, tmp_path / "own.ckpt")
     imported = import_published(tmp_path / "own.ckpt")
     assert imported.notes == ((f"read without its wrappers: {named}",) if named else ()) or named in imported.notes[0]

@@ -33,7 +33,7 @@ from ibq_scale.data.sets import DataSets
 from ibq_scale.data.stream import ImageBatch, to_float
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
-from ibq_scale.pretrained.loading import Tokenizer
+from ibq_scale.pretrained.models import Tokenizer
 from ibq_scale.pretrained.published import published_tokenizer
 from ibq_scale.train.tokenizer_task import TokenizerTask
 

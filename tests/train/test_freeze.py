@@ -13,7 +13,8 @@ from ibq_scale.config.layers import resolve
 from ibq_scale.errors import UserError
 from ibq_scale.generate.images import check_pair
 from ibq_scale.pretrained.exporting import export
-from ibq_scale.pretrained.loading import Tokenizer, load_tokenizer
+from ibq_scale.pretrained.loading import load_tokenizer
+from ibq_scale.pretrained.models import Tokenizer
 from tests import nursery
 from tests.train.runs import words
 

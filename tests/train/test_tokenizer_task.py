@@ -34,8 +34,8 @@ def _alignment(found: dict[str, Any], expected: dict[str, torch.Tensor], run: To
     return float(torch.nn.functional.cosine_similarity(moves[0], moves[1], dim=0))
 
 
-# DeepSpeed config, ranks of a codebook group (0: both). The codebook is outside of the engines, so not every pair can fail
-# by itself. test_elastic has a group of 2 of 4 ranks, and partitions that are not halves.
+# DeepSpeed config, ranks of a codebook group (0: both). The codebook is outside of the engines, so not every pair
+# can fail by itself. test_elastic has a group of 2 of 4 ranks, and partitions that are not halves.
 LAYOUTS = [
     ("zero0", 0),
     ("zero1", 1),

@@ -13,7 +13,8 @@ from ibq_scale.config.run import ARRun
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from ibq_scale.models.transformer import Transformer
-from ibq_scale.pretrained.loading import ARModel, load_ar, save_ar, stored
+from ibq_scale.pretrained.loading import load_ar, save_ar, stored
+from ibq_scale.pretrained.models import ARModel
 from tests.nursery import Nursery, server
 from tests.ranks import run_ranks
 from tests.train.reference import ar_run, gather
