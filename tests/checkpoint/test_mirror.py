@@ -224,7 +224,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     let, put = Event(), Mirror.put
 
     def wait(self: Mirror, checkpoint: Path, names: list[str]) -> None:
-        assert let.wait(30)
+        assert let.wait(300)
         put(self, checkpoint, names)
 
     monkeypatch.setattr(Mirror, "put", wait)
@@ -272,7 +272,7 @@ def test_after_a_kill_in_the_middle_no_part_is_sent_twice(
             child.kill()
 
     proxy.inject(kill, "large", method="PUT")
-    assert child.wait(60) == -signal.SIGKILL
+    assert child.wait(300) == -signal.SIGKILL
     while proxy.under_way:
         time.sleep(0.1)
     proxy.clear()
