@@ -22,8 +22,9 @@ demo: $(VENV)/.demo
 # The cores are for ranks and for tests side by side.
 test test-all chaos check: export OMP_NUM_THREADS = 1
 
-# Three workers on two cores, since the tests of Slurm and of hangs mostly wait.
-PYTEST := $(BIN)/python -m pytest -n 3 --dist loadscope --no-loadscope-reorder
+# More workers than the two cores, since the tests of Slurm and of hangs mostly wait.
+WORKERS := 4
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
 
 test: $(VENV)/.test
 	$(PYTEST) -m "not long"

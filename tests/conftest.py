@@ -35,8 +35,13 @@ TEST_BUCKET = "ibq-tests"
 
 
 LONGEST_FIRST = ("services", "long", "distributed", "slow")
-# Two clusters side by side would take the same cores.
-SLURM = ("tests/services/test_real_slurm.py", "tests/services/test_real_submit.py")
+# In one worker each: two clusters side by side would take the same cores, and plans keep what they rehearsed.
+GROUPS = {
+    "tests/services/test_real_slurm.py": "slurm",
+    "tests/services/test_real_submit.py": "slurm",
+    "tests/scaling/test_plan.py": "plans",
+    "tests/scaling/test_auto.py": "plans",
+}
 _SESSION = ExitStack()
 
 
@@ -76,16 +81,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadSco
 
 
 class _Scheduler(LoadScopeScheduling):
-    """A group runs in one worker: the tests of a file with module fixtures, and those of the real Slurm.
+    """A group runs in one worker: the tests of a file with module fixtures, and `GROUPS`.
 
     xdist's own groups are markers, which it loses with pytest 9.2.
     """
 
     def _split_scope(self, nodeid: str) -> str:
         path = nodeid.partition("::")[0]
-        if path in SLURM:
-            return "slurm"
-        return path if _shares_fixtures(path) else nodeid
+        return GROUPS.get(path) or (path if _shares_fixtures(path) else nodeid)
 
 
 @cache

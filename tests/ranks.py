@@ -24,7 +24,7 @@ _CPU = {"DS_ACCELERATOR": "cpu"}
 def _entry(rank: int, world_size: int, fn: Callable[..., Any], args: tuple[Any, ...], result: Path) -> int:
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=120))
+        dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=300))
         result.write_bytes(pickle.dumps((fn(rank, world_size, *args), None)))
         dist.barrier()
         dist.destroy_process_group()

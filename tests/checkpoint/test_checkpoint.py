@@ -249,13 +249,13 @@ def test_training_goes_on_while_a_checkpoint_is_written(alone: World, tmp_path: 
     class Slow(TextFile):
         def write(self, folder: Path) -> Written:
             began.set()
-            assert may_end.wait(10)
+            assert may_end.wait(300)
             return super().write(folder)
 
     checkpoints = CheckpointFolder(tmp_path, alone, Retention(2))
     weights = torch.zeros(3)
     checkpoints.save({"step": 1}, [Slow("slow", "x"), TensorFile("w.safetensors", {"w": weights})])
-    assert began.wait(10)
+    assert began.wait(300)
     weights += 1
     assert whole_checkpoints(tmp_path) == []
     may_end.set()

@@ -224,7 +224,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
     let, put = Event(), Mirror.put
 
     def wait(self: Mirror, checkpoint: Path, names: list[str]) -> None:
-        assert let.wait(30)
+        assert let.wait(300)
         put(self, checkpoint, names)
 
     monkeypatch.setattr(Mirror, "put", wait)
@@ -272,7 +272,7 @@ def test_after_a_kill_in_the_middle_no_part_is_sent_twice(
             child.kill()
 
     proxy.inject(kill, "large", method="PUT")
-    assert child.wait(60) == -signal.SIGKILL
+    assert child.wait(300) == -signal.SIGKILL
     while proxy.under_way:
         time.sleep(0.1)
     proxy.clear()
@@ -349,7 +349,9 @@ def test_a_store_that_is_away_is_not_taken_for_damage(
     shutil.rmtree(here)
     monkeypatch.setattr(store_module, "DEADLINE_SECONDS", 0.3)
     proxy.inject(slow_down, r"step-00000002/rank-0\.txt")
-    with pytest.raises(StoreUnavailableError, match=r"step-00000002 could not be fetched: .*failed \d+ times? in \d s"):
+    with pytest.raises(
+        StoreUnavailableError, match=r"step-00000002 could not be fetched: .*failed \d+ times? in \d+ s"
+    ):
         _newest(0, 1, here, url)
     # What came before that is not brought again.
     proxy.clear()

@@ -176,7 +176,7 @@ def test_cancel_says_when_a_job_stays(slurm: FakeSlurm, run: Path, monkeypatch: 
 
 def test_cancel_without_slurm_asks_the_process(run: Path, trainer: subprocess.Popen[str]) -> None:
     asked = cancel(run)
-    assert trainer.wait(20) == 75
+    assert trainer.wait(300) == 75
     assert asked.process is not None
     assert wait(asked, 5.0)
     assert _now(run).state == "stopped"

@@ -37,7 +37,7 @@ class CountingStore(LocalStore):
 
     def download(self, path: str, local: Path) -> None:
         self.downloads.append(path)
-        assert self.may_go_on.wait(10)
+        assert self.may_go_on.wait(300)
         super().download(path, local)
 
 
@@ -270,7 +270,7 @@ def test_kill_9_in_the_middle_of_a_download_harms_nobody(
     killed = threading.Event()
 
     def stall(exchange: Exchange) -> None:
-        killed.wait(60)
+        killed.wait(300)
 
     proxy.inject(stall, rf"{shard.name}$", skip=3)
     process = subprocess.Popen([sys.executable, "-c", _DOWNLOADER, source.url, str(folder)])

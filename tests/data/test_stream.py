@@ -230,7 +230,7 @@ def test_an_evaluation_reads_a_few_batches_ahead(dataset: str, monkeypatch: pyte
     monkeypatch.setattr(ImageDataset, "__getitems__", counted)
     stream = evaluation_images(dataset, resolution=32, rank=0, world_size=1, batch=2)
     first, _ = next(stream)
-    assert ahead.wait(30), "nothing is read while the caller computes"
+    assert ahead.wait(300), "nothing is read while the caller computes"
     time.sleep(0.05)
     assert reads == [0, 2, 4, 6, 8]
     rest = [batch.images_u8 for batch, _ in stream]

@@ -16,7 +16,7 @@ from ibq_scale.scaling.optimum import Cost, compute_optimal
 # Hoffmann et al., arXiv 2203.15556, approach 3.
 E, A, ALPHA, B, BETA = 1.69, 406.4, 0.34, 410.7, 0.28
 TRUTH = {"E": E, "A": A, "alpha": ALPHA, "B": B, "beta": BETA}
-DRAWS, ENOUGH = 200, 0.90
+DRAWS, ENOUGH = 100, 0.90
 
 SIZES = np.array([1e7, 3e7, 1e8, 3e8, 1e9])
 DATA = np.array([3e8, 1e9, 3e9, 1e10])

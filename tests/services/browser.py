@@ -18,7 +18,7 @@ from typing import Any
 
 PACKAGES = {"chromium": "chromium"}
 """Debian's package of each program."""
-PATIENCE = 60.0
+PATIENCE = 300.0
 FLAGS = (
     "--headless=new",
     "--no-sandbox",

@@ -28,7 +28,7 @@ PACKAGES = {
 """Debian's package of each program."""
 ACCESS_KEY, SECRET_KEY = "services-access", "services-secret"
 STORE_BYTES = 2 << 30
-START_SECONDS = 90.0
+START_SECONDS = 300.0
 
 # One monitor, one disk, one copy of everything; what asks for more is told that this is meant.
 _CONFIG = """\
@@ -95,7 +95,7 @@ def radosgw(folder: Path) -> Iterator[dict[str, str]]:
     daemons: list[subprocess.Popen[bytes]] = []
 
     def run(*command: str) -> None:
-        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr or done.stdout}")
 

@@ -21,7 +21,7 @@ from tests.services.daemons import run_by_hand
 
 PACKAGES = {"slurmctld": "slurmctld", "slurmd": "slurmd", "sbatch": "slurm-client", "munged": "munge"}
 """Debian's package of each program."""
-START_SECONDS = 60.0
+START_SECONDS = 300.0
 # The first number of a job, random: the port at which its ranks meet comes of it, and other clusters may run here.
 JOBS = 10_000_000
 
@@ -125,7 +125,7 @@ class Cluster:
 
     def command(self, *words: str) -> str:
         """Runs one of Slurm's commands; what it prints. RuntimeError where it fails."""
-        done = subprocess.run(words, env=os.environ | self.environment, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(words, env=os.environ | self.environment, capture_output=True, text=True, timeout=300)
         if done.returncode:
             raise RuntimeError(f"{' '.join(words)}: {done.stderr or done.stdout}")
         return done.stdout

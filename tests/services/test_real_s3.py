@@ -155,7 +155,7 @@ def test_a_killed_upload_goes_on_with_the_parts_that_are_there(
                 child.kill()
 
         proxy.inject(kill, method="PUT")
-        assert child.wait(60) == -signal.SIGKILL
+        assert child.wait(300) == -signal.SIGKILL
         while proxy.under_way:
             time.sleep(0.1)
         proxy.clear()

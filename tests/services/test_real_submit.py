@@ -17,7 +17,7 @@ from tests.samples import SMALL_AR, write_codes
 from tests.services.slurm import Cluster, skip_without, slurm
 
 pytestmark = [pytest.mark.slow, pytest.mark.services]
-PATIENCE = 120.0
+PATIENCE = 300.0
 PROFILE = """
 default: here
 profiles:

@@ -20,6 +20,7 @@ import pytest
 from ibq_scale.errors import UserError
 from ibq_scale.supervise import run_lock
 from ibq_scale.supervise.run_lock import Holder, RunLock
+from tests.nursery import PATIENCE
 
 # Takes the lock, says so, and holds it until its input ends; 2 where it is refused.
 HOLDER = """
@@ -78,6 +79,15 @@ def _refuse_to_pause(monkeypatch: pytest.MonkeyPatch) -> None:
 
     clock = SimpleNamespace(sleep=sleep, time=time.time, monotonic=time.monotonic)
     monkeypatch.setattr(run_lock, "time", clock)
+
+
+@contextmanager
+def _touched_in_the_first_pause(path: Path) -> Iterator[None]:
+    """The holder of this lock shows life as soon as it is waited for."""
+    clock = SimpleNamespace(sleep=lambda _: os.utime(path), time=time.time, monotonic=time.monotonic)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_lock, "time", clock)
+        yield
 
 
 def _leave(run: Path, holder: Holder, age: float = 0.0) -> Path:
@@ -181,12 +191,8 @@ def test_a_file_systems_clock_that_jumps_takes_no_lock_from_a_living_job_nor_kee
     """A day ahead, a living holder's last touch looks old; a day back, a dead one's is never old enough."""
     elsewhere = replace(Holder.me(), host="node7", boot="b")
     path = _leave(tmp_path / "ahead", elsewhere, age=86400.0)
-    with ThreadPoolExecutor(1) as pool:
-        taking = pool.submit(RunLock, tmp_path / "ahead")
-        time.sleep(0.25)
-        os.utime(path)
-        with pytest.raises(UserError, match="on node7, since"):
-            taking.result(5.0)
+    with _touched_in_the_first_pause(path), pytest.raises(UserError, match="on node7, since"):
+        RunLock(tmp_path / "ahead")
     monkeypatch.setattr(run_lock, "STALE_SECONDS", 1.0)
     _leave(tmp_path / "back", elsewhere, age=-86400.0)
     RunLock(tmp_path / "back").release()
@@ -197,13 +203,8 @@ def test_a_job_on_another_host_that_shows_life_is_waited_for_and_refuses(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = _leave(tmp_path, replace(Holder.me(), host="node7", boot="b"), age=100.0)
-    with ThreadPoolExecutor(1) as pool:
-        taking = pool.submit(RunLock, tmp_path)
-        time.sleep(0.5)
-        assert not taking.done()
-        os.utime(path)
-        with pytest.raises(UserError, match="on node7, since"):
-            taking.result(5.0)
+    with _touched_in_the_first_pause(path), pytest.raises(UserError, match="on node7, since"):
+        RunLock(tmp_path)
     assert "waiting for a sign of life" in capsys.readouterr().err
 
 
@@ -211,7 +212,7 @@ def test_a_job_on_another_host_that_shows_life_is_waited_for_and_refuses(
 def test_a_holder_that_was_taken_for_gone_ends_itself(tmp_path: Path) -> None:
     with _holder(tmp_path) as first:
         (tmp_path / "lock" / "00000002").write_text("{}")
-        assert first.wait(5.0) == 1
+        assert first.wait(PATIENCE) == 1
 
 
 @pytest.mark.slow

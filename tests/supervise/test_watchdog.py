@@ -126,13 +126,15 @@ def test_where_the_stopped_rank_is_the_meeting_point_the_others_say_so(tmp_path:
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_progress_that_is_reported_keeps_the_watchdog_quiet(tmp_path: Path) -> None:
+    begin = time.time()
     ranks = _run(tmp_path, victim=1, how="goes on", size=2)
     said = _ended(ranks)
     assert [process.returncode for process in ranks] == [0, 0], said
     beat = json.loads((tmp_path / "heartbeat.json").read_text())
     assert (beat["step"], beat["phase"], beat["host"]) == (4, "save", "node0")
-    assert 0 < beat["step_s"] < 1
-    assert abs(beat["time"] - time.time()) < 60
+    # Neither the first step nor the save that follows.
+    assert 0 < beat["step_s"] < TIMEOUT
+    assert begin < beat["time"] <= time.time()
 
 
 @pytest.mark.slow

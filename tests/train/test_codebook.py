@@ -20,7 +20,7 @@ from ibq_scale.quantize.quantizer import quantize
 from ibq_scale.train.codebook import ShardedCodebook
 from tests.ranks import run_ranks
 
-STEPS, BATCH, WIDTH = 20, 24, 8
+STEPS, BATCH, WIDTH = 10, 24, 8
 KINDS = {
     "ibq": [],
     "ibq local": ["quantizer.entropy_scope=local"],

@@ -83,10 +83,10 @@ def _spike_under_each_stage(rank: int, world_size: int, runs: dict[str, Tokenize
     for name, run in runs.items():
         task = TokenizerTask(run, world, DataSets((), run.data))
         found = []
-        for step in range(7):
+        for step in range(6):
             images = draw_images(0, 0, run.train.global_batch)
             task.set_rates(step * run.train.global_batch)
-            factor = 50.0 if step == 5 and rank == 1 else 1.0
+            factor = 50.0 if step == 4 and rank == 1 else 1.0
             hook = task.generator.module.autoencoder.quant_conv.register_forward_hook(
                 lambda _, __, out, factor=factor: out * factor
             )
@@ -114,13 +114,13 @@ def test_both_networks_and_the_codebook_skip_together_under_each_zero_stage() ->
         )
         for config, precision in [
             ("zero0", "fp32"),
-            ("zero1", "bf16"),
+            # One class of DeepSpeed's with ZeRO-1.
             ("zero2", "bf16"),
             ("zero3", "fp32"),
             ("zero2_offload", "fp32"),
         ]
     }
-    expected = dict.fromkeys(runs, [True] * 5 + [False, True])
+    expected = dict.fromkeys(runs, [True] * 4 + [False, True])
     assert run_ranks(_spike_under_each_stage, 2, runs) == [expected, expected]
 
 

@@ -49,7 +49,7 @@ SMALL = (
     "train.micro_batch=2",
     "data.workers=0",
 )
-STEPS = 3
+STEPS = 2
 
 
 class _RandomPerceptual(Perceptual):
