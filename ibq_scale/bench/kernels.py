@@ -1,4 +1,4 @@
-"""The resources of the quantizer's kernels on a chip, from code compiled for it here, without a GPU.
+"""The resources of the quantizer's and the norm's kernels on a chip, from code compiled for it here, without a GPU.
 
 Triton compiles for any target: its wheel has the assembler and the disassembler. The compiler reports shared memory.
 The binary has registers and stack, and its instructions show the tensor cores and the asynchronous loads.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ibq_scale.errors import UserError
 from ibq_scale.quantize.product import Precision
@@ -36,6 +36,10 @@ KERNEL_NAMES = ("sums", "soft_codes", "means", "row_sums", "slopes", "best")
 OTHER_KERNEL_NAMES = (
     "candidates", "rescore", "candidate_slopes", "column_sums", "column_means", "column_dots", "column_slopes"
 )  # fmt: skip
+# Of the fused GroupNorm and SiLU, for D channels.
+NORM_KERNEL_NAMES = (
+    "norm_parts", "norm_statistics", "norm_apply", "norm_grad_parts", "norm_grad_sums", "norm_grad_apply"
+)  # fmt: skip
 # Matrix instructions of Hopper, of Blackwell, of all other NVIDIA chips, and of AMD's.
 TENSOR_CORES = (("HGMMA", "wgmma"), ("UTC[A-Z]*MMA", "mma"), ("HMMA", "mma"), ("v_mfma", "mma"))
 ASYNC = "LDGSTS|UTMALDG|buffer_load_.* lds|global_load_lds"
@@ -45,6 +49,8 @@ INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/|^\s+(?:v|s|ds|buffer|global)_\
 @dataclass(frozen=True)
 class Row:
     """One kernel compiled for one chip. `tile`: tokens, codes, dimensions at once, warps, stages.
+
+    Norm's kernels have pixels and channels for tokens and codes.
 
     `tensor_core`: wgmma (Hopper), mma (others, named by `instruction`) or none. `spill_bytes`: a thread's stack, of
     spills alone. `async_copies` counts loads to shared memory past the registers. Where
@@ -87,17 +93,35 @@ def kernel_rows(
         for precision in precisions:
             for dim in dims:
                 for kernel in kernels:
-                    for tile in tiles.offered(kernel, dim):
+                    for tile in _offered(kernel, dim):
                         yield row(kernel, arch, precision, dim, tile)
 
 
+def _offered(kernel: str, dim: int) -> tuple[Tile, ...]:
+    from ibq_scale.models import fused_norm
+    from ibq_scale.quantize.tiles import Tile, offered
+
+    if kernel in NORM_KERNEL_NAMES:
+        return (Tile(*fused_norm.tile(dim), 1, fused_norm.WARPS, fused_norm.STAGES),)
+    return offered(kernel, dim)
+
+
+def _built(kernel: str, arch: str, precision: Precision, dim: int, tile: Tile) -> Any:
+    from ibq_scale.models import fused_norm
+    from ibq_scale.quantize.compiled import build
+
+    if kernel in NORM_KERNEL_NAMES:
+        return fused_norm.build(kernel, arch, "bf16" if precision == "bf16" else "fp32", dim)
+    return build(kernel, arch, precision, dim, tile)
+
+
 def row(kernel: str, arch: str, precision: Precision, dim: int, tile: Tile) -> Row:
-    from ibq_scale.quantize.compiled import build, machine_code, needs
+    from ibq_scale.quantize.compiled import machine_code, needs
 
     limit = SHARED_LIMITS[arch]
     head = (kernel, arch, precision, dim, tuple(tile))
     try:
-        built = build(kernel, arch, precision, dim, tile)
+        built = _built(kernel, arch, precision, dim, tile)
     # The compiler raises its passes' errors, RuntimeError and bare assertions among them.
     except Exception as e:
         why = f"{type(e).__name__}: {e}".partition("\n")[0]

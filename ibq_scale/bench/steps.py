@@ -16,7 +16,7 @@ from ibq_scale.config.layers import MISSING
 from ibq_scale.config.run import AnyRun
 from ibq_scale.distributed.memory import peak_bytes
 from ibq_scale.distributed.world import World
-from ibq_scale.models.precision import compute_dtype
+from ibq_scale.models.layout import compute_dtype
 from ibq_scale.scaling.plan import Machine, make_plan
 from ibq_scale.train.task import Task
 

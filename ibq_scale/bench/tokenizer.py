@@ -20,7 +20,7 @@ from ibq_scale.data.stream import ImageBatch
 from ibq_scale.distributed.world import World
 from ibq_scale.quantize.backend import choose
 from ibq_scale.scaling.auto import machine_of, settle
-from ibq_scale.scaling.flops import TOKENIZER_FORMULA, step_flops
+from ibq_scale.scaling.flops import step_flops, tokenizer_formula
 from ibq_scale.train.tokenizer_task import TokenizerTask
 
 GENERATOR, QUANTIZER = "generator", "quantizer"
@@ -42,7 +42,8 @@ def bench_tokenizer(run: TokenizerRun, world: World, *, steps: int) -> Tokenizer
     """Trains for some steps from the start and measures them. Collective. UserError for configs refused by training."""
     run, _ = settle(run, machine_of(world))
     synthetic = run.data.train == MISSING
-    task = TokenizerTask(run, world, DataSets((), run.data) if synthetic else open_sets(run.data, "images"))
+    sets = DataSets((), run.data) if synthetic else open_sets(run.data, "images", run.train.global_batch)
+    task = TokenizerTask(run, world, sets)
     clock = Clock(world.device)
     _hang(clock, task)
     measured = measure(task, run, _synthetic(run) if synthetic else task.batches(0), clock, steps)
@@ -58,7 +59,9 @@ def bench_tokenizer(run: TokenizerRun, world: World, *, steps: int) -> Tokenizer
         UPDATE: None,
         OTHER: None,
     }
-    common = report_fields(run, world, measured, flops=flops.total, formula=TOKENIZER_FORMULA, needs=needs)
+    common = report_fields(
+        run, world, measured, flops=flops.total, formula=tokenizer_formula(run.quantizer), needs=needs
+    )
     return TokenizerReport(
         **common,
         compile=run.model.compile,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import NamedTuple
 
 from ibq_scale.checkpoint.mirror import Mirror, shares
 from ibq_scale.checkpoint.reading import Checkpoint, NotWholeError
@@ -12,13 +11,6 @@ from ibq_scale.console import gigabytes, tell
 from ibq_scale.distributed.agree import by_rank_0, of_all_ranks
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
-
-
-class _Outcome(NamedTuple):
-    """The result of one rank's part: damaged files, or an error."""
-
-    damage: list[str]
-    error: UserError | None
 
 
 def fetch_newest(mirror: Mirror, folder: Path, world: World) -> Checkpoint | None:
@@ -59,18 +51,20 @@ def _fetch(mirror: Mirror, copy: Checkpoint, partial: Path, world: World) -> lis
     """Damaged files of the copy. UserError, on all ranks, if a part could not be fetched."""
     by_rank_0(world, lambda: _begin(mirror, copy, partial))
     mine = shares(copy.manifest["files"], world.size)[world.rank]
+    damage: list[str] = []
+    error: UserError | None = None
     try:
-        outcome = _Outcome(mirror.fetch(copy, mine, partial), None)
+        damage = mirror.fetch(copy, mine, partial)
     except UserError as e:
-        outcome = _Outcome([], e)
+        error = e
     except Exception as e:  # the others wait for a reply
-        outcome = _Outcome([], UserError(f"{partial}: {(isinstance(e, OSError) and e.strerror) or repr(e)}"))
-    outcomes = of_all_ranks(world, outcome)
-    errors = [each.error for each in outcomes if each.error]
+        error = UserError(f"{partial}: {(isinstance(e, OSError) and e.strerror) or repr(e)}")
+    everyone = of_all_ranks(world, (damage, error))
+    errors = [fault for _, fault in everyone if fault]
     if errors:
         # Keeps its class: a store without an answer requeues the job.
         raise type(errors[0])(f"{copy.path} could not be fetched: {errors[0]}")
-    return [line for each in outcomes for line in each.damage]
+    return [line for lines, _ in everyone for line in lines]
 
 
 def _begin(mirror: Mirror, copy: Checkpoint, partial: Path) -> None:

@@ -63,11 +63,7 @@ class TensorFile(NamedTuple):
         for name in names:
             tensor = self.tensors[name]
             begin, end = end, end + tensor.numel() * tensor.element_size()
-            entries[name] = {
-                "dtype": DTYPES[tensor.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [begin, end],
-            }
+            entries[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
         text = json.dumps(entries, separators=(",", ":")).encode()
         text += b" " * (-len(text) % ALIGNMENT)
         return len(text).to_bytes(8, "little") + text

@@ -75,7 +75,6 @@ class Mirror:
         self.store.delete([f"{name}/{MANIFEST}"])
 
     def copies(self) -> Copies:
-        """The current copies."""
         files: dict[str, dict[str, int]] = {}
         try:
             found = self.store.files()

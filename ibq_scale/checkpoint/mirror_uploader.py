@@ -120,7 +120,6 @@ class MirrorUploader:
             return news and not self._closed.is_set()
 
     def _order(self, order: dict[str, Any]) -> None:
-        """Sends the next order to the other ranks."""
         if self._channel is not None:
             self._channel.put(f"{self._prefix}/{self._job}", order)
 
@@ -142,7 +141,11 @@ class MirrorUploader:
             try:
                 sent = self._send(checkpoint, copies)
             finally:
-                self._release()
+                with self._changed:
+                    self._uploading = None
+                    if self._retire_later:
+                        self._retire_later = False
+                        retire(self.folder, self.keep)
             if sent:
                 self.mirror.tidy(self.keep, {c.path.name for c in wanted})
                 tidied = True
@@ -159,20 +162,16 @@ class MirrorUploader:
             and self.mirror.wants(checkpoint, copies, self.keep)
         ]
 
-    def _release(self) -> None:
-        with self._changed:
-            self._uploading = None
-            if self._retire_later:
-                self._retire_later = False
-                retire(self.folder, self.keep)
-
     def _send(self, checkpoint: Checkpoint, copies: Copies) -> bool:
         """Rank 0 leads the upload of one checkpoint. False, with a message, if it failed."""
         name = checkpoint.path.name
         if name in copies.sealed:
             # The same step was saved again, or files of the copy are gone.
             self.mirror.unseal(name)
-        replies = self._send_together(name, fresh=name in self._wrote)
+        job, fresh = self._job, name in self._wrote
+        self._order({"name": name, "fresh": fresh})
+        self._job += 1
+        replies = [self._send_share(name, fresh), *self._replies(job)]
         faults = [reply["fault"] for reply in replies if reply["fault"]]
         sent = sorted(file for reply in replies for file in reply["sent"])
         if not faults and sent != sorted(checkpoint.manifest["files"]):
@@ -189,13 +188,6 @@ class MirrorUploader:
             then = "it is left out"
         self._tell(f"{self.mirror.store.url}: {name} COULD NOT BE COPIED THERE ({faults[0]}); {then}")
         return False
-
-    def _send_together(self, name: str, fresh: bool) -> list[dict[str, Any]]:
-        """The replies of all ranks."""
-        job = self._job
-        self._order({"name": name, "fresh": fresh})
-        self._job += 1
-        return [self._send_share(name, fresh), *self._replies(job)]
 
     def _replies(self, job: int) -> list[dict[str, Any]]:
         """The other ranks' replies. No time limit: each request has one, and a dead rank ends the run."""

@@ -117,7 +117,6 @@ class PieceReader:
         return whole
 
     def read_all(self, pieces: Iterable[Piece]) -> None:
-        """Fills every piece's values in place."""
         with torch.no_grad():
             for piece in pieces:
                 self.read(piece.name, piece.start, piece.values)

@@ -125,13 +125,9 @@ def whole_checkpoints(folder: Path) -> list[Checkpoint]:
 
 def examine(folder: Path) -> tuple[list[Checkpoint], list[str]]:
     """`whole_checkpoints`, and one line with the fault of each other one. Raises as `whole_checkpoints`."""
-    found = [_whole_or_fault(path) for path in _directories(folder)]
-    return [f for f in found if isinstance(f, Checkpoint)], [f for f in found if isinstance(f, str)]
-
-
-def _directories(folder: Path) -> list[Path]:
     paths = sorted(folder.glob("step-*")) if folder.is_dir() else []
-    return [path for path in paths if STEP_NAME.fullmatch(path.name) and path.is_dir()]
+    found = [_whole_or_fault(path) for path in paths if STEP_NAME.fullmatch(path.name) and path.is_dir()]
+    return [f for f in found if isinstance(f, Checkpoint)], [f for f in found if isinstance(f, str)]
 
 
 def _whole_or_fault(path: Path) -> Checkpoint | str:
@@ -177,7 +173,6 @@ def _fault(folder: Path, name: str, info: dict[str, Any]) -> str | None:
 
 
 def file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes, hex."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 

@@ -47,6 +47,8 @@ SETTLE_SECONDS = 60.0
 DONE = ".done-rank-"
 
 log = logging.getLogger(__name__)
+Written = dict[str, dict[str, Any]]
+"""Sizes and hashes by file name."""
 
 
 class CheckpointFolder:
@@ -80,10 +82,6 @@ class CheckpointFolder:
     def standing(self) -> str:
         """On rank 0: the newest whole checkpoint, and the duration of its save in this run. Reads no disk."""
         return self._stands
-
-    def note_whole(self, name: str, seconds: float) -> None:
-        """Notes on rank 0 a checkpoint as whole, `seconds` after its save began."""
-        self._stands = f"{name} stands, whose save took {seconds:.1f} s"
 
     def _newest_here(self, check_hashes: bool) -> Checkpoint | None:
         whole, damage = by_rank_0(self.world, lambda: examine(self.folder))
@@ -135,8 +133,8 @@ class CheckpointFolder:
         partial = self.folder / f".partial-step-{facts['step']:08d}"
         size = sum(of_all_ranks(self.world, sum(file.bytes for file in files)))
         fault = by_rank_0(self.world, lambda: self._begin(partial, size))
-        write = _Share(self, partial, facts, self._host.take(files) if fault is None else [])
-        self._writing = _Writing(write, fault)
+        copies = self._host.take(files) if fault is None else []
+        self._writing = _Writing(lambda: self._write(partial, facts, copies), fault)
 
     def finish(self) -> bool:
         """Waits for the current save. Returns, the same on every rank, whether the last one is on disk. Collective."""
@@ -181,6 +179,43 @@ class CheckpointFolder:
                 leftover.unlink()
             shutil.rmtree(leftover, ignore_errors=True)
 
+    def _write(self, partial: Path, facts: dict[str, Any], files: Sequence[StateFile]) -> str | None:
+        """This rank's part of a save, in a thread. Rank 0's part completes the checkpoint. Returns the fault."""
+        began = time.monotonic()
+        written: Written = {}
+        fault = None
+        try:
+            for file in files:
+                written[file.path] = file.write(partial)._asdict()
+        except Exception as e:  # rank 0 waits for a report, whatever went wrong
+            log.exception("a checkpoint's part could not be written")
+            fault = f"rank {self.world.rank}: {(isinstance(e, OSError) and e.strerror) or repr(e)}"
+        name = _final(partial).name
+        if self._uploader is not None:
+            self._uploader.wrote(name, sorted(written))
+        if not self.world.is_main:
+            _report(partial, self.world.rank, written, fault)
+            return fault
+        try:
+            # With a fault here the checkpoint is lost. On a read-only file system the others cannot report either.
+            faults, every = ([fault], {}) if fault else _gather(partial, self.world.size, written)
+            if not faults:
+                _make_whole(partial, facts | {"format_version": FORMAT_VERSION, "files": dict(sorted(every.items()))})
+                self._stands = f"{name} stands, whose save took {time.monotonic() - began:.1f} s"
+                self._retire()
+                return None
+        except OSError as e:
+            faults = [f"rank 0: {e.strerror or e}"]
+        shutil.rmtree(partial, ignore_errors=True)
+        return _not_written(self.folder, faults[0])
+
+    def _retire(self) -> None:
+        if self._uploader is None:
+            retire(self.folder, self.keep)
+        else:
+            self._uploader.notify()
+            self._uploader.retire()
+
 
 class _Writing:
     """The current save: its thread and its result. Without a thread it is over."""
@@ -205,89 +240,33 @@ class _Writing:
         return self._fault
 
 
-class _Share:
-    """One rank's part of one save, run in a thread. Rank 0's part completes the checkpoint. Returns the fault."""
+def _report(partial: Path, rank: int, written: Written, fault: str | None) -> None:
+    """Writes a rank's report for rank 0 atomically. A full disk still has space for an empty file."""
+    done = partial / f"{DONE}{rank:05d}"
+    try:
+        write_whole(done, json.dumps({"files": written, "fault": fault}))
+    except OSError:
+        done.touch()
 
-    def __init__(
-        self, checkpoints: CheckpointFolder, partial: Path, facts: dict[str, Any], files: Sequence[StateFile]
-    ) -> None:
-        self.folder = checkpoints.folder
-        self.world = checkpoints.world
-        self.keep = checkpoints.keep
-        self.uploader = checkpoints._uploader
-        self.note_whole = checkpoints.note_whole
-        self.began = time.monotonic()
-        self.partial = partial
-        self.facts = facts
-        self.files = files
 
-    def __call__(self) -> str | None:
-        written: dict[str, dict[str, Any]] = {}
-        fault = None
-        try:
-            for file in self.files:
-                written[file.path] = file.write(self.partial)._asdict()
-        except Exception as e:  # rank 0 waits for a report, whatever went wrong
-            log.exception("a checkpoint's part could not be written")
-            fault = f"rank {self.world.rank}: {(isinstance(e, OSError) and e.strerror) or repr(e)}"
-        if self.uploader is not None:
-            self.uploader.wrote(_final(self.partial).name, sorted(written))
-        if not self.world.is_main:
-            self._say(written, fault)
-            return fault
-        try:
-            faults, every = self._gather(written, fault)
-            if not faults:
-                self._commit(every)
-                return None
-        except OSError as e:
-            faults = [f"rank 0: {e.strerror or e}"]
-        shutil.rmtree(self.partial, ignore_errors=True)
-        return _not_written(self.folder, faults[0])
-
-    def _say(self, written: dict[str, dict[str, Any]], fault: str | None) -> None:
-        """Writes the report for rank 0 atomically. A full disk still has space for an empty file."""
-        done = self.partial / f"{DONE}{self.world.rank:05d}"
-        try:
-            write_whole(done, json.dumps({"files": written, "fault": fault}))
-        except OSError:
-            done.touch()
-
-    def _gather(
-        self, written: dict[str, dict[str, Any]], fault: str | None
-    ) -> tuple[list[str], dict[str, dict[str, Any]]]:
-        """The ranks' faults, and all files by name, after every rank's report."""
-        if fault:
-            # The checkpoint is lost. On a read-only file system the others cannot report either.
-            return [fault], {}
-        faults: list[str] = []
-        every = dict(written)
-        for rank in range(1, self.world.size):
-            done = self.partial / f"{DONE}{rank:05d}"
-            if not _wait(done.exists):
-                return [*faults, f"rank {rank} has not written its part"], every
-            said = done.read_text(encoding="utf-8")
-            reply: dict[str, Any] = (
-                json.loads(said) if said else {"files": {}, "fault": f"rank {rank}: its disk is full"}
-            )
-            every |= reply["files"]
-            faults += [reply["fault"]] if reply["fault"] else []
-            done.unlink()
-        return faults, every
-
-    def _commit(self, files: dict[str, dict[str, Any]]) -> None:
-        manifest = self.facts | {"format_version": FORMAT_VERSION, "files": dict(sorted(files.items()))}
-        _make_whole(self.partial, manifest)
-        self.note_whole(_final(self.partial).name, time.monotonic() - self.began)
-        if self.uploader is None:
-            retire(self.folder, self.keep)
-        else:
-            self.uploader.notify()
-            self.uploader.retire()
+def _gather(partial: Path, ranks: int, written: Written) -> tuple[list[str], Written]:
+    """The other ranks' faults, and all files by name, after every rank's report."""
+    faults: list[str] = []
+    every = dict(written)
+    for rank in range(1, ranks):
+        done = partial / f"{DONE}{rank:05d}"
+        if not _wait(done.exists):
+            return [*faults, f"rank {rank} has not written its part"], every
+        said = done.read_text(encoding="utf-8")
+        no_space: dict[str, Any] = {"files": {}, "fault": f"rank {rank}: its disk is full"}
+        reply = json.loads(said) if said else no_space
+        every |= reply["files"]
+        faults += [reply["fault"]] if reply["fault"] else []
+        done.unlink()
+    return faults, every
 
 
 def _final(partial: Path) -> Path:
-    """The path of the whole checkpoint."""
     return partial.with_name(partial.name.removeprefix(".partial-"))
 
 

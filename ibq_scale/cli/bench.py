@@ -94,22 +94,29 @@ def _quantizer(args: argparse.Namespace) -> int:
 
 
 @FAMILY.command(
-    "compile the quantizer's kernels for GPUs that are not here",
+    "compile the kernels for GPUs that are not here",
     "--arch sm_80,sm_90 --precision bf16 --dim 64,256",
     argument("--arch", default="sm_90", metavar="A[,A…]", help="sm_80, …, or all (default sm_90)"),
     argument("--precision", default="bf16", metavar="P[,P…]", help="bf16, tf32, fp32 (default bf16)"),
-    argument("--dim", default="256", metavar="D[,D…]", help="code dimensions (default 256)"),
+    argument("--dim", default="256", metavar="D[,D…]", help="dimensions of codes, channels of norms (default 256)"),
     argument("--kernel", default="all", metavar="K[,K…]", help="some of them (default: all with matrix products)"),
     JSON,
 )
 def _kernels(args: argparse.Namespace) -> int:
-    """Compile every kernel of the quantizer with every tile for GPUs, present or not, and print shared memory,
-    registers, spills, tensor cores. Exit code 1: no tile of a kernel fits.
+    """Compile every kernel of the quantizer, or of the norm, with every tile for GPUs, present or not, and print shared
+    memory, registers, spills, tensor cores. Exit code 1: no tile of a kernel fits.
     """
-    from ibq_scale.bench.kernels import ARCHS, KERNEL_NAMES, OTHER_KERNEL_NAMES, PRECISIONS, kernel_rows
+    from ibq_scale.bench.kernels import (
+        ARCHS,
+        KERNEL_NAMES,
+        NORM_KERNEL_NAMES,
+        OTHER_KERNEL_NAMES,
+        PRECISIONS,
+        kernel_rows,
+    )
 
     rows = kernel_rows(
-        _words("--kernel", args.kernel, KERNEL_NAMES, OTHER_KERNEL_NAMES),
+        _words("--kernel", args.kernel, KERNEL_NAMES, (*OTHER_KERNEL_NAMES, *NORM_KERNEL_NAMES)),
         _words("--arch", args.arch, ARCHS),
         _words("--precision", args.precision, PRECISIONS),
         _sizes("--dim", args.dim),

@@ -55,6 +55,11 @@ FAMILY = Family("data", "adopt, check and describe data sets")
     argument("--to", required=True, metavar="URL", help="folder or s3://bucket/prefix"),
     whole("--shard-mb", "most of a shard's input", 64, metavar="MB"),
     whole("--size", "resize the shortest side and re-encode", metavar="PIXELS"),
+    argument(
+        "--aspects",
+        metavar="W:H,…",
+        help="shards of one aspect each, for a tokenizer's data.aspects: 3:4,1:1,4:3 (--shard-mb is of all together)",
+    ),
     *CHOICE,
     flag("--dry-run", "only look: list the contents and the planned choice"),
     WORKERS,
@@ -71,6 +76,7 @@ def _prepare(args: argparse.Namespace) -> int:
         del options["rules"]
         seen = look_only(args.source, **options)
         return show(args, seen.model_dump(mode="json"), seen.lines())
+    options["aspects"] = args.aspects.split(",") if args.aspects else ()
     report = prepare_images(
         args.source, args.to, shard_bytes=args.shard_mb << 20, size=args.size, seed=args.seed, **options
     )

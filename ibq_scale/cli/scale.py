@@ -192,7 +192,7 @@ def _simulate(args: argparse.Namespace) -> int:
 
 
 def _transformer(run: AnyRun, device: Device, fabric: Fabric, args: argparse.Namespace) -> int:
-    from ibq_scale.scaling.simulate import PAYS, ends, transformer_rows
+    from ibq_scale.scaling.simulate import PAYS, ends, refused_stages, transformer_rows
 
     rows = transformer_rows(run, device, fabric, args.most)
     stops = [{"mode": mode, "stage": stage, "gpus": gpus} for mode, stage, gpus in ends(rows)]
@@ -205,6 +205,8 @@ def _transformer(run: AnyRun, device: Device, fabric: Fabric, args: argparse.Nam
             yield "".join(f"{head:>12}" for head in heads)
             yield from (_row(row) for row in rows if (row.mode, row.stage) == (mode, stage))
             yield f"  pays up to {gpus:,} GPUs" if gpus else "  does not fit"
+        for stage, reason in refused_stages(run).items():
+            yield f"\nno ZeRO-{stage}: {reason}"
         yield f"\na doubling pays off from {PAYS} times the images/s"
 
     return show(args, {"rows": rows, "pays_up_to": stops}, lines(), indent=2)

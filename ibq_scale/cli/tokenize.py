@@ -48,7 +48,7 @@ def _part(text: str) -> tuple[int, int]:
         "--encoder",
         default="hash",
         metavar="NAME",
-        help="text encoder: hash (default), t5:NAME or clip:NAME of the Hub",
+        help="text encoder: hash (default), t5:NAME or clip:NAME, a name on the Hub or a folder",
     ),
     whole("--caption-tokens", "most vectors a caption (default: the encoder's)"),
     JSON,

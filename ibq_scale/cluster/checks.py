@@ -91,7 +91,8 @@ class Submission(Job):
 
         kind: Literal["images", "codes"] = "images" if isinstance(self.config, TokenizerRun) else "codes"
         # The nodes read the shards. This host needs no folder for them.
-        return open_sets(self.config.data.model_copy(update={"cache_dir": None}), kind)
+        data = self.config.data.model_copy(update={"cache_dir": None})
+        return open_sets(data, kind, self.config.train.global_batch)
 
     @cached_property
     def newest(self) -> Checkpoint | None:

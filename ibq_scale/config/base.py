@@ -1,7 +1,8 @@
-"""The base of every config section, and integers that a config may leave open as ``auto``."""
+"""The base of every config section, integers that a config may leave open as ``auto``, and layers of values."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
@@ -9,6 +10,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 AUTO = "auto"
 # What an integer field holds for ``auto``. Files and the command line have the word.
 OPEN = -1
+
+
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values, those of `above` over those of `below`."""
+    out = dict(below)
+    for key, value in above.items():
+        old = out.get(key)
+        out[key] = merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return out
 
 
 class Section(BaseModel):

@@ -10,7 +10,7 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-from ibq_scale.config.base import AUTO
+from ibq_scale.config.base import AUTO, merged
 from ibq_scale.config.batch import accumulation_steps
 from ibq_scale.config.run import AnyRun, ARRun
 from ibq_scale.documents import read_json
@@ -88,7 +88,7 @@ def deepspeed_config(run: AnyRun, world_size: int) -> dict[str, Any]:
         raise UserError(f"cannot read {path}: {e}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected one JSON object")
-    values = _overlay(values, run.deepspeed.overrides)
+    values = merged(values, run.deepspeed.overrides)
     for key in values:
         if key in DERIVED:
             raise UserError(f"{path.name}: '{key}' follows from {DERIVED[key]}: set it there, not in DeepSpeed's JSON")
@@ -101,25 +101,9 @@ def deepspeed_config(run: AnyRun, world_size: int) -> dict[str, Any]:
     stage = zero.get("stage", 0)
     if stage not in STAGES:
         raise UserError(f"{path.name}: ZeRO stage {stage!r} does not exist: take one of {STAGES}")
-    if stage == 0 and run.train.precision == "bf16":
-        # DeepSpeed 0.19.8 accumulates in bf16 there, and bf16 sums lose small gradients.
-        raise UserError(
-            f"{path.name}: without ZeRO there are no fp32 weights under bf16: take zero1, or train.precision=fp32"
-        )
-    if stage == 3 and run.model.compile:
-        raise UserError(
-            f"{path.name}: ZeRO-3 gathers weights in hooks that torch.compile cannot trace: set model.compile=false"
-        )
-    if stage == 3 and isinstance(run, ARRun) and run.model.fp8:
-        raise UserError(
-            f"{path.name}: ZeRO-3 frees gathered weights after the forward pass, and torchao keeps them for the "
-            f"backward pass: take zero2, or model.fp8=false"
-        )
-    if run.optimizer.kind == "muon" and (stage == 3 or any(offloaded(zero, key) for key in OFFLOADS)):
-        raise UserError(
-            f"{path.name}: Muon needs whole matrices on the GPU, ZeRO-3 cuts and offloading moves them: take zero1 or "
-            f"zero2, or optimizer.kind=adam"
-        )
+    refused = refusal(run, zero)
+    if refused is not None:
+        raise UserError(f"{path.name}: {refused}")
     accumulation = accumulation_steps(run.train, world_size)
     return unsharded(values, run, world_size) | {
         "train_batch_size": run.train.global_batch,
@@ -130,6 +114,27 @@ def deepspeed_config(run: AnyRun, world_size: int) -> dict[str, Any]:
         # The trainer prints its own lines. DeepSpeed's default is one every 10 steps.
         "steps_per_print": 2**62,
     }
+
+
+def refusal(run: AnyRun, zero: dict[str, Any]) -> str | None:
+    """Why this run cannot train with this ``zero_optimization``, or None if it can."""
+    stage = zero.get("stage", 0)
+    if stage == 0 and run.train.precision == "bf16":
+        # DeepSpeed 0.19.8 accumulates in bf16 there, and bf16 sums lose small gradients.
+        return "without ZeRO there are no fp32 weights under bf16: take zero1, or train.precision=fp32"
+    if stage == 3 and run.model.compile:
+        return "ZeRO-3 gathers weights in hooks that torch.compile cannot trace: set model.compile=false"
+    if stage == 3 and isinstance(run, ARRun) and run.model.fp8:
+        return (
+            "ZeRO-3 frees gathered weights after the forward pass, and torchao keeps them for the backward pass: "
+            "take zero2, or model.fp8=false"
+        )
+    if run.optimizer.kind == "muon" and (stage == 3 or any(offloaded(zero, key) for key in OFFLOADS)):
+        return (
+            "Muon needs whole matrices on the GPU, ZeRO-3 cuts and offloading moves them: take zero1 or zero2, or "
+            "optimizer.kind=adam"
+        )
+    return None
 
 
 def offloaded(zero: dict[str, Any], key: str) -> bool:
@@ -151,10 +156,3 @@ def unsharded(values: dict[str, Any], run: AnyRun, world_size: int) -> dict[str,
     if world_size > 1 or run.train.precision == "bf16" or any(offloaded(zero, key) for key in OFFLOADS):
         return values
     return values | {"zero_optimization": zero | {"stage": 0}}
-
-
-def _overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    out = dict(below)
-    for key, value in above.items():
-        out[key] = _overlay(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
-    return out

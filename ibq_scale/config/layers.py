@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 from pydantic import BaseModel, ValidationError
 
+from ibq_scale.config.base import merged
 from ibq_scale.config.run import AnyRun, ARRun, TokenizerRun
 from ibq_scale.config.secrets import refuse_credentials
 from ibq_scale.config.text import as_typed, as_written, fixed_section_of, override
@@ -50,27 +51,22 @@ def resolve(source: str, overrides: Sequence[str] = (), task: Task | None = None
     YAML, a misspelt key (naming the nearest right one), a wrong value, or a config of another task than `task`.
     """
     files = _file_layers(source, task)
-    kind = _task_of(files, overrides) or task
+    tasks = [layer.values["task"] for layer in files if "task" in layer.values]
+    tasks += [item.partition("=")[2] for item in overrides if item.startswith("task=")]
+    kind = (tasks and tasks[-1]) or task
     if not isinstance(kind, str) or kind not in SCHEMAS:
         raise UserError(f"{source}: 'task' must be one of {', '.join(SCHEMAS)}, got {kind!r:.100}")
     schema = SCHEMAS[kind]
     layers = [(layer.label, as_typed(layer.values, layer.written, schema)) for layer in files]
-    merged: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for label, layer in [*layers, ("command line", _overrides(overrides, schema))]:
-        _forget_other_length(merged, origins, layer)
-        merged = _merge(merged, layer)
-        origins.update(dict.fromkeys(_leaves(layer), label))
+        _forget_other_length(values, origins, layer)
+        values = merged(values, layer)
+        origins.update(dict.fromkeys(flatten(layer), label))
     if task is not None and kind != task:
         raise UserError(f"{source} is a config of task '{kind}', this command trains '{task}'")
-    return Resolved(validate(schema, merged, source), origins)
-
-
-def _task_of(files: Sequence[_File], overrides: Sequence[str]) -> Any:
-    """`task` of the highest layer with one."""
-    said = [layer.values["task"] for layer in files if "task" in layer.values]
-    said += [item.partition("=")[2] for item in overrides if item.startswith("task=")]
-    return said[-1] if said else None
+    return Resolved(validate(schema, values, source), origins)
 
 
 def validate(schema: type[TokenizerRun] | type[ARRun], values: Mapping[str, Any], source: str) -> AnyRun:
@@ -93,7 +89,6 @@ def _at_home(value: Any) -> Any:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """All strings in nested values."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -248,31 +243,19 @@ def _overrides(overrides: Sequence[str], schema: type[BaseModel]) -> dict[str, A
             layer = override(item, schema)
         except (DocumentError, yaml.YAMLError, OmegaConfBaseException) as e:
             raise UserError(f"cannot read the override '{item}': {' '.join(str(e).split())}") from None
-        together = _merge(together, layer)
+        together = merged(together, layer)
     return together
 
 
-def _forget_other_length(merged: dict[str, Any], origins: dict[str, str], layer: Mapping[str, Any]) -> None:
+def _forget_other_length(values: dict[str, Any], origins: dict[str, str], layer: Mapping[str, Any]) -> None:
     """train.steps in a layer replaces train.samples of lower layers, and the other way round."""
-    above, below = layer.get("train"), merged.get("train")
+    above, below = layer.get("train"), values.get("train")
     if not isinstance(above, Mapping) or not isinstance(below, dict):
         return
     for mine, other in (("steps", "samples"), ("samples", "steps")):
         if above.get(mine) is not None and other not in above:
             below.pop(other, None)
             origins.pop(f"train.{other}", None)
-
-
-def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    out = dict(below)
-    for key, value in above.items():
-        old = out.get(key)
-        out[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return out
-
-
-def _leaves(values: Mapping[str, Any]) -> list[str]:
-    return list(flatten(values))
 
 
 def explain(error: Any, schema: type[BaseModel], source: str) -> str:

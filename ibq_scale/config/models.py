@@ -161,17 +161,6 @@ class QuantizerConfig(Section):
         (), description="FSQ only: number of values of each dimension. Their product is `codebook_size`."
     )
 
-    @model_validator(mode="after")
-    def _levels_fit(self) -> QuantizerConfig:
-        if (self.kind == "fsq") != bool(self.levels):
-            raise ValueError("levels are for kind=fsq only, and required there: for example levels=[8,5,5,5]")
-        if self.levels and (self.dim, self.codebook_size) != (len(self.levels), math.prod(self.levels)):
-            raise ValueError(
-                f"levels {list(self.levels)} make dim={len(self.levels)} and codebook_size={math.prod(self.levels)}, "
-                f"got {self.dim} and {self.codebook_size}"
-            )
-        return self
-
     @property
     def switches(self) -> str:
         """The settings past the published quantizers, in words."""
@@ -189,7 +178,14 @@ class QuantizerConfig(Section):
         return DEFAULT_TEMPERATURE if self.temperature is None else self.temperature
 
     @model_validator(mode="after")
-    def _switches_fit(self) -> QuantizerConfig:
+    def _settings_fit(self) -> QuantizerConfig:
+        if (self.kind == "fsq") != bool(self.levels):
+            raise ValueError("levels are for kind=fsq only, and required there: for example levels=[8,5,5,5]")
+        if self.levels and (self.dim, self.codebook_size) != (len(self.levels), math.prod(self.levels)):
+            raise ValueError(
+                f"levels {list(self.levels)} make dim={len(self.levels)} and codebook_size={math.prod(self.levels)}, "
+                f"got {self.dim} and {self.codebook_size}"
+            )
         if self.straight_through in ("dynamic", "rotation") and self.kind not in ("vq", "simvq"):
             own = "through softmax(S) to all codes" if self.kind == "ibq" else "through its rounding, number by number"
             raise ValueError(
@@ -203,10 +199,6 @@ class QuantizerConfig(Section):
             raise ValueError(
                 "temperature is for kind=ibq with l2_normalize=true: other scores have no softmax or scale"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _kind_fits(self) -> QuantizerConfig:
         if self.kind == "lfq" and (self.dim > 31 or self.codebook_size != 2**self.dim):
             raise ValueError(
                 f"lfq has one code per bit pattern: codebook_size must be 2^dim = {2 ** min(self.dim, 31)}, "

@@ -91,7 +91,6 @@ def _chapter(name: str, section: type[BaseModel], default: BaseModel | None) -> 
 
 
 def descriptions(schema: type[BaseModel], prefix: str = "") -> dict[str, str]:
-    """The meaning of each dotted key."""
     found: dict[str, str] = {}
     for name, field in schema.model_fields.items():
         section = fixed_section_of(field.annotation)
@@ -100,7 +99,6 @@ def descriptions(schema: type[BaseModel], prefix: str = "") -> dict[str, str]:
 
 
 def _text(section: type[BaseModel]) -> str:
-    """A docstring in Markdown."""
     return inspect.cleandoc(section.__doc__ or "").replace("``", "`")
 
 
@@ -112,15 +110,11 @@ def _table(section: type[BaseModel], default: BaseModel | None, prefix: str) -> 
         if fixed_section_of(field.annotation) is not None or name == "task":
             continue
         of = {**schema["properties"][name], **({"default": given[name]} if name in given else {})}
-        cells = [f"`{prefix}{name}`", _type(of), _default(of), field.description or ""]
+        required = "default" not in of or of["default"] == MISSING
+        value = OPEN if required else f"`{json.dumps(of['default'], ensure_ascii=False)}`"
+        cells = [f"`{prefix}{name}`", _type(of), value, field.description or ""]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
-
-
-def _default(of: Mapping[str, Any]) -> str:
-    if "default" not in of or of["default"] == MISSING:
-        return OPEN
-    return f"`{json.dumps(of['default'], ensure_ascii=False)}`"
 
 
 def _type(of: Mapping[str, Any]) -> str:

@@ -7,15 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-    PlainSerializer,
-    model_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, PlainSerializer, model_validator
 
 from ibq_scale import extensions
+from ibq_scale.config import aspects
 from ibq_scale.config.base import AUTO, OPEN, Section, auto_int
 from ibq_scale.config.models import (
     AutoencoderConfig,
@@ -27,12 +22,7 @@ from ibq_scale.config.models import (
     QuantizerConfig,
     TransformerConfig,
 )
-from ibq_scale.config.optimizer import (
-    ARScheduleConfig,
-    OptimizerConfig,
-    ScheduleConfig,
-    TokenizerOptimizerConfig,
-)
+from ibq_scale.config.optimizer import ARScheduleConfig, OptimizerConfig, ScheduleConfig, TokenizerOptimizerConfig
 from ibq_scale.config.secrets import masked
 
 if TYPE_CHECKING:
@@ -40,6 +30,9 @@ if TYPE_CHECKING:
     AutoNonNegative = int
 else:
     AutoPositive, AutoNonNegative = auto_int(1), auto_int(0)
+
+
+Aspects = Annotated[tuple[str, ...], AfterValidator(aspects.parsed)]
 
 
 class DataConfig(Section):
@@ -80,6 +73,12 @@ class DataConfig(Section):
         "random_crop", description="Random or centre crop of the training images."
     )
     flip: bool = Field(False, description="Mirror half of the images.")
+    aspects: Aspects = Field(
+        (),
+        description="For a tokenizer, width:height of the training crops, as the data was prepared (`prepare images "
+        "--aspects`): `[3:4, 1:1, 4:3]`. Each step has one aspect, and crops of at most `model.resolution`² pixels. "
+        "Without: square crops of any data.",
+    )
     bad_samples: NonNegativeInt = Field(
         100, description="Damaged samples before the run stops. Each one is logged and replaced by a neighbour."
     )
@@ -91,6 +90,8 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _weights_fit(self) -> DataConfig:
+        if self.weights and self.aspects:
+            raise ValueError("weights and aspects are both shares of the stream: give one of them")
         if not self.sources or (self.weights and len(self.weights) != len(self.sources)):
             raise ValueError(f"weights: {len(self.weights)} of them for {len(self.sources)} sources: one each, or none")
         return self
@@ -234,13 +235,9 @@ class TrainConfig(Section):
     profile_ranks: tuple[NonNegativeInt, ...] = Field((0,), description="Ranks that `profile` traces.")
 
     @model_validator(mode="after")
-    def _steps_in_order(self) -> TrainConfig:
+    def _steps_fit(self) -> TrainConfig:
         if self.profile is not None and self.profile[0] > self.profile[1]:
             raise ValueError(f"profile: the first step ({self.profile[0]}) comes after the last ({self.profile[1]})")
-        return self
-
-    @model_validator(mode="after")
-    def _one_length(self) -> TrainConfig:
         if (self.samples is None) == (self.steps is None):
             raise ValueError("give the run's length as exactly one of train.samples and train.steps")
         if self.samples is not None and self.samples < self.global_batch:
@@ -303,8 +300,7 @@ class MetricsConfig(Section):
         None, description="Serve OpenMetrics at http://HOST:PORT/metrics. A taken port costs a line, not the run."
     )
     host: str = Field(
-        "127.0.0.1",
-        description="Address of `port`. `0.0.0.0`: all networks of the node, without a password.",
+        "127.0.0.1", description="Address of `port`. `0.0.0.0`: all networks of the node, without a password."
     )
     textfile: str | None = Field(
         None, description="Also write the metrics to this file, for node_exporter's textfile collector (`….prom`)."
@@ -399,6 +395,11 @@ class TokenizerRun(RunConfig):
         "number with the shortest exchange.",
     )
 
+    @property
+    def crop_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Width and height of the training crops, by `data.aspects`. Empty for squares."""
+        return aspects.crop_sizes(self.data.aspects, self.model.resolution, self.model.downsampling)
+
     @model_validator(mode="after")
     def _some_of_it_trains(self) -> TokenizerRun:
         if len(set(self.train.freeze)) == 3:
@@ -421,6 +422,12 @@ class ARRun(RunConfig):
         "samples of a validation. null: no check and no samples.",
     )
     validation: ARValidationConfig = ARValidationConfig()
+
+    @model_validator(mode="after")
+    def _codes_are_square(self) -> ARRun:
+        if self.data.aspects:
+            raise ValueError("data.aspects is for tokenizers: the codes of a transformer are of square crops")
+        return self
 
     @model_validator(mode="after")
     def _nothing_is_frozen(self) -> ARRun:

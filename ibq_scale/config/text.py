@@ -5,6 +5,7 @@ Examples: ``wandb.mode=off``, ``name=20241201``, ``out=/runs/lr #2``.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
@@ -14,7 +15,7 @@ from pydantic import BaseModel
 
 from ibq_scale.documents import parse_yaml
 
-QUOTES = "\"'"
+_QUOTED = re.compile(r"(['\"]).*\1", re.DOTALL)
 NULL = ("", "~", "null")
 
 
@@ -53,7 +54,7 @@ def override(item: str, schema: type[BaseModel]) -> dict[str, Any]:
     value: Any = text
     if text in NULL and NoneType in _leaves(annotation):
         value = None
-    elif _is_quoted(text) or (text.startswith("[") and _holds_several(annotation)):
+    elif _QUOTED.fullmatch(text) or (text.startswith("[") and _holds_several(annotation)):
         value = as_written(text)
     for part in reversed(key.split(".")):
         value = {part: value}
@@ -81,10 +82,6 @@ def _text(value: Any, said: Any, annotation: Any) -> Any:
     if not isinstance(said, str) or "${" in said:
         return str(value) if _is_text(annotation, str(value)) else value
     return said if _is_text(annotation, said) else value
-
-
-def _is_quoted(text: str) -> bool:
-    return len(text) > 1 and text[0] == text[-1] and text[0] in QUOTES
 
 
 def _is_text(annotation: Any, text: str) -> bool:

@@ -62,7 +62,8 @@ class ImageDataset(torch.utils.data.Dataset[ImageSample]):
 
     In `training` a damaged sample is replaced by the next good one of its shard, the same in every run, with its
     `fault`. A large JPEG is decoded at the smallest fraction of its size to cover the crop. With `resolution` None
-    pictures keep their size, but for a centre crop to sides divisible by `multiple`.
+    pictures keep their size, but for a centre crop to sides divisible by `multiple`. `crops`: width and height of the
+    crops of each aspect, instead of squares.
     """
 
     def __init__(
@@ -76,8 +77,10 @@ class ImageDataset(torch.utils.data.Dataset[ImageSample]):
         training: bool,
         shards_in_memory: int = 256,
         multiple: int = 1,
+        crops: Sequence[tuple[int, int]] = (),
     ) -> None:
         self.sets = sets
+        self.crops = crops
         self.resolution = resolution
         self.multiple = multiple
         self.random_crop = random_crop
@@ -157,13 +160,20 @@ class ImageDataset(torch.utils.data.Dataset[ImageSample]):
                 raise BadSampleError(f"{name} is not what was prepared (crc)")
         assert data is not None
         rules = part.manifest.pixels or OLD_RULES
+        crop = self._crop_size(request)
         try:
-            pixels = decode(data, self.resolution if self.training else None, rules)
+            pixels = decode(data, max(crop) if crop and self.training else None, rules)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
             raise BadSampleError(f"{name} is no picture: {e}") from None
-        if self.resolution is None:
+        if crop is None:
             return self._native(pixels, name)
-        return self._crop(pixels, request, self.resolution, rules)
+        return self._crop(pixels, request, crop, rules)
+
+    def _crop_size(self, request: Request) -> tuple[int, int] | None:
+        """Width and height. None for the picture's own."""
+        if self.crops:
+            return self.crops[int(self.sets.bucket_of[request.source][request.shard])]
+        return None if self.resolution is None else (self.resolution, self.resolution)
 
     def _native(self, pixels: Pixels, name: str) -> Pixels:
         """The largest centre crop with sides divisible by `multiple`."""
@@ -176,20 +186,20 @@ class ImageDataset(torch.utils.data.Dataset[ImageSample]):
         top, left = ((whole - side) // 2 for whole, side in zip(pixels.shape[:2], sides, strict=True))
         return pixels[top : top + sides[0], left : left + sides[1]]
 
-    def _crop(self, pixels: Pixels, request: Request, side: int, rules: PixelRules) -> Pixels:
-        """Resizes the shortest side to `side`, then crops a square: random by (seed, epoch, sample), or the centre."""
+    def _crop(self, pixels: Pixels, request: Request, crop: tuple[int, int], rules: PixelRules) -> Pixels:
+        """Resizes to the least size that covers `crop`, then crops: random by (seed, epoch, sample), or the centre."""
         height, width = pixels.shape[:2]
-        scale = side / min(height, width)
-        size = (max(side, round(width * scale)), max(side, round(height * scale)))
-        free = (size[0] - side, size[1] - side)
+        scale = max(crop[0] / width, crop[1] / height)
+        size = (max(crop[0], round(width * scale)), max(crop[1], round(height * scale)))
+        free = (size[0] - crop[0], size[1] - crop[1])
         left, top, mirror = free[0] // 2, free[1] // 2, False
         if self.random_crop or self.flip:
             bits = draws(self.seed, request)
             if self.random_crop:
                 left, top = (int(bits[i] % np.uint64(free[i] + 1)) for i in (0, 1))
             mirror = self.flip and bool(bits[2] >> np.uint64(63))
-        square = resized(pixels, size, (left, top), side, rules)
-        return square[:, ::-1] if mirror else square
+        cropped = resized(pixels, size, (left, top), crop, rules)
+        return cropped[:, ::-1] if mirror else cropped
 
     def _table(self, source: int, shard: int) -> Table:
         key = (source, shard)
@@ -256,22 +266,24 @@ def _table_of(index: ShardIndex) -> Table:
     return np.array([(m.offset, m.size, m.crc, m.label) for m in index.members], dtype=PICTURE)
 
 
-def resized(pixels: Pixels, size: tuple[int, int], corner: tuple[int, int], side: int, rules: PixelRules) -> Pixels:
-    """Resizes to `size` (width, height), bicubic, and returns the square of `side` at `corner` (left, top)."""
+def resized(
+    pixels: Pixels, size: tuple[int, int], corner: tuple[int, int], crop: tuple[int, int], rules: PixelRules
+) -> Pixels:
+    """Resizes to `size`, bicubic, and returns the part of size `crop` at `corner` (left, top). Sizes: width, height."""
     height, width = pixels.shape[:2]
-    left, top = corner
+    (left, top), (right, bottom) = corner, (corner[0] + crop[0], corner[1] + crop[1])
     if size == (width, height):
-        return pixels[top : top + side, left : left + side]
+        return pixels[top:bottom, left:right]
     if size[0] * size[1] > MOST_RESIZED:
         # Pillow resamples a box with the same weights as the whole, including neighbours outside of it.
         across, down = width / size[0], height / size[1]
-        box = (left * across, top * down, (left + side) * across, (top + side) * down)
-        return np.asarray(Image.fromarray(pixels).resize((side, side), Image.Resampling.BICUBIC, box))
+        box = (left * across, top * down, right * across, bottom * down)
+        return np.asarray(Image.fromarray(pixels).resize(crop, Image.Resampling.BICUBIC, box))
     if not rules.version:
         whole = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
     else:
         whole = bicubic(pixels, size)
-    return whole[top : top + side, left : left + side]
+    return whole[top:bottom, left:right]
 
 
 def shard_index(part: DataSet, shard: int) -> ShardIndex:

@@ -7,10 +7,11 @@ import json
 from functools import cached_property
 from typing import Any, Literal
 
-from pydantic import SerializerFunctionWrapHandler, ValidationError, model_serializer
+from pydantic import SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 
 from ibq_scale.config.base import Section
-from ibq_scale.config.models import Rows, Side
+from ibq_scale.config.models import NonNegativeInt, Rows, Side
+from ibq_scale.config.run import Aspects
 from ibq_scale.data.folder import Store
 from ibq_scale.data.geometry import Extent
 from ibq_scale.data.pixel_rules import PixelRules
@@ -57,10 +58,18 @@ class CodesInfo(Section):
         return values
 
 
+class AspectsInfo(Section):
+    """Aspects (`config.aspects`), and the number of each shard's own. A shard has pictures of one aspect only."""
+
+    names: Aspects
+    of_shard: tuple[NonNegativeInt, ...]
+
+
 class Manifest(Section):
     """`classes[label]` is a label's name.
 
     `pixels`: the rules to convert pictures. `seen`: a summary of the source. Sets of earlier versions have neither.
+    `aspects`: of shards for training in buckets, or none.
     """
 
     version: int = MANIFEST_VERSION
@@ -70,6 +79,14 @@ class Manifest(Section):
     codes: CodesInfo | None = None
     pixels: PixelRules | None = None
     seen: Seen | None = None
+    aspects: AspectsInfo | None = None
+
+    @model_validator(mode="after")
+    def _each_shard_has_an_aspect(self) -> Manifest:
+        found = self.aspects
+        if found and (len(found.of_shard) != len(self.shards) or max(found.of_shard, default=0) >= len(found.names)):
+            raise ValueError("aspects.of_shard has a number of aspects.names for every shard")
+        return self
 
     @property
     def samples(self) -> int:
@@ -90,7 +107,7 @@ class Manifest(Section):
     @cached_property
     def hash(self) -> str:
         """sha256 (hex) of the content, independent of formatting and of `seen`."""
-        left_out = {"seen", "shards"} | ({"pixels"} if self.pixels is None else set())
+        left_out = {"seen", "shards"} | {name for name in ("pixels", "aspects") if getattr(self, name) is None}
         values = self.model_dump(mode="json", exclude=left_out) | {"shards": []}
         before, name, after = json.dumps(values, sort_keys=True, separators=(",", ":")).rpartition('"shards":[')
         digest = hashlib.sha256(f"{before}{name}".encode())
@@ -138,7 +155,9 @@ def save_manifest(store: Store, manifest: Manifest) -> None:
 
 def _written(manifest: Manifest) -> dict[str, Any]:
     values = manifest.model_dump(mode="json")
-    return {key: value for key, value in values.items() if key not in ("pixels", "seen") or value is not None}
+    return {
+        key: value for key, value in values.items() if key not in ("pixels", "seen", "aspects") or value is not None
+    }
 
 
 _MAKER = {"images": "prepare images", "codes": "tokenize"}

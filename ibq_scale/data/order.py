@@ -249,6 +249,10 @@ class Mixture:
             for source, quota in enumerate(self.quotas)
         ]
 
+    def set_of(self, source: int, shards: Int64s) -> Int64s:
+        """For each shard (n,) of a source its data set's number in `passes`."""
+        return np.full(len(shards), source if self.quotas else 0)
+
     def _mix_block(self, block: int) -> tuple[Int64s, Int64s]:
         """Each position's source, and the number of its earlier positions in the block."""
         sources = np.repeat(np.arange(len(self.quotas)), self.quotas)

@@ -2,7 +2,7 @@
 
 The units of the source are assigned to jobs before any picture is opened. So jobs run in parallel, a second run resumes
 a stopped one, and every run writes the same bytes, for any number of processes. A job fills its shards in sequence,
-nearly always only one.
+nearly always only one. With aspects each shard is split into one of each aspect.
 
 The shuffle needs no more memory than one shard. Units are shuffled (single pictures of a folder, whole tars, row groups
 of parquet), and samples inside each shard. The order of training mixes shards again.
@@ -18,12 +18,14 @@ import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from ibq_scale.config.aspects import nearest, parsed
 from ibq_scale.data.encode import Encoding, Picture, UnusableError, UnwantedError, encode_picture
 from ibq_scale.data.filters import all_hold, parse_conditions
 from ibq_scale.data.folder import Store
@@ -31,7 +33,7 @@ from ibq_scale.data.index import INDEX_VERSION, Member, Reject, ShardIndex, inde
 from ibq_scale.data.jobs import Report, run_jobs
 from ibq_scale.data.labels import Group, Labels
 from ibq_scale.data.look import REJECTS, describe_source, look_at
-from ibq_scale.data.manifest import Manifest, ShardInfo, save_manifest
+from ibq_scale.data.manifest import AspectsInfo, Manifest, ShardInfo, save_manifest
 from ibq_scale.data.pixel_rules import RULES, PixelRules
 from ibq_scale.data.progress import Progress
 from ibq_scale.data.samples import Sample, Source, Unit
@@ -76,6 +78,8 @@ class Options:
     seed: int
     labels: Labels
     naming: Naming
+    # Not in `_plan` where there are none, so that earlier shards stay.
+    aspects: tuple[str, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,8 @@ class JobDone:
     counts: Counter[int]
     """Samples by class number."""
     met: Met
+    aspects: tuple[int, ...] = ()
+    """The number of each shard's aspect, if there are any."""
 
 
 def prepare_images(
@@ -115,6 +121,7 @@ def prepare_images(
     classes: str | None = None,
     max_aspect: float = 0.0,
     rules: PixelRules = RULES,
+    aspects: Sequence[str] = (),
 ) -> PrepareReport:
     """Writes the pictures of an ImageFolder, of webdataset tars or of parquet files as a data set at `to`.
 
@@ -122,14 +129,19 @@ def prepare_images(
     `where`: conditions on the picture's width, height and aspect, and on columns. A picture failing one is counted and
     left out. `naming` locates pictures and labels if the source is ambiguous. `classes`: a data set to take classes and
     their numbers from. Without labels there is one class. A shard holds at most `shard_bytes` of pictures, and of
-    input. UserError if the source is missing, unusable or ambiguous, or no picture is left.
+    input. `aspects`: width:height as in ``4:3``. Each picture then comes into a shard of the nearest aspect, for
+    ``data.aspects``. UserError if the source is missing, unusable or ambiguous, or no picture is left.
     """
+    try:
+        buckets = parsed(aspects)
+    except ValueError as e:
+        raise UserError(f"--aspects: {e}") from None
     conditions = parse_conditions(where)
     if f"{_plain(to)}/".startswith(f"{_plain(str(source))}/"):
         raise UserError(f"{to} lies inside the source: a second run would read what the first one wrote")
     opened, found = look_at(str(source), conditions, naming, classes=classes, workers=workers)
     encoding = Encoding(size, conditions, max_aspect, rules)
-    options = Options(shard_bytes, encoding, seed, found.labels, naming or Naming())
+    options = Options(shard_bytes, encoding, seed, found.labels, naming or Naming(), buckets)
     units = opened.units
     order = np.argsort(np.random.Philox(key=seed).random_raw(len(units)), kind="stable")
     parts = _cut([units[i] for i in order], shard_bytes)
@@ -138,7 +150,8 @@ def prepare_images(
     # An upload now reports a missing bucket before hours of work.
     store.write(REJECTS, b"")
     progress = Progress("prepare", sum(unit.bytes for unit in units))
-    return finish(store, run_jobs(_write_job, jobs, workers=workers, progress=progress), opened, found, rules)
+    done = run_jobs(_write_job, jobs, workers=workers, progress=progress)
+    return finish(store, done, opened, found, rules, buckets)
 
 
 def _plain(url: str) -> str:
@@ -148,9 +161,17 @@ def _plain(url: str) -> str:
     return str(expand_home(url.removeprefix("file://")).resolve())
 
 
-def finish(store: Store, jobs: Iterable[JobDone], opened: Opened, found: Survey, rules: PixelRules) -> PrepareReport:
+def finish(
+    store: Store,
+    jobs: Iterable[JobDone],
+    opened: Opened,
+    found: Survey,
+    rules: PixelRules,
+    aspects: tuple[str, ...] = (),
+) -> PrepareReport:
     """Waits for all jobs, then writes the rejects and, last, the manifest. UserError if no sample is left."""
     shards: list[ShardInfo] = []
+    of_shard: list[int] = []
     reused = filtered = rejected = 0
     counts: Counter[int] = Counter()
     met = Met()
@@ -158,6 +179,7 @@ def finish(store: Store, jobs: Iterable[JobDone], opened: Opened, found: Survey,
     with tempfile.NamedTemporaryFile("w", suffix=f"-{REJECTS}", encoding="utf-8") as rejects:
         for done in jobs:
             shards += done.shards
+            of_shard += done.aspects
             reused += done.reused_shards
             filtered += done.filtered
             rejected += len(done.rejects)
@@ -176,7 +198,8 @@ def finish(store: Store, jobs: Iterable[JobDone], opened: Opened, found: Survey,
         left_out["fail a condition"] = Group(filtered)
     seen = describe_source(opened, found, counts, left_out, met)
     classes = found.labels.class_names
-    manifest = Manifest(kind="images", shards=tuple(shards), classes=classes, pixels=rules, seen=seen)
+    info = AspectsInfo(names=aspects, of_shard=tuple(of_shard)) if aspects else None
+    manifest = Manifest(kind="images", shards=tuple(shards), classes=classes, pixels=rules, seen=seen, aspects=info)
     save_manifest(store, manifest)
     return PrepareReport(
         url=store.url,
@@ -209,7 +232,8 @@ def _write_job(job: _Job, report: Report) -> JobDone:
     """Writes a job's shards and their indices, or reuses those of an earlier run."""
     store = open_store(job.to)
     reader, meter = _Reader(job), Meter(report)
-    indices: list[ShardInfo] = []
+    shards: list[ShardInfo] = []
+    of_shard: list[int] = []
     rejects: list[Reject] = []
     reused = filtered = 0
     counts: Counter[int] = Counter()
@@ -217,22 +241,24 @@ def _write_job(job: _Job, report: Report) -> JobDone:
     start: tuple[int, int] | None = (0, 0)
     number = 0
     while start is not None:
-        name = _name(job.number, number)
-        plan = _plan(job, number, start)
-        index = find_index(store, name, plan)
-        if index is None:
-            index = _write_shard(store, name, job, number, start, reader, meter)
-        elif index.members:
-            reused += 1
-        if index.members:
-            indices.append(shard_info(name, index))
-            counts.update(member.label for member in index.members)
-            met.join(met_of(index))
-        rejects += index.rejects
-        filtered += index.filtered
-        start, number = index.after, number + 1
+        parts = _parts(job, number, start)
+        found = [find_index(store, part.name, part.plan) for part in parts]
+        indices = [index for index in found if index is not None]
+        is_new = len(indices) < len(parts)
+        if is_new:
+            indices = _write_shards(store, parts, job, start, reader, meter)
+        for bucket, (part, index) in enumerate(zip(parts, indices, strict=True)):
+            if index.members:
+                shards.append(shard_info(part.name, index))
+                of_shard.append(bucket)
+                reused += not is_new
+                counts.update(member.label for member in index.members)
+                met.join(met_of(index))
+            rejects += index.rejects
+            filtered += index.filtered
+        start, number = indices[0].after, number + 1
     meter.close(sum(unit.bytes for unit in job.units))
-    return JobDone(tuple(indices), reused, filtered, tuple(rejects), counts, met)
+    return JobDone(tuple(shards), reused, filtered, tuple(rejects), counts, met, tuple(of_shard))
 
 
 def shard_info(name: str, index: ShardIndex) -> ShardInfo:
@@ -253,14 +279,30 @@ def met_of(index: ShardIndex) -> Met:
     return Met(formats, modes, list(values.get("sides", ())))
 
 
-def _name(job: int, number: int) -> str:
-    """The file name of a job's shard. The first has the job's own name."""
-    return f"images-{job:06d}-{number:03d}.tar" if number else f"images-{job:06d}.tar"
+class _Part(NamedTuple):
+    """A shard to write: the job's next one, or its pictures of one aspect."""
+
+    name: str
+    plan: str
+    counter: int
+    """Of the shuffle's random bits."""
 
 
-def _plan(job: _Job, number: int, start: tuple[int, int]) -> str:
+def _parts(job: _Job, number: int, start: tuple[int, int]) -> list[_Part]:
+    """The shards of the pictures from `start` on. The first shard of a job without aspects has the job's own name."""
     values = (PLAN_VERSION, [tuple(unit) for unit in job.units], number, start, job.options)
-    return hashlib.sha256(repr(values).encode()).hexdigest()
+    counter = (job.number << 64) | (number + 1)
+    if not job.options.aspects:
+        name = f"images-{job.number:06d}-{number:03d}.tar" if number else f"images-{job.number:06d}.tar"
+        return [_Part(name, hashlib.sha256(repr(values).encode()).hexdigest(), counter)]
+    return [
+        _Part(
+            f"images-{job.number:06d}-{number:03d}-{aspect.replace(':', 'x')}.tar",
+            hashlib.sha256(repr((*values, job.options.aspects, bucket)).encode()).hexdigest(),
+            counter | (bucket << 128),
+        )
+        for bucket, aspect in enumerate(job.options.aspects)
+    ]
 
 
 def find_index(store: Store, name: str, plan: str) -> ShardIndex | None:
@@ -306,28 +348,42 @@ class _Encoded:
     source: str
 
 
-def _write_shard(
-    store: Store, name: str, job: _Job, number: int, start: tuple[int, int], reader: _Reader, meter: Meter
-) -> ShardIndex:
+def _write_shards(
+    store: Store, parts: list[_Part], job: _Job, start: tuple[int, int], reader: _Reader, meter: Meter
+) -> list[ShardIndex]:
+    """Writes the next shard's worth of samples. Rejects are in the first index."""
     samples, index = _fill(job.options, reader, start, meter)
+    by_part: list[list[_Encoded]] = [[] for _ in parts]
+    for sample in samples:
+        bucket = nearest(job.options.aspects, *sample.picture.size) if job.options.aspects else 0
+        by_part[bucket].append(sample)
+    samples.clear()
+    indices = []
+    for part, mine in zip(parts, by_part, strict=True):
+        indices.append(_write_shard(store, part, mine, index, job.options.seed))
+        index = replace(index, rejects=(), filtered=0)
+    return indices
+
+
+def _write_shard(store: Store, part: _Part, samples: list[_Encoded], index: ShardIndex, seed: int) -> ShardIndex:
     met = Met()
     for sample in samples:
         met.add(sample.picture)
-    draws = np.random.Philox(key=job.options.seed, counter=(job.number << 64) | (number + 1)).random_raw(len(samples))
+    draws = np.random.Philox(key=seed, counter=part.counter).random_raw(len(samples))
     shuffled = [samples[i] for i in np.argsort(draws, kind="stable")]
     samples.clear()
-    data, members = _pack(shuffled, name.removeprefix("images-").removesuffix(".tar"))
+    data, members = _pack(shuffled, part.name.removeprefix("images-").removesuffix(".tar"))
     index = replace(
         index,
-        plan=_plan(job, number, start),
+        plan=part.plan,
         bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
         members=tuple(members),
         met=met.values() if members else None,
     )
     if members:
-        store.write(name, data)
-    store.write(index_name(name), index.to_json().encode())
+        store.write(part.name, data)
+    store.write(index_name(part.name), index.to_json().encode())
     return index
 
 

@@ -25,6 +25,14 @@ class ShortReadError(OSError):
     """A store delivered fewer bytes than requested, although the object has them."""
 
 
+class AnswerError(Exception):
+    """An error answered by the store, in botocore's form."""
+
+    def __init__(self, status: int, code: str, message: str) -> None:
+        super().__init__(message or code)
+        self.response = {"Error": {"Code": code, "Message": message}, "ResponseMetadata": {"HTTPStatusCode": status}}
+
+
 class PastEndError(Exception):
     """A range begins at or after the object's end."""
 

@@ -12,12 +12,15 @@ from functools import cached_property
 from mmap import mmap
 from pathlib import Path
 
+import numpy as np
+
 from ibq_scale.config.run import DataConfig
+from ibq_scale.data.buckets import Buckets
 from ibq_scale.data.cache import ShardCache, bytes_held, default_folder
 from ibq_scale.data.folder import Store
 from ibq_scale.data.geometry import Extent, Layout, layout, require_fit
 from ibq_scale.data.manifest import Kind, Manifest, ShardInfo, load_manifest
-from ibq_scale.data.order import Mixture, quotas
+from ibq_scale.data.order import Int64s, Mixture, quotas
 from ibq_scale.data.store import open_store
 from ibq_scale.errors import UserError
 
@@ -60,10 +63,14 @@ class DataSet:
 
 @dataclass(frozen=True)
 class DataSets:
-    """All sources of a run, in the config's order, and their config."""
+    """All sources of a run, in the config's order, and their config.
+
+    `batch`: the global batch, which the order by `aspects` depends on.
+    """
 
     parts: tuple[DataSet, ...]
     config: DataConfig
+    batch: int = 0
 
     @property
     def samples(self) -> int:
@@ -81,9 +88,28 @@ class DataSets:
 
     @cached_property
     def extents(self) -> tuple[Extent, ...]:
-        """The parts with lanes of their own: with weights each source, else all together."""
+        """The parts with lanes of their own: with weights each source, with aspects each bucket, else all together."""
+        if self.config.aspects:
+            return tuple(extent for extent in self.by_aspect if extent.shards)
         each = [part.manifest.extent for part in self.parts]
         return tuple(each) if self.config.weights else (Extent(*(sum(column) for column in zip(*each, strict=True))),)
+
+    @cached_property
+    def bucket_of(self) -> tuple[Int64s, ...]:
+        """For each part the number in `config.aspects` of each shard."""
+        infos = [part.manifest.aspects for part in self.parts]
+        return tuple(np.array(info.of_shard, dtype=np.int64) for info in infos if info is not None)
+
+    @property
+    def by_aspect(self) -> tuple[Extent, ...]:
+        """What each of `config.aspects` has, of all parts."""
+        tables = [part.manifest.shards for part in self.parts]
+        bucket, samples, size = (
+            np.concatenate(column)
+            for column in (self.bucket_of, [t.samples for t in tables], [t.bytes for t in tables])
+        )
+        masks = [bucket == number for number in range(len(self.config.aspects))]
+        return tuple(Extent(int(m.sum()), int(samples[m].sum()), int(size[m].sum())) for m in masks)
 
     @cached_property
     def layout(self) -> Layout:
@@ -109,11 +135,16 @@ class DataSets:
         """The map from positions to samples for a run with this seed."""
         sizes = [part.manifest.shard_sizes for part in self.parts]
         order, lanes, window = self.layout
+        if self.config.aspects:
+            return Buckets(sizes, self.bucket_of, self.batch, seed, lanes, window, order)
         return Mixture(sizes, self.config.weights, seed, lanes, window, order)
 
 
-def open_sets(data: DataConfig, kind: Kind) -> DataSets:
-    """Opens every source. UserError if one is unusable, or its weight gives it no position."""
+def open_sets(data: DataConfig, kind: Kind, batch: int = 0) -> DataSets:
+    """Opens every source. UserError if one is unusable, or its weight gives it no position.
+
+    `batch`: the global batch of a training. With ``data.aspects`` it must be given.
+    """
     parts = []
     for url in data.sources:
         store = open_store(url)
@@ -122,7 +153,29 @@ def open_sets(data: DataConfig, kind: Kind) -> DataSets:
     for url, quota in zip(data.sources, quotas(data.weights) if data.weights else (), strict=False):
         if not quota:
             raise UserError(f"data.weights: the weight of {url} is below 1/8192 of their sum and would never come up")
-    return DataSets(tuple(parts), data)
+    sets = DataSets(tuple(parts), data, batch)
+    if data.aspects:
+        _require_aspects(sets)
+    return sets
+
+
+def _require_aspects(sets: DataSets) -> None:
+    """UserError if a source was not prepared in these aspects, or a bucket has less than a batch."""
+    wanted = sets.config.aspects
+    for part in sets.parts:
+        found = part.manifest.aspects
+        if found is None or found.names != wanted:
+            prepared = "without aspects" if found is None else f"in the aspects {', '.join(found.names)}"
+            raise UserError(
+                f"{part.store.url} was prepared {prepared}, data.aspects has {', '.join(wanted)}: write it with "
+                f"'ibq-scale prepare images --aspects {','.join(wanted)}', or change data.aspects"
+            )
+    for name, extent in zip(wanted, sets.by_aspect, strict=True):
+        if 0 < extent.samples < sets.batch:
+            raise UserError(
+                f"only {extent.samples} images have the aspect {name}, a batch of {sets.batch} would repeat them: "
+                f"prepare without it, or lower train.global_batch"
+            )
 
 
 def _cache(data: DataConfig, store: Store) -> ShardCache | None:

@@ -45,6 +45,7 @@ from ibq_scale.data.s3_errors import (
     status_of,
     unreachable,
 )
+from ibq_scale.data.s3_get import Head, PlainReader, Sink
 from ibq_scale.errors import StoreUnavailableError, UserError
 from ibq_scale.names import expand_home
 
@@ -72,6 +73,9 @@ class _Part(NamedTuple):
     """Bytes of the whole object."""
 
 
+_Getter = Callable[[Any, str, int, int, float, Sink], Head]
+
+
 class S3Store(Store):
     """A prefix in a bucket. Endpoint, region and credentials come from the environment (see the module's docstring)."""
 
@@ -84,6 +88,7 @@ class S3Store(Store):
         _require_endpoint()
         self._client: Any = None
         self._client_pid = -1
+        self._plain: PlainReader | None = None
         self._answered = False
 
     @property
@@ -97,16 +102,23 @@ class S3Store(Store):
             return client
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_client": None, "_client_pid": -1}
+        return self.__dict__ | {"_client": None, "_client_pid": -1, "_plain": None}
 
     def read(self, path: str) -> bytes:
         parts: dict[int, bytes] = {}
-        self._transfer(path, parts.__setitem__, whole=True)
+
+        def get(start: int, stop: int) -> _Part:
+            # By s3fs, which checks the store's checksums: documents have no hash of ours.
+            part = self._get(path, start, stop, self._get_by_client)
+            parts[start] = part.data
+            return part
+
+        self._transfer(path, get, whole=True)
         return b"".join(parts[start] for start in sorted(parts))
 
     def read_range(self, path: str, start: int, stop: int) -> bytes:
         try:
-            part = self._get(path, start, stop)
+            part = self._get(path, start, stop, self._get_plain)
         except PastEndError:
             raise too_short(f"{self.url}/{path}", stop) from None
         if part.total < stop:
@@ -121,7 +133,11 @@ class S3Store(Store):
 
     def download(self, path: str, local: Path) -> None:
         with over(local) as f:
-            total = self._transfer(path, lambda start, data: os.pwrite(f.fileno(), data, start))
+
+            def put(at: int, piece: bytes) -> None:
+                os.pwrite(f.fileno(), piece, at)
+
+            total = self._transfer(path, lambda start, stop: self._get(path, start, stop, self._get_plain, put))
             f.truncate(total)
             os.fsync(f.fileno())
 
@@ -177,50 +193,63 @@ class S3Store(Store):
     def _name(self, path: str) -> dict[str, str]:
         return {"Bucket": self.bucket, "Key": f"{self._folder}/{path}" if self._folder else path}
 
-    def _transfer(self, path: str, place: Callable[[int, bytes], object], *, whole: bool = False) -> int:
-        """Reads a whole object by ranges and passes each to `place`, from threads. A broken connection costs one range.
+    def _transfer(self, path: str, get: Callable[[int, int], _Part], *, whole: bool = False) -> int:
+        """Reads a whole object by ranges, each by `get`, from threads. A broken connection costs one range.
 
         Returns its size. `whole`: the object is kept in memory, so an UnreadableError is raised as in `read`.
         """
         try:
-            first = self._get(path, 0, DOWNLOAD_CHUNK)
+            first = get(0, DOWNLOAD_CHUNK)
         except PastEndError:
             return 0  # No range fits an empty object.
         if whole:
             require_fit(f"{self.url}/{path}", first.total)
-        place(0, first.data)
 
         def move(start: int) -> None:
             try:
-                part = self._get(path, start, min(start + DOWNLOAD_CHUNK, first.total))
+                part = get(start, min(start + DOWNLOAD_CHUNK, first.total))
             except PastEndError:
                 part = None
             if part is None or (part.etag, part.total) != (first.etag, first.total):
                 raise UserError(f"{self.url}/{path} changed while it was read: nothing may write to data in use")
-            place(start, part.data)
 
         parallel(move, range(DOWNLOAD_CHUNK, first.total, DOWNLOAD_CHUNK))
         return first.total
 
-    def _get(self, path: str, start: int, stop: int) -> _Part:
-        """Bytes start … stop − 1, or fewer at the object's end. PastEndError if `start` is not before its end."""
+    def _get(self, path: str, start: int, stop: int, by: _Getter, sink: Sink | None = None) -> _Part:
+        """Bytes start … stop − 1, or fewer at the object's end. PastEndError if `start` is not before its end.
 
+        They go to `sink` in pieces, if there is one, and again from `start` on after a failure.
+        """
         seconds = BODY_SECONDS / 2
 
         def get(fs: Any) -> _Part:
-            from fsspec.asyn import sync
-
             nonlocal seconds
             seconds *= 2
-            response = fs.call_s3("get_object", **self._name(path), Range=f"bytes={start}-{stop - 1}")
-            data: bytes = sync(fs.loop, _body, response, seconds)
-            # A server may answer a range of the whole object without a Content-Range.
-            total = int(response.get("ContentRange", "").rpartition("/")[2] or response["ContentLength"])
-            if len(data) != min(stop, total) - start:
-                raise ShortReadError(f"{self.url}/{path}: {len(data)} bytes of {start} … {stop - 1}")
-            return _Part(data, response.get("ETag", ""), total)
+            pieces: list[bytes] = []
+            head = by(fs, path, start, stop, seconds, sink or (lambda at, piece: pieces.append(piece)))
+            if head.read != min(stop, head.total) - start:
+                raise ShortReadError(f"{self.url}/{path}: {head.read} bytes of {start} … {stop - 1}")
+            return _Part(b"".join(pieces), head.etag, head.total)
 
         return self._call(get, f"get_object {path}")
+
+    def _get_plain(self, fs: Any, path: str, start: int, stop: int, seconds: float, sink: Sink) -> Head:
+        reader = self._plain
+        if reader is None or reader.fs is not fs:
+            reader = self._plain = PlainReader(fs, CONNECT_TIMEOUT_SECONDS, READ_TIMEOUT_SECONDS)
+        head = reader.get("/".join(self._name(path).values()), start, stop, seconds, sink)
+        return head or self._get_by_client(fs, path, start, stop, seconds, sink)
+
+    def _get_by_client(self, fs: Any, path: str, start: int, stop: int, seconds: float, sink: Sink) -> Head:
+        from fsspec.asyn import sync
+
+        response = fs.call_s3("get_object", **self._name(path), Range=f"bytes={start}-{stop - 1}")
+        data: bytes = sync(fs.loop, _body, response, seconds)
+        sink(start, data)
+        # A server may answer a range of the whole object without a Content-Range.
+        total = int(response.get("ContentRange", "").rpartition("/")[2] or response["ContentLength"])
+        return Head(response.get("ETag", ""), total, len(data))
 
     def _ask(self, path: str, method: str, **arguments: Any) -> Any:
         """One request on an object."""
@@ -298,6 +327,8 @@ def _new_client() -> Any:
             "retries": {"total_max_attempts": 1},
             "connect_timeout": CONNECT_TIMEOUT_SECONDS,
             "read_timeout": READ_TIMEOUT_SECONDS,
+            # Presigned addresses would have version 2 by default, refused by newer buckets.
+            "signature_version": "s3v4",
         },
     )
     client.retries = 1

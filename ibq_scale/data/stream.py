@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ibq_scale.config.base import OPEN
 from ibq_scale.config.run import DataConfig
+from ibq_scale.data.buckets import Buckets
 from ibq_scale.data.codes import CodeDataset, CodeSample
 from ibq_scale.data.fetching import MOST_OF, Fetcher, FetchingSampler
 from ibq_scale.data.images import ImageDataset, ImageSample, Request
@@ -94,9 +95,20 @@ def rank_positions(order: Mixture, start: int, rank: int, world_size: int, micro
 
 
 def image_stream(
-    sets: DataSets, *, resolution: int, seed: int, rank: int, world_size: int, micro_batch: int, start: int
+    sets: DataSets,
+    *,
+    resolution: int,
+    seed: int,
+    rank: int,
+    world_size: int,
+    micro_batch: int,
+    start: int,
+    crops: Sequence[tuple[int, int]] = (),
 ) -> Iterator[ImageBatch]:
-    """This rank's micro-batches from absolute position `start` on, without end. UserError for unusable data."""
+    """This rank's micro-batches from absolute position `start` on, without end. UserError for unusable data.
+
+    `crops`: width and height for each of ``data.aspects``.
+    """
     data = sets.config
     workers = _workers(data)
     if workers:
@@ -109,6 +121,7 @@ def image_stream(
         seed=seed,
         training=True,
         shards_in_memory=sets.shards_in_use,
+        crops=crops,
     )
     share = {"rank": rank, "world_size": world_size, "micro_batch": micro_batch, "start": start}
     sampler = _sampler(sets, dataset, seed=seed, first=_before_fetching(workers), **share)
@@ -167,10 +180,22 @@ def evaluation_images(
 
 
 def validation_images(
-    sets: DataSets, *, resolution: int, rank: int, world_size: int, batch: int, limit: int
+    sets: DataSets,
+    *,
+    resolution: int,
+    rank: int,
+    world_size: int,
+    batch: int,
+    limit: int,
+    crops: Sequence[tuple[int, int]] = (),
 ) -> Iterator[tuple[ImageBatch, Tensor]]:
-    """As `evaluation_images`, for the first `limit` images of a fixed shuffled order."""
-    return _image_shares(_centre_cropped(sets, resolution), _shuffled(sets, limit), rank, world_size, batch)
+    """As `evaluation_images`, for the first `limit` images of a fixed shuffled order.
+
+    `crops` as for `image_stream`: of each aspect its share of `limit`, in batches of their own.
+    """
+    dataset = _centre_cropped(sets, resolution, crops=crops)
+    for requests in _by_aspect(sets, limit):
+        yield from _image_shares(dataset, requests, rank, world_size, batch)
 
 
 def shares(count: int, rank: int, world_size: int, batch: int) -> Iterator[tuple[range, list[int], Tensor]]:
@@ -185,15 +210,29 @@ def shares(count: int, rank: int, world_size: int, batch: int) -> Iterator[tuple
 
 
 class Requests(NamedTuple):
-    """`total` requests, each created on demand."""
+    """`total` requests, each created on demand. `first`: the position of the first one."""
 
     total: int
     at: Callable[[int], Request]
+    first: int = 0
 
 
 def _shuffled(sets: DataSets, limit: int) -> Requests:
     order = sets.order(seed=0)
     return Requests(min(limit, sets.samples), lambda place: Request(place, *order.locate(place)))
+
+
+def _by_aspect(sets: DataSets, limit: int) -> Iterator[Requests]:
+    """`_shuffled`, in parts of one aspect where the data has them."""
+    order = sets.order(seed=0)
+    if not isinstance(order, Buckets):
+        yield _shuffled(sets, limit)
+        return
+    first = 0
+    for samples, locate in order.alone():
+        count = min(samples, -(-limit * samples // sets.samples))
+        yield Requests(count, lambda place, locate=locate: Request(place, *locate(place)), first)  # type: ignore[misc]
+        first += count
 
 
 def _image_shares(
@@ -208,13 +247,14 @@ def _image_shares(
 def _read_shares(
     read: Callable[[list[Request]], Batch], requests: Requests, rank: int, world_size: int, batch: int
 ) -> Iterator[tuple[Batch, Tensor]]:
-    """A rank's `shares`, read. A sample's position is its place in `requests`.
+    """A rank's `shares`, read. A sample's position is its place in `requests`, from their first on.
 
     A thread prefetches some batches, so that neither the store nor the device is idle.
     """
 
     def share(places: range, taken: list[int], weights_B: Tensor) -> tuple[Batch, Tensor]:
-        return read([requests.at(t)._replace(position=p) for p, t in zip(places, taken, strict=True)]), weights_B
+        own = [requests.at(t)._replace(position=requests.first + p) for p, t in zip(places, taken, strict=True)]
+        return read(own), weights_B
 
     waiting: deque[Future[tuple[Batch, Tensor]]] = deque()
     reader = ThreadPoolExecutor(1)
@@ -247,9 +287,18 @@ def shard_images(url: str, shard: int, *, resolution: int, batch: int) -> Iterat
         yield _stack_images(dataset.__getitems__([Request(row, 0, 0, shard, row) for row in rows]))
 
 
-def _centre_cropped(sets: DataSets, resolution: int | None, multiple: int = 1) -> ImageDataset:
+def _centre_cropped(
+    sets: DataSets, resolution: int | None, multiple: int = 1, crops: Sequence[tuple[int, int]] = ()
+) -> ImageDataset:
     return ImageDataset(
-        sets, resolution=resolution, random_crop=False, flip=False, seed=0, training=False, multiple=multiple
+        sets,
+        resolution=resolution,
+        random_crop=False,
+        flip=False,
+        seed=0,
+        training=False,
+        multiple=multiple,
+        crops=crops,
     )
 
 

@@ -49,7 +49,7 @@ def _trace(config: AnyRun, step: int, ranks: int) -> list[Traced]:
     images = isinstance(config, TokenizerRun)
     # No cache: it belongs to the training machine.
     data = config.data.model_copy(update={"cache_dir": None})
-    sets = open_sets(data, "images" if images else "codes")
+    sets = open_sets(data, "images" if images else "codes", config.train.global_batch)
     order = sets.order(config.train.seed)
     index_of = lru_cache(maxsize=None)(lambda source, shard: shard_index(sets.parts[source], shard))
     found = []

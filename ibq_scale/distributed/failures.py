@@ -198,7 +198,6 @@ def _signal(signum: int) -> str:
 
 
 def _place(failure: Failure) -> str:
-    """The error's last place in this package."""
     ours = [
         line.strip() for line in failure.trace.splitlines() if "ibq_scale" in line and line.strip().startswith("File")
     ]

@@ -40,13 +40,7 @@ def default_ranks() -> int:
         return max(1, len([d for d in visible.split(",") if d.strip()]))
     try:
         listed = subprocess.run(
-            ["nvidia-smi", "-L"],
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=False,
-            encoding="utf-8",
-            errors="replace",
+            ["nvidia-smi", "-L"], capture_output=True, timeout=20, check=False, encoding="utf-8", errors="replace"
         )
     except (OSError, subprocess.TimeoutExpired):
         return 1

@@ -40,7 +40,7 @@ class SideChannel:
         self.world = world
         # Keeps apart an earlier attempt in a restarted torchrun's store, and another job at this port.
         self._prefix = "/".join(["ibq_scale", *attempt(), os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")])
-        self._store = self._connect()
+        self._store = _connect(is_master=False, timeout=timedelta(seconds=60))
 
     def another(self) -> SideChannel:
         """A second connection. A stopped store blocks all users of one connection."""
@@ -106,9 +106,6 @@ class SideChannel:
 
     def _key(self, name: str) -> str:
         return f"{self._prefix}/{name}"
-
-    def _connect(self) -> TCPStore:
-        return _connect(is_master=False, timeout=timedelta(seconds=60))
 
 
 def open_store(world: World, timeout: timedelta) -> TCPStore:

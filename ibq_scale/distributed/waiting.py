@@ -1,4 +1,4 @@
-"""The collective in progress in this process, seen from another thread."""
+"""Waiting in collectives: the one in progress, seen from another thread, the time spent, and the timeouts."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import random
 import sys
 import threading
 import time
+from datetime import timedelta
 from types import FrameType
 
+import torch.distributed as dist
 import torch.distributed.distributed_c10d as collectives
 
 # Often enough for the share of a step's time, rare enough to cost nothing (a sample takes about 20 µs).
@@ -63,6 +65,17 @@ class CollectiveClock:
             before = now
 
     def close(self) -> None:
-        """Stops sampling."""
         self._closed.set()
         self._thread.join()
+
+
+def set_timeouts(timeout: timedelta) -> None:
+    """Sets the timeout of every process group of this rank so far.
+
+    The watchdog names the missing ranks, so no collective may time out before it. DeepSpeed makes its own groups
+    without a timeout. NCCL's default of ten minutes would end them.
+    """
+    # Older releases of torch have it under a private name.
+    set_one = getattr(dist, "set_timeout", None) or collectives._set_pg_timeout
+    for group in list(collectives._world.pg_map):
+        set_one(timeout, group)

@@ -78,7 +78,6 @@ class LeCAM:
         self.fake = torch.zeros((), device=device)
 
     def update(self, real_mean: Tensor, fake_mean: Tensor) -> None:
-        """Moves the averages towards the step's mean logits."""
         self.real.lerp_(real_mean.detach(), 1.0 - self.decay)
         self.fake.lerp_(fake_mean.detach(), 1.0 - self.decay)
 

@@ -83,9 +83,9 @@ def _draw(vit: ViT) -> None:
 class FrozenFeatures:
     """Normed patch features of a frozen DINOv2, one for each token of the tokenizer."""
 
-    def __init__(self, weights: Weights, grid: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, weights: Weights, downsampling: int, device: torch.device, dtype: torch.dtype) -> None:
         self.vit = frozen_vit("dinov2", weights, device, dtype)
-        self.side = grid * self.vit.sizes.patch
+        self.downsampling = downsampling
         self.width = self.vit.sizes.width
 
     @staticmethod
@@ -93,15 +93,16 @@ class FrozenFeatures:
         losses: TokenizerLossConfig, model: AutoencoderConfig, device: torch.device, dtype: torch.dtype
     ) -> FrozenFeatures | None:
         """Of a run, None for ``loss.features=none``. UserError as for `frozen_vit`."""
-        choice, grid = losses.features, model.resolution // model.downsampling
+        choice = losses.features
         if choice == "none":
             return None
-        return FrozenFeatures("published" if choice == "dinov2" else choice, grid, device, dtype)
+        return FrozenFeatures("published" if choice == "dinov2" else choice, model.downsampling, device, dtype)
 
     @torch.no_grad()
     def __call__(self, images_BCHW: Tensor) -> Tensor:
         """Images in [-1, 1] → (B, W, h, w) for h × w tokens. Images are resized to one patch a token."""
-        resized = F.interpolate(images_BCHW, size=(self.side, self.side), mode="bilinear", align_corners=False)
+        h, w = (side // self.downsampling for side in images_BCHW.shape[-2:])
+        patch = self.vit.sizes.patch
+        resized = F.interpolate(images_BCHW, size=(h * patch, w * patch), mode="bilinear", align_corners=False)
         features_BTW = self.vit.patch_features(resized)
-        grid = self.side // self.vit.sizes.patch
-        return features_BTW.transpose(1, 2).reshape(len(features_BTW), -1, grid, grid)
+        return features_BTW.transpose(1, 2).reshape(len(features_BTW), -1, h, w)

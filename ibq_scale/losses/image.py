@@ -61,9 +61,7 @@ class ImageLoss:
         weighted = self.terms(images, fake)
         terms = {name: term.detach() for name, (_, term) in weighted.items()}
         parts = [weight * term for weight, term in weighted.values()]
-        loss = parts[0]
-        for part in parts[1:]:
-            loss = loss + part
+        loss = sum(parts[1:], parts[0])
         (gradient,) = torch.autograd.grad(loss, fake)
         loss = loss.detach()
         del weighted, parts

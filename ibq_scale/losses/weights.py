@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Literal
 
 from ibq_scale.config.run import AnyRun, TokenizerRun
@@ -22,7 +23,8 @@ State = Literal["there", "missing", "damaged", "unverified"]
 
 @dataclass(frozen=True)
 class WeightFile:
-    """`file`: the published name, ending in the first digits of its sha256. `url` reads it from the package.
+    """`file`: the published name, ending in the first digits of its sha256. `address`: of the file, or the
+    ``module:attribute`` with the address in the package that reads the file.
 
     `sha256`: for a name without these digits. Empty: nobody has published a hash. `check` then tests the tensors of the
     first file, and its hash is recorded beside it and required ever after.
@@ -31,9 +33,13 @@ class WeightFile:
     file: str
     what: str
     needed_for: str
-    url: Callable[[], str]
+    address: str
     sha256: str | None = None
     check: Callable[[Path], object] | None = None
+
+    @property
+    def url(self) -> str:
+        return self.address if "://" in self.address else str(resolve_name(self.address))
 
     @property
     def sha256_prefix(self) -> str:
@@ -49,24 +55,6 @@ class WeightFile:
         return weights_folder() / f"{self.file}.sha256"
 
 
-def _vgg_url() -> str:
-    from torchvision.models import VGG16_Weights
-
-    return str(VGG16_Weights.IMAGENET1K_V1.url)
-
-
-def _alex_url() -> str:
-    from torchvision.models import AlexNet_Weights
-
-    return str(AlexNet_Weights.IMAGENET1K_V1.url)
-
-
-def _inception_url() -> str:
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-
-    return str(URL_INCEPTION_V3)
-
-
 def _check_dino(path: Path) -> None:
     from ibq_scale.losses.frozen_vit import PUBLISHED, read
 
@@ -77,25 +65,28 @@ FBAI = "https://dl.fbaipublicfiles.com"
 
 SOURCES = {
     "vgg": WeightFile(
-        "vgg16-397923af.pth", "torchvision's VGG16 (ImageNet)", "LPIPS, as loss (perceptual=vgg) and metric", _vgg_url
+        "vgg16-397923af.pth",
+        "torchvision's VGG16 (ImageNet)",
+        "LPIPS, as loss (perceptual=vgg) and metric",
+        "torchvision.models:VGG16_Weights.IMAGENET1K_V1.url",
     ),
     "alex": WeightFile(
         "alexnet-owt-7be5be79.pth",
         "torchvision's AlexNet (ImageNet)",
         "LPIPS, as loss (perceptual=alex) and metric",
-        _alex_url,
+        "torchvision.models:AlexNet_Weights.IMAGENET1K_V1.url",
     ),
     "inception": WeightFile(
         "weights-inception-2015-12-05-6726825d.pth",
         "torch-fidelity's Inception v3",
         "FID, IS, precision, recall",
-        _inception_url,
+        "torch_fidelity.feature_extractor_inceptionv3:URL_INCEPTION_V3",
     ),
     "dino": WeightFile(
         "dino_deitsmall16_pretrain.pth",
         "DINO's ViT-S/16",
         "the discriminator (kind=dino)",
-        lambda: f"{FBAI}/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth",
+        f"{FBAI}/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth",
         sha256="",
         check=_check_dino,
     ),
@@ -103,7 +94,7 @@ SOURCES = {
         "dinov2_vits14_pretrain.pth",
         "DINOv2's ViT-S/14",
         "the feature loss (features=dinov2)",
-        lambda: f"{FBAI}/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth",
+        f"{FBAI}/dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth",
         # As the package refiners records it (scripts/conversion), and others.
         sha256="b938bf1bc15cd2ec0feacfe3a1bb553fe8ea9ca46a7e1d8d00217f29aef60cd9",
     ),
@@ -176,7 +167,6 @@ def verified(name: str) -> Path:
 
 
 def damaged(path: Path) -> UserError:
-    """The error for a weight file with wrong content."""
     return UserError(f"{path} is damaged or another network's: 'ibq-scale fetch-weights' replaces it")
 
 
@@ -261,7 +251,7 @@ def _take(source: WeightFile, given: Path, folder: Path) -> None:
 
 
 def _download(source: WeightFile, folder: Path, say: Callable[[str], None]) -> None:
-    url = source.url()
+    url = source.url
     say(f"{source.file} ← {url}")
     # Not by its name until the tensors are checked, for a file without a known hash.
     fetched = folder / f".{source.file}.{os.getpid()}.partial"

@@ -62,7 +62,6 @@ def choose_masked(kind: AttentionKind, device: torch.device, dtype: torch.dtype,
 
 
 def describe(kind: AttentionKind, device: torch.device) -> str:
-    """A chosen kind in words, for a log."""
     if kind in PACKAGES:
         return f"{kind} ({PACKAGES[kind].name})"
     if kind == "sdpa" and device.type == "cuda":

@@ -1,7 +1,7 @@
 """DiffAugment (arXiv 2006.10738): random changes of images before a discriminator, differentiable.
 
 Random numbers come from torch's generator of the images' device, seeded for each micro-batch by its first position
-(`train.randomness`). No call waits for the device.
+(`train.determinism`). No call waits for the device.
 """
 
 from __future__ import annotations

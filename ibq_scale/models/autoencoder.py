@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ibq_scale.config.models import AutoencoderConfig, QuantizerConfig
 from ibq_scale.models.layout import convolution_layout
-from ibq_scale.models.norm import GroupNorm
+from ibq_scale.models.norm import GroupNorm, GroupNormSiLU
+from ibq_scale.profiling import part
 from ibq_scale.quantize.collectives import WHOLE, Shards
 from ibq_scale.quantize.quantized import Quantized
 from ibq_scale.quantize.quantizer import batch_sums, quantize
@@ -23,8 +24,8 @@ from ibq_scale.quantize.quantizer import batch_sums, quantize
 COMPILED_GRAPHS = 64
 
 
-def _norm(channels: int) -> GroupNorm:
-    return GroupNorm(32, channels, eps=1e-6)
+def _norm_silu(channels: int) -> GroupNorm:
+    return GroupNormSiLU(32, channels, eps=1e-6)
 
 
 def _conv3(inputs: int, outputs: int) -> nn.Conv2d:
@@ -36,16 +37,16 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, dropout: float) -> None:
         super().__init__()
-        self.norm1 = _norm(inputs)
+        self.norm1 = _norm_silu(inputs)
         self.conv1 = _conv3(inputs, outputs)
-        self.norm2 = _norm(outputs)
+        self.norm2 = _norm_silu(outputs)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = _conv3(outputs, outputs)
         self.nin_shortcut = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        h = self.conv1(self.norm1(x))
+        h = self.conv2(self.dropout(self.norm2(h)))
         out: Tensor = self.nin_shortcut(x) + h
         return out
 
@@ -55,7 +56,7 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = _norm(channels)
+        self.norm = GroupNorm(32, channels, eps=1e-6)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -159,14 +160,14 @@ class Encoder(nn.Module):
             self.down.append(level)
             inputs = width
         self.mid = Middle(inputs, config)
-        self.norm_out = _norm(inputs)
+        self.norm_out = _norm_silu(inputs)
         self.conv_out = _conv3(inputs, config.z_channels)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         h = self.conv_in(x_BCHW)
         for level in self.down:
             h = level(h)
-        out: Tensor = self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        out: Tensor = self.conv_out(self.norm_out(self.mid(h)))
         return out
 
 
@@ -188,14 +189,14 @@ class Decoder(nn.Module):
             inputs = widths[i]
         # Numbered by resolution as in the encoder: up.0 is the largest and runs last.
         self.up = nn.ModuleList(reversed(levels))
-        self.norm_out = _norm(inputs)
+        self.norm_out = _norm_silu(inputs)
         self.conv_out = _conv3(inputs, 3)
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             h = level(h)
-        out: Tensor = self.conv_out(F.silu(self.norm_out(h)))
+        out: Tensor = self.conv_out(self.norm_out(h))
         return out
 
 
@@ -220,14 +221,17 @@ class Autoencoder(nn.Module):
         x: Tensor = self.decoder(self.post_quant_conv(z_BDhw))
         return x
 
-    def compile_regions(self) -> None:
+    def compile_regions(self, sizes: int = 1) -> None:
         """Compiles every residual and attention block with torch.compile, in place. Parameters keep their names.
+
+        `sizes`: number of different image sizes.
 
         Blocks of equal sizes share a graph. Each input size has its own graphs, and so has a pass without gradient.
         """
         import torch._dynamo
 
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, COMPILED_GRAPHS)
+        most = sizes * COMPILED_GRAPHS
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, most)
         for module in self.modules():
             if isinstance(module, ResnetBlock | AttentionBlock):
                 module.compile(fullgraph=True, dynamic=False)
@@ -256,10 +260,13 @@ class TokenizerModel(nn.Module):
         If the encoder's output is not finite, the reconstruction and its gradients are NaN. The codebook's other ranks
         continue, and the engine skips the step on all ranks together.
         """
-        z_BDhw = self.autoencoder.encode(x_BCHW)
-        finite = z_BDhw.detach().isfinite().all()
-        quantized = self.quantize(torch.where(finite, z_BDhw, 0.0), rows_KD, shards, mean_K, age_K)
-        reconstruction = self.autoencoder.decode(image_of(quantized.z_q_ND, z_BDhw.shape))
+        with part("encoder"):
+            z_BDhw = self.autoencoder.encode(x_BCHW)
+            finite = z_BDhw.detach().isfinite().all()
+        with part("quantizer"):
+            quantized = self.quantize(torch.where(finite, z_BDhw, 0.0), rows_KD, shards, mean_K, age_K)
+        with part("decoder"):
+            reconstruction = self.autoencoder.decode(image_of(quantized.z_q_ND, z_BDhw.shape))
         return reconstruction * torch.where(finite, 1.0, torch.nan), quantized
 
     def quantize(

@@ -90,7 +90,6 @@ class KVCache:
         return F.pad(visible_BTS, (0, self._read - visible_BTS.shape[2]))
 
     def advance(self) -> None:
-        """Moves to the next position."""
         self.length += 1
         self.position_1.add_(1)
 

@@ -27,11 +27,9 @@ class Condition(NamedTuple):
         return None if vectors_BLC is None or lengths_B is None else Condition(vectors_BLC, lengths_B)
 
     def take(self, rows_N: Tensor) -> Condition:
-        """The condition of these rows."""
         return Condition(self.vectors_BLC[rows_N], self.lengths_B[rows_N])
 
     def to(self, device: torch.device) -> Condition:
-        """The same on another device."""
         return Condition(self.vectors_BLC.to(device), self.lengths_B.to(device))
 
 
@@ -44,7 +42,6 @@ class Prefix(NamedTuple):
 
 
 def no_condition(config: TransformerConfig, batch: int, device: torch.device) -> Condition:
-    """The condition of unconditional samples."""
     vectors_BLC = torch.zeros(batch, config.condition_tokens, config.condition_width, device=device)
     return Condition(vectors_BLC, torch.zeros(batch, dtype=torch.int64, device=device))
 

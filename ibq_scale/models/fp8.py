@@ -31,13 +31,18 @@ def check_fp8(run: ARRun, device: torch.device) -> None:
             f"model.fp8=true needs a GPU of compute capability 8.9 or more, {torch.cuda.get_device_name(device)} has "
             f"{'.'.join(map(str, capability))}: set model.fp8=false"
         )
+    check_fp8_sizes(run)
+    _torchao()
+
+
+def check_fp8_sizes(run: ARRun) -> None:
+    """UserError if this run cannot multiply in fp8 on any device."""
     if run.train.precision != "bf16":
         raise UserError(f"model.fp8=true is for train.precision=bf16, this is {run.train.precision}")
     odd = {name: getattr(run.model, name) for name in ("width", "tokens") if getattr(run.model, name) % MULTIPLE}
     if odd or run.model.kv_groups * run.model.head_dim % MULTIPLE:
         name, value = next(iter(odd.items()), ("kv_heads · head_dim", run.model.kv_groups * run.model.head_dim))
         raise UserError(f"model.fp8=true needs multiples of {MULTIPLE}: model.{name} is {value}")
-    _torchao()
 
 
 def use_fp8(model: Transformer, *, emulate: bool = False) -> None:

@@ -32,7 +32,6 @@ class Head(nn.Linear):
 
 
 def chunk_tokens(codes: int) -> int:
-    """Tokens in one chunk of logits."""
     return max(1, CHUNK_BYTES // (4 * codes))
 
 

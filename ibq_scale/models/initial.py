@@ -33,7 +33,8 @@ class Normal(NamedTuple):
         """Elements start … start + length − 1, fp32 (length,). `key` seeds the generators."""
         if not (self.std or self.first_std):
             return torch.full((length,), self.mean)
-        out = _standard_normal(key, self.size, start, length)
+        parts = list(_chunks(key, self.size, start, start + length))
+        out = parts[0] if len(parts) == 1 else torch.cat(parts)
         first = max(self.first - start, 0)
         out[:first] *= self.first_std
         out[first:] *= self.std
@@ -45,6 +46,12 @@ def drawn(recipe: dict[str, Normal], seed: int) -> Values:
     return lambda name, start, length: recipe[name].elements(f"{seed}/{name}", start, length)
 
 
+def generator_of(text: str) -> torch.Generator:
+    """A CPU generator seeded by a hash of the text."""
+    digest = hashlib.blake2b(text.encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
 @torch.no_grad()
 def fill(flat: Tensor, values: Values, name: str, start: int = 0) -> None:
     """Writes the elements of parameter `name` from `start` on into `flat` (n,), on any device and in any dtype."""
@@ -53,17 +60,11 @@ def fill(flat: Tensor, values: Values, name: str, start: int = 0) -> None:
         part.copy_(values(name, start + offset, len(part)))
 
 
-def _standard_normal(key: str, size: int, start: int, length: int) -> Tensor:
-    parts = list(_chunks(key, size, start, start + length))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
 def _chunks(key: str, size: int, start: int, end: int) -> Iterator[Tensor]:
+    """Elements start … end − 1 of N(0, 1), each chunk by a generator of its own."""
     for number in range(start // CHUNK, -(-end // CHUNK)):
-        digest = hashlib.blake2b(f"{key}/{number}".encode(), digest_size=7).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
         begin = number * CHUNK
-        whole = torch.randn(min(CHUNK, size - begin), generator=generator)
+        whole = torch.randn(min(CHUNK, size - begin), generator=generator_of(f"{key}/{number}"))
         yield whole[max(start - begin, 0) : end - begin]
 
 

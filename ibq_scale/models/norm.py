@@ -2,21 +2,51 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ibq_scale.models.fused_norm import DTYPES, group_norm
+
+_TRITON = importlib.util.find_spec("triton") is not None
+
 
 class GroupNorm(nn.GroupNorm):
-    """torch's own rounds mean and 1/σ of bf16 input to bf16. The error of a large mean affects all outputs."""
+    """torch's own rounds mean and 1/σ of bf16 input to bf16. The error of a large mean affects all outputs.
+
+    Channels-last images on GPUs take the kernels of `fused_norm`, and stay channels last. They have no second
+    derivative.
+    """
+
+    silu = False
 
     def forward(self, x: Tensor) -> Tensor:
+        if runs_fused(x):
+            return group_norm(x, self.weight, self.bias, self.num_groups, self.eps, silu=self.silu)
         if torch.finfo(x.dtype).bits >= 32:
-            return F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
-        normed: Tensor = _NarrowGroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps)
-        return normed
+            normed = F.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+        else:
+            normed = _NarrowGroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps)
+        return F.silu(normed) if self.silu else normed
+
+
+class GroupNormSiLU(GroupNorm):
+    """The norm and then SiLU, in one module so that one kernel can do both."""
+
+    silu = True
+
+
+def runs_fused(x: Tensor) -> bool:
+    """Whether the fused kernels take this input of a norm."""
+    return x.is_cuda and _TRITON and fusible(x) and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def fusible(x: Tensor) -> bool:
+    """Whether they would, if it were on a GPU with Triton and channels last."""
+    return x.dim() == 4 and x.dtype in DTYPES
 
 
 class _NarrowGroupNorm(torch.autograd.Function):

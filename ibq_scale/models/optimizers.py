@@ -77,6 +77,23 @@ def adamw(module: nn.Module, settings: OptimizerConfig) -> torch.optim.Optimizer
     return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
 
 
+def clipped_step(optimizer: torch.optim.Optimizer, gradient: Tensor, norm: Tensor, largest: float, lr: float) -> bool:
+    """One step at the rate `lr`, with the gradient scaled in place to the norm `largest` at most (0: as it is).
+
+    `gradient`: the memory of all parameters' gradients. They are dropped afterwards. False for a `norm` that is not
+    finite: then nothing changes.
+    """
+    if not bool(norm.isfinite()):
+        return False
+    if largest > 0:
+        gradient.mul_((largest / (norm + 1e-6)).clamp(max=1.0))
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return True
+
+
 def moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> tuple[str, ...]:
     """Names of the parameter's moments in the optimizer's state."""
     return (MOMENTUM,) if isinstance(optimizer, Muon) and optimizer.takes(parameter) else MOMENTS

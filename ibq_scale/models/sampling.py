@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from ibq_scale.models.cache import KVCache
 from ibq_scale.models.condition import Condition
+from ibq_scale.models.initial import generator_of
 from ibq_scale.models.transformer import Transformer
 
 GuidanceSchedule = Literal["constant", "linear", "power-cosine"]
@@ -43,7 +43,6 @@ class SamplingSettings:
             raise ValueError("sampling needs temperature > 0, top_k >= 0, 0 < top_p <= 1 and guidance_power > 0")
 
     def guidance_at(self, tokens: int) -> list[float]:
-        """The guidance of each of an image's codes."""
         return [1.0 + (self.guidance - 1.0) * self._share(t / tokens, (t + 1) / tokens) for t in range(tokens)]
 
     def _share(self, before: float, after: float) -> float:
@@ -158,8 +157,7 @@ def _uniform(seed: int, labels: list[int], ids: range | list[int], steps: int) -
     """One number in [0, 1) per row and step, float64, from one CPU generator per row."""
     rows = []
     for label, row in zip(labels, ids, strict=True):
-        digest = hashlib.blake2b(f"{seed}/{label}/{row}".encode(), digest_size=7).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+        generator = generator_of(f"{seed}/{label}/{row}")
         rows.append(torch.rand(steps, generator=generator, dtype=torch.float64))
     return torch.stack(rows)
 

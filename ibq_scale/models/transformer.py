@@ -112,16 +112,8 @@ class PrefixBlock(nn.Module):
         self.dropout = nn.Dropout(config.residual_dropout)
         self.checkpointing = config.activation_checkpointing
 
-    def forward(
-        self,
-        x_BTE: Tensor,
-        condition_BE: Tensor,
-        table_R2Tp: Tensor,
-        cache: LayerCache | None,
-        kind: AttentionKind,
-        visible_BTS: Tensor | None = None,
-    ) -> Tensor:
-        inputs = (x_BTE, condition_BE, table_R2Tp, cache, kind, visible_BTS)
+    def forward(self, *inputs: Any) -> Tensor:
+        """`compute`, recomputed in the backward pass as `activation_checkpointing` says."""
         # Inside the block, so that torch.compile covers the recomputation.
         if self.checkpointing in ("auto", "none") or not (self.training and torch.is_grad_enabled()):
             return self.compute(*inputs)
@@ -266,11 +258,7 @@ class Transformer(nn.Module):
         return logits
 
     def losses(
-        self,
-        codes_BT: Tensor,
-        labels_B: Tensor,
-        condition: Condition | None = None,
-        orders: Orders | None = None,
+        self, codes_BT: Tensor, labels_B: Tensor, condition: Condition | None = None, orders: Orders | None = None
     ) -> Tensor:
         """Cross-entropy of each code (B, T), fp32, as `forward`, without full logits.
 
@@ -282,11 +270,7 @@ class Transformer(nn.Module):
         return losses
 
     def hidden(
-        self,
-        codes_BT: Tensor,
-        labels_B: Tensor,
-        condition: Condition | None = None,
-        orders: Orders | None = None,
+        self, codes_BT: Tensor, labels_B: Tensor, condition: Condition | None = None, orders: Orders | None = None
     ) -> Tensor:
         """The head's input (B, T, E): ``head(hidden(codes, labels))`` are the logits of `forward`.
 

@@ -1,7 +1,7 @@
 """Text encoders for `model.conditioning=embedding`, and captions of prepared images.
 
 ``hash`` gives each word a fixed random vector: no weights, for tests and small sets of words. ``t5:NAME`` and
-``clip:NAME`` are encoders of transformers in the Hub's cache. Nothing is fetched here.
+``clip:NAME`` are encoders of transformers, in the Hub's cache or in a folder. Nothing is fetched here.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ibq_scale.data.manifest import ConditionInfo
 from ibq_scale.documents import DocumentError, parse_json
 from ibq_scale.errors import UserError
 from ibq_scale.models.condition import Condition, padded
+from ibq_scale.models.initial import generator_of
 
 HASH_WIDTH, HASH_TOKENS = 64, 16
 # Classes of transformers by kind, and the longest captions of LlamaGen (T5) and of CLIP.
@@ -41,9 +42,9 @@ class TextEncoder(NamedTuple):
 
 
 def text_encoder(name: str, tokens: int | None = None, device: torch.device | str = "cpu") -> TextEncoder:
-    """``hash``, ``hash:WIDTH``, ``t5:NAME`` or ``clip:NAME`` (names of the Hub). `tokens`: default of the kind.
+    """``hash``, ``hash:WIDTH``, ``t5:NAME`` or ``clip:NAME`` (on the Hub, or a folder). `tokens`: default of the kind.
 
-    UserError for other names, and for a model that is not in the Hub's cache.
+    UserError for other names, a model that is not in the Hub's cache, and more `tokens` than its positions.
     """
     kind, _, rest = name.partition(":")
     if kind == "hash" and (rest or str(HASH_WIDTH)).isdecimal() and int(rest or HASH_WIDTH) > 0:
@@ -51,7 +52,7 @@ def text_encoder(name: str, tokens: int | None = None, device: torch.device | st
         return TextEncoder(name, width, limit, lambda captions: [_hashed(c, width)[:limit] for c in captions])
     if kind not in KINDS or not rest:
         raise UserError(f"text encoder {name}: write hash, hash:WIDTH, t5:OWNER/NAME or clip:OWNER/NAME")
-    return _of_transformers(name, kind, rest, tokens or KINDS[kind][1], device)
+    return _of_transformers(name, kind, rest, tokens, device)
 
 
 def encoder_of(info: ConditionInfo, device: torch.device | str = "cpu") -> TextEncoder:
@@ -66,12 +67,11 @@ def _hashed(caption: str, width: int) -> Tensor:
     """A vector from N(0, 1) for each word, (words, width), a function of the word in lower case."""
     rows = [torch.empty(0, width)]
     for word in re.findall(r"\w+", caption.lower()):
-        seed = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=7).digest(), "little")
-        rows.append(torch.randn(1, width, generator=torch.Generator().manual_seed(seed)))
+        rows.append(torch.randn(1, width, generator=generator_of(word)))
     return torch.cat(rows)
 
 
-def _of_transformers(name: str, kind: str, model: str, tokens: int, device: torch.device | str) -> TextEncoder:
+def _of_transformers(name: str, kind: str, model: str, asked: int | None, device: torch.device | str) -> TextEncoder:
     try:
         import transformers  # type: ignore[import-not-found, unused-ignore]
     except ImportError:
@@ -84,7 +84,13 @@ def _of_transformers(name: str, kind: str, model: str, tokens: int, device: torc
             f"text encoder {name} is not in the Hub's cache ({str(e).splitlines()[0]:.100}): "
             f"fetch it with 'hf download {model}' where there is a network"
         ) from None
-    network.to(device).eval()
+    # T5's positions are relative, and have no end.
+    most = getattr(network.config, "max_position_embeddings", None) or KINDS[kind][1]
+    tokens = asked or min(KINDS[kind][1], most)
+    if kind == "clip" and tokens > most:
+        raise UserError(f"text encoder {name} has {most} positions: no more than {most} vectors a caption are possible")
+    # A checkpoint may be in fp16, and T5 overflows in it.
+    network.to(device, torch.float32).eval()
 
     @torch.inference_mode()
     def encode(captions: Sequence[str]) -> list[Tensor]:
@@ -92,9 +98,8 @@ def _of_transformers(name: str, kind: str, model: str, tokens: int, device: torc
         for first in range(0, len(captions), BATCH):
             part = list(captions[first : first + BATCH])
             inputs = tokenizer(part, padding=True, truncation=True, max_length=tokens, return_tensors="pt").to(device)
-            hidden_BLC = network(**inputs).last_hidden_state.float().cpu()
-            lengths = inputs["attention_mask"].sum(dim=1).tolist()
-            rows += [hidden_L[:length] for hidden_L, length in zip(hidden_BLC, lengths, strict=True)]
+            hidden_BLC, mask_BL = network(**inputs).last_hidden_state.cpu(), inputs["attention_mask"].bool().cpu()
+            rows += [hidden_LC[mask_L] for hidden_LC, mask_L in zip(hidden_BLC, mask_BL, strict=True)]
         return rows
 
     return TextEncoder(name, int(network.config.hidden_size), tokens, encode)

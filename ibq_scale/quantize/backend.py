@@ -7,7 +7,6 @@ from functools import lru_cache
 from typing import Literal, cast
 
 import torch
-from torch import Tensor
 
 from ibq_scale.errors import UserError
 from ibq_scale.quantize.backend_interface import Backend
@@ -74,14 +73,9 @@ def _obstacle(
     return without_tile((kernel,) if kernel else tuple(KERNELS), precision, dim, device)
 
 
-def backend_for(z_ND: Tensor, backend: str, precision: str, temperature: float, tile_bytes: int | None) -> Backend:
-    """The backend for tensors like z (N, D)."""
-    chosen = choose(backend, z_ND.device, z_ND.dtype, z_ND.shape[1], precision)
-    return _cached(chosen, cast(Precision, precision), temperature, tile_bytes)
-
-
 @lru_cache(maxsize=64)
-def _cached(backend: BackendName, precision: Precision, temperature: float, tile_bytes: int | None) -> Backend:
+def made(backend: BackendName, precision: Precision, temperature: float, tile_bytes: int | None) -> Backend:
+    """The backend of this name, made once for each of its settings."""
     if backend == "triton":
         from ibq_scale.quantize.triton_backend import TritonBackend
 

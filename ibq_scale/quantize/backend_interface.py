@@ -61,7 +61,6 @@ class RowStatistics:
         return RowStatistics(sums.index, sums.top, sums.total.log(), log_sum_tau, entropy)
 
     def rows(self, block: slice) -> RowStatistics:
-        """The statistics of some tokens."""
         return RowStatistics(*(getattr(self, f.name)[block] for f in fields(self)))
 
 
@@ -113,29 +112,23 @@ class Backend(Protocol):
 
     def rounded(self, rows_KD: Tensor) -> Tensor:
         """`Codebook.rounded_KD`, made once for forward and backward. Empty where products read the rows themselves."""
-        ...
 
     def sums(self, z_MD: Tensor, codebook: Codebook) -> tuple[PartSums, Candidates]:
         """Sums over this shard with `soft_codes_MD`, and the candidates."""
-        ...
 
     def empty_candidates(self, z_MD: Tensor) -> Candidates:
         """Empty lists for these tokens."""
-        ...
 
     def means(
         self, z_MD: Tensor, codebook: Codebook, statistics: RowStatistics, segments: Segments, candidates: Candidates
     ) -> Tensor:
         """Σ_i q_ik (G, K) of each segment's tokens over this shard's codes."""
-        ...
 
     def row_sums(self, inputs: BackwardInputs) -> Tensor:
         """π over this shard, (M,)."""
-        ...
 
     def gradients(self, inputs: BackwardInputs) -> tuple[Tensor, Tensor]:
         """∂L/∂z (M, D), this shard's part of the sum, and ∂L/∂C (K, D) without the selected rows' own gradient."""
-        ...
 
 
 @runtime_checkable
@@ -144,7 +137,6 @@ class WholeRowBackend(Backend, Protocol):
 
     def sums_and_means(self, z_MD: Tensor, codebook: Codebook, segments: Segments) -> tuple[PartSums, Tensor]:
         """Both in one pass, `soft_codes_MD` None."""
-        ...
 
 
 def combine(parts: list[PartSums], first_codes: list[int], temperature: float) -> PartSums:

@@ -35,13 +35,25 @@ WHOLE = Shards()
 """The whole codebook on this rank, alone."""
 
 
+def own_group(partition: Iterable[Sequence[int]]) -> Group:
+    """This rank's group, of a partition of the world's ranks into equal parts. None for a group of one.
+
+    Each rank makes its own group only, so this takes as long for a thousand groups as for one. NCCL splits the world
+    once, since all ranks take part.
+    """
+    ranks = next(ranks for ranks in partition if dist.get_rank() in ranks)
+    if len(ranks) == 1:
+        return None
+    made = dist.new_group(list(ranks), use_local_synchronization=True)
+    assert isinstance(made, dist.ProcessGroup)
+    return made
+
+
 def size_of(group: Group) -> int:
-    """Ranks in the group."""
     return 1 if group is None else dist.get_world_size(group)
 
 
 def rank_in(group: Group) -> int:
-    """This rank's place in the group."""
     return 0 if group is None else dist.get_rank(group)
 
 
@@ -108,13 +120,6 @@ def sum_over(tensors: Iterable[Tensor], group: Group) -> list[Tensor]:
     flat = torch.cat([t.reshape(-1) for t in parts])
     dist.all_reduce(flat, group=group)
     return [piece.view_as(t) for piece, t in zip(torch.split(flat, [t.numel() for t in parts]), parts, strict=True)]
-
-
-def min_over(x: Tensor, group: Group) -> Tensor:
-    """The elementwise minimum over the ranks, in place."""
-    if group is not None:
-        dist.all_reduce(x, op=dist.ReduceOp.MIN, group=group)
-    return x
 
 
 def owned_codes(index_M: Tensor, rows_KD: Tensor, group: Group) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +21,6 @@ _TYPES = {
     "*i32": ("index", "count", "candidates", "candidate_count", "rivals", "rival_count"),
     "fp32": ("inv_tau", "margin", "slack"),
 }
-# The launcher tells the compiler that 16 divides integers and addresses, as in training. It cannot for floats.
-_ODD = _TYPES["fp32"]
 
 
 class Needs(NamedTuple):
@@ -38,17 +37,34 @@ def target(arch: str) -> GPUTarget:
 
 
 def build(kernel: str, arch: str, precision: Precision, dim: int, tile: Tile) -> Any:
-    """Triton's compiled kernel. Errors of the compiler's passes come through."""
-    source_of = function(kernel)
+    """Triton's compiled kernel of the quantizer. Errors of the compiler's passes come through."""
     fixed = constants(kernel, tile, dim, precision)
-    signature = {name: "constexpr" if name in fixed else _type(kernel, name, precision) for name in source_of.arg_names}
+    types = {name: _type(kernel, name, precision) for name in function(kernel).arg_names if name not in fixed}
+    return build_function(function(kernel), arch, types, fixed, tile.warps, tile.stages)
+
+
+def build_function(
+    source_of: Any,
+    arch: str,
+    types: Mapping[str, str],
+    fixed: Mapping[str, Any],
+    warps: int,
+    stages: int,
+    odd: Collection[str] = (),
+) -> Any:
+    """Compiles Triton's function for arguments of these types (``*bf16``, ``i32``, …) and compile-time values.
+
+    16 divides all addresses and integers but `odd` ones.
+    """
+    # The launcher tells the compiler about 16, as in training. It cannot for floats.
     aligned = {
         (place,): [["tt.divisibility", 16]]
         for place, name in enumerate(source_of.arg_names)
-        if name not in fixed and name not in _ODD
+        if name in types and types[name] != "fp32" and name not in odd
     }
-    source = ASTSource(fn=source_of, signature=signature, constexprs=fixed, attrs=aligned)
-    return triton.compile(source, target=target(arch), options={"num_warps": tile.warps, "num_stages": tile.stages})
+    signature = {name: types.get(name, "constexpr") for name in source_of.arg_names}
+    source = ASTSource(fn=source_of, signature=signature, constexprs=dict(fixed), attrs=aligned)
+    return triton.compile(source, target=target(arch), options={"num_warps": warps, "num_stages": stages})
 
 
 def needs(built: Any) -> Needs:
@@ -65,7 +81,6 @@ def needs(built: Any) -> Needs:
 
 
 def machine_code(built: Any) -> str:
-    """As text."""
     return str(built.asm["amdgcn"]) if "amdgcn" in built.asm else _dump(built, "-sass")
 
 

@@ -7,13 +7,13 @@ low-level calls: `torch.library.custom_op` would import the compiler, 0.2 GB, at
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ibq_scale.quantize.backend import backend_for
+from ibq_scale.quantize.backend import choose, made
 from ibq_scale.quantize.backend_interface import (
     Backend,
     BackwardInputs,
@@ -36,6 +36,7 @@ from ibq_scale.quantize.collectives import (
     size_of,
     sum_over,
 )
+from ibq_scale.quantize.product import Precision
 from ibq_scale.quantize.quantized import batch_entropy_of, batch_entropy_slope, not_finite
 
 
@@ -339,11 +340,12 @@ def _call_backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
 def _backend_of(z_ND: Tensor, settings: Settings) -> Backend:
     # No kernel starts for a group without tokens. Its replicas may have some.
     backend = settings.backend if any(settings.sizes or [1]) else "tiled"
-    return backend_for(z_ND, backend, settings.precision, settings.temperature, settings.tile_bytes or None)
+    precision = cast(Precision, settings.precision)
+    chosen = choose(backend, z_ND.device, z_ND.dtype, z_ND.shape[1], precision)
+    return made(chosen, precision, settings.temperature, settings.tile_bytes or None)
 
 
 def group_of(name: str) -> Group:
-    """The group of `group_name`."""
     return _resolve(name) if name else None
 
 

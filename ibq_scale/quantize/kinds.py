@@ -86,22 +86,6 @@ def _function_settings(settings: QuantizerConfig, shards: Shards) -> Settings:
     )
 
 
-def _vq(z_ND: Tensor, rows_KD: Tensor, settings: QuantizerConfig, shards: Shards, _: Tensor | None) -> Quantized:
-    return vq(z_ND, rows_KD, settings, shards)
-
-
-def _lfq(z_ND: Tensor, _: Tensor, settings: QuantizerConfig, shards: Shards, mean_J: Tensor | None) -> Quantized:
-    return lfq(z_ND, settings, shards.group, shards.replicas, mean_J)
-
-
-def _lfq_sums(z_ND: Tensor, _: Tensor, settings: QuantizerConfig, shards: Shards) -> tuple[Tensor, Tensor]:
-    return bit_sums(z_ND, settings, shards.group, shards.replicas)
-
-
-def _fsq(z_ND: Tensor, _: Tensor, settings: QuantizerConfig, __: Shards, ___: Tensor | None) -> Quantized:
-    return fsq(z_ND, settings)
-
-
 def _searched(score: Score) -> Callable[[Tensor, Tensor, QuantizerConfig, Group, list[int] | None], Found]:
     """The row of the best score, over the whole sharded codebook."""
 
@@ -147,14 +131,6 @@ def _drawn(
     return rows
 
 
-def _normal(values: Tensor, generator: torch.Generator, _: QuantizerConfig) -> Tensor:
-    return values.normal_(generator=generator)
-
-
-def _normal_basis(values: Tensor, generator: torch.Generator, settings: QuantizerConfig) -> Tensor:
-    return values.normal_(std=settings.dim**-0.5, generator=generator)
-
-
 def _uniform(values: Tensor, generator: torch.Generator, settings: QuantizerConfig) -> Tensor:
     bound = 1.0 / settings.codebook_size
     return values.uniform_(-bound, bound, generator=generator)
@@ -166,7 +142,7 @@ KINDS: dict[str, Kind] = {
         words="index backpropagation quantization (IBQ, arXiv 2412.02692)",
         quantize=_ibq,
         index=_searched(Score.DOT),
-        initial_rows=_drawn(_normal),
+        initial_rows=_drawn(lambda rows, rng, _: rows.normal_(generator=rng)),
         learns="rows",
         batch_sums=_ibq_sums,
         products=5,
@@ -176,7 +152,7 @@ KINDS: dict[str, Kind] = {
     # U(−1/K, 1/K), as VQGAN.
     "vq": Kind(
         words="vector quantization (VQGAN)",
-        quantize=_vq,
+        quantize=vq,
         index=_searched(Score.DISTANCE),
         initial_rows=_drawn(_uniform),
         learns="rows",
@@ -186,23 +162,23 @@ KINDS: dict[str, Kind] = {
     # A basis from N(0, 1/D), as published. Its layer makes the codes once a micro-batch: little beside the search.
     "simvq": Kind(
         words="SimVQ (arXiv 2411.02038)",
-        quantize=_vq,
+        quantize=vq,
         index=_searched(Score.DISTANCE),
-        initial_rows=_drawn(_normal_basis),
+        initial_rows=_drawn(lambda rows, rng, settings: rows.normal_(std=settings.dim**-0.5, generator=rng)),
         learns="layer",
         products=1,
     ),
     "lfq": Kind(
         words="lookup-free quantization (arXiv 2310.05737)",
-        quantize=_lfq,
+        quantize=lfq,
         index=_computed(lambda z_ND, _: sign_index(z_ND)),
         initial_rows=lambda settings, _, start, stop: corners(settings.dim, start, stop),
         learns="nothing",
-        batch_sums=_lfq_sums,
+        batch_sums=bit_sums,
     ),
     "fsq": Kind(
         words="finite scalar quantization (FSQ, arXiv 2309.15505)",
-        quantize=_fsq,
+        quantize=lambda z_ND, _, settings, *__: fsq(z_ND, settings),
         index=_computed(lambda z_ND, settings: grid_index(z_ND, settings.levels)),
         initial_rows=lambda settings, _, start, stop: grid(settings.levels, start, stop),
         learns="nothing",

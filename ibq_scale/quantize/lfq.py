@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ibq_scale.config.models import QuantizerConfig
-from ibq_scale.quantize.collectives import Group, sum_over
+from ibq_scale.quantize.collectives import Group, Shards, sum_over
 from ibq_scale.quantize.quantized import Quantized, batch_entropy_of, batch_entropy_slope, commitment_terms
 
 # Bits of one joint distribution in the batch entropy: Open-MAGVIT2 cuts 18 bits into two nines.
@@ -33,9 +33,7 @@ def sign_index(z_ND: Tensor) -> Tensor:
     return ((z_ND > 0).long() << _shifts(z_ND.shape[1]).to(z_ND.device)).sum(dim=1)
 
 
-def lfq(
-    z_ND: Tensor, settings: QuantizerConfig, group: Group, replicas: Group, mean_J: Tensor | None = None
-) -> Quantized:
+def lfq(z_ND: Tensor, _: Tensor, settings: QuantizerConfig, shards: Shards, mean_J: Tensor | None = None) -> Quantized:
     """Quantizes z (N, D). The batch entropy runs over all ranks' tokens where `settings.entropy_scope` says so.
 
     With `mean_J` from `bit_sums` it runs over a whole optimizer step.
@@ -43,8 +41,7 @@ def lfq(
     hard_ND = torch.where(z_ND > 0, 1.0, -1.0).to(z_ND.dtype)
     log_bit_ND2 = _bit_log_probabilities(z_ND, settings.entropy_temperature)
     sample_entropy = -(log_bit_ND2.exp() * log_bit_ND2).sum(dim=(1, 2)).mean()
-    others = (group, replicas) if settings.entropy_scope == "global" else ()
-    batch_entropy = _batch_entropy(log_bit_ND2, others, mean_J)
+    batch_entropy = _batch_entropy(log_bit_ND2, _others(settings, shards), mean_J)
     return Quantized(
         z_q_ND=z_ND + (hard_ND - z_ND).detach() if settings.straight_through else hard_ND,
         indices_N=sign_index(z_ND),
@@ -61,10 +58,14 @@ def _bit_log_probabilities(z_ND: Tensor, temperature: float) -> Tensor:
     return torch.stack([F.logsigmoid(-logit_ND), F.logsigmoid(logit_ND)], dim=2)
 
 
-def bit_sums(z_ND: Tensor, settings: QuantizerConfig, group: Group, replicas: Group) -> tuple[Tensor, Tensor]:
+def bit_sums(z_ND: Tensor, _: Tensor, settings: QuantizerConfig, shards: Shards) -> tuple[Tensor, Tensor]:
     """Σ q of all ranks' tokens over every group of bits, end to end, and the number of tokens."""
-    others = (group, replicas) if settings.entropy_scope == "global" else ()
-    return _sums(_bit_log_probabilities(z_ND, settings.entropy_temperature), others)
+    return _sums(_bit_log_probabilities(z_ND, settings.entropy_temperature), _others(settings, shards))
+
+
+def _others(settings: QuantizerConfig, shards: Shards) -> tuple[Group, ...]:
+    """The groups of ranks whose tokens share q̄."""
+    return (shards.group, shards.replicas) if settings.entropy_scope == "global" else ()
 
 
 def _sums(log_bit_ND2: Tensor, others: tuple[Group, ...]) -> tuple[Tensor, Tensor]:

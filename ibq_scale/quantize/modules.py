@@ -21,7 +21,7 @@ from torch.utils import _pytree
 
 from ibq_scale.config.models import QuantizerConfig
 from ibq_scale.errors import UserError
-from ibq_scale.quantize.collectives import rank_in, size_of, sum_over
+from ibq_scale.quantize.collectives import Group, rank_in, size_of, sum_over
 from ibq_scale.quantize.kinds import KINDS
 from ibq_scale.quantize.placement import Layout, Placement
 from ibq_scale.quantize.quantized import Quantized
@@ -101,8 +101,9 @@ class Quantizer(nn.Module):
         self.seed = seed
         learns = KINDS[self.kind].learns
         place = torch.get_default_device() if device is None else torch.device(device)
-        self._sharded = learns != "nothing" and self.placement.group is not None
-        self._start, stop = rows_of(*self._place_in_group(), codes)
+        # Whether this rank holds some of the rows only.
+        self.is_sharded = learns != "nothing" and self.placement.group is not None
+        self._start, stop = rows_of(rank_in(self._group), size_of(self._group), codes)
         rows = torch.empty(stop - self._start, self.settings.dim, device=place)
         if learns == "rows":
             self.codebook: Tensor = nn.Parameter(rows)
@@ -145,11 +146,6 @@ class Quantizer(nn.Module):
         return self.settings.codebook_size
 
     @property
-    def is_sharded(self) -> bool:
-        """Whether this rank holds some of the rows only."""
-        return self._sharded
-
-    @property
     def is_straight_through(self) -> bool:
         """Whether the gradient of `quantized` is z's own, unchanged."""
         return self.kind != "ibq" and self.settings.straight_through is True
@@ -190,8 +186,7 @@ class Quantizer(nn.Module):
         sizes = self.placement.layout(len(z_ND), z.device).shards.sizes
         with torch.autocast(z.device.type, enabled=False):
             rows_KD = self.rows()
-            group = self.placement.group if self._sharded else None
-            found_N = find(z_ND.to(rows_KD.dtype), rows_KD, self.settings, group, sizes).index_N
+            found_N = find(z_ND.to(rows_KD.dtype), rows_KD, self.settings, self._group, sizes).index_N
         return self._spread(found_N, keep_N, _MASKED).view(z_XD.shape[:-1])
 
     @torch.no_grad()
@@ -206,9 +201,8 @@ class Quantizer(nn.Module):
                 f"{int(flat.min())} to {int(flat.max())}"
             )
         with torch.autocast(flat.device.type, enabled=False):
-            group = self.placement.group if self._sharded else None
-            sizes = self.placement.layout(len(flat), flat.device).shards.sizes if self._sharded else None
-            codes_ND = lookup(flat.clamp(min=0), self.rows(), group, sizes, self.settings)
+            sizes = self.placement.layout(len(flat), flat.device).shards.sizes if self.is_sharded else None
+            codes_ND = lookup(flat.clamp(min=0), self.rows(), self._group, sizes, self.settings)
         codes = codes_ND.masked_fill((flat < 0)[:, None], 0).view(*indices.shape, self.dim)
         return codes.movedim(-1, 1) if self.channel_first else codes
 
@@ -218,7 +212,7 @@ class Quantizer(nn.Module):
         if rows_KD.dtype in (torch.float16, torch.bfloat16):
             rows_KD = rows_KD.float()
         if self.layer is None:
-            return self.placement.averaged(rows_KD, sharded=self._sharded)
+            return self.placement.averaged(rows_KD, sharded=self.is_sharded)
         weight, bias = (
             self.placement.averaged(parameter.to(rows_KD.dtype), sharded=False)
             for parameter in (self.layer.weight, self.layer.bias)
@@ -228,7 +222,7 @@ class Quantizer(nn.Module):
     def grad_square(self) -> Tensor:
         """The squared norm, fp64, of the gradients of what is learned, over the codebook group. Collective."""
         square = torch.zeros((), dtype=torch.float64, device=self.codebook.device)
-        if self._sharded and self.codebook.grad is not None:
+        if self.is_sharded and self.codebook.grad is not None:
             square = square + self.codebook.grad.double().square().sum()
         (square,) = sum_over([square], self.placement.group)
         for parameter in () if self.layer is None else self.layer.parameters():
@@ -295,7 +289,7 @@ class Quantizer(nn.Module):
 
     def _refuse_wrappers(self) -> None:
         """DDP broadcasts what it is not told to leave alone, and has destroyed the rows of a shard."""
-        if self._seen_by_wrapper or not self._sharded or torch.compiler.is_compiling():
+        if self._seen_by_wrapper or not self.is_sharded or torch.compiler.is_compiling():
             return
         ddp = DistributedDataParallel._active_ddp_module
         if ddp is not None:
@@ -306,15 +300,15 @@ class Quantizer(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """FSDP2 sets its own pieces of a parameter."""
-        if name == "codebook" and hasattr(value, "full_tensor") and self._sharded:
+        if name == "codebook" and hasattr(value, "full_tensor") and self.is_sharded:
             raise UserError(
                 "FSDP would cut a shard of a codebook: fully_shard(…, ignored_params=own_parameters(model))"
             )
         super().__setattr__(name, value)
 
-    def _place_in_group(self) -> tuple[int, int]:
-        group = self.placement.group if self._sharded else None
-        return rank_in(group), size_of(group)
+    @property
+    def _group(self) -> Group:
+        return self.placement.group if self.is_sharded else None
 
     @property
     def _name(self) -> str:
@@ -336,7 +330,7 @@ class Quantizer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, *rest)
 
     def extra_repr(self) -> str:
-        ranks = f", rows {self._start}…{self._start + len(self.codebook) - 1}" if self._sharded else ""
+        ranks = f", rows {self._start}…{self._start + len(self.codebook) - 1}" if self.is_sharded else ""
         return f"dim={self.dim}, codes={self.codes}{ranks}" + (", channel_first=True" if self.channel_first else "")
 
 

@@ -6,15 +6,14 @@ its own gradients: they are the mean over ranks of the losses' gradients, as DDP
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ibq_scale.errors import UserError
-from ibq_scale.quantize.collectives import Group, Shards, size_of, sizes_in, sum_over
+from ibq_scale.quantize.collectives import Group, Shards, own_group, size_of, sizes_in, sum_over
 
 
 class Layout(NamedTuple):
@@ -45,7 +44,6 @@ class Placement:
 
     @property
     def alone(self) -> bool:
-        """Whether nothing is exchanged."""
         return self.world == 1
 
     @property
@@ -91,15 +89,11 @@ class Placement:
 
     def __reduce__(self) -> Any:
         if not self.alone:
-            _refuse_pickle()
+            raise UserError(
+                "a quantizer with a codebook_group cannot be pickled, since its groups are of this process: "
+                "save whole_state_dict(model) instead"
+            )
         return Placement, ()
-
-
-def _refuse_pickle() -> NoReturn:
-    raise UserError(
-        "a quantizer with a codebook_group cannot be pickled, since its groups are of this process: "
-        "save whole_state_dict(model) instead"
-    )
 
 
 class _Averaged(torch.autograd.Function):
@@ -140,14 +134,4 @@ def _copies_of(group: dist.ProcessGroup) -> Group:
         or len({len(ranks) for ranks in partition}) > 1
     ):
         raise UserError(f"the codebook groups must split all ranks into equal parts: got {[*map(list, partition)]}")
-    own: Group = None
-    for ranks in zip(*partition, strict=True):
-        made = dist.new_group(_listed(ranks))
-        if dist.get_rank() in ranks:
-            assert isinstance(made, dist.ProcessGroup)
-            own = made
-    return own if size_of(own) > 1 else None
-
-
-def _listed(ranks: Sequence[int]) -> list[int]:
-    return list(ranks)
+    return own_group(zip(*partition, strict=True))

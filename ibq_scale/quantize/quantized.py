@@ -57,7 +57,6 @@ def commitment_terms(hard_ND: Tensor, z_ND: Tensor, settings: QuantizerConfig) -
 
 
 def codebook_weight(settings: QuantizerConfig) -> float:
-    """The factor of the codebook's own term."""
     return settings.beta if settings.beta_on == "codebook" else 1.0
 
 

@@ -16,7 +16,6 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def quantizers(model: nn.Module) -> Iterator[tuple[str, Quantizer]]:
-    """The quantizers of a model with their names."""
     return ((name, part) for name, part in model.named_modules() if isinstance(part, Quantizer))
 
 

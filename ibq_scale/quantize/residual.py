@@ -48,6 +48,10 @@ class _Several(nn.Module):
         """Of one level or group."""
         return int(self[0].codes)
 
+    @property
+    def is_straight_through(self) -> bool:
+        return bool(self[0].is_straight_through)
+
     def _axis(self) -> int:
         return 1 if self.channel_first else -1
 
@@ -89,10 +93,6 @@ class ResidualQuantizer(_Several):
     def dim(self) -> int:
         return int(self[0].dim)
 
-    @property
-    def is_straight_through(self) -> bool:
-        return bool(self[0].is_straight_through)
-
     def forward(self, z: Tensor, mask: Tensor | None = None, levels: int | None = None) -> QuantizerOutput:
         """Quantizes z. `levels`: only the first ones. `mask`: as in `Quantizer.forward`, not with sizes."""
         side = self._side(z, mask)
@@ -107,7 +107,9 @@ class ResidualQuantizer(_Several):
             codes = codes + made
             outs.append(out)
         if self.is_straight_through:
-            codes = _StraightThrough.apply(self._real(z, mask), codes.to(z.dtype))
+            # Masked tokens get no gradient.
+            real = z if mask is None else z * mask.unsqueeze(self._axis()).to(z.dtype)
+            codes = _StraightThrough.apply(real, codes.to(z.dtype))
         return self._together(codes.to(z.dtype), self._joined([out.indices for out in outs]), outs)
 
     @torch.no_grad()
@@ -176,10 +178,6 @@ class ResidualQuantizer(_Several):
         made = F.interpolate(first, size=side, mode=mode)
         return made if self.channel_first else made.movedim(1, -1)
 
-    def _real(self, z: Tensor, mask: Tensor | None) -> Tensor:
-        """z without the gradient of masked tokens."""
-        return z if mask is None else z * mask.unsqueeze(self._axis()).to(z.dtype)
-
 
 class ProductQuantizer(_Several):
     """Groups of dimensions, quantized apart: K codes in each make K^groups together. Input has groups · dim dimensions.
@@ -193,10 +191,6 @@ class ProductQuantizer(_Several):
     @property
     def dim(self) -> int:
         return int(self[0].dim) * self.count
-
-    @property
-    def is_straight_through(self) -> bool:
-        return bool(self[0].is_straight_through)
 
     def forward(self, z: Tensor, mask: Tensor | None = None) -> QuantizerOutput:
         """Quantizes z, with a mask as in `Quantizer.forward`."""

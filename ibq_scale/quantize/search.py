@@ -188,7 +188,6 @@ class _Scorer:
         return _Scorer(self.z_MD[tokens], self.rows_KD, self.score, in_bf16=False)
 
     def scores_into(self, S_KB: Tensor, block: slice) -> None:
-        """Coarse scores of a block of tokens."""
         z_BD = self.z_MD[block]
         if self._narrow_rows_KD is not None:
             S_KB.copy_(torch.mm(self._narrow_rows_KD, z_BD.bfloat16().T, out_dtype=torch.float32))

@@ -6,11 +6,12 @@ The value is the code in each case.
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from ibq_scale.config.models import QuantizerConfig
-from ibq_scale.quantize.collectives import Shards, min_over
+from ibq_scale.quantize.collectives import Shards
 
 
 def carried(z_ND: Tensor, hard_ND: Tensor, indices_N: Tensor, settings: QuantizerConfig, shards: Shards) -> Tensor:
@@ -38,7 +39,8 @@ def dynamic_weights(z_ND: Tensor, hard_ND: Tensor, indices_N: Tensor, codes: int
     own_N = (z_ND - hard_ND).square().sum(dim=1)
     least_K = own_N.new_full((codes,), torch.inf).scatter_reduce_(0, indices_N, own_N, "amin")
     for group in (shards.group, shards.replicas):
-        least_K = min_over(least_K, group)
+        if group is not None:
+            dist.all_reduce(least_K, op=dist.ReduceOp.MIN, group=group)
     return torch.where(own_N > 0, least_K[indices_N] / own_N, 1.0)
 
 

@@ -145,12 +145,7 @@ class TiledBackend:
         return index, top, total, total_tau, weighted / LOG2_E
 
     def means(
-        self,
-        z_MD: Tensor,
-        codebook: Codebook,
-        statistics: RowStatistics,
-        segments: Segments,
-        candidates: Candidates,
+        self, z_MD: Tensor, codebook: Codebook, statistics: RowStatistics, segments: Segments, candidates: Candidates
     ) -> Tensor:
         mean_GK = z_MD.new_zeros((len(segments), codebook.rows_KD.shape[0]))
         with self._tile(z_MD, codebook.rows_KD) as tile:

@@ -219,6 +219,5 @@ def ceil_div(length: int, size: int) -> int:
 
 
 def launch(kernel: str, tile: Tile, grid: tuple[int, ...], dim: int, precision: Precision, *arguments: Any) -> None:
-    """Runs a kernel on a grid of programs."""
     fixed = constants(kernel, tile, dim, precision)
     function(kernel)[grid](*arguments, **fixed, num_warps=tile.warps, num_stages=tile.stages)

@@ -56,5 +56,4 @@ class CodeUsage:
         return float(perplexity(self.counts_K))
 
     def reset(self) -> None:
-        """Forgets everything counted."""
         self.counts_K.zero_()

@@ -63,7 +63,7 @@ torch.library.register_fake(
 )
 
 
-def vq(z_ND: Tensor, rows_KD: Tensor, settings: QuantizerConfig, shards: Shards) -> Quantized:
+def vq(z_ND: Tensor, rows_KD: Tensor, settings: QuantizerConfig, shards: Shards, _: Tensor | None = None) -> Quantized:
     """Quantizes z (N, D) with this rank's rows (K/W, D) of the codebook. There is no entropy term."""
     group, sizes = shards.group, shards.sizes or []
     indices_N = torch.ops.ibq_scale.nearest_rows(

@@ -25,8 +25,8 @@ from ibq_scale.losses.image import ImageLoss
 from ibq_scale.models.aligned import Alignment
 from ibq_scale.models.autoencoder import Autoencoder, image_of, tokens_of
 from ibq_scale.models.head import chunk_tokens
+from ibq_scale.models.layout import compute_dtype
 from ibq_scale.models.order import Orders
-from ibq_scale.models.precision import compute_dtype
 from ibq_scale.models.transformer import Transformer
 from ibq_scale.scaling import networks
 from ibq_scale.scaling.allocations import Allocations, NormShapes, as_on_cuda

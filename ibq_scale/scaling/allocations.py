@@ -1,15 +1,15 @@
 """Bytes of live tensors on any device. On ``meta`` a step can be rehearsed without memory.
 
 Every operator's outputs are tracked from allocation to release, as by an allocator. The count thus follows the training
-code itself and not a formula. On ``meta`` two operators are replaced by their CUDA forms: attention without a T × T
-matrix, and dropout with a mask of one byte an element.
+code itself and not a formula. On ``meta`` three operators are replaced by their CUDA forms: attention without a T × T
+matrix, dropout with a mask of one byte an element, and norms of images fused with SiLU.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from ibq_scale.models import norm
 
 # torch's CUDA allocator rounds up to this size.
 BLOCK = 512
@@ -103,17 +105,21 @@ NORMS: dict[Any, Callable[..., Any]] = {
 
 @contextmanager
 def as_on_cuda() -> Iterator[None]:
-    """Attention and dropout keep the same tensors for the backward pass as their CUDA kernels. Results are meaningless.
+    """Attention, dropout and norms keep the same tensors for the backward pass as on CUDA. Results are meaningless.
 
     torch's functions are replaced, since a `TorchFunctionMode` is off within a backward pass, and checkpointed blocks
     run again there.
     """
-    before = F.scaled_dot_product_attention, F.dropout
-    F.scaled_dot_product_attention, F.dropout = _attention, _dropout
-    try:
+    replaced: list[tuple[Any, str, Callable[..., Any]]] = [
+        (F, "scaled_dot_product_attention", _attention),
+        (F, "dropout", _dropout),
+        (norm, "runs_fused", norm.fusible),
+    ]
+    with ExitStack() as stack:
+        for module, name, form in replaced:
+            stack.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, form)
         yield
-    finally:
-        F.scaled_dot_product_attention, F.dropout = before
 
 
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:

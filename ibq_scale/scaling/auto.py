@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, TypeVar
@@ -250,12 +251,19 @@ def _reason(key: str, plan: Plan) -> str:
 
 
 def _too_small(run: AnyRun, keys: tuple[str, ...], machine: Machine) -> str:
-    smallest = {ZERO: OFFLOADS[-1], AGAIN: CHECKPOINTING[-1], GROUP: 0}
-    values = {key: smallest[key] for key in keys if key in smallest}
-    least = budget_of(with_values(run, values), machine.world).peak
+    least = _least_peak(run, keys, machine)
     memory = machine.gpu_memory
     assert memory is not None
     return (
         f"{run.name} does not fit {machine.world} GPUs of {memory / 1e9:.0f} GB: at least {least / HEADROOM / 1e9:.0f} "
         f"GB a GPU are needed. Take more GPUs, larger ones, or a smaller model"
     )
+
+
+def _least_peak(run: AnyRun, keys: tuple[str, ...], machine: Machine) -> float:
+    """Bytes of a GPU with the smallest value of each setting. UserError if training refuses every ZeRO stage."""
+    values = {key: value for key, value in ((AGAIN, CHECKPOINTING[-1]), (GROUP, 0)) if key in keys}
+    for stage in reversed(STAGES + OFFLOADS) if ZERO in keys else ():
+        with suppress(UserError):
+            return budget_of(with_values(run, values | {ZERO: stage}), machine.world).peak
+    return budget_of(with_values(run, values), machine.world).peak

@@ -79,8 +79,9 @@ def ar_budget(run: ARRun, zero: Zero, network: Network) -> MemoryBudget:
     """Memory of the transformer's training."""
     states = _states(network, zero)
     memory = ar_activation_memory(run, keeps_gradients=states.keeps_gradients and zero.accumulation == 1)
-    # Logits exist at the end of the forward pass. The peak may come later.
-    logits = max(0, memory.kept + logit_bytes(run) - memory.peak)
+    # Logits exist at the end of the forward pass. The peak may come later, with the buckets, which ZeRO-3 always keeps.
+    later = memory.peak + (states.on_gpu("buckets") if zero.stage < 3 else 0)
+    logits = max(0, memory.kept + logit_bytes(run) - later)
     lines = [
         *ar_states(run, zero, network),
         Line("activations", memory.peak, 0),

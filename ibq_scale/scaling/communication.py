@@ -10,6 +10,7 @@ tests/scaling/test_communication.py:
                 `use_multi_rank_bucket_allreduce` is left on); then an all-gather of the weights
     ZeRO-3      for each micro-batch an all-gather of the weights forward, another backward, and a reduce-scatter of the
                 gradients, then an all-gather of the small unpartitioned weights
+    Muon        under ZeRO-1 and 2, bf16 pieces of matrices between the ranks that share one (`zero.muon`)
 
 The quantizer (`quantize.function`), for each micro-batch, with M tokens of a group of W ranks, D dimensions, in fp32:
 
@@ -28,7 +29,10 @@ grows with the tokens of the whole group, replicated traffic with the codebook.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 from ibq_scale.config.batch import codebook_group_size
@@ -38,7 +42,8 @@ from ibq_scale.scaling.budget import discriminator_zero
 from ibq_scale.scaling.networks import Network
 from ibq_scale.zero.memory import FP32, Shares, Zero
 
-Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "reduce", "all-to-all"]
+Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "reduce", "all-to-all", "send"]
+BF16 = 2
 # Bytes per token and shard: maximum, two sums, a weighted sum, and an index.
 OF_A_SHARD = 4 * FP32 + 8
 # Tensors (M, D) that are gathered, and that are reduce-scattered to their tokens' ranks.
@@ -65,8 +70,10 @@ class Transfer:
         """Bytes sent by each rank per step in a ring: (n − 1)/n of the tensor, twice that for an all-reduce.
 
         For an all-to-all the tensor is that of one rank, since its messages go directly to their ranks (Patarasuk and
-        Yuan, J. Parallel Distrib. Comput. 69, 2009).
+        Yuan, J. Parallel Distrib. Comput. 69, 2009). A send has all messages of the rank with the most.
         """
+        if self.kind == "send":
+            return self.size * self.times
         passes = 2 if self.kind == "all-reduce" else 1
         return passes * (self.ranks - 1) / self.ranks * self.size * self.times
 
@@ -93,7 +100,27 @@ def engine_transfers(network: Network, zero: Zero, name: str = "") -> list[Trans
     times = micro_batches if zero.stage == 2 else 1
     messages = {"all-reduce": buckets, "reduce": buckets + world, "reduce-scatter": len(network.groups)}
     reduced = Transfer(gradients, zero.reduction, FP32 * n.whole, times, world, messages=messages[zero.reduction])
-    return [reduced] if zero.stage == 0 else [reduced, Transfer(weights, "all-gather", b * n.whole, 1, world)]
+    if zero.stage == 0:
+        return [reduced]
+    cut = muon_transfers(network.groups[0], zero) if network.muon else []
+    return [reduced, *cut, Transfer(weights, "all-gather", b * n.whole, 1, world)]
+
+
+def muon_transfers(matrices: Sequence[int], zero: Zero) -> list[Transfer]:
+    """The pieces of cut matrices in Muon's step. `matrices`: elements of each, in the order of the flat vector."""
+    share = Shares.of([matrices], zero).share
+    sent: Counter[int] = Counter()
+    most_holders = 1
+    for size, end in zip(matrices, accumulate(matrices), strict=True):
+        start = end - size
+        holders = range(start // share, (end - 1) // share + 1)
+        most_holders = max(most_holders, len(holders))
+        for rank in holders:
+            piece = min(end, (rank + 1) * share) - max(start, rank * share)
+            sent[rank] += BF16 * piece * (len(holders) - 1)
+    most = max(sent.values())
+    # The slowest pair of neighbours has a network between them.
+    return [Transfer("Muon's cut matrices", "send", most, 1, most_holders, spread=True)] if most else []
 
 
 def codebook_transfers(codes: int, dim: int, tokens: int, micro_batches: int, group: int, world: int) -> list[Transfer]:

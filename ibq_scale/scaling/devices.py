@@ -34,6 +34,8 @@ DEVICES = {
     "L40S": Device("L40S", 362e12, 48e9, 864e9, 32e9),
     "RTX 4090": Device("RTX 4090", 165.2e12, 24e9, 1008e9, 32e9),
 }
+# Of a compute capability below 8.9 (`models.fp8`).
+WITHOUT_FP8 = ("A10", "A100", "A100 40GB", "A40")
 # By CUDA's device name, if it identifies the board. Boards with the same chip differ in memory.
 BOARDS = {
     "NVIDIA A10": "A10",

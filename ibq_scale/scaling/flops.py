@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ibq_scale.config.models import AutoencoderConfig, DiscriminatorConfig, TransformerConfig
+from ibq_scale.config.models import AutoencoderConfig, DiscriminatorConfig, QuantizerConfig, TransformerConfig
 from ibq_scale.config.run import AnyRun, TokenizerLossConfig, TokenizerRun
 from ibq_scale.losses.frozen_vit import FrozenFeatures, backbone_of
 from ibq_scale.losses.perceptual import Net, Perceptual
@@ -39,12 +39,20 @@ SHARDED_PRODUCTS, TRITON_PRODUCTS = 8, 6
 
 TOKENIZER_FORMULA = (
     "autoencoder forward and back, discriminator three passes, LPIPS twice forward and once back: convolutions and "
-    "products, counted; quantizer 5 × 2·T·K·D"
+    "products, counted"
 )
 AR_FORMULA = (
     "3 × (L·(projections 2·T·E·(2E + 2·G·d) + attention 4·T²·E + feed-forward 6·T·E·F) + AdaLN 2·E·(6L + 2)·E + "
     "head 2·T·E·V + embedding 0)"
 )
+
+
+def tokenizer_formula(quantizer: QuantizerConfig) -> str:
+    """`TOKENIZER_FORMULA` with the products of tokens and codes of this kind of quantizer."""
+    products = KINDS[quantizer.kind].products
+    name = f"quantizer ({quantizer.kind})"
+    own = f"{name} {products} × 2·T·K·D" if products else f"{name} no products with codes"
+    return f"{TOKENIZER_FORMULA}; {own}" + ", region 2·T·K·D" * quantizer.region
 
 
 # The meta device has no GPU kernels and no compiler.

@@ -13,9 +13,9 @@ from ibq_scale.config.models import AutoencoderConfig, DiscriminatorConfig, Tran
 from ibq_scale.config.run import ARRun, TokenizerRun
 from ibq_scale.models.aligned import Alignment
 from ibq_scale.models.autoencoder import Autoencoder
+from ibq_scale.models.layout import compute_dtype
 from ibq_scale.models.muon import newton_schulz_flops
 from ibq_scale.models.optimizers import parameter_groups
-from ibq_scale.models.precision import compute_dtype
 from ibq_scale.models.transformer import Transformer
 from ibq_scale.scaling.flops import (
     backbone_on_meta,

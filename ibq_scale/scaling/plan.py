@@ -15,15 +15,15 @@ from ibq_scale.config.layers import with_values
 from ibq_scale.config.run import AnyRun, ARRun, TokenizerRun
 from ibq_scale.documents import read_json
 from ibq_scale.errors import UserError
-from ibq_scale.models.fp8 import EAGER
+from ibq_scale.models.fp8 import EAGER, check_fp8_sizes
 from ibq_scale.quantize.kinds import KINDS
 from ibq_scale.scaling import networks
 from ibq_scale.scaling.activation_memory import ar_activation_memory, tokenizer_activation_memory
 from ibq_scale.scaling.budget import MemoryBudget, ar_budget, checkpoint_bytes, tokenizer_budget
 from ibq_scale.scaling.communication import Transfer, codebook_transfers, engine_transfers, tokenizer_transfers
-from ibq_scale.scaling.devices import DEVICES, Device, named
+from ibq_scale.scaling.devices import DEVICES, WITHOUT_FP8, Device, named
 from ibq_scale.scaling.fabric import LINK_SHARE, Fabric
-from ibq_scale.scaling.flops import AR_FORMULA, TOKENIZER_FORMULA, ar_executed, ar_flops, step_flops
+from ibq_scale.scaling.flops import AR_FORMULA, ar_executed, ar_flops, step_flops, tokenizer_formula
 from ibq_scale.scaling.profile import SAME_FLOPS, MachineProfile, StepRate, nearest
 from ibq_scale.scaling.roofline import GpuWork, StepTime, step_time
 from ibq_scale.zero.memory import Zero
@@ -184,8 +184,9 @@ class Plan:
 
 
 def make_plan(run: AnyRun, machine: Machine, *, mfu: float, measured: Rate | None = None) -> Plan:
-    """Plans a run. UserError for configs refused by training: batches, the DeepSpeed JSON, the codebook's groups."""
+    """Plans a run. UserError for configs refused by training: batches, DeepSpeed's JSON, the codebook's groups, fp8."""
     config = deepspeed_config(run, machine.world)
+    require_fp8(run, machine.known)
     zero = Zero.of(config, world=machine.world)
     if isinstance(run, TokenizerRun):
         tokens = run.model.tokens
@@ -244,6 +245,15 @@ def make_plan(run: AnyRun, machine: Machine, *, mfu: float, measured: Rate | Non
         roofline=roofline,
         notes=(*_notes(run, machine, budget), *_codebook_note(run, machine, zero)),
     )
+
+
+def require_fp8(run: AnyRun, device: Device | None) -> None:
+    """UserError if training would refuse this run's fp8 on the device."""
+    if not isinstance(run, ARRun) or not run.model.fp8:
+        return
+    check_fp8_sizes(run)
+    if device is not None and device.name in WITHOUT_FP8:
+        raise UserError(f"model.fp8=true needs a GPU of compute capability 8.9 or more, not {device.name}")
 
 
 def _codebook_note(run: AnyRun, machine: Machine, zero: Zero) -> list[str]:
@@ -326,7 +336,7 @@ def _tokenizer_flops(run: TokenizerRun, world: int) -> Flops:
     if run.model.activation_checkpointing:
         again += step.autoencoder / 3
     half = step.quantizer_executed if run.quantizer.logit_precision == "tf32" else 0.0
-    return Flops(parts, step.total + again, TOKENIZER_FORMULA, half)
+    return Flops(parts, step.total + again, tokenizer_formula(run.quantizer), half)
 
 
 def measured_rates(run: AnyRun, machine: Machine, flops: float) -> list[StepRate]:
@@ -378,6 +388,9 @@ def _notes(run: AnyRun, machine: Machine, budget: MemoryBudget) -> tuple[str, ..
     notes = list(budget.notes)
     if machine.device is not None and machine.known is None:
         notes.append(f"{_unknown(machine.device)}: no time" + ("" if machine.memory else ", and --memory is needed"))
+    if isinstance(run, TokenizerRun) and run.data.aspects:
+        sizes = ", ".join(f"{width} × {height}" for width, height in run.crop_sizes)
+        notes.append(f"data.aspects: steps of {sizes} pixels, none with more memory or FLOPs than the square here")
     if run.model.compile:
         notes.append("model.compile keeps less for the backward pass than is counted here")
     if isinstance(run, ARRun) and run.model.fp8:

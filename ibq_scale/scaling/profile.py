@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -155,9 +156,9 @@ def this_cpu(threads: int) -> str:
     return f"CPU {name}, {threads} thread{'s' * (threads > 1)}"
 
 
-def versions() -> dict[str, str | None]:
-    """Those that a rate depends on."""
-    return {package: _version(package) for package in STAMPED}
+def versions(packages: Sequence[str] = STAMPED) -> dict[str, str | None]:
+    """Versions of installed packages, None for absent ones. By default those that a rate depends on."""
+    return {package: _version(package) for package in packages}
 
 
 def today() -> str:

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from ibq_scale.config.deepspeed import deepspeed_config
+from ibq_scale.config.deepspeed import deepspeed_config, refusal
 from ibq_scale.config.run import AnyRun, ARRun, TokenizerRun
 from ibq_scale.errors import UserError
+from ibq_scale.quantize.kinds import KINDS
 from ibq_scale.scaling import networks
 from ibq_scale.scaling.budget import (
     CODEBOOK_STATES,
@@ -30,6 +31,7 @@ from ibq_scale.scaling.devices import Device
 from ibq_scale.scaling.fabric import Fabric
 from ibq_scale.scaling.flops import TRITON_PRODUCTS, ar_executed
 from ibq_scale.scaling.networks import Network
+from ibq_scale.scaling.plan import require_fp8
 from ibq_scale.scaling.roofline import MEMORY, OPTIMIZER_BYTES, PRODUCTS, GpuWork, StepTime, step_time
 from ibq_scale.zero.memory import FP32, Zero, engine_states
 
@@ -85,14 +87,18 @@ def worlds(first: int, most: int) -> list[int]:
 
 
 def transformer_rows(run: AnyRun, device: Device, fabric: Fabric, most: int) -> list[Row]:
-    """Strong and weak scaling for each ZeRO stage. UserError for a tokenizer, fp32, or an indivisible batch."""
+    """Strong and weak scaling for each ZeRO stage, without `refused_stages`.
+
+    UserError for a tokenizer, fp32, or an indivisible batch.
+    """
     if not isinstance(run, ARRun):
         raise UserError(f"{run.name} is a tokenizer: only its codebook is simulated beyond one machine")
     if run.train.precision != "bf16":
         raise UserError(f"{run.name} computes in fp32, but the known peaks are for bf16: set train.precision=bf16")
+    require_fp8(run, device)
     rehearsed = _Rehearsed.of(run)
     rows = []
-    for stage in STAGES:
+    for stage in [stage for stage in STAGES if stage not in refused_stages(run)]:
         for mode in ("strong", "weak"):
             found = [r for n in worlds(fabric.node, most) if (r := rehearsed.row(mode, stage, n, device, fabric))]
             rows += _compared(found)
@@ -104,10 +110,12 @@ def transformer_rows(run: AnyRun, device: Device, fabric: Fabric, most: int) -> 
 def codebook_rows(run: AnyRun, device: Device, fabric: Fabric, most: int, taken: float) -> list[CodebookRow]:
     """Each codebook size on each number of GPUs, over groups of every size from one (replicated) to all.
 
-    `taken`: bytes of a GPU for the rest of the run. UserError for a transformer.
+    `taken`: bytes of a GPU for the rest of the run. UserError for a transformer, and for codes without an exchange.
     """
     if not isinstance(run, TokenizerRun):
         raise UserError(f"{run.name} is a transformer and has no codebook")
+    if not KINDS[run.quantizer.kind].reaches_all_codes:
+        raise UserError(f"{run.name} has a quantizer of kind {run.quantizer.kind}: only IBQ's codebook is simulated")
     tokens = run.train.micro_batch * run.model.tokens
     rows = []
     for codes in CODEBOOKS:
@@ -117,11 +125,17 @@ def codebook_rows(run: AnyRun, device: Device, fabric: Fabric, most: int, taken:
     return rows
 
 
+def refused_stages(run: AnyRun) -> dict[int, str]:
+    """The ZeRO stages that training refuses for this run, each with the reason."""
+    reasons = {stage: refusal(run, {"stage": stage}) for stage in STAGES}
+    return {stage: reason for stage, reason in reasons.items() if reason is not None}
+
+
 def ends(rows: Sequence[Row]) -> list[tuple[Mode, int, int]]:
-    """(mode, stage, most GPUs that pay and fit) of each. 0 if not even the first fits."""
+    """(mode, stage, most GPUs that pay and fit) of each stage with rows. 0 if not even the first fits."""
     found = []
     for mode in ("strong", "weak"):
-        for stage in STAGES:
+        for stage in sorted({row.stage for row in rows}):
             mine = [r.gpus for r in rows if (r.mode, r.stage) == (mode, stage) and r.pays and r.fits]
             found.append((mode, stage, max(mine, default=0)))
     return found  # type: ignore[return-value]
@@ -167,7 +181,8 @@ class _Rehearsed:
         micro = max(m for m in range(1, min(most, images) + 1) if images % m == 0)
         zero = replace(self.zero, stage=stage, world=world, accumulation=images // micro)
         transfers = engine_transfers(self.network, zero)
-        time = step_time(self.work, zero, device, fabric, transfers, images, overlap=self.overlap)
+        work = replace(self.work, flops=self.work.flops + self.network.muon_flops / (world * images))
+        time = step_time(work, zero, device, fabric, transfers, images, overlap=self.overlap)
         peak = self._peak(zero, micro)
         rate = world * images / time.total
         return Row(mode, stage, world, micro, images // micro, time, rate, 1.0, peak, peak <= device.memory, True)

@@ -18,11 +18,9 @@ class Rule(Protocol):
     @property
     def metric(self) -> str:
         """Its name in metrics.jsonl."""
-        ...
 
     def broken(self, value: float, before: Sequence[float]) -> str | None:
         """The alarm for `value`, given up to `WINDOW` earlier values. None: no alarm."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -77,7 +75,6 @@ class Alarms:
         self._ringing: set[Rule] = set()
 
     def check(self, values: Mapping[str, float]) -> list[str]:
-        """The new alarms of one line of metrics."""
         told = []
         for rule in self._rules:
             if rule.metric not in values:

@@ -86,5 +86,4 @@ def newest_step(run_dir: Path) -> int:
 
 
 def now() -> str:
-    """The time of this node's clock, in UTC."""
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -57,7 +57,6 @@ class BadSamples:
         return [TextFile(BAD_SAMPLES, text)] if self.world.is_main else []
 
     def load(self, directory: Path) -> None:
-        """Restores the count of `state`."""
         self._before = int(read_json(directory / BAD_SAMPLES)["bad_samples"])
         self._here = 0
 
@@ -109,5 +108,4 @@ class SkippedSteps:
         return [TextFile(SKIPPED, json.dumps({"steps": self.steps}) + "\n")] if self.world.is_main else []
 
     def load(self, directory: Path) -> None:
-        """Restores the list of `state`."""
         self.steps = list(read_json(directory / SKIPPED)["steps"])

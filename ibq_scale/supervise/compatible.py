@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
-
-from pydantic import BaseModel
 
 from ibq_scale.checkpoint.reading import Checkpoint
 from ibq_scale.config.run import AnyRun, ARRun
@@ -18,14 +17,17 @@ FIXED = ("task", "model", "quantizer", "discriminator")
 # Keys of how a network is computed. They may change when a run continues.
 FREE = {"backend", "logit_precision", "search", "tile_bytes", "revive_after", "attention"}
 FREE |= {"activation_checkpointing", "compile", "fp8"}
-FIXED_DATA = ("order", "lanes", "window", "weights")
+# With the values of checkpoints older than a key: they have version 1 of the order, and squares.
+FIXED_DATA: dict[str, Any] = {"order": 1, "lanes": None, "window": None, "weights": [], "aspects": []}
 
 
 def check_same_run(config: AnyRun, checkpoint: Checkpoint) -> None:
     """UserError for a checkpoint of another model or another stream of samples."""
     saved, now = checkpoint.manifest["config"], config.model_dump(mode="json")
     sections = [name for name in FIXED[1:] if name in saved and hasattr(config, name)]
-    saved = saved | {name: _with_defaults(saved[name], getattr(config, name)) for name in sections}
+    # Checkpoints of older releases have fewer keys.
+    defaults = {name: type(getattr(config, name))().model_dump(mode="json") for name in sections}
+    saved = saved | {name: defaults[name] | saved[name] for name in sections}
     for section in FIXED:
         if _what(saved.get(section)) != _what(now.get(section)):
             raise UserError(
@@ -39,9 +41,8 @@ def check_same_run(config: AnyRun, checkpoint: Checkpoint) -> None:
             f"{checkpoint.path}: optimizer.kind was {kind}, and no other can continue its state. Keep it, or begin "
             f"from the weights alone with another out=… and init={checkpoint.path}"
         )
-    for key in FIXED_DATA:
-        # Checkpoints older than the key have version 1 of the order.
-        before = saved["data"].get(key, 1)
+    for key, old in FIXED_DATA.items():
+        before = saved["data"].get(key, old)
         if now["data"][key] not in (None, before):
             raise UserError(f"{checkpoint.path}: data.{key} was {before}; the order of samples depends on it")
     frozen = saved["train"].get("freeze", [])
@@ -66,11 +67,17 @@ def check_same_data(config: AnyRun, checkpoint: Checkpoint, data_hash: str) -> N
 
 
 def open_held_out(run: AnyRun, training: DataSets, kind: Kind) -> DataSets:
-    """The data at `validation.data`. UserError for unusable data and for the training data."""
-    sets = open_sets(run.data.model_copy(update={"train": run.validation.data, "weights": ()}), kind)
+    """The data at `validation.data`, in the run's aspects if it was prepared in them, else in squares.
+
+    UserError for unusable data and for the training data.
+    """
+    sets = open_sets(run.data.model_copy(update={"train": run.validation.data, "weights": (), "aspects": ()}), kind)
     if {part.manifest.hash for part in sets.parts} & {part.manifest.hash for part in training.parts}:
         raise UserError(f"validation.data={run.validation.data} is what the run trains on: give {kind} of its own")
-    return sets
+    aspects = sets.parts[0].manifest.aspects
+    if aspects is None or aspects.names != run.data.aspects:
+        return sets
+    return replace(sets, config=sets.config.model_copy(update={"aspects": aspects.names}), batch=1)
 
 
 def check_codes(run: ARRun, sets: DataSets) -> CodesInfo:
@@ -141,11 +148,6 @@ def _check_part(run: ARRun, url: str, manifest: Manifest) -> None:
 def _codes(manifest: Manifest) -> CodesInfo:
     assert manifest.codes is not None
     return manifest.codes
-
-
-def _with_defaults(saved: dict[str, Any], section: BaseModel) -> dict[str, Any]:
-    """A saved section with defaults for missing keys: checkpoints of older releases have fewer keys."""
-    return type(section)().model_dump(mode="json") | saved
 
 
 def _what(section: object) -> object:

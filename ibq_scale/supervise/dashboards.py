@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
+import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from importlib import import_module
 from itertools import pairwise
 from operator import mul
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ibq_scale import extensions
-from ibq_scale.config.run import TRACKERS, AnyRun
+from ibq_scale.config.layers import flatten
+from ibq_scale.config.run import AnyRun
 from ibq_scale.console import tell
 from ibq_scale.documents import json_object
 from ibq_scale.errors import UserError
 
 EVENTS = "tensorboard"
+# MLflow's longest value of a parameter, and most parameters in a call.
+VALUE_CHARACTERS, PARAMETERS = 6000, 100
 
 log = logging.getLogger(__name__)
 
@@ -31,43 +36,26 @@ class Histogram(NamedTuple):
     edges: Sequence[int]
 
 
-class Dashboard(Protocol):
-    """Receives a run's metrics on rank 0. A method may raise any error: the run goes on without that line."""
+class Dashboard:
+    """Receives a run's metrics on rank 0. A method may raise any error: the run goes on without that line.
+
+    These methods show nothing, and a class overrides what it shows. One from outside need not be a subclass.
+    """
 
     def values(self, step: int, line: Mapping[str, Any]) -> None:
         """A line of metrics.jsonl. W&B and TensorBoard show its numbers."""
-        ...
 
     def histogram(self, step: int, name: str, histogram: Histogram) -> None:
         """The distribution of a window's values."""
-        ...
 
     def picture(self, step: int, name: str, picture_CHW: Tensor) -> None:
         """uint8 (3, H, W)."""
-        ...
 
     def alarm(self, step: int, text: str) -> None:
         """An alarm for a person."""
-        ...
 
     def close(self) -> None:
         """The end of the process."""
-        ...
-
-
-class QuietDashboard:
-    """A `Dashboard` that shows nothing. Others override what they show."""
-
-    def values(self, step: int, line: Mapping[str, Any]) -> None:
-        """As `Dashboard`, and so are the others."""
-
-    def histogram(self, step: int, name: str, histogram: Histogram) -> None: ...
-
-    def picture(self, step: int, name: str, picture_CHW: Tensor) -> None: ...
-
-    def alarm(self, step: int, text: str) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class Dashboards:
@@ -76,16 +64,17 @@ class Dashboards:
     def __init__(self, run_dir: Path, config: AnyRun) -> None:
         """UserError where one from outside cannot be imported. One that cannot start is reported and left out."""
         self._failing: set[str] = set()
-        makers: dict[str, Callable[[], Dashboard]] = {}
+        kinds: dict[str, Callable[[Path, AnyRun], Dashboard]] = {}
         if config.tensorboard:
-            makers["TensorBoard"] = lambda: TensorBoard(run_dir / EVENTS)
+            kinds["TensorBoard"] = TensorBoard
         if config.wandb.mode != "off":
-            makers["W&B"] = lambda: WandB(run_dir, config)
+            kinds["W&B"] = WandB
         if config.metrics.port is not None or config.metrics.textfile is not None:
-            makers["OpenMetrics"] = partial(_open_metrics, run_dir, config)
-        for name, make in dashboard_classes(config).items():
-            makers[name] = partial(make, run_dir, config)
-        begun = {name: _begin(make) for name, make in makers.items()}
+            from ibq_scale.supervise.openmetrics import OpenMetrics
+
+            kinds["OpenMetrics"] = OpenMetrics
+        kinds |= dashboard_classes(config)
+        begun = {name: _begin(kind, run_dir, config) for name, kind in kinds.items()}
         self._open = {name: dashboard for name, dashboard in begun.items() if dashboard is not None}
 
     def values(self, step: int, line: Mapping[str, Any]) -> None:
@@ -117,28 +106,12 @@ class Dashboards:
 
 def dashboard_classes(config: AnyRun) -> dict[str, Callable[[Path, AnyRun], Dashboard]]:
     """The dashboards that a config names, by name. UserError where one from outside cannot be imported."""
-    return {name: _tracker(name) or extensions.load(extensions.DASHBOARDS, name) for name in config.dashboards}
+    return {name: TRACKERS.get(name) or extensions.load(extensions.DASHBOARDS, name) for name in config.dashboards}
 
 
-def _tracker(name: str) -> Callable[[Path, AnyRun], Dashboard] | None:
-    """One of this package. Its module is imported only for such a name."""
-    if name not in TRACKERS:
-        return None
-    from ibq_scale.supervise import trackers
-
-    made: Callable[[Path, AnyRun], Dashboard] = trackers.CLASSES[name]
-    return made
-
-
-def _open_metrics(run_dir: Path, config: AnyRun) -> Dashboard:
-    from ibq_scale.supervise.openmetrics import OpenMetrics
-
-    return OpenMetrics(run_dir, config)
-
-
-def _begin(make: Callable[[], Dashboard]) -> Dashboard | None:
+def _begin(kind: Callable[[Path, AnyRun], Dashboard], run_dir: Path, config: AnyRun) -> Dashboard | None:
     try:
-        return make()
+        return kind(run_dir, config)
     except UserError as e:
         tell(f"going on without a dashboard: {e}")
     except Exception as e:  # a run trains without a dashboard too
@@ -151,7 +124,7 @@ def numbers(line: Mapping[str, Any]) -> dict[str, float]:
     return {name: value for name, value in line.items() if isinstance(value, (int, float)) and name != "step"}
 
 
-class WandB:
+class WandB(Dashboard):
     """A W&B run, under the same id after each resume. Without a network it is offline, for a later `wandb sync`."""
 
     def __init__(self, run_dir: Path, config: AnyRun) -> None:
@@ -199,16 +172,16 @@ class WandB:
         self._run.finish()
 
 
-class TensorBoard:
+class TensorBoard(Dashboard):
     """Event files. UserError without the package."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, run_dir: Path, config: AnyRun) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ModuleNotFoundError:
             raise UserError("tensorboard=true needs it: pip install 'ibq-scale[tensorboard]'") from None
         # A resumed run writes the steps after its checkpoint again: the last ones count.
-        self._writer: Any = SummaryWriter(str(folder))
+        self._writer: Any = SummaryWriter(str(run_dir / EVENTS))
 
     def values(self, step: int, line: Mapping[str, Any]) -> None:
         for name, value in numbers(line).items():
@@ -237,3 +210,83 @@ class TensorBoard:
 
     def close(self) -> None:
         self._writer.close()
+
+
+class MLflow(Dashboard):
+    """A run of MLflow, the same one after each resume. Without MLFLOW_TRACKING_URI it is kept in the run directory."""
+
+    def __init__(self, run_dir: Path, config: AnyRun) -> None:
+        mlflow = _module("mlflow", "MLflow")
+        entities = import_module("mlflow.entities")
+        self._metric, own = entities.Metric, (run_dir / "mlflow").absolute()
+        # Its file store takes no new runs without an environment variable (3.17).
+        uri = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{own}.db")
+        self._client: Any = mlflow.MlflowClient(tracking_uri=uri)
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "ibq-scale")
+        experiment = self._client.get_experiment_by_name(name)
+        place = None if "MLFLOW_TRACKING_URI" in os.environ else own.as_uri()
+        number = experiment.experiment_id if experiment else self._client.create_experiment(name, place)
+        id_file = run_dir / "mlflow_id"
+        if id_file.is_file():
+            self._run = id_file.read_text(encoding="utf-8").strip()
+            self._client.update_run(self._run, status="RUNNING")
+            return
+        self._run = self._client.create_run(number, run_name=config.name).info.run_id
+        id_file.write_text(self._run, encoding="utf-8")
+        values = flatten(config.model_dump(mode="json"))
+        params = [entities.Param(key, str(value)[:VALUE_CHARACTERS]) for key, value in values.items()]
+        for first in range(0, len(params), PARAMETERS):
+            self._client.log_batch(self._run, params=params[first : first + PARAMETERS])
+
+    def values(self, step: int, line: Mapping[str, Any]) -> None:
+        now = int(1000 * time.time())
+        metrics = [self._metric(name, float(value), now, step) for name, value in numbers(line).items()]
+        self._client.log_batch(self._run, metrics=metrics)
+
+    def picture(self, step: int, name: str, picture_CHW: Tensor) -> None:
+        self._client.log_image(self._run, picture_CHW.permute(1, 2, 0).numpy(), key=name, step=step)
+
+    def alarm(self, step: int, text: str) -> None:
+        self._client.set_tag(self._run, f"alarm at step {step}", text)
+
+    def close(self) -> None:
+        self._client.set_terminated(self._run)
+
+
+class Trackio(Dashboard):
+    """A run of trackio, which has W&B's calls. A resumed run goes on under its name."""
+
+    def __init__(self, run_dir: Path, config: AnyRun) -> None:
+        self._module: Any = _module("trackio", "trackio")
+        self._run: Any = self._module.init(
+            project="ibq-scale",
+            name=config.name,
+            resume="allow",
+            config=flatten(config.model_dump(mode="json")),
+            embed=False,
+        )
+
+    def values(self, step: int, line: Mapping[str, Any]) -> None:
+        # trackio has a `time` of its own.
+        self._run.log({name: value for name, value in numbers(line).items() if name != "time"}, step=step)
+
+    def picture(self, step: int, name: str, picture_CHW: Tensor) -> None:
+        self._run.log({name: self._module.Image(picture_CHW.permute(1, 2, 0).numpy())}, step=step)
+
+    def alarm(self, step: int, text: str) -> None:
+        self._run.alert(title=f"step {step}", text=text)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _module(name: str, title: str) -> Any:
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as e:
+        if e.name != name:
+            raise
+        raise UserError(f"dashboards=[{name}] needs {title}: pip install 'ibq-scale[{name}]'") from None
+
+
+TRACKERS = {"mlflow": MLflow, "trackio": Trackio}

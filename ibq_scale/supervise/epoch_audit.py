@@ -40,18 +40,13 @@ class EpochAudit:
         self._sets = sets
         self._order = sets.order(seed)
         self._world = world
-        passes = self._order.passes(0)
-        # Each source's data set, by number.
-        self._set_of = np.zeros(len(sets.parts), dtype=np.int64)
-        for number, part in enumerate(passes):
-            self._set_of[list(part.sources)] = number
         self._shard_keys = [
             np.array([int(shard.sha256[:16], 16) for shard in part.manifest.shards], dtype=np.uint64)
             for part in sets.parts
         ]
         # (data set, epoch): [sum of hashes mod 2^64, samples], from epoch `_checked` on.
         self._sums: dict[tuple[int, int], list[int]] = {}
-        self._checked = [0] * len(passes)
+        self._checked = [0] * len(self._order.passes(0))
 
     def note(self, requests_B5: Tensor) -> None:
         """Adds a batch: int64 (B, 5), one `Request` (position, source, epoch, shard, row) a sample."""
@@ -59,9 +54,10 @@ class EpochAudit:
         for source in np.unique(requests[:, 1]):
             of_source = requests[requests[:, 1] == source]
             hashes = _hashes(self._shard_keys[source][of_source[:, 3]], of_source[:, 4])
-            for epoch in np.unique(of_source[:, 2]):
-                entry = self._sums.setdefault((int(self._set_of[source]), int(epoch)), [0, 0])
-                here = hashes[of_source[:, 2] == epoch]
+            keys = np.stack([self._order.set_of(int(source), of_source[:, 3]), of_source[:, 2]], axis=1)
+            for number, epoch in np.unique(keys, axis=0).tolist():
+                entry = self._sums.setdefault((number, epoch), [0, 0])
+                here = hashes[(keys == (number, epoch)).all(axis=1)]
                 entry[0] = (entry[0] + int(here.sum())) % 2**64
                 entry[1] += len(here)
 
@@ -78,7 +74,7 @@ class EpochAudit:
     def _compare(self, number: int, epoch: int, part: Pass) -> None:
         seen, count = self._sums.pop((number, epoch), [0, 0])
         # Each rank subtracts its share of the expected sum: one reduction, and no rank hashes the whole set.
-        left = _total([(seen - self._expected(part)) % 2**64, count], self._world)
+        left = _total([(seen - self._expected(number, part)) % 2**64, count], self._world)
         urls = ", ".join(self._sets.parts[source].store.url for source in part.sources)
         if left != [0, part.samples]:
             raise NotOnceError(
@@ -87,13 +83,14 @@ class EpochAudit:
             )
         log.info("epoch %d of %s: each of its %d samples was seen once", epoch, urls, part.samples)
 
-    def _expected(self, part: Pass) -> int:
-        """Sum of the hashes of this rank's share of the shards."""
+    def _expected(self, number: int, part: Pass) -> int:
+        """Sum of the hashes of this rank's share of the data set's shards."""
         total, place = 0, 0
         for source in part.sources:
-            for key, shard in zip(self._shard_keys[source], self._sets.parts[source].manifest.shards, strict=True):
+            samples = self._sets.parts[source].manifest.shards.samples
+            for shard in np.flatnonzero(self._order.set_of(source, np.arange(len(samples))) == number):
                 if place % self._world.size == self._world.rank:
-                    total += int(_hashes(key, np.arange(shard.samples)).sum())
+                    total += int(_hashes(self._shard_keys[source][shard], np.arange(samples[shard])).sum())
                 place += 1
         return total % 2**64
 

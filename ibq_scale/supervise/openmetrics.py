@@ -21,12 +21,13 @@ from ibq_scale.checkpoint.reading import MANIFEST, STEP_NAME
 from ibq_scale.config.run import AnyRun
 from ibq_scale.documents import json_object
 from ibq_scale.errors import UserError
-from ibq_scale.supervise.dashboards import QuietDashboard
+from ibq_scale.supervise.dashboards import Dashboard
 
 # Seconds between two versions of the text file, and the limit for a request.
 EVERY_SECONDS, REQUEST_SECONDS = 15.0, 10.0
 # A heartbeat is written at least this often.
 BEAT_SECONDS = 30.0
+ESCAPES = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})
 OPEN_METRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
 # By family: the key of a line, the help.
 OF_LINES = {
@@ -58,7 +59,7 @@ class Family(NamedTuple):
     labels: Mapping[str, str] = MappingProxyType({})
 
 
-class OpenMetrics(QuietDashboard):
+class OpenMetrics(Dashboard):
     """A `Dashboard`: it serves `metrics.port` and writes `metrics.textfile`. UserError if the port is taken."""
 
     def __init__(self, run_dir: Path, config: AnyRun) -> None:
@@ -94,7 +95,6 @@ class OpenMetrics(QuietDashboard):
             self._server.server_close()
 
     def page(self) -> str:
-        """All metrics as OpenMetrics text."""
         return _text(self._families(), self._config.name, "") + "# EOF\n"
 
     def _serve(self, host: str, port: int) -> ThreadingHTTPServer:
@@ -166,10 +166,6 @@ class OpenMetrics(QuietDashboard):
             yield Family("checkpoint_age_seconds", "gauge", "Age of the newest checkpoint.", age)
 
 
-def _escaped(text: str) -> str:
-    return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
-
-
 def _idle(beat: Mapping[str, Any]) -> float | None:
     """Seconds since the last progress. A heartbeat that stopped counts as none."""
     try:
@@ -196,7 +192,8 @@ def _text(families: Iterator[Family], run: str, counter: str) -> str:
     for family in families:
         name = f"ibq_scale_{family.name}"
         is_counter = family.kind == "counter"
-        labels = ",".join(f'{key}="{_escaped(value)}"' for key, value in {"run": run, **family.labels}.items())
+        values = {"run": run, **family.labels}
+        labels = ",".join(f'{key}="{value.translate(ESCAPES)}"' for key, value in values.items())
         lines.append(f"# HELP {name}{counter * is_counter} {family.help}")
         lines.append(f"# TYPE {name}{counter * is_counter} {family.kind}")
         lines.append(f"{name}{'_total' * is_counter}{{{labels}}} {float(family.value)!r}")

@@ -112,7 +112,11 @@ class StopRequest:
         seconds = question.answer()
         if math.isinf(seconds):
             return False
-        self._end_by(question.time + seconds)
+        deadline = question.time + seconds
+        if deadline < self._deadline:
+            self._deadline = deadline
+            with suppress(BlockingIOError):
+                self._mouth.send(b"\0")
         return True
 
     @property
@@ -135,12 +139,6 @@ class StopRequest:
         self._stood_down = True
         signal.set_wakeup_fd(-1)
         self._mouth.close()
-
-    def _end_by(self, deadline: float) -> None:
-        if deadline < self._deadline:
-            self._deadline = deadline
-            with suppress(BlockingIOError):
-                self._mouth.send(b"\0")
 
     def _listen(self) -> None:
         while True:

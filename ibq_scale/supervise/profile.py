@@ -15,6 +15,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from ibq_scale.distributed.world import World
+from ibq_scale.profiling import part
 
 FOLDER = "profile"
 # Newest allocations and frees in a snapshot.
@@ -41,7 +42,6 @@ class StepProfile:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around step `number`."""
         self._now = number
         if self._steps is not None and self._running is None and self._steps[0] <= number <= self._steps[1]:
             self._first = number
@@ -50,7 +50,8 @@ class StepProfile:
                 activities.append(ProfilerActivity.CUDA)
             self._running = profile(activities=activities, record_shapes=True, profile_memory=True)
             self._running.start()
-        yield
+        with part(f"rank {self._world.rank}, step {number}"):
+            yield
         if self._steps is not None and number >= self._steps[1]:
             self.close()
 

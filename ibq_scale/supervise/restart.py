@@ -65,7 +65,6 @@ class Restart:
             self._failed.wait(2 * READY_SECONDS)
 
     def close(self) -> None:
-        """Stops listening."""
         if self._command:
             try:
                 self._asking.put(f"again/{self._world.rank}", None)
@@ -94,7 +93,8 @@ class Restart:
             tell(why)
             listener = _listener()
             environ[LISTENER] = str(listener)
-            channel.put("again/port", _port(listener))
+            with socket.socket(fileno=os.dup(listener)) as server:
+                channel.put("again/port", int(server.getsockname()[1]))
         channel.count("again/ready")
         if not _reached(channel, "again/ready", size):
             raise NoAnswerError(f"not all {size} ranks answer within {READY_SECONDS:.0f} s")
@@ -136,11 +136,6 @@ def _listener() -> int:
         server = socket.create_server(("", 0))
     server.set_inheritable(True)
     return server.detach()
-
-
-def _port(listener: int) -> int:
-    with socket.socket(fileno=os.dup(listener)) as server:
-        return int(server.getsockname()[1])
 
 
 def _close_at_exec(kept: set[int]) -> None:

@@ -57,7 +57,6 @@ class Holder:
 
     @classmethod
     def me(cls) -> Holder:
-        """This process."""
         pid = os.getpid()
         return cls(
             host=socket.gethostname(),
@@ -142,7 +141,6 @@ class RunLock:
         self._thread.start()
 
     def release(self) -> None:
-        """Frees the lock for the next job."""
         self._released.set()
         self._thread.join(BEAT_SECONDS)
         path = self._path(self._number)

@@ -41,7 +41,6 @@ class Stragglers:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Around each step."""
         begin, waited = time.perf_counter(), self._clock.seconds
         yield
         self._seconds += time.perf_counter() - begin - (self._clock.seconds - waited)
@@ -84,7 +83,6 @@ class Stragglers:
         return told
 
     def close(self) -> None:
-        """Stops the clock."""
         self._clock.close()
 
 

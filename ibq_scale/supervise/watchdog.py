@@ -40,8 +40,9 @@ class Watchdog:
     """Watches one rank's progress. After `timeout` seconds without any, it compares the heartbeats of all ranks, names
     the missing ones, writes stacks and torch's record of collectives to RUN/logs, and exits with code 70.
 
-    Rank 0 also writes RUN/heartbeat.json. The threads do not touch the run's state. `ending` is called before the
-    process ends, and `hung` with the message by each rank that prints it.
+    `step`: the last one that ended on this rank. `phase`: what the rank does since. Rank 0 also writes
+    RUN/heartbeat.json. The threads do not touch the run's state. `ending` is called before the process ends, and `hung`
+    with the message by each rank that prints it.
     """
 
     def __init__(
@@ -58,10 +59,10 @@ class Watchdog:
         self.world = world
         self.hosts = hosts
         self.timeout = timeout
-        self._start = self._step = start_step
+        self._start = self.step = start_step
         self._ending = ending
         self._hung = hung
-        self._phase = START_UP[0]
+        self.phase = START_UP[0]
         self._patience = FIRST_STEP_FACTOR * timeout
         self._progress = time.monotonic()
         self._ends: deque[float] = deque(maxlen=RECENT_STEPS + 1)
@@ -75,33 +76,20 @@ class Watchdog:
 
     def report(self, phase: str) -> None:
         """Notes progress, and the new phase."""
-        self._phase = phase
+        self.phase = phase
         self._progress = time.monotonic()
 
     @property
-    def phase(self) -> str:
-        """What this rank does now."""
-        return self._phase
-
-    @property
-    def step(self) -> int:
-        """The last step that ended on this rank."""
-        return self._step
-
-    @property
     def steps(self) -> int:
-        """Steps since the start."""
-        return self._step - self._start
+        return self.step - self._start
 
     def step_ended(self, step: int) -> None:
-        """`step` ended on this rank."""
-        self._step = step
+        self.step = step
         self._patience = self.timeout
         self.report("step")
         self._ends.append(self._progress)
 
     def close(self) -> None:
-        """Stops watching."""
         self._closed.set()
         self._thread.join()
         self._heartbeats.close()
@@ -109,7 +97,7 @@ class Watchdog:
         self._stacks.close()
 
     def _place(self) -> Place:
-        return Place(self._step, self._phase, collective_in_progress())
+        return Place(self.step, self.phase, collective_in_progress())
 
     def _watch(self) -> None:
         while True:
@@ -126,7 +114,7 @@ class Watchdog:
     def _end(self) -> None:
         try:
             self._ending()
-            print(f"--- no progress since step {self._step}, in {self._phase}", file=self._stacks, flush=True)
+            print(f"--- no progress since step {self.step}, in {self.phase}", file=self._stacks, flush=True)
             faulthandler.dump_traceback(self._stacks, all_threads=True)
             self._dump_flight_record()
             missing = find_missing(self._channel, self.hosts, self._interval)
@@ -141,7 +129,7 @@ class Watchdog:
             os._exit(HUNG_EXIT_CODE)
 
     def _tell(self, missing: Missing) -> None:
-        what = f"the start ({self._phase})" if self._phase in START_UP else f"step {self._step + 1}"
+        what = f"the start ({self.phase})" if self.phase in START_UP else f"step {self.step + 1}"
         text = (
             f"{what} does not end: no progress for {self._patience:.0f} s (train.hang_timeout). "
             f"{missing.why}. Stacks are in {self.run_dir / 'logs'}"
@@ -164,7 +152,7 @@ class Watchdog:
     def _write_heartbeat(self) -> None:
         ends = list(self._ends)
         seconds = (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else None
-        beat = {"step": self._step, "phase": self._phase, "time": time.time(), "step_s": seconds}
+        beat = {"step": self.step, "phase": self.phase, "time": time.time(), "step_s": seconds}
         beat |= {"host": self.hosts[0], "pid": os.getpid(), "idle_s": time.monotonic() - self._progress}
         path = self.run_dir / "heartbeat.json"
         try:

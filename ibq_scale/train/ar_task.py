@@ -18,16 +18,17 @@ from ibq_scale.distributed.world import World
 from ibq_scale.models.optimizers import adamw
 from ibq_scale.models.order import Orders, draw_orders
 from ibq_scale.pretrained.loading import CONFIG, config_text
+from ibq_scale.profiling import part
 from ibq_scale.supervise.alarms import Rule, Spike
 from ibq_scale.supervise.compatible import check_codes
 from ibq_scale.supervise.dashboards import Histogram
 from ibq_scale.supervise.spikes import Spikes
+from ibq_scale.train.determinism import seed_by_position
 from ibq_scale.train.ema_model import ema_transformer
-from ibq_scale.train.randomness import seed_by_position
 from ibq_scale.train.sample_grid import SampleGrid
 from ibq_scale.train.schedule import lr_factor, random_order_share, weight_decay
 from ibq_scale.train.task import Step, Validation
-from ibq_scale.train.validation_ar import HeldOut
+from ibq_scale.train.validation import HeldOutCodes
 from ibq_scale.zero.engine import gradient_norm, make_engine, set_rates, step
 from ibq_scale.zero.engine_state import engine_file, load_engine
 from ibq_scale.zero.meta_init import build_transformer
@@ -45,7 +46,7 @@ class ARTask:
         self.world = world
         self.sets = sets
         self.codes = check_codes(run, sets)
-        self.held_out = None if run.validation.data is None else HeldOut(run, world, sets)
+        self.held_out = None if run.validation.data is None else HeldOutCodes(run, world, sets)
         self.grid = SampleGrid(run, world, sets) if run.tokenizer is not None and run.validation.images else None
         self.order_share = random_order_share(run, 0)
         """Probability of a random order after the last step."""
@@ -84,9 +85,11 @@ class ARTask:
             batch = next(batches)
             seed_by_position(self.run.train.seed, batch.requests)
             inputs = (batch.codes, batch.labels, *self._orders(batch), batch.vectors, batch.lengths)
-            losses_BT = self.engine(*(t if t is None else t.to(self.world.device, non_blocking=True) for t in inputs))
-            loss = losses_BT.mean()
-            self.engine.backward(loss)
+            with part("transformer"):
+                placed = (t if t is None else t.to(self.world.device, non_blocking=True) for t in inputs)
+                loss = self.engine(*placed).mean()
+            with part("transformer's backward"):
+                self.engine.backward(loss)
             total += loss.detach() / self.accumulation
             applied = step(self.engine, refuses)
         if applied:

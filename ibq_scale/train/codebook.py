@@ -18,9 +18,9 @@ from ibq_scale.checkpoint.pieces import Piece, PieceReader, piece_file
 from ibq_scale.config.batch import codebook_group_size
 from ibq_scale.config.run import TokenizerRun
 from ibq_scale.distributed.world import World
-from ibq_scale.models.optimizers import MOMENTS, adam, restored_state
+from ibq_scale.models.optimizers import MOMENTS, adam, clipped_step, restored_state
 from ibq_scale.pretrained.loading import CODEBOOK, codebook_part, codebook_to_start_from
-from ibq_scale.quantize.collectives import Group, Shards, gather_rows
+from ibq_scale.quantize.collectives import Shards, gather_rows, own_group
 from ibq_scale.quantize.kinds import KINDS
 from ibq_scale.quantize.quantizer import initial_codebook, rows_of
 from ibq_scale.quantize.region import initial_ages
@@ -37,7 +37,10 @@ class ShardedCodebook:
         self.settings = run.quantizer
         self.world = world
         self.group_size = codebook_group_size(run, world.size)
-        self.group, self.replicas = _groups(world, self.group_size)
+        # Groups of consecutive ranks, and the replicas of their rows.
+        firsts, places = range(0, world.size, self.group_size), range(self.group_size)
+        self.group = own_group([range(first, first + self.group_size) for first in firsts])
+        self.replicas = own_group([range(place, world.size, self.group_size) for place in places])
         self.start, self.stop = rows_of(world.rank % self.group_size, self.group_size, self.settings.codebook_size)
         if run.init is None:
             rows = initial_codebook(self.settings, run.train.seed, self.start, self.stop)
@@ -89,17 +92,13 @@ class ShardedCodebook:
         if self.replicas is not None:
             dist.all_reduce(grad, group=self.replicas)
         grad.div_(self.world.size)
-        norm = self._norm(grad)
-        if not bool(norm.isfinite()):
-            return False
-        if self.grad_clip > 0:
-            grad.mul_((self.grad_clip / (norm + 1e-6)).clamp(max=1.0))
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.ema_rows.lerp_(self.rows.detach(), 1.0 - self.ema_decay)
-        return True
+        square = grad.square().sum()
+        if self.group is not None:
+            dist.all_reduce(square, group=self.group)
+        applied = clipped_step(self.optimizer, grad, square.sqrt(), self.grad_clip, lr)
+        if applied:
+            self.ema_rows.lerp_(self.rows.detach(), 1.0 - self.ema_decay)
+        return applied
 
     def drop_gradient(self) -> None:
         """Drops the accumulated gradient and the choices of codes, for a skipped step."""
@@ -127,12 +126,6 @@ class ShardedCodebook:
             if moment in self.optimizer.state.get(self.rows, {}):
                 self.optimizer.state[self.rows][moment][places] = 0
         return len(places)
-
-    def _norm(self, grad: Tensor) -> Tensor:
-        square = grad.square().sum()
-        if self.group is not None:
-            dist.all_reduce(square, group=self.group)
-        return square.sqrt()
 
     def state(self, folder: str) -> list[StateFile]:
         """This rank's rows and moments. Replicas hold the same and give nothing."""
@@ -190,22 +183,3 @@ def _copy(values: Tensor | None, to: Tensor | None) -> None:
     """Of tensors that a run without `quantizer.region` does not have."""
     if values is not None and to is not None:
         to.copy_(values)
-
-
-def _groups(world: World, size: int) -> tuple[Group, Group]:
-    """This rank's codebook group (consecutive ranks) and the replicas of its rows. None for a group of one."""
-    group = _own_group(world, [list(range(first, first + size)) for first in range(0, world.size, size)])
-    replicas = _own_group(world, [list(range(index, world.size, size)) for index in range(size)])
-    return group, replicas
-
-
-def _own_group(world: World, partition: list[list[int]]) -> Group:
-    """Every rank makes every group, as torch demands, and keeps its own. None for a group of one."""
-    own: Group = None
-    for ranks in partition:
-        if len(ranks) > 1:
-            made = dist.new_group(ranks)
-            if world.rank in ranks:
-                assert isinstance(made, dist.ProcessGroup)
-                own = made
-    return own

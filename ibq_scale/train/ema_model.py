@@ -10,7 +10,7 @@ import torch
 
 from ibq_scale.config.run import ARRun, TokenizerRun
 from ibq_scale.distributed.world import World
-from ibq_scale.models.precision import compute_dtype
+from ibq_scale.models.layout import compute_dtype
 from ibq_scale.models.transformer import Transformer
 from ibq_scale.pretrained.models import Tokenizer
 from ibq_scale.train.codebook import ShardedCodebook

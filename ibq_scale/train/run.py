@@ -12,7 +12,6 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -25,11 +24,12 @@ from ibq_scale.checkpoint.saving import CheckpointFolder
 from ibq_scale.commit import current_commit
 from ibq_scale.config.batch import accumulation_steps
 from ibq_scale.config.layers import require_complete, to_yaml
-from ibq_scale.config.run import AnyRun, DataConfig, TokenizerRun
+from ibq_scale.config.run import AnyRun, TokenizerRun
 from ibq_scale.config.secrets import masked
 from ibq_scale.console import tell
 from ibq_scale.data.geometry import continued
 from ibq_scale.data.manifest import NAME as MANIFEST
+from ibq_scale.data.manifest import Kind
 from ibq_scale.data.sets import DataSets, open_sets
 from ibq_scale.data.shared_memory import ranks_of_node
 from ibq_scale.data.store import open_store
@@ -37,14 +37,14 @@ from ibq_scale.distributed.agree import of_all_ranks
 from ibq_scale.distributed.failures import describe, follows
 from ibq_scale.distributed.node_check import check_nodes
 from ibq_scale.distributed.side_channel import SideChannel
-from ibq_scale.distributed.timeouts import set_timeouts
+from ibq_scale.distributed.waiting import set_timeouts
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from ibq_scale.report.compare import write_report
-from ibq_scale.scaling.auto import MICRO_BATCH, Choice, machine_of, open_keys
+from ibq_scale.scaling.auto import MICRO_BATCH, machine_of, open_keys
 from ibq_scale.scaling.plan import Machine
 from ibq_scale.scaling.prediction import PlanRatios, Prediction
-from ibq_scale.scaling.profile import this_cpu
+from ibq_scale.scaling.profile import this_cpu, versions
 from ibq_scale.supervise.attempts import add_unnoticed
 from ibq_scale.supervise.compatible import check_same_data, check_same_run
 from ibq_scale.supervise.dashboards import dashboard_classes
@@ -53,8 +53,7 @@ from ibq_scale.supervise.preemption import REQUEUE_EXIT_CODE, StopRequest
 from ibq_scale.supervise.restart import Restart
 from ibq_scale.supervise.run_lock import locked
 from ibq_scale.supervise.watchdog import FIRST_STEP_FACTOR, HUNG_EXIT_CODE, Watchdog
-from ibq_scale.train.determinism import fix_the_order_of_sums
-from ibq_scale.train.kernel_tiles import settle_tiles
+from ibq_scale.train.determinism import fix_the_order_of_sums, settle_tiles
 from ibq_scale.train.memory_pressure import MemoryPressure, settle_within_limit
 from ibq_scale.train.schedule import shape_of
 from ibq_scale.train.startup_summary import startup_summary
@@ -131,12 +130,16 @@ def _start(config: AnyRun, run_dir: Path, world: World, stop: StopRequest, resta
         with suppress(OSError):
             add_unnoticed(run_dir)
     # Before any other read, write or collective.
-    hosts = check_nodes(world, SideChannel(world), run_dir, _cache_dir(config), partial(_ask_stores, config))
+    named = config.data.cache_dir
+    cache_dir = None if named in (None, "auto") else Path(str(named))
+    hosts = check_nodes(world, SideChannel(world), run_dir, cache_dir, partial(_ask_stores, config))
     notices.share()
     machine = machine_of(world)
     settled, choices = settle_within_limit(config, run_dir, machine, world)
     accumulation_steps(settled.train, world.size)
-    _say_choices(world, choices)
+    if choices:
+        # The settings that the config leaves open.
+        _say(world, "auto: " + "; ".join(f"{c.key}={c.value} ({c.reason})" for c in choices))
     is_open = MICRO_BATCH in open_keys(config)
     pressure = MemoryPressure(run_dir, machine, world, restart, stop, is_open=is_open)
     return _train_locked(settled, run_dir, _Start(world, stop, hosts, machine, pressure, notices))
@@ -151,7 +154,8 @@ def _train_locked(config: AnyRun, run_dir: Path, start: _Start) -> int:
         start.stop.standing = checkpoints.standing
         if resume_from is not None:
             check_same_run(config, resume_from)
-            config = _with_data(config, continued(config.data, resume_from.manifest["config"]["data"]))
+            data = continued(config.data, resume_from.manifest["config"]["data"])
+            config = config.model_copy(update={"data": data})
         _prepare_run_dir(run_dir, config, world)
         if isinstance(config, TokenizerRun):
             settle_tiles(run_dir, config.quantizer, world)
@@ -190,7 +194,6 @@ def _report(run_dir: Path) -> None:
 def _train_watched(
     config: AnyRun, start: _Start, checkpoints: CheckpointFolder, resume_from: Checkpoint | None
 ) -> Outcome:
-    """Builds the task and trains it, under the watchdog."""
     run_dir, timeout, world = Path(config.run_dir), config.train.hang_timeout, start.world
     step = resume_from.step if resume_from is not None else 0
     # 1.5 × the watchdog's longest patience, also for the engines' groups.
@@ -200,11 +203,13 @@ def _train_watched(
     with closing(Watchdog(run_dir, world, start.hosts, timeout, step, stop.stand_down, hung)) as watchdog:
         if stop.agreed(world):
             return Outcome(step, stopped=True, saved=True)
-        sets = open_sets(config.data, "images" if isinstance(config, TokenizerRun) else "codes")
+        kind: Kind = "images" if isinstance(config, TokenizerRun) else "codes"
+        sets = open_sets(config.data, kind, config.train.global_batch)
         _check_ranks_agree(config, sets, world)
         if resume_from is not None:
             check_same_data(config, resume_from, sets.hash)
-        config = _with_data(config, config.data.model_copy(update=sets.layout._asdict()))
+        data = config.data.model_copy(update=sets.layout._asdict())
+        config = config.model_copy(update={"data": data})
         if world.is_main:
             _write_config(run_dir, config)
         watchdog.report("building")
@@ -229,20 +234,11 @@ def _check_ranks_agree(config: AnyRun, sets: DataSets, world: World) -> None:
         )
 
 
-def _with_data(config: AnyRun, data: DataConfig) -> AnyRun:
-    return config.model_copy(update={"data": data})
-
-
 def _ask_stores(config: AnyRun) -> None:
     """UserError if this node finds no manifest in the data."""
     for url in config.data.sources:
         if not open_store(url).exists(MANIFEST):
             raise UserError(f"{url} has no {MANIFEST}")
-
-
-def _cache_dir(config: AnyRun) -> Path | None:
-    named = config.data.cache_dir
-    return None if named in (None, "auto") else Path(str(named))
 
 
 def _make_task(config: AnyRun, world: World, sets: DataSets, patience: timedelta) -> Task:
@@ -290,7 +286,7 @@ def environment(world: World) -> dict[str, object]:
         more = {"gpu_memory": torch.cuda.get_device_properties(world.device).total_memory}
     return {
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": versions(PACKAGES),
         "git": current_commit(),
         "world_size": world.size,
         "ranks_per_node": ranks_of_node(),
@@ -299,19 +295,6 @@ def environment(world: World) -> dict[str, object]:
         "command": [masked(word) if word.startswith("notify=") else word for word in sys.argv],
         **more,
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _say_choices(world: World, choices: Sequence[Choice]) -> None:
-    """A line of the settings that the config leaves open, with their values here and the reasons."""
-    if choices:
-        _say(world, "auto: " + "; ".join(f"{c.key}={c.value} ({c.reason})" for c in choices))
 
 
 def _say(world: World, message: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -47,7 +48,9 @@ class SampleGrid:
             self.labels = list(range(count))
         # The images of a class have different numbers.
         self.ids = [place - self.labels.index(label) for place, label in enumerate(self.labels)]
-        guidance, temperature = _as_published(run)
+        guidance = temperature = 1.0
+        with suppress(UserError):
+            guidance, temperature = published_sampling(run.model)
         validation = run.validation
         self.settings = SamplingSettings(validation.guidance or guidance, validation.temperature or temperature)
 
@@ -73,10 +76,3 @@ class SampleGrid:
         pixels_NP = gather_rows(torch.cat(indices), torch.cat(rows))
         self.tokenizer.to("cpu")
         return image_grid(pixels_NP.view(count, *images_u8.shape[1:]), columns=math.ceil(math.sqrt(count)))
-
-
-def _as_published(run: ARRun) -> tuple[float, float]:
-    try:
-        return published_sampling(run.model)
-    except UserError:
-        return 1.0, 1.0

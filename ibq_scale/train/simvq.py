@@ -17,7 +17,7 @@ from ibq_scale.checkpoint.files import StateFile, TensorFile
 from ibq_scale.config.run import TokenizerRun
 from ibq_scale.distributed.world import World
 from ibq_scale.models.ema import EMA
-from ibq_scale.models.optimizers import MOMENTS, adam, restored_state
+from ibq_scale.models.optimizers import MOMENTS, adam, clipped_step, restored_state
 
 FILE = "projection.safetensors"
 
@@ -49,30 +49,21 @@ class Projection:
     def step(self, lr: float) -> bool:
         """One Adam step. Each rank's gradient is of its own shard, so their sum is the gradient of the losses' sum.
 
-        False, on every rank, if the gradient is not finite. Then nothing changes.
+        False, on every rank, if the gradient is not finite. Then nothing changes, and `drop_gradient` follows.
         """
         grads = [parameter.grad for parameter in self.parameters.values()]
         flat = torch.cat([grad.flatten() for grad in grads if grad is not None])
         dist.all_reduce(flat)
         flat /= self.world.size
-        norm = flat.norm()
-        if not bool(norm.isfinite()):
-            self.drop_gradient()
-            return False
-        if self.grad_clip > 0:
-            flat *= (self.grad_clip / (norm + 1e-6)).clamp(max=1.0)
         pieces = torch.split(flat, [parameter.numel() for parameter in self.parameters.values()])
         for parameter, piece in zip(self.parameters.values(), pieces, strict=True):
             parameter.grad = piece.view_as(parameter)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.drop_gradient()
-        self.ema.update(self.parameters)
-        return True
+        applied = clipped_step(self.optimizer, flat, flat.norm(), self.grad_clip, lr)
+        if applied:
+            self.ema.update(self.parameters)
+        return applied
 
     def drop_gradient(self) -> None:
-        """Drops the accumulated gradient."""
         self.optimizer.zero_grad(set_to_none=True)
 
     def state(self, folder: str) -> list[StateFile]:

@@ -9,7 +9,6 @@ import torch
 
 from ibq_scale.config.batch import accumulation_steps, codebook_words
 from ibq_scale.config.deepspeed import deepspeed_config, zero_words
-from ibq_scale.config.models import QuantizerConfig
 from ibq_scale.config.run import AnyRun, ARRun, TokenizerRun
 from ibq_scale.console import gigabytes, short
 from ibq_scale.data.geometry import Stream
@@ -17,8 +16,8 @@ from ibq_scale.data.sets import DataSets
 from ibq_scale.distributed.world import World
 from ibq_scale.models.attention import choose, choose_masked, describe
 from ibq_scale.models.fp8 import EAGER
-from ibq_scale.models.precision import compute_dtype
-from ibq_scale.quantize.backend import describe as describe_passes
+from ibq_scale.models.layout import compute_dtype
+from ibq_scale.quantize.backend import describe as describe_backend
 from ibq_scale.scaling import networks
 from ibq_scale.scaling.budget import Line, ar_states, checkpoint_bytes, tokenizer_states
 from ibq_scale.scaling.networks import Network
@@ -59,17 +58,15 @@ def _tokenizer(run: TokenizerRun, nets: Sequence[Network], world: World) -> list
     model, quantizer = run.model, run.quantizer
     side = model.resolution // model.downsampling
     codes = f"{quantizer.codebook_size:,} codes × {quantizer.dim} ({short(quantizer.codebook_size * quantizer.dim)})"
+    how = (world.device, torch.float32, quantizer.dim, quantizer.logit_precision)
+    backend = describe_backend(quantizer.backend, *how) if quantizer.kind == "ibq" else ""
     perceptual = "no LPIPS" if run.loss.perceptual == "none" else f"LPIPS {run.loss.perceptual}, frozen"
     return [
         f"{_parts(nets)}; {perceptual}",
         f"{model.resolution} × {model.resolution} pixels → {side} × {side} of {codes}, "
         f"{', '.join(filter(None, (quantizer.kind, quantizer.switches)))}{_how(run)}",
-        *([f"quantizer by {_passes(quantizer, world.device)}"] if quantizer.kind == "ibq" else []),
+        *([f"quantizer by {backend}"] if backend else []),
     ]
-
-
-def _passes(quantizer: QuantizerConfig, device: torch.device) -> str:
-    return describe_passes(quantizer.backend, device, torch.float32, quantizer.dim, quantizer.logit_precision)
 
 
 def _transformer(run: ARRun, net: Network, world: World) -> list[str]:
@@ -112,6 +109,10 @@ def _data(config: AnyRun, sets: DataSets, ranks: int, nodes: int) -> list[str]:
             f"{len(manifest.shards):,} shard{'s' * (len(manifest.shards) > 1)}, {gigabytes(manifest.bytes)}{share}"
             f"{cache}"
         )
+    if isinstance(config, TokenizerRun) and config.data.aspects:
+        buckets = zip(config.data.aspects, config.crop_sizes, sets.by_aspect, strict=True)
+        words = [f"{name} {width} × {height} ({extent.samples:,})" for name, (width, height), extent in buckets]
+        texts.append(f"aspects, with pixels and images: {', '.join(words)}")
     batch = config.train.micro_batch * ranks // nodes
     texts.append(str(Stream.of(sets.extents, config.data, sets.cache_limit, batch, nodes)))
     held = config.validation

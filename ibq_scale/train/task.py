@@ -48,26 +48,21 @@ class Task(Protocol):
 
     def batches(self, start: int) -> Iterator[Any]:
         """This rank's micro-batches from the absolute sample position `start` on, without end."""
-        ...
 
     def set_rates(self, samples: int) -> dict[str, float]:
         """Sets the learning rates of the step after `samples`. Returns them for the log."""
-        ...
 
     def train_step(self, batches: Iterator[Any]) -> Step:
         """One optimizer step over as many micro-batches as the accumulation needs.
 
         A gradient that is not finite on any rank is applied on no rank, to no part of the state. Nor is a spike.
         """
-        ...
 
     def histograms(self) -> dict[str, Histogram]:
         """Of the window closed by `log_metrics`, the same on all ranks."""
-        ...
 
     def log_metrics(self) -> dict[str, float]:
         """Global metrics since the last call. Collective."""
-        ...
 
     def validate(self, step: int, progress: Callable[[], None]) -> Validation:
         """Measures held-out samples, if due after `step`. Collective.
@@ -75,16 +70,12 @@ class Task(Protocol):
         All ranks have equal shares and results. The state does not change: later training is the same to the last bit.
         Calls `progress` in between.
         """
-        ...
 
     def state(self) -> list[StateFile]:
         """This rank's part of the state, and of the weights for inference in ``model/``. Collective. Writes nothing."""
-        ...
 
     def load(self, directory: Path) -> None:
         """Restores the files of `state`, on any number of ranks and under any layout."""
-        ...
 
     def draw(self) -> dict[str, Tensor]:
         """Rank 0: pictures of the current state by name, uint8 (3, H, W) on the CPU, if the stage has any."""
-        ...

@@ -22,36 +22,30 @@ from ibq_scale.config.run import TokenizerRun
 from ibq_scale.data.sets import DataSets
 from ibq_scale.data.stream import ImageBatch, image_stream, to_float
 from ibq_scale.distributed.world import World
-from ibq_scale.losses.adversarial import (
-    LastLayer,
-    LeCAM,
-    adaptive_weight,
-    discriminator_hinge,
-)
+from ibq_scale.losses.adversarial import LastLayer, LeCAM, adaptive_weight, discriminator_hinge
 from ibq_scale.losses.frozen_vit import FrozenFeatures, backbone_of
 from ibq_scale.losses.image import ImageLoss
 from ibq_scale.losses.perceptual import Perceptual
 from ibq_scale.models.aligned import AlignedTokenizer
 from ibq_scale.models.autoencoder import TokenizerModel, frozen_parameters, tokens_of
-from ibq_scale.models.dino_discriminator import iterate_spectral_norms
-from ibq_scale.models.discriminator import make_discriminator
+from ibq_scale.models.discriminator import iterate_spectral_norms, make_discriminator
+from ibq_scale.models.layout import compute_dtype
 from ibq_scale.models.optimizers import adam
-from ibq_scale.models.precision import compute_dtype
 from ibq_scale.pictures import reconstruction_grid
 from ibq_scale.pretrained.loading import CONFIG, config_text, load_tokenizer, start_from
+from ibq_scale.profiling import part
 from ibq_scale.quantize.kinds import KINDS
-from ibq_scale.quantize.quantized import Quantized
 from ibq_scale.supervise.alarms import Above, Drop, Rule, Spike
 from ibq_scale.supervise.budgets import BadSamples
 from ibq_scale.supervise.dashboards import Histogram
 from ibq_scale.supervise.spikes import Spikes
 from ibq_scale.train.codebook import ShardedCodebook
+from ibq_scale.train.determinism import seed_by_position
 from ibq_scale.train.ema_model import ema_tokenizer
-from ibq_scale.train.randomness import seed_by_position
 from ibq_scale.train.schedule import codebook_lr, lr_factor
 from ibq_scale.train.task import Step, StepMetrics, Validation
 from ibq_scale.train.usage import UsageTracker
-from ibq_scale.train.validation_tokenizer import HeldOutImages
+from ibq_scale.train.validation import HeldOutImages
 from ibq_scale.zero.engine import always, discriminator_config, gradient_norm, make_engine, set_rates, step
 from ibq_scale.zero.engine_state import engine_file, load_engine, restore_weights
 from ibq_scale.zero.sharded_ema import ShardedEMA
@@ -104,7 +98,7 @@ class TokenizerTask:
         if run.init is not None:
             start_from(run.init, model.autoencoder)
         if run.model.compile:
-            model.autoencoder.compile_regions()
+            model.autoencoder.compile_regions(sizes=len(run.data.aspects) or 1)
         pair = DiscriminatorPair(make_discriminator(run.discriminator, backbone))
         exact = {name: p.detach().clone() for name, p in model.named_parameters()} if run.train.freeze else {}
         frozen = frozen_parameters(model.autoencoder, run.train.freeze)
@@ -137,6 +131,7 @@ class TokenizerTask:
             world_size=self.world.size,
             micro_batch=self.run.train.micro_batch,
             start=start,
+            crops=self.run.crop_sizes,
         )
 
     def set_rates(self, samples: int) -> dict[str, float]:
@@ -174,7 +169,8 @@ class TokenizerTask:
                 finite &= value.isfinite()
                 sums[name] = sums.get(name, torch.zeros_like(value)) + value / self.accumulation
         if applied:
-            applied = self.codebook.step(self.codebook_lr)
+            with part("codebook's optimizer"):
+                applied = self.codebook.step(self.codebook_lr)
             self.ema.update()
         else:
             self.codebook.drop_gradient()
@@ -229,7 +225,8 @@ class TokenizerTask:
         shown = reconstruction.detach().float()
         discriminator = self.discriminator.module.discriminator if self.adversarial else None
         balance = None if self.last_layer is None else self._adaptive_weight
-        metrics, loss, gradient = self.image_loss(images, shown, discriminator, balance)
+        with part("losses of the reconstruction"):
+            metrics, loss, gradient = self.image_loss(images, shown, discriminator, balance)
         rest = (
             weights.quantization_weight * quantized.quantization_loss + weights.entropy_weight * quantized.entropy_loss
         )
@@ -237,15 +234,18 @@ class TokenizerTask:
             metrics["features"] = term.detach()
             rest = rest + weights.feature_weight * term
         # A scalar with the gradient computed above at the reconstruction.
-        self.generator.backward((reconstruction * gradient).sum() + rest)
+        with part("generator's backward"):
+            self.generator.backward((reconstruction * gradient).sum() + rest)
         self.usage.update(quantized.indices_N)
         self._last = (images, shown)
         metrics |= {
             "quantization": quantized.quantization_loss.detach(),
             "entropy": quantized.entropy_loss.detach(),
             "loss": loss + rest.detach(),
+            "sample_entropy": quantized.sample_entropy.detach(),
+            "batch_entropy": quantized.batch_entropy.detach(),
         }
-        return metrics | _entropies(quantized), shown
+        return metrics, shown
 
     def _adaptive_weight(self, *gradients: Tensor) -> Tensor:
         """From the gradients' means over ranks, so every rank gets the same weight."""
@@ -255,11 +255,13 @@ class TokenizerTask:
         return adaptive_weight(*(means / self.world.size))
 
     def _discriminator_backward(self, images: Tensor, reconstruction: Tensor) -> StepMetrics:
-        real, fake = self.discriminator(images, reconstruction)
+        with part("discriminator"):
+            real, fake = self.discriminator(images, reconstruction)
         real, fake = real.float(), fake.float()
         hinge = discriminator_hinge(real, fake)
         lecam = self.lecam.penalty(real, fake)
-        self.discriminator.backward(hinge + self.run.loss.lecam_weight * lecam)
+        with part("discriminator's backward"):
+            self.discriminator.backward(hinge + self.run.loss.lecam_weight * lecam)
         return {
             "discriminator": hinge.detach(),
             "lecam": lecam.detach(),
@@ -342,10 +344,3 @@ def _codes_of(run: TokenizerRun) -> list[str]:
         return []
     first = load_tokenizer(run.init)
     return [*first.codes_of, first.hash]
-
-
-def _entropies(quantized: Quantized) -> StepMetrics:
-    return {
-        "sample_entropy": quantized.sample_entropy.detach(),
-        "batch_entropy": quantized.batch_entropy.detach(),
-    }

@@ -22,6 +22,7 @@ from ibq_scale.config.batch import accumulation_steps
 from ibq_scale.config.run import AnyRun
 from ibq_scale.data.sets import DataSets
 from ibq_scale.distributed.world import World
+from ibq_scale.profiling import part
 from ibq_scale.scaling.prediction import PlanRatios
 from ibq_scale.supervise.alarms import Alarms
 from ibq_scale.supervise.budgets import SkippedSteps
@@ -68,7 +69,8 @@ class _CountedBatches:
     def __next__(self) -> Any:
         begin = time.perf_counter()
         self._watchdog.report("waiting for data")
-        batch = next(self._batches)
+        with part("wait for data"):
+            batch = next(self._batches)
         self._watchdog.report("step")
         self.waited += time.perf_counter() - begin
         self._once.note(batch.requests)

@@ -48,7 +48,6 @@ class UsageTracker:
             self.since_revival.update(indices_N)
 
     def end_step(self) -> None:
-        """An optimizer step is over."""
         self.steps += 1
 
     def due_for_revival(self, step: int) -> Tensor | None:

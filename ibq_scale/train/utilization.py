@@ -8,7 +8,7 @@ import torch
 
 from ibq_scale.config.run import AnyRun
 from ibq_scale.distributed.world import World
-from ibq_scale.models.precision import compute_dtype
+from ibq_scale.models.layout import compute_dtype
 from ibq_scale.scaling.devices import known_peak
 from ibq_scale.scaling.flops import training_flops
 

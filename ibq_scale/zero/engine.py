@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from ibq_scale.models.muon import Muon
+from ibq_scale.profiling import part
 from ibq_scale.zero.gradients import reduction, scatter_gradients
+from ibq_scale.zero.memory import BUCKET
 from ibq_scale.zero.muon import find_parts, permit_muon
 
 Refuses = Callable[[torch.Tensor], torch.Tensor]
@@ -30,7 +32,9 @@ def make_engine(
     begin_deepspeed(device)
     _import_muon()
     permit_muon()
-    engine, _, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
+    engine, _, _, _ = deepspeed.initialize(
+        model=module, optimizer=optimizer, config=_with_bucket(config, module), dist_init_required=False
+    )
     if engine.dp_world_size == 1 and engine.zero_optimization_stage() == 0:
         # The mean over one rank: 0.19.8 would copy all gradients into a buffer and back.
         engine.enable_backward_allreduce = False
@@ -39,6 +43,14 @@ def make_engine(
     if isinstance(optimizer, Muon) and engine.zero_optimization_stage() > 0:
         find_parts(engine, optimizer)
     return engine
+
+
+def _with_bucket(config: dict[str, Any], module: nn.Module) -> dict[str, Any]:
+    """A bucket of gradients no larger than the network, since DeepSpeed (0.19.8) allocates it whole."""
+    zero = config.get("zero_optimization", {})
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
+    bucket = min(parameters, int(zero.get("reduce_bucket_size", BUCKET)))
+    return config | {"zero_optimization": zero | {"reduce_bucket_size": bucket}}
 
 
 def begin_deepspeed(device: torch.device) -> None:
@@ -158,7 +170,8 @@ def step(engine: Any, refuses: Refuses | None = None) -> bool:
     global _refuses
     _refuses = refuses
     try:
-        return _step(engine)
+        with part("optimizer"):
+            return _step(engine)
     finally:
         _refuses = None
 

@@ -78,7 +78,6 @@ def _buffers(engine: Any) -> Iterator[Piece]:
 
 
 def inner_optimizer(engine: Any) -> torch.optim.Optimizer:
-    """The torch optimizer inside DeepSpeed's."""
     inner: torch.optim.Optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
     return inner
 

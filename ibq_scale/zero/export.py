@@ -29,16 +29,12 @@ def export_deepspeed(checkpoint: Checkpoint, to: Path) -> list[Path]:
         shapes = {name: weight.shape for name, weight in weights.items()}
         folder = to / engine / tag
         folder.mkdir(parents=True)
-        torch.save(_optimizer(flat), folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+        state = {"zero_stage": 1, "partition_count": 1, "single_partition_of_fp32_groups": [flat]}
+        torch.save({"optimizer_state_dict": state}, folder / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
         torch.save(_model(shapes, reader), folder / "mp_rank_00_model_states.pt")
         (to / engine / "latest").write_text(tag, encoding="utf-8")
         written.append(to / engine)
     return written
-
-
-def _optimizer(flat: torch.Tensor) -> dict[str, object]:
-    state = {"zero_stage": 1, "partition_count": 1, "single_partition_of_fp32_groups": [flat]}
-    return {"optimizer_state_dict": state}
 
 
 def _model(shapes: dict[str, torch.Size], reader: PieceReader) -> dict[str, object]:

@@ -68,7 +68,6 @@ def held(engine: Any, world: World) -> list[Fragment]:
 
 
 def shapes(engine: Any) -> dict[str, torch.Size]:
-    """Every parameter's whole shape, by name."""
     return {name: getattr(p, "ds_shape", p.shape) for name, p in engine.module.named_parameters()}
 
 

@@ -105,7 +105,6 @@ class States:
     muon: bool = False
 
     def on_gpu(self, *names: str) -> int:
-        """The sum of these on the GPU."""
         return sum(getattr(self, name) for name in names if self.places.get(name, "gpu") == "gpu")
 
 
@@ -177,7 +176,14 @@ def _buckets(n: Shares, zero: Zero) -> int:
         return 0
     if zero.stage == 0 or _whole_fp32_gradients(zero):
         return 0
-    return FP32 * min(zero.reduce_bucket, n.whole)
+    bucket = min(zero.reduce_bucket, n.whole)
+    element = zero.weight_bytes if zero.stage == 2 else FP32
+    if bucket == n.whole:
+        # Sent at the end, without activations.
+        return element * bucket
+    # What is sent at a time is made contiguous, and then fp32.
+    sent = min(bucket, n.share) if zero.reduction == "reduce" else bucket
+    return element * bucket + (element + FP32 * (element < FP32)) * sent
 
 
 def _zero3(n: Shares, zero: Zero, places: dict[str, Place]) -> States:
@@ -189,7 +195,7 @@ def _zero3(n: Shares, zero: Zero, places: dict[str, Place]) -> States:
         earlier_gradients=FP32 * n.share,
         gradients=FP32 * n.share,
         # Allocated whole at the start, and kept.
-        buckets=FP32 * zero.reduce_bucket,
+        buckets=FP32 * min(zero.reduce_bucket, n.whole),
         gathered=b * min(n.whole - n.persistent, zero.live_parameters + n.largest),
         step=_scratch(n, zero),
         places=places,

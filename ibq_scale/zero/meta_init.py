@@ -47,6 +47,8 @@ def materialize(model: nn.Module, values: Values, config: dict[str, Any], world:
 
     The weights are bf16 if the precision is: DeepSpeed makes its fp32 weights from them on every stage. Collective.
     """
+    import deepspeed
+
     stage = config.get("zero_optimization", {}).get("stage", 0)
     begin_deepspeed(world.device)
     model.to(torch.bfloat16 if config["bf16"]["enabled"] else torch.float32)
@@ -57,19 +59,13 @@ def materialize(model: nn.Module, values: Values, config: dict[str, Any], world:
         assert not list(module.children()), "partitioned as a whole, before its children have memory"
         module.to_empty(device=world.device, recurse=False)
         if stage == 3:
-            _partition(module, config)
+            # This broadcasts rank 0's uninitialised elements. It costs one step's traffic and cannot be avoided.
+            deepspeed.zero.Init(module=module, config_dict_or_path=config)
         for name, parameter in zip(names, module.parameters(recurse=False), strict=True):
             if stage == 3:
                 _fill_partition(parameter, values, name)
             else:
                 fill(parameter.detach().view(-1), values, name)
-
-
-def _partition(module: nn.Module, config: dict[str, Any]) -> None:
-    import deepspeed
-
-    # This broadcasts rank 0's uninitialised elements. It costs one step's traffic and cannot be avoided.
-    deepspeed.zero.Init(module=module, config_dict_or_path=config)
 
 
 def _fill_partition(parameter: nn.Parameter, values: Values, name: str) -> None:

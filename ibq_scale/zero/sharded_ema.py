@@ -14,6 +14,7 @@ from ibq_scale.checkpoint.pieces import WEIGHTS, Piece, PieceReader, piece_file
 from ibq_scale.distributed.world import World
 from ibq_scale.models.ema import EMA
 from ibq_scale.pretrained.loading import InCheckpoint
+from ibq_scale.profiling import part
 from ibq_scale.zero.master_weights import pieces, shapes
 
 # Elements gathered at a time, in fp32.
@@ -32,9 +33,9 @@ class ShardedEMA:
         self.shadow = EMA({piece.name: piece.values for piece in live}, decay)
 
     def update(self) -> None:
-        """Moves the average towards the weights, after a step."""
         if self.enabled:
-            self.shadow.update({piece.name: piece.values for piece in self._live()})
+            with part("average of the weights"):
+                self.shadow.update({piece.name: piece.values for piece in self._live()})
 
     def place(self, folder: str, engine_folder: str, module: str = "") -> InCheckpoint:
         """The place of `module`'s weights for inference in a checkpoint with `state` in `folder`."""

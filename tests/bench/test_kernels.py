@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ibq_scale.bench.kernels import KERNEL_NAMES, OTHER_KERNEL_NAMES
+from ibq_scale.bench.kernels import KERNEL_NAMES, NORM_KERNEL_NAMES, OTHER_KERNEL_NAMES
 from ibq_scale.cli.main import main
 from ibq_scale.quantize.tiles import COLUMN_KERNELS, KERNELS, LIST_KERNELS, offered
 
@@ -56,12 +56,30 @@ def test_kernels_without_products_need_little() -> None:
     assert all(row["fits"] and row["shared_bytes"] < 48 << 10 and row["spill_bytes"] == 0 for row in rows)
 
 
+@pytest.mark.slow
+def test_kernels_of_norms_need_little() -> None:
+    """On an old chip, one of little shared memory, and one of AMD, for 512 channels in 32 groups."""
+    rows = _run("--kernel", ",".join(NORM_KERNEL_NAMES), "--dim", "512", "--arch", "sm_80,sm_89,gfx942")
+    assert len(rows) == 3 * len(NORM_KERNEL_NAMES)
+    assert all(row["fits"] and row["spill_bytes"] == 0 and 0 < row["registers"] <= 128 for row in rows)
+    assert all(row["shared_bytes"] <= 4096 for row in rows)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("precision", ["bf16", "tf32"])
 def test_every_kernel_fits_every_chip(precision: str) -> None:
     found = _fit(_run("--arch", "sm_80,sm_86,sm_89,sm_90,sm_100,sm_120", "--precision", precision, "--dim", "8,64,256"))
     assert len(found) == len(KERNELS) * 6 * 3
     assert all(found.values()), [case for case, rows in found.items() if not rows]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_norms_fit_every_chip_at_all_widths(precision: str) -> None:
+    rows = _run(
+        "--kernel", ",".join(NORM_KERNEL_NAMES), "--precision", precision, "--dim", "32,96,128,256,512", "--arch", "all"
+    )
+    assert all(row["fits"] and row["spill_bytes"] == 0 for row in rows), rows
 
 
 def test_wrong_words_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

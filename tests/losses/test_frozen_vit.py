@@ -74,10 +74,11 @@ def test_a_published_dinov2_loads_without_the_token_of_its_training(tmp_path: Pa
 
 
 def test_the_target_has_one_feature_for_each_token() -> None:
-    features = FrozenFeatures("tiny", 3, CPU, torch.float32)
+    features = FrozenFeatures("tiny", 16, CPU, torch.float32)
     images = torch.rand(2, 3, 48, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
     target_BWhw = features(images)
     assert target_BWhw.shape == (2, features.width, 3, 3)
+    assert features(images[..., :32]).shape == (2, features.width, 3, 2)
     # A change of the right lower corner alone changes that token's feature most.
     images[:, :, 40:, 40:] = 1.0
     moved_Bhw = (features(images) - target_BWhw).norm(dim=1)

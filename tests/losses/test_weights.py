@@ -26,8 +26,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def published(web_server: WebServer, monkeypatch: pytest.MonkeyPatch) -> dict[str, WeightFile]:
     """Stand-ins of the files, served on loopback."""
     sources = {
-        name: WeightFile(f"{name}-1-{SHA256[:8]}.pth", f"the {name} net", "tests", lambda: web_server.url)
-        for name in NAMES
+        name: WeightFile(f"{name}-1-{SHA256[:8]}.pth", f"the {name} net", "tests", web_server.url) for name in NAMES
     }
     monkeypatch.setattr(weights, "SOURCES", sources)
     return sources
@@ -37,8 +36,8 @@ def test_upstream_still_names_the_files_so(folder: Path) -> None:
     """The packages' own addresses end in the names that we look for, and most names in hashes."""
     assert tuple(SOURCES) == NAMES
     for name, source in SOURCES.items():
-        assert source.url().startswith("https://")
-        assert source.url().rpartition("/")[2] == source.file
+        assert source.url.startswith("https://")
+        assert source.url.rpartition("/")[2] == source.file
         assert len(source.sha256_prefix) == {"dino": 0, "dinov2": 64}.get(name, 8)
         assert int(source.sha256_prefix or "1", 16) > 0
 
@@ -50,7 +49,7 @@ def test_a_file_without_a_published_hash_is_checked_and_its_hash_kept(
         if path.read_bytes() != CONTENT:
             raise UserError("another network's tensors")
 
-    source = WeightFile("net.pth", "a net", "tests", lambda: web_server.url, sha256="", check=check)
+    source = WeightFile("net.pth", "a net", "tests", web_server.url, sha256="", check=check)
     monkeypatch.setattr(weights, "SOURCES", {"dino": source})
     web_server.behave = lambda handler, _: send(handler, b"something else")
     assert main(["fetch-weights", "dino"]) == 2
@@ -141,7 +140,7 @@ def test_no_network_is_said_in_two_lines(
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/x"
-        monkeypatch.setitem(published, "vgg", WeightFile(published["vgg"].file, "a net", "tests", lambda: url))
+        monkeypatch.setitem(published, "vgg", WeightFile(published["vgg"].file, "a net", "tests", url))
         assert main(["fetch-weights", "--json"]) == 2
     captured = capsys.readouterr()
     lines = [line for line in captured.err.splitlines() if "←" not in line]
@@ -172,7 +171,7 @@ def test_wrong_use(
 
 
 def test_a_hash_prefix_is_that_of_the_whole_name() -> None:
-    assert WeightFile("a-b-2015-12-05-6726825d.pth", "", "", lambda: "").sha256_prefix == "6726825d"
+    assert WeightFile("a-b-2015-12-05-6726825d.pth", "", "", "").sha256_prefix == "6726825d"
 
 
 def test_training_is_refused_before_it_starts(

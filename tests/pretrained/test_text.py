@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
+from ibq_scale.data.index import index_of
 from ibq_scale.data.manifest import ConditionInfo
 from ibq_scale.errors import UserError
+from ibq_scale.generate.codes import Captioner
 from ibq_scale.pretrained.text import Captions, encoder_of, text_encoder
 
 
@@ -35,56 +36,67 @@ def test_unknown_encoders_are_refused() -> None:
         encoder_of(info)
 
 
-class _Network:
-    """As transformers' encoders: one vector a token, its number in all places."""
-
-    config = type("Config", (), {"hidden_size": 6})
-
-    def to(self, device: Any) -> _Network:
-        return self
-
-    def eval(self) -> _Network:
-        return self
-
-    def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
-        hidden = input_ids[..., None].expand(-1, -1, 6).double()
-        return type("Output", (), {"last_hidden_state": hidden})
+WORDS = ("<pad>", "</s>", "<s>", "<unk>", "a", "green", "apple")
 
 
-class _Inputs(dict[str, torch.Tensor]):
-    def to(self, device: Any) -> _Inputs:
-        return self
+def _save(kind: str, folder: Path) -> Any:
+    """A tiny encoder with random weights in fp16, and a tokenizer of words that ends captions, or encloses them."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    made = Tokenizer(models.WordLevel({word: n for n, word in enumerate(WORDS)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    template = {"t5": "$A </s>", "clip": "<s> $A </s>"}[kind]
+    made.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<s>", 2), ("</s>", 1)])
+    named = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made, **named).save_pretrained(folder)
+    torch.manual_seed(0)
+    ids = {"vocab_size": len(WORDS), "pad_token_id": 0, "eos_token_id": 1}
+    if kind == "t5":
+        sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+        network: Any = transformers.T5EncoderModel(transformers.T5Config(**ids, **sizes))
+    else:
+        sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = transformers.CLIPTextConfig(**ids, **sizes, bos_token_id=2, max_position_embeddings=5)
+        network = transformers.CLIPTextModel(config)
+    network.half().save_pretrained(folder)
+    return network.float().eval()
 
 
-def _tokenize(texts: list[str], max_length: int, **_: Any) -> _Inputs:
-    lengths = [min(len(text), max_length) for text in texts]
-    ids = torch.tensor([[ord(c) for c in text[:n].ljust(max(lengths))] for text, n in zip(texts, lengths, strict=True)])
-    mask = torch.tensor([[int(i < n) for i in range(max(lengths))] for n in lengths])
-    return _Inputs(input_ids=ids, attention_mask=mask)
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "ids"), [("t5", [5, 6, 1]), ("clip", [2, 5, 6, 1])])
+def test_vectors_are_those_of_transformers(kind: str, ids: list[int], dataset: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    network = _save(kind, tmp_path)
+    encoder = text_encoder(f"{kind}:{tmp_path}")
+    assert (encoder.width, encoder.tokens) == (8, {"t5": 120, "clip": 5}[kind])
+    # Padding beside longer captions changes nothing, and no caption is the end alone.
+    found, none, long = encoder.encode(["green apple", "", "a green apple a " * 40])
+    with torch.inference_mode():
+        expected = network(input_ids=torch.tensor([ids])).last_hidden_state[0]
+    torch.testing.assert_close(found, expected)
+    assert (len(none), len(long)) == (len(ids) - 2, encoder.tokens)
+    assert (
+        len(encoder_of(ConditionInfo(encoder=encoder.name, tokens=4, width=8, captions="")).encode(["a a a a"])[0]) == 4
+    )
+    captioner = Captioner("classes", encoder.name, 4, dataset, torch.device("cpu"))
+    stored, classes = captioner.shard(0), captioner.manifest.classes
+    assert (captioner.info.tokens, captioner.info.width) == (4, 8)
+    by_class = dict(zip(classes, text_encoder(encoder.name, 4).encode(classes), strict=True))
+    index = index_of(
+        captioner.store.read(f"{captioner.manifest.shards[0].name}.index.json"), captioner.manifest.shards[0]
+    )
+    for member, (first, rows) in zip(index.members, stored.spans.tolist(), strict=True):
+        torch.testing.assert_close(stored.vectors[first : first + rows], by_class[classes[member.label]])
+    if kind == "clip":
+        with pytest.raises(UserError, match="has 5 positions: no more than 5 vectors"):
+            text_encoder(encoder.name, 6)
 
 
-def test_an_encoder_of_transformers_is_read_from_the_cache_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a stand-in for the package."""
-    fake: Any = ModuleType("transformers")
-
-    def cached(made: object) -> Any:
-        def from_pretrained(name: str, *, local_files_only: bool) -> object:
-            assert local_files_only
-            if name != "owner/small":
-                raise OSError(f"no {name}\nmore")
-            return made
-
-        return type("Auto", (), {"from_pretrained": staticmethod(from_pretrained)})
-
-    fake.AutoTokenizer, fake.T5EncoderModel, fake.CLIPTextModel = cached(_tokenize), cached(_Network()), cached(None)
-    monkeypatch.setitem(sys.modules, "transformers", fake)
-    encoder = text_encoder("t5:owner/small", 4)
-    assert (encoder.width, encoder.tokens) == (6, 4)
-    rows = encoder.encode(["ab", "c" * 9, *["d"] * 70])
-    assert [len(row) for row in rows[:3]] == [2, 4, 1]
-    assert rows[0][:, 0].tolist() == [97.0, 98.0]
-    with pytest.raises(UserError, match=r"not in the Hub's cache \(no owner/large\): fetch it with 'hf download owner"):
-        text_encoder("t5:owner/large")
+def test_encoders_that_are_not_here_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    with pytest.raises(UserError, match=r"not in the Hub's cache \(.*\): fetch it with 'hf download owner/absent'"):
+        text_encoder("t5:owner/absent")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UserError, match="needs transformers: pip install transformers, or take hash"):
         text_encoder("clip:owner/small")

@@ -34,6 +34,9 @@ def test_a_step_asks_for_what_the_table_says(row: Row, forks: Nursery) -> None:
     record = record_of(row.what, forks)
     assert record.faults == []
     assert Row.of(row.what, record) == row._replace(large=False), told(record)
+    if row.what.startswith("tokenizer") and "dino" not in row.what:
+        # One copy less at each.
+        assert record.layouts["convolution", "NCHW"] == 0 < record.launches["norm_grad_apply"]
 
 
 def _around_norm(also: Callable[[torch.Tensor], object]) -> None:

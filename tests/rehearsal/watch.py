@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -60,11 +60,13 @@ class Watch(TorchDispatchMode):
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Within, everything is noted."""
+        from ibq_scale.models import fused_norm
         from ibq_scale.quantize import backend, tiles, triton_backend
 
-        known = {module: dict(vars(module)) for module in (backend, triton_backend)}
+        known = {module: dict(vars(module)) for module in (backend, triton_backend, fused_norm)}
         vars(backend)["_obstacle"] = lambda *_: None
         vars(triton_backend)["launch"] = self._launch
+        vars(fused_norm)["launch"] = self._launch_norm
         vars(triton_backend)["chosen"] = lambda kernel, precision, dim, *_: tiles.offered(kernel, dim)[0]
         gpu.on_wait.append(lambda: self.syncs.append(Call("synchronize", place())))
         try:
@@ -79,10 +81,13 @@ class Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         name = str(func)
         if func.namespace == "ibq_scale":
+            from ibq_scale.models import fused_norm
             from ibq_scale.quantize import function
 
+            kind, _, direction = func._opname.rpartition("_")
+            module = {"ibq": function, "group_norm": fused_norm}[kind]
             with self:
-                return tuple(getattr(function, func._opname.removeprefix("ibq"))(*args, **kwargs))
+                return tuple(getattr(module, f"_{direction}")(*args, **kwargs))
         if name.startswith("aten.to."):
             # Not taken apart below autograd, and copies of constants would ask the driver.
             with self:
@@ -100,7 +105,11 @@ class Watch(TorchDispatchMode):
         elif name in LAID_OUT:
             self.layouts[func._opname, order(args[0])] += 1
         with gpu.devices(0):
-            return func(*args, **kwargs)
+            out = func(*args, **kwargs)
+        if name == "aten.convolution.default" and order(args[0]) == "NHWC":
+            # cuDNN keeps the order also in bf16, where fake tensors are told of another backend.
+            return out.contiguous(memory_format=torch.channels_last)
+        return out
 
     def _read(self, value: Tensor) -> Any:
         """A norm of 1, finite, of which nothing overflowed; no end of the run."""
@@ -131,16 +140,32 @@ class Watch(TorchDispatchMode):
     def _launch(self, kernel: str, tile: Any, grid: tuple[int, ...], dim: int, precision: Any, *arguments: Any) -> None:
         from ibq_scale.quantize import compiled, tiles
 
-        self.launches[kernel] += 1
         fixed = tiles.constants(kernel, tile, dim, precision)
         names = [name for name in tiles.function(kernel).arg_names if name not in fixed]
-        if len(names) != len(arguments) or not all(blocks > 0 for blocks in grid):
-            self.faults.append(f"kernel {kernel}: {len(arguments)} arguments for {names}, grid {grid}")
-        for name, value in zip(names, arguments, strict=False):
+        self._check(kernel, grid, {name: compiled._type(kernel, name, precision) for name in names}, arguments)
+
+    def _launch_norm(
+        self, kernel: str, grid: tuple[int, ...], channels: int, groups: int, silu: bool, *arguments: Any
+    ) -> None:
+        from ibq_scale.models import fused_norm
+
+        fixed = fused_norm.constants(kernel, channels, groups, silu=silu)
+        names = [name for name in fused_norm.function(kernel).arg_names if name not in fixed]
+        narrow = any(isinstance(x, Tensor) and x.dtype == torch.bfloat16 for x in arguments)
+        self._check(
+            kernel, grid, {name: fused_norm.kind(name, "bf16" if narrow else "fp32") for name in names}, arguments
+        )
+
+    def _check(self, kernel: str, grid: tuple[int, ...], kinds: dict[str, str], arguments: Sequence[Any]) -> None:
+        self.launches[kernel] += 1
+        if len(kinds) != len(arguments) or not all(blocks > 0 for blocks in grid):
+            self.faults.append(f"kernel {kernel}: {len(arguments)} arguments for {list(kinds)}, grid {grid}")
+        for (name, kind), value in zip(kinds.items(), arguments, strict=False):
             if isinstance(value, Tensor):
                 wanted = {"*i32": torch.int32, "*bf16": torch.bfloat16, "*fp32": torch.float32}
-                kind = compiled._type(kernel, name, precision)  # type: ignore[arg-type]
-                if not value.is_cuda or not value.is_contiguous() or value.dtype != wanted[kind]:
+                # Kernels take images (B, C, H, W) in channels-last order.
+                dense = order(value) in ("NHWC", "either") if value.dim() == 4 else value.is_contiguous()
+                if not value.is_cuda or not dense or value.dtype != wanted[kind]:
                     told = f"{value.dtype} on {value.device}, strides {value.stride()}"
                     self.faults.append(f"kernel {kernel}, {name}: {told}; it takes {kind}, contiguous, on CUDA")
 

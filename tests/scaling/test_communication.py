@@ -17,7 +17,7 @@ from ibq_scale.config.layers import resolve
 from ibq_scale.config.models import QuantizerConfig
 from ibq_scale.config.run import ARRun
 from ibq_scale.distributed.world import World
-from ibq_scale.scaling.communication import Transfer, codebook_transfers, engine_transfers
+from ibq_scale.scaling.communication import Transfer, codebook_transfers, engine_transfers, muon_transfers
 from ibq_scale.scaling.networks import transformer
 from ibq_scale.zero.engine import COLLECTIVES
 from ibq_scale.zero.memory import Zero
@@ -29,6 +29,8 @@ RANKS, TOKENS, CODES, DIM = 2, 24, 64, 8
 SMALL = 4096
 KINDS = {"all_reduce": "all-reduce", "reduce": "reduce", "broadcast": "broadcast", "all_gather": "all-gather"}
 KINDS |= {"all_gather_into_tensor": "all-gather", "reduce_scatter_tensor": "reduce-scatter"}
+# With these sizes the boundary of the partitions cuts a matrix.
+MUON = ("optimizer.kind=muon", "model.depth=3", "model.width=48")
 KINDS |= {"all_to_all_single": "all-to-all"}
 
 
@@ -54,22 +56,22 @@ class Counted:
         return counted
 
 
-def _run(codes: str, config: str, precision: str) -> ARRun:
+def _run(codes: str, config: str, precision: str, *more: str) -> ARRun:
     words = [f"data.train={codes}", *SMALL_AR, "model.width=64", "train.global_batch=8", "train.micro_batch=2"]
-    words += [f"train.precision={precision}", f"deepspeed.config={config}", "schedule.warmup_samples=0"]
+    words += [f"train.precision={precision}", f"deepspeed.config={config}", "schedule.warmup_samples=0", *more]
     run = resolve("ar/tiny", words).config
     assert isinstance(run, ARRun)
     return run
 
 
-def _steps(rank: int, world_size: int, codes: str, config: str, precision: str) -> dict[str, int]:
+def _steps(rank: int, world_size: int, codes: str, config: str, precision: str, *more: str) -> dict[str, int]:
     """Bytes of the second step: the first one also sets things up."""
     import deepspeed.comm.comm
 
     from ibq_scale.data.sets import open_sets
     from ibq_scale.train.ar_task import ARTask
 
-    run = _run(codes, config, precision)
+    run = _run(codes, config, precision, *more)
     task = ARTask(run, World(rank, world_size, rank, torch.device("cpu")), open_sets(run.data, "codes"))
     batches = task.batches(0)
     task.train_step(batches)
@@ -77,7 +79,16 @@ def _steps(rank: int, world_size: int, codes: str, config: str, precision: str) 
     backend = deepspeed.comm.comm.cdb
     for name in COLLECTIVES:
         setattr(backend, name, counted.around(getattr(backend, name), name))
+    plain = dist.batch_isend_irecv
+
+    def exchanged(messages: list[dist.P2POp]) -> list[dist.Work]:
+        sent = [m.tensor for m in messages if m.op is dist.isend]
+        counted.bytes["send"] += sum(tensor.numel() * tensor.element_size() for tensor in sent)
+        return plain(messages)
+
+    dist.batch_isend_irecv = exchanged
     task.train_step(batches)
+    dist.batch_isend_irecv = plain
     return dict(counted.bytes)
 
 
@@ -102,6 +113,26 @@ def test_an_engine_sends_what_is_said(config: str, precision: str, tmp_path: Pat
     expected = _expected(engine_transfers(transformer(run), zero))
     for counted in run_ranks(_steps, RANKS, str(tmp_path), config, precision):
         assert counted == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_muon_sends_what_is_said(tmp_path: Path) -> None:
+    write_codes(tmp_path)
+    run = _run(str(tmp_path), "zero2", "bf16", *MUON)
+    zero = Zero.of(deepspeed_config(run, RANKS), world=RANKS)
+    said = _expected(engine_transfers(transformer(run), zero))
+    counted = run_ranks(_steps, RANKS, str(tmp_path), "zero2", "bf16", *MUON)
+    assert said.pop("send") == max(rank.pop("send") for rank in counted) > 0
+    for rank in counted:
+        assert rank == pytest.approx(said, rel=0.05)
+
+
+def test_pieces_of_a_cut_matrix_go_to_all_of_its_ranks() -> None:
+    """40 elements on 4 ranks of 10. The second matrix has pieces of 1, 10, 10 and 9 elements on them."""
+    (sent,) = muon_transfers([9, 30, 1], Zero(2, 4, 2, 1))
+    assert (sent.sent, sent.ranks) == (2 * 10 * 3, 4)
+    assert muon_transfers([10, 10, 10, 10], Zero(2, 4, 2, 1)) == []
 
 
 def _quantized(rank: int, world_size: int, group_size: int) -> dict[str, int]:

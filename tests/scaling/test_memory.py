@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from ibq_scale.config.layers import resolve
 from ibq_scale.config.run import ARRun
 from ibq_scale.models.head import CHUNK_BYTES
-from ibq_scale.models.norm import GroupNorm
-from ibq_scale.models.precision import compute_dtype
+from ibq_scale.models.layout import compute_dtype
+from ibq_scale.models.norm import GroupNorm, GroupNormSiLU
 from ibq_scale.models.transformer import TrainedTransformer
 from ibq_scale.scaling.activation_memory import ActivationMemory, ar_activation_memory, logit_bytes
 from ibq_scale.scaling.allocations import Allocations, NormShapes, as_on_cuda, rounded, storage_bytes
@@ -135,6 +135,16 @@ def test_norms_by_shape_allocate_what_torch_s_own_do(dtype: torch.dtype) -> None
         return memory.alive, memory.peak, x.grad.shape, x.grad.dtype
 
     assert passes(NormShapes()) == passes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_of_images_on_cuda_keep_their_input_and_statistics_alone(dtype: torch.dtype) -> None:
+    x = torch.zeros(2, 64, 8, 8, device="meta", dtype=dtype, requires_grad=True)
+    norm = GroupNormSiLU(32, 64, device="meta", dtype=dtype)
+    with as_on_cuda(), Allocations(free=[x, *norm.parameters()]) as memory:
+        y = norm(x)
+    assert memory.alive == storage_bytes([y]) + 2 * rounded(2 * 32 * 4)
+    assert norm(x).grad_fn.name() == "SiluBackward0", "as before"  # type: ignore[union-attr]
 
 
 def test_logits_grow_with_the_codebook_up_to_a_chunk() -> None:

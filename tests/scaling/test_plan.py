@@ -10,11 +10,11 @@ import pytest
 
 from ibq_scale.cli.main import main
 from ibq_scale.config.layers import preset_names, resolve
-from ibq_scale.config.models import TransformerConfig
+from ibq_scale.config.models import QuantizerConfig, TransformerConfig
 from ibq_scale.config.run import ARRun
 from ibq_scale.models.muon import newton_schulz_flops
 from ibq_scale.models.transformer import Transformer
-from ibq_scale.scaling.flops import META, ar_executed, ar_flops
+from ibq_scale.scaling.flops import META, ar_executed, ar_flops, tokenizer_formula
 from ibq_scale.scaling.networks import transformer
 
 # arXiv 2412.02692 and the authors' repository.
@@ -109,6 +109,13 @@ def test_what_is_computed_again_is_done_and_not_needed(capsys: pytest.CaptureFix
     assert again["per_image"] == plain["per_image"] == plain["executed"]
     # A block's forward pass, less its last product, which nobody needs again.
     assert 1.2 < again["executed"] / plain["executed"] < 1.34
+
+
+def test_the_formula_has_the_products_of_the_kind() -> None:
+    said = {kind: tokenizer_formula(QuantizerConfig(kind=kind)) for kind in ("ibq", "vq")}
+    assert (said["ibq"][-13:], said["vq"][-13:]) == (") 5 × 2·T·K·D", ") 1 × 2·T·K·D")
+    of_lfq = tokenizer_formula(QuantizerConfig(kind="lfq", dim=4, codebook_size=16))
+    assert of_lfq.endswith("(lfq) no products with codes")
 
 
 @pytest.mark.slow
@@ -208,7 +215,8 @@ def test_a_validation_holds_the_averaged_weights_whole(capsys: pytest.CaptureFix
     states = sum(line["step"] for line in memory["lines"] if line["name"] != "optimizer's scratch")
     assert memory["validation"] == states + 2 * sum(without["parameters"].values())
     assert memory["peak"] == max(memory["passes"], memory["step"], memory["validation"])
-    tokenizer = _plan(capsys, "tokenizer/tiny", "validation.data=/data/held-out")
+    tokenizer = _plan(capsys, "tokenizer/tiny", "validation.data=/data/held-out", "data.aspects=[16:9,1:1]")
+    assert any("steps of 64 × 64, 84 × 48 pixels, none with more memory" in note for note in tokenizer["notes"])
     generator = sum(n for part, n in tokenizer["parameters"].items() if part != "discriminator")
     states = sum(line["step"] for line in tokenizer["memory"]["lines"] if line["name"] != "optimizer's scratch")
     assert tokenizer["memory"]["validation"] == states + 4 * generator

@@ -16,7 +16,7 @@ from ibq_scale.scaling.communication import Transfer
 from ibq_scale.scaling.devices import DEVICES, named
 from ibq_scale.scaling.fabric import LINK_SHARE, NDR, NET_LATENCY, NODE_LATENCY, Fabric
 from ibq_scale.scaling.roofline import MEMORY, PRODUCTS, GpuWork, step_time
-from ibq_scale.scaling.simulate import PAYS, best_groups, codebook_rows, transformer_rows
+from ibq_scale.scaling.simulate import PAYS, best_groups, codebook_rows, ends, refused_stages, transformer_rows
 from ibq_scale.zero.memory import Zero
 
 H100 = DEVICES["H100"]
@@ -116,6 +116,20 @@ def test_what_has_no_tables_is_refused() -> None:
         codebook_rows(resolve("ar/tiny").config, H100, FABRIC, 16, 0.0)
     with pytest.raises(UserError, match="fp32"):
         transformer_rows(resolve("ar/tiny").config, H100, FABRIC, 16)
+    with pytest.raises(UserError, match="kind vq: only IBQ's codebook"):
+        codebook_rows(resolve("tokenizer/tiny", ["quantizer.kind=vq"]).config, H100, FABRIC, 16, 0.0)
+    words = ["train.precision=bf16", "model.fp8=true"]
+    with pytest.raises(UserError, match=r"capability 8\.9 or more, not A100"):
+        transformer_rows(resolve("ar/tiny", words).config, DEVICES["A100"], FABRIC, 16)
+
+
+@pytest.mark.parametrize("setting", ["optimizer.kind=muon", "model.compile=true"])
+def test_stages_that_training_refuses_have_no_rows(setting: str) -> None:
+    run = resolve("ar/tiny", ["train.precision=bf16", "model.depth=1", setting]).config
+    rows = transformer_rows(run, H100, FABRIC, 8)
+    assert {row.stage for row in rows} == {1, 2}
+    assert {stage for _, stage, _ in ends(rows)} == {1, 2}
+    assert list(refused_stages(run)) == [3]
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ import pytest
 
 from ibq_scale.data.prepare import prepare_images
 from ibq_scale.supervise.attempts import read_attempts
+from tests import nursery
 from tests.chaos.disk import difference
 from tests.faults import fault_proxy
 from tests.samples import SMALL_AR, write_codes
@@ -102,6 +102,12 @@ TOKENIZER += (
 )
 
 
+def _words(stage: str, run: Path, data: str, *more: str) -> list[str]:
+    """Of ``train STAGE``."""
+    common = ("train.checkpoint_every=2", f"data.train={data}", f"out={run}", f"train.steps={STEPS}")
+    return ["tiny", *(TOKENIZER if stage == "tokenizer" else AR), *common, *more]
+
+
 @dataclass
 class Jobs:
     """Submits the project's own files to a cluster."""
@@ -111,9 +117,7 @@ class Jobs:
 
     def train(self, stage: str, run: Path, data: str, nodes: int, *more: str, options: tuple[str, ...] = ()) -> str:
         """Submits a run of `STEPS` steps, a rank a node; the job's number."""
-        words = [*(TOKENIZER if stage == "tokenizer" else AR), "train.checkpoint_every=2", *more]
-        words += [f"data.train={data}", f"out={run}", f"train.steps={STEPS}"]
-        return self.submit(f"train_{stage}", f"--nodes={nodes}", *options, words=["tiny", *words])
+        return self.submit(f"train_{stage}", f"--nodes={nodes}", *options, words=_words(stage, run, data, *more))
 
     def submit(self, name: str, *options: str, words: list[str]) -> str:
         """Submits one of the files as a person does, with the sizes of this cluster."""
@@ -181,12 +185,12 @@ def codes(jobs: Jobs) -> str:
 
 @pytest.fixture(scope="module")
 def undisturbed(jobs: Jobs, dataset: str, codes: str) -> dict[str, Path]:
-    """Runs that go to their end in one go, side by side, by stage and nodes."""
-    sizes = [("tokenizer", 2, dataset), ("tokenizer", 3, dataset), ("ar", 2, codes)]
-    runs = {f"{stage}-{nodes}": jobs.folder / f"undisturbed-{stage}-{nodes}" for stage, nodes, _ in sizes}
-    started = [jobs.train(stage, runs[f"{stage}-{nodes}"], data, nodes) for stage, nodes, data in sizes]
-    for job in started:
-        assert jobs.end(job)["JobState"] == "COMPLETED", jobs.log(job)
+    """Runs without Slurm that go to their end in one go, by stage and ranks."""
+    runs = {}
+    for stage, ranks, data in (("tokenizer", 2, dataset), ("tokenizer", 3, dataset), ("ar", 2, codes)):
+        run = runs[f"{stage}-{ranks}"] = jobs.folder / f"undisturbed-{stage}-{ranks}"
+        for process in nursery.commands(["train", stage, *_words(stage, run, data)], ranks):
+            assert process.wait() == 0, process.said()
     return runs
 
 
@@ -397,7 +401,7 @@ def test_an_array_of_which_one_is_killed_and_rerun_writes_the_same_bytes(
     jobs: Jobs, undisturbed: dict[str, Path], dataset: str
 ) -> None:
     tokenizer, whole, parts = str(undisturbed["tokenizer-2"]), jobs.folder / "whole", jobs.folder / "parts"
-    one = jobs.submit("tokenize", "--array=0", words=[tokenizer, dataset, "--to", str(whole)])
+    _direct("tokenize", tokenizer, dataset, "--to", str(whole))
     array = jobs.submit("tokenize", "--array=0-3", words=[tokenizer, dataset, "--to", str(parts)])
     victim = f"{array}_2"
     jobs.until(victim, lambda: jobs.cluster.job(victim)["JobState"] == "RUNNING")
@@ -406,8 +410,7 @@ def test_an_array_of_which_one_is_killed_and_rerun_writes_the_same_bytes(
     assert [jobs.end(task)["JobState"] for task in tasks] == [*["COMPLETED"] * 2, "CANCELLED", "COMPLETED"]
     assert not (parts / "manifest.json").exists()
     jobs.cluster.command("scontrol", "requeue", victim)
-    for task in (f"{one}_0", victim):
-        assert jobs.end(task)["JobState"] == "COMPLETED", jobs.log(task)
+    assert jobs.end(victim)["JobState"] == "COMPLETED", jobs.log(victim)
     names = sorted(path.name for path in whole.iterdir())
     assert len(json.loads((whole / "manifest.json").read_text())["shards"]) >= 4
     assert names == sorted(path.name for path in parts.iterdir())
@@ -465,5 +468,6 @@ def test_ranks_of_other_commands_say_once_what_is_wrong(jobs: Jobs, dataset: str
 
 def _direct(*words: str) -> str:
     """One process, without Slurm; what it printed."""
-    command = [sys.executable, "-m", "ibq_scale", *words, "--ranks", "1"]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    done = nursery.run([*words, "--ranks", "1"])
+    assert done.returncode == 0, done.stderr
+    return done.stdout

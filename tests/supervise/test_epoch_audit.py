@@ -10,12 +10,13 @@ import torch
 
 from ibq_scale.checkpoint.files import write_all
 from ibq_scale.config.run import DataConfig
+from ibq_scale.data.prepare import prepare_images
 from ibq_scale.data.sets import DataSets, open_sets
 from ibq_scale.distributed.world import World
 from ibq_scale.supervise.epoch_audit import EpochAudit, NotOnceError
 from tests.ranks import run_ranks
 
-MICRO, SEED = 2, 7
+MICRO, SEED, BATCH = 2, 7, 12
 
 
 def _world(rank: int, size: int) -> World:
@@ -30,7 +31,7 @@ def _take(once: EpochAudit, sets: DataSets, world: World, start: int, stop: int)
 
 
 def _three_epochs_and_a_half(rank: int, size: int, config: DataConfig, folder: Path) -> None:
-    world, sets = _world(rank, size), open_sets(config, "images")
+    world, sets = _world(rank, size), open_sets(config, "images", BATCH)
     samples = sets.samples * 7 // 2
     once = EpochAudit(sets, SEED, world)
     for start in range(0, samples, 12):
@@ -41,7 +42,7 @@ def _three_epochs_and_a_half(rank: int, size: int, config: DataConfig, folder: P
 
 def _the_rest(rank: int, size: int, config: DataConfig, folder: Path, lost: bool) -> list[str]:
     """From the checkpoint to the end of the fourth epoch; rank 0 perhaps gets a batch a second time and not its own."""
-    world, sets = _world(rank, size), open_sets(config, "images")
+    world, sets = _world(rank, size), open_sets(config, "images", BATCH)
     once = EpochAudit(sets, SEED, world)
     once.load(folder)
     start, stop = sets.samples * 7 // 2, sets.samples * 4
@@ -57,11 +58,15 @@ def _the_rest(rank: int, size: int, config: DataConfig, folder: Path, lost: bool
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("weights", [(), (3.0, 1.0)])
-def test_epochs_are_added_up_over_ranks_and_restarts(dataset: str, tmp_path: Path, weights: tuple[float, ...]) -> None:
-    """Of 3 and then 2 ranks; with weights each source has epochs of its own, which end in the middle of a batch."""
-    shutil.copytree(dataset, tmp_path / "second")
-    config = DataConfig(train=(dataset, str(tmp_path / "second")), weights=weights, lanes=3, window=2)
+@pytest.mark.parametrize(("weights", "aspects"), [((), ()), ((3.0, 1.0), ()), ((), ("1:1", "4:3"))])
+def test_epochs_are_added_up_over_ranks_and_restarts(
+    pictures: Path, tmp_path: Path, weights: tuple[float, ...], aspects: tuple[str, ...]
+) -> None:
+    """Of 3 and then 2 ranks; sources with weights and aspects have epochs of their own, which end within a batch."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    prepare_images(pictures, str(first), shard_bytes=8_000, aspects=aspects)
+    shutil.copytree(first, second)
+    config = DataConfig(train=(str(first), str(second)), weights=weights, aspects=aspects, lanes=3, window=2)
     run_ranks(_three_epochs_and_a_half, 3, config, tmp_path)
     assert run_ranks(_the_rest, 2, config, tmp_path, False) == [[], []]
     found = run_ranks(_the_rest, 2, config, tmp_path, True)

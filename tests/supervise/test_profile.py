@@ -122,3 +122,5 @@ def test_a_run_is_profiled_on_the_rank_that_is_named(dataset: str, tmp_path: Pat
     assert trace.name == "rank-00001.steps-2-3.json.gz"
     names = {str(event.get("name")) for event in _events(trace)}
     assert {"aten::convolution_backward", "ibq_scale::ibq_forward", "gloo:all_reduce"} <= names
+    assert {"rank 1, step 2", "rank 1, step 3", "wait for data", "optimizer", "codebook's optimizer"} <= names
+    assert {"encoder", "quantizer", "decoder", "losses of the reconstruction", "generator's backward"} <= names

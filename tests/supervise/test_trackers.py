@@ -12,8 +12,8 @@ import torch
 
 from ibq_scale.config.layers import resolve
 from ibq_scale.errors import UserError
+from ibq_scale.supervise.dashboards import TRACKERS
 from ibq_scale.supervise.metrics import MetricsLog
-from ibq_scale.supervise.trackers import CLASSES
 
 VALUES = {"loss": 1.5, "samples_per_s": 10.0, "step_s": 0.5, "data_wait": 0.01, "memory_bytes": 2e9}
 
@@ -115,9 +115,9 @@ def test_trackio_resumes_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert alerts == ["step 10: usage fell", "end", "step 20: usage fell", "end"]
 
 
-@pytest.mark.parametrize("name", list(CLASSES))
+@pytest.mark.parametrize("name", list(TRACKERS))
 def test_a_tracker_that_is_not_installed_is_told(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, name, None)
     config = resolve("tokenizer/tiny", ["data.train=x", f"dashboards=[{name}]"]).config
     with pytest.raises(UserError, match=f"pip install 'ibq-scale\\[{name}\\]'"):
-        CLASSES[name](tmp_path, config)
+        TRACKERS[name](tmp_path, config)

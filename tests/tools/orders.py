@@ -22,7 +22,7 @@ from ibq_scale.data.stream import code_stream, evaluation_codes
 from ibq_scale.models.optimizers import adamw
 from ibq_scale.models.order import Orders, draw_orders
 from ibq_scale.models.transformer import Transformer
-from ibq_scale.train.randomness import seed_by_position
+from ibq_scale.train.determinism import seed_by_position
 from ibq_scale.train.schedule import lr_factor, random_order_share
 
 ORDERS = ("raster", "random", "annealed")

@@ -27,7 +27,8 @@ from ibq_scale.quantize.region import initial_ages
 from ibq_scale.zero.master_weights import pieces, shapes
 from tests.samples import SMALL_AR
 
-STEPS, MICRO = 10, 2
+# Adam's moments and the averages show in a few.
+STEPS, MICRO = 6, 2
 
 # Two runs that differ in the last bit part visibly where a value lies between them and a kink. The discriminator's are
 # smoothed in both; of L1's, images are drawn until the plain run stays this far from every one.
@@ -215,20 +216,20 @@ def tokenizer_state(task: Any, world: World) -> dict[str, torch.Tensor]:
     return {k: v.detach().clone() for k, v in (tensors | moments).items()}
 
 
-def plain_tokenizer(run: TokenizerRun, calls: int = 1) -> tuple[int, dict[str, torch.Tensor]]:
+def plain_tokenizer(run: TokenizerRun, calls: int = 1, steps: int = STEPS) -> tuple[int, dict[str, torch.Tensor]]:
     """The first draw of images that keeps away from kinks, and the weights after training on it."""
     forward = torch.nn.LeakyReLU.forward
     torch.nn.LeakyReLU.forward = smooth_leaky_relu
     try:
-        return _plain_smooth(run, calls)
+        return _plain_smooth(run, calls, steps)
     finally:
         torch.nn.LeakyReLU.forward = forward
 
 
-def _plain_smooth(run: TokenizerRun, calls: int) -> tuple[int, dict[str, torch.Tensor]]:
+def _plain_smooth(run: TokenizerRun, calls: int, steps: int) -> tuple[int, dict[str, torch.Tensor]]:
     for draw in range(100):
         reference = PlainTokenizerTraining(run)
-        for step in range(STEPS):
+        for step in range(steps):
             images = draw_images(draw, step, run.train.global_batch).float().div(127.5).sub(1.0)
             reference.step(images, run.train.global_batch // MICRO, calls)
         if reference.kink_distance > KINK_MARGIN:

@@ -19,7 +19,7 @@ from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from ibq_scale.models.transformer import Transformer
 from ibq_scale.supervise.compatible import check_codes
-from ibq_scale.train.validation_ar import HeldOut
+from ibq_scale.train.validation import HeldOutCodes
 from tests.ranks import run_ranks
 from tests.samples import write_codes
 from tests.train.reference import NO_DROPOUT, STEPS, ar_run, plain_transformer, train_transformers
@@ -175,14 +175,14 @@ def test_held_out_codes_that_are_not(codes: str, held_out: str, tmp_path: Path) 
     for url, said in {codes: "is what the run trains on"}.items():
         run = ar_run(codes, f"validation.data={url}")
         with pytest.raises(UserError, match=said):
-            HeldOut(run, world, open_sets(run.data, "codes"))
+            HeldOutCodes(run, world, open_sets(run.data, "codes"))
     run = ar_run(codes, f"validation.data={held_out}", "model.codebook_size=64")
     with pytest.raises(UserError, match=f"{held_out} holds codes of a codebook of 40"):
-        HeldOut(run, world, open_sets(run.data, "codes"))
+        HeldOutCodes(run, world, open_sets(run.data, "codes"))
     write_codes(tmp_path, seed=2, tokenizer="another")
     run = ar_run(codes, f"validation.data={tmp_path}")
     with pytest.raises(UserError, match="was written by another tokenizer"):
-        HeldOut(run, world, open_sets(run.data, "codes"))
+        HeldOutCodes(run, world, open_sets(run.data, "codes"))
 
 
 def test_codes_that_do_not_fit_are_refused(codes: str, tokenizer_dir: Path) -> None:

@@ -16,7 +16,7 @@ from ibq_scale.data.store import open_store
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
 from ibq_scale.supervise.compatible import check_codes
-from ibq_scale.train.validation_ar import HeldOut
+from ibq_scale.train.validation import HeldOutCodes
 
 TRAINED = ("ant", "bee", "dog")
 
@@ -54,10 +54,10 @@ def test_held_out_codes_of_other_classes_are_refused(tmp_path: Path, held_out: t
     run = _run(f"data.train={trained}", f"validation.data={other}")
     world = World(0, 1, 0, torch.device("cpu"))
     if not said:
-        HeldOut(run, world, open_sets(run.data, "codes"))
+        HeldOutCodes(run, world, open_sets(run.data, "codes"))
         return
     with pytest.raises(UserError, match=f"{said}.*--classes {trained}"):
-        HeldOut(run, world, open_sets(run.data, "codes"))
+        HeldOutCodes(run, world, open_sets(run.data, "codes"))
     joined = _run(f"data.train=[{trained},{other}]")
     if held_out[:3] == TRAINED:
         check_codes(joined, open_sets(joined.data, "codes"))

@@ -12,8 +12,8 @@ import torch
 from ibq_scale.config.models import QuantizerConfig
 from ibq_scale.distributed.world import World
 from ibq_scale.quantize import tiles
-from ibq_scale.train import kernel_tiles
-from ibq_scale.train.kernel_tiles import settle_tiles
+from ibq_scale.train import determinism
+from ibq_scale.train.determinism import settle_tiles
 
 
 def test_the_first_rank_writes_it_and_a_restart_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,8 +23,8 @@ def test_the_first_rank_writes_it_and_a_restart_reads_it(tmp_path: Path, monkeyp
         asked.append((dict(record), how))
         return record | {"sums sm_90 bf16 64": [1, 2, 3, 4, 5]}
 
-    monkeypatch.setattr(kernel_tiles, "choose", lambda *_: "triton")
-    monkeypatch.setattr(kernel_tiles.dist, "barrier", lambda: None)
+    monkeypatch.setattr(determinism, "choose", lambda *_: "triton")
+    monkeypatch.setattr(determinism.dist, "barrier", lambda: None)
     monkeypatch.setattr(tiles, "settle", settle)
     quantizer, cuda = QuantizerConfig(dim=64, logit_precision="bf16"), torch.device("cuda")
     settle_tiles(tmp_path, quantizer, World(0, 2, 0, cuda))

@@ -34,39 +34,39 @@ def _alignment(found: dict[str, Any], expected: dict[str, torch.Tensor], run: To
     return float(torch.nn.functional.cosine_similarity(moves[0], moves[1], dim=0))
 
 
-# By ranks: name of the DeepSpeed config, ranks of a codebook group (0: all). Four ranks add groups that are neither one
-# rank nor all, and partitions that are not halves; test_elastic has offloading on four.
-LAYOUTS = {
-    2: [
-        (config, group)
-        for config in ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
-        for group in (0, 1)
-    ],
-    4: [("zero1", 2), ("zero3", 0)],
-}
+# DeepSpeed config, ranks of a codebook group (0: both). The codebook is outside of the engines, so not every pair
+# can fail by itself. test_elastic has a group of 2 of 4 ranks, and partitions that are not halves.
+LAYOUTS = [
+    ("zero0", 0),
+    ("zero1", 1),
+    ("zero2", 0),
+    ("zero2", 1),
+    ("zero3", 1),
+    ("zero2_offload", 1),
+    ("zero3_offload", 0),
+]
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_every_zero_stage_and_codebook_group_equals_plain_torch(world_size: int) -> None:
+def test_every_zero_stage_and_codebook_group_equals_plain_torch() -> None:
     """Generator by ZeRO 0 to 3 and offloaded, discriminator by DDP or ZeRO-1, codebook in one group or replicated."""
     runs = {
         f"{config}, group {group}": tokenizer_run(config, "train.global_batch=8", f"codebook_group={group}")
-        for config, group in LAYOUTS[world_size]
+        for config, group in LAYOUTS
     }
     run = next(iter(runs.values()))
     draw, expected = plain_tokenizer(run)
     moved = PlainTokenizerTraining(run)
     assert not torch.allclose(expected["codebook"], moved.codebook_KD, atol=1e-2), "nothing was trained"
-    found = run_ranks(train_tokenizers, world_size, runs, dict.fromkeys(runs, draw))[0]
+    found = run_ranks(train_tokenizers, 2, runs, dict.fromkeys(runs, draw))[0]
     assert found.keys() == runs.keys()
     for name, weights in found.items():
         assert_same(weights, expected, name)
 
 
 PAST_IBQ = ("quantizer.kind=vq", "quantizer.straight_through=dynamic", "quantizer.region=true")
-# Ten steps of 256 tokens: codes leave the window and come back.
+# A step has 512 tokens: codes leave the window and come back.
 PAST_IBQ += ("quantizer.region_window=600", "optimizer.codebook_lr=0.02")
 
 
@@ -127,11 +127,9 @@ def test_nan_on_one_rank_is_applied_on_none_and_to_nothing() -> None:
         )
         for config, precision, group, switches in [
             ("zero0", "fp32", 0, ()),
-            ("zero1", "fp32", 1, ()),
             ("zero1", "bf16", 1, PAST_IBQ),
             ("zero2", "bf16", 0, ()),
-            ("zero3", "fp32", 0, ()),
-            ("zero3", "bf16", 1, ()),
+            ("zero3", "fp32", 1, ()),
             ("zero2_offload", "fp32", 0, ()),
             ("zero3_offload", "bf16", 0, ()),
         ]

@@ -30,7 +30,7 @@ from ibq_scale.models.sampling import SamplingSettings, generate
 from ibq_scale.pictures import image_grid
 from ibq_scale.pretrained.loading import load_ar, load_tokenizer
 from ibq_scale.train.sample_grid import CHUNK
-from ibq_scale.train.validation_tokenizer import HeldOutImages
+from ibq_scale.train.validation import HeldOutImages
 from tests import nursery
 from tests.evaluate.stand_in import QuickInception
 from tests.ranks import run_ranks

@@ -7,7 +7,7 @@ import torch
 from ibq_scale.config.models import DiscriminatorConfig
 from ibq_scale.losses.frozen_vit import backbone_of
 from ibq_scale.models.augment import KINDS, augment
-from ibq_scale.models.dino_discriminator import DinoDiscriminator, SpectralConv, iterate_spectral_norms
+from ibq_scale.models.discriminator import DinoDiscriminator, SpectralConv, iterate_spectral_norms
 from ibq_scale.models.vit import ViT
 
 SMALL = DiscriminatorConfig(kind="dino", backbone="tiny", input_side=48)
