@@ -11,18 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
-from ibq_scale.cli.options import (
-    JSON,
-    OVERRIDES,
-    RANKS,
-    Family,
-    argument,
-    finite,
-    flag,
-    real,
-    show,
-    whole,
-)
+from ibq_scale.cli.options import JSON, OVERRIDES, RANKS, Family, argument, finite, flag, real, show, whole
 from ibq_scale.console import gigabytes, tell
 from ibq_scale.errors import UserError
 

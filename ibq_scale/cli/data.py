@@ -50,9 +50,7 @@ FAMILY = Family("data", "adopt, check and describe data sets")
     "an ImageFolder, webdataset tars or parquet → shards",
     "imagenet/train --to s3://bucket/imagenet --workers 16",
     argument(
-        "source",
-        metavar="SRC",
-        help="ImageFolder, .tar or .parquet files: a folder, file or 'pattern', local or s3://",
+        "source", metavar="SRC", help="ImageFolder, .tar or .parquet files: a folder, file or 'pattern', local or s3://"
     ),
     argument("--to", required=True, metavar="URL", help="folder or s3://bucket/prefix"),
     whole("--shard-mb", "most of a shard's input", 64, metavar="MB"),

@@ -43,10 +43,7 @@ add_commands = FAMILY.add_commands
         help="reconstructions as files hold them (default), or before rounding, as LPIPS and rFID were published",
     ),
     argument(
-        "--to",
-        type=Path,
-        metavar="DIR",
-        help="write reconstruction.json, images.jsonl (a line an image) and worst.png",
+        "--to", type=Path, metavar="DIR", help="write reconstruction.json, images.jsonl (a line an image) and worst.png"
     ),
     BATCH,
     LIMIT,

@@ -61,12 +61,7 @@ def _plan(args: argparse.Namespace) -> int:
     mends = () if memory is None or plan.fits else tuple(switches(run, machine.world, memory))
     stream = _stream(args, run, machine)
     found, predicted = measured_of_run(run_dir) if run_dir else None, Prediction.of(plan)
-    document = _document(plan) | {
-        "auto": choices,
-        "data": stream,
-        "largest_micro_batch": fitting,
-        "switches": mends,
-    }
+    document = _document(plan) | {"auto": choices, "data": stream, "largest_micro_batch": fitting, "switches": mends}
     if run_dir is not None:
         ratios = dict(predicted.ratios(found.step_s, found.peak_bytes)) if found else {}
         document |= {"predicted": predicted, "measured": found and asdict(found) | ratios}

@@ -7,18 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ibq_scale.cli.options import (
-    JSON,
-    RANKS,
-    Checked,
-    Family,
-    argument,
-    finite,
-    flag,
-    real,
-    show,
-    whole,
-)
+from ibq_scale.cli.options import JSON, RANKS, Checked, Family, argument, finite, flag, real, show, whole
 from ibq_scale.cli.tokenize import part
 from ibq_scale.errors import UserError
 

@@ -10,17 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ibq_scale.cli.options import (
-    JSON,
-    OVERRIDES,
-    Family,
-    argument,
-    finite,
-    flag,
-    real,
-    show,
-    whole,
-)
+from ibq_scale.cli.options import JSON, OVERRIDES, Family, argument, finite, flag, real, show, whole
 from ibq_scale.cli.submit import QUEUE, settings_of
 from ibq_scale.console import gigabytes
 from ibq_scale.errors import UserError

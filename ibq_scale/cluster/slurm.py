@@ -112,13 +112,7 @@ def _job(line: str) -> Job:
 def _run(*command: str, text: str | None = None, both: bool = False, seconds: float = PATIENCE_SECONDS) -> str:
     try:
         done = subprocess.run(
-            command,
-            input=text,
-            capture_output=True,
-            timeout=seconds,
-            check=False,
-            encoding="utf-8",
-            errors="replace",
+            command, input=text, capture_output=True, timeout=seconds, check=False, encoding="utf-8", errors="replace"
         )
     except FileNotFoundError:
         raise NoSlurmError(f"there is no {command[0]} here: run this where Slurm is (a login node)") from None

@@ -38,30 +38,24 @@ def cache_folder(subject: Subject) -> list[Finding]:
 
 
 def _folder(what: str, wanted: Path, *, shared: bool) -> Finding:
+    """Writes, locks and compares clocks there."""
+    from ibq_scale.bench.disk import write_rate
+
     other = "out=…" if shared else "data.cache_dir=…"
     try:
         folder = nearest(wanted)
         where = f"{wanted}" if folder == wanted.absolute() else f"{wanted} (to be made in {folder})"
         if not folder.is_dir():
             return fail(what, f"{folder} is not a folder", f"give another: {other}")
-        usage, inodes = shutil.disk_usage(folder), os.statvfs(folder)
-        if usage.free < LEAST_FREE or (inodes.f_files and not inodes.f_favail):
-            lacking = gigabytes(usage.free) if usage.free < LEAST_FREE else "room for no file (inodes)"
+        free, inodes = shutil.disk_usage(folder).free, os.statvfs(folder)
+        if free < LEAST_FREE or (inodes.f_files and not inodes.f_favail):
+            lacking = gigabytes(free) if free < LEAST_FREE else "room for no file (inodes)"
             return fail(what, f"{where}: {lacking} free", f"make room, or give another: {other}")
-        return _tried(what, folder, where, usage.free, other, shared=shared)
+        skew, rate, kind = _skew_and_lock(folder), write_rate(folder, SIZE), file_system(folder)
     except OSError as e:
         full = e.errno in (errno.ENOSPC, errno.EDQUOT)
         todo = f"make room or raise the quota, or give another: {other}" if full else f"give another: {other}"
         return fail(what, f"{wanted} cannot be written: {e.strerror or e}", todo)
-
-
-def _tried(what: str, folder: Path, where: str, free: int, other: str, *, shared: bool) -> Finding:
-    """Writes, locks and compares clocks. OSError if one fails."""
-    from ibq_scale.bench.disk import write_rate
-
-    skew = _skew_and_lock(folder)
-    rate = write_rate(folder, SIZE)
-    kind = file_system(folder)
     seen = f"{where}: {gigabytes(rate)}/s, {gigabytes(free)} free, {kind}"
     if abs(skew) > SKEW_SECONDS:
         todo = "this node or the file server has the wrong time: jobs on other nodes will take live runs for dead"

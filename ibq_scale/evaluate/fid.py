@@ -53,9 +53,7 @@ class Inception:
             # torch-fidelity unpickles any code, so the file is first read with weights_only.
             torch.load(self.path, map_location="cpu", weights_only=True)
             network: Any = FeatureExtractorInceptionV3(
-                "inception-v3-compat",
-                [str(FEATURES), "logits_unbiased"],
-                feature_extractor_weights_path=str(self.path),
+                "inception-v3-compat", [str(FEATURES), "logits_unbiased"], feature_extractor_weights_path=str(self.path)
             )
         except Exception:  # foreign bytes give errors of any type
             raise damaged(self.path) from None

@@ -64,12 +64,7 @@ class PreparedImages(ImageSet):
 
     def batches(self, world: World, batch: int) -> Iterator[Part]:
         stream = evaluation_images(
-            self.name,
-            resolution=self.size[0],
-            rank=world.rank,
-            world_size=world.size,
-            batch=batch,
-            limit=self.count,
+            self.name, resolution=self.size[0], rank=world.rank, world_size=world.size, batch=batch, limit=self.count
         )
         for images, weights_B in stream:
             yield Part(images.requests[:, 0], images.images_u8, weights_B)
@@ -137,10 +132,7 @@ class NpzImages(_ReadImages):
                 # The stream keeps the file open.
                 stream = archive.open("arr_0.npy")
             version = np.lib.format.read_magic(stream)
-            header = {
-                (1, 0): np.lib.format.read_array_header_1_0,
-                (2, 0): np.lib.format.read_array_header_2_0,
-            }[version]
+            header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
             shape, fortran, dtype = header(stream)
         except FileNotFoundError:
             raise UserError(f"{self.path} does not exist") from None
