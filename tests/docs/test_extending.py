@@ -29,9 +29,10 @@ SIZES = {
 # The package's modules are those of the copy, also in a process that has imported torch and the package already.
 RUN = """
 import sys
-if function := sys.modules.get("ibq_scale.quantize.function"):
-    # torch registers the operators of a name once.
-    function.library._destroy()
+for name in ("ibq_scale.models.fused_norm", "ibq_scale.quantize.function"):
+    if module := sys.modules.get(name):
+        # torch registers the operators of a name once.
+        module.library._destroy()
 for name in [name for name in sys.modules if name.partition(".")[0] == "ibq_scale"]:
     del sys.modules[name]
 sys.path.insert(0, {copy!r})
