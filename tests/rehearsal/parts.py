@@ -45,16 +45,16 @@ def _weighed(batches: Iterator[Any]) -> list[tuple[Any, Tensor]]:
 
 
 def _validation(task: Any, run: Any, world: Any) -> Part:
-    from ibq_scale.train import validation_ar, validation_tokenizer
+    from ibq_scale.train import validation
 
     if run.task == "ar":
-        task.held_out = validation_ar.HeldOut.__new__(validation_ar.HeldOut)
-        vars(validation_ar)["evaluation_codes"] = lambda *_, **__: _weighed(code_batches(run))
+        task.held_out = validation.HeldOut.__new__(validation.HeldOut)
+        vars(validation)["evaluation_codes"] = lambda *_, **__: _weighed(code_batches(run))
     else:
-        task.held_out = validation_tokenizer.HeldOutImages.__new__(validation_tokenizer.HeldOutImages)
+        task.held_out = validation.HeldOutImages.__new__(validation.HeldOutImages)
         task.held_out.networks = _networks(world, "torch-fidelity")
         stream = _weighed(image_batches(run, run.model.resolution))
-        vars(validation_tokenizer)["validation_images"] = lambda *_, **__: stream
+        vars(validation)["validation_images"] = lambda *_, **__: stream
     vars(task.held_out).update(run=run, world=world, sets=None)
     return lambda: task.validate(run.train.total_steps, lambda: None)
 
@@ -70,7 +70,7 @@ def _sampling(task: Any, run: Any, world: Any) -> Part:
     """`BATCHES` batches of images, with graphs captured in the first."""
     from ibq_scale.generate.chunks import Job
     from ibq_scale.generate.images import _make
-    from ibq_scale.models.precision import compute_dtype
+    from ibq_scale.models.layout import compute_dtype
     from ibq_scale.models.sampling import SamplingSettings
     from ibq_scale.pretrained.models import ARModel
 
