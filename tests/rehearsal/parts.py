@@ -48,14 +48,14 @@ def _validation(task: Any, run: Any, world: Any) -> Part:
     from ibq_scale.train import validation
 
     if run.task == "ar":
-        task.held_out = validation.HeldOut.__new__(validation.HeldOut)
+        task.held_out = validation.HeldOutCodes.__new__(validation.HeldOutCodes)
         vars(validation)["evaluation_codes"] = lambda *_, **__: _weighed(code_batches(run))
     else:
         task.held_out = validation.HeldOutImages.__new__(validation.HeldOutImages)
         task.held_out.networks = _networks(world, "torch-fidelity")
         stream = _weighed(image_batches(run, run.model.resolution))
         vars(validation)["validation_images"] = lambda *_, **__: stream
-    vars(task.held_out).update(run=run, world=world, sets=None)
+    vars(task.held_out).update(run=run, world=world, sets=SimpleNamespace(config=run.data))
     return lambda: task.validate(run.train.total_steps, lambda: None)
 
 
