@@ -166,7 +166,25 @@ def _kernels(where: torch.device) -> list[Finding]:
         _tried("attention", describe(kind, where), attend, "model.attention=sdpa needs no such package"),
         _tried("quantizer", passes, lambda: _quantize(where), compiler),
     ]
-    return lines + (_broken_packages(where) if where.type == "cuda" else [])
+    if where.type == "cuda":
+        lines.append(
+            _tried(
+                "norm", *_norm(where), "triton needs Python's headers too. Without a C compiler on PATH torch's runs"
+            )
+        )
+        lines += _broken_packages(where)
+    return lines
+
+
+def _norm(where: torch.device) -> tuple[str, Callable[[], object]]:
+    import torch
+
+    from ibq_scale.models.norm import GroupNormSiLU, runs_fused
+
+    x = torch.randn(2, 64, 8, 8, device=where, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    seen = "fused with SiLU" if runs_fused(x) else "torch's, since triton or a C compiler is missing"
+    norm = GroupNormSiLU(32, 64, device=where)
+    return seen, lambda: torch.autograd.grad(norm(x.requires_grad_()).sum(), x)
 
 
 def _tried(what: str, seen: str, work: Callable[[], object], todo: str) -> Finding:

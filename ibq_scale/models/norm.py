@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 from typing import Any
 
 import torch
@@ -11,14 +13,16 @@ from torch import Tensor, nn
 
 from ibq_scale.models.fused_norm import DTYPES, group_norm
 
-_TRITON = importlib.util.find_spec("triton") is not None
+# Triton builds its launchers in C.
+_COMPILER = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+_TRITON = importlib.util.find_spec("triton") is not None and _COMPILER is not None
 
 
 class GroupNorm(nn.GroupNorm):
     """torch's own rounds mean and 1/σ of bf16 input to bf16. The error of a large mean affects all outputs.
 
-    Channels-last images on GPUs take the kernels of `fused_norm`, and stay channels last. They have no second
-    derivative.
+    Channels-last images on GPUs take the kernels of `fused_norm` where Triton and a C compiler are there, and stay
+    channels last. They have no second derivative.
     """
 
     silu = False
@@ -40,7 +44,7 @@ class GroupNormSiLU(GroupNorm):
 
 
 def runs_fused(x: Tensor) -> bool:
-    """Whether the fused kernels take this input of a norm."""
+    """Whether the fused kernels take this input of a norm. Else torch's norm does."""
     return x.is_cuda and _TRITON and fusible(x) and x.is_contiguous(memory_format=torch.channels_last)
 
 

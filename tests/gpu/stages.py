@@ -57,6 +57,11 @@ def _environment(options: Options) -> list[Command]:
         Command("machine", (*CHECK, "machine"), 30),
         Command("kernels", (*CHECK, "kernels", *_small(options)), 60),
         Command("fast tests", (*pytest, *tests), 60),
+        *(
+            []
+            if options.small
+            else [Command("fused norm", (*pytest[:-1], "not long", "tests/models/test_fused_norm.py"), 30)]
+        ),
         Command("data", (*CHECK, "data", str(options.work), *_small(options)), 40),
     ]
 
