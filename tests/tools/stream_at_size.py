@@ -1,8 +1,8 @@
 """Streams an epoch of a set with many shards of tiny pictures from a store, as 1, 2 and 4 nodes, and from a folder.
 
-It prints bytes fetched over bytes read, bytes before the first batch, repeated downloads, and images a CPU second cold
-and local. The cache is to the set as 50 GB are to ImageNet. The nodes run one after another. With the environment of
-`python -m tests.services.radosgw`:
+It prints bytes fetched over bytes read, bytes before the first batch, repeated downloads, and, with `--local`, images a
+CPU second cold and from a folder. Without it pictures are read and checked but not decoded. The cache is to the set as
+50 GB are to ImageNet. The nodes run one after another. With the environment of `python -m tests.services.radosgw`:
 
 ``python -m tests.tools.stream_at_size s3://bucket/set --local FOLDER``
 """
@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 
 from ibq_scale.config.run import DataConfig
-from ibq_scale.data import stream
+from ibq_scale.data import images, stream
 from ibq_scale.data.index import write_index
 from ibq_scale.data.manifest import load_manifest, save_manifest
 from ibq_scale.data.prepare import prepare_images, shard_info
@@ -42,10 +42,11 @@ SIDE, MICRO_BATCH = 16, 64
 
 @dataclass
 class Traffic:
-    """Requests and bytes of a store. `shards`: downloads of each."""
+    """Requests and bytes of a store. `indices`: bytes of tables. `shards`: downloads of each."""
 
     requests: int = 0
     bytes: int = 0
+    indices: int = 0
     shards: Counter[str] = field(default_factory=Counter)
 
     def counting(self, method: str) -> Any:
@@ -56,6 +57,7 @@ class Traffic:
             found = original(store, path, *rest)
             self.requests += 1
             self.bytes += len(found) if method != "download" else rest[0].stat().st_size
+            self.indices += len(found) if path.endswith(".table") else 0
             self.shards[path] += method == "download"
             return found
 
@@ -64,7 +66,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one node read, and its costs."""
+    """What one node read, and its costs. `first_batch`: bytes before it, without tables."""
 
     seen: set[tuple[int, int]]
     cpu_seconds: float
@@ -102,9 +104,10 @@ def epoch(url: str, cache: Path | None, node: int = 0, nodes: int = 1) -> Epoch:
     plain = stream._requests
 
     def one_epoch(*args: Any) -> Iterator[list[Any]]:
-        # Afterwards the last batch again, so that nothing of the next epoch is fetched.
+        # Nothing of the next epoch: the last batch is cut there and repeated.
         last: list[Any] = []
-        for last in islice(plain(*args), steps):
+        for batch in islice(plain(*args), steps):
+            last = [request for request in batch if not request.epoch] or last
             yield last
         yield from repeat(last)
 
@@ -118,14 +121,14 @@ def epoch(url: str, cache: Path | None, node: int = 0, nodes: int = 1) -> Epoch:
             sets, resolution=SIDE, seed=0, rank=node, world_size=nodes, micro_batch=MICRO_BATCH, start=0
         )
         first = next(batches)
-        first_batch = traffic.bytes
+        first_batch = traffic.bytes - traffic.indices
         seen = list(chain([first.requests], (batch.requests for batch in islice(batches, steps - 1))))
         spent = time.process_time() - begin
     places = torch.cat(seen)
-    return Epoch({(s, r) for p, _, e, s, r in places.tolist() if e == 0}, spent, first_batch, traffic)
+    return Epoch({(shard, row) for *_, shard, row in places.tolist()}, spent, first_batch, traffic)
 
 
-def report(url: str, local: str, nodes: int) -> str:
+def report(url: str, local: str | None, nodes: int) -> str:
     """One line for an epoch on `nodes` nodes. Raises AssertionError unless they read every sample once."""
     manifest = load_manifest(url, "images")
     found = []
@@ -137,30 +140,37 @@ def report(url: str, local: str, nodes: int) -> str:
     assert set(seen.values()) == {1}, "some samples were read twice"
     again = sum(n > 1 for each in found for n in each.traffic.shards.values())
     batch = MICRO_BATCH * manifest.bytes / manifest.samples
-    here = epoch(local, None, 0, nodes).cpu_seconds * nodes
-    cold = sum(each.cpu_seconds for each in found)
-    return (
+    text = (
         f"{nodes} nodes: fetched/read {sum(each.traffic.bytes for each in found) / manifest.bytes:.4f}, "
         f"{again} shards twice, before the first batch {max(each.first_batch for each in found) / batch:.2f} batches, "
-        f"{sum(each.traffic.requests for each in found)} requests; images a CPU second: cold "
-        f"{manifest.samples / cold:,.0f}, local {manifest.samples / here:,.0f} ({100 * here / cold:.1f} %)"
+        f"{sum(each.traffic.requests for each in found)} requests"
+    )
+    cold = sum(each.cpu_seconds for each in found)
+    if local is None:
+        return f"{text}, {cold:.0f} CPU seconds"
+    here = epoch(local, None, 0, nodes).cpu_seconds * nodes
+    return (
+        f"{text}; images a CPU second: cold {manifest.samples / cold:,.0f}, local {manifest.samples / here:,.0f} "
+        f"({100 * here / cold:.1f} %)"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("url")
-    parser.add_argument("--local", required=True, help="a folder for a copy of the set")
+    parser.add_argument("--local", help="a folder for a copy of the set")
     parser.add_argument("--shards", type=int, default=SHARDS)
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--nodes", type=int, nargs="+", default=[1, 2, 4])
     args = parser.parse_args()
-    for url in (args.url, args.local):
+    for url in filter(None, (args.url, args.local)):
         if not open_store(url).exists("manifest.json"):
             write_set(url, args.shards, args.rows)
     torch.set_num_threads(1)
     # Imports the client.
-    epoch(args.url, None) if args.shards < 4 else open_store(args.url).read("manifest.json")
+    open_store(args.url).read("manifest.json")
+    if args.local is None:
+        patch.object(images, "decode", lambda *_: np.zeros((SIDE, SIDE, 3), np.uint8)).start()
     for nodes in args.nodes:
         print(report(args.url, args.local, nodes), flush=True)
 
