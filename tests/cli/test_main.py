@@ -201,11 +201,12 @@ def test_a_closed_pipe_is_no_error() -> None:
 def test_the_process_ends_after_its_threads_exit_handlers_and_output() -> None:
     """The interpreter's teardown is skipped, and nothing that a user or a library registered."""
     code = (
-        "import atexit, sys, threading, time; from ibq_scale.cli.main import main;"
+        "import atexit, sys, threading, time; from ibq_scale.cli import main;"
+        "ended, leave = threading.Event(), main._leave; main._leave = lambda code: (ended.set(), leave(code));"
         "atexit.register(print, 'handler');"
-        "threading.Thread(target=lambda: (time.sleep(2.0), print('thread'))).start();"
+        "threading.Thread(target=lambda: (ended.wait(), time.sleep(0.5), print('thread'))).start();"
         "sys.argv = ['ibq-scale', 'config', 'show', 'ar/xl'];"
-        "main(); print('torn down')"
+        "main.main(); print('torn down')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
