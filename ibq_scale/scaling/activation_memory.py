@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import cache
-from typing import TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -44,10 +44,14 @@ R = TypeVar("R", bound=AnyRun)
 
 @dataclass(frozen=True)
 class ActivationMemory:
-    """Bytes beyond the states. `kept`: alive between the passes. `peak`: the maximum, with gradients freed at once."""
+    """Bytes beyond the states. `kept`: alive between the passes. `peak`: the maximum, with gradients freed at once.
+
+    `at_quantizer`: alive while a tokenizer's quantizer works, in either pass.
+    """
 
     kept: int
     peak: int
+    at_quantizer: int = 0
 
 
 _estimating: ContextVar[bool] = ContextVar("estimating", default=False)
@@ -69,10 +73,8 @@ def _plus(
     base: ActivationMemory, smaller: ActivationMemory, larger: ActivationMemory, times: float
 ) -> ActivationMemory:
     """`base` and `times` the difference of the other two."""
-    kept, peak = (
-        getattr(base, name) + times * (getattr(larger, name) - getattr(smaller, name)) for name in ("kept", "peak")
-    )
-    return ActivationMemory(max(0, round(kept)), max(0, round(peak)))
+    found = (a + times * (c - b) for a, b, c in zip(*map(astuple, (base, smaller, larger)), strict=True))
+    return ActivationMemory(*(max(0, round(bytes_)) for bytes_ in found))
 
 
 def _estimate(few: ActivationMemory, many: ActivationMemory, micro_batch: int) -> ActivationMemory:
@@ -82,7 +84,7 @@ def _estimate(few: ActivationMemory, many: ActivationMemory, micro_batch: int) -
 
 def _with_gradients(memory: ActivationMemory, bytes_: int) -> ActivationMemory:
     """At the end of the backward pass all gradients are there and nearly no activation."""
-    return ActivationMemory(memory.kept, max(memory.peak, bytes_))
+    return replace(memory, peak=max(memory.peak, bytes_))
 
 
 def ar_activation_memory(run: ARRun, *, keeps_gradients: bool) -> ActivationMemory:
@@ -178,7 +180,7 @@ def _tokenizer(
 
     def forward() -> Tensor:
         z_BDhw = model.encode(images)
-        codes_ND = tokens_of(z_BDhw).float() * 1.0
+        codes_ND = _Quantizing.apply(tokens_of(z_BDhw).float())
         reconstruction = model.decode(image_of(codes_ND.to(dtype), z_BDhw.shape))
         shown = reconstruction.detach().float()
         adversarial = discriminator if losses.adversarial_weight > 0 else None
@@ -193,7 +195,24 @@ def _tokenizer(
     if losses.adversarial_weight == 0:
         return ours
     theirs = _rehearse([*judged, *frozen], discriminate, keeps_gradients)
-    return ActivationMemory(ours.kept, max(ours.peak, theirs.peak))
+    return replace(ours, peak=max(ours.peak, theirs.peak))
+
+
+class _Quantizing(torch.autograd.Function):
+    """Stands for the quantizer and notes what is alive around it. Its own memory is counted by formula."""
+
+    memory: ClassVar[Allocations]
+    alive: ClassVar[int]
+
+    @staticmethod
+    def forward(ctx: Any, z_ND: Tensor) -> Tensor:
+        _Quantizing.alive = max(_Quantizing.alive, _Quantizing.memory.alive)
+        return z_ND * 1.0
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        _Quantizing.alive = max(_Quantizing.alive, _Quantizing.memory.alive)
+        return grads[0] * 1.0
 
 
 def _frozen(metric: nn.Module | None) -> list[Tensor]:
@@ -208,10 +227,11 @@ def _rehearse(parameters: Iterable[Tensor], forward: Callable[[], Tensor], keeps
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(_drop)  # type: ignore[no-untyped-call]
     with as_on_cuda(), NormShapes(), Allocations(free=known) as memory:
+        _Quantizing.memory, _Quantizing.alive = memory, 0
         loss = forward()
         kept = memory.alive
         torch.autograd.backward(loss)
-    return ActivationMemory(kept, memory.peak)
+    return ActivationMemory(kept, memory.peak, _Quantizing.alive)
 
 
 def _drop(parameter: Tensor) -> None:

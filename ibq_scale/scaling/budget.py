@@ -103,15 +103,17 @@ def tokenizer_budget(
     memory = tokenizer_activation_memory(run, keeps_gradients=states.keeps_gradients and zero.accumulation == 1)
     size = codebook_group_size(run, zero.world)
     tokens = run.train.micro_batch * run.model.tokens * size
-    work = FP32 * TOKEN_TENSORS * tokens * run.quantizer.dim
+    kept = FP32 * TOKEN_TENSORS * tokens * run.quantizer.dim
     if run.quantizer.backend in ("tiled", "cublas"):
-        work += run.quantizer.tile_bytes or TILE
+        block = run.quantizer.tile_bytes or TILE
     else:
         # A block of e^S, or of the gradient of S, in the dtype of the products.
         element = 2 if run.quantizer.logit_precision == "bf16" else FP32
-        work += min(BLOCK, element * tokens * run.quantizer.codebook_size // size) + 2 * FP32 * NEAR * tokens
+        block = min(BLOCK, element * tokens * run.quantizer.codebook_size // size) + 2 * FP32 * NEAR * tokens
     rows = -(-run.quantizer.codebook_size // size) * run.quantizer.dim
-    work += FP32 * rows * (REGION_ROWS * run.quantizer.region + UNIT_ROWS * run.quantizer.l2_normalize)
+    block += FP32 * rows * (REGION_ROWS * run.quantizer.region + UNIT_ROWS * run.quantizer.l2_normalize)
+    # The networks' peak is in the decoder or the losses, where the quantizer's blocks are free.
+    work = kept + max(0, memory.at_quantizer + block - memory.peak)
     lines = [
         *tokenizer_states(run, zero, network, discriminator, frozen),
         Line("activations", memory.peak, 0),
