@@ -34,7 +34,7 @@ tensors = st.dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(tensors=tensors, metadata=st.none() | st.dictionaries(st.text(max_size=5), st.text(max_size=20), max_size=3))
 def test_the_library_reads_back_what_was_written(
     tmp_path_factory: pytest.TempPathFactory, tensors: dict[str, Tensor], metadata: dict[str, str] | None

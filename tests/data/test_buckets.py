@@ -32,7 +32,7 @@ def _order(sizes: list[list[int]], buckets: list[int], batch: int, lanes: int, v
     return Buckets(sizes, [np.array([next(bucket_of) for _ in part]) for part in sizes], batch, 3, lanes, 2, version)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     sizes=st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), min_size=1, max_size=3),
     buckets=st.lists(st.sampled_from([0, 2, 3]), min_size=12, max_size=12),

@@ -16,7 +16,7 @@ from ibq_scale.data.stream import rank_positions
 SIZES = st.lists(st.integers(1, 9), min_size=1, max_size=12)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     version=st.sampled_from(sorted(VERSIONS)),
     sizes=SIZES,
@@ -102,7 +102,7 @@ NEW = [
 GOLDEN = {1: OLD, 2: NEW}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     sizes=st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=5), min_size=1, max_size=4),
     seed=st.integers(0, 99),
@@ -122,7 +122,7 @@ def test_several_sources_without_weights_are_one_set(
 
 
 @pytest.mark.slow
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(weights=st.lists(st.floats(0.01, 10), min_size=2, max_size=5), seed=st.integers(0, 99))
 def test_weights_hold_in_every_block_and_each_source_keeps_its_own_order(weights: list[float], seed: int) -> None:
     sizes = [[5, 3 + i] for i in range(len(weights))]
@@ -140,7 +140,7 @@ def test_weights_hold_in_every_block_and_each_source_keeps_its_own_order(weights
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     parts=st.lists(
         st.tuples(st.sampled_from([1, 2, 3, 4, 8, 16]), st.integers(1, 3), st.integers(0, 3)), min_size=1, max_size=4

@@ -153,7 +153,7 @@ def test_the_first_batch_costs_its_own_bytes_and_an_epoch_each_shard_once(
 
 
 @pytest.mark.slow
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     parts=st.lists(
         st.tuples(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ibq_scale.models.cache import KVCache
@@ -188,7 +188,6 @@ def test_scheduled_guidance_is_each_steps_own(model: Transformer) -> None:
 
 
 @pytest.mark.slow
-@settings(deadline=None)
 @given(st.integers(0, 2**31), st.integers(1, 60), st.floats(0.01, 1.0))
 def test_the_nucleus_is_the_smallest_that_reaches_top_p(seed: int, codes: int, top_p: float) -> None:
     logits = 3 * torch.randn(4, codes, generator=torch.Generator().manual_seed(seed))
@@ -202,7 +201,6 @@ def test_the_nucleus_is_the_smallest_that_reaches_top_p(seed: int, codes: int, t
         assert bool((left_out <= least).all())
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**31), st.integers(1, 12), st.floats(0, 0.9999))
 def test_what_is_picked_is_one_of_the_top_k(seed: int, top_k: int, uniform: float) -> None:
     logits = torch.randn(3, 12, generator=torch.Generator().manual_seed(seed))

@@ -36,7 +36,7 @@ def _loss(out: Quantized, upstream: torch.Tensor) -> torch.Tensor:
     return (out.z_q_ND * upstream).sum() + 0.7 * out.quantization_loss + 0.3 * out.entropy_loss
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     tokens=st.integers(1, 13),
     codes=st.integers(1, 17),

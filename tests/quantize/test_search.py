@@ -19,7 +19,7 @@ def _expected(z_ND: Tensor, codebook_KD: Tensor, score: Score) -> Tensor:
     return pairs.sum(dim=2).argmax(dim=1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     tokens=st.integers(1, 9),
     codes=st.integers(1, 40),
