@@ -17,8 +17,8 @@ class Plan:
 
     crops: int = 80
     held_out_crops: int = 20
-    tokenizer_steps: int = 800
-    ar_steps: int = 300
+    tokenizer_steps: int = 300
+    ar_steps: int = 500
     per_class: int = 8
     guidance: float = 2.0
     ranks: int = 2
