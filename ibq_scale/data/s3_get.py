@@ -138,9 +138,11 @@ class PlainReader:
 
         if self._session is None:
             bundle = self.fs.session.get_config_variable("ca_bundle") or os.environ.get("REQUESTS_CA_BUNDLE")
+            # As fsspec's own configuration may set them.
+            verify, proxies = self.fs.client_kwargs.get("verify"), self.fs.config_kwargs.get("proxies")
             self._session = URLLib3Session(
-                verify=bundle or True,
-                proxies=get_environ_proxies(signed.address),
+                verify=bundle or True if verify is None else verify,
+                proxies=proxies or get_environ_proxies(signed.address),
                 timeout=self._timeout,
                 max_pool_connections=CONNECTIONS,
             )

@@ -59,6 +59,8 @@ osd pool default pg autoscale mode = off
 mon allow pool size one = true
 mon warn on pool no redundancy = false
 mon max pg per osd = 1000
+osd heartbeat grace = 3600
+mon osd report timeout = 36000
 
 [client.rgw.a]
 rgw frontends = beast endpoint=127.0.0.1:{http}
