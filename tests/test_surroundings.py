@@ -101,7 +101,8 @@ def test_ranks_that_were_typed_count_in_a_step_of_one_task(
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
     parser = argparse.ArgumentParser()
-    options.add_ranks(parser)
+    names, settings = options.RANKS
+    parser.add_argument(*names, **settings)
     args = parser.parse_args(words)
     assert args.ranks == (2 if words else None)
     assert is_launched() == launched

@@ -94,12 +94,16 @@ def _number(
 ) -> Argument:
     def check(value: float) -> float:
         if not allowed(value):
-            raise UserError(f"{name} must be {bound}, got {value:g}")
+            raise UserError(f"{name} must be {bound}, got {_said(value)}")
         return value
 
     if default is not None:
-        about = f"{about} (default {default:g})" if about else f"default {default:g}"
+        about = f"{about} (default {_said(default)})" if about else f"default {_said(default)}"
     return argument(name, type=kind, action=Checked, check=check, default=default, help=about or None, **more)
+
+
+def _said(value: float) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 class Checked(argparse.Action):

@@ -124,7 +124,9 @@ def test_the_first_batch_costs_its_own_bytes_and_an_epoch_each_shard_once(
     read_range, download = LocalStore.read_range, LocalStore.download
 
     def counted_range(self: LocalStore, path: str, start: int, stop: int) -> bytes:
-        singly.append(stop - start)
+        # Tables of the shards are read so too.
+        if path.endswith(".tar"):
+            singly.append(stop - start)
         return read_range(self, path, start, stop)
 
     def counted_download(self: LocalStore, path: str, local: Path) -> None:
