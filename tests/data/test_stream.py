@@ -326,7 +326,9 @@ def test_requests_of_a_batch_wait_together(
     read_range = S3Store.read_range
 
     def slow(self: S3Store, path: str, start: int, stop: int) -> bytes:
-        together.wait(PATIENCE)
+        # Tables of the shards are read before, by other threads.
+        if path.endswith(".tar"):
+            together.wait(PATIENCE)
         return read_range(self, path, start, stop)
 
     monkeypatch.setattr(S3Store, "read_range", slow)
