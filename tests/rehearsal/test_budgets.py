@@ -39,8 +39,10 @@ def test_a_run_asks_for_what_the_table_says(run: Run, forks: Nursery) -> None:
         found = Row.of(run.what, row.part, record, limits)
         assert record.faults == []
         assert found.counts == row.counts, told(record)
-        # Before torch 2.14 the loss of a transformer takes other chunks.
-        if row.made is not None and hasattr(F, "linear_cross_entropy"):
+        # Before torch 2.14 the loss of a transformer takes larger chunks of its own (budgets.md).
+        if run.what.startswith("ar") and not hasattr(F, "linear_cross_entropy"):
+            continue
+        if row.made is not None:
             assert found.made == pytest.approx(row.made, rel=0.02, abs=1)
         if row.of_plan:
             assert 0.9 <= found.of_plan <= 1.1
