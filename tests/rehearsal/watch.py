@@ -101,12 +101,18 @@ class Watch(TorchDispatchMode):
         name = str(func)
         if func.namespace == "ibq_scale":
             from ibq_scale.models import fused_norm
-            from ibq_scale.quantize import function
+            from ibq_scale.quantize import function, vq
 
-            kind, _, direction = func._opname.rpartition("_")
-            module = {"ibq": function, "group_norm": fused_norm}[kind]
+            bodies = {
+                "ibq_forward": function._forward,
+                "ibq_backward": function._backward,
+                "group_norm_forward": fused_norm._forward,
+                "group_norm_backward": fused_norm._backward,
+                "nearest_rows": vq._nearest_rows,
+            }
             with self:
-                return tuple(getattr(module, f"_{direction}")(*args, **kwargs))
+                out = bodies[func._opname](*args, **kwargs)
+            return out if isinstance(out, Tensor) else tuple(out)
         if name.startswith("aten.to."):
             # Not taken apart below autograd, and copies of constants would ask the driver.
             with self:
