@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from ibq_scale.config.run import DataConfig
 from ibq_scale.data import images as images_module
 from ibq_scale.data import stream as stream_module
-from ibq_scale.data.folder import LocalStore
+from ibq_scale.data.folder import LocalStore, Store
 from ibq_scale.data.images import BadSampleError, ImageDataset, ImageSample, Request, shard_index
 from ibq_scale.data.index import ShardIndex
 from ibq_scale.data.manifest import load_manifest, save_manifest
@@ -115,25 +115,31 @@ def test_workers_with_a_cache_read_no_store_and_give_the_same(config: DataConfig
     assert torch.equal(labels, same)
 
 
+def _before_samples(monkeypatch: pytest.MonkeyPatch, store: type[Store], call: Callable[[int], object]) -> None:
+    """`call` gets the bytes of each range of a shard before it is read. Tables of shards are read by ranges too."""
+    read_range = store.read_range
+
+    def watched(self: Store, path: str, start: int, stop: int) -> bytes:
+        if path.endswith(".tar"):
+            call(stop - start)
+        return read_range(self, path, start, stop)
+
+    monkeypatch.setattr(store, "read_range", watched)
+
+
 def test_the_first_batch_costs_its_own_bytes_and_an_epoch_each_shard_once(
     config: DataConfig, dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through a cache: samples are read singly until their shards are there; then nothing is asked of the store."""
     singly: list[int] = []
     downloads: Counter[str] = Counter()
-    read_range, download = LocalStore.read_range, LocalStore.download
-
-    def counted_range(self: LocalStore, path: str, start: int, stop: int) -> bytes:
-        # Tables of the shards are read so too.
-        if path.endswith(".tar"):
-            singly.append(stop - start)
-        return read_range(self, path, start, stop)
+    download = LocalStore.download
 
     def counted_download(self: LocalStore, path: str, local: Path) -> None:
         downloads[path] += 1
         download(self, path, local)
 
-    monkeypatch.setattr(LocalStore, "read_range", counted_range)
+    _before_samples(monkeypatch, LocalStore, singly.append)
     monkeypatch.setattr(LocalStore, "download", counted_download)
     monkeypatch.setattr(images_module, "BETWEEN", -1)
     sets = open_sets(config.model_copy(update={"cache_dir": str(tmp_path)}), "images")
@@ -323,15 +329,7 @@ def test_requests_of_a_batch_wait_together(
     url = new_prefix()
     prepare_images(pictures, url, shard_bytes=8_000)
     together = threading.Barrier(24)
-    read_range = S3Store.read_range
-
-    def slow(self: S3Store, path: str, start: int, stop: int) -> bytes:
-        # Tables of the shards are read before, by other threads.
-        if path.endswith(".tar"):
-            together.wait(PATIENCE)
-        return read_range(self, path, start, stop)
-
-    monkeypatch.setattr(S3Store, "read_range", slow)
+    _before_samples(monkeypatch, S3Store, lambda _: together.wait(PATIENCE))
     monkeypatch.setattr(images_module, "BETWEEN", -1)
     sets = open_sets(config.model_copy(update={"train": url, "cache_dir": None}), "images")
     batch = next(image_stream(sets, resolution=32, seed=5, rank=0, world_size=1, micro_batch=24, start=0))
