@@ -96,9 +96,9 @@ def transformer_rows(run: AnyRun, device: Device, fabric: Fabric, most: int) -> 
     if run.train.precision != "bf16":
         raise UserError(f"{run.name} computes in fp32, but the known peaks are for bf16: set train.precision=bf16")
     require_fp8(run, device)
-    rehearsed = _Rehearsed.of(run)
+    rehearsed, refused = _Rehearsed.of(run), refused_stages(run)
     rows = []
-    for stage in [stage for stage in STAGES if stage not in refused_stages(run)]:
+    for stage in (stage for stage in STAGES if stage not in refused):
         for mode in ("strong", "weak"):
             found = [r for n in worlds(fabric.node, most) if (r := rehearsed.row(mode, stage, n, device, fabric))]
             rows += _compared(found)
