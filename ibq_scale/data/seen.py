@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
@@ -85,10 +85,6 @@ class Met:
         width, height = picture.size
         least_w, most_w, least_h, most_h = self.sides or (width, width, height, height)
         self.sides = [min(least_w, width), max(most_w, width), min(least_h, height), max(most_h, height)]
-
-    def values(self) -> dict[str, Any]:
-        """The values for JSON."""
-        return {"formats": dict(self.formats), "modes": dict(self.modes), "sides": self.sides}
 
     def join(self, other: Met) -> None:
         self.formats += other.formats
