@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from ibq_scale.config.models import AttentionKind, TransformerConfig
 from ibq_scale.models.attention import attention, choose
 from ibq_scale.models.cache import KVCache, LayerCache
-from ibq_scale.models.condition import Condition, ConditionEmbedding, Prefix, no_condition, visible_keys
+from ibq_scale.models.condition import Condition, ConditionEmbedding, Prefix, visible_keys
 from ibq_scale.models.head import Head
 from ibq_scale.models.initial import Normal, drawn, fill
 from ibq_scale.models.order import Orders, permuted_tables
@@ -278,7 +278,8 @@ class Transformer(nn.Module):
             assert condition is None, "a class-conditional model takes labels"
             return self.class_emb(labels_B), None
         if condition is None:
-            condition = no_condition(self.config, len(labels_B), labels_B.device)
+            sizes = (len(labels_B), self.config.condition_tokens, self.config.condition_width)
+            condition = Condition(torch.zeros(sizes, device=labels_B.device), torch.zeros_like(labels_B))
         prefix: Prefix = self.condition_emb(condition)
         return prefix.start_BE, prefix
 

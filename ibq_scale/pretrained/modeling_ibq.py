@@ -8,6 +8,7 @@ computes the same, since positions are rows and columns, and the class token has
 # mypy: disable-error-code="no-any-return,misc"
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,13 +61,7 @@ def rotate(x_BTHd: Tensor, table_2Tp: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).to(x_BTHd.dtype)
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, eps=1e-5)
+RMSNorm = partial(nn.RMSNorm, eps=1e-5)
 
 
 class Attention(nn.Module):
