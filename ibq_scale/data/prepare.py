@@ -441,30 +441,22 @@ def _pack(samples: list[_Encoded], prefix: str) -> tuple[bytes, list[Member]]:
     buffer = io.BytesIO()
     members = []
     samples.reverse()
-    for row in range(len(samples)):
-        sample = samples.pop()
-        key = f"{prefix}-{row:06d}"
-        _add(buffer, f"{key}.cls", str(sample.label).encode())
-        data = sample.picture.data
-        offset = _add(buffer, f"{key}.{sample.picture.extension}", data)
-        members.append(Member(key, offset, len(data), zlib.crc32(data), sample.label, sample.source))
-    # A tar ends with two empty blocks and is padded to whole records.
-    _pad(buffer, buffer.tell() + 2 * tarfile.BLOCKSIZE, tarfile.RECORDSIZE)
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for row in range(len(samples)):
+            sample = samples.pop()
+            key = f"{prefix}-{row:06d}"
+            _add(tar, f"{key}.cls", str(sample.label).encode())
+            data = sample.picture.data
+            offset = _add(tar, f"{key}.{sample.picture.extension}", data)
+            members.append(Member(key, offset, len(data), zlib.crc32(data), sample.label, sample.source))
     return buffer.getvalue(), members
 
 
-def _add(buffer: io.BytesIO, name: str, data: bytes) -> int:
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
     """Returns the content's offset. TarInfo's defaults have no time and no user, so a re-run writes the same bytes."""
     info = tarfile.TarInfo(name)
     info.size = len(data)
     # The header is one block, since our own names are short.
-    buffer.write(info.tobuf(tarfile.USTAR_FORMAT))
-    offset = buffer.tell()
-    buffer.write(data)
-    _pad(buffer, buffer.tell(), tarfile.BLOCKSIZE)
+    offset = tar.offset + tarfile.BLOCKSIZE
+    tar.addfile(info, io.BytesIO(data))
     return offset
-
-
-def _pad(buffer: io.BytesIO, least: int, block: int) -> None:
-    """Zeros up to `least` bytes, in whole blocks."""
-    buffer.write(bytes(-(-least // block) * block - buffer.tell()))
