@@ -60,20 +60,19 @@ class Buckets(Mixture):
     def _find_turn(self, step: int) -> tuple[int, int]:
         """A step's bucket, and its number among the bucket's steps."""
         turns = self._turns(step)
-        bucket = min(range(len(turns)), key=lambda b: self._time(b, turns[b]))
+        bucket = self._next(turns)
         return bucket, turns[bucket]
 
     def _turns(self, step: int) -> list[int]:
         """Each bucket's steps among the first `step`."""
         sizes = [len(order) for order in self._orders]
-        total = sum(sizes)
-        # All steps up to the time step / total. They are `step` but for half of the number of buckets.
-        turns = [(2 * step * size + total) // (2 * total) for size in sizes]
+        # All steps up to a time when fewer than `step` are over, since a bucket is at most half a step ahead.
+        time = Fraction(max(0, step - len(sizes)), sum(sizes))
+        turns = [int(time * size + Fraction(1, 2)) for size in sizes]
         while sum(turns) < step:
-            turns[min(range(len(turns)), key=lambda b: self._time(b, turns[b]))] += 1
-        while sum(turns) > step:
-            turns[max(range(len(turns)), key=lambda b: self._time(b, turns[b] - 1))] -= 1
+            turns[self._next(turns)] += 1
         return turns
 
-    def _time(self, bucket: int, turn: int) -> tuple[Fraction, int]:
-        return Fraction(2 * turn + 1, len(self._orders[bucket])), bucket
+    def _next(self, turns: Sequence[int]) -> int:
+        """The bucket of the step after these, the first of equal ones."""
+        return min(range(len(turns)), key=lambda bucket: Fraction(2 * turns[bucket] + 1, len(self._orders[bucket])))

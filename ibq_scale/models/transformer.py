@@ -63,11 +63,10 @@ class Attention(nn.Module):
         b, t, width = x_BTE.shape
         q, k, v = self.wqkv(x_BTE).view(b, t, sum(self.heads), self.config.head_dim).split(self.heads, dim=2)
         q, k = rotate(self.q_norm(q), table_R2Tp[0]), rotate(self.k_norm(k), table_R2Tp[-1])
-        if cache is None:
-            causal = visible_BTS is None and t > 1
-            mixed = attention(q, k, v, causal=causal, kind=kind, visible_BTS=visible_BTS)
-        else:
-            mixed = attention(q, *cache.extend(k, v), causal=False, kind=kind, visible_BTS=visible_BTS)
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        causal = cache is None and visible_BTS is None and t > 1
+        mixed = attention(q, k, v, causal=causal, kind=kind, visible_BTS=visible_BTS)
         out: Tensor = self.wo(mixed.reshape(b, t, width))
         return out
 
