@@ -44,6 +44,7 @@ from ibq_scale.data.shared_memory import (
     workers_within,
 )
 from ibq_scale.errors import UserError
+from ibq_scale.malloc import keep_freed_memory
 
 log = logging.getLogger(__name__)
 
@@ -256,6 +257,7 @@ def _read_shares(
         own = [requests.at(t)._replace(position=requests.first + p) for p, t in zip(places, taken, strict=True)]
         return read(own), weights_B
 
+    keep_freed_memory()
     waiting: deque[Future[tuple[Batch, Tensor]]] = deque()
     reader = ThreadPoolExecutor(1)
     try:
@@ -338,6 +340,8 @@ def _load(dataset: Any, sampler: Iterable[list[Request]], stack: Callable[[Any],
     context = "forkserver" if workers else None
     if workers:
         _start_fork_server()
+    else:
+        keep_freed_memory()
     batches = iter(
         DataLoader(
             _Batches(dataset, stack),
@@ -441,6 +445,7 @@ def _start_worker(trainer: int, worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_follow, args=(trainer,), daemon=True).start()
     torch.set_num_threads(1)
+    keep_freed_memory()
 
 
 def _follow(trainer: int) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import logging
-import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ibq_scale.malloc import keep_freed_memory
 from ibq_scale.models.muon import Muon
 from ibq_scale.profiling import part
 from ibq_scale.zero.gradients import reduction, scatter_gradients
@@ -68,25 +67,12 @@ def begin_deepspeed(device: torch.device) -> None:
         # DeepSpeed would compile a shared-memory all-reduce for minutes at the first start. A killed build leaves a
         # lock and hangs the next one. gloo's all-reduce suffices for small CPU runs.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        _keep_freed_memory()
+        # 0.19.8 frees all gradients at the end of a step.
+        keep_freed_memory()
     _take_norms_in_fp32()
     _wait_less()
     _refuse_steps()
     deepspeed.init_distributed(auto_mpi_discovery=False)
-
-
-def _keep_freed_memory() -> None:
-    """Makes the C library reuse freed memory within the process. Settings in the environment take precedence.
-
-    0.19.8 frees all gradients at the end of a step. By default glibc returns them to the kernel, and the next backward
-    pass gets cleared pages: 64,000 to 134,000 page faults a step of 100 M parameters, 7 to 13 % of its CPU seconds.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt") and not {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys():
-        m_trim_threshold, m_mmap_threshold = -1, -3
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
-        # A fixed trim threshold fixes the other one too. 32 MiB is the largest allowed, and the default's upper bound.
-        libc.mallopt(m_mmap_threshold, 2**25)
 
 
 def _import_muon() -> None:
