@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from itertools import pairwise
-from operator import mul
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from ibq_scale import extensions
@@ -64,7 +64,7 @@ class Dashboards:
     def __init__(self, run_dir: Path, config: AnyRun) -> None:
         """UserError where one from outside cannot be imported. One that cannot start is reported and left out."""
         self._failing: set[str] = set()
-        kinds: dict[str, Callable[[Path, AnyRun], Dashboard]] = {}
+        kinds = dashboard_classes(config)
         if config.tensorboard:
             kinds["TensorBoard"] = TensorBoard
         if config.wandb.mode != "off":
@@ -73,7 +73,6 @@ class Dashboards:
             from ibq_scale.supervise.openmetrics import OpenMetrics
 
             kinds["OpenMetrics"] = OpenMetrics
-        kinds |= dashboard_classes(config)
         self._open: dict[str, Dashboard] = {}
         for name, kind in kinds.items():
             try:
@@ -161,19 +160,8 @@ class TensorBoard(Dashboard):
             self._writer.add_scalar(name, value, step)
 
     def histogram(self, step: int, name: str, histogram: Histogram) -> None:
-        counts, edges = histogram
-        middles = [(a + b) / 2 for a, b in pairwise(edges)]
-        self._writer.add_histogram_raw(
-            name,
-            min=edges[0],
-            max=edges[-1],
-            num=sum(counts),
-            sum=sum(map(mul, counts, middles)),
-            sum_squares=sum(n * m * m for n, m in zip(counts, middles, strict=True)),
-            bucket_limits=list(edges[1:]),
-            bucket_counts=list(counts),
-            global_step=step,
-        )
+        middles = [(a + b) / 2 for a, b in pairwise(histogram.edges)]
+        self._writer.add_histogram(name, np.repeat(middles, histogram.counts), step, bins=list(histogram.edges))
 
     def picture(self, step: int, name: str, picture_CHW: Tensor) -> None:
         self._writer.add_image(name, picture_CHW, step)
