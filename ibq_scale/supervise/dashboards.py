@@ -23,8 +23,8 @@ from ibq_scale.documents import json_object
 from ibq_scale.errors import UserError
 
 EVENTS = "tensorboard"
-# MLflow's longest value of a parameter, and most parameters in a call.
-VALUE_CHARACTERS, PARAMETERS = 6000, 100
+# MLflow's most parameters in a call.
+PARAMETERS = 100
 
 log = logging.getLogger(__name__)
 
@@ -70,9 +70,7 @@ class Dashboards:
         if config.wandb.mode != "off":
             kinds["W&B"] = WandB
         if config.metrics.port is not None or config.metrics.textfile is not None:
-            from ibq_scale.supervise.openmetrics import OpenMetrics
-
-            kinds["OpenMetrics"] = OpenMetrics
+            kinds["OpenMetrics"] = lambda *run: import_module("ibq_scale.supervise.openmetrics").OpenMetrics(*run)
         self._open: dict[str, Dashboard] = {}
         for name, kind in kinds.items():
             try:
@@ -194,7 +192,7 @@ class MLflow(Dashboard):
         self._run = self._client.create_run(number, run_name=config.name).info.run_id
         id_file.write_text(self._run, encoding="utf-8")
         values = flatten(config.model_dump(mode="json"))
-        params = [mlflow.entities.Param(key, str(value)[:VALUE_CHARACTERS]) for key, value in values.items()]
+        params = [mlflow.entities.Param(key, str(value)) for key, value in values.items()]
         for first in range(0, len(params), PARAMETERS):
             self._client.log_batch(self._run, params=params[first : first + PARAMETERS])
 

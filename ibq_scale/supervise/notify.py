@@ -113,7 +113,11 @@ def deliver(targets: Sequence[str], facts: dict[str, Any], token: str | None, de
     run_dir = Path(facts["run_dir"])
     if token is not None and not _first(run_dir / "logs", token):
         return
-    facts |= _progress(run_dir)
+    # The last known step, and the newest checkpoint. The heartbeat may be 30 seconds old.
+    facts |= {"step": json_object(run_dir / "heartbeat.json").get("step", 0), "checkpoint": ""}
+    with suppress(OSError, ValueError):
+        facts["checkpoint"] = (run_dir / "checkpoints/latest").read_text(encoding="utf-8").strip()
+        facts["step"] = max(facts["step"], int(facts["checkpoint"].removeprefix("step-")))
     facts["text"] = f"{facts['run']}: {facts['event']} at step {facts['step']} on {facts['host']}: {facts['reason']}"
     with ThreadPoolExecutor(len(targets)) as threads:
         faults = list(threads.map(lambda target: _send(target, facts), targets))
@@ -136,15 +140,6 @@ def _first(folder: Path, token: str) -> bool:
         if old != mark:
             old.unlink(missing_ok=True)
     return True
-
-
-def _progress(run_dir: Path) -> dict[str, Any]:
-    """The last known step, and the newest checkpoint. The heartbeat may be 30 seconds old."""
-    step, checkpoint = json_object(run_dir / "heartbeat.json").get("step", 0), ""
-    with suppress(OSError, ValueError):
-        checkpoint = (run_dir / "checkpoints/latest").read_text(encoding="utf-8").strip()
-        step = max(step, int(checkpoint.removeprefix("step-")))
-    return {"step": step, "checkpoint": checkpoint}
 
 
 def _send(target: str, facts: dict[str, Any]) -> str | None:
