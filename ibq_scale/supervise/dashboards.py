@@ -113,7 +113,11 @@ class WandB(Dashboard):
         if not id_file.is_file():
             id_file.write_text(secrets.token_hex(4), encoding="utf-8")
         environment = json_object(run_dir / "environment.json")
-        settings: dict[str, Any] = config.wandb.model_dump() | {
+        settings: dict[str, Any] = {
+            "mode": config.wandb.mode,
+            "project": config.wandb.project,
+            "entity": config.wandb.entity,
+            "group": config.wandb.group,
             "name": config.name,
             "id": id_file.read_text(encoding="utf-8").strip(),
             "resume": "allow",
