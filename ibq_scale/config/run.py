@@ -424,13 +424,9 @@ class ARRun(RunConfig):
     validation: ARValidationConfig = ARValidationConfig()
 
     @model_validator(mode="after")
-    def _codes_are_square(self) -> ARRun:
+    def _no_key_is_for_tokenizers(self) -> ARRun:
         if self.data.aspects:
             raise ValueError("data.aspects is for tokenizers: the codes of a transformer are of square crops")
-        return self
-
-    @model_validator(mode="after")
-    def _nothing_is_frozen(self) -> ARRun:
         if self.train.freeze:
             raise ValueError("train.freeze is for tokenizers")
         return self

@@ -98,24 +98,20 @@ def _refuse_steps() -> None:
     from deepspeed.runtime.zero import stage3, stage_1_and_2
 
     is_invalid = bf16_optimizer.is_invalid_grad_norm
-
-    def test(norm: Any) -> Any:
-        # Clipping tests the norm again.
-        global _refuses
-        refuses, _refuses = _refuses, None
-        return is_invalid(norm if refuses is None else _refused(norm, refuses))
-
     for module in (bf16_optimizer, stage3, stage_1_and_2):
-        module.is_invalid_grad_norm = test
+        module.is_invalid_grad_norm = lambda norm: is_invalid(_judged(norm))
+
+
+def _judged(norm: Any) -> Any:
+    """Infinity for a refused norm. `_refuses` is asked once a step, while clipping tests the norm again."""
+    global _refuses
+    refuses, _refuses = _refuses, None
+    return norm if refuses is None else norm.masked_fill(refuses(norm), torch.inf)
 
 
 def always(norm: torch.Tensor) -> torch.Tensor:
     """Refuses every step."""
     return torch.ones_like(norm, dtype=torch.bool)
-
-
-def _refused(norm: torch.Tensor, refuses: Refuses) -> torch.Tensor:
-    return norm.masked_fill(refuses(norm), torch.inf)
 
 
 def _take_norms_in_fp32() -> None:
@@ -172,31 +168,24 @@ def step(engine: Any, refuses: Refuses | None = None) -> bool:
     """
     global _refuses
     _refuses = refuses
-    try:
-        with part("optimizer"):
-            return _step(engine)
-    finally:
-        _refuses = None
-
-
-def _step(engine: Any) -> bool:
-    if engine.is_gradient_accumulation_boundary() and not hasattr(engine.optimizer, "overflow"):
-        # ZeRO and bf16 optimizers test for this (DeepSpeed 0.19.8). A plain optimizer, stage 0 in fp32, does not. Its
-        # gradients are means over the ranks by now, so every rank gets the same result.
-        grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        # The other optimizers set it too, for `gradient_norm`.
-        engine._global_grad_norm = norm
-        if not bool((norm if _refuses is None else _refused(norm, _refuses)).isfinite()):
-            for parameter in engine.module.parameters():
-                parameter.grad = None
-            # It fails without gradients (0.19.8).
-            engine.clip_fp32_gradients = lambda: None
-            engine.step()
-            del engine.clip_fp32_gradients
-            return False
-    engine.step()
-    return bool(engine.was_step_applied())
+    with part("optimizer"):
+        if engine.is_gradient_accumulation_boundary() and not hasattr(engine.optimizer, "overflow"):
+            # ZeRO and bf16 optimizers test for this (DeepSpeed 0.19.8). A plain optimizer, stage 0 in fp32, does not.
+            # Its gradients are means over the ranks by now, so every rank gets the same result.
+            grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(grads)
+            # The other optimizers set it too, for `gradient_norm`.
+            engine._global_grad_norm = norm
+            if not bool(_judged(norm).isfinite()):
+                for parameter in engine.module.parameters():
+                    parameter.grad = None
+                # It fails without gradients (0.19.8).
+                engine.clip_fp32_gradients = lambda: None
+                engine.step()
+                del engine.clip_fp32_gradients
+                return False
+        engine.step()
+        return bool(engine.was_step_applied())
 
 
 def wrap_collectives(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
