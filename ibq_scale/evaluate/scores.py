@@ -38,7 +38,7 @@ def inception_score(logits_NC: Tensor, split: int = 0) -> tuple[float, float]:
     if not split:
         found = isc_features_to_metric(logits_NC, SPLITS)
         return found[KEY_METRIC_ISC_MEAN], found[KEY_METRIC_ISC_STD]
-    parts = [isc_features_to_metric(part, 1, shuffle=False) for part in logits_NC.split(split)]
+    parts = [isc_features_to_metric(part, 1, shuffle=False) for part in torch.split(logits_NC, split)]
     scores = [part[KEY_METRIC_ISC_MEAN] for part in parts]
     return float(np.mean(scores)), float(np.std(scores))
 
