@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ibq_scale.checkpoint.reading import file_sha256
 from ibq_scale.losses.weights import damaged, weight_file
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
@@ -62,8 +62,7 @@ class Inception:
     @cached_property
     def sha256(self) -> str:
         """sha256 of the weight file, hex."""
-        with self.path.open("rb") as f:
-            return hashlib.file_digest(f, "sha256").hexdigest()
+        return file_sha256(self.path)
 
     @torch.inference_mode()
     def __call__(self, inputs: Tensor) -> Seen:

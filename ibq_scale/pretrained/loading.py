@@ -127,7 +127,11 @@ def stored(path: str, network: Transformer, first: Values | None = None) -> Valu
     folder, config = _read_config(Path(path), "ar")
     shapes, read = _pieces(folder, config) if "weights" in config else _slices(folder / WEIGHTS)
     found = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    _require_model(network, found, folder)
+    wanted, there = network.state_dict(), dict(found)
+    if ORDER_EMBEDDING not in wanted or ORDER_EMBEDDING not in there:
+        wanted.pop(ORDER_EMBEDDING, None)
+        there.pop(ORDER_EMBEDDING, None)
+    require_fit(wanted, there, str(folder))
 
     def values(name: str, start: int, length: int) -> Tensor:
         return first(name, start, length) if first is not None and name not in found else read(name, start, length)
@@ -166,15 +170,6 @@ def _pieces(folder: Path, config: dict[str, Any]) -> tuple[Shapes, Values]:
         return out
 
     return reader.shapes, read
-
-
-def _require_model(network: Transformer, found: Mapping[str, Tensor], folder: Path) -> None:
-    """UserError for other sizes. One of the two may have no order embedding."""
-    wanted, there = network.state_dict(), dict(found)
-    if ORDER_EMBEDDING not in wanted or ORDER_EMBEDDING not in there:
-        wanted.pop(ORDER_EMBEDDING, None)
-        there.pop(ORDER_EMBEDDING, None)
-    require_fit(wanted, there, str(folder))
 
 
 def codebook_to_start_from(path: str, quantizer: QuantizerConfig) -> Tensor:
