@@ -136,6 +136,7 @@ class IBQForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = IBQConfig
     _no_split_modules = ("Block",)
+    _input_embed_layer = "tok_emb"
 
     def __init__(self, config: IBQConfig) -> None:
         super().__init__(config)
@@ -145,9 +146,6 @@ class IBQForCausalLM(PreTrainedModel, GenerationMixin):
         self.head_nm = HeadNorm(config)
         self.head = nn.Linear(config.width, config.codebook_size, bias=False)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.tok_emb
 
     def get_output_embeddings(self) -> nn.Module:
         return self.head
