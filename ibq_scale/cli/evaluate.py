@@ -101,7 +101,8 @@ def _generation(args: argparse.Namespace) -> int:
 
     with join() as world:
         how = {name: getattr(args, name) for name in ("batch", "limit", "to", "conventions")}
-        report = evaluate_generation(args.samples, args.reference, world, size=_size(args), **how)
+        size = args.resolution and (args.resolution, args.resolution)
+        report = evaluate_generation(args.samples, args.reference, world, size=size, **how)
         return show(args, report, _generation_lines(report)) if world.is_main else 0
 
 
@@ -144,7 +145,8 @@ def _reference(args: argparse.Namespace) -> int:
 
     with join() as world:
         how = {name: getattr(args, name) for name in ("batch", "features", "conventions")}
-        stamp = write_reference(args.data, args.to, _size(args), world, **how)
+        size = args.resolution and (args.resolution, args.resolution)
+        stamp = write_reference(args.data, args.to, size, world, **how)
         line = (
             f"{args.to}: {stamp.images} images of {stamp.data}, crop {stamp.crop}, {stamp.resolution[0]} x "
             f"{stamp.resolution[1]}, features of {stamp.features} (reference {stamp.hash[:12]})"
@@ -202,7 +204,3 @@ def _of_conventions(rows: Sequence[ConventionResult]) -> Iterator[str]:
 def _figure(report: ReconstructionReport | GenerationReport, shown: str, name: str) -> str:
     value = getattr(report, name)
     return f"{shown:<12} " + (f"not measured: {report.not_measured.get(name)}" if value is None else f"{value:.4f}")
-
-
-def _size(args: argparse.Namespace) -> tuple[int, int] | None:
-    return None if args.resolution is None else (args.resolution, args.resolution)

@@ -84,25 +84,18 @@ def evaluate_generation(
     if first.fid is None:
         raise UserError(f"{reference} does not serve --conventions {first.convention}: {first.not_measured['fid']}")
     seconds = time.perf_counter() - begin
+    shared = {name: value for name, value in vars(first).items() if name in GenerationReport.__dataclass_fields__}
     report = GenerationReport(
         samples=samples,
         sampled=_sampled(Path(samples)),
-        images=images.count,
         resolution=images.size,
-        reference=reference,
         reference_hash=real.hash,
         reference_stamp=real.stamp,
         reference_features=0 if real.features_RF is None else len(real.features_RF),
-        extractor_sha256=inception.sha256,
-        fid=first.fid,
-        inception_score=first.inception_score,
-        inception_score_std=first.inception_score_std,
-        precision=first.precision,
-        recall=first.recall,
-        not_measured=first.not_measured,
         conventions=rows,
         seconds=seconds,
         images_per_s=images.count / seconds,
+        **shared,
     )
     if to is not None and world.is_main:
         write_result(to / GENERATION, report)
