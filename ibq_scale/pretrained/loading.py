@@ -59,20 +59,12 @@ def load_tokenizer(path: str | Path, device: torch.device | str = "cpu", check_h
     quantizer = _section(QuantizerConfig, config, "quantizer", folder)
     weights = _weights(folder, config)
     tensors = {f"autoencoder.{k}": v for k, v in weights.items()} | {"codebook_KD": _codebook(folder)}
-    tokenizer = fill_tokenizer(model, quantizer, tensors, folder)
-    tokenizer.codes_of = tuple(config.get("source", {}).get("codes_of", ()))
-    return tokenizer.to(device)
-
-
-def fill_tokenizer(
-    model: AutoencoderConfig, quantizer: QuantizerConfig, tensors: Mapping[str, Tensor], where: Path
-) -> Tokenizer:
-    """The tokenizer with these weights, fp32. UserError for weights of other sizes, before any allocation."""
-    require_layers(tensors, layers_of(model, r"autoencoder\."), str(where))
+    require_layers(tensors, layers_of(model, r"autoencoder\."), str(folder))
     with torch.device("meta"):
         tokenizer = Tokenizer(model, quantizer)
-    fill_strictly(tokenizer, tensors, where, torch.float32)
-    return tokenizer
+    fill_strictly(tokenizer, tensors, folder, torch.float32)
+    tokenizer.codes_of = tuple(config.get("source", {}).get("codes_of", ()))
+    return tokenizer.to(device)
 
 
 def load_ar(path: str | Path, device: torch.device | str = "cpu", check_hashes: bool = True) -> ARModel:
