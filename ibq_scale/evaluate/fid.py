@@ -71,15 +71,11 @@ class Inception:
         torch-fidelity resizes 8-bit images itself. Other inputs enter behind its resize, through a hook.
         """
         spatial: list[Tensor] = []
-        hooks = (
+        with (
             self._network.Conv2d_1a_3x3.register_forward_pre_hook(lambda module, given: (inputs,)),
             self._network.Mixed_6d.branch1x1.register_forward_hook(lambda module, given, out: spatial.append(out)),
-        )
-        try:
+        ):
             features_BF, logits_BC = self._network(torch.zeros_like(inputs, dtype=torch.uint8))
-        finally:
-            for hook in hooks:
-                hook.remove()
         return Seen(features_BF, logits_BC, spatial[0][:, :7].permute(0, 2, 3, 1).flatten(1))
 
 

@@ -48,6 +48,10 @@ class Stamp:
     program: str
 
     @property
+    def words(self) -> str:
+        return f"{self.images} images of {self.data}, crop {self.crop}, {self.resolution[0]} x {self.resolution[1]}"
+
+    @property
     def hash(self) -> str:
         """Identity of the reference: sha256 of all fields except the data's address and the program's version."""
         values = asdict(self)
