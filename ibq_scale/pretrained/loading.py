@@ -110,24 +110,20 @@ def start_from(path: str, network: Autoencoder) -> None:
     fill_strictly(network, _weights(folder, config), folder)
 
 
-def stored(path: str, network: Transformer, first: Values | None = None) -> Values:
+def stored(path: str, network: Transformer, first: Values) -> Values:
     """The weights at `path`, read on demand. UserError for other sizes than `network`.
 
-    An order embedding is left aside if only one of the two has it. `first`: the initial one of `network`.
+    An order embedding is left aside if only one of the two has it. `first`: initial weights, for that of `network`.
     """
     folder, config = _read_config(Path(path), "ar")
     shapes, read = _pieces(folder, config) if "weights" in config else _mapped(folder / WEIGHTS)
-    found = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    wanted, there = network.state_dict(), dict(found)
+    wanted = network.state_dict()
+    there = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     if ORDER_EMBEDDING not in wanted or ORDER_EMBEDDING not in there:
         wanted.pop(ORDER_EMBEDDING, None)
         there.pop(ORDER_EMBEDDING, None)
     require_fit(wanted, there, str(folder))
-
-    def values(name: str, start: int, length: int) -> Tensor:
-        return first(name, start, length) if first is not None and name not in found else read(name, start, length)
-
-    return values
+    return lambda name, start, length: (read if name in shapes else first)(name, start, length)
 
 
 Shapes = Mapping[str, Sequence[int]]

@@ -60,6 +60,5 @@ def export_transformers(path: Path, to: Path) -> Kind:
     write_folder(to, model.transformer.state_dict(), config)
     (to / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
     shutil.copyfile(CODE, to / CODE.name)
-    card = CARD.format(name=to.name, **{name: getattr(sizes, name) for name in names})
-    (to / "README.md").write_text(card, encoding="utf-8")
+    (to / "README.md").write_text(CARD.format(name=to.name, **config), encoding="utf-8")
     return "ar"
