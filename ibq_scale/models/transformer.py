@@ -7,6 +7,7 @@ every block. Parameter names are then those of the published checkpoints without
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,17 +28,8 @@ from ibq_scale.models.rotary import rotary_table, rotate
 STD = 0.02
 # torch.compile's limit of graphs per block: training and evaluation, and batches of other sizes.
 COMPILED_GRAPHS = 16
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) · weight, the mean square in fp32, eps 1e-5."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, eps=1e-5)
+# x / rms(x) · weight, the mean square in fp32.
+RMSNorm = partial(nn.RMSNorm, eps=1e-5)
 
 
 class AdaLN(nn.Sequential):
@@ -370,9 +362,7 @@ class Transformer(nn.Module):
         recipe = {}
         for prefix, module in self.named_modules():
             for name, parameter in module.named_parameters(prefix, recurse=False):
-                std, mean = (
-                    (0.0, float(isinstance(module, RMSNorm | nn.RMSNorm))) if parameter.ndim == 1 else (STD, 0.0)
-                )
+                std, mean = (0.0, float(isinstance(module, nn.RMSNorm))) if parameter.ndim == 1 else (STD, 0.0)
                 recipe[name] = Normal(parameter.numel(), std, mean)
         for prefix, module in self.named_modules():
             if isinstance(module, AdaLN):
