@@ -66,7 +66,7 @@ def write_codes(
 
     `captions`: with `CAPTIONS` of the classes, by the encoder ``hash:8`` in 4 vectors.
     """
-    from ibq_scale.data.codes import CodeShard, ConditionShard, finish_codes, write_code_shard
+    from ibq_scale.data.codes import CodeShard, finish_codes, write_code_shard
     from ibq_scale.data.manifest import CodesInfo, ConditionInfo
     from ibq_scale.data.store import open_store
     from ibq_scale.pretrained.text import text_encoder
@@ -82,7 +82,7 @@ def write_codes(
     for n in range(3):
         labels = torch.randint(3, (20,), generator=g)
         content = (labels[:, None, None] * 10 + torch.randint(4, (20, side, side), generator=g)) % 40
-        condition = ConditionShard(torch.cat(rows), spans[labels]) if captions else None
-        shard = CodeShard(content[:, None], labels, condition)
+        condition = (torch.cat(rows).numpy(), spans[labels].numpy()) if captions else ()
+        shard = CodeShard(content[:, None].numpy(), labels.numpy(), *condition)
         shards.append(write_code_shard(store, f"codes-{n}.safetensors", shard, info))
     finish_codes(store, shards, ("a", "b", "c"), info)

@@ -23,7 +23,7 @@ from ibq_scale.data.sets import DataSet, DataSets, open_sets
 from ibq_scale.data.store import open_store
 from ibq_scale.data.stream import CodeBatch
 from ibq_scale.distributed.world import World
-from ibq_scale.models.transformer import PrefixBlock, Transformer
+from ibq_scale.models.transformer import Block, Transformer
 from ibq_scale.scaling.auto import machine_of, settle
 from ibq_scale.scaling.flops import AR_FORMULA, ar_flops
 from ibq_scale.train.ar_task import ARTask
@@ -106,9 +106,9 @@ def _pieces(model: Transformer) -> Iterator[tuple[nn.Module, str, str]]:
     """(module, method, part) for each timed call. A compiled block is timed as a whole."""
     yield model.head, "forward", HEAD
     for block in model.modules():
-        if isinstance(block, PrefixBlock) and block._compiled_call_impl is not None:
+        if isinstance(block, Block) and block._compiled_call_impl is not None:
             yield block, "_compiled_call_impl", BLOCKS
-        elif isinstance(block, PrefixBlock):
+        elif isinstance(block, Block):
             yield block.attention, "forward", ATTENTION
             yield block.feed_forward, "forward", FEED_FORWARD
 

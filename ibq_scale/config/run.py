@@ -424,7 +424,7 @@ class ARRun(RunConfig):
     validation: ARValidationConfig = ARValidationConfig()
 
     @model_validator(mode="after")
-    def _no_key_is_for_tokenizers(self) -> ARRun:
+    def _no_keys_of_tokenizers(self) -> ARRun:
         if self.data.aspects:
             raise ValueError("data.aspects is for tokenizers: the codes of a transformer are of square crops")
         if self.train.freeze:

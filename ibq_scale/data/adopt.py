@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -26,7 +25,7 @@ from ibq_scale.data.look import look_at
 from ibq_scale.data.manifest import NAME
 from ibq_scale.data.members import CutTarError
 from ibq_scale.data.pixel_rules import RULES, PixelRules
-from ibq_scale.data.prepare import JobDone, Meter, PrepareReport, find_index, finish, met_of, shard_info
+from ibq_scale.data.prepare import JobDone, Meter, PrepareReport, find_index, finish
 from ibq_scale.data.progress import Progress
 from ibq_scale.data.ranges import HashingReader
 from ibq_scale.data.samples import Sample, Unit
@@ -112,9 +111,8 @@ def _index_tar(job: _Job, report: Report) -> tuple[JobDone, Keys]:
         index = _walk(job, plan, meter)
         write_index(job.store, job.tar.file, index)
     meter.close(job.tar.bytes)
-    counts = Counter(member.label for member in index.members)
-    shards = (shard_info(job.tar.file, index),) if index.members else ()
-    done = JobDone(shards, int(reused and bool(shards)), index.filtered, index.rejects, counts, met_of(index))
+    done = JobDone()
+    done.add(job.tar.file, index, reused=reused)
     return done, np.array([_hash(member.key) for member in index.members], dtype=np.uint64)
 
 
@@ -149,7 +147,7 @@ def _walk(job: _Job, plan: str, meter: Meter) -> ShardIndex:
         tuple(members),
         tuple(rejects),
         filtered,
-        met=met.values() if members else None,
+        met=vars(met) if members else None,
     )
 
 

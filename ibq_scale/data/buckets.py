@@ -15,7 +15,7 @@ from functools import lru_cache, partial
 import numpy as np
 from numpy.typing import NDArray
 
-from ibq_scale.data.order import VERSIONS, Int64s, Mixture, Pass, Place
+from ibq_scale.data.order import VERSIONS, Int64s, Mixture, Place
 
 
 class Buckets(Mixture):
@@ -33,83 +33,46 @@ class Buckets(Mixture):
     ) -> None:
         assert batch > 0, "the order of buckets depends on the global batch"
         self._batch = batch
-        self._bucket_of = bucket_of
-        owner = np.concatenate([np.full(len(part), source) for source, part in enumerate(sizes)])
-        number = np.concatenate([np.arange(len(part)) for part in sizes])
-        buckets, rows = np.concatenate(bucket_of), np.concatenate([np.asarray(part) for part in sizes])
-        self._present = np.unique(buckets)
-        mine = [np.flatnonzero(buckets == bucket) for bucket in self._present]
-        # (source, shard) of each bucket's shards, and each shard's place among them.
-        self._shards = [np.stack([owner[places], number[places]], axis=1) for places in mine]
-        self._place_of = [np.zeros(len(part), dtype=np.int64) for part in sizes]
-        for shards in self._shards:
-            for place, (source, shard) in enumerate(shards):
-                self._place_of[source][shard] = place
-        order = VERSIONS[version]
-        self._orders = [
-            order(rows[places].tolist(), seed + int(bucket), lanes, window)
-            for bucket, places in zip(self._present, mine, strict=True)
-        ]
+        self._divide(sizes, bucket_of, seed, lanes, window, version)
         self._turn = lru_cache(maxsize=64)(self._find_turn)
-
-    def locate(self, position: int) -> Place:
-        step, within = divmod(position, self._batch)
-        bucket, turn = self._turn(step)
-        return self._located(bucket, turn * self._batch + within)
 
     def alone(self) -> list[tuple[int, Callable[[int], Place]]]:
         """Of each bucket its samples, and the map of its own positions."""
         return [(len(order), partial(self._located, bucket)) for bucket, order in enumerate(self._orders)]
 
-    def _located(self, bucket: int, position: int) -> Place:
-        epoch, shard, row = self._orders[bucket].locate(position)
-        source, number = self._shards[bucket][shard].tolist()
-        return Place(source, epoch, number, row)
-
-    def part(self, place: Place, begin: float, end: float) -> float:
-        bucket = int(np.searchsorted(self._present, self._bucket_of[place.source][place.shard]))
-        shard = int(self._place_of[place.source][place.shard])
-        return self._orders[bucket].part(place.epoch, shard, begin, end)
-
-    def passes(self, position: int) -> list[Pass]:
+    def _own(self, position: int) -> tuple[int, int]:
         step, within = divmod(position, self._batch)
-        turns, current = self._turns(step), self._turn(step)[0]
-        return [
-            Pass(
-                tuple(np.unique(shards[:, 0]).tolist()),
-                len(order),
-                turns[bucket] * self._batch + within * (bucket == current),
-            )
-            for bucket, (shards, order) in enumerate(zip(self._shards, self._orders, strict=True))
-        ]
+        bucket, turn = self._turn(step)
+        return bucket, turn * self._batch + within
 
-    def set_of(self, source: int, shards: Int64s) -> Int64s:
-        return np.searchsorted(self._present, self._bucket_of[source][shards])
+    def _read(self, position: int) -> list[int]:
+        step, within = divmod(position, self._batch)
+        read = [turn * self._batch for turn in self._turns(step)]
+        read[self._turn(step)[0]] += within
+        return read
 
     def _places(self, positions: Int64s) -> NDArray[np.float64]:
         """The positions are of one step, since a step is a number of all ranks' micro-batches."""
-        step = int(positions[0]) // self._batch
-        assert int(positions[-1]) // self._batch == step, "a micro-batch crosses two steps"
-        bucket, turn = self._turn(step)
-        return self._orders[bucket].places(positions - (step - turn) * self._batch)
+        bucket, first = self._own(int(positions[0]))
+        assert self._own(int(positions[-1])) == (bucket, first + len(positions) - 1), "a micro-batch crosses two steps"
+        return self._orders[bucket].places(first + np.arange(len(positions)))
 
     def _find_turn(self, step: int) -> tuple[int, int]:
         """A step's bucket, and its number among the bucket's steps."""
         turns = self._turns(step)
-        bucket = min(range(len(turns)), key=lambda b: self._time(b, turns[b]))
+        bucket = self._next(turns)
         return bucket, turns[bucket]
 
     def _turns(self, step: int) -> list[int]:
         """Each bucket's steps among the first `step`."""
         sizes = [len(order) for order in self._orders]
-        total = sum(sizes)
-        # All steps up to the time step / total. They are `step` but for half of the number of buckets.
-        turns = [(2 * step * size + total) // (2 * total) for size in sizes]
+        # All steps up to a time when fewer than `step` are over, since a bucket is at most half a step ahead.
+        time = Fraction(max(0, step - len(sizes)), sum(sizes))
+        turns = [int(time * size + Fraction(1, 2)) for size in sizes]
         while sum(turns) < step:
-            turns[min(range(len(turns)), key=lambda b: self._time(b, turns[b]))] += 1
-        while sum(turns) > step:
-            turns[max(range(len(turns)), key=lambda b: self._time(b, turns[b] - 1))] -= 1
+            turns[self._next(turns)] += 1
         return turns
 
-    def _time(self, bucket: int, turn: int) -> tuple[Fraction, int]:
-        return Fraction(2 * turn + 1, len(self._orders[bucket])), bucket
+    def _next(self, turns: Sequence[int]) -> int:
+        """The bucket of the step after these, the first of equal ones."""
+        return min(range(len(turns)), key=lambda bucket: Fraction(2 * turns[bucket] + 1, len(self._orders[bucket])))

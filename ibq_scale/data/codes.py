@@ -6,14 +6,13 @@ import hashlib
 import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from mmap import mmap
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save
+from safetensors.numpy import save
 from torch import Tensor
 
 from ibq_scale.data.folder import Store
@@ -30,36 +29,17 @@ DTYPES = {"U16": "<u2", "U32": "<u4", "I32": "<i4", "F16": "<f2"}
 VECTORS, SPANS = "condition", "condition_spans"
 
 
-@dataclass(frozen=True)
-class ConditionShard:
-    """Vectors (m, C) of one shard, and of each sample its first row and its number of rows, int64 (n, 2).
+class CodeShard(NamedTuple):
+    """Codes (n, crops, h, w) and labels (n,) of one shard, stored as uint16 or uint32 and as int32.
 
-    Samples may share rows.
+    With a condition: vectors (m, C), stored as float16, and the first row and number of rows of each sample, (n, 2),
+    stored as uint32. Samples may share rows.
     """
 
-    vectors: Tensor
-    spans: Tensor
-
-
-@dataclass(frozen=True)
-class CodeShard:
-    """Codes int64 (n, crops, h, w) and labels int64 (n,) of one shard."""
-
-    codes: Tensor
-    labels: Tensor
-    condition: ConditionShard | None = None
-
-
-class StoredCodes(NamedTuple):
-    """A shard as it is stored: codes uint16 or uint32 (n, crops, h, w), labels int32 (n,).
-
-    With a condition: vectors float16 (m, C), and spans uint32 (n, 2), first row and number of rows.
-    """
-
-    codes: NDArray[np.unsignedinteger[Any]]
-    labels: NDArray[np.int32]
-    vectors: NDArray[np.float16] | None = None
-    spans: NDArray[np.uint32] | None = None
+    codes: NDArray[np.integer[Any]]
+    labels: NDArray[np.integer[Any]]
+    vectors: NDArray[np.floating[Any]] | None = None
+    spans: NDArray[np.integer[Any]] | None = None
 
 
 class CodeSample(NamedTuple):
@@ -80,13 +60,12 @@ def code_shard_name(image_shard: str) -> str:
 
 def write_code_shard(store: Store, name: str, shard: CodeShard, info: CodesInfo) -> ShardInfo:
     """Writes codes as uint16 (uint32 above 65,536 codes), labels as int32 and vectors as float16."""
-    dtype = torch.uint16 if info.codebook_size <= 2**16 else torch.uint32
-    tensors = {"codes": shard.codes.to(dtype).contiguous(), "labels": shard.labels.to(torch.int32).contiguous()}
-    if shard.condition is not None:
-        vectors = shard.condition.vectors.to(torch.float16)
-        if not vectors.isfinite().all():
+    dtype = np.uint16 if info.codebook_size <= 2**16 else np.uint32
+    tensors: dict[str, NDArray[Any]] = {"codes": shard.codes.astype(dtype), "labels": shard.labels.astype(np.int32)}
+    if shard.vectors is not None and shard.spans is not None:
+        if not (abs(shard.vectors) <= np.finfo(np.float16).max).all():
             raise UserError(f"{name}: vectors of the text encoder do not fit float16: take another encoder")
-        tensors |= {VECTORS: vectors.contiguous(), SPANS: shard.condition.spans.to(torch.uint32).contiguous()}
+        tensors |= {VECTORS: shard.vectors.astype(np.float16), SPANS: shard.spans.astype(np.uint32)}
     data = save(tensors, metadata={STAMP: stamp(info)})
     store.write(name, data)
     return _info(name, data, len(shard.codes))
@@ -115,18 +94,7 @@ def finish_codes(store: Store, shards: list[ShardInfo], classes: tuple[str, ...]
     return manifest
 
 
-def read_code_shard(data: bytes, name: str) -> CodeShard:
-    """Decodes a shard's bytes. UserError if they are damaged."""
-    stored = stored_codes(data, name)
-    condition = None
-    if stored.vectors is not None and stored.spans is not None:
-        spans = torch.from_numpy(stored.spans.astype(np.int64))
-        condition = ConditionShard(torch.from_numpy(stored.vectors.copy()), spans)
-    codes, labels = (torch.from_numpy(values.astype(np.int64)) for values in stored[:2])
-    return CodeShard(codes, labels, condition)
-
-
-def stored_codes(data: bytes | mmap, name: str) -> StoredCodes:
+def read_code_shard(data: bytes | mmap, name: str) -> CodeShard:
     """A shard's arrays, as views of its bytes. UserError if they are damaged."""
     try:
         begin = 8 + int.from_bytes(data[:8], "little")
@@ -135,11 +103,11 @@ def stored_codes(data: bytes | mmap, name: str) -> StoredCodes:
         if codes.ndim != 4 or labels.shape != codes.shape[:1]:
             raise ValueError(f"codes of shape {codes.shape}, labels of shape {labels.shape}")
         if VECTORS not in header:
-            return StoredCodes(codes, labels)
+            return CodeShard(codes, labels)
         vectors, spans = (_array(data, begin, header[key]) for key in (VECTORS, SPANS))
         if vectors.ndim != 2 or spans.shape != (len(codes), 2) or (spans.astype(int).sum(axis=1) > len(vectors)).any():
             raise ValueError(f"vectors of shape {vectors.shape}, and their spans beyond them")
-        return StoredCodes(codes, labels, vectors, spans)
+        return CodeShard(codes, labels, vectors, spans)
     except (DocumentError, ValueError, KeyError, TypeError, OverflowError) as e:
         raise UserError(f"code shard {name} is damaged: {e}") from None
 
@@ -163,7 +131,7 @@ class CodeDataset(torch.utils.data.Dataset[CodeSample]):
         self.conditions = conditions
         self.seed = seed
         self.shards_in_memory = shards_in_memory
-        self._shards: OrderedDict[tuple[int, int], StoredCodes] = OrderedDict()
+        self._shards: OrderedDict[tuple[int, int], CodeShard] = OrderedDict()
 
     def __getitems__(self, requests: Sequence[Request]) -> list[CodeSample]:
         """A batch's samples, in order."""
@@ -176,12 +144,13 @@ class CodeDataset(torch.utils.data.Dataset[CodeSample]):
         codes_T = torch.from_numpy(shard.codes[request.row, crop].astype(np.int64).reshape(-1))
         return CodeSample(codes_T, int(shard.labels[request.row]), request, *self._condition(shard, request))
 
-    def _condition(self, shard: StoredCodes, request: Request) -> tuple[Tensor | None, int]:
+    def _condition(self, shard: CodeShard, request: Request) -> tuple[Tensor | None, int]:
         if not self.conditions:
             return None, 0
         codes = self.sets.parts[request.source].manifest.codes
         if codes is None or codes.condition is None or shard.vectors is None or shard.spans is None:
-            raise UserError(f"{self.sets.name(*request[1:2], *request[3:])} holds no condition, though its set does")
+            name = self.sets.name(request.source, request.shard, request.row)
+            raise UserError(f"{name} holds no condition, though its set does")
         first, rows = shard.spans[request.row].tolist()
         vectors_LC = np.zeros((codes.condition.tokens, codes.condition.width), np.float16)
         vectors_LC[:rows] = shard.vectors[first : first + rows]
@@ -198,7 +167,7 @@ class CodeDataset(torch.utils.data.Dataset[CodeSample]):
         if part.cache is not None:
             part.cache.fetch(part.manifest.shards[shard])
 
-    def _shard(self, source: int, number: int) -> StoredCodes:
+    def _shard(self, source: int, number: int) -> CodeShard:
         key = (source, number)
         if key not in self._shards:
             part = self.sets.parts[source]
@@ -206,7 +175,7 @@ class CodeDataset(torch.utils.data.Dataset[CodeSample]):
             data = part.map(number)
             if hashlib.sha256(data).hexdigest() != info.sha256:
                 raise UserError(f"{part.store.url}/{info.name} is not what the manifest says (sha256 differs)")
-            self._shards[key] = stored_codes(data, info.name)
+            self._shards[key] = read_code_shard(data, info.name)
             if len(self._shards) > self.shards_in_memory:
                 self._shards.popitem(last=False)
         self._shards.move_to_end(key)

@@ -117,11 +117,11 @@ def _by_pillow(data: bytes, encoding: Encoding) -> Picture:
             image.draft(None, (width // 8, height // 8))
         # A cut file opens well and fails only at its end.
         image.load()
+        is_kept = encoding.size is None and kind in KEPT
         # In these formats only modes I and F may lack a known white: `to_rgb` checks them.
-        if encoding.size is None and kind in KEPT and mode not in ("I", "F"):
-            return Picture(data, KEPT[kind], kind, mode, (width, height))
-        rgb = to_rgb(shrunk(image, encoding.size and GAP * encoding.size), encoding.rules)
-    if encoding.size is None and kind in KEPT:
+        if not is_kept or mode in ("I", "F"):
+            rgb = to_rgb(shrunk(image, encoding.size and GAP * encoding.size), encoding.rules)
+    if is_kept:
         return Picture(data, KEPT[kind], kind, mode, (width, height))
     if encoding.size is not None:
         return Picture(_jpeg(np.asarray(rgb), encoding.size), "jpg", kind, mode, (width, height))

@@ -12,7 +12,7 @@ from ibq_scale.data.labels import Group
 from ibq_scale.data.listing import TAR
 from ibq_scale.data.manifest import NAME
 from ibq_scale.data.samples import Sample, Source, Unit
-from ibq_scale.data.seen import Met, Seen, by_reason, seen_of
+from ibq_scale.data.seen import NAMED_CLASSES, Met, Seen, Some, by_reason
 from ibq_scale.data.sources import Opened, open_source
 from ibq_scale.data.store import open_store
 from ibq_scale.data.survey import Survey, label_note, survey
@@ -78,18 +78,29 @@ def describe_source(
     opened: Opened, found: Survey, counts: Mapping[int, int], left_out: Mapping[str, Group], met: Met
 ) -> Seen:
     """The summary of a source. `counts`: samples taken, by class."""
-    return seen_of(
-        files=sum(not _is_ours(n) for n in opened.listing.files)
-        + sum(g.count for g in opened.listing.left_out.values()),
+    listing, classes = opened.listing, found.labels.class_names
+    empty = [name for number, name in enumerate(classes) if not counts.get(number)]
+    width, height = (tuple(met.sides[:2]), tuple(met.sides[2:])) if met.sides else (None, None)
+    return Seen(
+        files=sum(not _is_ours(n) for n in listing.files) + sum(g.count for g in listing.left_out.values()),
         form=found.source.form,
         pictures=max(found.look.samples, sum(counts.values())),
-        labels=label_note(found, opened.listing),
-        classes=found.labels.class_names,
-        counts=counts,
-        left_out=left_out,
-        notes=found.look.notes,
-        met=met,
+        taken=sum(counts.values()),
+        labels=label_note(found, listing),
+        classes={name: counts.get(number, 0) for number, name in enumerate(classes[:NAMED_CLASSES])},
+        class_count=len(classes),
+        empty_classes=Some(count=len(empty), first=tuple(empty[:3])),
+        left_out=_some_of(left_out),
+        notes=_some_of(found.look.notes),
+        formats=dict(met.formats.most_common()),
+        modes=dict(met.modes.most_common()),
+        width=width,
+        height=height,
     )
+
+
+def _some_of(groups: Mapping[str, Group]) -> dict[str, Some]:
+    return {reason: Some(count=group.count, first=tuple(group.first)) for reason, group in groups.items()}
 
 
 def _is_ours(name: str) -> bool:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from ibq_scale.config.base import Section
 from ibq_scale.config.models import NonNegativeInt, Rows, Side
@@ -25,6 +25,11 @@ from ibq_scale.errors import UserError
 MANIFEST_VERSION = 1
 NAME = "manifest.json"
 Kind = Literal["images", "codes"]
+
+
+def _is_none(value: object) -> bool:
+    """Whether a key is left out. It is newer than the format, and hashes and stamps of earlier versions stay."""
+    return value is None
 
 
 class ConditionInfo(Section):
@@ -47,15 +52,7 @@ class CodesInfo(Section):
     crops: Rows = 1
     tokenizer: str
     source: str
-    condition: ConditionInfo | None = None
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without `condition` if there is none: hashes and stamps of earlier versions stay."""
-        values: dict[str, Any] = serialize(self)
-        if self.condition is None:
-            del values["condition"]
-        return values
+    condition: ConditionInfo | None = Field(None, exclude_if=_is_none)
 
 
 class AspectsInfo(Section):
@@ -77,9 +74,9 @@ class Manifest(Section):
     shards: ShardTable
     classes: tuple[str, ...]
     codes: CodesInfo | None = None
-    pixels: PixelRules | None = None
-    seen: Seen | None = None
-    aspects: AspectsInfo | None = None
+    pixels: PixelRules | None = Field(None, exclude_if=_is_none)
+    seen: Seen | None = Field(None, exclude_if=_is_none)
+    aspects: AspectsInfo | None = Field(None, exclude_if=_is_none)
 
     @model_validator(mode="after")
     def _each_shard_has_an_aspect(self) -> Manifest:
@@ -107,8 +104,7 @@ class Manifest(Section):
     @cached_property
     def hash(self) -> str:
         """sha256 (hex) of the content, independent of formatting and of `seen`."""
-        left_out = {"seen", "shards"} | {name for name in ("pixels", "aspects") if getattr(self, name) is None}
-        values = self.model_dump(mode="json", exclude=left_out) | {"shards": []}
+        values = self.model_dump(mode="json", exclude={"seen", "shards"}) | {"shards": []}
         before, name, after = json.dumps(values, sort_keys=True, separators=(",", ":")).rpartition('"shards":[')
         digest = hashlib.sha256(f"{before}{name}".encode())
         for number, shard in enumerate(self.shards.json()):
@@ -150,14 +146,7 @@ def load_manifest(source: Store | str, kind: Kind) -> Manifest:
 
 def save_manifest(store: Store, manifest: Manifest) -> None:
     """Writes the manifest. All files named in it must exist already."""
-    store.write(NAME, (json.dumps(_written(manifest), indent=1) + "\n").encode())
-
-
-def _written(manifest: Manifest) -> dict[str, Any]:
-    values = manifest.model_dump(mode="json")
-    return {
-        key: value for key, value in values.items() if key not in ("pixels", "seen", "aspects") or value is not None
-    }
+    store.write(NAME, (json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n").encode())
 
 
 _MAKER = {"images": "prepare images", "codes": "tokenize"}

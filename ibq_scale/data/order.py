@@ -174,7 +174,7 @@ VERSIONS = {1: SampleOrder, 2: PlannedOrder}
 class Mixture:
     """The order of several sources: one data set of all shards, or, with weights, a share of positions for each source.
 
-    With weights, a block of `BLOCK` positions holds round(weight · BLOCK) of each source, shuffled. A source's own
+    With weights, a block of `BLOCK` positions holds round(weight · BLOCK) of each source, shuffled. A data set's own
     positions count up over the blocks, so it has the same order and epochs as alone (with a seed of its own). The order
     is still a pure function of the position.
     """
@@ -188,27 +188,43 @@ class Mixture:
         window: int,
         version: int = max(VERSIONS),
     ) -> None:
-        order = VERSIONS[version]
+        set_of = [np.full(len(part), source if weights else 0) for source, part in enumerate(sizes)]
+        self._divide(sizes, set_of, seed, lanes, window, version)
         self._seed = seed
-        self._ends = np.cumsum([len(part) for part in sizes])
-        if not weights:
-            self._union = order([size for part in sizes for size in part], seed, lanes, window)
-            self.quotas: tuple[int, ...] = ()
-            return
-        self.quotas = quotas(weights)
-        self._orders = [order(part, seed + number, lanes, window) for number, part in enumerate(sizes)]
+        self._quotas = quotas(weights or (1.0,))
         self._block = lru_cache(maxsize=4)(self._mix_block)
+
+    def _divide(
+        self,
+        sizes: Sequence[Sequence[int]],
+        set_of: Sequence[Int64s],
+        seed: int,
+        lanes: int,
+        window: int,
+        version: int,
+    ) -> None:
+        """Gives each data set its order. `set_of`: for each source the numbers of its shards' data sets."""
+        rows, numbers = (np.concatenate([np.asarray(part) for part in parts]) for parts in (sizes, set_of))
+        # Shards are counted over all sources.
+        self._source = np.repeat(np.arange(len(sizes)), [len(part) for part in sizes])
+        self._first = np.searchsorted(self._source, np.arange(len(sizes)))
+        present, self._set_of = np.unique(numbers, return_inverse=True)
+        self._shards = [np.flatnonzero(numbers == number) for number in present]
+        self._orders = [
+            VERSIONS[version](rows[shards].tolist(), seed + number, lanes, window)
+            for number, shards in zip(present.tolist(), self._shards, strict=True)
+        ]
 
     def locate(self, position: int) -> Place:
         """The sample at an absolute position ≥ 0."""
-        if not self.quotas:
-            epoch, shard, row = self._union.locate(position)
-            source = int(np.searchsorted(self._ends, shard, side="right"))
-            return Place(source, epoch, shard - (int(self._ends[source - 1]) if source else 0), row)
-        block, within = divmod(position, BLOCK)
-        sources, ranks = self._block(block)
-        source = int(sources[within])
-        return Place(source, *self._orders[source].locate(block * self.quotas[source] + int(ranks[within])))
+        return self._located(*self._own(position))
+
+    def _located(self, number: int, position: int) -> Place:
+        """The sample at a data set's own position."""
+        epoch, place, row = self._orders[number].locate(position)
+        shard = int(self._shards[number][place])
+        source = int(self._source[shard])
+        return Place(source, epoch, shard - int(self._first[source]), row)
 
     def share(self, first: int, rank: int, world_size: int, size: int) -> list[int]:
         """A rank's `size` positions, in its part of the line, of the `world_size` · `size` from `first` on."""
@@ -218,49 +234,53 @@ class Mixture:
 
     def part(self, place: Place, begin: float, end: float) -> float:
         """`SampleOrder.part` for the shard at a place."""
-        if self.quotas:
-            return self._orders[place.source].part(place.epoch, place.shard, begin, end)
-        before = int(self._ends[place.source - 1]) if place.source else 0
-        return self._union.part(place.epoch, before + place.shard, begin, end)
-
-    def _places(self, positions: Int64s) -> NDArray[np.float64]:
-        """As `SampleOrder.places`, each on its own source's line."""
-        if not self.quotas:
-            return self._union.places(positions)
-        places = np.empty(len(positions))
-        blocks, within = positions // BLOCK, positions % BLOCK
-        for block in np.unique(blocks):
-            here = np.flatnonzero(blocks == block)
-            sources, ranks = (values[within[here]] for values in self._block(int(block)))
-            for source in np.unique(sources):
-                own = int(block) * self.quotas[source] + ranks[sources == source]
-                places[here[sources == source]] = self._orders[source].places(own)
-        return places
+        shard = int(self._first[place.source]) + place.shard
+        number = int(self._set_of[shard])
+        own = int(np.searchsorted(self._shards[number], shard))
+        return self._orders[number].part(place.epoch, own, begin, end)
 
     def passes(self, position: int) -> list[Pass]:
         """For each data set with its own epochs: the samples read when the run has read `position`."""
-        if not self.quotas:
-            sources = tuple(range(len(self._ends)))
-            return [Pass(sources, len(self._union), position)]
-        block, within = divmod(position, BLOCK)
-        begun = np.bincount(self._block(block)[0][:within], minlength=len(self.quotas))
         return [
-            Pass((source,), len(self._orders[source]), block * quota + int(begun[source]))
-            for source, quota in enumerate(self.quotas)
+            Pass(tuple(np.unique(self._source[shards]).tolist()), len(order), read)
+            for shards, order, read in zip(self._shards, self._orders, self._read(position), strict=True)
         ]
 
     def set_of(self, source: int, shards: Int64s) -> Int64s:
         """For each shard (n,) of a source its data set's number in `passes`."""
-        return np.full(len(shards), source if self.quotas else 0)
+        numbers: Int64s = self._set_of[self._first[source] + shards]
+        return numbers
+
+    def _own(self, position: int) -> tuple[int, int]:
+        """The number of the position's data set, and the position there."""
+        block, within = divmod(position, BLOCK)
+        numbers, own = self._block(block)
+        return int(numbers[within]), int(own[within])
+
+    def _read(self, position: int) -> list[int]:
+        """Of each data set, its positions before this one."""
+        block, within = divmod(position, BLOCK)
+        begun = np.bincount(self._block(block)[0][:within], minlength=len(self._quotas))
+        return [block * quota + int(count) for quota, count in zip(self._quotas, begun, strict=True)]
+
+    def _places(self, positions: Int64s) -> NDArray[np.float64]:
+        """As `SampleOrder.places`, each on its own data set's line. The positions are consecutive."""
+        first = int(positions[0]) // BLOCK
+        blocks = [self._block(block) for block in range(first, int(positions[-1]) // BLOCK + 1)]
+        numbers, own = (np.concatenate(values)[positions - first * BLOCK] for values in zip(*blocks, strict=True))
+        places = np.empty(len(positions))
+        for number, order in enumerate(self._orders):
+            places[numbers == number] = order.places(own[numbers == number])
+        return places
 
     def _mix_block(self, block: int) -> tuple[Int64s, Int64s]:
-        """Each position's source, and the number of its earlier positions in the block."""
-        sources = np.repeat(np.arange(len(self.quotas)), self.quotas)
-        sources = sources[_permutation(BLOCK, self._seed, block, MIXTURE_STREAM, 0)]
-        ranks = np.empty(BLOCK, dtype=np.int64)
-        for source, quota in enumerate(self.quotas):
-            ranks[sources == source] = np.arange(quota)
-        return sources, ranks
+        """Each position's data set, and its position there."""
+        numbers = np.repeat(np.arange(len(self._quotas)), self._quotas)
+        numbers = numbers[_permutation(BLOCK, self._seed, block, MIXTURE_STREAM, 0)]
+        own = np.empty(BLOCK, dtype=np.int64)
+        for number, quota in enumerate(self._quotas):
+            own[numbers == number] = block * quota + np.arange(quota)
+        return numbers, own
 
 
 def quotas(weights: Sequence[float]) -> tuple[int, ...]:

@@ -93,19 +93,30 @@ class _Job:
     options: Options
 
 
-@dataclass(frozen=True)
+@dataclass
 class JobDone:
     """A job's entries for the manifest and the report. Samples stay in the shards' indices."""
 
-    shards: tuple[ShardInfo, ...]
-    reused_shards: int
-    filtered: int
-    rejects: tuple[Reject, ...]
-    counts: Counter[int]
+    shards: list[ShardInfo] = field(default_factory=list)
+    aspects: list[int] = field(default_factory=list)
+    """The number of each shard's aspect, 0 if there are none."""
+    reused_shards: int = 0
+    filtered: int = 0
+    rejects: list[Reject] = field(default_factory=list)
+    counts: Counter[int] = field(default_factory=Counter)
     """Samples by class number."""
-    met: Met
-    aspects: tuple[int, ...] = ()
-    """The number of each shard's aspect, if there are any."""
+    met: Met = field(default_factory=Met)
+
+    def add(self, name: str, index: ShardIndex, *, reused: bool, aspect: int = 0) -> None:
+        """Adds a shard, if it has samples, and its rejects."""
+        if index.members:
+            self.shards.append(shard_info(name, index))
+            self.aspects.append(aspect)
+            self.reused_shards += reused
+            self.counts.update(member.label for member in index.members)
+            self.met.join(Met(**index.met or {}))
+        self.rejects += index.rejects
+        self.filtered += index.filtered
 
 
 def prepare_images(
@@ -231,13 +242,7 @@ def _cut(units: Sequence[Unit], shard_bytes: int) -> Iterator[tuple[Unit, ...]]:
 def _write_job(job: _Job, report: Report) -> JobDone:
     """Writes a job's shards and their indices, or reuses those of an earlier run."""
     store = open_store(job.to)
-    reader, meter = _Reader(job), Meter(report)
-    shards: list[ShardInfo] = []
-    of_shard: list[int] = []
-    rejects: list[Reject] = []
-    reused = filtered = 0
-    counts: Counter[int] = Counter()
-    met = Met()
+    reader, meter, done = _Reader(job), Meter(report), JobDone()
     start: tuple[int, int] | None = (0, 0)
     number = 0
     while start is not None:
@@ -248,17 +253,10 @@ def _write_job(job: _Job, report: Report) -> JobDone:
         if is_new:
             indices = _write_shards(store, parts, job, start, reader, meter)
         for bucket, (part, index) in enumerate(zip(parts, indices, strict=True)):
-            if index.members:
-                shards.append(shard_info(part.name, index))
-                of_shard.append(bucket)
-                reused += not is_new
-                counts.update(member.label for member in index.members)
-                met.join(met_of(index))
-            rejects += index.rejects
-            filtered += index.filtered
+            done.add(part.name, index, reused=not is_new, aspect=bucket)
         start, number = indices[0].after, number + 1
     meter.close(sum(unit.bytes for unit in job.units))
-    return JobDone(tuple(shards), reused, filtered, tuple(rejects), counts, met, tuple(of_shard))
+    return done
 
 
 def shard_info(name: str, index: ShardIndex) -> ShardInfo:
@@ -272,13 +270,6 @@ def shard_info(name: str, index: ShardIndex) -> ShardInfo:
     )
 
 
-def met_of(index: ShardIndex) -> Met:
-    """Formats, modes and sizes of a shard's pictures, from its index."""
-    values = index.met or {}
-    formats, modes = (Counter(values.get(name, {})) for name in ("formats", "modes"))
-    return Met(formats, modes, list(values.get("sides", ())))
-
-
 class _Part(NamedTuple):
     """A shard to write: the job's next one, or its pictures of one aspect."""
 
@@ -290,19 +281,14 @@ class _Part(NamedTuple):
 
 def _parts(job: _Job, number: int, start: tuple[int, int]) -> list[_Part]:
     """The shards of the pictures from `start` on. The first shard of a job without aspects has the job's own name."""
-    values = (PLAN_VERSION, [tuple(unit) for unit in job.units], number, start, job.options)
-    counter = (job.number << 64) | (number + 1)
-    if not job.options.aspects:
-        name = f"images-{job.number:06d}-{number:03d}.tar" if number else f"images-{job.number:06d}.tar"
-        return [_Part(name, hashlib.sha256(repr(values).encode()).hexdigest(), counter)]
-    return [
-        _Part(
-            f"images-{job.number:06d}-{number:03d}-{aspect.replace(':', 'x')}.tar",
-            hashlib.sha256(repr((*values, job.options.aspects, bucket)).encode()).hexdigest(),
-            counter | (bucket << 128),
-        )
-        for bucket, aspect in enumerate(job.options.aspects)
-    ]
+    parts = []
+    for bucket, aspect in enumerate(job.options.aspects or [""]):
+        values = (PLAN_VERSION, [tuple(unit) for unit in job.units], number, start, job.options)
+        plan = hashlib.sha256(repr((*values, job.options.aspects, bucket) if aspect else values).encode()).hexdigest()
+        suffix = f"-{number:03d}" * bool(number or aspect) + f"-{aspect.replace(':', 'x')}" * bool(aspect)
+        counter = (bucket << 128) | (job.number << 64) | (number + 1)
+        parts.append(_Part(f"images-{job.number:06d}{suffix}.tar", plan, counter))
+    return parts
 
 
 def find_index(store: Store, name: str, plan: str) -> ShardIndex | None:
@@ -384,7 +370,7 @@ def _write_shard(store: Store, part: _Part, samples: list[_Encoded], index: Shar
         bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
         members=tuple(members),
-        met=met.values() if members else None,
+        met=vars(met) if members else None,
     )
     if members:
         store.write(part.name, data)
@@ -455,30 +441,22 @@ def _pack(samples: list[_Encoded], prefix: str) -> tuple[bytes, list[Member]]:
     buffer = io.BytesIO()
     members = []
     samples.reverse()
-    for row in range(len(samples)):
-        sample = samples.pop()
-        key = f"{prefix}-{row:06d}"
-        _add(buffer, f"{key}.cls", str(sample.label).encode())
-        data = sample.picture.data
-        offset = _add(buffer, f"{key}.{sample.picture.extension}", data)
-        members.append(Member(key, offset, len(data), zlib.crc32(data), sample.label, sample.source))
-    # A tar ends with two empty blocks and is padded to whole records.
-    _pad(buffer, buffer.tell() + 2 * tarfile.BLOCKSIZE, tarfile.RECORDSIZE)
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for row in range(len(samples)):
+            sample = samples.pop()
+            key = f"{prefix}-{row:06d}"
+            _add(tar, f"{key}.cls", str(sample.label).encode())
+            data = sample.picture.data
+            offset = _add(tar, f"{key}.{sample.picture.extension}", data)
+            members.append(Member(key, offset, len(data), zlib.crc32(data), sample.label, sample.source))
     return buffer.getvalue(), members
 
 
-def _add(buffer: io.BytesIO, name: str, data: bytes) -> int:
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
     """Returns the content's offset. TarInfo's defaults have no time and no user, so a re-run writes the same bytes."""
     info = tarfile.TarInfo(name)
     info.size = len(data)
     # The header is one block, since our own names are short.
-    buffer.write(info.tobuf(tarfile.USTAR_FORMAT))
-    offset = buffer.tell()
-    buffer.write(data)
-    _pad(buffer, buffer.tell(), tarfile.BLOCKSIZE)
+    offset = tar.offset + tarfile.BLOCKSIZE
+    tar.addfile(info, io.BytesIO(data))
     return offset
-
-
-def _pad(buffer: io.BytesIO, least: int, block: int) -> None:
-    """Zeros up to `least` bytes, in whole blocks."""
-    buffer.write(bytes(-(-least // block) * block - buffer.tell()))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
@@ -86,48 +86,11 @@ class Met:
         least_w, most_w, least_h, most_h = self.sides or (width, width, height, height)
         self.sides = [min(least_w, width), max(most_w, width), min(least_h, height), max(most_h, height)]
 
-    def values(self) -> dict[str, Any]:
-        """The values for JSON."""
-        return {"formats": dict(self.formats), "modes": dict(self.modes), "sides": self.sides}
-
     def join(self, other: Met) -> None:
         self.formats += other.formats
         self.modes += other.modes
         pairs = zip((min, max, min, max), self.sides, other.sides, strict=True) if self.sides and other.sides else None
         self.sides = [f(a, b) for f, a, b in pairs] if pairs else self.sides or other.sides
-
-
-def seen_of(
-    *,
-    files: int,
-    form: str,
-    pictures: int,
-    labels: str,
-    classes: Sequence[str],
-    counts: Mapping[int, int],
-    left_out: Mapping[str, Group],
-    notes: Mapping[str, Group],
-    met: Met,
-) -> Seen:
-    """`counts`: samples taken by class number."""
-    empty = [name for number, name in enumerate(classes) if not counts.get(number)]
-    sides = met.sides
-    return Seen(
-        files=files,
-        form=form,
-        pictures=pictures,
-        taken=sum(counts.values()),
-        labels=labels,
-        classes={name: counts.get(number, 0) for number, name in enumerate(classes[:NAMED_CLASSES])},
-        class_count=len(classes),
-        empty_classes=Some(count=len(empty), first=tuple(empty[:3])),
-        left_out={reason: Some(count=g.count, first=tuple(g.first)) for reason, g in left_out.items()},
-        notes={what: Some(count=g.count, first=tuple(g.first)) for what, g in notes.items()},
-        formats=dict(met.formats.most_common()),
-        modes=dict(met.modes.most_common()),
-        width=(sides[0], sides[1]) if sides else None,
-        height=(sides[2], sides[3]) if sides else None,
-    )
 
 
 def by_reason(rejects: Iterable[Reject], into: dict[str, Group]) -> None:

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ibq_scale.data.codes import (
-    CodeShard,
-    ConditionShard,
-    code_shard_name,
-    find_code_shard,
-    finish_codes,
-    write_code_shard,
-)
+from ibq_scale.data.codes import CodeShard, code_shard_name, find_code_shard, finish_codes, write_code_shard
 from ibq_scale.data.folder import Store
-from ibq_scale.data.index import UnfitIndexError, index_name, index_of
+from ibq_scale.data.images import shard_index
 from ibq_scale.data.manifest import CodesInfo, ConditionInfo, Manifest, ShardInfo, load_manifest
+from ibq_scale.data.sets import DataSet
 from ibq_scale.data.store import open_store
 from ibq_scale.data.stream import shard_images, to_float
 from ibq_scale.distributed.agree import by_rank_0, of_all_ranks
@@ -84,10 +81,11 @@ def tokenize(
     begin = time.perf_counter()
     manifest = load_manifest(data, "images")
     tokenizer = load_tokenizer(checkpoint, world.device)
-    texts = None if captions is None else Captioner(captions, encoder, caption_tokens, data, world.device)
+    images = DataSet(manifest, open_store(data))
+    texts = None if captions is None else Captioner(images, captions, encoder, caption_tokens, world.device)
     info = _info(tokenizer, manifest, crops, texts)
     store = open_store(to)
-    if store.url == open_store(data).url:
+    if store.url == images.store.url:
         raise UserError(f"--to {to} is the folder of the images: give the codes another one")
     usage = CodeUsage(info.codebook_size, world.device)
     mine: dict[int, ShardInfo] = {}
@@ -99,21 +97,20 @@ def tokenize(
         reused += found is not None
         if found is None:
             encoded += image_shard.samples
-            shard = _encode(tokenizer, data, number, batch, crops, usage)
-            condition = None if texts is None else texts.shard(number)
-            found = write_code_shard(store, name, replace(shard, condition=condition), info)
+            codes = _encode(tokenizer, data, number, batch, crops, usage)
+            vectors = () if texts is None else texts.shard(number)
+            found = write_code_shard(store, name, CodeShard(*codes, *vectors), info)
         mine[number] = found
     gathered = of_all_ranks(world, (mine, encoded, reused))
     done = dict(sorted((k, v) for shards, _, _ in gathered for k, v in shards.items()))
     complete = by_rank_0(world, lambda: _finish(store, manifest, done, info))
     usage.reduce()
     seconds = time.perf_counter() - begin
-    images = sum(manifest.shards[number].samples for number in done)
     encoded = sum(count for _, count, _ in gathered)
     return TokenizeReport(
         url=store.url,
         complete=complete,
-        images=images,
+        images=sum(manifest.shards[number].samples for number in done),
         crops=info.crops,
         shards=len(done),
         reused_shards=sum(count for *_, count in gathered),
@@ -155,32 +152,32 @@ def _finish(store: Store, manifest: Manifest, done: dict[int, ShardInfo], info: 
 class Captioner:
     """Vectors of the captions of a data set's images. UserError for unusable captions or encoders."""
 
-    def __init__(self, captions: str, encoder: str, tokens: int | None, data: str, device: torch.device) -> None:
+    def __init__(self, images: DataSet, captions: str, encoder: str, tokens: int | None, device: torch.device) -> None:
+        self.images = images
         self.captions = Captions(captions)
         self.encoder = text_encoder(encoder, tokens, device)
-        self.manifest = load_manifest(data, "images")
-        self.store = open_store(data)
-        self.info = ConditionInfo(
-            encoder=encoder, tokens=self.encoder.tokens, width=self.encoder.width, captions=self.captions.hash
-        )
+        sizes = {"tokens": self.encoder.tokens, "width": self.encoder.width}
+        self.info = ConditionInfo(encoder=encoder, captions=self.captions.hash, **sizes)
 
-    def shard(self, number: int) -> ConditionShard:
-        """One shard's vectors. Images with the same caption share them. UserError for an image without a caption."""
-        info = self.manifest.shards[number]
-        try:
-            members = index_of(self.store.read(index_name(info.name)), info).members
-        except (UnfitIndexError, FileNotFoundError) as e:
-            raise UserError(f"{self.store.url}/{index_name(info.name)}: {e}") from None
-        texts = [self.captions.of(m.key, m.source, self.manifest.classes[m.label]) for m in members]
+    def shard(self, number: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Vectors and spans of one `CodeShard`. Images with the same caption share vectors. UserError for an image
+        without a caption.
+        """
+        classes = self.images.manifest.classes
+        members = shard_index(self.images, number).members
+        texts = [self.captions.of(m.key, m.source, classes[m.label]) for m in members]
         different = list(dict.fromkeys(texts))
         rows = self.encoder.encode(different)
-        ends = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0).tolist()
-        spans = {text: (first, len(row)) for text, first, row in zip(different, ends, rows, strict=False)}
-        return ConditionShard(torch.cat(rows), torch.tensor([spans[text] for text in texts]))
+        lengths = [len(row) for row in rows]
+        spans = dict(zip(different, zip(accumulate(lengths, initial=0), lengths, strict=False), strict=True))
+        return torch.cat(rows).numpy(), np.array([spans[text] for text in texts])
 
 
 @torch.inference_mode()
-def _encode(tokenizer: Tokenizer, data: str, shard: int, batch: int, crops: Crops, usage: CodeUsage) -> CodeShard:
+def _encode(
+    tokenizer: Tokenizer, data: str, shard: int, batch: int, crops: Crops, usage: CodeUsage
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Codes and labels of one `CodeShard`."""
     resolution = tokenizer.model_config.resolution
     square = round(TEN_CROP_RANGE * resolution) if crops == "ten" else resolution
     codes, labels = [], []
@@ -191,7 +188,7 @@ def _encode(tokenizer: Tokenizer, data: str, shard: int, batch: int, crops: Crop
         usage.update(codes_BChw)
         codes.append(codes_BChw.cpu())
         labels.append(images.labels)
-    return CodeShard(torch.cat(codes), torch.cat(labels))
+    return torch.cat(codes).numpy(), torch.cat(labels).numpy()
 
 
 def ten_crops(images_BCHW: Tensor, side: int) -> list[Tensor]:

@@ -45,20 +45,18 @@ HALVES = (torch.bfloat16, torch.float16)
 _LOADED: dict[str, Callable[..., Any] | None] = {}
 
 
-def choose(kind: AttentionKind, device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionKind:
-    """`kind`, or the choice of ``auto`` for such queries. UserError if the requested kind is not available."""
+def choose(
+    kind: AttentionKind, device: torch.device, dtype: torch.dtype, head_dim: int, *, masked: bool = False
+) -> AttentionKind:
+    """`kind`, or the choice of ``auto`` for such queries. UserError if the requested kind is not available.
+
+    `masked`: for masked keys. Flash kernels have no masks, so ``sdpa`` replaces them.
+    """
     if kind == "auto":
-        return next((k for k in PACKAGES if _hindrance(k, device, dtype, head_dim) is None), "sdpa")
-    hindrance = _hindrance(kind, device, dtype, head_dim)
-    if hindrance is not None:
+        kind = next((k for k in PACKAGES if _hindrance(k, device, dtype, head_dim) is None), "sdpa")
+    elif (hindrance := _hindrance(kind, device, dtype, head_dim)) is not None:
         raise UserError(f"model.attention={kind} {hindrance}: take auto, or sdpa")
-    return kind
-
-
-def choose_masked(kind: AttentionKind, device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionKind:
-    """As `choose`, for masked keys. Flash kernels have no masks, so ``sdpa`` replaces them."""
-    chosen = choose(kind, device, dtype, head_dim)
-    return "sdpa" if chosen in PACKAGES or chosen in ("sdpa_flash", "sdpa_cudnn") else chosen
+    return "sdpa" if masked and (kind in PACKAGES or kind in ("sdpa_flash", "sdpa_cudnn")) else kind
 
 
 def describe(kind: AttentionKind, device: torch.device) -> str:
@@ -80,10 +78,9 @@ def attention(
 ) -> Tensor:
     """softmax(q kᵀ/√d) v, (B, T, H, d). Query head h reads head ⌊h·G/H⌋ of keys and values.
 
-    `kind` comes from `choose`, or from `choose_masked` with `visible_BTS`, bool (1 or B, 1 or T, S), True for
-    visible keys. `causal` needs
-    T = S: kernels differ in the alignment of a mask with more keys than queries, and one query against a cache needs
-    none. ``sdpa_math`` is torch's plain reference.
+    `kind` comes from `choose`. `visible_BTS`: bool (1 or B, 1 or T, S), True for visible keys. `causal` needs T = S:
+    kernels differ in the alignment of a mask with more keys than queries, and one query against a cache needs none.
+    ``sdpa_math`` is torch's plain reference.
     """
     assert not causal or q_BTHd.shape[1] == k_BSGd.shape[1]
     if kind in PACKAGES:

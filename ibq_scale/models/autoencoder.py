@@ -285,12 +285,8 @@ class TokenizerModel(nn.Module):
 
 def frozen_parameters(network: Autoencoder, parts: Collection[str]) -> list[nn.Parameter]:
     """Parameters of `encoder` and `decoder`, if named in `parts`, with their 1×1 convolutions."""
-    modules: list[nn.Module] = []
-    if "encoder" in parts:
-        modules += [network.encoder, network.quant_conv]
-    if "decoder" in parts:
-        modules += [network.decoder, network.post_quant_conv]
-    return [parameter for module in modules for parameter in module.parameters()]
+    part_of = {"encoder": "encoder", "quant_conv": "encoder", "decoder": "decoder", "post_quant_conv": "decoder"}
+    return [p for name, p in network.named_parameters() if part_of[name.partition(".")[0]] in parts]
 
 
 def tokens_of(z_BDhw: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ibq_scale.config.models import TransformerConfig
+from ibq_scale.models.condition import visible_keys
 
 
 class LayerCache(NamedTuple):
@@ -43,27 +44,24 @@ class KVCache:
         self.position_1 = torch.zeros(1, device=device, dtype=torch.int64)
         self.length = 0
         self.reach: int | None = None
-        self.condition_BE = torch.empty(0)
         self.kept: list[Tensor] = []
-        self._visible_BL: Tensor | None = None
+        """Each block's modulation, and the token before code 0."""
+        visible_BL = torch.zeros(batch, self.prefix, device=device, dtype=torch.bool)
+        self._visible_BL = visible_BL if self.prefix else None
 
     def clear(self) -> None:
         """Restarts at the first position. Old keys are overwritten before any step reads them."""
         self.length = 0
         self.position_1.zero_()
 
-    def keep(self, condition_BE: Tensor, modulations: list[Tensor], visible_BL: Tensor | None = None) -> None:
-        """Copies the classes' embedding, each block's modulation and the visible prefix to memory allocated by the
-        first call.
-        """
-        new = [condition_BE, *modulations] + ([] if visible_BL is None else [visible_BL])
+    def keep(self, values: list[Tensor], visible_BL: Tensor | None = None) -> None:
+        """Copies `kept` and the visible prefix to memory that every batch has in common."""
         if not self.kept:
-            self.condition_BE, *self.kept = [t.clone() for t in new]
-            self._visible_BL = None if visible_BL is None else self.kept.pop()
-            return
-        old = [self.condition_BE, *self.kept] + ([] if self._visible_BL is None else [self._visible_BL])
-        for there, here in zip(old, new, strict=True):
+            self.kept = [torch.empty_like(value) for value in values]
+        for there, here in zip(self.kept, values, strict=True):
             there.copy_(here)
+        if self._visible_BL is not None and visible_BL is not None:
+            self._visible_BL.copy_(visible_BL)
 
     def slots(self, count: int) -> Tensor:
         """Slots int64 (count,) of a step's tokens. The last one is the position's, the others are the prefix."""
@@ -75,19 +73,17 @@ class KVCache:
         keys, values = self._keys[index][:, : self._read], self._values[index][:, : self._read]
         return LayerCache(keys, values, slots_T)
 
-    def visible(self) -> Tensor | None:
-        """Bool (1 or B, 1, S), True for the visible keys of a step, with its own. None if all are."""
+    def visible(self, count: int = 1) -> Tensor | None:
+        """Bool (1 or B, `count`, S), True for the visible keys of a step's tokens, with their own. None if all are."""
         if self.reach is None and self._visible_BL is None:
             return None
         codes = self._read - self.prefix
         seen_1C = torch.arange(codes, device=self.position_1.device)[None] <= self.position_1
         if self._visible_BL is None:
             return seen_1C[None]
+        if count > 1:
+            return F.pad(visible_keys(self._visible_BL, 1), (0, codes - 1))
         return torch.cat([self._visible_BL, seen_1C.expand(len(self._visible_BL), -1)], dim=1)[:, None]
-
-    def widened(self, visible_BTS: Tensor) -> Tensor:
-        """The mask of the first step, over as many keys as it reads."""
-        return F.pad(visible_BTS, (0, self._read - visible_BTS.shape[2]))
 
     def advance(self) -> None:
         self.length += 1

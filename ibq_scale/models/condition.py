@@ -41,11 +41,6 @@ class Prefix(NamedTuple):
     start_BE: Tensor
 
 
-def no_condition(config: TransformerConfig, batch: int, device: torch.device) -> Condition:
-    vectors_BLC = torch.zeros(batch, config.condition_tokens, config.condition_width, device=device)
-    return Condition(vectors_BLC, torch.zeros(batch, dtype=torch.int64, device=device))
-
-
 def padded(rows: list[Tensor], tokens: int) -> Condition:
     """Rows (l, C), l ≤ tokens, as one condition, fp32 on the CPU."""
     vectors = [F.pad(row.float(), (0, 0, 0, tokens - len(row))) for row in rows]

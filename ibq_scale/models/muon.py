@@ -56,7 +56,7 @@ class Muon(torch.optim.AdamW):
     def __init__(self, groups: Iterable[dict[str, Any]], settings: OptimizerConfig) -> None:
         super().__init__(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
         self.parts: dict[Tensor, list[Part]] = {}
-        self.gather: Gather | None = None
+        self.gather: Gather
 
     def takes(self, parameter: Tensor) -> bool:
         """Whether Muon steps this parameter, and not AdamW."""
@@ -92,14 +92,8 @@ class Muon(torch.optim.AdamW):
             # Newton–Schulz begins with this cast, so that gathered matrices have the bits of whole ones.
             return part.of(grad).lerp(part.of(state[MOMENTUM]), momentum).bfloat16()
 
-        parts = self.parts.get(parameter)
-        if parts is None:
-            parts = [Part(parameter.shape, 0, parameter.numel(), 0)]
-        waits = {}
-        for part in parts:
-            if part.is_cut:
-                assert self.gather is not None
-                waits[part] = self.gather(parameter, part, ahead(part))
+        parts = self.parts.get(parameter) or [Part(parameter.shape, 0, parameter.numel(), 0)]
+        waits = {part: self.gather(parameter, part, ahead(part)) for part in parts if part.is_cut}
         # Cut matrices come last: their pieces travel meanwhile.
         for part in sorted(parts, key=lambda part: part.is_cut):
             piece = _direction(part, waits.pop(part)() if part.is_cut else ahead(part))

@@ -7,7 +7,7 @@ a CPU they took eight times the CPU seconds and 8 bytes a parameter.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,38 +26,29 @@ def adam(
     The frozen ones keep their bits, and have moments and places in checkpoints as the others.
     """
     still = {id(parameter) for parameter in frozen}
-    every = list(parameters)
-    groups: list[dict[str, Any]] = [
-        {"params": [parameter for parameter in every if id(parameter) not in still]},
-        {"params": [parameter for parameter in every if id(parameter) in still], "frozen": True, "lr": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
+    learning: dict[str, Any] = {"params": []}
+    resting: dict[str, Any] = {"params": [], "frozen": True, "lr": 0.0}
+    for parameter in parameters:
+        (resting if id(parameter) in still else learning)["params"].append(parameter)
+    groups = [group for group in (learning, resting) if group["params"]]
     return torch.optim.Adam(groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
 
 
-class ParameterGroups(NamedTuple):
-    """Parameters by what steps them. Each list may be empty."""
-
-    by_muon: list[nn.Parameter]
-    """`matrices`, with ``kind=muon``."""
-    decayed: list[nn.Parameter]
-    """The other matrices."""
-    free: list[nn.Parameter]
-    """Without decay: norms, biases and embeddings."""
-
-
-def parameter_groups(module: nn.Module, kind: str) -> ParameterGroups:
-    """The groups of a transformer's optimizer, `OptimizerConfig.kind`."""
+def parameter_groups(module: nn.Module, kind: str) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
+    """A transformer's parameters by what steps them: `matrices`, with ``kind=muon``, the other matrices, with decay,
+    and norms, biases and embeddings, without. Each list may be empty.
+    """
     embeddings = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    groups = ParameterGroups(matrices(module) if kind == "muon" else [], [], [])
-    ids = {id(parameter) for parameter in groups.by_muon}
+    by_muon = matrices(module) if kind == "muon" else []
+    ids = {id(parameter) for parameter in by_muon}
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for parameter in module.parameters():
-        if id(parameter) in ids:
-            continue
-        # Under ZeRO-3 a rank's partition is flat.
-        ndim = len(getattr(parameter, "ds_shape", parameter.shape))
-        (groups.free if ndim < 2 or id(parameter) in embeddings else groups.decayed).append(parameter)
-    return groups
+        if id(parameter) not in ids:
+            # Under ZeRO-3 a rank's partition is flat.
+            ndim = len(getattr(parameter, "ds_shape", parameter.shape))
+            (free if ndim < 2 or id(parameter) in embeddings else decayed).append(parameter)
+    return by_muon, decayed, free
 
 
 def adamw(module: nn.Module, settings: OptimizerConfig) -> torch.optim.Optimizer:

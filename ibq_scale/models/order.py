@@ -26,11 +26,6 @@ class Orders(NamedTuple):
     places_BT: Tensor
     scales_B: Tensor
 
-    @staticmethod
-    def of(places_BT: Tensor | None, scales_B: Tensor | None) -> Orders | None:
-        """The two parts as one. None for raster order."""
-        return None if places_BT is None or scales_B is None else Orders(places_BT, scales_B)
-
 
 def draw_orders(seed: int, positions: list[int], shares: list[float], tokens: int) -> Orders:
     """Row b is a random permutation with probability r = `shares[b]`, else the raster order.
@@ -50,11 +45,6 @@ def draw_orders(seed: int, positions: list[int], shares: list[float], tokens: in
     return Orders(torch.from_numpy(places), torch.from_numpy(scales))
 
 
-def inputs_of(places_BT: Tensor) -> Tensor:
-    """The raster successor of each step's input, int64 (B, T): 0 for the prefix, then π(t − 1) + 1."""
-    return F.pad(places_BT[:, :-1] + 1, (1, 0))
-
-
 def permuted_tables(table_2Sp: Tensor, places_BT: Tensor) -> Tensor:
     """Rotations (2, 2, B, T, p) of queries and keys. `table_2Sp`: all rows of `rotary_table`.
 
@@ -64,4 +54,6 @@ def permuted_tables(table_2Sp: Tensor, places_BT: Tensor) -> Tensor:
     """
     first = torch.arange(places_BT.shape[1], device=places_BT.device) == 0
     queries_BT = torch.where((places_BT == 0) & ~first, table_2Sp.shape[1] - 1, places_BT)
-    return torch.stack([table_2Sp[:, queries_BT], table_2Sp[:, inputs_of(places_BT)]])
+    # Rows of the prefix and then of the codes π(t − 1).
+    keys_BT = F.pad(places_BT[:, :-1] + 1, (1, 0))
+    return torch.stack([table_2Sp[:, queries_BT], table_2Sp[:, keys_BT]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ibq_scale.config.models import TransformerConfig
@@ -15,9 +16,8 @@ def rotary_table(config: TransformerConfig) -> Tensor:
 
     The first half of the pairs turns with the row, the second with the column. The prefix's cos and sin are zero, so
     its query and key are zero, as in the published models. Vectors of ``conditioning=embedding``, and the token after
-    them, do not turn. Raster order reads the first `tokens` rows only. The last
-    row is the place left of code 0 (row 0, column −1), for other orders. The table is always built on the CPU, since a
-    model on the meta device needs it too.
+    them, do not turn. Raster order reads the first `tokens` rows only. The last row is the place left of code 0 (row 0,
+    column −1), for other orders. The table is always built on the CPU, since a model on the meta device needs it too.
     """
     half = config.head_dim // 4
     frequency = ROTARY_BASE ** (-torch.arange(half, dtype=torch.float32, device="cpu") / half)
@@ -27,10 +27,9 @@ def rotary_table(config: TransformerConfig) -> Tensor:
     grid = torch.cat([rows, columns], dim=-1).flatten(0, 1)
     before = torch.cat([angle[1], angle[0]])[None]
     angles = torch.cat([grid, before])
-    table = torch.stack([angles.cos(), angles.sin()])
-    prefix = torch.zeros(2, 1, 2 * half, device="cpu")
-    prefix[0] = float(config.conditioning == "embedding")
-    return torch.cat([prefix, table], dim=1)
+    table = F.pad(torch.stack([angles.cos(), angles.sin()]), (0, 0, 1, 0))
+    table[0, 0] = float(config.conditioning == "embedding")
+    return table
 
 
 def rotate(x_BTHd: Tensor, table_2Tp: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ibq_scale.config.models import AttentionKind, TransformerConfig
-from ibq_scale.models.attention import attention, choose, choose_masked
+from ibq_scale.models.attention import attention, choose
 from ibq_scale.models.cache import KVCache, LayerCache
-from ibq_scale.models.condition import Condition, ConditionEmbedding, Prefix, no_condition, visible_keys
+from ibq_scale.models.condition import Condition, ConditionEmbedding, Prefix, visible_keys
 from ibq_scale.models.head import Head
 from ibq_scale.models.initial import Normal, drawn, fill
 from ibq_scale.models.order import Orders, permuted_tables
@@ -28,7 +28,7 @@ from ibq_scale.models.rotary import rotary_table, rotate
 STD = 0.02
 # torch.compile's limit of graphs per block: training and evaluation, and batches of other sizes.
 COMPILED_GRAPHS = 16
-# x / rms(x) · weight, the mean square in fp32.
+# The mean square is in fp32.
 RMSNorm = partial(nn.RMSNorm, eps=1e-5)
 
 
@@ -37,13 +37,6 @@ class AdaLN(nn.Sequential):
 
     def __init__(self, width: int, vectors: int) -> None:
         super().__init__(nn.SiLU(), nn.Linear(width, vectors * width))
-
-    @property
-    def linear(self) -> nn.Linear:
-        """The map from the activated embedding to the vectors, `width` rows each."""
-        linear = self[1]
-        assert isinstance(linear, nn.Linear)
-        return linear
 
 
 class Attention(nn.Module):
@@ -68,11 +61,10 @@ class Attention(nn.Module):
         b, t, width = x_BTE.shape
         q, k, v = self.wqkv(x_BTE).view(b, t, sum(self.heads), self.config.head_dim).split(self.heads, dim=2)
         q, k = rotate(self.q_norm(q), table_R2Tp[0]), rotate(self.k_norm(k), table_R2Tp[-1])
-        if cache is None:
-            causal = visible_BTS is None and t > 1
-            mixed = attention(q, k, v, causal=causal, kind=kind, visible_BTS=visible_BTS)
-        else:
-            mixed = attention(q, *cache.extend(k, v), causal=False, kind=kind, visible_BTS=visible_BTS)
+        if cache is not None:
+            k, v = cache.extend(k, v)
+        causal = cache is None and visible_BTS is None and t > 1
+        mixed = attention(q, k, v, causal=causal, kind=kind, visible_BTS=visible_BTS)
         out: Tensor = self.wo(mixed.reshape(b, t, width))
         return out
 
@@ -92,8 +84,11 @@ class FeedForward(nn.Module):
         return out
 
 
-class PrefixBlock(nn.Module):
-    """x + Attn(norm(x)), then the same with SwiGLU. The class enters through the prefix token only."""
+class Block(nn.Module):
+    """x + Attn(norm(x)), then the same with SwiGLU. The class enters through the prefix token only.
+
+    With AdaLN x + γ₁·Attn(norm(x)·(1 + s₁) + b₁), then the same with SwiGLU. The six vectors come from the class.
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -103,6 +98,7 @@ class PrefixBlock(nn.Module):
         self.ffn_norm = RMSNorm(config.width)
         self.dropout = nn.Dropout(config.residual_dropout)
         self.checkpointing = config.activation_checkpointing
+        self.ada_lin = AdaLN(config.width, 6) if config.conditioning == "adaln" else None
 
     def forward(self, *inputs: Any) -> Tensor:
         """`compute`, recomputed in the backward pass as `activation_checkpointing` says."""
@@ -123,73 +119,40 @@ class PrefixBlock(nn.Module):
         visible_BTS: Tensor | None = None,
     ) -> Tensor:
         """The block itself. With a cache, `condition_BE` is the result of `modulation`."""
-        x_BTE = x_BTE + self.dropout(self.attention(self.attention_norm(x_BTE), table_R2Tp, cache, kind, visible_BTS))
-        out: Tensor = x_BTE + self.feed_forward(self.ffn_norm(x_BTE))
-        return out
-
-    def modulation(self, condition_BE: Tensor) -> Tensor:
-        """The block's part that depends on the class alone. Generation computes it once and keeps it."""
-        return condition_BE
-
-
-class AdaLNBlock(PrefixBlock):
-    """x + γ₁·Attn(norm(x)·(1 + s₁) + b₁), then the same with SwiGLU. The six vectors come from the class."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__(config)
-        self.ada_lin = AdaLN(config.width, 6)
-
-    def compute(
-        self,
-        x_BTE: Tensor,
-        condition_BE: Tensor,
-        table_R2Tp: Tensor,
-        cache: LayerCache | None,
-        kind: AttentionKind,
-        visible_BTS: Tensor | None = None,
-    ) -> Tensor:
+        out: Tensor
+        if self.ada_lin is None:
+            h = self.attention(self.attention_norm(x_BTE), table_R2Tp, cache, kind, visible_BTS)
+            x_BTE = x_BTE + self.dropout(h)
+            out = x_BTE + self.feed_forward(self.ffn_norm(x_BTE))
+            return out
         vectors = self.modulation(condition_BE) if cache is None else condition_BE
         gain1, gain2, scale1, scale2, shift1, shift2 = vectors[:, None].chunk(6, dim=-1)
         h = self.attention(self.attention_norm(x_BTE) * (1 + scale1) + shift1, table_R2Tp, cache, kind, visible_BTS)
         x_BTE = x_BTE + self.dropout(h) * gain1
-        h = self.feed_forward(self.ffn_norm(x_BTE) * (1 + scale2) + shift2)
-        out: Tensor = x_BTE + h * gain2
+        out = x_BTE + self.feed_forward(self.ffn_norm(x_BTE) * (1 + scale2) + shift2) * gain2
         return out
 
     def modulation(self, condition_BE: Tensor) -> Tensor:
-        """The six vectors (B, 6 E)."""
-        out: Tensor = self.ada_lin(condition_BE)
+        """The block's part that depends on the class alone, with AdaLN six vectors (B, 6 E). Generation keeps it."""
+        out: Tensor = condition_BE if self.ada_lin is None else self.ada_lin(condition_BE)
         return out
 
 
-class PrefixHeadNorm(nn.Module):
-    """The norm before the head."""
+class HeadNorm(nn.Module):
+    """The norm before the head, with AdaLN also scale and shift."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.rmsnorm = RMSNorm(width)
+        self.rmsnorm = RMSNorm(config.width)
+        self.ada_lin = AdaLN(config.width, 2) if config.conditioning == "adaln" else None
 
     def forward(self, x_BTE: Tensor, condition_BE: Tensor) -> Tensor:
         out: Tensor = self.rmsnorm(x_BTE)
-        return out
-
-
-class AdaLNHeadNorm(PrefixHeadNorm):
-    """The last AdaLN: norm, scale, shift."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__(width)
-        self.ada_lin = AdaLN(width, 2)
-
-    def forward(self, x_BTE: Tensor, condition_BE: Tensor) -> Tensor:
+        if self.ada_lin is None:
+            return out
         scale, shift = self.ada_lin(condition_BE)[:, None].chunk(2, dim=-1)
-        out: Tensor = self.rmsnorm(x_BTE) * (1 + scale) + shift
+        out = out * (1 + scale) + shift
         return out
-
-
-# The parts of each backbone.
-PREFIX = (PrefixBlock, PrefixHeadNorm)
-PARTS = {"adaln": (AdaLNBlock, AdaLNHeadNorm), "prefix": PREFIX, "embedding": PREFIX}
 
 
 class ClassEmbedding(nn.Module):
@@ -218,18 +181,13 @@ class Transformer(nn.Module):
     def __init__(self, config: TransformerConfig, seed: int = 0) -> None:
         super().__init__()
         self.config = config
-        block, head_norm = PARTS[config.conditioning]
         self.tok_emb = nn.Embedding(config.codebook_size, config.width)
-        # One of the two.
-        self.class_emb: ClassEmbedding | None = None
-        self.condition_emb: ConditionEmbedding | None = None
-        if config.conditioning == "embedding":
-            self.condition_emb = ConditionEmbedding(config)
-        else:
-            self.class_emb = ClassEmbedding(config)
+        of_class = config.conditioning != "embedding"
+        self.class_emb = ClassEmbedding(config) if of_class else None
+        self.condition_emb = None if of_class else ConditionEmbedding(config)
         self.tok_dropout = nn.Dropout(config.token_dropout)
-        self.blocks = nn.ModuleList(block(config) for _ in range(config.depth))
-        self.head_nm = head_norm(config.width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.head_nm = HeadNorm(config)
         self.head = Head(config.width, config.codebook_size)
         self.order_emb = None if config.order == "raster" else nn.Embedding(config.tokens, config.width)
         # fp32 always. It is no buffer, so casts of the module do not reach it. It moves to the device of the inputs.
@@ -284,8 +242,7 @@ class Transformer(nn.Module):
             still = rows[:, :1].view(2, *[1] * (table.ndim - 3), -1)
             still = still.expand(*table.shape[:-2], self.config.condition_tokens, -1)
             table = torch.cat([still, table], dim=-2)
-        choice = choose if visible is None else choose_masked
-        kind = choice(self.config.attention, x_BTE.device, x_BTE.dtype, self.config.head_dim)
+        kind = self._kind(x_BTE, visible)
         for block in self.blocks:
             x_BTE = block(x_BTE, start_BE, table, None, kind, visible)
         out: Tensor = self.head_nm(x_BTE[:, self.config.condition_tokens :], start_BE)
@@ -295,12 +252,10 @@ class Transformer(nn.Module):
         """The first code's logits (B, V). Clears the cache and stores what depends on labels or condition alone."""
         start_BE, prefix = self._begin(labels_B, condition)
         cache.clear()
-        modulations = [block.modulation(start_BE) for block in self.blocks if isinstance(block, PrefixBlock)]
-        cache.keep(start_BE, modulations, None if prefix is None else prefix.visible_BL)
+        modulations = [block.modulation(start_BE) for block in self.blocks if isinstance(block, Block)]
+        cache.keep([*modulations, start_BE], None if prefix is None else prefix.visible_BL)
         x_BTE = self._for_target(start_BE, cache)[:, None]
-        if prefix is None:
-            return self._step(x_BTE, cache)
-        return self._step(torch.cat([prefix.vectors_BLE, x_BTE], dim=1), cache, visible_keys(prefix.visible_BL, 1))
+        return self._step(x_BTE if prefix is None else torch.cat([prefix.vectors_BLE, x_BTE], dim=1), cache)
 
     def step(self, codes_B: Tensor, cache: KVCache) -> Tensor:
         """The next code's logits (B, V) after the last code, `codes_B`. `begin` comes first."""
@@ -320,24 +275,27 @@ class Transformer(nn.Module):
             assert condition is None, "a class-conditional model takes labels"
             return self.class_emb(labels_B), None
         if condition is None:
-            condition = no_condition(self.config, len(labels_B), labels_B.device)
+            sizes = (len(labels_B), self.config.condition_tokens, self.config.condition_width)
+            condition = Condition(torch.zeros(sizes, device=labels_B.device), torch.zeros_like(labels_B))
         prefix: Prefix = self.condition_emb(condition)
         return prefix.start_BE, prefix
 
-    def _step(self, x_BTE: Tensor, cache: KVCache, prefix_BTS: Tensor | None = None) -> Tensor:
-        """`prefix_BTS`: the mask among the step's own tokens, if it begins with a prefix."""
+    def _step(self, x_BTE: Tensor, cache: KVCache) -> Tensor:
         slots_T = cache.slots(x_BTE.shape[1])
         rows = self._table_on(x_BTE.device)
         # Slots of the prefix turn as its last token, the table's first row.
         table = rows.index_select(1, (slots_T - self.config.condition_tokens).clamp(min=0))[None]
-        visible = cache.visible() if prefix_BTS is None else cache.widened(prefix_BTS)
-        choice = choose if visible is None else choose_masked
-        kind = choice(self.config.attention, x_BTE.device, x_BTE.dtype, self.config.head_dim)
+        visible = cache.visible(x_BTE.shape[1])
+        kind = self._kind(x_BTE, visible)
         for i, block in enumerate(self.blocks):
             x_BTE = block(x_BTE, cache.kept[i], table, cache.layer(i, slots_T), kind, visible)
         cache.advance()
-        logits: Tensor = self.head(self.head_nm(x_BTE[:, -1:], cache.condition_BE)[:, 0])
+        logits: Tensor = self.head(self.head_nm(x_BTE[:, -1:], cache.kept[-1])[:, 0])
         return logits
+
+    def _kind(self, x_BTE: Tensor, visible: Tensor | None) -> AttentionKind:
+        how = (self.config.attention, x_BTE.device, x_BTE.dtype, self.config.head_dim)
+        return choose(*how, masked=visible is not None)
 
     def _table_on(self, device: torch.device) -> Tensor:
         if self._table_2Sp.device != device:
@@ -367,9 +325,9 @@ class Transformer(nn.Module):
         for prefix, module in self.named_modules():
             if isinstance(module, AdaLN):
                 # γ₁ and γ₂ come first among a block's six.
-                linear, first = module.linear.weight, 2 * self.config.width**2
-                in_block = linear.shape[0] == 6 * self.config.width
-                recipe[f"{prefix}.1.weight"] = Normal(linear.numel(), STD / 2, 0.0, first if in_block else 0, gains)
+                size, first = module.get_parameter("1.weight").numel(), 2 * self.config.width**2
+                in_block = size == 3 * first
+                recipe[f"{prefix}.1.weight"] = Normal(size, STD / 2, 0.0, first if in_block else 0, gains)
         return recipe | {"head.weight": Normal(self.head.weight.numel(), 0.0)}
 
 
@@ -386,5 +344,5 @@ class TrainedTransformer(Transformer):
         lengths_B: Tensor | None = None,
     ) -> Tensor:
         """`Transformer.losses`. Engines pass tensors only, so orders and conditions come in two each."""
-        orders, condition = Orders.of(places_BT, scales_B), Condition.of(vectors_BLC, lengths_B)
-        return self.losses(codes_BT, labels_B, condition, orders)
+        orders = None if places_BT is None or scales_B is None else Orders(places_BT, scales_B)
+        return self.losses(codes_BT, labels_B, Condition.of(vectors_BLC, lengths_B), orders)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ibq_scale.data.manifest import ConditionInfo
-from ibq_scale.documents import DocumentError, parse_json
+from ibq_scale.documents import parse_json
 from ibq_scale.errors import UserError
 from ibq_scale.models.condition import Condition, padded
 from ibq_scale.models.initial import generator_of
@@ -140,10 +140,7 @@ class Captions:
 
 def _line(line: str) -> tuple[str, str]:
     if line.lstrip().startswith("{"):
-        try:
-            values = parse_json(line.encode())
-        except DocumentError as e:
-            raise ValueError(str(e)) from None
+        values = parse_json(line)
         return str(values["key"]), str(values["caption"])
     key, tab, caption = line.partition("\t")
     if not tab:

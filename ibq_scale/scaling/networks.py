@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import nn
 
-from ibq_scale.config.models import AutoencoderConfig, DiscriminatorConfig, TransformerConfig
+from ibq_scale.config.models import AutoencoderConfig, TransformerConfig
 from ibq_scale.config.run import ARRun, TokenizerRun
 from ibq_scale.models.aligned import Alignment
 from ibq_scale.models.autoencoder import Autoencoder
@@ -65,7 +65,7 @@ def _transformer(model: TransformerConfig, kind: str) -> Network:
     with on_meta():
         module = Transformer(model)
     groups = parameter_groups(module, kind)
-    flops = sum(newton_schulz_flops(*parameter.shape) for parameter in groups.by_muon)
+    flops = sum(newton_schulz_flops(*parameter.shape) for parameter in groups[0])
     return _network(module, _transformer_part, [group for group in groups if group], flops)
 
 
@@ -86,12 +86,7 @@ def _autoencoder(model: AutoencoderConfig, dim: int, features: int) -> Network:
 
 def discriminator(run: TokenizerRun) -> Network:
     """The network of stage 1's second engine."""
-    return _discriminator(run.discriminator)
-
-
-@cache
-def _discriminator(config: DiscriminatorConfig) -> Network:
-    module = discriminator_on_meta(config, torch.float32)
+    module = discriminator_on_meta(run.discriminator, torch.float32)
     return _network(module, lambda _: "discriminator", [list(module.parameters())])
 
 
@@ -119,15 +114,10 @@ def _network(
 def _transformer_part(name: str) -> str:
     if "ada_lin" in name:
         return "AdaLN"
-    for start, part in (
-        ("tok_emb", "embedding"),
-        ("class_emb", "class embedding"),
-        ("condition_emb", "condition embedding"),
-        ("order_emb", "order embedding"),
-        ("head", "head"),
-    ):
-        if name.startswith(start):
-            return part
+    if name.startswith("head"):
+        return "head"
+    if name.partition(".")[0].endswith("_emb"):
+        return f"{name.partition('_')[0]} embedding".removeprefix("tok ")
     return "feed-forward" if "feed_forward" in name or "ffn" in name else "attention"
 
 

@@ -14,7 +14,7 @@ from ibq_scale.console import gigabytes, short
 from ibq_scale.data.geometry import Stream
 from ibq_scale.data.sets import DataSets
 from ibq_scale.distributed.world import World
-from ibq_scale.models.attention import choose, choose_masked, describe
+from ibq_scale.models.attention import choose, describe
 from ibq_scale.models.fp8 import EAGER
 from ibq_scale.models.layout import compute_dtype
 from ibq_scale.quantize.backend import describe as describe_backend
@@ -72,11 +72,11 @@ def _tokenizer(run: TokenizerRun, nets: Sequence[Network], world: World) -> list
 def _transformer(run: ARRun, net: Network, world: World) -> list[str]:
     model = run.model
     condition = f"{model.classes:,} classes"
-    choice = choose
-    if model.conditioning == "embedding":
+    masked = model.conditioning == "embedding"
+    if masked:
         condition = f"up to {model.condition_tokens} vectors of {model.condition_width}"
-        choice = choose_masked
-    kind = describe(choice(model.attention, world.device, compute_dtype(run), model.head_dim), world.device)
+    how = (model.attention, world.device, compute_dtype(run), model.head_dim)
+    kind = describe(choose(*how, masked=masked), world.device)
     return [
         f"{short(net.parameters)}: {_parts([net])}",
         f"{model.depth} blocks × {model.width}, {model.heads} heads; {model.tokens} tokens of {model.codebook_size:,} "

@@ -16,7 +16,7 @@ from ibq_scale.models.muon import Muon
 from ibq_scale.profiling import part
 from ibq_scale.zero.gradients import reduction, scatter_gradients
 from ibq_scale.zero.memory import BUCKET
-from ibq_scale.zero.muon import find_parts, permit_muon
+from ibq_scale.zero.muon import find_parts
 
 Refuses = Callable[[torch.Tensor], torch.Tensor]
 """Of the gradient's norm: whether no rank takes the step. A bool scalar on the device, the same on every rank."""
@@ -32,7 +32,6 @@ def make_engine(
 
     begin_deepspeed(device)
     _import_muon()
-    permit_muon()
     engine, _, _, _ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=_with_bucket(config, module), dist_init_required=False
     )
@@ -57,9 +56,12 @@ def _with_bucket(config: dict[str, Any], module: nn.Module) -> dict[str, Any]:
 def begin_deepspeed(device: torch.device) -> None:
     """Lets DeepSpeed take over torch's process group, once. Call it before anything of DeepSpeed's."""
     import deepspeed
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 
     if deepspeed.comm.is_initialized():
         return
+    # It warns of optimizers that are not listed.
+    ZERO_SUPPORTED_OPTIMIZERS.append(Muon)
     deepspeed.logger.setLevel(logging.WARNING)
     # 0.19.8 calls collectives by names deprecated in torch 2.14. The user cannot change it.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)

@@ -18,14 +18,6 @@ from ibq_scale.models.muon import Muon, Part
 from ibq_scale.zero.master_weights import partitioned
 
 
-def permit_muon() -> None:
-    """Adds Muon to the optimizers that DeepSpeed takes without a warning."""
-    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
-
-    if Muon not in ZERO_SUPPORTED_OPTIMIZERS:
-        ZERO_SUPPORTED_OPTIMIZERS.append(Muon)
-
-
 def find_parts(engine: Any, optimizer: Muon) -> None:
     """Tells the optimizer which matrices its flat parameters hold."""
     optimizer.gather = gather

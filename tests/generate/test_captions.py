@@ -70,11 +70,12 @@ def test_captions_become_vectors_beside_the_codes(tokenizer_dir: Path, dataset: 
     stored = 0
     for info in manifest.shards:
         shard = read_code_shard(open_store(str(to)).read(info.name), info.name)
-        assert shard.condition is not None
-        stored += len(shard.condition.vectors)
-        for label, (first, rows) in zip(shard.labels.tolist(), shard.condition.spans.tolist(), strict=True):
-            found = shard.condition.vectors[first : first + rows]
-            assert torch.equal(found, expected[manifest.classes[label]].half())
+        assert shard.vectors is not None
+        assert shard.spans is not None
+        stored += len(shard.vectors)
+        for label, (first, rows) in zip(shard.labels.tolist(), shard.spans.tolist(), strict=True):
+            found = shard.vectors[first : first + rows]
+            assert np.array_equal(found, expected[manifest.classes[label]].half())
     # Images of a shard share the vectors of equal captions.
     assert stored <= 4 * len(manifest.shards)
 

@@ -143,7 +143,7 @@ def _write_codes(folder: Path, codebook_size: int, side: int) -> None:
     info = CodesInfo(codebook_size=codebook_size, grid=(side, side), tokenizer="t" * 64, source="s" * 64)
     codes = torch.randint(codebook_size, (PICTURES, 1, side, side), generator=generator)
     labels = torch.randint(1000, (PICTURES,), generator=generator)
-    shard = write_code_shard(store, "codes-0.safetensors", CodeShard(codes, labels), info)
+    shard = write_code_shard(store, "codes-0.safetensors", CodeShard(codes.numpy(), labels.numpy()), info)
     finish_codes(store, [shard], [str(label) for label in range(1000)], info)
 
 

@@ -242,7 +242,7 @@ def test_a_package_does_not_part_a_compiled_block(
     monkeypatch.setattr(sys.modules[PACKAGES[kind].module], "flash_attn_func", _plain_flash, raising=False)
     sizes = {"codebook_size": 64, "classes": 5, "tokens": 16, "depth": 2, "heads": 4, "width": 64, "kv_heads": 2}
     model = Transformer(TransformerConfig(**sizes, activation_checkpointing=checkpointing)).bfloat16()
-    monkeypatch.setattr("ibq_scale.models.transformer.choose", lambda *_: choose(kind, CUDA, torch.bfloat16, 64))
+    monkeypatch.setattr("ibq_scale.models.transformer.choose", lambda *_, **__: choose(kind, CUDA, torch.bfloat16, 64))
     torch._dynamo.reset()
     counters.clear()
     model.compile_regions()

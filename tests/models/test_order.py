@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from ibq_scale.models.cache import KVCache
-from ibq_scale.models.order import Orders, draw_orders, inputs_of
+from ibq_scale.models.order import Orders, draw_orders
 from ibq_scale.models.transformer import Transformer
 from tests.models.noisy import CONFIG, noisy
 
@@ -90,7 +91,7 @@ def test_a_target_sees_other_codes_at_the_angles_of_raster_order() -> None:
         # By target and raster successor of the input.
         by_place = torch.full((3, 16, 17), torch.nan)
         rows = torch.arange(3)[:, None, None]
-        by_place[rows, orders[:, :, None], inputs_of(orders)[:, None, :]] = scores_BTS
+        by_place[rows, orders[:, :, None], F.pad(orders[:, :-1] + 1, (1, 0))[:, None, :]] = scores_BTS
         return by_place
 
     raster, permuted = scores(RASTER), scores(orders)

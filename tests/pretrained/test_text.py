@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from ibq_scale.data.index import index_of
+from ibq_scale.config.run import DataConfig
+from ibq_scale.data.images import shard_index
 from ibq_scale.data.manifest import ConditionInfo
+from ibq_scale.data.sets import open_sets
 from ibq_scale.errors import UserError
 from ibq_scale.generate.codes import Captioner
 from ibq_scale.pretrained.text import Captions, encoder_of, text_encoder
@@ -79,15 +81,13 @@ def test_vectors_are_those_of_transformers(kind: str, ids: list[int], dataset: s
     assert (
         len(encoder_of(ConditionInfo(encoder=encoder.name, tokens=4, width=8, captions="")).encode(["a a a a"])[0]) == 4
     )
-    captioner = Captioner("classes", encoder.name, 4, dataset, torch.device("cpu"))
-    stored, classes = captioner.shard(0), captioner.manifest.classes
+    images = open_sets(DataConfig(train=dataset), "images").parts[0]
+    captioner = Captioner(images, "classes", encoder.name, 4, torch.device("cpu"))
+    (vectors, spans), classes = captioner.shard(0), images.manifest.classes
     assert (captioner.info.tokens, captioner.info.width) == (4, 8)
     by_class = dict(zip(classes, text_encoder(encoder.name, 4).encode(classes), strict=True))
-    index = index_of(
-        captioner.store.read(f"{captioner.manifest.shards[0].name}.index.json"), captioner.manifest.shards[0]
-    )
-    for member, (first, rows) in zip(index.members, stored.spans.tolist(), strict=True):
-        torch.testing.assert_close(stored.vectors[first : first + rows], by_class[classes[member.label]])
+    for member, (first, rows) in zip(shard_index(images, 0).members, spans.tolist(), strict=True):
+        torch.testing.assert_close(torch.from_numpy(vectors[first : first + rows]), by_class[classes[member.label]])
     if kind == "clip":
         with pytest.raises(UserError, match="has 5 positions: no more than 5 vectors"):
             text_encoder(encoder.name, 6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,8 +25,8 @@ TRAINED = ("ant", "bee", "dog")
 def _codes(folder: Path, classes: tuple[str, ...], seed: int) -> str:
     info = CodesInfo(codebook_size=64, grid=(4, 4), tokenizer="t" * 64, source=str(seed) * 64)
     store = open_store(str(folder))
-    codes = torch.zeros(len(classes), 1, 4, 4, dtype=torch.int64)
-    shard = write_code_shard(store, "codes-000000.safetensors", CodeShard(codes, torch.arange(len(classes))), info)
+    codes = np.zeros((len(classes), 1, 4, 4), np.int64)
+    shard = write_code_shard(store, "codes-000000.safetensors", CodeShard(codes, np.arange(len(classes))), info)
     finish_codes(store, [shard], classes, info)
     return str(folder)
 
