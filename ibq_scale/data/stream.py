@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from ibq_scale.config.base import OPEN
 from ibq_scale.config.run import DataConfig
 from ibq_scale.data.buckets import Buckets
-from ibq_scale.data.codes import CodeDataset, CodeSample
+from ibq_scale.data.codes import LARGE, CodeDataset, CodeSample
 from ibq_scale.data.fetching import MOST_OF, Fetcher, FetchingSampler
 from ibq_scale.data.images import ImageDataset, ImageSample, Request
 from ibq_scale.data.order import Mixture, Place
@@ -133,10 +133,12 @@ def code_stream(
     sets: DataSets, *, seed: int, rank: int, world_size: int, micro_batch: int, start: int, conditions: bool = False
 ) -> Iterator[CodeBatch]:
     """As `image_stream`, for code shards. `conditions`: with the vectors stored there."""
-    dataset = CodeDataset(sets, seed=seed, shards_in_memory=sets.shards_in_use, conditions=conditions)
+    workers = _workers(sets.config)
+    dataset = CodeDataset(sets, seed=seed, shards_in_memory=sets.shards_in_use, conditions=conditions, training=True)
+    large = any((part.manifest.shards.bytes > LARGE).any() for part in sets.parts)
     share = {"rank": rank, "world_size": world_size, "micro_batch": micro_batch, "start": start}
-    sampler = _sampler(sets, dataset, seed=seed, first=0, **share)
-    return _load(dataset, sampler, _stack_codes, _workers(sets.config))
+    sampler = _sampler(sets, dataset, seed=seed, first=_before_fetching(workers) if large else 0, **share)
+    return _load(dataset, sampler, _stack_codes, workers)
 
 
 def evaluation_codes(
