@@ -35,7 +35,7 @@ def parse_json(data: bytes | str) -> Any:
     except RecursionError:
         raise _too_deep() from None
     except ValueError as e:
-        raise DocumentError(_line(e)) from None
+        raise DocumentError(one_line(e)) from None
     level = [values]
     for _ in range(MOST_DEPTH + 1):
         level = [inner for outer in level for inner in _inside(outer) if isinstance(inner, (dict, list))]
@@ -111,7 +111,7 @@ def parse_yaml(text: str, *, texts: bool = False) -> Any:
     try:
         return yaml.load(text, Loader=yaml.BaseLoader if texts else _loader())
     except Exception as e:  # a tagged value ("!!bool x") raises an error of any type
-        raise DocumentError(_line(e)) from None
+        raise DocumentError(one_line(e)) from None
 
 
 def require_modest(text: str) -> None:
@@ -141,7 +141,7 @@ def require_modest(text: str) -> None:
             if nodes > MOST_NODES:
                 raise DocumentError(f"it has more than {MOST_NODES:,} values")
     except yaml.YAMLError as e:
-        raise DocumentError(_line(e)) from None
+        raise DocumentError(one_line(e)) from None
 
 
 def _inside(value: Any) -> Any:
@@ -156,6 +156,6 @@ def _too_deep() -> DocumentError:
     return DocumentError(f"it is nested deeper than {MOST_DEPTH} levels")
 
 
-def _line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """The error's text in one line. Some of yaml's errors have none."""
     return " ".join(str(error).split())[:300] or type(error).__name__

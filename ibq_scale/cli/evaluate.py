@@ -56,9 +56,8 @@ def _reconstruction(args: argparse.Namespace) -> int:
     from ibq_scale.distributed.environment import join
     from ibq_scale.evaluate.reconstruction import evaluate_reconstruction
 
-    names = ("batch", "limit", "native", "pixels", "to", "conventions")
     with join() as world:
-        how = {name: getattr(args, name) for name in names}
+        how = {name: getattr(args, name) for name in ("batch", "limit", "native", "pixels", "to", "conventions")}
         report = evaluate_reconstruction(args.checkpoint, args.data, world, **how)
         return show(args, report, _reconstruction_lines(report)) if world.is_main else 0
 
@@ -101,17 +100,14 @@ def _generation(args: argparse.Namespace) -> int:
 
     with join() as world:
         how = {name: getattr(args, name) for name in ("batch", "limit", "to", "conventions")}
-        report = evaluate_generation(args.samples, args.reference, world, size=_size(args), **how)
+        size = args.resolution and (args.resolution, args.resolution)
+        report = evaluate_generation(args.samples, args.reference, world, size=size, **how)
         return show(args, report, _generation_lines(report)) if world.is_main else 0
 
 
 def _generation_lines(report: GenerationReport) -> Iterator[str]:
     stamp = report.reference_stamp
-    real = "unstamped: its source is unknown"
-    if stamp is not None:
-        real = (
-            f"{stamp.images} images of {stamp.data}, crop {stamp.crop}, {stamp.resolution[0]} x {stamp.resolution[1]}"
-        )
+    real = "unstamped: its source is unknown" if stamp is None else stamp.words
     yield f"images       {report.images} of {report.samples}, {report.resolution[0]} x {report.resolution[1]}"
     yield f"reference    {report.reference} ({real})"
     yield f"gFID         {report.fid:.4f}"
@@ -144,11 +140,9 @@ def _reference(args: argparse.Namespace) -> int:
 
     with join() as world:
         how = {name: getattr(args, name) for name in ("batch", "features", "conventions")}
-        stamp = write_reference(args.data, args.to, _size(args), world, **how)
-        line = (
-            f"{args.to}: {stamp.images} images of {stamp.data}, crop {stamp.crop}, {stamp.resolution[0]} x "
-            f"{stamp.resolution[1]}, features of {stamp.features} (reference {stamp.hash[:12]})"
-        )
+        size = args.resolution and (args.resolution, args.resolution)
+        stamp = write_reference(args.data, args.to, size, world, **how)
+        line = f"{args.to}: {stamp.words}, features of {stamp.features} (reference {stamp.hash[:12]})"
         return show(args, asdict(stamp) | {"hash": stamp.hash}, [line]) if world.is_main else 0
 
 
@@ -202,7 +196,3 @@ def _of_conventions(rows: Sequence[ConventionResult]) -> Iterator[str]:
 def _figure(report: ReconstructionReport | GenerationReport, shown: str, name: str) -> str:
     value = getattr(report, name)
     return f"{shown:<12} " + (f"not measured: {report.not_measured.get(name)}" if value is None else f"{value:.4f}")
-
-
-def _size(args: argparse.Namespace) -> tuple[int, int] | None:
-    return None if args.resolution is None else (args.resolution, args.resolution)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from mmap import mmap
 from typing import Any, NamedTuple
 
@@ -16,7 +19,7 @@ from safetensors.numpy import save
 from torch import Tensor
 
 from ibq_scale.data.folder import Store
-from ibq_scale.data.images import Request, draws
+from ibq_scale.data.images import REQUESTS_AT_ONCE, Request, draws
 from ibq_scale.data.manifest import CodesInfo, Manifest, ShardInfo, save_manifest
 from ibq_scale.data.sets import DataSets
 from ibq_scale.documents import DocumentError, parse_json
@@ -27,6 +30,10 @@ STAMP = "ibq_scale_stamp"
 DTYPES = {"U16": "<u2", "U32": "<u4", "I32": "<i4", "F16": "<f2"}
 # Names of the tensors of a condition.
 VECTORS, SPANS = "condition", "condition_spans"
+# Bytes of a shard that contain its header.
+HEAD = 4096
+# Single samples of shards above these bytes are read by ranges until a shard has come. A small one comes as soon.
+LARGE = 8 << 20
 
 
 class CodeShard(NamedTuple):
@@ -96,9 +103,8 @@ def finish_codes(store: Store, shards: list[ShardInfo], classes: tuple[str, ...]
 
 def read_code_shard(data: bytes | mmap, name: str) -> CodeShard:
     """A shard's arrays, as views of its bytes. UserError if they are damaged."""
-    try:
-        begin = 8 + int.from_bytes(data[:8], "little")
-        header = parse_json(data[8:begin])
+    with _told_of_damage(name):
+        begin, header = _header(data)
         codes, labels = (_array(data, begin, header[key]) for key in ("codes", "labels"))
         if codes.ndim != 4 or labels.shape != codes.shape[:1]:
             raise ValueError(f"codes of shape {codes.shape}, labels of shape {labels.shape}")
@@ -108,8 +114,48 @@ def read_code_shard(data: bytes | mmap, name: str) -> CodeShard:
         if vectors.ndim != 2 or spans.shape != (len(codes), 2) or (spans.astype(int).sum(axis=1) > len(vectors)).any():
             raise ValueError(f"vectors of shape {vectors.shape}, and their spans beyond them")
         return CodeShard(codes, labels, vectors, spans)
+
+
+def read_code_row(read: Callable[[int, int], bytes], name: str, row: int, info: CodesInfo) -> CodeShard:
+    """One sample of a shard, as a shard of its own. `read` returns bytes start … stop − 1 of the file.
+
+    UserError if they are damaged. The shard's hash does not cover a part, so codes beyond the codebook are refused.
+    """
+    with _told_of_damage(name):
+        begin, header = _header(read(0, HEAD))
+
+        def rows(key: str, first: int, count: int) -> NDArray[Any]:
+            whole, *shape = header[key]["shape"]
+            size = math.prod(shape) * np.dtype(DTYPES[header[key]["dtype"]]).itemsize
+            start = begin + header[key]["data_offsets"][0] + first * size
+            if min(first, count) < 0 or first + count > whole or start < begin:
+                raise ValueError(f"{key} has no rows {first} … {first + count - 1}")
+            place = {"dtype": header[key]["dtype"], "shape": [count, *shape], "data_offsets": [0, count * size]}
+            return _array(read(start, start + count * size) if count else b"", 0, place)
+
+        codes, labels = (rows(key, row, 1) for key in ("codes", "labels"))
+        if codes.max() >= info.codebook_size:
+            raise ValueError(f"sample {row} has codes beyond {info.codebook_size - 1}")
+        if VECTORS not in header:
+            return CodeShard(codes, labels)
+        vectors = rows(VECTORS, *rows(SPANS, row, 1)[0].tolist())
+        return CodeShard(codes, labels, vectors, np.array([[0, len(vectors)]]))
+
+
+@contextmanager
+def _told_of_damage(name: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
     except (DocumentError, ValueError, KeyError, TypeError, OverflowError) as e:
         raise UserError(f"code shard {name} is damaged: {e}") from None
+
+
+def _header(data: bytes | mmap) -> tuple[int, Any]:
+    """The first byte of a safetensors file's data section, and the entries of its tensors."""
+    begin = 8 + int.from_bytes(data[:8], "little")
+    return begin, parse_json(data[8:begin])
 
 
 def _array(data: bytes | mmap, begin: int, entry: dict[str, Any]) -> NDArray[Any]:
@@ -123,35 +169,60 @@ def _array(data: bytes | mmap, begin: int, entry: dict[str, Any]) -> NDArray[Any
 class CodeDataset(torch.utils.data.Dataset[CodeSample]):
     """Samples by `Request`. The lanes' current shards stay in memory.
 
-    One of an image's crops is drawn by (seed, epoch, sample). `conditions`: read the stored vectors too.
+    One of an image's crops is drawn by (seed, epoch, sample). `conditions`: read the stored vectors too. `training`: a
+    fetcher brings the shards, and samples of missing large ones are read by ranges.
     """
 
-    def __init__(self, sets: DataSets, *, seed: int, shards_in_memory: int, conditions: bool = False) -> None:
+    def __init__(
+        self, sets: DataSets, *, seed: int, shards_in_memory: int, conditions: bool = False, training: bool = False
+    ) -> None:
         self.sets = sets
         self.conditions = conditions
+        self.training = training
         self.seed = seed
         self.shards_in_memory = shards_in_memory
         self._shards: OrderedDict[tuple[int, int], CodeShard] = OrderedDict()
 
     def __getitems__(self, requests: Sequence[Request]) -> list[CodeSample]:
         """A batch's samples, in order."""
-        return [self[request] for request in requests]
+        away = [request for request in requests if self._is_away(request)]
+        if not away:
+            return [self[request] for request in requests]
+        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+            singly = dict(zip(away, pool.map(self._read_singly, away), strict=True))
+        return [singly[request] if request in singly else self[request] for request in requests]
 
     def __getitem__(self, request: Request) -> CodeSample:
-        shard = self._shard(request.source, request.shard)
+        return self._sample(self._shard(request.source, request.shard), request.row, request)
+
+    def _is_away(self, request: Request) -> bool:
+        part = self.sets.parts[request.source]
+        if not self.training or part.cache is None or (request.source, request.shard) in self._shards:
+            return False
+        info = part.manifest.shards[request.shard]
+        return info.bytes > LARGE and not part.cache.has(info)
+
+    def _read_singly(self, request: Request) -> CodeSample:
+        part = self.sets.parts[request.source]
+        assert part.manifest.codes is not None
+        name = part.manifest.shards[request.shard].name
+        row = read_code_row(partial(part.read_singly, request.shard), name, request.row, part.manifest.codes)
+        return self._sample(row, 0, request)
+
+    def _sample(self, shard: CodeShard, row: int, request: Request) -> CodeSample:
         crops = shard.codes.shape[1]
         crop = int(draws(self.seed, request)[0] % np.uint64(crops)) if crops > 1 else 0
-        codes_T = torch.from_numpy(shard.codes[request.row, crop].astype(np.int64).reshape(-1))
-        return CodeSample(codes_T, int(shard.labels[request.row]), request, *self._condition(shard, request))
+        codes_T = torch.from_numpy(shard.codes[row, crop].astype(np.int64).reshape(-1))
+        return CodeSample(codes_T, int(shard.labels[row]), request, *self._condition(shard, row, request))
 
-    def _condition(self, shard: CodeShard, request: Request) -> tuple[Tensor | None, int]:
+    def _condition(self, shard: CodeShard, row: int, request: Request) -> tuple[Tensor | None, int]:
         if not self.conditions:
             return None, 0
         codes = self.sets.parts[request.source].manifest.codes
         if codes is None or codes.condition is None or shard.vectors is None or shard.spans is None:
             name = self.sets.name(request.source, request.shard, request.row)
             raise UserError(f"{name} holds no condition, though its set does")
-        first, rows = shard.spans[request.row].tolist()
+        first, rows = shard.spans[row].tolist()
         vectors_LC = np.zeros((codes.condition.tokens, codes.condition.width), np.float16)
         vectors_LC[:rows] = shard.vectors[first : first + rows]
         return torch.from_numpy(vectors_LC), rows

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from ibq_scale.data.convert import Pixels, bicubic, decode
+from ibq_scale.data.convert import Pixels, bicubic, decode, mirrored
 from ibq_scale.data.index import (
     PICTURE,
     ShardIndex,
@@ -152,7 +152,10 @@ class ImageDataset(torch.utils.data.Dataset[ImageSample]):
 
         `data`: its bytes, if they have been read.
         """
-        name = self.sets.name(request.source, request.shard, request.row)
+
+        def name() -> str:
+            return self.sets.name(request.source, request.shard, request.row)
+
         offset, size, crc = int(place["offset"]), int(place["size"]), int(place["crc"])
         for attempt in (1, 2):
             if data is None or attempt == 2:
@@ -160,16 +163,16 @@ class ImageDataset(torch.utils.data.Dataset[ImageSample]):
             if zlib.crc32(data) == crc:
                 break
             if attempt == 2:
-                raise BadSampleError(f"{name} is not what was prepared (crc)")
+                raise BadSampleError(f"{name()} is not what was prepared (crc)")
         assert data is not None
         rules = part.manifest.pixels or OLD_RULES
         crop = self._crop_size(request)
         try:
             pixels = decode(data, max(crop) if crop and self.training else None, rules)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
-            raise BadSampleError(f"{name} is no picture: {e}") from None
+            raise BadSampleError(f"{name()} is no picture: {e}") from None
         if crop is None:
-            return self._native(pixels, name)
+            return self._native(pixels, name())
         return self._crop(pixels, request, crop, rules)
 
     def _crop_size(self, request: Request) -> tuple[int, int] | None:
@@ -202,7 +205,7 @@ class ImageDataset(torch.utils.data.Dataset[ImageSample]):
                 left, top = (int(bits[i] % np.uint64(free[i] + 1)) for i in (0, 1))
             mirror = self.flip and bool(bits[2] >> np.uint64(63))
         cropped = resized(pixels, size, (left, top), crop, rules)
-        return cropped[:, ::-1] if mirror else cropped
+        return mirrored(cropped) if mirror else cropped
 
     def _table(self, source: int, shard: int) -> Table:
         key = (source, shard)

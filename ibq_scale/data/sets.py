@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -140,15 +140,16 @@ class DataSets:
         return Mixture(sizes, self.config.weights, seed, lanes, window, order)
 
 
-def open_sets(data: DataConfig, kind: Kind, batch: int = 0) -> DataSets:
+def open_sets(data: DataConfig, kind: Kind, batch: int = 0, manifests: Sequence[Manifest] = ()) -> DataSets:
     """Opens every source. UserError if one is unusable, or its weight gives it no position.
 
-    `batch`: the global batch of a training. With ``data.aspects`` it must be given.
+    `batch`: the global batch of a training. With ``data.aspects`` it must be given. `manifests`: those of the sources,
+    if another rank has read them.
     """
     parts = []
-    for url in data.sources:
+    for number, url in enumerate(data.sources):
         store = open_store(url)
-        manifest = load_manifest(store, kind)
+        manifest = manifests[number] if manifests else load_manifest(store, kind)
         parts.append(DataSet(manifest, store, _cache(data, store)))
     for url, quota in zip(data.sources, quotas(data.weights) if data.weights else (), strict=False):
         if not quota:

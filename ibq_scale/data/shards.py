@@ -17,6 +17,8 @@ from ibq_scale.names import FileName, Sha256
 # So that sums over all shards fit into 64 bits.
 Count = Annotated[int, Field(ge=1, le=2**48)]
 SHA256_BYTES = 32
+# `ShardInfo`s kept by a table: several lookups a sample would take a fiftieth of its time.
+MOST_KEPT = 4096
 
 
 class ShardInfo(Section):
@@ -44,9 +46,13 @@ class ShardTable(Sequence[ShardInfo]):
         self.sha256 = _digests(shard.sha256 for shard in shards)
         self._index_sha256 = _digests(shard.index_sha256 or "" for shard in shards)
         self._has_index_sha256: NDArray[np.bool_] = np.array([s.index_sha256 is not None for s in shards], dtype=bool)
+        self._kept: dict[int, ShardInfo] = {}
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_kept": {}}
 
     @overload
     def __getitem__(self, number: int) -> ShardInfo: ...
@@ -54,7 +60,15 @@ class ShardTable(Sequence[ShardInfo]):
     def __getitem__(self, number: slice) -> tuple[ShardInfo, ...]: ...
     def __getitem__(self, number: int | slice) -> ShardInfo | tuple[ShardInfo, ...]:
         if isinstance(number, slice):
-            return tuple(self[place] for place in range(len(self))[number])
+            return tuple(self._info(place) for place in range(len(self))[number])
+        found = self._kept.get(number)
+        if found is None:
+            if len(self._kept) >= MOST_KEPT:
+                self._kept.clear()
+            found = self._kept[number] = self._info(number)
+        return found
+
+    def _info(self, number: int) -> ShardInfo:
         return ShardInfo.model_construct(
             name=self._names[number].decode(),
             samples=int(self.samples[number]),

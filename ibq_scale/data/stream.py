@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from ibq_scale.config.base import OPEN
 from ibq_scale.config.run import DataConfig
 from ibq_scale.data.buckets import Buckets
-from ibq_scale.data.codes import CodeDataset, CodeSample
+from ibq_scale.data.codes import LARGE, CodeDataset, CodeSample
 from ibq_scale.data.fetching import MOST_OF, Fetcher, FetchingSampler
 from ibq_scale.data.images import ImageDataset, ImageSample, Request
 from ibq_scale.data.order import Mixture, Place
@@ -44,6 +44,7 @@ from ibq_scale.data.shared_memory import (
     workers_within,
 )
 from ibq_scale.errors import UserError
+from ibq_scale.malloc import keep_freed_memory
 
 log = logging.getLogger(__name__)
 
@@ -132,10 +133,12 @@ def code_stream(
     sets: DataSets, *, seed: int, rank: int, world_size: int, micro_batch: int, start: int, conditions: bool = False
 ) -> Iterator[CodeBatch]:
     """As `image_stream`, for code shards. `conditions`: with the vectors stored there."""
-    dataset = CodeDataset(sets, seed=seed, shards_in_memory=sets.shards_in_use, conditions=conditions)
+    workers = _workers(sets.config)
+    dataset = CodeDataset(sets, seed=seed, shards_in_memory=sets.shards_in_use, conditions=conditions, training=True)
+    large = any((part.manifest.shards.bytes > LARGE).any() for part in sets.parts)
     share = {"rank": rank, "world_size": world_size, "micro_batch": micro_batch, "start": start}
-    sampler = _sampler(sets, dataset, seed=seed, first=0, **share)
-    return _load(dataset, sampler, _stack_codes, _workers(sets.config))
+    sampler = _sampler(sets, dataset, seed=seed, first=_before_fetching(workers) if large else 0, **share)
+    return _load(dataset, sampler, _stack_codes, workers)
 
 
 def evaluation_codes(
@@ -256,6 +259,7 @@ def _read_shares(
         own = [requests.at(t)._replace(position=requests.first + p) for p, t in zip(places, taken, strict=True)]
         return read(own), weights_B
 
+    keep_freed_memory()
     waiting: deque[Future[tuple[Batch, Tensor]]] = deque()
     reader = ThreadPoolExecutor(1)
     try:
@@ -338,6 +342,8 @@ def _load(dataset: Any, sampler: Iterable[list[Request]], stack: Callable[[Any],
     context = "forkserver" if workers else None
     if workers:
         _start_fork_server()
+    else:
+        keep_freed_memory()
     batches = iter(
         DataLoader(
             _Batches(dataset, stack),
@@ -441,6 +447,7 @@ def _start_worker(trainer: int, worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_follow, args=(trainer,), daemon=True).start()
     torch.set_num_threads(1)
+    keep_freed_memory()
 
 
 def _follow(trainer: int) -> None:

@@ -7,7 +7,7 @@ conventions`` prints it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -141,13 +141,13 @@ class ConventionResult:
     reference: str
     reference_images: int | None
     images: int
-    fid: float | None
-    sfid: float | None
-    inception_score: float | None
-    inception_score_std: float | None
-    precision: float | None
-    recall: float | None
-    not_measured: dict[str, str]
+    fid: float | None = None
+    sfid: float | None = None
+    inception_score: float | None = None
+    inception_score_std: float | None = None
+    precision: float | None = None
+    recall: float | None = None
+    not_measured: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ibq_scale.checkpoint.reading import file_sha256
 from ibq_scale.losses.weights import damaged, weight_file
 
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
@@ -62,8 +62,7 @@ class Inception:
     @cached_property
     def sha256(self) -> str:
         """sha256 of the weight file, hex."""
-        with self.path.open("rb") as f:
-            return hashlib.file_digest(f, "sha256").hexdigest()
+        return file_sha256(self.path)
 
     @torch.inference_mode()
     def __call__(self, inputs: Tensor) -> Seen:
@@ -72,15 +71,11 @@ class Inception:
         torch-fidelity resizes 8-bit images itself. Other inputs enter behind its resize, through a hook.
         """
         spatial: list[Tensor] = []
-        hooks = (
+        with (
             self._network.Conv2d_1a_3x3.register_forward_pre_hook(lambda module, given: (inputs,)),
             self._network.Mixed_6d.branch1x1.register_forward_hook(lambda module, given, out: spatial.append(out)),
-        )
-        try:
+        ):
             features_BF, logits_BC = self._network(torch.zeros_like(inputs, dtype=torch.uint8))
-        finally:
-            for hook in hooks:
-                hook.remove()
         return Seen(features_BF, logits_BC, spatial[0][:, :7].permute(0, 2, 3, 1).flatten(1))
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ibq_scale.distributed.world import World
-from ibq_scale.documents import read_json
+from ibq_scale.documents import json_object
 from ibq_scale.errors import UserError
 from ibq_scale.evaluate.conventions import DEFAULT, Convention, ConventionResult, chosen
 from ibq_scale.evaluate.fid import Inception
@@ -19,7 +20,7 @@ from ibq_scale.evaluate.images import ImageSet, Size, open_images
 from ibq_scale.evaluate.reference import UNSTAMPED, Reference, Stamp, load_reference
 from ibq_scale.evaluate.results import write_result
 from ibq_scale.evaluate.scores import NEIGHBOURS, SPLITS, gather_rows, inception_score, precision_and_recall
-from ibq_scale.evaluate.suites import Sums, result_row
+from ibq_scale.evaluate.suites import Scores, Sums, result_row
 from ibq_scale.outputs import FACTS, GENERATION
 
 
@@ -83,25 +84,18 @@ def evaluate_generation(
     if first.fid is None:
         raise UserError(f"{reference} does not serve --conventions {first.convention}: {first.not_measured['fid']}")
     seconds = time.perf_counter() - begin
+    shared = {name: value for name, value in vars(first).items() if name in GenerationReport.__dataclass_fields__}
     report = GenerationReport(
         samples=samples,
         sampled=_sampled(Path(samples)),
-        images=images.count,
         resolution=images.size,
-        reference=reference,
         reference_hash=real.hash,
         reference_stamp=real.stamp,
         reference_features=0 if real.features_RF is None else len(real.features_RF),
-        extractor_sha256=inception.sha256,
-        fid=first.fid,
-        inception_score=first.inception_score,
-        inception_score_std=first.inception_score_std,
-        precision=first.precision,
-        recall=first.recall,
-        not_measured=first.not_measured,
         conventions=rows,
         seconds=seconds,
         images_per_s=images.count / seconds,
+        **shared,
     )
     if to is not None and world.is_main:
         write_result(to / GENERATION, report)
@@ -109,11 +103,9 @@ def evaluate_generation(
 
 
 def _sampled(folder: Path) -> dict[str, Any] | None:
-    try:
-        facts = read_json(folder / FACTS)
-        return {name: facts[name] for name in ("model", "settings", "job")}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    facts = json_object(folder / FACTS)
+    names = ("model", "settings", "job")
+    return {name: facts[name] for name in names} if facts.keys() >= set(names) else None
 
 
 def _measure(
@@ -126,49 +118,44 @@ def _measure(
     reference: str,
 ) -> list[ConventionResult]:
     sums = Sums(conventions, inception, world.device)
-    indices, features, logits = [], [], []
+    indices, outputs = [], []
     for part in images.batches(world, batch):
         seen = sums.update(part.images_u8.to(world.device), part.weights_B)
         if seen is not None:
-            real_B = part.weights_B > 0
-            indices.append(part.indices_B[real_B])
-            features.append(seen.features_BF[real_B.to(world.device)])
-            logits.append(seen.logits_BC[real_B.to(world.device)])
+            held_B = part.weights_B > 0
+            indices.append(part.indices_B[held_B])
+            outputs.append(torch.cat([seen.features_BF, seen.logits_BC], dim=1)[held_B.to(world.device)])
     fake = sums.moments()
+    scores: dict[str, Scores] = {}
+    if outputs:
+        outputs_NX = gather_rows(torch.cat(indices), torch.cat(outputs))
+        features_NF, logits_NC = outputs_NX.tensor_split([inception.width], dim=1)
+        manifolds = _manifolds(real.features_RF, features_NF, world)
+        scores = {c.name: manifolds | _inception(logits_NC, c.split) for c in conventions if c.split is not None}
     origin = {
         "extractor_sha256": inception.sha256,
         "reference": reference,
         "reference_images": None if real.stamp is None else real.stamp.images,
         "images": images.count,
     }
-    logits_NC = gather_rows(torch.cat(indices), torch.cat(logits)) if indices else None
-    manifolds: dict[str, float] = {}
-    fault = _manifold_fault(real, images.count)
-    if indices and fault is None:
-        assert real.features_RF is not None
-        features_NF = gather_rows(torch.cat(indices), torch.cat(features))
-        found = precision_and_recall(real.features_RF, features_NF, world)
-        manifolds = dict(zip(("precision", "recall"), found, strict=True))
-    rows = []
-    for convention in conventions:
-        scores, faults = {}, {}
-        if convention.split is not None and logits_NC is not None:
-            scores = dict(manifolds)
-            faults = {} if fault is None else dict.fromkeys(("precision", "recall"), fault)
-            if convention.split == 0 and images.count < SPLITS:
-                faults["inception_score"] = f"it needs {SPLITS} images"
-            else:
-                scores["inception_score"], scores["inception_score_std"] = inception_score(logits_NC, convention.split)
-        rows.append(result_row(convention, fake, real.moments, "8-bit", origin, scores, faults))
-    return rows
+    return [result_row(c, fake, real.moments, "8-bit", scores.get(c.name, {}), **origin) for c in conventions]
 
 
-def _manifold_fault(real: Reference, images: int) -> str | None:
-    """The reason against precision and recall."""
-    if real.features_RF is None:
-        return "the reference holds neither features nor images"
-    too_few = min(len(real.features_RF), images) <= NEIGHBOURS
-    return f"they need more than {NEIGHBOURS} images on both sides" if too_few else None
+def _manifolds(real_RF: Tensor | None, fake_NF: Tensor, world: World) -> Scores:
+    found: tuple[float | str, float | str]
+    if real_RF is None:
+        found = ("the reference holds neither features nor images",) * 2
+    elif min(len(real_RF), len(fake_NF)) <= NEIGHBOURS:
+        found = (f"they need more than {NEIGHBOURS} images on both sides",) * 2
+    else:
+        found = precision_and_recall(real_RF, fake_NF, world)
+    return dict(zip(("precision", "recall"), found, strict=True))
+
+
+def _inception(logits_NC: Tensor, split: int) -> Scores:
+    if split == 0 and len(logits_NC) < SPLITS:
+        return {"inception_score": f"it needs {SPLITS} images"}
+    return dict(zip(("inception_score", "inception_score_std"), inception_score(logits_NC, split), strict=True))
 
 
 def load_results(paths: Sequence[Path]) -> list[dict[str, Any]]:
@@ -178,10 +165,9 @@ def load_results(paths: Sequence[Path]) -> list[dict[str, Any]]:
     """
     results = [_result(path) for path in paths]
     ways = [result["conventions"][0]["convention"] if result.get("conventions") else DEFAULT for result in results]
-    for path, way in zip(paths[1:], ways[1:], strict=True):
+    for path, way, result in zip(paths, ways, results, strict=True):
         if way != ways[0]:
             raise UserError(f"{paths[0]} and {path} are figures by {ways[0]} and {way}: they do not compare")
-    for path, result in zip(paths[1:], results[1:], strict=True):
         for name, what in (("reference_hash", "reference"), ("extractor_sha256", "extractor"), ("resolution", "size")):
             if result[name] != results[0][name]:
                 raise UserError(
@@ -198,12 +184,8 @@ def _short(value: object) -> str:
 
 
 def _result(path: Path) -> dict[str, Any]:
-    try:
-        result = read_json(path)
-        if {"fid", "reference_hash", "extractor_sha256", "resolution"} <= set(result):
-            return dict(result)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except (OSError, ValueError, TypeError):
-        pass
-    raise UserError(f"{path} is no result of 'ibq-scale evaluate generation --json'")
+    result = json_object(path)
+    if result.keys() >= {"fid", "reference_hash", "extractor_sha256", "resolution"}:
+        return result
+    what = "is no result of 'ibq-scale evaluate generation --json'" if path.exists() else "does not exist"
+    raise UserError(f"{path} {what}")

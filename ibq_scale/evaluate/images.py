@@ -107,22 +107,18 @@ class NpzImages(_ReadImages):
 
     def __init__(self, path: Path, limit: int | None) -> None:
         self.path = path
-        self._place = 0
+        self._place = -1
         self._stream, shape = self._open()
+        self._begin = self._stream.tell()
         count = min(shape[0], limit or shape[0])
         super().__init__(str(path), count, (shape[1], shape[2]))
 
     def read(self, places: Sequence[int]) -> NDArray[np.uint8]:
-        image = self.size[0] * self.size[1] * 3
-        if places[0] < self._place - 1:
-            self._stream.close()
-            (self._stream, _), self._place = self._open(), 0
         pictures: list[NDArray[np.uint8]] = []
         for place in places:
-            if place >= self._place:
-                self._skip((place - self._place) * image)
-                self._last = self._bytes(image)
-                self._place = place + 1
+            # The last one may come again. A stream goes back by reading all before it once more.
+            if place != self._place:
+                self._last, self._place = self._image(place), place
             pictures.append(np.frombuffer(self._last, np.uint8).reshape(*self.size, 3))
         return np.stack(pictures)
 
@@ -142,12 +138,10 @@ class NpzImages(_ReadImages):
             raise UserError(f"{self.path}: arr_0 is {dtype} {shape}, not uint8 (N, height, width, 3)")
         return stream, shape
 
-    def _skip(self, count: int) -> None:
-        while count:
-            count -= len(self._bytes(min(count, 1 << 24)))
-
-    def _bytes(self, count: int) -> bytes:
+    def _image(self, place: int) -> bytes:
+        count = self.size[0] * self.size[1] * 3
         try:
+            self._stream.seek(self._begin + place * count)
             data: bytes = self._stream.read(count)
         except (OSError, EOFError, zipfile.BadZipFile) as e:
             raise UserError(f"{self.path} is damaged: {e}") from None

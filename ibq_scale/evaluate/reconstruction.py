@@ -152,78 +152,52 @@ def measure(
 
     Rows (N, 3 + C) float64, on the CPU, in the set's order: position, shard, row, `Networks.columns`. The figures do
     not depend on the number of ranks: per-image values are gathered and summed exactly (math.fsum), and the sums for
-    rFID and the histogram of codes are integers.
+    rFID and the histogram of codes are integers. There are no conventions for fewer than two images.
     """
-    measures = _Measures(tokenizer, networks, world, pixels)
+    usage = CodeUsage(tokenizer.quantizer_config.codebook_size, world.device)
+    inception = networks.inception
+    sums = () if inception is None else [Sums(networks.conventions, inception, world.device) for _ in range(2)]
+    found: list[Tensor] = []
     for images, weights_B in stream:
-        measures.add(images.images_u8.to(world.device), images.requests, weights_B)
-    rows_NC = measures.gather()
-    rows = measures.conventions(len(rows_NC))
-    return measures.finish(rows_NC) | {"rfid": rows[0].fid if rows else None}, rows_NC, rows
-
-
-class _Measures:
-    """Accumulates all metrics, image by image."""
-
-    def __init__(self, tokenizer: Tokenizer, networks: Networks, world: World, pixels: Pixels) -> None:
-        self.tokenizer = tokenizer
-        self.networks = networks
-        self.world = world
-        self.pixels = pixels
-        self.rows: list[Tensor] = []
-        self.usage = CodeUsage(tokenizer.quantizer_config.codebook_size, world.device)
-        self.sums: tuple[Sums, ...] = ()
-        if networks.inception is not None:
-            self.sums = tuple(Sums(networks.conventions, networks.inception, world.device) for _ in range(2))
-
-    @torch.inference_mode()
-    def add(self, images_u8: Tensor, requests_B5: Tensor, weights_B: Tensor) -> None:
-        """Adds one batch. Images of weight 0 are padding."""
-        images = to_float(images_u8)
-        codes_Bhw = self.tokenizer.encode(images)
-        real_B = weights_B.to(codes_Bhw.device) > 0
-        self.usage.update(codes_Bhw[real_B])
-        decoded, decoded_255 = self._decode(codes_Bhw)
-        values = [psnr(images_u8, decoded_255), ssim(images_u8, decoded_255)]
-        values += [perceptual(images, decoded).double() for perceptual in self.networks.perceptual.values()]
-        places = requests_B5[:, [0, 3, 4]].to(images.device).double()
-        self.rows.append(torch.cat([places, torch.stack(values, dim=1)], dim=1)[real_B])
-        for sums, pictures in zip(self.sums, (decoded_255, images_u8), strict=bool(self.sums)):
-            sums.update(pictures, weights_B)
-
-    def _decode(self, codes_Bhw: Tensor) -> tuple[Tensor, Tensor]:
-        """Reconstructions as float in -1 … 1 and as pixels 0 … 255."""
-        decoded = self.tokenizer.decode(codes_Bhw)
-        if self.pixels == "float":
-            decoded = decoded.clamp(-1.0, 1.0)
-            return decoded, (decoded + 1.0) * 127.5
-        decoded_u8 = to_uint8(decoded)
-        return to_float(decoded_u8), decoded_u8
-
-    def gather(self) -> Tensor:
-        """Rows (N, 3 + C) float64 of all images in order, on the CPU: position, shard, row, values. Collective."""
-        rows_nC = torch.cat(self.rows)
-        return gather_rows(rows_nC[:, 0].long(), rows_nC).cpu()
-
-    def finish(self, rows_NC: Tensor) -> dict[str, Any]:
-        """Global values. Collective."""
-        columns = zip(self.networks.columns, rows_NC[:, 3:].unbind(dim=1), strict=True)
-        values: dict[str, Any] = dict.fromkeys(FILES)
-        values |= {name: math.fsum(column.tolist()) / len(rows_NC) for name, column in columns}
-        self.usage.reduce()
-        values |= {"usage": self.usage.usage, "perplexity": self.usage.perplexity}
-        return values
-
-    def conventions(self, images: int) -> list[ConventionResult]:
-        """Distances of reconstructions and images by each convention. None for fewer than two images. Collective."""
-        if not self.sums or images < 2 or self.networks.inception is None:
-            return []
-        fake, real = (sums.moments() for sums in self.sums)
-        origin = {
-            "extractor_sha256": self.networks.inception.sha256,
+        images_u8 = images.images_u8.to(world.device)
+        # Images of weight 0 are padding.
+        held_B = (weights_B > 0).to(world.device)
+        with torch.inference_mode():
+            originals = to_float(images_u8)
+            codes_Bhw = tokenizer.encode(originals)
+            usage.update(codes_Bhw[held_B])
+            decoded, decoded_255 = _pixels(tokenizer.decode(codes_Bhw), pixels)
+            values = [psnr(images_u8, decoded_255), ssim(images_u8, decoded_255)]
+            values += [net(originals, decoded).double() for net in networks.perceptual.values()]
+            places = images.requests[:, [0, 3, 4]].to(world.device).double()
+            found.append(torch.cat([places, torch.stack(values, dim=1)], dim=1)[held_B])
+            for part, pictures in zip(sums, (decoded_255, images_u8), strict=False):
+                part.update(pictures, weights_B)
+    rows_nC = torch.cat(found)
+    rows_NC = gather_rows(rows_nC[:, 0].long(), rows_nC).cpu()
+    usage.reduce()
+    figures: dict[str, Any] = dict.fromkeys(FILES) | {"usage": usage.usage, "perplexity": usage.perplexity}
+    for name, column in zip(networks.columns, rows_NC[:, 3:].unbind(dim=1), strict=True):
+        figures[name] = math.fsum(column.tolist()) / len(rows_NC)
+    conventions = []
+    if inception is not None and len(rows_NC) > 1:
+        origin: dict[str, Any] = {
+            "extractor_sha256": inception.sha256,
             "reference": "the same images with the same crop",
-            "reference_images": images,
-            "images": images,
+            "reference_images": len(rows_NC),
+            "images": len(rows_NC),
         }
-        words = "8-bit" if self.pixels == "8bit" else "unrounded"
-        return [result_row(convention, real, fake, words, origin) for convention in self.networks.conventions]
+        words = "8-bit" if pixels == "8bit" else "unrounded"
+        fake, real = (part.moments() for part in sums)
+        conventions = [result_row(each, real, fake, words, {}, **origin) for each in networks.conventions]
+        figures["rfid"] = conventions[0].fid
+    return figures, rows_NC, conventions
+
+
+def _pixels(decoded: Tensor, pixels: Pixels) -> tuple[Tensor, Tensor]:
+    """Reconstructions as float in -1 … 1 and as pixels 0 … 255."""
+    if pixels == "float":
+        decoded = decoded.clamp(-1.0, 1.0)
+        return decoded, (decoded + 1.0) * 127.5
+    decoded_u8 = to_uint8(decoded)
+    return to_float(decoded_u8), decoded_u8

@@ -48,6 +48,10 @@ class Stamp:
     program: str
 
     @property
+    def words(self) -> str:
+        return f"{self.images} images of {self.data}, crop {self.crop}, {self.resolution[0]} x {self.resolution[1]}"
+
+    @property
     def hash(self) -> str:
         """Identity of the reference: sha256 of all fields except the data's address and the program's version."""
         values = asdict(self)
@@ -172,7 +176,9 @@ def load_reference(
         images = open_images(source, size)
         return measure_reference(images, inception, world, batch=batch, features=FEATURES_KEPT, conventions=conventions)
     moments = {}
-    for key in (name.removeprefix("mu") for name in arrays if name.startswith("mu")):
+    for key in {"", SPATIAL, *(convention.key for convention in CONVENTIONS.values())}:
+        if not {f"mu{key}", f"sigma{key}"} <= arrays.keys():
+            continue
         width = inception.spatial_width if key == SPATIAL else inception.width
         mu, sigma = arrays[f"mu{key}"], arrays[f"sigma{key}"]
         if mu.shape != (width,) or sigma.shape != (width, width):
@@ -192,15 +198,12 @@ def load_reference(
 
 def _moments_file(path: Path) -> dict[str, Any] | None:
     """The small arrays of a statistics file, None for an ``.npz`` of images only. ``arr_0`` is listed, not read."""
-    keys = {"", SPATIAL, *(convention.key for convention in CONVENTIONS.values())}
     try:
         with np.load(cast(BinaryIO, path), allow_pickle=False) as file:
             if not {"mu", "sigma"} <= set(file.files):
                 return None
-            pairs = [k for k in keys if {f"mu{k}", f"sigma{k}"} <= set(file.files)]
-            wanted = [f"{name}{key}" for key in pairs for name in ("mu", "sigma")]
-            wanted += [name for name in ("features", "stamp") if name in file.files]
-            return {name: file[name] for name in wanted} | {name: None for name in file.files if name == "arr_0"}
+            wanted = [name for name in file.files if name.startswith(("arr_0", "mu", "sigma", "features", "stamp"))]
+            return {name: None if name == "arr_0" else file[name] for name in wanted}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
         raise UserError(f"{path} is damaged or no .npz: {e}") from None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,7 +13,8 @@ from ibq_scale.evaluate.fid import FeatureStatistics, Inception, Moments, Seen, 
 
 # Key of the spatial statistics in a reference file, as in ADM's.
 SPATIAL = "_s"
-FIGURES = ("fid", "sfid", "inception_score", "inception_score_std", "precision", "recall")
+# Figures by name, each a number or the reason for its absence.
+Scores = dict[str, float | str]
 
 
 class Sums:
@@ -34,15 +34,12 @@ class Sums:
         Returns the network's outputs for TensorFlow's resize, None without a convention of it. Its features serve
         precision and recall.
         """
-        found = None
-        for key, prepare in self.prepare.items():
-            seen = self.inception(prepare(images))
-            self.statistics[key].update(seen.features_BF, weights_B)
-            if key == "":
-                found = seen
-        if found is not None and SPATIAL in self.statistics:
-            self.statistics[SPATIAL].update(found.spatial_BS, weights_B)
-        return found
+        seen = {key: self.inception(prepare(images)) for key, prepare in self.prepare.items()}
+        for key, found in seen.items():
+            self.statistics[key].update(found.features_BF, weights_B)
+        if SPATIAL in self.statistics:
+            self.statistics[SPATIAL].update(seen[""].spatial_BS, weights_B)
+        return seen.get("")
 
     def moments(self) -> dict[str, Moments]:
         """Moments of all ranks' images by key. Collective. Call it once."""
@@ -56,30 +53,29 @@ def result_row(
     fake: Mapping[str, Moments],
     real: Mapping[str, Moments],
     pixels: str,
-    origin: Mapping[str, Any],
-    scores: Mapping[str, float] = MappingProxyType({}),
-    faults: Mapping[str, str] = MappingProxyType({}),
+    scores: Scores,
+    **origin: Any,
 ) -> ConventionResult:
-    """One convention's figures: distances of the moments, and `scores` by name.
+    """One convention's figures: distances of the moments, and `scores`.
 
-    `pixels`: the pictures' quantisation in words. `origin`: the other fields. `faults`: reasons for missing scores.
+    `pixels`: the pictures' quantisation in words. `origin`: the other fields.
     """
-    figures: dict[str, Any] = dict.fromkeys(FIGURES) | dict(scores)
-    found = dict(faults)
-    for name, key in (("fid", convention.key), *((("sfid", SPATIAL),) if convention.spatial else ())):
-        if key in real:
-            figures[name] = moments_distance(fake[key], real[key])
-        else:
-            found[name] = (
-                "the reference holds no such statistics: give images, or a file of 'evaluate reference "
-                f"--conventions {convention.name}'"
-            )
+    keys = {"fid": convention.key} | ({"sfid": SPATIAL} if convention.spatial else {})
+    absent = (
+        "the reference holds no such statistics: give images, or a file of 'evaluate reference "
+        f"--conventions {convention.name}'"
+    )
+    figures = {
+        **scores,
+        **{name: moments_distance(fake[key], real[key]) if key in real else absent for name, key in keys.items()},
+    }
+    numbers: dict[str, Any] = {name: value for name, value in figures.items() if isinstance(value, float)}
     return ConventionResult(
         convention=convention.name,
         resize=convention.resize,
         quantisation=f"{pixels} pictures, {convention.quantisation}",
         extractor=convention.extractor,
         **origin,
-        **figures,
-        not_measured=found,
+        **numbers,
+        not_measured={name: value for name, value in figures.items() if isinstance(value, str)},
     )

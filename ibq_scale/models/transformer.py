@@ -28,8 +28,6 @@ from ibq_scale.models.rotary import rotary_table, rotate
 STD = 0.02
 # torch.compile's limit of graphs per block: training and evaluation, and batches of other sizes.
 COMPILED_GRAPHS = 16
-
-
 # The mean square is in fp32.
 RMSNorm = partial(nn.RMSNorm, eps=1e-5)
 

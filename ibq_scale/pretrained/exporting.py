@@ -42,21 +42,16 @@ def save_model(
     to: Path, model: Tokenizer | ARModel, source: Mapping[str, Any], training: Mapping[str, Any] | None = None
 ) -> Kind:
     """Writes a model and its card. `source`: its origin. `training`: the checkpoint's manifest, if any."""
+    kind: Kind
     if isinstance(model, Tokenizer):
         save_tokenizer(to, model, source)
+        kind, body = "tokenizer", _tokenizer(model, to.name)
     else:
         save_ar(to, model, source)
-    write_card(to, model, source, training)
-    return "tokenizer" if isinstance(model, Tokenizer) else "ar"
-
-
-def write_card(
-    folder: Path, model: Tokenizer | ARModel, source: Mapping[str, Any], training: Mapping[str, Any] | None
-) -> None:
-    """Writes README.md. `source`: the config's section. `training`: the manifest of the checkpoint, if any."""
-    body = _tokenizer(model, folder.name) if isinstance(model, Tokenizer) else _transformer(model, folder.name)
+        kind, body = "ar", _transformer(model, to.name)
     parts = [body, _origin(source), _training(training) if training is not None else ""]
-    (folder / CARD).write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    (to / CARD).write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    return kind
 
 
 def _head(tag: str) -> str:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ibq_scale.documents import one_line
 from ibq_scale.errors import UserError
 
 PREFIX = "hf://"
@@ -23,21 +24,18 @@ def address_of(path: str | Path, revision: str | None = None) -> str | Path:
 
 
 def local(path: str | Path) -> Path:
-    """`path`, or the fetched files of an ``hf://`` address."""
-    return fetch(path) if isinstance(path, str) and path.startswith(PREFIX) else Path(path)
-
-
-def fetch(address: str) -> Path:
-    """``hf://OWNER/NAME`` or ``hf://OWNER/NAME@REVISION`` → its files in the Hub's own cache.
+    """`path`, or the files of ``hf://OWNER/NAME`` or ``hf://OWNER/NAME@REVISION``, fetched to the Hub's own cache.
 
     UserError if the library, the model or the network is missing.
     """
-    repo, _, revision = address.removeprefix(PREFIX).partition("@")
+    if not (isinstance(path, str) and path.startswith(PREFIX)):
+        return Path(path)
+    repo, _, revision = path.removeprefix(PREFIX).partition("@")
     hub = _library()
     try:
         return Path(hub.snapshot_download(repo, revision=revision or None, allow_patterns=list(FILES)))
     except Exception as e:
-        raise UserError(f"cannot fetch {address}: {_line(e)}") from None
+        raise UserError(f"cannot fetch {path}: {one_line(e)}") from None
 
 
 def push(folder: Path, repo: str, *, private: bool) -> str:
@@ -57,7 +55,7 @@ def push(folder: Path, repo: str, *, private: bool) -> str:
         api.create_repo(repo, private=private or None, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, allow_patterns=list(FILES))
     except Exception as e:
-        raise UserError(f"cannot push to {repo}: {_line(e)}") from None
+        raise UserError(f"cannot push to {repo}: {one_line(e)}") from None
     return f"{PREFIX}{repo}"
 
 
@@ -67,7 +65,3 @@ def _library() -> Any:
     except ModuleNotFoundError:
         raise UserError("models on the Hub need huggingface_hub: pip install 'ibq-scale[hub]'") from None
     return huggingface_hub
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -66,7 +66,6 @@ def write_huggingface(
     to: Path, tensors: Mapping[str, Tensor], model: AutoencoderConfig, quantizer: QuantizerConfig
 ) -> None:
     """Writes a folder of this layout in fp32, since half precision would change codes."""
-    to.mkdir(parents=True, exist_ok=True)
     config = {
         "architectures": [f"{MODEL_TYPE}Model"],
         "model_type": MODEL_TYPE,
@@ -78,6 +77,12 @@ def write_huggingface(
         "dropout": 0.0,
         "torch_dtype": "float32",
     }
+    write_folder(to, tensors, config)
+
+
+def write_folder(to: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Writes what transformers calls a pretrained model: ``config.json``, and the weights in fp32."""
+    to.mkdir(parents=True, exist_ok=True)
     whole = {name: tensor.detach().cpu().float().contiguous() for name, tensor in tensors.items()}
     save_file(whole, to / WEIGHTS, metadata={"format": "pt"})
     (to / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -9,7 +9,6 @@ by rows. `path` arguments accept such a directory, a training checkpoint, or a r
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -21,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ibq_scale.checkpoint.pieces import PieceReader
-from ibq_scale.checkpoint.reading import MANIFEST, Checkpoint, read_checkpoint, verify, whole_checkpoints
+from ibq_scale.checkpoint.reading import MANIFEST, read_checkpoint, verify, whole_checkpoints
 from ibq_scale.config.models import AutoencoderConfig, QuantizerConfig, TransformerConfig
 from ibq_scale.data.manifest import ConditionInfo
 from ibq_scale.documents import read_json, require_regular
@@ -60,20 +59,12 @@ def load_tokenizer(path: str | Path, device: torch.device | str = "cpu", check_h
     quantizer = _section(QuantizerConfig, config, "quantizer", folder)
     weights = _weights(folder, config)
     tensors = {f"autoencoder.{k}": v for k, v in weights.items()} | {"codebook_KD": _codebook(folder)}
-    tokenizer = fill_tokenizer(model, quantizer, tensors, folder)
-    tokenizer.codes_of = tuple(config.get("source", {}).get("codes_of", ()))
-    return tokenizer.to(device)
-
-
-def fill_tokenizer(
-    model: AutoencoderConfig, quantizer: QuantizerConfig, tensors: Mapping[str, Tensor], where: Path
-) -> Tokenizer:
-    """The tokenizer with these weights, fp32. UserError for weights of other sizes, before any allocation."""
-    require_layers(tensors, layers_of(model, r"autoencoder\."), str(where))
+    require_layers(tensors, layers_of(model, r"autoencoder\."), str(folder))
     with torch.device("meta"):
         tokenizer = Tokenizer(model, quantizer)
-    fill_strictly(tokenizer, tensors, where, torch.float32)
-    return tokenizer
+    fill_strictly(tokenizer, tensors, folder, torch.float32)
+    tokenizer.codes_of = tuple(config.get("source", {}).get("codes_of", ()))
+    return tokenizer.to(device)
 
 
 def load_ar(path: str | Path, device: torch.device | str = "cpu", check_hashes: bool = True) -> ARModel:
@@ -119,45 +110,34 @@ def start_from(path: str, network: Autoencoder) -> None:
     fill_strictly(network, _weights(folder, config), folder)
 
 
-def stored(path: str, network: Transformer, first: Values | None = None) -> Values:
+def stored(path: str, network: Transformer, first: Values) -> Values:
     """The weights at `path`, read on demand. UserError for other sizes than `network`.
 
-    An order embedding is left aside if only one of the two has it. `first`: the initial one of `network`.
+    An order embedding is left aside if only one of the two has it. `first`: initial weights, for that of `network`.
     """
     folder, config = _read_config(Path(path), "ar")
-    shapes, read = _pieces(folder, config) if "weights" in config else _slices(folder / WEIGHTS)
-    found = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    shapes, read = _pieces(folder, config) if "weights" in config else _mapped(folder / WEIGHTS)
     wanted = network.state_dict()
-    if ORDER_EMBEDDING not in wanted or ORDER_EMBEDDING not in found:
-        for tensors in (wanted, found):
-            tensors.pop(ORDER_EMBEDDING, None)
-    require_fit(wanted, found, str(folder))
-
-    def values(name: str, start: int, length: int) -> Tensor:
-        return first(name, start, length) if first is not None and name not in found else read(name, start, length)
-
-    return values
+    there = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    if ORDER_EMBEDDING not in wanted or ORDER_EMBEDDING not in there:
+        wanted.pop(ORDER_EMBEDDING, None)
+        there.pop(ORDER_EMBEDDING, None)
+    require_fit(wanted, there, str(folder))
+    return lambda name, start, length: (read if name in shapes else first)(name, start, length)
 
 
 Shapes = Mapping[str, Sequence[int]]
 
 
-def _slices(file: Path) -> tuple[Shapes, Values]:
+def _mapped(file: Path) -> tuple[Shapes, Values]:
     try:
         require_regular(file)
         opened: Any = safe_open(file, framework="pt")
-        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  (no mapping)
+        shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118  (no mapping)
     except (OSError, SafetensorError, ValueError) as e:
         raise UserError(f"cannot read {file}: {e}") from None
-    shapes = {name: rows.get_shape() for name, rows in slices.items()}
-
-    def read(name: str, start: int, length: int) -> Tensor:
-        row = math.prod(shapes[name][1:])
-        begin, end = start // row, -(-(start + length) // row)
-        rows: Tensor = slices[name][begin:end]
-        return rows.flatten()[start - begin * row :][:length]
-
-    return shapes, read
+    # A tensor is a view of the mapped file, so these elements alone are read.
+    return shapes, lambda name, start, length: opened.get_tensor(name).flatten()[start : start + length]
 
 
 def _pieces(folder: Path, config: dict[str, Any]) -> tuple[Shapes, Values]:
@@ -238,18 +218,18 @@ def config_text(
     training, if any. `order_scale`: of the order embedding there, if any.
     """
     sizes = model.stored() if isinstance(model, TransformerConfig) else model.model_dump(mode="json")
-    values: dict[str, Any] = {"format_version": FORMAT_VERSION, "kind": kind, "model": sizes}
-    if quantizer is not None:
-        values["quantizer"] = quantizer.model_dump(mode="json")
-    if tokenizer is not None:
-        values["tokenizer"] = tokenizer
-    if encoder is not None:
-        values["encoder"] = encoder.model_dump(mode="json")
-    if "order" in sizes and order_scale != 1.0:
-        values["order_scale"] = order_scale
-    if weights is not None:
-        values["weights"] = weights._asdict()
-    return json.dumps(values | {"source": dict(source)}, indent=2) + "\n"
+    values = {
+        "format_version": FORMAT_VERSION,
+        "kind": kind,
+        "model": sizes,
+        "quantizer": quantizer and quantizer.model_dump(mode="json"),
+        "tokenizer": tokenizer,
+        "encoder": encoder and encoder.model_dump(mode="json"),
+        "order_scale": order_scale if "order" in sizes and order_scale != 1.0 else None,
+        "weights": weights and weights._asdict(),
+        "source": dict(source),
+    }
+    return json.dumps({name: value for name, value in values.items() if value is not None}, indent=2) + "\n"
 
 
 def codebook_part(part: int, parts: int) -> str:
@@ -273,16 +253,12 @@ def _read_config(path: Path, kind: Kind, check_hashes: bool = True) -> tuple[Pat
     if config["kind"] != kind:
         raise UserError(f"{path} is {_A[config['kind']]}; {_A[kind]} is needed here")
     if check_hashes and (folder.parent / MANIFEST).is_file():
-        _check_hashes(read_checkpoint(folder.parent), config, folder)
+        checkpoint = read_checkpoint(folder.parent)
+        read = ("model/", f"{_place(config, folder).folder}/") if "weights" in config else ("model/",)
+        faults = verify(checkpoint, [name for name in checkpoint.manifest["files"] if name.startswith(read)])
+        if faults:
+            raise UserError(f"{checkpoint.path} is damaged ({'; '.join(faults)}): use another checkpoint of the run")
     return folder, config
-
-
-def _check_hashes(checkpoint: Checkpoint, config: dict[str, Any], folder: Path) -> None:
-    """UserError if a file of the model differs from the manifest's hash."""
-    read = ("model/", f"{_place(config, folder).folder}/") if "weights" in config else ("model/",)
-    faults = verify(checkpoint, [name for name in checkpoint.manifest["files"] if name.startswith(read)])
-    if faults:
-        raise UserError(f"{checkpoint.path} is damaged ({'; '.join(faults)}): use another checkpoint of the run")
 
 
 def config_of(folder: Path) -> dict[str, Any]:

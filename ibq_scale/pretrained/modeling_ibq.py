@@ -19,6 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 SIZES: dict[str, Any] = {"codebook_size": 16384, "classes": 1000, "tokens": 256, "depth": 16, "heads": 16}
 SIZES |= {"kv_heads": 16, "width": 1024, "ffn_hidden": 2816, "conditioning": "prefix", "qk_norm": False}
+RMSNorm = partial(nn.RMSNorm, eps=1e-5)
 # Its name before transformers 5.24 was past_key_values.
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
@@ -59,9 +60,6 @@ def rotate(x_BTHd: Tensor, table_2Tp: Tensor) -> Tensor:
     cos, sin = table_2Tp[:, :, None]
     even, odd = x_BTHd.float().view(*x_BTHd.shape[:-1], -1, 2).unbind(-1)
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], dim=-1).flatten(-2).to(x_BTHd.dtype)
-
-
-RMSNorm = partial(nn.RMSNorm, eps=1e-5)
 
 
 class Attention(nn.Module):
@@ -138,6 +136,7 @@ class IBQForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = IBQConfig
     _no_split_modules = ("Block",)
+    _input_embed_layer = "tok_emb"
 
     def __init__(self, config: IBQConfig) -> None:
         super().__init__(config)
@@ -147,9 +146,6 @@ class IBQForCausalLM(PreTrainedModel, GenerationMixin):
         self.head_nm = HeadNorm(config)
         self.head = nn.Linear(config.width, config.codebook_size, bias=False)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.tok_emb
 
     def get_output_embeddings(self) -> nn.Module:
         return self.head
@@ -187,7 +183,5 @@ class IBQForCausalLM(PreTrainedModel, GenerationMixin):
         for block in self.blocks:
             x_BTE = block(x_BTE, class_BE, table, cache, past)
         logits = self.head(self.head_nm(x_BTE, class_BE)[:, -logits_to_keep:])
-        loss = None
-        if labels is not None:
-            loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
+        loss = None if labels is None else self.loss_function(logits, labels, size)
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})

@@ -6,10 +6,9 @@ import json
 import shutil
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from ibq_scale.errors import UserError
-from ibq_scale.pretrained.loading import CONFIG, WEIGHTS, Kind, load_ar, refuse_overwrite
+from ibq_scale.pretrained.huggingface import write_folder
+from ibq_scale.pretrained.loading import Kind, load_ar, refuse_overwrite
 
 CODE = Path(__file__).with_name("modeling_ibq.py")
 CARD = """---
@@ -58,12 +57,8 @@ def export_transformers(path: Path, to: Path) -> Kind:
     }
     # All codes of an image, from the whole distribution.
     generation = {"do_sample": True, "max_new_tokens": sizes.tokens, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    to.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().float() for name, tensor in model.transformer.state_dict().items()}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, to / WEIGHTS, metadata={"format": "pt"})
-    for name, values in ((CONFIG, config), ("generation_config.json", generation)):
-        (to / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_folder(to, model.transformer.state_dict(), config)
+    (to / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
     shutil.copyfile(CODE, to / CODE.name)
-    card = CARD.format(name=to.name, **{name: getattr(sizes, name) for name in names})
-    (to / "README.md").write_text(card, encoding="utf-8")
+    (to / "README.md").write_text(CARD.format(name=to.name, **config), encoding="utf-8")
     return "ar"

@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from itertools import pairwise
-from operator import mul
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import Tensor
 
 from ibq_scale import extensions
@@ -23,8 +23,8 @@ from ibq_scale.documents import json_object
 from ibq_scale.errors import UserError
 
 EVENTS = "tensorboard"
-# MLflow's longest value of a parameter, and most parameters in a call.
-VALUE_CHARACTERS, PARAMETERS = 6000, 100
+# MLflow's most parameters in a call.
+PARAMETERS = 100
 
 log = logging.getLogger(__name__)
 
@@ -64,39 +64,27 @@ class Dashboards:
     def __init__(self, run_dir: Path, config: AnyRun) -> None:
         """UserError where one from outside cannot be imported. One that cannot start is reported and left out."""
         self._failing: set[str] = set()
-        kinds: dict[str, Callable[[Path, AnyRun], Dashboard]] = {}
+        kinds = dashboard_classes(config)
         if config.tensorboard:
             kinds["TensorBoard"] = TensorBoard
         if config.wandb.mode != "off":
             kinds["W&B"] = WandB
         if config.metrics.port is not None or config.metrics.textfile is not None:
-            from ibq_scale.supervise.openmetrics import OpenMetrics
+            kinds["OpenMetrics"] = lambda *run: import_module("ibq_scale.supervise.openmetrics").OpenMetrics(*run)
+        self._open: dict[str, Dashboard] = {}
+        for name, kind in kinds.items():
+            try:
+                self._open[name] = kind(run_dir, config)
+            except UserError as e:
+                tell(f"going on without a dashboard: {e}")
+            except Exception as e:  # a run trains without a dashboard too
+                log.warning("a dashboard could not start, going on without it: %s", e)
 
-            kinds["OpenMetrics"] = OpenMetrics
-        kinds |= dashboard_classes(config)
-        begun = {name: _begin(kind, run_dir, config) for name, kind in kinds.items()}
-        self._open = {name: dashboard for name, dashboard in begun.items() if dashboard is not None}
-
-    def values(self, step: int, line: Mapping[str, Any]) -> None:
-        """As `Dashboard`, and so are the others."""
-        self._each(lambda d: d.values(step, line))
-
-    def histogram(self, step: int, name: str, histogram: Histogram) -> None:
-        self._each(lambda d: d.histogram(step, name, histogram))
-
-    def picture(self, step: int, name: str, picture_CHW: Tensor) -> None:
-        self._each(lambda d: d.picture(step, name, picture_CHW))
-
-    def alarm(self, step: int, text: str) -> None:
-        self._each(lambda d: d.alarm(step, text))
-
-    def close(self) -> None:
-        self._each(lambda d: d.close())
-
-    def _each(self, do: Callable[[Dashboard], None]) -> None:
+    def send(self, method: str, *values: object) -> None:
+        """Calls this method of each `Dashboard`."""
         for name, dashboard in self._open.items():
             try:
-                do(dashboard)
+                getattr(dashboard, method)(*values)
                 self._failing.discard(name)
             except Exception as e:  # of any type
                 if name not in self._failing:
@@ -107,16 +95,6 @@ class Dashboards:
 def dashboard_classes(config: AnyRun) -> dict[str, Callable[[Path, AnyRun], Dashboard]]:
     """The dashboards that a config names, by name. UserError where one from outside cannot be imported."""
     return {name: TRACKERS.get(name) or extensions.load(extensions.DASHBOARDS, name) for name in config.dashboards}
-
-
-def _begin(kind: Callable[[Path, AnyRun], Dashboard], run_dir: Path, config: AnyRun) -> Dashboard | None:
-    try:
-        return kind(run_dir, config)
-    except UserError as e:
-        tell(f"going on without a dashboard: {e}")
-    except Exception as e:  # a run trains without a dashboard too
-        log.warning("a dashboard could not start, going on without it: %s", e)
-    return None
 
 
 def numbers(line: Mapping[str, Any]) -> dict[str, float]:
@@ -135,8 +113,8 @@ class WandB(Dashboard):
         if not id_file.is_file():
             id_file.write_text(secrets.token_hex(4), encoding="utf-8")
         environment = json_object(run_dir / "environment.json")
-        known = {"environment": environment} if environment else {}
         settings: dict[str, Any] = {
+            "mode": config.wandb.mode,
             "project": config.wandb.project,
             "entity": config.wandb.entity,
             "group": config.wandb.group,
@@ -144,15 +122,14 @@ class WandB(Dashboard):
             "id": id_file.read_text(encoding="utf-8").strip(),
             "resume": "allow",
             "dir": str(run_dir),
-            "config": config.model_dump(mode="json") | known,
+            "config": config.model_dump(mode="json") | ({"environment": environment} if environment else {}),
         }
-        online = config.wandb.mode == "online"
         try:
-            self._run: Any = wandb.init(mode="online" if online else "offline", **settings)
+            self._run: Any = wandb.init(**settings)
         except Exception as e:
-            if not online:
+            if config.wandb.mode == "offline":
                 raise
-            self._run = wandb.init(mode="offline", **settings)
+            self._run = wandb.init(**settings | {"mode": "offline"})
             tell(f"W&B is out of reach ({e}): writing to {run_dir}/wandb; 'wandb sync' sends it later")
 
     def values(self, step: int, line: Mapping[str, Any]) -> None:
@@ -176,31 +153,17 @@ class TensorBoard(Dashboard):
     """Event files. UserError without the package."""
 
     def __init__(self, run_dir: Path, config: AnyRun) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ModuleNotFoundError:
-            raise UserError("tensorboard=true needs it: pip install 'ibq-scale[tensorboard]'") from None
+        module = _module("torch.utils.tensorboard", "tensorboard=true", "TensorBoard")
         # A resumed run writes the steps after its checkpoint again: the last ones count.
-        self._writer: Any = SummaryWriter(str(run_dir / EVENTS))
+        self._writer: Any = module.SummaryWriter(str(run_dir / EVENTS))
 
     def values(self, step: int, line: Mapping[str, Any]) -> None:
         for name, value in numbers(line).items():
             self._writer.add_scalar(name, value, step)
 
     def histogram(self, step: int, name: str, histogram: Histogram) -> None:
-        counts, edges = histogram
-        middles = [(a + b) / 2 for a, b in pairwise(edges)]
-        self._writer.add_histogram_raw(
-            name,
-            min=edges[0],
-            max=edges[-1],
-            num=sum(counts),
-            sum=sum(map(mul, counts, middles)),
-            sum_squares=sum(n * m * m for n, m in zip(counts, middles, strict=True)),
-            bucket_limits=list(edges[1:]),
-            bucket_counts=list(counts),
-            global_step=step,
-        )
+        middles = [(a + b) / 2 for a, b in pairwise(histogram.edges)]
+        self._writer.add_histogram(name, np.repeat(middles, histogram.counts), step, bins=list(histogram.edges))
 
     def picture(self, step: int, name: str, picture_CHW: Tensor) -> None:
         self._writer.add_image(name, picture_CHW, step)
@@ -216,9 +179,8 @@ class MLflow(Dashboard):
     """A run of MLflow, the same one after each resume. Without MLFLOW_TRACKING_URI it is kept in the run directory."""
 
     def __init__(self, run_dir: Path, config: AnyRun) -> None:
-        mlflow = _module("mlflow", "MLflow")
-        entities = import_module("mlflow.entities")
-        self._metric, own = entities.Metric, (run_dir / "mlflow").absolute()
+        mlflow = _module("mlflow", "dashboards=[mlflow]", "MLflow")
+        self._metric, own = mlflow.entities.Metric, (run_dir / "mlflow").absolute()
         # Its file store takes no new runs without an environment variable (3.17).
         uri = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{own}.db")
         self._client: Any = mlflow.MlflowClient(tracking_uri=uri)
@@ -234,7 +196,7 @@ class MLflow(Dashboard):
         self._run = self._client.create_run(number, run_name=config.name).info.run_id
         id_file.write_text(self._run, encoding="utf-8")
         values = flatten(config.model_dump(mode="json"))
-        params = [entities.Param(key, str(value)[:VALUE_CHARACTERS]) for key, value in values.items()]
+        params = [mlflow.entities.Param(key, str(value)) for key, value in values.items()]
         for first in range(0, len(params), PARAMETERS):
             self._client.log_batch(self._run, params=params[first : first + PARAMETERS])
 
@@ -253,12 +215,12 @@ class MLflow(Dashboard):
         self._client.set_terminated(self._run)
 
 
-class Trackio(Dashboard):
+class Trackio(WandB):
     """A run of trackio, which has W&B's calls. A resumed run goes on under its name."""
 
     def __init__(self, run_dir: Path, config: AnyRun) -> None:
-        self._module: Any = _module("trackio", "trackio")
-        self._run: Any = self._module.init(
+        self._module = _module("trackio", "dashboards=[trackio]", "trackio")
+        self._run = self._module.init(
             project="ibq-scale",
             name=config.name,
             resume="allow",
@@ -268,25 +230,17 @@ class Trackio(Dashboard):
 
     def values(self, step: int, line: Mapping[str, Any]) -> None:
         # trackio has a `time` of its own.
-        self._run.log({name: value for name, value in numbers(line).items() if name != "time"}, step=step)
-
-    def picture(self, step: int, name: str, picture_CHW: Tensor) -> None:
-        self._run.log({name: self._module.Image(picture_CHW.permute(1, 2, 0).numpy())}, step=step)
+        super().values(step, {name: value for name, value in line.items() if name != "time"})
 
     def alarm(self, step: int, text: str) -> None:
         self._run.alert(title=f"step {step}", text=text)
 
-    def close(self) -> None:
-        self._run.finish()
 
-
-def _module(name: str, title: str) -> Any:
+def _module(path: str, option: str, title: str) -> Any:
     try:
-        return import_module(name)
-    except ModuleNotFoundError as e:
-        if e.name != name:
-            raise
-        raise UserError(f"dashboards=[{name}] needs {title}: pip install 'ibq-scale[{name}]'") from None
+        return import_module(path)
+    except ModuleNotFoundError:
+        raise UserError(f"{option} needs {title}: pip install 'ibq-scale[{title.lower()}]'") from None
 
 
 TRACKERS = {"mlflow": MLflow, "trackio": Trackio}

@@ -56,14 +56,14 @@ class MetricsLog:
         if histograms:
             line["histograms"] = {name: histogram._asdict() for name, histogram in histograms.items()}
         self._append(json.dumps(line) + "\n")
-        self._dashboards.values(step, line)
+        self._dashboards.send("values", step, line)
         for name, histogram in histograms.items():
-            self._dashboards.histogram(step, name, histogram)
+            self._dashboards.send("histogram", step, name, histogram)
         tell(self._progress(step, values, shown))
         for alarm in alarms:
             log.warning("step %d: %s", step, alarm)
             tell(f"ALARM at step {step}: {alarm}")
-            self._dashboards.alarm(step, alarm)
+            self._dashboards.send("alarm", step, alarm)
 
     def show(self, step: int, pictures: Mapping[str, Tensor]) -> None:
         """Writes pictures, uint8 (3, H, W), to RUN/images and the dashboards."""
@@ -73,7 +73,7 @@ class MetricsLog:
                 save_png(path, picture_CHW)
             except OSError as e:
                 log.warning("could not write %s: %s", path, e)
-            self._dashboards.picture(step, name, picture_CHW)
+            self._dashboards.send("picture", step, name, picture_CHW)
 
     def _append(self, text: str) -> None:
         """Text for a full disk stays in memory until the next line."""
@@ -108,7 +108,7 @@ class MetricsLog:
             self._file.close()
         except OSError as e:
             log.warning("the end of %s is lost: %s", self.path, e)
-        self._dashboards.close()
+        self._dashboards.send("close")
 
 
 def keep_until(path: Path, step: int) -> float:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from ibq_scale.config.secrets import masked
 from ibq_scale.console import tell
+from ibq_scale.documents import json_object
 from ibq_scale.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ WAIT_SECONDS, POST_SECONDS, COMMAND_SECONDS = 2.0, 10.0, 60.0
 FOLLOWS_SECONDS = 0.5
 MOST_CHARACTERS = 2000
 # This package, wherever it was imported from.
-CODE = "import sys; sys.path.insert(0, sys.argv[1]); from ibq_scale.supervise.notify import main; main()"
+IMPORT = "import json, sys; sys.path.insert(0, sys.argv[1]); from ibq_scale.supervise.notify import deliver"
 
 
 class Notices:
@@ -46,7 +48,7 @@ class Notices:
         self._config = config
         self._world = world
         self._token: str | None = None
-        self._sent = not config.notify
+        self._sent = False
 
     def share(self) -> None:
         """Agrees on a token, by which one rank alone sends. Collective. UserError for an unset variable."""
@@ -57,16 +59,17 @@ class Notices:
 
     def _begin(self) -> str:
         for target in self._config.notify:
-            if _is_variable(target) and target[1:] not in os.environ:
-                raise UserError(f"notify={target}: the environment has no {target[1:]}")
-            if "/…" in target:
+            if _resolved(target) is None:
+                if "/…" not in target:
+                    raise UserError(f"notify={target}: the environment has no {target[1:]}")
                 tell(f"notify={target}: the rest of this address is kept nowhere. Give it again: no notice goes there")
         return os.urandom(8).hex()
 
     def ended(self, code: int, reason: str, *, follows: bool = False) -> None:
         """Sends the notice of this exit code. `follows`: another rank probably knows the cause."""
+        targets = [target for target in map(_resolved, self._config.notify) if target]
         # Before `share` rank 0 alone. Later every rank tries, since any of them may be dead.
-        if self._sent or (self._token is None and not self._world.is_main):
+        if not targets or self._sent or (self._token is None and not self._world.is_main):
             return
         self._sent = True
         facts = {
@@ -80,15 +83,10 @@ class Notices:
             "job": os.environ.get("SLURM_JOB_ID", ""),
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        request = {
-            "targets": [target for target in map(_resolved, self._config.notify) if target],
-            "facts": facts,
-            "token": self._token,
-            "delay": FOLLOWS_SECONDS * follows,
-        }
+        request = {"targets": targets, "facts": facts, "token": self._token, "delay": FOLLOWS_SECONDS * follows}
         try:
             child = subprocess.Popen(
-                [sys.executable, "-c", CODE, str(Path(__file__).parents[2])],
+                [sys.executable, "-c", f"{IMPORT}; deliver(**json.load(sys.stdin))", str(Path(__file__).parents[2])],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -102,28 +100,31 @@ class Notices:
             tell(f"no notice could be sent: {e}")
 
 
-def _is_variable(target: str) -> bool:
-    return target.startswith("$") and target[1:].isidentifier()
+def _resolved(target: str) -> str | None:
+    """The value of ``$NAME``. None if it is unset, and for an address without its path."""
+    if target.startswith("$") and target[1:].isidentifier():
+        return os.environ.get(target[1:])
+    return None if "/…" in target else target
 
 
-def _resolved(target: str) -> str:
-    """The value of ``$NAME``. Empty for an address that is not known any more."""
-    return os.environ.get(target[1:], "") if _is_variable(target) else "" if "/…" in target else target
-
-
-def deliver(request: dict[str, Any]) -> None:
+def deliver(targets: Sequence[str], facts: dict[str, Any], token: str | None, delay: float) -> None:
     """Sends a notice to all its targets at once, if no other rank has. Faults go to RUN/logs/notify.log."""
-    time.sleep(request["delay"])
-    facts = request["facts"]
+    time.sleep(delay)
     run_dir = Path(facts["run_dir"])
-    if request["token"] is not None and not _first(run_dir / "logs", request["token"]):
+    if token is not None and not _first(run_dir / "logs", token):
         return
-    facts |= _progress(run_dir)
+    # The last known step, and the newest checkpoint. The heartbeat may be 30 seconds old.
+    facts |= {"step": json_object(run_dir / "heartbeat.json").get("step", 0), "checkpoint": ""}
+    with suppress(OSError, ValueError):
+        facts["checkpoint"] = (run_dir / "checkpoints/latest").read_text(encoding="utf-8").strip()
+        facts["step"] = max(facts["step"], int(facts["checkpoint"].removeprefix("step-")))
     facts["text"] = f"{facts['run']}: {facts['event']} at step {facts['step']} on {facts['host']}: {facts['reason']}"
-    with ThreadPoolExecutor(len(request["targets"])) as threads:
-        faults = [fault for fault in threads.map(lambda target: _send(target, facts), request["targets"]) if fault]
+    with ThreadPoolExecutor(len(targets)) as threads:
+        faults = list(threads.map(lambda target: _send(target, facts), targets))
     with suppress(OSError), (run_dir / "logs/notify.log").open("a", encoding="utf-8") as log:
-        log.writelines(f"{facts['time']} {facts['event']}: {fault}\n" for fault in faults)
+        for target, fault in zip(targets, faults, strict=True):
+            if fault:
+                log.write(f"{facts['time']} {facts['event']}: {masked(target)}: {masked(fault)}\n")
 
 
 def _first(folder: Path, token: str) -> bool:
@@ -141,52 +142,33 @@ def _first(folder: Path, token: str) -> bool:
     return True
 
 
-def _progress(run_dir: Path) -> dict[str, Any]:
-    """The last known step, and the newest checkpoint. The heartbeat may be 30 seconds old."""
-    step, checkpoint = 0, ""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        step = int(json.loads((run_dir / "heartbeat.json").read_text(encoding="utf-8"))["step"])
-    with suppress(OSError, ValueError):
-        checkpoint = (run_dir / "checkpoints/latest").read_text(encoding="utf-8").strip()
-        step = max(step, int(checkpoint.removeprefix("step-")))
-    return {"step": step, "checkpoint": checkpoint}
-
-
 def _send(target: str, facts: dict[str, Any]) -> str | None:
-    """The fault, without the secret part of an address."""
+    """The fault, if any."""
     body = json.dumps(facts).encode()
     try:
-        if target.startswith(("https://", "http://")):
-            headers = {"Content-Type": "application/json", "User-Agent": "ibq-scale"}
-            with urllib.request.urlopen(urllib.request.Request(target, body, headers), timeout=POST_SECONDS):
-                return None
-        return _run(target, body, facts)
+        if not target.startswith(("https://", "http://")):
+            return _run(target, body, facts)
+        headers = {"Content-Type": "application/json", "User-Agent": "ibq-scale"}
+        with urllib.request.urlopen(urllib.request.Request(target, body, headers), timeout=POST_SECONDS):
+            return None
     except Exception as e:  # of any type: the other targets go on
-        return f"{masked(target)}: {type(e).__name__}: {masked(str(e))}"
+        return f"{type(e).__name__}: {e}"
 
 
 def _run(command: str, body: bytes, facts: dict[str, Any]) -> str | None:
     """Runs a shell command with the facts as JSON in its input, and as variables."""
-    variables = {f"IBQ_SCALE_{name.upper()}": "" if value is None else str(value) for name, value in facts.items()}
     child = subprocess.Popen(
         ["sh", "-c", command],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        env=os.environ | variables,
+        env=os.environ | {f"IBQ_SCALE_{name.upper()}": str(value) for name, value in facts.items()},
         start_new_session=True,
     )
     try:
         _, said = child.communicate(body, timeout=COMMAND_SECONDS)
     except subprocess.TimeoutExpired:
         os.killpg(child.pid, signal.SIGKILL)
-        return f"{masked(command)}: ended after {COMMAND_SECONDS:.0f} s"
+        return f"ended after {COMMAND_SECONDS:.0f} s"
     words = " ".join(said.decode(errors="replace").split())[:MOST_CHARACTERS]
-    return f"{masked(command)}: exit code {child.returncode} {masked(words)}" if child.returncode else None
-
-
-def main() -> None:
-    """Delivers the request on standard input."""
-    request = json.loads(sys.stdin.buffer.read())
-    if request["targets"]:
-        deliver(request)
+    return f"exit code {child.returncode} {words}" if child.returncode else None

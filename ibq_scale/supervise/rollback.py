@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 from ibq_scale.checkpoint.mirror import Mirror
@@ -27,26 +26,29 @@ def rollback(run_dir: Path, step: int) -> list[str]:
     """
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{run_dir} is no run directory: it has no config.yaml")
-    with _held(run_dir):
+    with ExitStack() as stack:
+        stack.callback(RunLock(run_dir).release)
         mirror = Mirror.of(load_resolved(run_dir / "config.yaml").train.mirror)
-        copies = {} if mirror is None else {copy.step: copy for copy in mirror.whole(mirror.copies())}
-        folder = run_dir / "checkpoints"
+        copies = [] if mirror is None else mirror.whole(mirror.copies())
+        folder, name = run_dir / "checkpoints", f"step-{step:08d}"
         here = {checkpoint.step: checkpoint for checkpoint in whole_checkpoints(folder)}
-        if step not in here and step not in copies:
-            known = ", ".join(map(str, sorted({*here, *copies}))) or "none"
-            raise UserError(f"{run_dir} has no whole checkpoint of step {step}. It has: {known}")
+        known = sorted({*here, *(copy.step for copy in copies)})
+        if step not in known:
+            raise UserError(
+                f"{run_dir} has no whole checkpoint of step {step}. It has: {', '.join(map(str, known)) or 'none'}"
+            )
         faults = verify(here[step]) if step in here else []
         if faults:
             raise UserError(f"{here[step].path} is damaged: {'; '.join(faults)}")
-        later = [path for path in sorted(folder.glob("step-*")) if _step(path.name) > step]
         aside = run_dir / ASIDE / time.strftime("%Y%m%dT%H%M%S")
         aside.mkdir(parents=True, exist_ok=True)
-        said = [] if mirror is None else _unseal(mirror, step, aside)
-        for path in reversed(later):
-            path.rename(aside / path.name)
-            said.append(f"{path} → {aside / path.name}")
+        said = [] if mirror is None else _unseal(mirror, name, aside)
+        for path in sorted(folder.glob("step-*"), reverse=True):
+            if STEP_NAME.fullmatch(path.name) and path.name > name:
+                path.rename(aside / path.name)
+                said.append(f"{path} → {aside / path.name}")
         if step in here:
-            point(folder, here[step].path.name)
+            point(folder, name)
         else:
             (folder / "latest").unlink(missing_ok=True)
             said.append(f"step {step} is in the mirror: the next start fetches it")
@@ -56,30 +58,15 @@ def rollback(run_dir: Path, step: int) -> list[str]:
     return [*said, f"{run_dir}: the next start goes on from step {step}"]
 
 
-def _unseal(mirror: Mirror, step: int, aside: Path) -> list[str]:
-    """Keeps the manifests of the mirror's later copies in `aside`, and takes them out of the mirror."""
+def _unseal(mirror: Mirror, newest: str, aside: Path) -> list[str]:
+    """Keeps the manifests of the mirror's copies after `newest` in `aside`, and takes them out of the mirror."""
     said = []
     for name in reversed(mirror.copies().sealed):
-        if _step(name) > step:
+        if name > newest:
             (aside / f"mirror-{name}-{MANIFEST}").write_bytes(mirror.store.read(f"{name}/{MANIFEST}"))
             mirror.unseal(name)
             said.append(
                 f"{mirror.store.url}/{name} no longer counts (its manifest is in {aside}). The run removes its files "
-                f"when it has passed step {_step(name)}: copy them before, if you need them"
+                f"when it has passed step {int(name.removeprefix('step-'))}: copy them before, if you need them"
             )
     return said
-
-
-def _step(name: str) -> int:
-    """0 for another name."""
-    found = STEP_NAME.fullmatch(name)
-    return int(found[1]) if found else 0
-
-
-@contextmanager
-def _held(run_dir: Path) -> Iterator[None]:
-    lock = RunLock(run_dir)
-    try:
-        yield
-    finally:
-        lock.release()

@@ -82,24 +82,22 @@ class Spikes:
     def found(self) -> Spike | None:
         """The spike in the last step, if it is one. Waits for the device: call it for a step not applied."""
         values, limits = self._seen_22.tolist()
-        above = [value > limit for value, limit in zip(values, limits, strict=True)]
-        if not any(above):
+        above = [(n, v, limit) for n, v, limit in zip(NAMES, values, limits, strict=True) if v > limit]
+        if not above:
             return None
-        said = [
-            f"{name} {value:.4g} (limit {limit:.4g})"
-            for name, value, limit, high in zip(NAMES, values, limits, above, strict=True)
-            if high
-        ]
+        text = " and ".join(f"{name} {value:.4g} (limit {limit:.4g})" for name, value, limit in above)
         # A gradient alone does not tell the rank.
-        return Spike(" and ".join(said), not above[0] or float(self._own) > limits[0])
+        return Spike(text, above[0][0] != NAMES[0] or float(self._own) > limits[0])
 
     def forget(self) -> None:
         """Starts anew, for a loss with other terms."""
         self._memory_N2.fill_(torch.nan)
 
     def state(self) -> list[StateFile]:
-        """Rank 0 gives the memory."""
-        return [TensorFile(FILE, {"memory": self._memory_N2, "in_a_row": self._in_a_row})] if self.world.is_main else []
+        """Rank 0 gives the memory, if spikes are skipped."""
+        if not self.sigma or not self.world.is_main:
+            return []
+        return [TensorFile(FILE, {"memory": self._memory_N2, "in_a_row": self._in_a_row})]
 
     def load(self, directory: Path) -> None:
         """Restores the memory of `state`, on any number of ranks. A checkpoint without one leaves it empty."""

@@ -55,7 +55,7 @@ class ARTask:
         model = build_transformer(run, config, world)
         self.engine = make_engine(model, adamw(model, run.optimizer), config, world.device)
         self.ema = ShardedEMA(self.engine, run.ema_decay, world)
-        self.spikes = Spikes(run.train.skip_spikes, world) if run.train.skip_spikes else None
+        self.spikes = Spikes(run.train.skip_spikes or 0.0, world)
 
     def batches(self, start: int) -> Iterator[CodeBatch]:
         return code_stream(
@@ -80,7 +80,7 @@ class ARTask:
 
     def train_step(self, batches: Iterator[CodeBatch]) -> Step:
         total = torch.zeros((), device=self.world.device)
-        refuses = None if self.spikes is None else partial(self.spikes.refuses, total)
+        refuses = partial(self.spikes.refuses, total) if self.run.train.skip_spikes else None
         for _ in range(self.accumulation):
             batch = next(batches)
             seed_by_position(self.run.train.seed, batch.requests)
@@ -95,7 +95,7 @@ class ARTask:
         if applied:
             self.ema.update()
         norm = gradient_norm(self.engine, self.world.device)
-        spike = None if applied or self.spikes is None else self.spikes.found()
+        spike = None if applied else self.spikes.found()
         return Step({"loss": total, "grad_norm": norm}, applied, total.isfinite(), spike)
 
     def _orders(self, batch: CodeBatch) -> Orders | tuple[None, None]:
@@ -123,7 +123,7 @@ class ARTask:
 
     def state(self) -> list[StateFile]:
         files: list[StateFile] = [engine_file(self.engine, "transformer", self.world), *self.ema.state("ema")]
-        files += [] if self.spikes is None else self.spikes.state()
+        files += self.spikes.state()
         if self.world.is_main:
             model, weights = self.run.model.with_order(self.order_share), self.ema.place("ema", "transformer")
             encoder = self.codes.condition if model.conditioning == "embedding" else None
@@ -135,8 +135,7 @@ class ARTask:
     def load(self, directory: Path) -> None:
         load_engine(self.engine, directory / "transformer", self.world)
         self.ema.load(directory / "ema")
-        if self.spikes is not None:
-            self.spikes.load(directory)
+        self.spikes.load(directory)
 
     def draw(self) -> dict[str, Tensor]:
         """Nothing. A validation draws samples, if the run has a tokenizer."""

@@ -29,11 +29,11 @@ from ibq_scale.config.secrets import masked
 from ibq_scale.console import tell
 from ibq_scale.data.geometry import continued
 from ibq_scale.data.manifest import NAME as MANIFEST
-from ibq_scale.data.manifest import Kind
+from ibq_scale.data.manifest import Kind, Manifest
 from ibq_scale.data.sets import DataSets, open_sets
 from ibq_scale.data.shared_memory import ranks_of_node
 from ibq_scale.data.store import open_store
-from ibq_scale.distributed.agree import of_all_ranks
+from ibq_scale.distributed.agree import by_rank_0, of_all_ranks
 from ibq_scale.distributed.failures import describe, follows
 from ibq_scale.distributed.node_check import check_nodes
 from ibq_scale.distributed.side_channel import SideChannel
@@ -204,8 +204,7 @@ def _train_watched(
         if stop.agreed(world):
             return Outcome(step, stopped=True, saved=True)
         kind: Kind = "images" if isinstance(config, TokenizerRun) else "codes"
-        sets = open_sets(config.data, kind, config.train.global_batch)
-        _check_ranks_agree(config, sets, world)
+        sets = _open_sets(config, kind, world)
         if resume_from is not None:
             check_same_data(config, resume_from, sets.hash)
         data = config.data.model_copy(update=sets.layout._asdict())
@@ -223,15 +222,26 @@ def _train_watched(
             return trainer.run(resume_from, stop)
 
 
-def _check_ranks_agree(config: AnyRun, sets: DataSets, world: World) -> None:
-    """UserError, on every rank, if a rank's copy of the data differs from rank 0's."""
-    hashes = of_all_ranks(world, sets.hash)
-    others = [rank for rank, found in enumerate(hashes) if found != hashes[0]]
+def _open_sets(config: AnyRun, kind: Kind, world: World) -> DataSets:
+    """The run's data. Rank 0 and one rank of every other node read the manifests, since a node may have its own copies.
+
+    UserError, on every rank, if a node's copy differs from rank 0's.
+    """
+    opened: list[DataSets] = []
+
+    def read() -> tuple[str, list[Manifest]]:
+        opened.append(open_sets(config.data, kind, config.train.global_batch))
+        return opened[0].hash, [part.manifest for part in opened[0].parts]
+
+    found, manifests = by_rank_0(world, read)
+    hashes = of_all_ranks(world, found if world.local_rank or world.is_main else read()[0])
+    others = [rank for rank, its in enumerate(hashes) if its != found]
     if others:
         raise UserError(
             f"rank {others[0]} sees other data in {', '.join(config.data.sources)} than rank 0 does (the manifests "
             f"differ): give all nodes the same"
         )
+    return opened[0] if opened else open_sets(config.data, kind, config.train.global_batch, manifests)
 
 
 def _ask_stores(config: AnyRun) -> None:

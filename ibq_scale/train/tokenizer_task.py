@@ -113,7 +113,7 @@ class TokenizerTask:
         self.ema = ShardedEMA(self.generator, run.ema_decay, world)
         adaptive = run.loss.adversarial == "adaptive"
         self.last_layer = LastLayer(model.autoencoder.decoder.conv_out) if adaptive else None
-        self.spikes = Spikes(run.train.skip_spikes, world) if run.train.skip_spikes else None
+        self.spikes = Spikes(run.train.skip_spikes or 0.0, world)
         self.lecam = LeCAM(run.loss.lecam_decay, world.device)
         self.usage = UsageTracker(run.quantizer.codebook_size, run.quantizer.revive_after, world)
         self.bad_samples = BadSamples(run.data.bad_samples, world)
@@ -140,7 +140,7 @@ class TokenizerTask:
         lr = optimizer.lr * lr_factor(schedule, samples, total)
         self.codebook_lr = codebook_lr(optimizer, schedule, samples, total)
         self.adversarial = samples >= self.run.loss.adversarial_start and self.run.loss.adversarial_weight > 0
-        if self.spikes is not None and 0 <= samples - self.run.loss.adversarial_start < self.run.train.global_batch:
+        if 0 <= samples - self.run.loss.adversarial_start < self.run.train.global_batch:
             self.spikes.forget()
         set_rates(self.generator, lr)
         set_rates(self.discriminator, lr)
@@ -149,7 +149,7 @@ class TokenizerTask:
     def train_step(self, batches: Iterator[ImageBatch]) -> Step:
         sums: StepMetrics = {}
         total = torch.zeros((), device=self.world.device)
-        refuses = None if self.spikes is None else partial(self.spikes.refuses, total)
+        refuses = partial(self.spikes.refuses, total) if self.run.train.skip_spikes else None
         finite = torch.ones((), dtype=torch.bool, device=self.world.device)
         statistics = [buffer.clone() for buffer in self.discriminator.module.buffers()]
         discriminator_stepped = True
@@ -185,7 +185,7 @@ class TokenizerTask:
             self._update_lecam(sums)
             iterate_spectral_norms(self.discriminator.module)
         sums["grad_norm"] = gradient_norm(self.generator, self.world.device)
-        spike = None if applied or self.spikes is None else self.spikes.found()
+        spike = None if applied else self.spikes.found()
         return Step(sums, applied and discriminator_stepped, finite, spike)
 
     def _to_device(self, batch: ImageBatch) -> ImageBatch:
@@ -309,7 +309,7 @@ class TokenizerTask:
             *self.ema.state("ema"),
             *self.usage.state(),
             *self.bad_samples.state(),
-            *([] if self.spikes is None else self.spikes.state()),
+            *self.spikes.state(),
             *self._export("model"),
         ]
         return [*files, TensorFile(LECAM, self.lecam.state_dict())] if self.world.is_main else files
@@ -331,8 +331,7 @@ class TokenizerTask:
         self.ema.load(directory / "ema")
         self.usage.load(directory)
         self.bad_samples.load(directory)
-        if self.spikes is not None:
-            self.spikes.load(directory)
+        self.spikes.load(directory)
         self.lecam.load_state_dict(load_file(directory / LECAM))
 
     def draw(self) -> dict[str, Tensor]:

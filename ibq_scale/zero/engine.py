@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import logging
-import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ibq_scale.malloc import keep_freed_memory
 from ibq_scale.models.muon import Muon
 from ibq_scale.profiling import part
 from ibq_scale.zero.gradients import reduction, scatter_gradients
@@ -70,25 +69,12 @@ def begin_deepspeed(device: torch.device) -> None:
         # DeepSpeed would compile a shared-memory all-reduce for minutes at the first start. A killed build leaves a
         # lock and hangs the next one. gloo's all-reduce suffices for small CPU runs.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        _keep_freed_memory()
+        # 0.19.8 frees all gradients at the end of a step.
+        keep_freed_memory()
     _take_norms_in_fp32()
     _wait_less()
     _refuse_steps()
     deepspeed.init_distributed(auto_mpi_discovery=False)
-
-
-def _keep_freed_memory() -> None:
-    """Makes the C library reuse freed memory within the process. Settings in the environment take precedence.
-
-    0.19.8 frees all gradients at the end of a step. By default glibc returns them to the kernel, and the next backward
-    pass gets cleared pages: 64,000 to 134,000 page faults a step of 100 M parameters, 7 to 13 % of its CPU seconds.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt") and not {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"} & os.environ.keys():
-        m_trim_threshold, m_mmap_threshold = -1, -3
-        libc.mallopt(m_trim_threshold, 2**31 - 1)
-        # A fixed trim threshold fixes the other one too. 32 MiB is the largest allowed, and the default's upper bound.
-        libc.mallopt(m_mmap_threshold, 2**25)
 
 
 def _import_muon() -> None:
@@ -114,24 +100,20 @@ def _refuse_steps() -> None:
     from deepspeed.runtime.zero import stage3, stage_1_and_2
 
     is_invalid = bf16_optimizer.is_invalid_grad_norm
-
-    def test(norm: Any) -> Any:
-        # Clipping tests the norm again.
-        global _refuses
-        refuses, _refuses = _refuses, None
-        return is_invalid(norm if refuses is None else _refused(norm, refuses))
-
     for module in (bf16_optimizer, stage3, stage_1_and_2):
-        module.is_invalid_grad_norm = test
+        module.is_invalid_grad_norm = lambda norm: is_invalid(_judged(norm))
+
+
+def _judged(norm: Any) -> Any:
+    """Infinity for a refused norm. `_refuses` is asked once a step, while clipping tests the norm again."""
+    global _refuses
+    refuses, _refuses = _refuses, None
+    return norm if refuses is None else norm.masked_fill(refuses(norm), torch.inf)
 
 
 def always(norm: torch.Tensor) -> torch.Tensor:
     """Refuses every step."""
     return torch.ones_like(norm, dtype=torch.bool)
-
-
-def _refused(norm: torch.Tensor, refuses: Refuses) -> torch.Tensor:
-    return norm.masked_fill(refuses(norm), torch.inf)
 
 
 def _take_norms_in_fp32() -> None:
@@ -188,31 +170,24 @@ def step(engine: Any, refuses: Refuses | None = None) -> bool:
     """
     global _refuses
     _refuses = refuses
-    try:
-        with part("optimizer"):
-            return _step(engine)
-    finally:
-        _refuses = None
-
-
-def _step(engine: Any) -> bool:
-    if engine.is_gradient_accumulation_boundary() and not hasattr(engine.optimizer, "overflow"):
-        # ZeRO and bf16 optimizers test for this (DeepSpeed 0.19.8). A plain optimizer, stage 0 in fp32, does not. Its
-        # gradients are means over the ranks by now, so every rank gets the same result.
-        grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        # The other optimizers set it too, for `gradient_norm`.
-        engine._global_grad_norm = norm
-        if not bool((norm if _refuses is None else _refused(norm, _refuses)).isfinite()):
-            for parameter in engine.module.parameters():
-                parameter.grad = None
-            # It fails without gradients (0.19.8).
-            engine.clip_fp32_gradients = lambda: None
-            engine.step()
-            del engine.clip_fp32_gradients
-            return False
-    engine.step()
-    return bool(engine.was_step_applied())
+    with part("optimizer"):
+        if engine.is_gradient_accumulation_boundary() and not hasattr(engine.optimizer, "overflow"):
+            # ZeRO and bf16 optimizers test for this (DeepSpeed 0.19.8). A plain optimizer, stage 0 in fp32, does not.
+            # Its gradients are means over the ranks by now, so every rank gets the same result.
+            grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(grads)
+            # The other optimizers set it too, for `gradient_norm`.
+            engine._global_grad_norm = norm
+            if not bool(_judged(norm).isfinite()):
+                for parameter in engine.module.parameters():
+                    parameter.grad = None
+                # It fails without gradients (0.19.8).
+                engine.clip_fp32_gradients = lambda: None
+                engine.step()
+                del engine.clip_fp32_gradients
+                return False
+        engine.step()
+        return bool(engine.was_step_applied())
 
 
 def wrap_collectives(wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:

@@ -10,11 +10,21 @@ import pytest
 import torch
 
 from ibq_scale.config.run import DataConfig
-from ibq_scale.data.codes import CodeShard, find_code_shard, finish_codes, read_code_shard, write_code_shard
-from ibq_scale.data.manifest import CodesInfo
+from ibq_scale.data import codes, stream
+from ibq_scale.data.cache import ShardCache
+from ibq_scale.data.codes import (
+    CodeShard,
+    find_code_shard,
+    finish_codes,
+    read_code_row,
+    read_code_shard,
+    write_code_shard,
+)
+from ibq_scale.data.fetching import FetchingSampler
+from ibq_scale.data.manifest import CodesInfo, ConditionInfo
 from ibq_scale.data.sets import open_sets
 from ibq_scale.data.store import open_store
-from ibq_scale.data.stream import code_stream
+from ibq_scale.data.stream import CodeBatch, code_stream
 from ibq_scale.errors import UserError
 
 
@@ -84,6 +94,58 @@ def test_damage_is_found(tmp_path: Path) -> None:
         next(code_stream(open_sets(config, "codes"), seed=0, rank=0, world_size=1, micro_batch=2, start=0))
     with pytest.raises(UserError, match="is damaged"):
         read_code_shard(b"short", "name")
+
+
+def test_samples_of_large_cold_shards_are_read_by_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    condition = ConditionInfo(encoder="words", tokens=3, width=2, captions="c" * 64)
+    info = _info().model_copy(update={"condition": condition, "crops": 2})
+    store = open_store(str(tmp_path / "set"))
+    rng, infos = np.random.default_rng(0), []
+    for number in range(4):
+        spans = np.array([[0, 2], [0, 2], [2, 0], [2, 3], [5, 1], [6, 3]])
+        plain = _shard(number, crops=2)
+        shard = plain._replace(vectors=rng.normal(size=(9, 2)), spans=spans)
+        infos.append(write_code_shard(store, f"codes-{number}.safetensors", shard, info))
+    finish_codes(store, infos, ("a", "b", "c"), info)
+
+    def batches(cache: str) -> list[CodeBatch]:
+        config = DataConfig(train=str(tmp_path / "set"), workers=0, lanes=2, window=2, cache_dir=cache)
+        place = {"rank": 0, "world_size": 1, "micro_batch": 3, "start": 0}
+        return list(islice(code_stream(open_sets(config, "codes"), seed=1, conditions=True, **place), 12))
+
+    whole = batches(str(tmp_path / "whole"))
+    for module in (codes, stream):
+        monkeypatch.setattr(module, "LARGE", 0)
+    monkeypatch.setattr(codes, "HEAD", 700)
+    downloads: list[int] = []
+    monkeypatch.setattr(FetchingSampler, "_ask", lambda *_: downloads.append(1))
+    monkeypatch.setattr(ShardCache, "_download", lambda *_: pytest.fail("a shard was downloaded"))
+    singly = batches(str(tmp_path / "singly"))
+    assert downloads
+    for one, other in zip(whole, singly, strict=True):
+        assert all(map(torch.equal, one[:5], other[:5]))
+
+
+def test_damage_of_a_part_is_found(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    info = write_code_shard(store, "codes-0.safetensors", _shard(0), _info())
+    data = store.read(info.name)
+
+    def row(number: int, data: bytes, size: int = 1024) -> CodeShard:
+        return read_code_row(lambda start, stop: data[start:stop], "name", number, _info(size))
+
+    assert np.array_equal(row(5, data).codes[0], _shard(0).codes[5])
+    for number, changed, size in (
+        (6, data, 1024),
+        (-1, data, 1024),
+        (5, data, int(_shard(0).codes[5].max())),
+        (5, data.replace(b'"data_offsets":[0,', b'"data_offsets":[-9,'), 1024),
+        (5, data.replace(b"U16", b"U99"), 1024),
+        (5, data[:60], 1024),
+        (5, b"", 1024),
+    ):
+        with pytest.raises(UserError, match="code shard name is damaged"):
+            row(number, changed, size)
 
 
 def test_of_several_crops_each_epoch_draws_one_the_same_for_any_ranks(tmp_path: Path) -> None:

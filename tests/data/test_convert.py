@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ibq_scale.data.convert import decode
+from ibq_scale.data.convert import decode, mirrored
 
 
 @pytest.mark.parametrize("least", [None, 20])
@@ -27,3 +27,10 @@ def test_decoders_agree(least: int | None) -> None:
             assert int(np.abs(pixels.astype(int) - expected).max()) <= 2, mode
     with pytest.raises((OSError, ValueError)):
         decode(b"\xff\xd8 no picture", least)
+
+
+def test_mirrored_exchanges_left_and_right_also_of_read_only_pixels() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 9, 3), np.uint8)
+    for part in (pixels, pixels[:, 2:7]):
+        part.flags.writeable = False
+        assert np.array_equal(mirrored(part), part[:, ::-1])

@@ -72,6 +72,8 @@ def test_a_folder_and_npz_files_are_the_same_images(evaluate: Evaluate, tmp_path
     assert fewer.images == 9
     assert fewer.inception_score is None
     assert "10 images" in fewer.not_measured["inception_score"]
+    three = evaluate(tmp_path / "plain.npz", tmp_path / "real.npz", limit=3)
+    assert (three.precision, three.not_measured["recall"]) == (None, "they need more than 3 images on both sides")
     with pytest.raises(UserError, match="a distance needs two"):
         evaluate(tmp_path / "plain.npz", tmp_path / "real.npz", limit=1)
 
@@ -144,6 +146,9 @@ def test_what_does_not_fit_is_refused(
     np.savez(tmp_path / "large.npz", _pixels(12, 0, side=64))
     write_reference(dataset, tmp_path / "real.npz", (64, 64), world, batch=8, features=9)
     (tmp_path / "text.npz").write_text("no zip")
+    flipped = bytearray((tmp_path / "x.npz").read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    (tmp_path / "flipped.npz").write_bytes(flipped)
     np.savez(tmp_path / "floats.npz", np.zeros((3, 8, 8, 3)))
     np.savez(tmp_path / "narrow.npz", mu=np.zeros(3), sigma=np.eye(3))
     (tmp_path / "empty").mkdir()
@@ -154,6 +159,7 @@ def test_what_does_not_fit_is_refused(
         ("x.npz", "large.npz"): "64 x 64 pixels, 32 x 32 are needed",
         ("x.npz", "text.npz"): "is damaged or no .npz",
         ("text.npz", "x.npz"): "holds no images",
+        ("flipped.npz", "x.npz"): "flipped.npz is damaged: Bad CRC",
         ("floats.npz", "x.npz"): "not uint8",
         ("x.npz", "narrow.npz"): "are not Inception's",
         ("empty", "x.npz"): "holds no pictures",

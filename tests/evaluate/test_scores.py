@@ -19,15 +19,6 @@ def _normal(count: int, width: int, seed: int) -> torch.Tensor:
     return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.slow
-def test_the_inception_score_is_torch_fidelitys() -> None:
-    from torch_fidelity.metric_isc import isc_features_to_metric
-
-    logits = 3 * _normal(57, 20, 0)
-    theirs = isc_features_to_metric(logits)
-    assert inception_score(logits) == pytest.approx(tuple(theirs.values()), rel=1e-9)
-
-
 def test_inception_scores_that_are_known() -> None:
     """Sure of one class each, all classes equally often: as many as there are classes. Never sure: 1."""
     classes = torch.eye(4).repeat(1000, 1)
@@ -35,8 +26,6 @@ def test_inception_scores_that_are_known() -> None:
     assert mean == pytest.approx(4.0, abs=0.05)
     assert deviation < 0.05
     assert inception_score(torch.zeros(40, 7)) == pytest.approx((1.0, 0.0))
-    with pytest.raises(ValueError, match="needs 10 images, got 9"):
-        inception_score(torch.zeros(9, 7))
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -53,7 +42,7 @@ def test_the_distance_of_gaussians_in_closed_form(rank: int) -> None:
 
 def _on_ranks(rank: int, world_size: int) -> dict[str, Any]:
     world = World(rank, world_size, rank, torch.device("cpu"))
-    scores.ROWS, scores.COLUMNS = 16, 50
+    scores.ROWS = 16
     real, fake = _normal(150, 8, 1), 0.8 * _normal(90, 8, 2) + 0.3
     places = torch.arange(rank, 7, world_size).flip(0)
     return {
@@ -79,5 +68,3 @@ def test_precision_and_recall() -> None:
         assert found["same"] == (1.0, 1.0)
         assert found["half"] == (1.0, 0.5)
         assert found["rows"] == [[i, i * i] for i in range(7)]
-    with pytest.raises(ValueError, match="more than 3 images"):
-        precision_and_recall(real, fake[:3], World(0, 1, 0, torch.device("cpu")))

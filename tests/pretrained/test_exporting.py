@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ibq_scale.pretrained.exporting import CARD, export, save_model, write_card
+from ibq_scale.pretrained.exporting import CARD, export, save_model
 from ibq_scale.pretrained.loading import load_ar, load_tokenizer
 
 MANIFEST = {
@@ -35,8 +35,8 @@ def test_cards_say_what_the_models_are_and_how_to_load_them(tokenizer_dir: Path,
 
 
 def test_a_runs_card_has_its_training_and_no_paths(tokenizer_dir: Path, tmp_path: Path) -> None:
-    write_card(tmp_path, load_tokenizer(tokenizer_dir), {"run": "tok"}, MANIFEST)
-    card = (tmp_path / CARD).read_text()
+    save_model(tmp_path / "m", load_tokenizer(tokenizer_dir), {"run": "tok"}, MANIFEST)
+    card = (tmp_path / "m" / CARD).read_text()
     for row in ("optimizer steps | 12,000", "images seen | 3,072,000", "loss | 1.25", "usage | 0.9877"):
         assert f"| {row} |" in card
     assert "step_s" not in card

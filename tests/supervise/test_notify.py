@@ -64,8 +64,8 @@ def test_a_notice_reaches_addresses_and_commands_and_its_faults_name_no_secret(h
     targets = [f"{hook.url}/{SECRET}", f"{hook.url}/broken/{SECRET}", command, "echo no TOKEN=abc >&2; exit 3"]
     facts = {"run": "tok", "event": "hang", "code": 70, "host": "n1", "reason": "x", "run_dir": str(tmp_path)}
     request = {"targets": targets, "facts": facts | {"time": "now"}, "token": "a", "delay": 0}
-    deliver(request)
-    deliver(request)
+    deliver(**request)
+    deliver(**request)
     assert len(hook.told) == 2, "one notice, to two addresses"
     assert hook.told[0]["text"] == "tok: hang at step 12 on n1: x"
     assert json.loads(Path(f"{out}.json").read_text()) == hook.told[0]

@@ -15,10 +15,11 @@ from urllib.parse import quote
 from urllib.request import urlopen
 
 import pytest
+from prometheus_client import generate_latest
 
 from ibq_scale.config.layers import resolve
 from ibq_scale.supervise.metrics import MetricsLog
-from ibq_scale.supervise.openmetrics import OPEN_METRICS, OpenMetrics
+from ibq_scale.supervise.openmetrics import OpenMetrics
 from tests.docs.pages import ROOT
 from tests.ports import free_port
 from tests.services.prometheus import missing_packages
@@ -41,6 +42,10 @@ def _open(folder: Path, *overrides: str) -> OpenMetrics:
     return OpenMetrics(folder, resolve("tokenizer/tiny", ["data.train=x", 'name=a"b\\c', *overrides]).config)
 
 
+def _page(shown: OpenMetrics) -> str:
+    return generate_latest(shown).decode()
+
+
 def _samples(text: str) -> dict[str, float]:
     """By name, without labels."""
     found = (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
@@ -54,7 +59,7 @@ def test_a_page_and_a_file_hold_the_runs_state(tmp_path: Path) -> None:
     shown.alarm(10, "loss jumped")
     with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as response:
         page = response.read().decode()
-        assert response.headers["Content-Type"] == OPEN_METRICS
+        assert response.headers["Content-Type"] == "application/openmetrics-text; version=1.0.0; charset=utf-8"
     with pytest.raises(HTTPError, match="404"):
         urlopen(f"http://127.0.0.1:{port}/", timeout=30)
     shown.close()
@@ -80,24 +85,27 @@ def test_a_taken_port_and_a_missing_folder_cost_a_line_each(
         words = [f"metrics.port={taken.getsockname()[1]}", "data.train=x"]
         MetricsLog(tmp_path, resolve("tokenizer/tiny", words).config, 0).close()
     assert capsys.readouterr().err.count("Address already in use") == 1
-    shown = _open(tmp_path, f"metrics.textfile={tmp_path}/missing/run.prom")
-    for _ in range(3):
-        shown.values(10, LINE)
-    assert caplog.text.count("could not write") == 1
+    shown = MetricsLog(
+        tmp_path, resolve("tokenizer/tiny", ["data.train=x", f"metrics.textfile={tmp_path}/missing/run.prom"]).config, 0
+    )
+    for step in (10, 20, 30):
+        shown.write(step, 16 * step, LINE, ("loss",))
+    shown.close()
+    assert caplog.text.count(f"{tmp_path}/missing/run.prom") == 1
 
 
 def test_a_silent_heartbeat_is_no_health(tmp_path: Path) -> None:
     shown = _open(_run_dir(tmp_path))
     (tmp_path / "heartbeat.json").write_text(json.dumps({"step": 12, "time": time.time() - 5000, "idle_s": 3.0}))
-    assert _samples(shown.page())["ibq_scale_healthy"] == 0
+    assert _samples(_page(shown))["ibq_scale_healthy"] == 0
     (tmp_path / "heartbeat.json").write_text("[")
-    assert "ibq_scale_healthy" not in shown.page()
+    assert "ibq_scale_healthy" not in _page(shown)
 
 
 def test_the_panel_asks_for_what_a_run_shows(tmp_path: Path) -> None:
     shown = _open(_run_dir(tmp_path))
     shown.values(10, LINE)
-    known = set(_samples(shown.page()))
+    known = set(_samples(_page(shown)))
     board = json.loads(PANEL.read_text())
     assert {"title", "uid", "schemaVersion", "templating", "panels"} <= board.keys()
     asked = " ".join(target["expr"] for panel in board["panels"] for target in panel["targets"])

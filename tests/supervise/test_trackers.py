@@ -67,11 +67,9 @@ def test_mlflow_has_one_run_over_two_starts(tmp_path: Path, monkeypatch: pytest.
     calls: list[tuple[Any, ...]] = []
     monkeypatch.setattr(_Client, "calls", calls, raising=False)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    mlflow, entities = ModuleType("mlflow"), ModuleType("mlflow.entities")
-    vars(mlflow)["MlflowClient"] = _Client
-    vars(entities).update(Metric=lambda *a: a, Param=lambda *a: a)
+    mlflow = ModuleType("mlflow")
+    vars(mlflow).update(MlflowClient=_Client, entities=SimpleNamespace(Metric=lambda *a: a, Param=lambda *a: a))
     monkeypatch.setitem(sys.modules, "mlflow", mlflow)
-    monkeypatch.setitem(sys.modules, "mlflow.entities", entities)
     _told(tmp_path, "mlflow")
     assert calls[0] == ("uri", f"sqlite:///{tmp_path}/mlflow.db")
     assert [call[:2] for call in calls if call[0] in ("run", "update", "end")] == [

@@ -12,6 +12,7 @@ from ibq_scale.config.deepspeed import deepspeed_config
 from ibq_scale.config.run import ARRun
 from ibq_scale.distributed.world import World
 from ibq_scale.errors import UserError
+from ibq_scale.models.initial import drawn
 from ibq_scale.models.transformer import Transformer
 from ibq_scale.pretrained.loading import load_ar, save_ar, stored
 from ibq_scale.pretrained.models import ARModel
@@ -82,7 +83,7 @@ def test_first_weights_know_no_layout(size: int, configs: tuple[str, ...], model
 def test_a_stored_model_is_read_in_any_pieces(model_dir: Path) -> None:
     with torch.device("meta"):
         model = Transformer(_run().model)
-    values = stored(str(model_dir), model)
+    values = stored(str(model_dir), model, drawn(model.initial(), 0))
     for name, tensor in load_ar(model_dir).transformer.state_dict().items():
         flat = tensor.flatten()
         for start, length in ((0, len(flat)), (len(flat) // 3, len(flat) // 2), (len(flat) - 1, 1), (5, 0)):
@@ -93,7 +94,7 @@ def test_a_stored_model_of_other_sizes_is_refused(model_dir: Path) -> None:
     with torch.device("meta"):
         model = Transformer(_run("model.width=64").model)
     with pytest.raises(UserError, match="misshapen"):
-        stored(str(model_dir), model)
+        stored(str(model_dir), model, drawn(model.initial(), 0))
 
 
 def _status(field: str) -> int:
