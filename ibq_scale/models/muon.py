@@ -60,8 +60,7 @@ class Muon(torch.optim.AdamW):
 
     def takes(self, parameter: Tensor) -> bool:
         """Whether Muon steps this parameter, and not AdamW."""
-        groups = (group for group in self.param_groups if "momentum" in group)
-        return any(parameter is p for group in groups for p in group["params"])
+        return any(parameter is p for group in self.param_groups if "momentum" in group for p in group["params"])
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]

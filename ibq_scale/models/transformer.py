@@ -239,9 +239,9 @@ class Transformer(nn.Module):
         if prefix is not None:
             visible = visible_keys(prefix.visible_BL, x_BTE.shape[1])
             x_BTE = torch.cat([prefix.vectors_BLE, x_BTE], dim=1)
-            still = rows[:, :1].view(2, *[1] * (table.ndim - 3), -1)
-            still = still.expand(*table.shape[:-2], self.config.condition_tokens, -1)
-            table = torch.cat([still, table], dim=-2)
+            # The prefix does not turn: cos 1, sin 0.
+            table = F.pad(table, (0, 0, self.config.condition_tokens, 0))
+            table[:, 0, ..., : self.config.condition_tokens, :] = 1.0
         kind = self._kind(x_BTE, visible)
         for block in self.blocks:
             x_BTE = block(x_BTE, start_BE, table, None, kind, visible)
