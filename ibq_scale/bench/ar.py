@@ -58,18 +58,19 @@ def bench_ar(run: ARRun, world: World, *, steps: int) -> ARReport:
     with _hung(clock, task):
         measured = measure(task, run, _synthetic(run) if synthetic else task.batches(0), clock, steps)
     flops = ar_flops(run.model)
+    attention, feed_forward = flops["attention projections"] + flops["attention"], flops["feed-forward"]
     needs = {
         DATA: None,
-        ATTENTION: 3 * (flops.projections + flops.attention),
-        FEED_FORWARD: 3 * flops.feed_forward,
-        BLOCKS: 3 * (flops.projections + flops.attention + flops.feed_forward + flops.adaln),
-        HEAD: 3 * flops.head,
-        REST: 3 * (flops.adaln + flops.embedding),
+        ATTENTION: attention,
+        FEED_FORWARD: feed_forward,
+        BLOCKS: attention + feed_forward + flops["AdaLN"],
+        HEAD: flops["head"],
+        REST: flops["AdaLN"] + flops["embedding"],
         COMMUNICATION: None,
         UPDATE: None,
         OTHER: None,
     }
-    common = report_fields(run, world, measured, flops=flops.total, formula=AR_FORMULA, needs=needs)
+    common = report_fields(run, world, measured, flops=sum(flops.values()), formula=AR_FORMULA, needs=needs)
     return ARReport(
         **common,
         tokens_per_s=common["images_per_s"] * run.model.tokens,

@@ -32,8 +32,8 @@ class Buckets(Mixture):
         version: int = max(VERSIONS),
     ) -> None:
         assert batch > 0, "the order of buckets depends on the global batch"
+        super().__init__(sizes, (), seed, lanes, window, version, bucket_of)
         self._batch = batch
-        self._divide(sizes, bucket_of, seed, lanes, window, version)
         self._turn = lru_cache(maxsize=64)(self._find_turn)
 
     def alone(self) -> list[tuple[int, Callable[[int], Place]]]:

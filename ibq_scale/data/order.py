@@ -176,7 +176,7 @@ class Mixture:
 
     With weights, a block of `BLOCK` positions holds round(weight · BLOCK) of each source, shuffled. A data set's own
     positions count up over the blocks, so it has the same order and epochs as alone (with a seed of its own). The order
-    is still a pure function of the position.
+    is still a pure function of the position. `set_of`: for each source other numbers of its shards' data sets.
     """
 
     def __init__(
@@ -187,23 +187,12 @@ class Mixture:
         lanes: int,
         window: int,
         version: int = max(VERSIONS),
+        set_of: Sequence[Int64s] = (),
     ) -> None:
-        set_of = [np.full(len(part), source if weights else 0) for source, part in enumerate(sizes)]
-        self._divide(sizes, set_of, seed, lanes, window, version)
         self._seed = seed
         self._quotas = quotas(weights or (1.0,))
         self._block = lru_cache(maxsize=4)(self._mix_block)
-
-    def _divide(
-        self,
-        sizes: Sequence[Sequence[int]],
-        set_of: Sequence[Int64s],
-        seed: int,
-        lanes: int,
-        window: int,
-        version: int,
-    ) -> None:
-        """Gives each data set its order. `set_of`: for each source the numbers of its shards' data sets."""
+        set_of = set_of or [np.full(len(part), source if weights else 0) for source, part in enumerate(sizes)]
         rows, numbers = (np.concatenate([np.asarray(part) for part in parts]) for parts in (sizes, set_of))
         # Shards are counted over all sources.
         self._source = np.repeat(np.arange(len(sizes)), [len(part) for part in sizes])

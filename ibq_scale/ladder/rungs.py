@@ -42,7 +42,7 @@ class Rung:
     @property
     def flops(self) -> float:
         """Of the whole training."""
-        return ar_flops(self.run.model).total * self.run.train.total_samples
+        return sum(ar_flops(self.run.model).values()) * self.run.train.total_samples
 
 
 def rungs_of(ladder: LadderConfig) -> list[Rung]:
@@ -111,7 +111,7 @@ def _resolved(preset: str, words: list[str]) -> ARRun:
 
 def _samples(run: ARRun, budget: float, name: str, *, in_flops: bool) -> int:
     """Whole steps within the budget."""
-    samples = int(budget / ar_flops(run.model).total) if in_flops else int(budget)
+    samples = int(budget / sum(ar_flops(run.model).values())) if in_flops else int(budget)
     batch = run.train.global_batch
     if samples < batch:
         raise UserError(f"{name}: its budget is {samples} images, less than one train.global_batch ({batch})")

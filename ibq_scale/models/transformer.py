@@ -254,19 +254,11 @@ class Transformer(nn.Module):
         cache.clear()
         modulations = [block.modulation(start_BE) for block in self.blocks if isinstance(block, Block)]
         cache.keep([*modulations, start_BE], None if prefix is None else prefix.visible_BL)
-        x_BTE = self._for_target(start_BE, cache)[:, None]
-        return self._step(x_BTE if prefix is None else torch.cat([prefix.vectors_BLE, x_BTE], dim=1), cache)
+        return self._step(start_BE, cache, prefix)
 
     def step(self, codes_B: Tensor, cache: KVCache) -> Tensor:
         """The next code's logits (B, V) after the last code, `codes_B`. `begin` comes first."""
-        return self._step(self._for_target(self.tok_emb(codes_B), cache)[:, None], cache)
-
-    def _for_target(self, x_BE: Tensor, cache: KVCache) -> Tensor:
-        """The input of the cache's next step, with the row of its target in raster order, if there is one."""
-        if self.order_emb is None:
-            return x_BE
-        rows_1E: Tensor = self.order_emb(cache.position_1)
-        return x_BE + rows_1E
+        return self._step(self.tok_emb(codes_B), cache)
 
     def _begin(self, labels_B: Tensor, condition: Condition | None) -> tuple[Tensor, Prefix | None]:
         """The token before code 0 (B, E), and the vectors before it, if any."""
@@ -280,7 +272,13 @@ class Transformer(nn.Module):
         prefix: Prefix = self.condition_emb(condition)
         return prefix.start_BE, prefix
 
-    def _step(self, x_BTE: Tensor, cache: KVCache) -> Tensor:
+    def _step(self, x_BE: Tensor, cache: KVCache, prefix: Prefix | None = None) -> Tensor:
+        if self.order_emb is not None:
+            # The row of the step's target.
+            x_BE = x_BE + self.order_emb(cache.position_1)
+        x_BTE = x_BE[:, None]
+        if prefix is not None:
+            x_BTE = torch.cat([prefix.vectors_BLE, x_BTE], dim=1)
         slots_T = cache.slots(x_BTE.shape[1])
         rows = self._table_on(x_BTE.device)
         # Slots of the prefix turn as its last token, the table's first row.

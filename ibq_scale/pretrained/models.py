@@ -177,10 +177,10 @@ class ARModel(Pretrained):
         return encoder_of(self.encoder).condition(captions)
 
     def _condition(self, given: Condition | Sequence[str] | None) -> Condition | None:
-        if given is not None and self.config.conditioning != "embedding":
-            raise UserError(f"the model is conditional on classes ({self.config.conditioning}), not on a condition")
         if given is None:
             return None
+        if self.config.conditioning != "embedding":
+            raise UserError(f"the model is conditional on classes ({self.config.conditioning}), not on a condition")
         condition = given if isinstance(given, Condition) else self.encode(given)
         sizes = (self.config.condition_tokens, self.config.condition_width)
         if condition.vectors_BLC.shape[1:] != sizes:

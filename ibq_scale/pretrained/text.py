@@ -65,10 +65,8 @@ def encoder_of(info: ConditionInfo, device: torch.device | str = "cpu") -> TextE
 
 def _hashed(caption: str, width: int) -> Tensor:
     """A vector from N(0, 1) for each word, (words, width), a function of the word in lower case."""
-    rows = [torch.empty(0, width)]
-    for word in re.findall(r"\w+", caption.lower()):
-        rows.append(torch.randn(1, width, generator=generator_of(word)))
-    return torch.cat(rows)
+    words = re.findall(r"\w+", caption.lower())
+    return torch.cat([torch.empty(0, width), *(torch.randn(1, width, generator=generator_of(word)) for word in words)])
 
 
 def _of_transformers(name: str, kind: str, model: str, asked: int | None, device: torch.device | str) -> TextEncoder:

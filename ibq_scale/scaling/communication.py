@@ -89,14 +89,12 @@ def engine_transfers(network: Network, zero: Zero, name: str = "") -> list[Trans
     if zero.stage == 3:
         moved = n.whole - n.persistent
         tensors = sum(size > zero.persistence_threshold for group in network.groups for size in group)
-        found = [
+        return [
             Transfer(f"{weights}, forward", "all-gather", b * moved, micro_batches, world, messages=tensors),
             Transfer(f"{weights}, backward", "all-gather", b * moved, micro_batches, world, messages=tensors),
             Transfer(gradients, "reduce-scatter", FP32 * n.whole, micro_batches, world, messages=buckets),
+            *([Transfer(f"{weights}, small ones", "all-gather", b * n.persistent, 1, world)] * (n.persistent > 0)),
         ]
-        return found + (
-            [Transfer(f"{weights}, small ones", "all-gather", b * n.persistent, 1, world)] if n.persistent else []
-        )
     times = micro_batches if zero.stage == 2 else 1
     messages = {"all-reduce": buckets, "reduce": buckets + world, "reduce-scatter": len(network.groups)}
     reduced = Transfer(gradients, zero.reduction, FP32 * n.whole, times, world, messages=messages[zero.reduction])

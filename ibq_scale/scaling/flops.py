@@ -66,57 +66,26 @@ def on_meta() -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True)
-class ARFlops:
-    """FLOPs of an image's forward pass, by part (`AR_FORMULA`).
+def ar_flops(model: TransformerConfig) -> dict[str, float]:
+    """FLOPs of an image's forward and backward pass, by part (`AR_FORMULA`). The backward pass has twice the products.
 
     L blocks of width E on T tokens, G heads of d for keys and values, SwiGLU of F, V codes. A prefix of given vectors
-    adds its length to the blocks' T, and its projection to `embedding`. Attention counts in full
-    although half is masked, as in PaLM (arXiv 2204.02311, appendix B). AdaLN runs once an image. Other embeddings are
-    lookups without products.
+    adds its length to the blocks' T, and its projection to the embedding. Attention counts in full although half is
+    masked, as in PaLM (arXiv 2204.02311, appendix B). AdaLN runs once an image. Other embeddings are lookups without
+    products.
     """
-
-    projections: float
-    attention: float
-    feed_forward: float
-    adaln: float
-    head: float
-    embedding: float = 0.0
-
-    @property
-    def forward(self) -> float:
-        return self.projections + self.attention + self.feed_forward + self.adaln + self.head + self.embedding
-
-    @property
-    def total(self) -> float:
-        """Forward and backward pass. The backward pass has twice the products."""
-        return 3.0 * self.forward
-
-    def training(self) -> dict[str, float]:
-        """Forward and backward, by part."""
-        return {
-            "attention projections": 3.0 * self.projections,
-            "attention": 3.0 * self.attention,
-            "feed-forward": 3.0 * self.feed_forward,
-            "AdaLN": 3.0 * self.adaln,
-            "head": 3.0 * self.head,
-            "embedding": 3.0 * self.embedding,
-        }
-
-
-def ar_flops(model: TransformerConfig) -> ARFlops:
-    """FLOPs of a transformer by formula."""
     L, T, E = model.depth, model.condition_tokens + model.tokens, model.width
     keys_and_values = 2 * model.kv_groups * model.head_dim
     modulations = 6 * L + 2 if model.conditioning == "adaln" else 0
-    return ARFlops(
-        projections=2.0 * L * T * E * (2 * E + keys_and_values),
-        attention=4.0 * L * T**2 * E,
-        feed_forward=6.0 * L * T * E * model.ffn_hidden,
-        adaln=2.0 * E * modulations * E,
-        head=2.0 * model.tokens * E * model.codebook_size,
-        embedding=2.0 * model.condition_tokens * model.condition_width * E,
-    )
+    forward = {
+        "attention projections": 2.0 * L * T * E * (2 * E + keys_and_values),
+        "attention": 4.0 * L * T**2 * E,
+        "feed-forward": 6.0 * L * T * E * model.ffn_hidden,
+        "AdaLN": 2.0 * E * modulations * E,
+        "head": 2.0 * model.tokens * E * model.codebook_size,
+        "embedding": 2.0 * model.condition_tokens * model.condition_width * E,
+    }
+    return {part: 3.0 * flops for part, flops in forward.items()}
 
 
 @cache
@@ -172,7 +141,7 @@ def training_flops(run: AnyRun) -> float:
     """Required FLOPs per image of a training step of either stage, for MFU. Counting a tokenizer takes seconds."""
     if isinstance(run, TokenizerRun):
         return step_flops(run, backend="triton", sharded=False).total
-    return ar_flops(run.model).total
+    return sum(ar_flops(run.model).values())
 
 
 def count(call: Callable[[], Tensor]) -> float:

@@ -204,11 +204,10 @@ def make_plan(run: AnyRun, machine: Machine, *, mfu: float, measured: Rate | Non
         transfers = tuple(tokenizer_transfers(run, zero, nets[0], nets[1]))
     else:
         tokens, codebook, frozen = run.model.tokens, {}, {}
-        parts = ar_flops(run.model)
         nets = [networks.transformer(run)]
         # Without ZeRO every rank computes them all.
         by_muon = nets[0].muon_flops * (machine.world if zero.stage == 0 else 1) / run.train.global_batch
-        flops = Flops(parts.training(), ar_executed(run.model), AR_FORMULA, optimizer=by_muon)
+        flops = Flops(ar_flops(run.model), ar_executed(run.model), AR_FORMULA, optimizer=by_muon)
         budget = ar_budget(run, zero, nets[0])
         transfers = tuple(engine_transfers(nets[0], zero))
     parameters: dict[str, int] = {}
