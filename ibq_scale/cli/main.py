@@ -47,8 +47,8 @@ FAMILIES = (
 
 # By import name.
 OF_TRAINING = {
-    "deepspeed", "lpips", "ninja", "packaging", "psutil", "s3fs", "simplejpeg", "torch_fidelity", "torchvision",
-    "wandb", "webdataset",
+    "deepspeed", "lpips", "ninja", "packaging", "prometheus_client", "psutil", "s3fs", "simplejpeg", "torch_fidelity",
+    "torchvision", "wandb", "webdataset",
 }  # fmt: skip
 
 

@@ -54,7 +54,6 @@ class OpenMetrics(Dashboard):
         self._config = config
         self._line: Mapping[str, Any] = {}
         self._alarms = self._skipped = 0
-        self._running = True
         self._lock = Lock()
         self._closed = Event()
         settings = config.metrics
@@ -72,7 +71,6 @@ class OpenMetrics(Dashboard):
         self._alarms += 1
 
     def close(self) -> None:
-        self._running = False
         self._closed.set()
         if self._server is not None:
             self._server.shutdown()
@@ -82,9 +80,9 @@ class OpenMetrics(Dashboard):
     def collect(self) -> Iterator[Metric]:
         """The families now, each with one sample. This makes it a collector of prometheus_client."""
         line, train = self._line, self._config.train
-        beat = json_object(self._run_dir / "heartbeat.json")
+        beat, running = json_object(self._run_dir / "heartbeat.json"), not self._closed.is_set()
         yield self._one("info", "The run.", 1, task=self._config.task, version=__version__)
-        yield self._one("running", "1 until the run ends.", self._running)
+        yield self._one("running", "1 until the run ends.", running)
         yield self._one("step", "Optimizer steps done.", max(line.get("step", 0), beat.get("step", 0)))
         yield self._one("steps_planned", "Optimizer steps of the whole run.", train.total_steps)
         for name, (key, about) in OF_LINES.items():
@@ -99,8 +97,7 @@ class OpenMetrics(Dashboard):
             age = time.time() - beat["time"]
             idle = beat["idle_s"] + (age if age > 2 * BEAT_SECONDS else 0.0)
             yield self._one("idle_seconds", "Seconds without progress, up to a heartbeat old.", idle)
-            healthy = self._running and idle < train.hang_timeout
-            yield self._one("healthy", "1 while rank 0 makes progress.", healthy)
+            yield self._one("healthy", "1 while rank 0 makes progress.", running and idle < train.hang_timeout)
         folder = self._run_dir / "checkpoints"
         with suppress(OSError, ValueError):
             name = (folder / "latest").read_text(encoding="utf-8").strip()

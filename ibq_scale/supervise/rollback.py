@@ -37,8 +37,7 @@ def rollback(run_dir: Path, step: int) -> list[str]:
             raise UserError(
                 f"{run_dir} has no whole checkpoint of step {step}. It has: {', '.join(map(str, known)) or 'none'}"
             )
-        faults = verify(here[step]) if step in here else []
-        if faults:
+        if step in here and (faults := verify(here[step])):
             raise UserError(f"{here[step].path} is damaged: {'; '.join(faults)}")
         aside = run_dir / ASIDE / time.strftime("%Y%m%dT%H%M%S")
         aside.mkdir(parents=True, exist_ok=True)

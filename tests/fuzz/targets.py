@@ -120,6 +120,11 @@ def _stamp_set(folder: Path) -> None:
         index = folder / "set" / f"{shard['name']}.index.json"
         if index.parent == folder / "set" and index.is_file() and shard.get("index_sha256"):
             shard["index_sha256"] = hashlib.sha256(index.read_bytes()).hexdigest()
+        table = folder / "set" / f"{shard['name']}.table"
+        if table.parent == folder / "set" and table.is_file() and not table.is_symlink() and shard.get("index_sha256"):
+            rows = table.read_bytes()[64:]
+            digests = bytes.fromhex(shard["index_sha256"]) + hashlib.sha256(rows).digest()
+            table.write_bytes(digests + rows)
     (folder / "set/manifest.json").write_text(json.dumps(manifest))
 
 
@@ -342,7 +347,13 @@ TARGETS = {
     for target in (
         Target("configs", _config, ("*.yaml",), _use_config),
         Target("overrides", _nothing, (), _use_overrides),
-        Target("images", _images, ("set/manifest.json", "set/*.index.json", "set/*.tar"), _use_images, _stamp_set),
+        Target(
+            "images",
+            _images,
+            ("set/manifest.json", "set/*.index.json", "set/*.table", "set/*.tar"),
+            _use_images,
+            _stamp_set,
+        ),
         Target("codes", _codes, ("set/manifest.json", "set/*.safetensors"), _use_codes, _stamp_set),
         Target("tars", _tars, ("tars/*.tar", "parts/*"), _use_tars),
         Target("parquet", _parquet, ("rows/data/*.parquet",), _use_parquet),
