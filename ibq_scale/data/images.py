@@ -6,6 +6,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -157,14 +158,11 @@ class ImageDataset(torch.utils.data.Dataset[ImageSample]):
             return self.sets.name(request.source, request.shard, request.row)
 
         offset, size, crc = int(place["offset"]), int(place["size"]), int(place["crc"])
-        for attempt in (1, 2):
-            if data is None or attempt == 2:
-                data = part.read_range(request.shard, offset, offset + size)
-            if zlib.crc32(data) == crc:
-                break
-            if attempt == 2:
-                raise BadSampleError(f"{name()} is not what was prepared (crc)")
-        assert data is not None
+        read = partial(part.read_range, request.shard, offset, offset + size)
+        if data is None:
+            data = read()
+        if zlib.crc32(data) != crc and zlib.crc32(data := read()) != crc:
+            raise BadSampleError(f"{name()} is not what was prepared (crc)")
         rules = part.manifest.pixels or OLD_RULES
         crop = self._crop_size(request)
         try:
