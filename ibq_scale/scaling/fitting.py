@@ -31,7 +31,7 @@ def budget_of(run: AnyRun, world: int) -> MemoryBudget:
     """A GPU's memory. UserError for configs refused by training."""
     zero = Zero.of(deepspeed_config(run, world), world=world)
     if isinstance(run, TokenizerRun):
-        nets = networks.autoencoder(run), networks.discriminator(run)
+        nets = networks.autoencoder(run), networks.discriminator(run.discriminator)
         return tokenizer_budget(run, zero, *nets, networks.frozen(run))
     return ar_budget(run, zero, networks.transformer(run))
 

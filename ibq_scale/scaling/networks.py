@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import nn
 
-from ibq_scale.config.models import AutoencoderConfig, TransformerConfig
+from ibq_scale.config.models import AutoencoderConfig, DiscriminatorConfig, TransformerConfig
 from ibq_scale.config.run import ARRun, TokenizerRun
 from ibq_scale.models.aligned import Alignment
 from ibq_scale.models.autoencoder import Autoencoder
@@ -84,9 +84,10 @@ def _autoencoder(model: AutoencoderConfig, dim: int, features: int) -> Network:
     return _network(module, _autoencoder_part, [list(module.parameters())])
 
 
-def discriminator(run: TokenizerRun) -> Network:
+@cache
+def discriminator(config: DiscriminatorConfig) -> Network:
     """The network of stage 1's second engine."""
-    module = discriminator_on_meta(run.discriminator, torch.float32)
+    module = discriminator_on_meta(config, torch.float32)
     return _network(module, lambda _: "discriminator", [list(module.parameters())])
 
 

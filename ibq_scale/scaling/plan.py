@@ -191,7 +191,7 @@ def make_plan(run: AnyRun, machine: Machine, *, mfu: float, measured: Rate | Non
     if isinstance(run, TokenizerRun):
         tokens = run.model.tokens
         flops = _tokenizer_flops(run, machine.world)
-        nets = [networks.autoencoder(run), networks.discriminator(run)]
+        nets = [networks.autoencoder(run), networks.discriminator(run.discriminator)]
         rows = run.quantizer.codebook_size * run.quantizer.dim
         learnt = KINDS[run.quantizer.kind].learns
         learns = learnt == "rows"

@@ -33,7 +33,7 @@ def startup_summary(config: AnyRun, world: World, hosts: Sequence[str], sets: Da
     """
     zero = Zero.of(deepspeed_config(config, world.size), world=world.size)
     if isinstance(config, TokenizerRun):
-        nets = [networks.autoencoder(config), networks.discriminator(config)]
+        nets = [networks.autoencoder(config), networks.discriminator(config.discriminator)]
         states = tokenizer_states(config, zero, nets[0], nets[1], networks.frozen(config))
         model = _tokenizer(config, nets, world)
     else:
