@@ -254,6 +254,8 @@ class Mixture:
 
     def _places(self, positions: Int64s) -> NDArray[np.float64]:
         """As `SampleOrder.places`, each on its own data set's line. The positions are consecutive."""
+        if len(self._orders) == 1:
+            return self._orders[0].places(positions)
         first = int(positions[0]) // BLOCK
         blocks = [self._block(block) for block in range(first, int(positions[-1]) // BLOCK + 1)]
         numbers, own = (np.concatenate(values)[positions - first * BLOCK] for values in zip(*blocks, strict=True))
