@@ -116,7 +116,11 @@ def test_a_stopped_data_worker_is_ended_by_the_watchdog_and_its_rank_named(datas
         wait_until(lambda: len(lines(run)) > 1, *ranks)
         (worker,) = data_workers(ranks[1].pid)
         worker.suspend()
-        said = ranks[0].communicate(timeout=PATIENCE)[1]
+        try:
+            said = ranks[0].communicate(timeout=PATIENCE)[1]
+        finally:
+            # Suspended, it follows no rank's end.
+            worker.kill()
         assert (ranks[0].returncode, ranks[1].wait()) == (70, 70), said
     assert f"rank 1 on {socket.gethostname()}: alive, in waiting for data after step" in said
 
