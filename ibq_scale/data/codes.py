@@ -227,17 +227,6 @@ class CodeDataset(torch.utils.data.Dataset[CodeSample]):
         vectors_LC[:rows] = shard.vectors[first : first + rows]
         return torch.from_numpy(vectors_LC), rows
 
-    def is_here(self, source: int, shard: int) -> bool:
-        """Whether the shard needs no fetch. Marks it as used, for eviction."""
-        part = self.sets.parts[source]
-        return part.cache is None or part.cache.touch(part.manifest.shards[shard])
-
-    def fetch(self, source: int, shard: int) -> None:
-        """Brings a shard into the cache."""
-        part = self.sets.parts[source]
-        if part.cache is not None:
-            part.cache.fetch(part.manifest.shards[shard])
-
     def _shard(self, source: int, number: int) -> CodeShard:
         key = (source, number)
         if key not in self._shards:

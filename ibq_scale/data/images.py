@@ -217,15 +217,13 @@ class ImageDataset(torch.utils.data.Dataset[ImageSample]):
         return table
 
     def is_here(self, source: int, shard: int) -> bool:
-        """Whether the shard needs no fetch. Marks it as used, for eviction."""
-        part = self.sets.parts[source]
-        return part.cache is None or part.cache.touch(part.manifest.shards[shard])
+        return self.sets.is_here(source, shard)
 
     def fetch(self, source: int, shard: int) -> None:
         """Brings a shard and its index into the cache."""
+        self.sets.fetch(source, shard)
         part = self.sets.parts[source]
         if part.cache is not None:
-            part.cache.fetch(part.manifest.shards[shard])
             picture_table(part, shard)
 
 

@@ -126,6 +126,17 @@ class DataSets:
         """Bytes of this node's cache. None without a cache."""
         return min((part.cache.limit for part in self.parts if part.cache is not None), default=None)
 
+    def is_here(self, source: int, shard: int) -> bool:
+        """Whether the shard needs no fetch. Marks it as used, for eviction."""
+        part = self.parts[source]
+        return part.cache is None or part.cache.touch(part.manifest.shards[shard])
+
+    def fetch(self, source: int, shard: int) -> None:
+        """Brings a shard into the cache, if there is one."""
+        part = self.parts[source]
+        if part.cache is not None:
+            part.cache.fetch(part.manifest.shards[shard])
+
     def require_fit(self, nodes: int) -> None:
         """UserError if this node's cache is too small for the shards in use by a run on `nodes` nodes."""
         if self.cache_limit is not None:

@@ -137,7 +137,7 @@ def code_stream(
     dataset = CodeDataset(sets, seed=seed, shards_in_memory=sets.shards_in_use, conditions=conditions, training=True)
     large = any((part.manifest.shards.bytes > LARGE).any() for part in sets.parts)
     share = {"rank": rank, "world_size": world_size, "micro_batch": micro_batch, "start": start}
-    sampler = _sampler(sets, dataset, seed=seed, first=_before_fetching(workers) if large else 0, **share)
+    sampler = _sampler(sets, sets, seed=seed, first=_before_fetching(workers) if large else 0, **share)
     return _load(dataset, sampler, _stack_codes, workers)
 
 
