@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import io
 import itertools
 import json
 import os
@@ -28,27 +27,15 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
+
+from ibq_scale.bench.data import _CentreCrop, _know_s3
 
 SIDE, BATCH, COPIES, SHARD_BYTES = 256, 64, 8, 8_000_000
 PEERS = {"mosaic": "streaming", "litdata": "litdata"}
 """Their modules, found in --peers."""
-
-
-def decode(data: bytes) -> Tensor:
-    """uint8 (3, SIDE, SIDE)."""
-    image = Image.open(io.BytesIO(data))
-    image.draft("RGB", (SIDE, SIDE))
-    image = image.convert("RGB")
-    scale = SIDE / min(image.size)
-    size = (max(SIDE, round(image.width * scale)), max(SIDE, round(image.height * scale)))
-    if size != image.size:
-        image = image.resize(size, Image.Resampling.BICUBIC)
-    left, top = (image.width - SIDE) // 2, (image.height - SIDE) // 2
-    return torch.from_numpy(np.array(image.crop((left, top, left + SIDE, top + SIDE)))).permute(2, 0, 1)
+decode = _CentreCrop(SIDE)
 
 
 def ours(url: str, cache: str) -> Iterable[Any]:
@@ -64,8 +51,6 @@ def ours(url: str, cache: str) -> Iterable[Any]:
 def webdataset(url: str, cache: str) -> Iterable[Any]:
     import fsspec
     import webdataset as wds
-
-    from ibq_scale.bench.data import _know_s3
 
     _know_s3()
     files, path = fsspec.url_to_fs(f"{url}/ours")
