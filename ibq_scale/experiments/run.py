@@ -9,9 +9,11 @@ from pathlib import Path
 
 from ibq_scale.checkpoint.files import write_whole
 from ibq_scale.checkpoint.reading import newest_or_this
+from ibq_scale.config.base import AUTO
 from ibq_scale.config.layers import flatten, load_resolved, resolve
 from ibq_scale.config.run import AnyRun
 from ibq_scale.console import output_of
+from ibq_scale.data.geometry import Layout
 from ibq_scale.distributed.launch import launch
 from ibq_scale.errors import UserError
 from ibq_scale.experiments.plan import PRESET, Trial
@@ -19,6 +21,8 @@ from ibq_scale.experiments.tiles import prepare_tiles
 
 # Keys of paths and of the machine.
 PLACES = {"out", "data.train", "data.cache_dir", "data.cache_bytes", "data.workers", "validation.data"}
+# Keys that the data choose where they are null.
+LAYOUT = {f"data.{field}" for field in Layout._fields}
 EVALUATION = "evaluation.json"
 EVALUATION_BATCH = 64
 
@@ -61,10 +65,14 @@ def is_finished(run: Path, config: AnyRun) -> bool:
     return (run / EVALUATION).is_file()
 
 
-def same_training(one: AnyRun, other: AnyRun) -> bool:
-    """Whether the configs differ at most in keys of paths and of the machine."""
-    left, right = (flatten(config.model_dump(mode="json")) for config in (one, other))
-    return all(left.get(key) == right.get(key) for key in {*left, *right} - PLACES)
+def same_training(run: AnyRun, asked: AnyRun) -> bool:
+    """Whether `run`, as it was trained, is what `asked` says. Keys of paths and of the machine may differ.
+
+    Values that `asked` leaves open may be any: a run's config has those that were chosen at its start.
+    """
+    found, wanted = (flatten(config.model_dump(mode="json")) for config in (run, asked))
+    chosen = {key for key, value in wanted.items() if value == AUTO or (value is None and key in LAYOUT)}
+    return all(found.get(key) == wanted.get(key) for key in {*found, *wanted} - PLACES - chosen)
 
 
 def _evaluate(run: Path, steps: int, held_out: str) -> int:

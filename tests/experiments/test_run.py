@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ibq_scale.config.layers import resolve
 from ibq_scale.distributed.launch import launch
 from ibq_scale.errors import UserError
 from ibq_scale.experiments.plan import Configuration, Trial
 from ibq_scale.experiments.results import collect
-from ibq_scale.experiments.run import EVALUATION, run_trials
+from ibq_scale.experiments.run import EVALUATION, run_trials, same_training
 from ibq_scale.report.runs import load_run
 
 SMALL = ("train.global_batch=2", "train.micro_batch=2", "train.log_every=1", "quantizer.codebook_size=32")
@@ -80,6 +81,17 @@ def test_a_command_that_fails_ends_the_series_with_its_code(photographs: Path, t
     wrong = Trial(Configuration("ibq-1024", "collapse", (*SMALL, "train.steps=1", "deepspeed.config=none")), seed=0)
     assert run_trials(photographs, tmp_path, [wrong, _trial(1)]) == 2
     assert not (tmp_path / "ibq-1024/seed-3").exists()
+
+
+def test_values_chosen_at_the_start_are_those_of_the_same_training() -> None:
+    words = ["data.train=d", "train.global_batch=8", "train.micro_batch=auto", "deepspeed.config=auto"]
+    asked = resolve("tokenizer/tiny", words, "tokenizer").config
+    chosen = ["data.order=2", "data.lanes=8", "data.window=4", "data.workers=3", "train.micro_batch=4", "out=elsewhere"]
+    run = resolve("tokenizer/tiny", [*words, *chosen, "deepspeed.config=zero1"], "tokenizer").config
+    assert same_training(run, asked)
+    for other in ("data.lanes=4", "optimizer.lr=1", "train.micro_batch=2"):
+        assert not same_training(run, resolve("tokenizer/tiny", [*words, other], "tokenizer").config), other
+    assert not same_training(asked, run)
 
 
 def test_a_folder_of_photographs_is_needed(tmp_path: Path) -> None:
