@@ -242,6 +242,8 @@ class Mixture:
 
     def _own(self, position: int) -> tuple[int, int]:
         """The number of the position's data set, and the position there."""
+        if len(self._orders) == 1:
+            return 0, position
         block, within = divmod(position, BLOCK)
         numbers, own = self._block(block)
         return int(numbers[within]), int(own[within])
