@@ -141,7 +141,7 @@ class OpenMetrics(Dashboard):
 
     def _write_often(self) -> None:
         while not self._closed.wait(EVERY_SECONDS):
-            # The next line tells of an error.
+            # `values` raises the same error at the next logged line.
             with suppress(OSError):
                 self._write()
 
